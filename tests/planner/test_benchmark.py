@@ -34,8 +34,8 @@ def row(solver: jf.Solver, *seconds: float, sweeps: int = 9, residual: float = 0
 
 def test_the_winner_is_the_fastest_by_its_shortest_time() -> None:
     table = [row(WHOLE, 5.0), row(SHORT, 9.0, 4.0), row(LONG, 4.5)]
-    assert benchmark.fastest(table, 10.0) is table[1]
-    assert benchmark.fastest(table, 4.0) is benchmark.fastest([], 10.0) is None
+    assert benchmark.find_fastest(table, 10.0) is table[1]
+    assert benchmark.find_fastest(table, 4.0) is benchmark.find_fastest([], 10.0) is None
 
 
 @pytest.mark.parametrize(
@@ -48,7 +48,7 @@ def test_solvers_are_near_the_best_up_to_a_tenth(
 ) -> None:
     table = [row(SHORT, each) for each in seconds]
     assert benchmark.near_limit(table, sequential) == pytest.approx(limit)
-    assert benchmark.near_best(table, sequential) == table[:num_near]
+    assert benchmark.select_near(table, sequential) == table[:num_near]
 
 
 @pytest.mark.parametrize(
@@ -62,8 +62,8 @@ def test_only_those_near_the_leader_run_if_it_takes_its_time_again(
     """`None`: the leader took too long."""
     last = {solver_key(WHOLE): 4.2, solver_key(LONG): 4.0}
     table = [] if seconds is None else [row(LONG, seconds)]
-    assert benchmark.rivals([WHOLE, SHORT], table, RaceState(0.0, last)) == want
-    assert not benchmark.rivals([WHOLE, SHORT], table, RaceState(LATE, last))
+    assert benchmark.select_rivals([WHOLE, SHORT], table, RaceState(0.0, last)) == want
+    assert not benchmark.select_rivals([WHOLE, SHORT], table, RaceState(LATE, last))
 
 
 @pytest.mark.parametrize(("solver", "sweeps", "fixed"), [(WHOLE, 9, 8), (BF16, 9, 5), (WHOLE, 1, 1), (SHORT, 9, None)])
@@ -72,7 +72,7 @@ def test_all_tokens_at_once_also_make_the_number_of_sweeps_that_they_took(
 ) -> None:
     """But for the last one, which changes nothing; sweeps in bfloat16 count, and one sweep is the least."""
     want = [] if fixed is None else [replace(solver, stopping=jf.MaxSweeps(fixed))]
-    assert benchmark.fixed_sweeps([row(solver, 5.0, sweeps=sweeps)]) == want
+    assert benchmark.fix_sweeps([row(solver, 5.0, sweeps=sweeps)]) == want
 
 
 def test_rounded_weights_are_accurate_up_to_a_fifth_of_the_tolerance() -> None:

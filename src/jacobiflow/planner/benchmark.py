@@ -41,7 +41,7 @@ _MAX_INT16_RESIDUAL = 0.2
 _NEAR_FACTOR = 1.1
 """A solver is near the best up to this multiple of its time. Slower ones are abandoned, near ones timed again."""
 _MAX_LEADER_CHANGE = 0.23
-"""The share by which a leader's time may change from block to block, if it is to tell about other solvers."""
+"""If the leader's time changes by at most this share, other solvers are assumed to compare as in the last race."""
 _SHORT_SECONDS = 0.05
 """Solves that take fewer seconds are timed three times, not twice."""
 _TIMING_SECONDS = 0.5
@@ -131,15 +131,15 @@ class RaceState:
 
 
 def time_block(problem: Problem, try_bf16: bool = True) -> BlockTimings:
-    """Times the exact loop and network evaluations of a block. Native code is compiled before."""
-    library_name()
+    """Times the exact loop and network evaluations of a block."""
+    library_name()  # Compiles native code first, which would else count.
     block: Any = problem.block
     device = problem.z.device
     sequential = _time_calls(partial(attempt, problem, SEQUENTIAL, UNCERTIFIED), device)
     evaluation = _time_calls(partial(problem.residual, problem.z), device)
     spread = max(timing_spread(sequential), timing_spread(evaluation))
     timings = BlockTimings(min(sequential), min(evaluation), spread)
-    # Half the bytes save half of the loop at most.
+    # Weights of half the bytes save half of the loop at most, and need an evaluation for their certificate.
     if timings.sequential > 2 * timings.evaluation:
         run = partial(block.sequential_inverse, problem.z, problem.context, int16_weights=True)
         if run() is not None:
@@ -178,7 +178,7 @@ def candidates(num_tokens: int, tolerance: float, tuning: BlockTuning | None, ti
 def race(
     problem: Problem, solvers: Sequence[Solver], timings: BlockTimings, options: SolveOptions, state: RaceState
 ) -> tuple[TimedSolve | None, RaceState]:
-    """Times solvers in a block. Returns the fastest, `None` if the exact loop is as fast, and the new state.
+    """Times solvers in a block. Returns the fastest, or `None` if the exact loop is as fast, and the new state.
 
     The best solver of the last race, in `state`, runs first. If it takes its time again, only those that came near it
     run. The exact loop takes the same time in every block of one shape, so `timings` are those of any such block.
@@ -189,12 +189,12 @@ def race(
     sequential = timings.sequential * len(problem) / (options.batch_size or len(problem))
     leader, *others = sorted(solvers, key=state.expected_seconds)
     table = _add_timed(problem, [leader], [], sequential, options)
-    table = _add_timed(problem, rivals(others, table, state), table, sequential, options)
-    table = _add_timed(problem, fixed_sweeps(table), table, sequential, options)
-    rows = near_best(table, sequential)
+    table = _add_timed(problem, select_rivals(others, table, state), table, sequential, options)
+    table = _add_timed(problem, fix_sweeps(table), table, sequential, options)
+    rows = select_near(table, sequential)
     if len(rows) > 1 or sequential < near_limit(table, sequential):
         rows = [_time_again(problem, row, options) for row in rows]
-    return fastest(rows, sequential), state.add_race(rows, time.perf_counter() - started)
+    return find_fastest(rows, sequential), state.add_race(rows, time.perf_counter() - started)
 
 
 def time_solve(problem: Problem, solver: Solver, options: SolveOptions) -> TimedSolve:
@@ -208,19 +208,19 @@ def near_limit(table: Iterable[TimedSolve], sequential: float) -> float:
     return _NEAR_FACTOR * min([sequential, *(row.seconds for row in table)])
 
 
-def near_best(table: Sequence[TimedSolve], sequential: float) -> list[TimedSolve]:
+def select_near(table: Sequence[TimedSolve], sequential: float) -> list[TimedSolve]:
     """Returns the solvers that are near the best."""
     return [row for row in table if row.seconds <= near_limit(table, sequential)]
 
 
-def fastest(table: Iterable[TimedSolve], sequential: float) -> TimedSolve | None:
+def find_fastest(table: Iterable[TimedSolve], sequential: float) -> TimedSolve | None:
     """Returns the fastest solver; `None` if none is faster than the exact loop."""
     faster = [row for row in table if row.seconds < sequential]
     return min(faster, key=lambda row: row.seconds, default=None)
 
 
-def rivals(others: Sequence[Solver], table: Sequence[TimedSolve], state: RaceState) -> Sequence[Solver]:
-    """Returns the solvers to time after the leader of the last race, whose solve is all of `table` if it ended.
+def select_rivals(others: Sequence[Solver], table: Sequence[TimedSolve], state: RaceState) -> Sequence[Solver]:
+    """Returns the solvers to time after the leader of the last race, whose row `table` has unless it was too slow.
 
     If the leader takes its time again, these are the solvers that came near it. After the time limit there are none.
     """
@@ -232,7 +232,7 @@ def rivals(others: Sequence[Solver], table: Sequence[TimedSolve], state: RaceSta
     return [solver for solver in others if solver_key(solver) in state.last] if is_repeated else others
 
 
-def fixed_sweeps(table: Iterable[TimedSolve]) -> list[Solver]:
+def fix_sweeps(table: Iterable[TimedSolve]) -> list[Solver]:
     """Returns solvers of all tokens at once that make a fixed number of sweeps: as many as the slowest sample took.
 
     The last sweep is left out, since it only confirms that the samples converged.
