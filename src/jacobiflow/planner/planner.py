@@ -10,7 +10,6 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
 from jacobiflow.blocks.base import FlowBlock
 from jacobiflow.blocks.context import Context
@@ -96,14 +95,7 @@ def plan(
 
 
 class _Draft(NamedTuple):
-    """A plan in the making: a solver per block, and what is known of a batch.
-
-    Attributes:
-        solvers: In encoding order.
-        seconds: Seconds for a batch.
-        spread: The largest share by which timings of the same thing differed.
-        error: The largest error of an image.
-    """
+    """A plan in the making: a solver per block, the seconds of a batch, the spread of timings, the error of images."""
 
     solvers: tuple[Solver, ...]
     seconds: float
@@ -122,13 +114,12 @@ def make_plan(
             tuning = None
     if precision(flow) in _ROUNDED_DTYPES or torch.is_autocast_enabled(flow.var.device.type):
         tolerance = max(tolerance, _ROUNDING_MARGIN * rounding_floor(flow))
-    options = SolveOptions(tolerance, batch_size=batch_size)
     timings = _time_blocks(flow, batch_size, bf16)
     sequential_seconds = sum(each.sequential for each in timings)
     draft = _Draft((SEQUENTIAL,) * len(timings), sequential_seconds, max(each.spread for each in timings))
     if any(each.can_iterate for each in timings):
-        raced = _race_blocks(flow, tuning, timings, options, progress)
-        draft = _verify(flow, raced, timings, options, progress) or draft._replace(spread=raced.spread)
+        raced = _race_blocks(flow, tuning, timings, batch_size, tolerance, progress)
+        draft = _verify(flow, raced, timings, batch_size, tolerance, progress) or draft._replace(spread=raced.spread)
     prediction = Prediction(
         device=device_name(flow.var.device),
         batch_size=batch_size,
@@ -169,7 +160,7 @@ def rounding_floor(flow: Flow) -> float:
         sweeps = Solver(stopping=Tolerance(floor))
         other_x = attempt(_block_problem(flow, i, swept, context), sweeps, UNCERTIFIED).x
         exact, swept = (flow.blocks[i].permutation.inverse(tokens) for tokens in (x, other_x))
-    return max(floor, float(_or_zero(exact - swept).abs().max()))
+    return max(floor, float((exact - swept).nan_to_num(0.0, 0.0, 0.0).abs().max()))
 
 
 def _time_blocks(flow: Flow, batch_size: int, bf16: bool) -> list[BlockTimings]:
@@ -183,12 +174,11 @@ def _time_blocks(flow: Flow, batch_size: int, bf16: bool) -> list[BlockTimings]:
 
 
 def _race_blocks(
-    flow: Flow, tuning: Tuning | None, timings: Sequence[BlockTimings], options: SolveOptions,
+    flow: Flow, tuning: Tuning | None, timings: Sequence[BlockTimings], batch_size: int, tolerance: float,
     progress: Progress | None,
 ) -> _Draft:  # fmt: skip
     """The fastest solver of each block. Blocks of one shape share the time limit of their races."""
-    batch_size, tolerance = options.batch_size, options.tolerance
-    assert batch_size is not None and tolerance is not None
+    options = SolveOptions(tolerance, batch_size=batch_size)
     # A tuning has not seen these latents, and `sample` does not draw them.
     x, context = _latents(flow, NUM_SAMPLES, max(batch_size, _MIN_RACED))
     solvers, seconds = [SEQUENTIAL] * len(timings), 0.0
@@ -209,17 +199,17 @@ def _race_blocks(
             are_over = all(state.is_over for state in states.values())
             answer = problem.z if are_over else attempt(problem, SEQUENTIAL, replace(options, certify=False)).x
         x = flow.blocks[i].permutation.inverse(answer)
-        _report(progress, i, len(timings), "timing solvers")
+        if progress is not None:
+            progress(len(timings) - i, len(timings), "timing solvers")
     spread = max([*(each.spread for each in timings), *(state.spread for state in states.values())])
     return _Draft(tuple(solvers), seconds, spread)
 
 
 def _verify(
-    flow: Flow, draft: _Draft, timings: Sequence[BlockTimings], options: SolveOptions, progress: Progress | None
-) -> _Draft | None:
+    flow: Flow, draft: _Draft, timings: Sequence[BlockTimings], batch_size: int, tolerance: float,
+    progress: Progress | None,
+) -> _Draft | None:  # fmt: skip
     """The draft, tightened until samples are within the tolerance, with its error; `None` if it is then too slow."""
-    batch_size, tolerance = options.batch_size, options.tolerance
-    assert batch_size is not None and tolerance is not None
     limits = [each.sequential for each in timings]
     max_seconds, num = _MAX_TIME_SHARE * sum(limits), min(batch_size, _NUM_VERIFIED)
     if draft.seconds > max_seconds:
@@ -231,7 +221,7 @@ def _verify(
     closer = [replace(solver, stopping=stopping, bf16_sweeps=0) for solver in draft.solvers]
     exact, _ = _solve_blocks(flow, closer, *few, UNCERTIFIED, progress, limits)
     for _ in range(_NUM_TRIALS):
-        run = partial(_solve_blocks, flow, draft.solvers, tokens, context, options, progress)
+        run = partial(_solve_blocks, flow, draft.solvers, tokens, context, SolveOptions(tolerance), progress)
         seconds, (x, solutions) = timed(run, tokens.device)
         if num == batch_size:  # A slow run may come from a busy machine, and is timed again.
             draft = draft._replace(seconds=seconds if seconds <= max_seconds else timed(run, tokens.device)[0])
@@ -240,7 +230,7 @@ def _verify(
             return None
         if draft.error <= tolerance:
             return draft
-        draft = draft._replace(solvers=_tighten(draft.solvers, solutions, _SAFETY_FACTOR * tolerance / draft.error))
+        draft = draft._replace(solvers=tighten(draft.solvers, solutions, _SAFETY_FACTOR * tolerance / draft.error))
     return None
 
 
@@ -258,7 +248,8 @@ def _solve_blocks(
             solution = solve_to_tolerance(problem, SEQUENTIAL, options)
         solutions.insert(0, solution)
         x = flow.blocks[i].permutation.inverse(solution.x)
-        _report(progress, i, len(solvers), "verifying")
+        if progress is not None:
+            progress(len(solvers) - i, len(solvers), "verifying")
     return x, solutions
 
 
@@ -268,8 +259,11 @@ def _max_error(x: Tokens, exact: Tokens) -> float:
     return max(difference.tolist(), default=math.inf)
 
 
-def _tighten(solvers: Sequence[Solver], solutions: Sequence[Solution], factor: float) -> tuple[Solver, ...]:
-    """The solvers with a share of their tolerance, or more sweeps; the worst of rounded weights by the exact loop."""
+def tighten(solvers: Sequence[Solver], solutions: Sequence[Solution], factor: float) -> tuple[Solver, ...]:
+    """Returns solvers that come nearer: to `factor` times their tolerance, or with a sweep more per power of ten.
+
+    Of the blocks with rounded weights, the one with the largest residual is solved by the exact loop.
+    """
     rounded = [i for i, solver in enumerate(solvers) if solver.int16_weights]
     worst = max(rounded, key=lambda i: float(solutions[i].residual.max()), default=None)
     return tuple(SEQUENTIAL if i == worst else _tighten_one(solver, factor) for i, solver in enumerate(solvers))
@@ -284,8 +278,9 @@ def _tighten_one(solver: Solver, factor: float) -> Solver:
 
 
 def _block_problem(flow: Flow, i: int, x: Tokens, context: Context) -> Problem:
-    """The problem of block i at tokens in the order of the data."""
-    return Problem(guided(flow.blocks[i], flow.guidance), _or_zero(flow.blocks[i].permutation(x)), context)
+    """The problem of block i at tokens in the order of the data. Values that overflowed go on as zeros."""
+    z = flow.blocks[i].permutation(x).nan_to_num(0.0, 0.0, 0.0)
+    return Problem(guided(flow.blocks[i], flow.guidance), z, context)
 
 
 def _latents(flow: Flow, first: int, num: int) -> tuple[Tokens, Context]:
@@ -295,16 +290,6 @@ def _latents(flow: Flow, first: int, num: int) -> tuple[Tokens, Context]:
     return flow.prior_tokens(latents), flow.example_context(num).to(flow.var.device)
 
 
-def _or_zero(x: Tensor) -> Tensor:
-    """Zeros in place of values that overflowed, so that a plan can go on."""
-    return torch.where(x.isfinite(), x, torch.zeros_like(x))
-
-
 def _shape(block: FlowBlock) -> Hashable:
     """The shapes of the parameters: blocks that share them take the same time."""
     return tuple(parameter.shape for parameter in block.parameters())
-
-
-def _report(progress: Progress | None, block: int, num_blocks: int, what: str) -> None:
-    if progress is not None:
-        progress(num_blocks - block, num_blocks, what)
