@@ -197,7 +197,7 @@ def test_bfloat16_is_tried_if_it_can_pay(monkeypatch: pytest.MonkeyPatch) -> Non
         assert math.isfinite(time_block(Problem(block, Z[:4], CONTEXT[:4])).bf16_evaluation) == pays
 
 
-@jf.register("quarters")
+@jf.register_piece("quarters")
 @dataclass(frozen=True)
 class Quarters(jf.Partition):
     """A partition of a reader's own, with candidates."""

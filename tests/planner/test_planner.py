@@ -68,7 +68,7 @@ def test_a_plan_is_within_the_tolerance_and_faster_than_others(
 def test_a_flow_of_one_token_has_a_plan(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also if the exact loop is timed as slow, so that sweeps are tried."""
     seconds = chain([10.0], repeat(1.0))
-    monkeypatch.setattr("jacobiflow.planner.benchmark._time_calls", lambda run, *_: (run(), [next(seconds)])[1])
+    monkeypatch.setattr("jacobiflow.planner.benchmark._time_repeatedly", lambda run, *_: (run(), [next(seconds)])[1])
     flow = jf.TarFlow(jf.TokenConfig(1, 2, channels=8, num_blocks=2, layers_per_block=1, head_dim=4))
     assert jf.plan(flow, batch_size=3).check(flow) is None
     assert jf.sample(flow, 3, strategy="auto").outcome.has_shortfall is False
@@ -177,7 +177,7 @@ def test_a_plan_that_is_no_faster_when_verified_is_the_exact_loop(monkeypatch: p
     for batch_size, shares, share in cases:
         rest = iter(shares)
         Winners(monkeypatch, *[(jf.Solver(), loop / 8)] * 2)
-        monkeypatch.setattr(planner, "timed", lambda run, device, rest=rest: (next(rest) * loop, run()))
+        monkeypatch.setattr(planner, "time_call", lambda run, device, rest=rest: (next(rest) * loop, run()))
         plan = jf.plan(flow, batch_size=batch_size, tolerance=1e-2)
         assert is_loop(*plan.solvers) == (share is None)
         assert plan.prediction is not None

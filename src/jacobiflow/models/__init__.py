@@ -7,7 +7,7 @@ from jacobiflow.blocks.base import FlowBlock
 from jacobiflow.blocks.context import Context
 from jacobiflow.blocks.permutation import Permutation
 from jacobiflow.models.config import FlowConfig
-from jacobiflow.models.flow import Flow, register
+from jacobiflow.models.flow import Flow, register_flow
 from jacobiflow.models.maf import MAF
 from jacobiflow.models.prose import Prose
 from jacobiflow.models.starflow import STARFlow
@@ -24,6 +24,6 @@ __all__ = [
     "Prose",
     "STARFlow",
     "TarFlow",
-    "register",
+    "register_flow",
     "t5_encoder",
 ]  # fmt: skip

@@ -67,7 +67,7 @@ class Flow(nn.Module):
 
     By default its data are the tokens. A flow over images also defines `to_tokens`, `from_tokens`, `tokens_log_det` if
     these change volumes, and `config_from_options`; its config has `in_channels` and `image_size`. A flow is registered
-    by `jacobiflow.models.register`.
+    by `jacobiflow.models.register_flow`.
 
     Attributes:
         model_type: Its name in model folders and on the command line.
@@ -365,7 +365,7 @@ def check_flow(flow: Any) -> None:
 
 def check_rate(flow: Flow, rate: float, name: str = "denoise") -> float:
     """Returns the rate as a Python number; raises ValueError, naming it `name`, if the flow has no noise to remove."""
-    rate = check_number(name, rate, give="0 (off) or a positive rate")
+    rate = check_number(name, rate, expected="0 (off) or a positive rate")
     if rate and not flow.config.noise_std:
         raise InputValueError(f"{name}={rate}: this flow's noise_std is 0, there is no noise to remove; give 0")
     return rate
@@ -389,11 +389,11 @@ FLOWS: dict[str, type[Flow]] = {}
 """The registered flows by their names."""
 
 
-def register(flow: FlowType) -> FlowType:
+def register_flow(flow: FlowType) -> FlowType:
     """Registers a subclass of `Flow` under its `model_type`; a class decorator.
 
     Example:
-        >>> @register
+        >>> @register_flow
         ... class Wide(jf.MAF):
         ...     model_type = "wide-maf"
     """
@@ -424,7 +424,7 @@ def load(name: str | Path, device: str | torch.device = "cpu", dtype: torch.dtyp
         ('TarFlow', 64)
     """
     check_path("name", name)
-    device, dtype = check_device(device, here=True), check_dtype(dtype)
+    device, dtype = check_device(device, must_exist=True), check_dtype(dtype)
     folder = ModelFolder.open(name)
     if folder.model_type not in FLOWS:
         raise CheckpointError(

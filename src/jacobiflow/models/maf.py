@@ -22,11 +22,11 @@ from jacobiflow.blocks.permutation import Permutation
 from jacobiflow.blocks.tokens import Tokens
 from jacobiflow.errors import InputValueError
 from jacobiflow.models.config import MAFConfig, embed_classes
-from jacobiflow.models.flow import Flow, Images, register
+from jacobiflow.models.flow import Flow, Images, register_flow
 from jacobiflow.native import usable_library
 from jacobiflow.native.boundary import Activation, Operation, OperationKind, TransformKind, UnsupportedError
 from jacobiflow.native.chain import TransformChain
-from jacobiflow.native.masked import MaskedOperation, masked_transform
+from jacobiflow.native.masked import MaskedOperation, Steps, masked_transform
 
 _CONSTANT = 1e-3  # an entry whose standard deviation over the first batch is below it keeps its scale
 
@@ -251,7 +251,7 @@ def _chain(shapes: tuple[torch.Size, ...], layers: int, has_classes: bool, is_gu
         for layer in range(layers):
             is_hidden, has_context = layer + 1 < layers, has_classes and not is_second
             order, bias = (hidden if is_hidden else outputs), (second + layer if is_second else 2 * layer + 1)
-            last = {"function": Activation.RELU, "is_kept": True} if is_hidden else {}
+            last = {"activation": Activation.RELU, "is_kept": True} if is_hidden else {}
             value = add(
                 OperationKind.LINEAR, order, value, weight=2 * layer, bias=bias, **({} if has_context else last)
             )
@@ -267,12 +267,12 @@ def _chain(shapes: tuple[torch.Size, ...], layers: int, has_classes: bool, is_gu
     order, kind = list(range(tokens)), TransformKind.LOG_AFFINE
     classes = shapes[2 * layers][1] if has_classes else 0
     transform = masked_transform(
-        [*order, tokens], order, operations, (order, order), shapes, parameters=2, own_context=classes, kind=kind
+        Steps(order, [*order, tokens], (order, order)), operations, shapes, parameters=2, own_context=classes, kind=kind
     )
     return TransformChain([(transform, False)])
 
 
-@register
+@register_flow
 class MAF(Flow):
     """Stack of masked affine blocks over the logits of an image's pixels, alternately in raster and in reverse order.
 

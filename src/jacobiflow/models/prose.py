@@ -20,7 +20,7 @@ from jacobiflow.errors import InputTypeError, InputValueError
 from jacobiflow.models.checkpoints.folder import build
 from jacobiflow.models.checkpoints.original import count_groups, read_original, shape_of
 from jacobiflow.models.config import check_heads, check_sizes
-from jacobiflow.models.flow import Flow, register
+from jacobiflow.models.flow import Flow, register_flow
 from jacobiflow.models.transformer.attention import Adaptive, Attention, AttentionBlock, LayerWeights
 from jacobiflow.models.transformer.block import TransformerBlock
 from jacobiflow.utils.checks import check_flag, check_kind, format_value
@@ -251,7 +251,7 @@ def sinusoid(numbers: Int[Tensor, " t"], channels: int, period: float) -> Float[
     return torch.stack((angles.sin(), angles.cos()), dim=-1).flatten(-2)
 
 
-@register
+@register_flow
 class Prose(Flow):
     """A flow of the positions of a peptide's atoms (N, T, 3), of any peptide; `for_peptide` gives the view of one.
 

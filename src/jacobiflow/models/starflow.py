@@ -22,7 +22,7 @@ from jacobiflow.errors import CheckpointError, InputTypeError, InputValueError
 from jacobiflow.models.checkpoints.folder import build
 from jacobiflow.models.checkpoints.original import count_groups, read_original, shape_of
 from jacobiflow.models.config import BlockShape, check_heads, check_sizes
-from jacobiflow.models.flow import Flow, register
+from jacobiflow.models.flow import Flow, register_flow
 from jacobiflow.models.latents import FIRST_CALIBRATION_LATENT, draw_latents
 from jacobiflow.models.text_encoder import EncodeText
 from jacobiflow.models.transformer.attention import AttentionBlock, LayerWeights, Rotation
@@ -95,7 +95,7 @@ class STARFlowConfig:
             raise InputValueError(f"head_dim={self.head_dim}: give 20 or a larger multiple of 4")
         check_heads(self.channels, self.head_dim)
         check_positive("soft_clip", self.soft_clip)
-        check_number("noise_std", self.noise_std, give="0 or a positive standard deviation")
+        check_number("noise_std", self.noise_std, expected="0 or a positive standard deviation")
 
     @property
     def num_blocks(self) -> int:
@@ -207,7 +207,7 @@ def _angles(positions: Float[Tensor, " t"], num: int) -> Float[Tensor, "t {num}"
     return positions.unsqueeze(-1) * _PERIOD ** -(torch.arange(num, dtype=torch.float64) / num)
 
 
-@register
+@register_flow
 class STARFlow(Flow):
     """A flow of images with a text: shallow blocks, and a deep one that reads the text and is sampled first.
 

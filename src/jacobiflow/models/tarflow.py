@@ -16,7 +16,7 @@ from jacobiflow.errors import CheckpointError, first_line
 from jacobiflow.models.checkpoints.folder import build, check_values
 from jacobiflow.models.checkpoints.original import infer_config, read_original
 from jacobiflow.models.config import TarFlowConfig, TokenConfig
-from jacobiflow.models.flow import Flow, register
+from jacobiflow.models.flow import Flow, register_flow
 from jacobiflow.models.transformer.block import TarFlowBlock
 from jacobiflow.utils.files import atomic_path
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 
-@register
+@register_flow
 class TarFlow(Flow):
     """Stack of causal affine blocks over tokens, or over the patches of an image.
 

@@ -22,8 +22,8 @@ from jacobiflow.fixed_point.options import SolveOptions
 from jacobiflow.fixed_point.problem import Problem
 from jacobiflow.native import library_name
 from jacobiflow.planner.fit import BlockTuning
-from jacobiflow.utils.serialization import registered
-from jacobiflow.utils.timing import timed
+from jacobiflow.utils.serialization import registered_pieces
+from jacobiflow.utils.timing import time_call
 
 SEQUENTIAL = Solver(Sequential())
 """The exact loop."""
@@ -135,15 +135,15 @@ def time_block(problem: Problem, try_bf16: bool = True) -> BlockTimings:
     library_name()  # Compiles native code first, which would else count.
     block: Any = problem.block
     device = problem.z.device
-    sequential = _time_calls(partial(attempt, problem, SEQUENTIAL, UNCERTIFIED), device)
-    evaluation = _time_calls(partial(problem.residual, problem.z), device)
+    sequential = _time_repeatedly(partial(attempt, problem, SEQUENTIAL, UNCERTIFIED), device)
+    evaluation = _time_repeatedly(partial(problem.residual, problem.z), device)
     spread = max(timing_spread(sequential), timing_spread(evaluation))
     timings = BlockTimings(min(sequential), min(evaluation), spread)
     # Weights of half the bytes save half of the loop at most, and need an evaluation for their certificate.
     if timings.sequential > 2 * timings.evaluation:
         run = partial(block.sequential_inverse, problem.z, problem.context, int16_weights=True)
         if run() is not None:
-            timings = timings._replace(int16_sequential=min(_time_calls(run, device)))
+            timings = timings._replace(int16_sequential=min(_time_repeatedly(run, device)))
     can_pay = timings.sequential > _BF16_SWEEPS * timings.evaluation
     if try_bf16 and can_pay and problem.num_tokens > 1 and supports(block, "has_bf16"):
         share = _bf16_share(problem[:_NUM_BF16_SAMPLES])
@@ -155,7 +155,7 @@ def time_block(problem: Problem, try_bf16: bool = True) -> BlockTimings:
 def _bf16_share(problem: Problem) -> float:
     """The time of a sweep in bfloat16, as a share of that of one in full precision."""
     three, one, none = (
-        min(_time_calls(partial(attempt, problem, solver, UNCERTIFIED), problem.z.device, _SHORT_SECONDS))
+        min(_time_repeatedly(partial(attempt, problem, solver, UNCERTIFIED), problem.z.device, _SHORT_SECONDS))
         for solver in (Solver(stopping=MaxSweeps(1), bf16_sweeps=sweeps) for sweeps in (3, 1, 0))
     )
     return (three - one) / (2 * none)
@@ -164,7 +164,7 @@ def _bf16_share(problem: Problem) -> float:
 def candidates(num_tokens: int, tolerance: float, tuning: BlockTuning | None, timings: BlockTimings) -> list[Solver]:
     """Returns the solvers to time against the exact loop: all tokens at once, and those of every partition."""
     partitions: list[Partition] = [Whole()]
-    for kind in registered(Partition).values():
+    for kind in registered_pieces(Partition).values():
         partitions += [p for p in kind.candidates(num_tokens) if p.stop(0, num_tokens) < num_tokens]
     guess, correction = (Latent(), Plain()) if tuning is None else (tuning.guess, tuning.correction)
     solvers = [Solver(partition, guess, Tolerance(tolerance), correction) for partition in partitions]
@@ -199,7 +199,7 @@ def race(
 
 def time_solve(problem: Problem, solver: Solver, options: SolveOptions) -> TimedSolve:
     """Times a solve with certificates. Raises TimeoutError after the time limit of the options."""
-    seconds, solution = timed(partial(solve_to_tolerance, problem, solver, options), problem.z.device)
+    seconds, solution = time_call(partial(solve_to_tolerance, problem, solver, options), problem.z.device)
     return TimedSolve(solver, (seconds,), solution.x, int(solution.sample_sweeps.max()), float(solution.residual.max()))
 
 
@@ -279,9 +279,11 @@ def _time_again(problem: Problem, row: TimedSolve, options: SolveOptions) -> Tim
     return row._replace(timings=(*row.timings, *others))
 
 
-def _time_calls(run: Callable[[], object], device: torch.device, max_seconds: float = _TIMING_SECONDS) -> list[float]:
+def _time_repeatedly(
+    run: Callable[[], object], device: torch.device, max_seconds: float = _TIMING_SECONDS
+) -> list[float]:
     """Seconds of several calls, or of one if it takes `max_seconds`."""
     seconds: list[float] = []
     while sum(seconds) < max_seconds and len(seconds) < _MAX_TIMINGS:
-        seconds.append(timed(run, device)[0])
+        seconds.append(time_call(run, device)[0])
     return seconds

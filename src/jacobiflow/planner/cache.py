@@ -28,7 +28,7 @@ from jacobiflow.planner.strategy import Strategy
 from jacobiflow.utils.checks import check_count, check_number
 from jacobiflow.utils.files import cache_folder, sha256
 from jacobiflow.utils.progress import Progress
-from jacobiflow.utils.timing import machine
+from jacobiflow.utils.timing import describe_machine
 
 _PACKAGE = Path(__file__).parent.parent
 _MAX_SPREAD = 0.3
@@ -55,7 +55,7 @@ def auto(flow: Flow, batch_size: int, tolerance: float | None = None, progress: 
     """
     check_flow(flow)
     tolerance = DEFAULT_TOLERANCE if tolerance is None else check_number("tolerance", tolerance)
-    batch_size = check_count("batch_size", batch_size, most=MOST_SAMPLES)
+    batch_size = check_count("batch_size", batch_size, maximum=MOST_SAMPLES)
     if tolerance == 0:
         return Strategy.uniform(Solver(Sequential(), stopping=Tolerance(0)), flow.config.num_blocks)
     weights = cached_fingerprint(flow)
@@ -93,7 +93,7 @@ def _load_or_make(flow: Flow, weights: str, batch_size: int, tolerance: float, p
     batch_size = batch_size if exceeds_memory(flow, power_of_two) else power_of_two
     tuning = find_tuning(flow)
     conditions = (
-        weights, batch_size, tolerance, *_environment(flow), machine(flow.var.device), _code(),
+        weights, batch_size, tolerance, *_environment(flow), describe_machine(flow.var.device), _code(),
         None if tuning is None else sha256(tuning),
     )  # fmt: skip
     folder = cache_folder()

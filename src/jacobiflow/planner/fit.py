@@ -12,7 +12,7 @@ import torch
 from jacobiflow.blocks.context import Context
 from jacobiflow.blocks.guidance import Guidance
 from jacobiflow.blocks.tokens import Tokens
-from jacobiflow.calibration.report import find_file
+from jacobiflow.calibration.report import find_file_by_guidance
 from jacobiflow.calibration.statistics import exact_solutions
 from jacobiflow.errors import InputValueError
 from jacobiflow.fixed_point import Correction, Guess, Plain, Solver, Whole
@@ -40,7 +40,7 @@ class BlockTuning:
 
 
 @dataclass(frozen=True)
-class Tuning(serialization.Document):
+class Tuning(serialization.JsonDocument):
     """A guess and a correction for each block of a flow, fitted by `jacobiflow.tune`.
 
     Attributes:
@@ -106,7 +106,7 @@ def tune(
     """
     check_flow(flow)
     samples = check_count("samples", samples, 2, MOST_SAMPLES)
-    batch_size, seed = check_count("batch_size", batch_size, most=MOST_SAMPLES), check_seed(seed)
+    batch_size, seed = check_count("batch_size", batch_size, maximum=MOST_SAMPLES), check_seed(seed)
     config, blocks = flow.config, flow.inverse_blocks
     latents = draw_latents(samples, config.num_tokens, config.token_channels, seed, FIRST_CALIBRATION_LATENT)
     solutions = exact_solutions(flow, latents, _context(flow, labels, context, samples), batch_size, progress)
@@ -130,7 +130,7 @@ def find_tuning(flow: Flow) -> Path | None:
         >>> jf.find_tuning(jf.load("digits-p1")).name
         'tuning.json'
     """
-    return find_file(flow, "tuning", lambda file: Tuning.load(file).guidance)
+    return find_file_by_guidance(flow, "tuning", lambda file: Tuning.load(file).guidance)
 
 
 def _context(flow: Flow, labels: Labels | None, context: ContextLike | None, samples: int) -> Context:
@@ -153,9 +153,9 @@ def _fit(problem: Problem, x: Tokens, batch_size: int) -> BlockTuning:
     def sweeps(guess: Guess, correction: Correction) -> int:
         return int(attempt(problem, Solver(Whole(), guess, correction=correction), options).sample_sweeps.sum())
 
-    kinds = serialization.registered(Guess).values()
+    kinds = serialization.registered_pieces(Guess).values()
     guesses = [fitted for kind in kinds if (fitted := kind.fit(x, problem.z)) is not None]
     guess = guesses[0] if len(guesses) == 1 else min(guesses, key=lambda guess: sweeps(guess, Plain()))
-    fits = [kind.fit(problem, x, guess) for kind in serialization.registered(Correction).values()]
+    fits = [kind.fit(problem, x, guess) for kind in serialization.registered_pieces(Correction).values()]
     corrections: Sequence[Correction] = [Plain(), *(fitted for fitted in fits if fitted is not None)]
     return BlockTuning(guess, min(corrections, key=lambda correction: sweeps(guess, correction)))

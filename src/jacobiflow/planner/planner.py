@@ -28,7 +28,7 @@ from jacobiflow.planner.fit import NUM_SAMPLES, Tuning, find_tuning
 from jacobiflow.planner.strategy import Prediction, Strategy, device_name
 from jacobiflow.utils.checks import check_count, check_flag, check_kind, check_positive
 from jacobiflow.utils.progress import Progress
-from jacobiflow.utils.timing import timed
+from jacobiflow.utils.timing import time_call
 
 _MIN_RACED = 2
 """The least number of samples in a race: one sample may need twice as many sweeps as another."""
@@ -84,7 +84,7 @@ def plan(
     """
     check_flow(flow)
     check_kind("tuning", tuning, Tuning | None, "a Tuning, as tune returns, or None")
-    batch_size = check_count("batch_size", batch_size, most=MOST_SAMPLES)
+    batch_size = check_count("batch_size", batch_size, maximum=MOST_SAMPLES)
     tolerance = check_positive("tolerance", tolerance, "a positive number; at 0 use strategy 'sequential'")
     check_flag("bf16", bf16)
     if tuning is not None:
@@ -222,9 +222,11 @@ def _verify(
     exact, _ = _solve_blocks(flow, closer, *few, UNCERTIFIED, progress, limits)
     for _ in range(_NUM_TRIALS):
         run = partial(_solve_blocks, flow, draft.solvers, tokens, context, SolveOptions(tolerance), progress)
-        seconds, (x, solutions) = timed(run, tokens.device)
-        if num == batch_size:  # A slow run may come from a busy machine, and is timed again.
-            draft = draft._replace(seconds=seconds if seconds <= max_seconds else timed(run, tokens.device)[0])
+        seconds, (x, solutions) = time_call(run, tokens.device)
+        if num == batch_size:
+            if seconds > max_seconds:  # The machine may have been busy.
+                seconds, _ = time_call(run, tokens.device)
+            draft = draft._replace(seconds=seconds)
         draft = draft._replace(error=_max_error(x[: len(exact)], exact))
         if draft.seconds > max_seconds or math.isinf(draft.error):
             return None

@@ -47,7 +47,7 @@ class Prediction:
 
 
 @dataclass(frozen=True)
-class Strategy(serialization.Document):
+class Strategy(serialization.JsonDocument):
     """One `Solver` per block, in encoding order. Strategies are equal if their solvers and their tolerance are.
 
     Attributes:
@@ -79,7 +79,7 @@ class Strategy(serialization.Document):
     @classmethod
     def uniform(cls, solver: Solver, num_blocks: int) -> Strategy:
         """Returns the strategy that solves every block by the same solver."""
-        return cls((solver,) * check_count("num_blocks", num_blocks, most=_MAX_BLOCKS))
+        return cls((solver,) * check_count("num_blocks", num_blocks, maximum=_MAX_BLOCKS))
 
     @classmethod
     def parse(
@@ -121,8 +121,8 @@ class Strategy(serialization.Document):
             raise InputValueError(
                 f"strategy {format_value(text)}: give a report, or num_blocks and num_tokens of the flow"
             )
-        blocks = check_count("num_blocks", num_blocks, most=_MAX_BLOCKS)
-        tokens = check_count("num_tokens", num_tokens, most=_MAX_TOKENS)
+        blocks = check_count("num_blocks", num_blocks, maximum=_MAX_BLOCKS)
+        tokens = check_count("num_tokens", num_tokens, maximum=_MAX_TOKENS)
         return cls(notation.parse(text, [Latent()] * blocks, tokens, tolerance))
 
     @classmethod
