@@ -18,7 +18,7 @@ def choose(
     flow: Flow, strategy: str | Path | Strategy, batch_size: int, *, tolerance: float | None = None,
     report: CalibrationReport | None = None, progress: Progress | None = None,
 ) -> Strategy:  # fmt: skip
-    """Returns the `Strategy` to solve batches of a size with.
+    """Returns the `Strategy` for batches of a size.
 
     Args:
         flow: The model.
@@ -27,7 +27,7 @@ def choose(
         batch_size: Number of samples.
         tolerance: Replaces every tolerance of the strategy. By default a `Strategy` or a file keeps its own, and a name
             gets 1e-3.
-        report: Of `jacobiflow.calibrate`: names in the paper's notation take their guesses from it.
+        report: A report of `jacobiflow.calibrate`, from which names take their guesses.
         progress: Is called while "auto" makes a plan.
 
     Raises:

@@ -119,9 +119,9 @@ def tune(
 
 
 def find_tuning(flow: Flow) -> Path | None:
-    """Finds the tuning, tuning.json or tuning-*.json in the flow's model folder, of its guidance.
+    """Returns the file of a tuning in the flow's model folder, tuning.json or tuning-*.json; `None` if it has none.
 
-    Without one of this guidance it is that of another, tuning.json first; without any it is `None`.
+    A tuning of the flow's guidance comes first, then tuning.json.
 
     Raises:
         ValueError: If a tuning is broken.

@@ -104,7 +104,7 @@ class Strategy(serialization.JsonDocument):
                 is `Latent`.
             num_blocks: L; needed without a report.
             num_tokens: T; needed without a report.
-            tolerance: Of solvers that stop on one.
+            tolerance: The tolerance of solvers that stop on one.
 
         Example:
             >>> strategy = jf.Strategy.parse("[1-4-9-6]", num_blocks=2, num_tokens=64)
