@@ -17,8 +17,7 @@ import jacobiflow as jf
 from examples.extending.recurrent_flow import RecurrentFlow
 from jacobiflow.models import Flow, register
 from jacobiflow.models.config import check_sizes
-from jacobiflow.models.flow import FLOWS as REGISTERED
-from jacobiflow.models.flow import state_dtype
+from jacobiflow.models.registry import FLOWS as REGISTERED
 from tests.helpers.oracle import MAFOracle, Oracle, StarOracle
 from tests.helpers.problems import latents, make_flow, make_maf, make_star, texts
 
@@ -77,7 +76,7 @@ def test_encoding_is_the_oracle_s_with_the_determinant_of_the_dense_jacobian_and
 def test_a_network_in_bfloat16_keeps_tokens_in_float32(name: str) -> None:
     wide = FLOWS[name]()
     low = copy.deepcopy(wide).bfloat16()
-    assert (state_dtype(wide), state_dtype(low)) == (torch.float64, torch.float32)
+    assert (wide.state_dtype, low.state_dtype) == (torch.float64, torch.float32)
     images, labels = images_of(wide), labels_of(wide)
     wide.load_state_dict(low.state_dict())  # the rounded weights
     for batch in (images.float(), images.bfloat16()):

@@ -27,9 +27,9 @@ from jacobiflow.calibration.statistics import (
 from jacobiflow.errors import InputTypeError, InputValueError
 from jacobiflow.fixed_point import Segments
 from jacobiflow.models.checkpoints.fingerprint import fingerprint
-from jacobiflow.models.config import ContextLike, Labels
-from jacobiflow.models.flow import Flow, check_flow, precision
-from jacobiflow.models.latents import FIRST_CALIBRATION_LATENT, MOST_SAMPLES, draw_latents
+from jacobiflow.models.flow import Flow, check_flow
+from jacobiflow.models.labels import ContextLike, Labels
+from jacobiflow.models.latents import FIRST_CALIBRATION_LATENT, MAX_SAMPLES, draw_latents
 from jacobiflow.utils import serialization
 from jacobiflow.utils.checks import check_choice, check_count, check_flag, check_path, check_seed
 from jacobiflow.utils.files import LOCK, MANIFEST, output_directory, read_object, remove_partials, write_json
@@ -91,8 +91,8 @@ def calibrate(
     """
     check_flow(flow)
     norm = check_choice("norm", norm, NORMS)
-    traced = check_count("traced", traced, most=MOST_SAMPLES)
-    batch_size = check_count("batch_size", batch_size, most=MOST_SAMPLES)
+    traced = check_count("traced", traced, most=MAX_SAMPLES)
+    batch_size = check_count("batch_size", batch_size, most=MAX_SAMPLES)
     segments, seed = check_count("segments", segments), check_seed(seed)
     Segments(segments).check(flow.config.num_tokens)
     check_flag("per_class", per_class)
@@ -253,6 +253,6 @@ def _key(passes: CalibrationStatistics, settings: Settings, classes: Sequence[in
         digest.update(passes.read(rows).cpu().numpy().tobytes())
     if passes.context.values is not None:
         digest.update(passes.context.values.cpu().numpy().tobytes())
-    others = (fingerprint(passes.flow), precision(passes.flow), settings, classes, passes.batch_size)
+    others = (fingerprint(passes.flow), passes.flow.precision, settings, classes, passes.batch_size)
     digest.update(repr(others).encode())
     return digest.hexdigest()

@@ -19,7 +19,7 @@ from jacobiflow.calibration.metrics import NORMS, Components, Metrics, Norm, mat
 from jacobiflow.calibration.report import GUESS_NAMES, named_guesses
 from jacobiflow.errors import InputValueError
 from jacobiflow.fixed_point import MeanAffine, Sequential, Solver, solve
-from jacobiflow.models.flow import Flow, Step, state_dtype
+from jacobiflow.models.flow import Flow, Step
 from jacobiflow.utils.checks import check_finite
 from jacobiflow.utils.progress import Progress
 
@@ -201,7 +201,7 @@ class CalibrationStatistics:
         """Tokens in raster order and the context of the images at `index`, on the flow's device."""
         parts = index.split(self.batch_size)
         for i, part in enumerate(parts):
-            tokens = self.flow.to_tokens(self.read(part).to(self.flow.var.device, state_dtype(self.flow)))
+            tokens = self.flow.to_tokens(self.read(part).to(self.flow.var.device, self.flow.state_dtype))
             yield tokens, self.context_at(part)
             if self.progress is not None:
                 self.progress(i + 1, len(parts), what)

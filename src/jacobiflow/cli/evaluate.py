@@ -153,7 +153,6 @@ def _digest(
 ) -> str:  # fmt: skip
     """Returns what identifies the inputs of the scores: a digest of options, weights, samples, images and files."""
     from jacobiflow.models.checkpoints.fingerprint import cached_fingerprint
-    from jacobiflow.models.flow import precision
     from jacobiflow.utils import files
 
     settings = [
@@ -161,7 +160,7 @@ def _digest(
         *options,
         cached_fingerprint(flow),
         repr(flow.config),
-        precision(flow),
+        flow.precision,
         flow.var.device.type,
     ]
     manifest = None if folder is None else folder.path / files.MANIFEST

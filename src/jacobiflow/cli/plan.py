@@ -42,14 +42,14 @@ def plan(
 
     Example: jacobiflow plan --model fashion-p2 --batch-size 4 --out out/plan.json
     """
-    from jacobiflow.models.memory import batch_bytes, fitting_batch
+    from jacobiflow.models.memory import batch_bytes, find_batch_size
 
     shared.check_output("--out", out, model, outputs=shared.tunings_beside(out) if tune else ())
     if out.suffix != ".json":
         raise InputValueError(f"--out {out}: give a file that ends in .json")
     size = shared.parse_batch_size(batch_size)
     flow, origin = shared.guide(shared.load_model(model, device, dtype), guidance, plain, has_context=True)
-    size = size or fitting_batch(flow, _MOST)
+    size = size or find_batch_size(flow, _MOST)
     tuning = _tune(flow, model, out) if tune else jf.find_tuning(flow)
     strategy = jf.plan(flow, None if tuning is None else jf.Tuning.load(tuning), size, tolerance)
     prediction = strategy.prediction

@@ -139,12 +139,12 @@ def sample(
 
 def _auto_batch_size(flow: Flow, num: int, earlier: Path | None) -> int:
     """The batch size of the samples in a folder, if it has some, or else the largest that fits."""
-    from jacobiflow.models.memory import fitting_batch
+    from jacobiflow.models.memory import find_batch_size
     from jacobiflow.utils.files import MANIFEST
 
     if earlier is not None and (earlier / MANIFEST).exists():
         return jf.SampleFolder.open(earlier).manifest.batch_size
-    return fitting_batch(flow, min(num, shared.MOST_AT_ONCE))
+    return find_batch_size(flow, min(num, shared.MOST_AT_ONCE))
 
 
 def _announced(progress: Progress, out: Path, num_processes: int) -> Progress:

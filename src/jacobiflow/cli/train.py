@@ -63,7 +63,8 @@ def train(
 
     from jacobiflow import plots, training
     from jacobiflow.data import Augmentation, load_images
-    from jacobiflow.models.flow import FLOWS, Flow
+    from jacobiflow.models.flow import Flow
+    from jacobiflow.models.registry import FLOWS
     from jacobiflow.utils import timing
     from jacobiflow.utils.checks import check_device
 

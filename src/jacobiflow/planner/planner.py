@@ -18,8 +18,8 @@ from jacobiflow.blocks.context import Context
 from jacobiflow.fixed_point import MaxSweeps, Sequential, Solver, Tolerance, certify, solve, solve_certified
 from jacobiflow.fixed_point.options import DEFAULT_TOLERANCE
 from jacobiflow.models.checkpoints.fingerprint import fingerprint
-from jacobiflow.models.flow import Flow, check_flow, precision
-from jacobiflow.models.latents import FIRST_CALIBRATION_LATENT, MOST_SAMPLES, draw_latents
+from jacobiflow.models.flow import Flow, check_flow
+from jacobiflow.models.latents import FIRST_CALIBRATION_LATENT, MAX_SAMPLES, draw_latents
 from jacobiflow.planner.benchmark import Exact, Race, candidates, time_exact
 from jacobiflow.planner.fit import SAMPLES, Tuning, find_tuning
 from jacobiflow.planner.strategy import Prediction, Strategy, device_name
@@ -72,7 +72,7 @@ def plan(
     """
     check_flow(flow)
     check_kind("tuning", tuning, Tuning | None, "a Tuning, as tune returns, or None")
-    batch_size = check_count("batch_size", batch_size, most=MOST_SAMPLES)
+    batch_size = check_count("batch_size", batch_size, most=MAX_SAMPLES)
     tolerance = check_positive("tolerance", tolerance, "a positive number; at 0 use strategy 'sequential'")
     check_flag("bf16", bf16)
     if tuning is not None:
@@ -92,7 +92,7 @@ def make_plan(
         if tuning.fingerprint != fingerprint(flow):
             warnings.warn("the tuning in the flow's folder is of other weights, and is not used", stacklevel=3)
             tuning = None
-    if precision(flow) in _COARSE or torch.is_autocast_enabled(flow.var.device.type):
+    if flow.precision in _COARSE or torch.is_autocast_enabled(flow.var.device.type):
         tolerance = max(tolerance, _ROUNDING_MARGIN * rounding_floor(flow))
     return _Planner(flow, tuning, batch_size, tolerance, bf16, progress).plan()
 
