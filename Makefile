@@ -88,7 +88,7 @@ calibration: $(CALIBRATED) $(RECOMMENDED)
 	$(RENDER)
 
 $(RECOMMENDED): recommended-%: setup
-	$(CALIBRATE) $(GUIDED_$*) --num 256 --traced 8 --out $(BUNDLED)/report-guided.json
+	$(CALIBRATE) $(GUIDED_$*) --num 256 --convergence-samples 8 --out $(BUNDLED)/report-guided.json
 	$(TUNE) --model $(BUNDLED) $(GUIDED_$*)
 
 $(CALIBRATED): calibration-%: setup

@@ -14,14 +14,14 @@ from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
 
 class NativeLibraryHook(BuildHookInterface[Any]):
-    """Compiles for a wheel; an editable install, and a wheel made without a compiler, leave it to the first use."""
+    """Compiles the library for a wheel. Without a compiler, or in an editable install, the first use compiles it."""
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
-        """Add the compiled files to the wheel, which is then one for this system alone."""
+        """Adds the compiled files to the wheel, which then installs on this system only."""
         if version == "editable" or platform.system() not in ("Linux", "Darwin"):
             return
         compiler = runpy.run_path(str(Path(self.root, "src/jacobiflow/native/compiler.py")))
-        self.folder = TemporaryDirectory()  # until the hook is gone, after the wheel was written
+        self.folder = TemporaryDirectory()  # exists until the wheel is written
         try:
             paths = compiler["compile_targets"](Path(self.folder.name))
         except (OSError, subprocess.SubprocessError) as error:

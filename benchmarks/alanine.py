@@ -26,7 +26,7 @@ from examples.molecule import PHI, PSI, torsion
 from jacobiflow.models.flow import Flow
 from jacobiflow.models.latents import draw_latents, log_normal
 from jacobiflow.plots import save_png
-from jacobiflow.plots.style import clear, new_figure, styled
+from jacobiflow.plots.style import new_figure, simplify_axes, use_style
 
 BINS, RANGE = 36, (-np.pi, np.pi)
 MOST = 100_000  # proposals, whose maps are drawn
@@ -150,7 +150,7 @@ def _row(
     }
 
 
-@styled
+@use_style
 def figure() -> Any:
     """Densities over phi and psi of the simulation, of proposals and of weighted proposals, and free energies."""
     runs = {run["what"]: run for run in result("alanine")["runs"]}
@@ -176,7 +176,7 @@ def figure() -> Any:
         axis.errorbar(centres, values, error, color=color, marker=marker, label=label, markersize=4, capsize=2)
     axis.set(xlabel="phi, degrees", ylabel="F / kT", xlim=(-180, 180), ylim=(1, 15), xticks=range(-180, 181, 60))
     axis.legend(loc="upper left")
-    clear(axis)
+    simplify_axes(axis)
     return figure
 
 

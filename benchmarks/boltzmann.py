@@ -20,11 +20,11 @@ from torch import Tensor, nn
 import jacobiflow as jf
 from benchmarks.common import IN_PYTORCH, RESULTS, Json, complete, parser, to_json, without_native
 from examples.boltzmann import MODEL
-from jacobiflow.comparison.baselines import Stream
+from jacobiflow.comparison.baselines import CachedNetwork
 from jacobiflow.models.flow import Flow
 from jacobiflow.models.latents import draw_latents, log_normal
 from jacobiflow.models.tarflow import TarFlowBlock
-from jacobiflow.utils.timing import interleave, timed
+from jacobiflow.utils.timing import time_call, time_interleaved
 
 SIZES: dict[str, tuple[int, int, int, int, int]] = {  # tokens, values, channels, blocks, layers
     "22 x 3, 4 x 3 layers of 128": (22, 3, 128, 4, 3),
@@ -69,10 +69,10 @@ class LiveBlock(nn.Module):
 
     def reverse(self, x: Tensor) -> tuple[Tensor, Tensor]:
         block: Any = self
-        stream, x = Stream(block, None, 1.0), self.permutation(x).clone()
+        stream, x = CachedNetwork(block, None, 1.0), self.permutation(x).clone()
         log_det = x.new_zeros(len(x))
         for t in range(1, x.shape[1]):
-            log_scale, shift = stream.feed(x, t - 1)
+            log_scale, shift = stream.step(x, t - 1)
             x[:, t] = x[:, t] * log_scale.exp() + shift
             log_det = log_det + log_scale.sum(dim=-1)
         return self.permutation(x, inverse=True), log_det
@@ -145,7 +145,7 @@ def measure(rounds: int, key: Json) -> Json:
         accelerated = Live(flow)
         jf.accelerate(accelerated)
         runs = {GROWING: partial(Live(flow).reverse, z), ACCELERATED: partial(accelerated.reverse, z), **runs}
-    timings, results = interleave(runs, rounds)
+    timings, results = time_interleaved(runs, rounds)
     ours = results[DENSITIES]
     answers = {DENSITIES: (ours.tokens[:ROWS], ours.log_prob[:ROWS])}
     if GROWING in runs:
@@ -172,7 +172,7 @@ def gradients(rounds: int, key: Json) -> Json:
         for name, make in outputs.items():
             output = make()
             loss = (output * torch.randn_like(output)).sum()
-            elapsed, _ = timed(lambda: torch.autograd.grad(loss, inputs, allow_unused=True), flow.var.device)  # noqa: B023
+            elapsed, _ = time_call(lambda: torch.autograd.grad(loss, inputs, allow_unused=True), flow.var.device)  # noqa: B023
             seconds[name].append(elapsed)
     return {"seconds": {name: statistics.median(times[1:]) for name, times in seconds.items()}}
 

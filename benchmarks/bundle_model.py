@@ -16,11 +16,12 @@ from matplotlib.figure import Figure
 
 import jacobiflow as jf
 from benchmarks.common import FIGURES, MODELS, RESULTS, Json, parser
+from benchmarks.palette import TOUGH_BLOCK
 from jacobiflow.data import ImageDataset, Noise, Split, available_splits, load_images
 from jacobiflow.evaluation import bayes_accuracy, bits_per_dim
 from jacobiflow.models.flow import Flow
 from jacobiflow.plots import save_png
-from jacobiflow.plots.style import TOUGH, clear, new_figure, styled
+from jacobiflow.plots.style import new_figure, simplify_axes, use_style
 from jacobiflow.utils import serialization
 from jacobiflow.utils.files import write_json
 
@@ -40,16 +41,16 @@ def measure(flow: Flow, test: ImageDataset) -> Json:
     }
 
 
-@styled
+@use_style
 def loss_figure(metrics: list[dict[str, float]]) -> Figure:
     """The loss curve, each point the mean of 50 steps."""
     steps, losses = (np.array([row[key] for row in metrics]) for key in ("step", "loss"))
     usable = len(losses) // 50 * 50
     figure = new_figure(3.4)
     axis = figure.subplots()
-    axis.plot(steps[:usable].reshape(-1, 50).mean(1), losses[:usable].reshape(-1, 50).mean(1), color=TOUGH)
+    axis.plot(steps[:usable].reshape(-1, 50).mean(1), losses[:usable].reshape(-1, 50).mean(1), color=TOUGH_BLOCK)
     axis.set(xlabel="step", ylabel="loss (nats per dimension)")
-    clear(axis)
+    simplify_axes(axis)
     return figure
 
 

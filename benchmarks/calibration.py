@@ -30,8 +30,8 @@ def number_range(values: Sequence[float], form: str = ".1f") -> str:
 
 
 def segment_sweeps(report: jf.CalibrationReport, block: int) -> list[float]:
-    traces = report.segment_traces[block][report.settings.segments]
-    counts = [trace.sweeps_to_tolerance(PIXEL_BOUND, report.num_tokens) for trace in traces]
+    curves = report.segment_curves[block][report.settings.segments]
+    counts = [curve.sweeps_to_tolerance(PIXEL_BOUND, report.num_tokens) for curve in curves]
     return [sum(each) / len(each) for each in counts]
 
 
@@ -79,8 +79,8 @@ def facts_of_report(report: jf.CalibrationReport) -> dict[str, str]:
     by_norm = {norm: report.metrics[norm] for norm in (2, "fro", 1)}
     by_class = report.class_metrics.values()
     shares = [sum(metrics.crm_percent[block] for block in tough) for metrics in by_class]
-    deviations = [spread.rank.std for spread in report.class_spread() if spread.rank is not None]
-    segments = {block: segment_sweeps(report, block) for block in report.segment_traces}
+    deviations = [spread.crm_rank.std for spread in report.class_spread() if spread.crm_rank is not None]
+    segments = {block: segment_sweeps(report, block) for block in report.segment_curves}
     correlations = {block: rank_correlation(report.segment_metrics[block].crm, segments[block]) for block in segments}
     return {
         "tough blocks in the spectral, the Frobenius and the 1-norm": "; ".join(

@@ -19,7 +19,7 @@ from jacobiflow.models.flow import Flow
 from jacobiflow.models.latents import draw_latents
 from jacobiflow.native import SWITCH
 from jacobiflow.utils.files import write_json
-from jacobiflow.utils.timing import Timing, interleave, machine
+from jacobiflow.utils.timing import Timing, describe_machine, time_interleaved
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS, FIGURES = ROOT / "docs" / "results", ROOT / "docs" / "figures"
@@ -61,9 +61,9 @@ def to_json(timings: Mapping[str, Timing]) -> Json:
     return {name: vars(timing) for name, timing in timings.items()}
 
 
-def speed_up(runs: Mapping[str, Callable[[], Any]], rounds: int) -> tuple[Json, Json]:
+def time_speed_up(runs: Mapping[str, Callable[[], Any]], rounds: int) -> tuple[Json, Json]:
     """Times "library" and "accelerated" in turn; returns the metrics, and the results of both."""
-    timings, results = interleave(runs, rounds)
+    timings, results = time_interleaved(runs, rounds)
     ratio = timings["library"].median / timings["accelerated"].median
     return {"rounds": rounds, "seconds": to_json(timings), "speed_up": ratio}, results
 
@@ -78,7 +78,7 @@ def complete(
     out: Path, keys: Iterable[Json], measure: Callable[[Json], Json], show: Callable[[Json], None] = print
 ) -> Json:
     """Adds a run to the result file for each key that it lacks, writes after each, and returns the content."""
-    result = read(out, {"machine": machine(), "runs": []})
+    result = read(out, {"machine": describe_machine(), "runs": []})
     out.parent.mkdir(parents=True, exist_ok=True)
     for key in keys:
         if not any(key.items() <= run.items() for run in result["runs"]):

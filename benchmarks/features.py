@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from jacobiflow.evaluation import Statistics
+from jacobiflow.evaluation import FeatureStatistics
 
 WEIGHTS = Path(__file__).parent / "weights"
 
@@ -92,8 +92,8 @@ def trained(kind: str) -> ConvolutionalFeatures:
     return network.eval().requires_grad_(False)
 
 
-def training_statistics(kind: str) -> Statistics:
-    return Statistics.load(statistics_file(kind))
+def training_statistics(kind: str) -> FeatureStatistics:
+    return FeatureStatistics.load(statistics_file(kind))
 
 
 def fashion(images: Tensor) -> Tensor:

@@ -19,29 +19,19 @@ from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle
 import jacobiflow as jf
 from benchmarks.common import FIGURES, parser
 from benchmarks.front import Recorder, readable, record, save_animation
+from benchmarks.palette import EASY_BLOCK, FINAL_TOKEN, ORDERED, TOUGH_BLOCK, WAITING_TOKEN
 from benchmarks.regimes import BF16_PASS, EXACT_LOOP, LOOP_IN_PYTORCH, PASS, in_passes
-from benchmarks.render import result, speed_up, strategy
+from benchmarks.render import format_speed_up, result, strategy
 from jacobiflow.models.latents import draw_latents
 from jacobiflow.plots import sampler_style, save_png
-from jacobiflow.plots.style import (
-    EASY,
-    FINAL,
-    INK,
-    ORDERED,
-    TOUGH,
-    WAITING,
-    clear,
-    new_figure,
-    plain_ticks,
-    styled,
-)  # fmt: skip
+from jacobiflow.plots.style import TEXT_COLOR, new_figure, plain_ticks, simplify_axes, use_style
 
 SWEPT = sampler_style("gs-jacobi").color
 MODEL = "emoji-p2"
 SAMPLE, LABEL = 10, 1  # a person of seed 0, whose number of sweeps is about the median of the first 20
 
 
-@styled
+@use_style
 def partitions() -> Figure:
     """The tokens that each partition sweeps, sweep by sweep, in the tough block of `digits-p1`."""
     flow = jf.load("digits-p1")
@@ -63,15 +53,15 @@ def partitions() -> Figure:
         solution = jf.solve(recorder, z, solver, label)
         raster = np.ones((flow.config.num_tokens, flow.config.num_tokens, 3))
         for row, (start, stop) in enumerate(recorder.runs):
-            raster[row] = to_rgb(WAITING)
-            raster[row, :start], raster[row, start:stop] = to_rgb(FINAL), to_rgb(color)
+            raster[row] = to_rgb(WAITING_TOKEN)
+            raster[row, :start], raster[row, start:stop] = to_rgb(FINAL_TOKEN), to_rgb(color)
         axis.imshow(raster, interpolation="none", aspect="auto")
         count = f"{solution.sweeps} sweeps, {solution.token_evaluations} evaluations"
         axis.set_title(f"{name}:\n{count}", color=readable(color))
     for axis in axes[2:]:
         axis.set_xlabel("token")
     figure.supylabel("sweep")
-    final, *colored, waiting = (Rectangle((0, 0), 1, 1, color=shade) for shade in (FINAL, *colors, WAITING))
+    final, *colored, waiting = (Rectangle((0, 0), 1, 1, color=shade) for shade in (FINAL_TOKEN, *colors, WAITING_TOKEN))
     handles: list[Any] = [final, tuple(colored), waiting]
     figure.legend(
         handles, ["final", "swept", "waiting"], loc="outside lower center", ncols=3,
@@ -80,7 +70,7 @@ def partitions() -> Figure:
     return figure
 
 
-@styled
+@use_style
 def overview() -> Figure:
     """Sampling: noise through the blocks, the tough one cut into segments (cf. Figures 1 and 6)."""
     figure = new_figure(3.8)
@@ -96,27 +86,27 @@ def overview() -> Figure:
 def _chain(axis: Axes) -> None:
     left, middle = 2.9, 6.75
     for number in reversed(range(8)):
-        color, ink = (TOUGH, "white") if number == 7 else (EASY, INK)
+        color, ink = (TOUGH_BLOCK, "white") if number == 7 else (EASY_BLOCK, TEXT_COLOR)
         axis.add_patch(FancyBboxPatch((left, 6.2), 1.3, 1.1, boxstyle="round,pad=0.05", fc=color, ec="none"))
         axis.text(left + 0.65, middle, str(number), ha="center", va="center", color=ink)
         _arrow(axis, (left - 0.75, middle), (left - 0.05, middle))
         left += 2.05
     _arrow(axis, (left - 0.75, middle), (left - 0.05, middle))
-    axis.text(0, middle, "noise z", va="center", color=INK)
-    axis.text(left + 0.1, middle, "image x", va="center", color=INK)
-    axis.text(3.55, 7.8, "tough\nblock", ha="center", color=INK)
+    axis.text(0, middle, "noise z", va="center", color=TEXT_COLOR)
+    axis.text(left + 0.1, middle, "image x", va="center", color=TEXT_COLOR)
+    axis.text(3.55, 7.8, "tough\nblock", ha="center", color=TEXT_COLOR)
     text = "easy blocks: all tokens at once, x ← g(x),\nuntil |g(x) − x| ≤ tolerance"
-    axis.text(12.3, 7.8, text, ha="center", color=INK)
+    axis.text(12.3, 7.8, text, ha="center", color=TEXT_COLOR)
 
 
 def _segments(axis: Axes) -> None:
-    axis.plot([2.9, 1.0], [6.1, 5.2], color=TOUGH, lw=0.8)
-    axis.plot([4.2, 21.0], [6.1, 5.2], color=TOUGH, lw=0.8)
-    for i, shade in enumerate((FINAL, SWEPT, WAITING, WAITING)):
+    axis.plot([2.9, 1.0], [6.1, 5.2], color=TOUGH_BLOCK, lw=0.8)
+    axis.plot([4.2, 21.0], [6.1, 5.2], color=TOUGH_BLOCK, lw=0.8)
+    for i, shade in enumerate((FINAL_TOKEN, SWEPT, WAITING_TOKEN, WAITING_TOKEN)):
         left = 1.0 + 5.0 * i
         for token in range(6):
-            axis.add_patch(Rectangle((left + 0.75 * token, 2.6), 0.65, 0.65, fc=shade, ec=INK, lw=0.5))
-        axis.text(left + 2.2, 2.1, f"segment {i + 1}", ha="center", color=INK)
+            axis.add_patch(Rectangle((left + 0.75 * token, 2.6), 0.65, 0.65, fc=shade, ec=TEXT_COLOR, lw=0.5))
+        axis.text(left + 2.2, 2.1, f"segment {i + 1}", ha="center", color=TEXT_COLOR)
         if i < 3:
             _arrow(axis, (left + 4.5, 2.92), (left + 4.95, 2.92))
     _arrow(axis, (9.9, 3.4), (6.4, 3.4), connectionstyle="arc3,rad=0.35", mutation_scale=12, color=SWEPT, lw=1.4)
@@ -126,13 +116,13 @@ def _segments(axis: Axes) -> None:
         (8.2, "swept together\nto the tolerance,\nor J times"),
         (15.7, "waiting"),
     ):
-        axis.text(x, 1.75, text, ha="center", va="top", color=INK)
+        axis.text(x, 1.75, text, ha="center", va="top", color=TEXT_COLOR)
     text = "segments one after another (Gauss-Seidel);\ninside a segment all tokens at once (Jacobi)"
-    axis.text(11, -1.2, text, ha="center", color=INK)
+    axis.text(11, -1.2, text, ha="center", color=TEXT_COLOR)
 
 
 def _arrow(axis: Axes, start: tuple[float, float], end: tuple[float, float], **style: Any) -> None:
-    settings: dict[str, Any] = {"arrowstyle": "-|>", "mutation_scale": 10, "color": INK, "lw": 1}
+    settings: dict[str, Any] = {"arrowstyle": "-|>", "mutation_scale": 10, "color": TEXT_COLOR, "lw": 1}
     axis.add_patch(FancyArrowPatch(start, end, **settings | style))
 
 
@@ -145,7 +135,7 @@ def panels_of(count: int, height: float) -> tuple[Figure, list[Axes]]:
     return figure, [*panels[:count]]
 
 
-@styled
+@use_style
 def error_against_time() -> Figure:
     """Largest error against seconds, a panel for each batch size.
 
@@ -165,14 +155,14 @@ def error_against_time() -> Figure:
             seconds = strategy(performance["final"][batch], name)["seconds"]["median"]
             axis.axvline(seconds, color=sampler_style(name).color, linestyle=line, linewidth=1.2, label=label)
         axis.set(xscale="log", yscale="log", ylim=(4e-7, 10), title=f"batch {batch}")
-        clear(axis)
+        simplify_axes(axis)
     figure.supxlabel("seconds for the batch")
     figure.supylabel("largest error of an entry")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=2)
     return figure
 
 
-@styled
+@use_style
 def regimes() -> Figure:
     """Exact loops in encoding passes against the weights of a block, a panel for each batch size.
 
@@ -199,14 +189,14 @@ def regimes() -> Figure:
         axis.set(xscale="log", yscale="log", title=f"batch {batch}")
         plain_ticks(axis.xaxis, (1,))
         plain_ticks(axis.yaxis, (1, 3))
-        clear(axis)
+        simplify_axes(axis)
     figure.supxlabel("weights of a block, MB")
     figure.supylabel("time of a block's inverse, in encoding passes")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=2)
     return figure
 
 
-@styled
+@use_style
 def masked_flows() -> Figure:
     """Speed-ups of zuko's flows against features: a panel for a flow and a direction, a line for a number of rows."""
     markers = {1: "o", 100: "^", 10_000: "s", 1_000_000: "D"}
@@ -225,14 +215,14 @@ def masked_flows() -> Figure:
         plain_ticks(axis.yaxis, (1,))
         axis.set_xticks([2, 5, 10, 20, 64], ["2", "5", "10", "20", "64"])
         axis.minorticks_off()
-        clear(axis)
+        simplify_axes(axis)
     figure.supxlabel("features")
     figure.supylabel("speed-up over zuko")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=2)
     return figure
 
 
-@styled
+@use_style
 def speed() -> Figure:
     """README's chart: speed-ups of zuko's flows against features, and of a TarFlow against the batch."""
     runs = result("front-page")["runs"]
@@ -257,13 +247,13 @@ def speed() -> Figure:
         axis.axhline(1, color="black", linewidth=0.8)
         axis.minorticks_off()
         plain_ticks(axis.yaxis)
-        clear(axis)
+        simplify_axes(axis)
         axis.legend(handlelength=1.4, labelspacing=0.15, borderaxespad=0.1, fontsize="small")
     left.set_ylabel("speed-up")
     return figure
 
 
-@styled
+@use_style
 def training() -> Figure:
     """Whole fits by a library and accelerated: training and samples, as shares of the library's time."""
     fits = [run for run in result("fits")["runs"] if run["program"] in ("sbi NPE", "pocomc")]
@@ -272,7 +262,7 @@ def training() -> Figure:
     axis = figure.subplots()
     for place, run in enumerate(fits):
         above = 3 * place - 0.75
-        axis.text(0, above, f"{run['program'].split()[0]}, {run['flow']}", va="center", weight="bold", color=INK)
+        axis.text(0, above, f"{run['program'].split()[0]}, {run['flow']}", va="center", weight="bold", color=TEXT_COLOR)
         for row, way in enumerate(("library", "accelerated")):
             y, left, total = 3 * place + 0.85 * row, 0.0, run["total"]["library"]
             for phase, color in colors.items():
@@ -285,9 +275,9 @@ def training() -> Figure:
                     text = f"samples {seconds_text(seconds)}"
                     axis.text(1, above, text, ha="right", va="center", color=readable(color))
                 left += seconds / total
-            text = f"{seconds_text(run['total'][way])}, {speed_up(run['speed_up'])} faster"
+            text = f"{seconds_text(run['total'][way])}, {format_speed_up(run['speed_up'])} faster"
             text = f"accelerated: {text}" if left < 0.68 else text
-            axis.text(left + 0.01, y, text if row else seconds_text(total), va="center", color=INK)
+            axis.text(left + 0.01, y, text if row else seconds_text(total), va="center", color=TEXT_COLOR)
     axis.set(xlim=(0, 1.13), ylim=(3 * len(fits) - 1.6, -1.2))
     axis.axis("off")
     return figure

@@ -19,12 +19,13 @@ from PIL import Image
 from torch import Tensor
 
 import jacobiflow as jf
+from benchmarks.palette import FINAL_TOKEN, WAITING_TOKEN
 from jacobiflow.blocks.context import NO_CONTEXT
 from jacobiflow.data import quantize
 from jacobiflow.fixed_point import solve_certified
 from jacobiflow.models.flow import Flow
 from jacobiflow.plots import sampler_style
-from jacobiflow.plots.style import FINAL, WAITING, styled
+from jacobiflow.plots.style import use_style
 
 ROWS = 64  # states whose images are made together
 FRAMES_A_SECOND, PAUSE = 14, 3  # the seconds of the last frame
@@ -119,9 +120,9 @@ def token_colors(trajectory: Trajectory, call: int, color: str) -> np.ndarray[An
     """A square raster (side, side, 3) of the tokens before a call: final, in the sampler's colour, or waiting."""
     side = math.ceil(math.sqrt(len(trajectory.positions)))
     start, stop = trajectory.runs[call] if call < len(trajectory.runs) else (0, 0)
-    tokens = np.tile(to_rgb(WAITING), (len(trajectory.positions), 1))
+    tokens = np.tile(to_rgb(WAITING_TOKEN), (len(trajectory.positions), 1))
     tokens[start:stop] = to_rgb(color)
-    tokens[trajectory.is_final[call].numpy()] = to_rgb(FINAL)
+    tokens[trajectory.is_final[call].numpy()] = to_rgb(FINAL_TOKEN)
     raster = np.ones((side * side, 3))
     raster[trajectory.positions.numpy()] = tokens
     return raster.reshape(side, side, 3)
@@ -131,7 +132,7 @@ def _pixels(trajectory: Trajectory, call: int) -> np.ndarray[Any, Any]:
     return quantize(trajectory.images[call]).permute(1, 2, 0).expand(-1, -1, 3).numpy()
 
 
-@styled
+@use_style
 def readable(color: str) -> str:
     """Returns the colour, darkened for text on white to a contrast of at least 4.5."""
     red, green, blue = to_rgb(color)

@@ -18,9 +18,10 @@ import jacobiflow as jf
 from benchmarks import masked_flows
 from benchmarks.common import IN_PYTORCH, RESULTS, Json, complete, latents, parser, to_json, without_native
 from jacobiflow.calibration import gs_jacobi_notation
-from jacobiflow.comparison.baselines import GROWING_CACHE, original_loop
+from jacobiflow.comparison.baselines import GROWING_CACHE, original_sampler
+from jacobiflow.evaluation import paired_error
 from jacobiflow.models.memory import keep_freed_memory
-from jacobiflow.utils.timing import interleave, paired_error
+from jacobiflow.utils.timing import time_interleaved
 
 MODEL, BATCHES = "fashion-p2", (1, 4, 16, 64)
 ROUNDS = {1: 7, 4: 5, 16: 3, 64: 3}
@@ -40,7 +41,7 @@ def tarflow(key: Json) -> Json:
     plan = jf.plan(flow, batch_size=batch)
     draw = partial(jf.sample, flow, latents=z, labels=labels, settings=None)
     runs: dict[str, Callable[[], Any]] = {
-        GROWING_CACHE: partial(original_loop(flow)[1], flow, z, labels),
+        GROWING_CACHE: partial(original_sampler(flow)[1], flow, z, labels),
         PAPER: without_native()(
             partial(draw, strategy=jf.Strategy.parse(paper, jf.CalibrationReport.load(report)), certify=False)
         ),
@@ -48,9 +49,9 @@ def tarflow(key: Json) -> Json:
         EXACT: partial(draw, strategy="sequential"),
         AUTO: partial(draw, strategy=plan),
     }
-    timings, results = interleave(runs, ROUNDS[batch])
+    timings, results = time_interleaved(runs, ROUNDS[batch])
     images = {name: x if isinstance(x, Tensor) else x.images for name, x in results.items()}
-    denoising, _ = interleave({DENOISING: partial(jf.denoise, plain, images[AUTO], labels)}, 1)
+    denoising, _ = time_interleaved({DENOISING: partial(jf.denoise, plain, images[AUTO], labels)}, 1)
     errors = {name: paired_error(x, images[IN_PYTORCH]).max for name, x in images.items()}
     return {"seconds": to_json(timings | denoising), "errors": errors, "paper": paper}
 

@@ -23,9 +23,9 @@ from torch import Tensor
 
 import jacobiflow as jf
 from benchmarks.common import RESULTS, Json, complete, latents, parser, random_flow, to_json
-from jacobiflow.comparison.baselines import GROWING_CACHE, original_loop
+from jacobiflow.comparison.baselines import GROWING_CACHE, original_sampler
 from jacobiflow.models.memory import keep_freed_memory
-from jacobiflow.utils.timing import interleave, machine
+from jacobiflow.utils.timing import describe_machine, time_interleaved
 
 BUNDLED = ("fashion-p2", "digits-p1", "digits-maf")
 STRATEGIES = ("sequential", "jacobi", "window:32", "auto")
@@ -79,12 +79,12 @@ def time_model(preset: jf.Preset, batch: int, dtype: str, device: torch.device) 
             return flow.encode(flow.from_tokens(z), classes)[0]
 
     runs: dict[str, Callable[[], Any]] = {
-        GROWING_CACHE: partial(original_loop(flow)[1], flow, z, classes),
+        GROWING_CACHE: partial(original_sampler(flow)[1], flow, z, classes),
         EXACT_LOOP: partial(jf.solve, block, z, jf.Solver(jf.Sequential()), classes),
         **{str(solver): partial(jf.solve, block, z, solver, classes) for solver in solvers},
         ENCODING_PASS: encode,
     }
-    timings, results = interleave(runs, ROUNDS, device)
+    timings, results = time_interleaved(runs, ROUNDS, device)
     names, blocks = (GROWING_CACHE, EXACT_LOOP, ENCODING_PASS), preset.config.num_blocks
     seconds = {name: blocks * timings[name].median for name in names}
     seconds[preset.strategy] = sum(count * timings[str(solver)].median for solver, count in solvers.items())
@@ -103,7 +103,7 @@ def main(line: Sequence[str] | None = None, presets: Mapping[str, jf.Preset] = j
     arguments.add_argument("--out", type=Path, default=RESULTS / "gpu.json")
     options = arguments.parse_args(line)
     device = torch.device(options.device)
-    name = machine(device)["device"]
+    name = describe_machine(device)["device"]
     keys: list[Json] = [{"part": "images", "device": name}]
     for batch, dtype, part in product(BATCHES, DTYPES, presets):
         keys.append({"part": part, "batch": batch, "dtype": dtype, "device": name})

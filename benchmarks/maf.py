@@ -18,12 +18,12 @@ from torch import Tensor
 
 import jacobiflow as jf
 from benchmarks.common import RESULTS, ROOT, Json, parser, read, without_native
-from jacobiflow.comparison.baselines import original_loop
+from jacobiflow.comparison.baselines import original_sampler
 from jacobiflow.data import Noise, load_images
 from jacobiflow.data.augmentation import add_noise, keyed_generator
 from jacobiflow.models.memory import keep_freed_memory
 from jacobiflow.utils.files import write_json
-from jacobiflow.utils.timing import machine
+from jacobiflow.utils.timing import describe_machine
 
 OUT, FOLDER = RESULTS / "maf.json", ROOT / "out" / "maf-fashion-mnist"
 TRAINING = "--flow maf --channels 512 --layers 2 --blocks 5 --unconditional --batch-size 128 --steps 3000"
@@ -50,7 +50,7 @@ def inverses_of(flow: jf.MAF) -> dict[str, Inverse]:
     def sweeps(solver: jf.Solver, certify: bool = False) -> Inverse:
         return partial(inverse, jf.Strategy.uniform(solver, flow.config.num_blocks), certify=certify)
 
-    inverses: dict[str, Inverse] = {FOR_LOOP: lambda z: original_loop(flow)[1](flow, z, None).flatten(1)}
+    inverses: dict[str, Inverse] = {FOR_LOOP: lambda z: original_sampler(flow)[1](flow, z, None).flatten(1)}
     for count in (10, 20, 30):
         inverses[f"{count} sweeps"] = sweeps(jf.Solver(jf.Whole(), stopping=jf.MaxSweeps(count)))
     whole, window = (jf.Solver(part, stopping=jf.Tolerance(TOLERANCE)) for part in (jf.Whole(), jf.Window(64)))
@@ -95,7 +95,7 @@ def main() -> None:
         latents = torch.cat([flow.encode(batch)[0] for batch in images.split(BATCH)])
         result = read(OUT, {
             "command": "python -m benchmarks.maf", "images": len(images), "batch_size": BATCH,
-            "training": TRAINING, "tolerance": TOLERANCE, "machine": machine(), "rows": [],
+            "training": TRAINING, "tolerance": TOLERANCE, "machine": describe_machine(), "rows": [],
         })  # fmt: skip
         for name, inverse in inverses_of(flow).items():
             if all(row["method"] != name for row in result["rows"]):

@@ -28,7 +28,7 @@ from pyro.nn import ConditionalAutoRegressiveNN
 from torch import Tensor, nn
 
 import jacobiflow as jf
-from benchmarks.common import RESULTS, Json, complete, speed_up
+from benchmarks.common import RESULTS, Json, complete, time_speed_up
 from jacobiflow.models.memory import keep_freed_memory
 
 TRANSFORMS, CONTEXT = 5, 4
@@ -157,11 +157,11 @@ def measure(key: Json) -> Json:
         for name, each in (("library", flow), ("accelerated", accelerated))
     }
     with torch.no_grad():
-        metrics, results = speed_up(runs, LEAST if rows > ROWS[-1] else rounds(runs["library"]))
+        metrics, results = time_speed_up(runs, LEAST if rows > ROWS[-1] else rounds(runs["library"]))
         if rows <= ERROR_ROWS and features <= ERROR_FEATURES:
             exact = calls(copy.deepcopy(flow).double(), context.double(), rows)[call](inputs.double())
             metrics["error"] = {name: float((each - exact).square().mean().sqrt()) for name, each in results.items()}
-    return {"call": call, **metrics, "ways": sorted(set(handle.ways.values()))}
+    return {"call": call, **metrics, "ways": sorted(set(handle.backends.values()))}
 
 
 def rounds(run: Callable[[], Any]) -> int:

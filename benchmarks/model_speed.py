@@ -12,13 +12,13 @@ from typing import Any
 
 import jacobiflow as jf
 from benchmarks.common import FIGURES, RESULTS, Json, latents, parser, to_json
-from jacobiflow.comparison.baselines import original_loop
+from jacobiflow.comparison.baselines import original_sampler
 from jacobiflow.data import balanced_labels
 from jacobiflow.models.checkpoints.folder import bundled
 from jacobiflow.models.memory import keep_freed_memory
 from jacobiflow.plots import rows_sheet, save_png
 from jacobiflow.utils.files import write_json
-from jacobiflow.utils.timing import interleave, machine
+from jacobiflow.utils.timing import describe_machine, time_interleaved
 
 BATCHES, ROUNDS = (1, 16), 3
 
@@ -26,14 +26,14 @@ BATCHES, ROUNDS = (1, 16), 3
 def measure(name: str) -> Json:
     flow = jf.load(name)
     flow, rows = flow.guided(flow.recommended.guidance), []
-    loop_name, loop = original_loop(flow)
+    loop_name, loop = original_sampler(flow)
     for batch in BATCHES:
         z, labels = latents(flow, batch, seed=0)
         runs: dict[str, Callable[[], Any]] = {
             "original": partial(loop, flow, z, labels),
             "auto": partial(jf.sample, flow, latents=z, labels=labels, settings=None),
         }
-        rows.append({"batch": batch, **to_json(interleave(runs, ROUNDS)[0])})
+        rows.append({"batch": batch, **to_json(time_interleaved(runs, ROUNDS)[0])})
     return {"loop": loop_name, "rows": rows}
 
 
@@ -55,7 +55,7 @@ def main() -> None:
     for name in bundled():
         draw_samples(name)
     models = {name: measure(name) for name in bundled()}
-    head = {"command": "python -m benchmarks.model_speed", "machine": machine(), "repeats": ROUNDS}
+    head = {"command": "python -m benchmarks.model_speed", "machine": describe_machine(), "repeats": ROUNDS}
     write_json(RESULTS / "model-speed.json", {**head, "models": models})
 
 

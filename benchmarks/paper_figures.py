@@ -20,13 +20,14 @@ from torch import Tensor
 
 import jacobiflow as jf
 from benchmarks.common import FIGURES, parser
+from benchmarks.palette import ORDERED
 from jacobiflow.calibration import CalibrationReport, gs_jacobi_notation
 from jacobiflow.data import image_grid
 from jacobiflow.fixed_point import Latent, MaxSweeps, Solver, Whole, Zeros
 from jacobiflow.models.flow import Flow
 from jacobiflow.plots import comparison_sheet, rows_sheet, sampler_style, save_png
-from jacobiflow.plots.sheets import column_names, stacked
-from jacobiflow.plots.style import ORDERED, clear, new_figure, styled
+from jacobiflow.plots.sheets import column_captions, stack_images
+from jacobiflow.plots.style import new_figure, simplify_axes, use_style
 
 IMAGES, TRACED = 10, 4
 TOLERANCE = 1e-2
@@ -39,7 +40,7 @@ def draw_figures(flow: Flow, report: CalibrationReport, out: Path, name: str, st
     """Writes all figures; `strategy` is compared with the sequential loop, by default the report's own proposal."""
     out.mkdir(parents=True, exist_ok=True)
     save_png(convergence_figure(report), out / f"{name}-convergence.png")
-    if report.segment_traces:
+    if report.segment_curves:
         save_png(segments_figure(report), out / f"{name}-segments.png")
     notation = strategy or gs_jacobi_notation(report, TOLERANCE)
     labels = torch.arange(IMAGES) % flow.config.num_classes if flow.config.num_classes else None
@@ -60,7 +61,7 @@ def draw_figures(flow: Flow, report: CalibrationReport, out: Path, name: str, st
     save_png(sheet, out / f"{name}-comparison.png")
 
 
-@styled
+@use_style
 def convergence_figure(report: CalibrationReport) -> Figure:
     """Draws the distance to the solution X* by sweep, from each block's best guess by IGM (Figure 2 of the paper).
 
@@ -68,37 +69,37 @@ def convergence_figure(report: CalibrationReport) -> Figure:
     report.
     """
     figure = new_figure(HEIGHT)
-    panels = figure.subplots(1, len(report.traces), sharey=True, squeeze=False)[0]
+    panels = figure.subplots(1, len(report.curves), sharey=True, squeeze=False)[0]
     tough = report.tough_blocks if report.components else ()
-    for axis, (start, rows) in zip(panels, report.traces.items(), strict=True):
+    for axis, (start, rows) in zip(panels, report.curves.items(), strict=True):
         for block, row in enumerate(rows):
-            trace, color = row[report.best_guess(block)], shade(len(rows) - 1 - block, len(rows))
+            curve, color = row[report.best_guess(block)], shade(len(rows) - 1 - block, len(rows))
             if block in tough:
-                axis.plot(trace.median, color=color, label=f"block {block} (tough)", linewidth=2.6)
-                axis.plot(trace.largest, ":", color=color, label=f"block {block}, slowest sample")
+                axis.plot(curve.median, color=color, label=f"block {block} (tough)", linewidth=2.6)
+                axis.plot(curve.largest, ":", color=color, label=f"block {block}, slowest sample")
             else:
-                axis.plot(trace.median, color=color, label=f"block {block}", linewidth=1.4)
+                axis.plot(curve.median, color=color, label=f"block {block}", linewidth=1.4)
         axis.set_title(f"from {STARTS[start]}{', guided' if report.settings.guidance else ''}")
     label_sweeps(figure, report)
     return figure
 
 
-@styled
+@use_style
 def segments_figure(report: CalibrationReport) -> Figure:
     """Draws the distance to the solution X* by sweep in each segment of the tough blocks (Figure 5 of the paper).
 
     Lines are the median sample of fresh latents, from the block's best guess by IGM, with the segments before solved.
     """
     figure = new_figure(HEIGHT)
-    panels = figure.subplots(1, len(report.segment_traces), sharey=True, squeeze=False)[0]
-    for axis, (block, counts) in zip(panels, report.segment_traces.items(), strict=True):
-        traces = counts[report.settings.segments]
-        for i, trace in enumerate(traces):
-            axis.plot(trace.median, color=shade(i, len(traces)), label=f"segment {i + 1}")
-        whole = report.traces["noise"][block][report.best_guess(block)]
+    panels = figure.subplots(1, len(report.segment_curves), sharey=True, squeeze=False)[0]
+    for axis, (block, counts) in zip(panels, report.segment_curves.items(), strict=True):
+        curves = counts[report.settings.segments]
+        for i, curve in enumerate(curves):
+            axis.plot(curve.median, color=shade(i, len(curves)), label=f"segment {i + 1}")
+        whole = report.curves["noise"][block][report.best_guess(block)]
         color = sampler_style("jacobi").color
         axis.plot(whole.median, ":", color=color, label="all tokens at once", linewidth=2.2)
-        axis.set_title(f"block {block}: {len(traces)} segments of {report.num_tokens // len(traces)} tokens")
+        axis.set_title(f"block {block}: {len(curves)} segments of {report.num_tokens // len(curves)} tokens")
     label_sweeps(figure, report)
     return figure
 
@@ -113,9 +114,9 @@ def label_sweeps(figure: Figure, report: CalibrationReport) -> None:
     for axis in figure.axes:
         last = max(int((np.asarray(line.get_ydata(), float) > LEAST).sum()) for line in axis.get_lines())
         axis.set(yscale="log", xlabel="sweeps", xlim=(0, last), ylim=(LEAST, None))
-        clear(axis)
+        simplify_axes(axis)
     first = figure.axes[0]
-    first.set_ylabel(f"largest |X$^{{(k)}}$ − X*|, median of {report.settings.traced} samples")
+    first.set_ylabel(f"largest |X$^{{(k)}}$ − X*|, median of {report.settings.num_convergence_samples} samples")
     figure.legend(*first.get_legend_handles_labels(), loc="outside lower center", ncols=3)
 
 
@@ -127,7 +128,7 @@ def trace_sheet(trace: Sequence[Float[Tensor, "n c h w"]], denoised: bool) -> Im
     blocks = len(trace) - 1 - denoised
     captions = ["noise", *(f"block {i}" for i in reversed(range(blocks))), *["denoised"] * denoised]
     grid = image_grid(torch.stack(list(trace), dim=1).flatten(0, 1), len(trace))
-    return stacked([column_names(captions, grid.width), grid])
+    return stack_images([column_captions(captions, grid.width), grid])
 
 
 def strategies_of(report: CalibrationReport, notation: str) -> dict[str, jf.Strategy]:

@@ -20,11 +20,11 @@ from torch import Tensor
 import jacobiflow as jf
 from benchmarks.common import MODELS, RESULTS, Json, complete, latents, parser, random_flow
 from benchmarks.regimes import BATCH_SIZES, EXACT_LOOP, ROUNDS, TRAINED, exact_loop, shape_of
-from jacobiflow.comparison.baselines import GROWING_CACHE, Stream
+from jacobiflow.comparison.baselines import GROWING_CACHE, CachedNetwork
 from jacobiflow.models.memory import keep_freed_memory
 from jacobiflow.models.tarflow import TarFlowBlock
 from jacobiflow.utils.files import write_json
-from jacobiflow.utils.timing import interleave
+from jacobiflow.utils.timing import time_interleaved
 
 WINDOWS = (16, 32, 64, 128)
 STEPS = 16  # single tokens in a run, as many as in the smallest window
@@ -45,7 +45,7 @@ def run_name(dtype: str, size: int) -> str:
 
 def growing_cache_steps(block: TarFlowBlock, batch: int, context: int) -> Callable[[], None]:
     """`STEPS` steps of the original sampler, after `context` cached tokens."""
-    stream = Stream(block, None, 1.0)
+    stream = CachedNetwork(block, None, 1.0)
     channels = block.proj_in.out_features
     for layer in stream.layers:
         heads = layer.module.attention.num_heads
@@ -56,7 +56,7 @@ def growing_cache_steps(block: TarFlowBlock, batch: int, context: int) -> Callab
     @torch.inference_mode()
     def steps() -> None:
         for position in range(context, context + STEPS):
-            stream.feed(x, position)
+            stream.step(x, position)
         for layer in stream.layers:
             del layer.keys[context:], layer.values[context:]
 
@@ -90,7 +90,7 @@ def measure(config: jf.TarFlowConfig, batch: int) -> Json:
     """Seconds of a step, of an update and of the exact loop's step."""
     flow = random_flow(replace(config, num_blocks=1, num_classes=0))
     runs = runs_to_time(flow, batch)
-    timings, _ = interleave({name: run for name, (run, _) in runs.items()}, ROUNDS)
+    timings, _ = time_interleaved({name: run for name, (run, _) in runs.items()}, ROUNDS)
     seconds = {
         name: {kind: value / runs[name][1] for kind, value in asdict(timing).items()}
         for name, timing in timings.items()

@@ -20,11 +20,12 @@ from torch import Tensor
 import jacobiflow as jf
 from benchmarks.common import IN_PYTORCH, MODELS, RESULTS, Json, latents, parser, read, without_native
 from benchmarks.peers import GRIDS, PEERS, gs_jacobi_grid
-from jacobiflow.comparison.compare import compare
+from jacobiflow.comparison.compare import compare_samplers
+from jacobiflow.evaluation import paired_error
 from jacobiflow.models.memory import keep_freed_memory
 from jacobiflow.planner import auto
 from jacobiflow.utils.files import write_json
-from jacobiflow.utils.timing import machine, paired_error
+from jacobiflow.utils.timing import describe_machine
 
 OUT = RESULTS / "performance.json"
 MODEL = "fashion-p2"
@@ -136,7 +137,7 @@ def final(flow: jf.TarFlow, samplers: Mapping[str, Mapping[str, Sampler]], rows:
         names = {best(rows, name)} | ({next(iter(settings))} if name != "window" else set())
         others |= {f"{name} | {setting}": settings[setting] for setting in sorted(names)}
     runs |= {name: partial(images, run, z, labels) for name, run in others.items()}
-    result: Json = compare(flow, z, labels, runs, repeats=ROUNDS[batch]).to_json()
+    result: Json = compare_samplers(flow, z, labels, runs, repeats=ROUNDS[batch]).to_json()
     exact = sample(flow, "sequential", z, labels).images
     for row in result["rows"]:
         name = row["strategy"]
@@ -168,7 +169,7 @@ def main() -> None:
     parser(__doc__).parse_args()
     flow = jf.TarFlow.from_pretrained(MODEL).requires_grad_(False)
     samplers = samplers_of(flow, jf.CalibrationReport.load(MODELS / MODEL / "report.json"))
-    head = {"command": "python -m benchmarks.performance", "model": MODEL, "machine": machine()}
+    head = {"command": "python -m benchmarks.performance", "model": MODEL, "machine": describe_machine()}
     result = read(OUT, head | {"grid": {}, "final": {}})
     for batch in BATCHES:
         key = str(batch)

@@ -25,11 +25,11 @@ from benchmarks.common import RESULTS, Json, complete, latents, parser, random_f
 from benchmarks.star import RELEASED, prompts_of
 from examples.captions import GUIDANCE, load
 from jacobiflow import native
-from jacobiflow.comparison.baselines import original_loop
+from jacobiflow.comparison.baselines import original_sampler
 from jacobiflow.models import Flow
 from jacobiflow.models.latents import draw_latents
 from jacobiflow.models.memory import keep_freed_memory
-from jacobiflow.utils.timing import interleave
+from jacobiflow.utils.timing import time_interleaved
 
 BATCHES = (1, 4, 16, 64)
 ROUNDS = {1: 9, 4: 7, 16: 5, 64: 3}
@@ -74,8 +74,8 @@ def samples(key: Json) -> Json:
     }
     del runs[HALVES if key["model"].endswith("float32") else INT16]
     if batch <= MOST_ORIGINAL:
-        runs[ORIGINAL] = torch.no_grad()(partial(original_loop(flow)[1], flow, z, context.values))
-    timings, results = interleave(runs, ROUNDS[batch])
+        runs[ORIGINAL] = torch.no_grad()(partial(original_sampler(flow)[1], flow, z, context.values))
+    timings, results = time_interleaved(runs, ROUNDS[batch])
     answers = {name: result for name, result in results.items() if isinstance(result, jf.Samples)}
     return {
         "seconds": to_json(timings),
@@ -104,7 +104,7 @@ def wide(key: Json) -> Json:
         "jacobi": solve(plain, "jacobi"),
         PASS: partial(jf.certify, plain.blocks[0], z, z),
     }
-    timings, results = interleave(runs, 3 if channels < 768 else 1, warm_up=channels < 768)
+    timings, results = time_interleaved(runs, 3 if channels < 768 else 1, warm_up=channels < 768)
     return {"seconds": to_json(timings), "residual": float(results[INT16].residual.max())}
 
 
@@ -152,7 +152,7 @@ def double(key: Json) -> Json:
         return jf.sample(flows[dtype], latents=z, labels=labels, settings=None, strategy="sequential").x
 
     runs = {name: partial(draw, name) for name in flows} | {"in PyTorch": without_native()(partial(draw, "float64"))}
-    timings, results = interleave(runs, 3)
+    timings, results = time_interleaved(runs, 3)
     errors = {name: float((results[name] - results["in PyTorch"]).abs().max()) for name in flows}
     return {"seconds": to_json(timings), "errors": errors}
 

@@ -17,7 +17,7 @@ from pyro.ops import integrator
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.utils.data import dataloader
 
-from jacobiflow.native.boundary import Library
+from jacobiflow.native.library import Library
 
 OPTIMIZER, CLIPPING, LOADER, NATIVE, OTHER = "optimizer", "clipping", "data loader", "native code", "other"
 POTENTIAL = "gradients of a potential"  # HMC calls them.

@@ -21,14 +21,14 @@ import jacobiflow as jf
 from benchmarks.common import Json, latents, parser, to_json
 from benchmarks.features import KINDS, trained, training_statistics
 from benchmarks.peers import GRIDS, PEERS, gs_jacobi_grid
-from jacobiflow.comparison.baselines import SEQUENTIAL, original_loop
+from jacobiflow.comparison.baselines import SEQUENTIAL, original_sampler
 from jacobiflow.data import quantize
-from jacobiflow.evaluation import Statistics, extract, frechet_distance, pixel_difference
+from jacobiflow.evaluation import FeatureStatistics, extract_features, frechet_distance, paired_error, pixel_difference
 from jacobiflow.models.flow import Flow
 from jacobiflow.models.memory import keep_freed_memory
 from jacobiflow.planner import choose, is_auto
 from jacobiflow.utils.files import write_json
-from jacobiflow.utils.timing import interleave, machine, paired_error
+from jacobiflow.utils.timing import describe_machine, time_interleaved
 
 ORIGINAL = "Original"
 AUTOS = ("auto:1e-1", "auto:1e-2", "auto")
@@ -51,14 +51,14 @@ class Experiment(NamedTuple):
     flow: Flow
     denoise: float
     batch_size: int
-    real: Statistics
+    real: FeatureStatistics
     features: nn.Module
     report: jf.CalibrationReport | None = None
 
     def sampler(self, name: str) -> Sampler:
         """Returns a function that samples a batch without denoising; rows of "auto" are certified."""
         if name == ORIGINAL:
-            return partial(original_loop(self.flow)[1], self.flow)
+            return partial(original_sampler(self.flow)[1], self.flow)
         if name in PEERS:
             return partial(PEERS[name], self.flow, **GRIDS[name][0])
         plan = choose(self.flow, name, self.batch_size, report=self.report)
@@ -74,7 +74,7 @@ class Experiment(NamedTuple):
             *(values.split(self.batch_size) for values in latents(self.flow, num, seed=0)), strict=True
         ):
             samples = sampler(z, labels)
-            resolved += getattr(samples, "used_fallback", 0)
+            resolved += int(samples.used_fallback.sum()) if isinstance(samples, jf.Samples) else 0
             images.append(
                 jf.denoise(self.flow, samples.images, labels, self.denoise) if self.denoise else samples.images
             )
@@ -82,14 +82,14 @@ class Experiment(NamedTuple):
 
     def time(self, samplers: Mapping[str, Sampler], repeats: int) -> Json:
         z, labels = latents(self.flow, self.batch_size, seed=0)
-        seconds, results = interleave({name: partial(run, z, labels) for name, run in samplers.items()}, repeats)
+        seconds, results = time_interleaved({name: partial(run, z, labels) for name, run in samplers.items()}, repeats)
         denoising = 0.0
         if self.denoise:
             run = partial(jf.denoise, self.flow, results[SEQUENTIAL].images, labels, self.denoise)
-            denoising = interleave({"denoise": run}, repeats)[0]["denoise"].median
+            denoising = time_interleaved({"denoise": run}, repeats)[0]["denoise"].median
         return {
-            "machine": machine(), "repeats": repeats, "batch_size": self.batch_size, "denoise_seconds": denoising,
-            "rows": to_json(seconds),
+            "machine": describe_machine(), "repeats": repeats, "batch_size": self.batch_size,
+            "denoise_seconds": denoising, "rows": to_json(seconds),
         }  # fmt: skip
 
     def score(
@@ -97,7 +97,9 @@ class Experiment(NamedTuple):
     ) -> Json:
         """The row of `images`; `relative` is the share of its distance above the original's."""
         pixels, exact_pixels = quantize(images), quantize(exact)
-        distance = frechet_distance(self.real, Statistics.of(extract(self.features, [pixels])))
+        distance = frechet_distance(
+            self.real, FeatureStatistics.from_features(extract_features(self.features, [pixels]))
+        )
         error, denoising = paired_error(images, exact), timings["denoise_seconds"]
         seconds = {key: value + denoising for key, value in timings["rows"][name].items()}
         return {
@@ -109,7 +111,7 @@ class Experiment(NamedTuple):
         }  # fmt: skip
 
 
-def compare(
+def score_samplers(
     experiment: Experiment, names: Sequence[str], num: int, final: int | None, out: Path, settings: Json,
     repeats: int = 3,
 ) -> Json:  # fmt: skip
@@ -172,7 +174,7 @@ def main() -> None:
     names = options.strategy or [*gs_jacobi_grid(report, short=True), *PEERS, *AUTOS]
     kind, against = f"{options.features}-FID", KINDS[options.features].description
     settings = {"model": options.model, "distance": kind, "against": against, "seed": 0}
-    compare(experiment, names, options.num, options.final, options.out, settings, options.repeats)
+    score_samplers(experiment, names, options.num, options.final, options.out, settings, options.repeats)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from benchmarks.common import RESULTS, Json, complete, latents, parser, random_f
 from jacobiflow import native
 from jacobiflow.models.memory import keep_freed_memory
 from jacobiflow.models.tarflow import TarFlowBlock
-from jacobiflow.utils.timing import interleave
+from jacobiflow.utils.timing import time_interleaved
 
 OUT = RESULTS / "regimes.json"
 BATCH_SIZES = (1, 4, 16)
@@ -63,10 +63,10 @@ def measure(flow: jf.TarFlow, batch: int) -> Json:
     z, labels = latents(flow, batch)
     runs = runs_to_time(flow.blocks[-1], z, labels if flow.config.num_classes else None)
     started = perf_counter()
-    seconds, results = interleave(runs, 1)
+    seconds, results = time_interleaved(runs, 1)
     rounds = min(ROUNDS, int(2 * MAX_SECONDS / (perf_counter() - started)) - 1)
     if rounds > 1:
-        seconds, _ = interleave(runs, rounds)
+        seconds, _ = time_interleaved(runs, rounds)
     difference = float((results[EXACT_LOOP] - results[LOOP_IN_PYTORCH]).abs().max())
     return shape_of(flow) | {"seconds": to_json(seconds), "rounds": max(rounds, 1), "max_difference": difference}
 

@@ -69,7 +69,7 @@ def result(name: str) -> Any:
     return json.loads((RESULTS / f"{name}.json").read_text())
 
 
-def speed_up(ratio: float) -> str:
+def format_speed_up(ratio: float) -> str:
     return f"{ratio:.0f}x" if ratio >= 9.95 else f"{ratio:.1f}x"
 
 
@@ -184,7 +184,7 @@ def boltzmann_range(name: str) -> str:
 def star_speed_up() -> str:
     """The speed-up of `auto` over the token loop, for one sample."""
     seconds = where(result("starflow")["runs"], batch=1)["seconds"]
-    return speed_up(seconds["token loop"]["median"] / seconds["auto"]["median"])
+    return format_speed_up(seconds["token loop"]["median"] / seconds["auto"]["median"])
 
 
 def star_follows() -> str:
@@ -196,7 +196,7 @@ def loop_speed_up(flow: str) -> str:
     """The speed-up of an accelerated fit of zuko by batches by index and a fused optimizer."""
     loops = [run["total"]["accelerated"] for run in result("fits")["runs"] if "loop" in run and run["flow"] == flow]
     loader, by_index = loops
-    return speed_up(loader / by_index)
+    return format_speed_up(loader / by_index)
 
 
 def phase_seconds(fit: Json, way: str, phase: str) -> float:
@@ -222,10 +222,10 @@ def _environment() -> jinja2.Environment:
     functions = {function.__name__: function for function in (
         boltzmann_range, calibration.agreement, calibration.best_guess, calibration.mean_sweeps,
         calibration.segment_sweeps, calibration.sweeps_range, calibration.tough_share, chord_share, duration, fastest,
-        fastest_way, fitted_sweeps, grouped, least_accurate, loop_speed_up, paper_megabytes, paper_sizes.counted,
-        paper_sizes.estimates, paper_sizes.runs_of, paper_sizes.tough_blocks, phase_seconds, plain_sweeps, plan,
-        rank_correlation, recommendation, regimes.in_passes, result, sampler, slowest_by_batch, speed_up, star_follows,
-        star_speed_up, strategy, sweep_ways, sweeps_win, where,
+        fastest_way, fitted_sweeps, format_speed_up, grouped, least_accurate, loop_speed_up, paper_megabytes,
+        paper_sizes.counted, paper_sizes.estimates, paper_sizes.runs_of, paper_sizes.tough_blocks, phase_seconds,
+        plain_sweeps, plan, rank_correlation, recommendation, regimes.in_passes, result, sampler, slowest_by_batch,
+        star_follows, star_speed_up, strategy, sweep_ways, sweeps_win, where,
     )}  # fmt: skip
     environment.globals |= functions | {
         "calls": {"sampling": "inverse", "density": "`log_prob`"},

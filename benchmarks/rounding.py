@@ -22,7 +22,7 @@ from examples.captions import load
 from jacobiflow.models.flow import Flow
 from jacobiflow.sampling.result import SENSITIVITY_BOUND, Samples
 from jacobiflow.sampling.sensitivity import FLOAT64_BOUND
-from jacobiflow.utils.timing import interleave
+from jacobiflow.utils.timing import time_interleaved
 
 BATCH, BATCHES, FACTOR, ROUNDS = 16, 8, 4, 5
 MODELS: dict[str, Callable[[], Flow]] = {
@@ -72,7 +72,7 @@ def measure(key: Json) -> Json:
 def times(flow: Flow, batch: int) -> float:
     """The time of a call with sensitivity over that of one without."""
     runs = {name: partial(draw, flow, batch, 1, sensitivity=name == "measured") for name in ("plain", "measured")}
-    timings, _ = interleave(runs, ROUNDS)
+    timings, _ = time_interleaved(runs, ROUNDS)
     return timings["measured"].median / timings["plain"].median
 
 

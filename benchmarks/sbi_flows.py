@@ -27,7 +27,7 @@ from sbi.utils import BoxUniform
 from torch import Tensor
 
 import jacobiflow as jf
-from benchmarks.common import RESULTS, ROOT, Json, complete, speed_up
+from benchmarks.common import RESULTS, ROOT, Json, complete, time_speed_up
 from jacobiflow.models.memory import keep_freed_memory
 
 SIMULATIONS, EPOCHS, ROUNDS = 5_000, 100, 2
@@ -126,9 +126,9 @@ def measure(key: Json) -> Json:
     handle = jf.accelerate(accelerated)
     posteriors = {"library": posterior, "accelerated": accelerated}
     runs = {name: partial(seeded, call.sample, each) for name, each in posteriors.items()}
-    metrics, _ = speed_up(runs, ROUNDS)
+    metrics, _ = time_speed_up(runs, ROUNDS)
     shares = {name: share(run, type(estimator)) for name, run in runs.items()}
-    return {**metrics, "share": shares, "ways": sorted(set(handle.ways.values()))}
+    return {**metrics, "share": shares, "ways": sorted(set(handle.backends.values()))}
 
 
 def keys() -> Iterator[Json]:

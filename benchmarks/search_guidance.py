@@ -20,11 +20,11 @@ import jacobiflow as jf
 from benchmarks.common import RESULTS, Json, latents, parser, read
 from benchmarks.features import trained, training_statistics
 from jacobiflow.data import digits, quantize, scale
-from jacobiflow.evaluation import Statistics, extract, frechet_distance
+from jacobiflow.evaluation import FeatureStatistics, extract_features, frechet_distance
 from jacobiflow.models.flow import Flow
 from jacobiflow.utils import serialization
 from jacobiflow.utils.files import write_json
-from jacobiflow.utils.timing import machine
+from jacobiflow.utils.timing import describe_machine
 
 SEED, BATCH = 10, 64
 RATES = (0.0, 0.6, 0.8, 1.0, 1.2, 1.4)
@@ -41,17 +41,19 @@ class Measure(NamedTuple):
 
     name: str
     features: Callable[[UInt8[Tensor, "n c h w"]], Float[Tensor, "n d"]]
-    real: Statistics
+    real: FeatureStatistics
     num: int = 2000
 
 
 def bundled_fid(kind: str, num: int) -> Measure:
-    return Measure(f"{kind}_fid", lambda images: extract(trained(kind), [images]), training_statistics(kind), num)
+    return Measure(
+        f"{kind}_fid", lambda images: extract_features(trained(kind), [images]), training_statistics(kind), num
+    )
 
 
 def pixel_distance() -> Measure:
     """The Fréchet distance of pixels, against scikit-learn's 1,797 digits."""
-    return Measure("pixel_distance", pixels, Statistics.of(pixels(digits().images)))
+    return Measure("pixel_distance", pixels, FeatureStatistics.from_features(pixels(digits().images)))
 
 
 def pixels(images: Tensor) -> Tensor:
@@ -95,7 +97,7 @@ def point(flow: Flow, measure: Measure, weight: float, temperature: float) -> li
     step = jf.denoise(flow, images, labels, 1.0) - images if noisy else 0.0
     rows = []
     for rate in rates:
-        statistics = Statistics.of(measure.features(quantize(images + rate * step)))
+        statistics = FeatureStatistics.from_features(measure.features(quantize(images + rate * step)))
         distance = frechet_distance(measure.real, statistics)
         rows.append({"weight": weight, "attn_temperature": temperature, "denoise": rate, measure.name: distance})
     return rows
@@ -106,7 +108,7 @@ def main() -> None:
     arguments.add_argument("model", nargs="?", default="fashion-p2", choices=MEASURES)
     model = arguments.parse_args().model
     flow, measure, out = jf.load(model), MEASURES[model](), RESULTS / f"{model}-search.json"
-    result = read(out, {"machine": machine(), "rows": []})
+    result = read(out, {"machine": describe_machine(), "rows": []})
     rows = result["rows"]
 
     def best() -> Json:

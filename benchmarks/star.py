@@ -21,10 +21,11 @@ from benchmarks.common import FIGURES, IN_PYTORCH, RESULTS, Json, complete, pars
 from benchmarks.peers import starflow
 from examples.captions import GUIDANCE, captioned_emoji, load
 from jacobiflow import plots
-from jacobiflow.comparison.baselines import TOKEN_LOOP, original_loop
+from jacobiflow.comparison.baselines import TOKEN_LOOP, original_sampler
 from jacobiflow.data import Noise, add_noise
+from jacobiflow.evaluation import paired_error
 from jacobiflow.models.latents import draw_latents
-from jacobiflow.utils.timing import interleave, paired_error
+from jacobiflow.utils.timing import time_interleaved
 
 BATCHES, ITERATION = (1, 4, 16), "block iteration"
 CERTIFIED = "window:16, certified"
@@ -50,7 +51,7 @@ def speeds(rounds: int, key: Json) -> Json:
     exact_loop = partial(jf.sample, flow, latents=z, context=context, settings=None, strategy="sequential")
     plan = jf.plan(flow, batch_size=batch)
     runs: dict[str, Callable[[], Any]] = {
-        TOKEN_LOOP: partial(original_loop(flow)[1], flow, z, context.values),
+        TOKEN_LOOP: partial(original_sampler(flow)[1], flow, z, context.values),
         ITERATION: lambda: starflow(flow, z, context.values, fresh_keys=False).images,
         IN_PYTORCH: without_native()(exact_loop),
         "exact loop": exact_loop,
@@ -58,7 +59,7 @@ def speeds(rounds: int, key: Json) -> Json:
         "auto": partial(jf.sample, flow, latents=z, context=context, settings=None, strategy=plan),
         "encoding pass": lambda: flow.guided(None).encode(torch.zeros(batch, 3, 32, 32), context),
     }
-    timings, results = interleave({name: torch.no_grad()(run) for name, run in runs.items()}, rounds)
+    timings, results = time_interleaved({name: torch.no_grad()(run) for name, run in runs.items()}, rounds)
     wide = copy.deepcopy(flow).double()
     exact = jf.sample(wide, latents=z.double(), context=context, settings=None, strategy="sequential").x
     answers = {name: x if isinstance(x, Tensor) else getattr(x, "x", None) for name, x in results.items()}
@@ -76,7 +77,7 @@ def blocks(key: Json) -> Json:
     index = torch.arange(CALIBRATED) * len(data) // CALIBRATED
     images, _ = data.batch(index)
     noisy = add_noise(images, Noise("gaussian", flow.config.noise_std), torch.Generator().manual_seed(0))
-    report = jf.calibrate(flow, noisy, context=[captions[i] for i in index.tolist()], traced=TRACED)
+    report = jf.calibrate(flow, noisy, context=[captions[i] for i in index.tolist()], num_convergence_samples=TRACED)
     assert report.components is None  # CRM is not defined
     return {
         "layers": flow.config.layers_per_block,
@@ -124,7 +125,7 @@ def released(key: Json) -> Json:
     strategies = {name: parse(name).solvers[0] for name in ("sequential", *WINDOWS)}
     runs = {name: partial(jf.solve_certified, block, z, solver) for name, solver in strategies.items()}
     runs["encoding pass"] = partial(block.affine_whole, z)
-    timings, results = interleave({name: torch.no_grad()(run) for name, run in runs.items()}, 1, warm_up=False)
+    timings, results = time_interleaved({name: torch.no_grad()(run) for name, run in runs.items()}, 1, warm_up=False)
     exact = results["sequential"].x
     return {
         "seconds": to_json(timings),

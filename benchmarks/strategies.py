@@ -18,11 +18,11 @@ from benchmarks.performance import WITHOUT_LOOP, images, sample
 from benchmarks.quality import ORIGINAL
 from jacobiflow.calibration import gs_jacobi_notation
 from jacobiflow.comparison.baselines import GROWING_CACHE
-from jacobiflow.comparison.compare import compare
+from jacobiflow.comparison.compare import compare_samplers
 from jacobiflow.models.memory import keep_freed_memory
 from jacobiflow.planner import auto
 from jacobiflow.utils.files import write_json
-from jacobiflow.utils.timing import machine
+from jacobiflow.utils.timing import describe_machine
 
 LARGE = 64  # of which the strategies of the paper take too long
 REPEATS = {1: 5, 4: 3, 16: 3, LARGE: 3}
@@ -90,9 +90,9 @@ def measure(flow: jf.TarFlow, report: jf.CalibrationReport, batch: int) -> list[
     runs[WITHOUT_LOOP] = without_native()(partial(sample, flow, plan, z, labels, certify=True))
     for name, tolerance in AUTOS.items():
         runs[name] = partial(sample, flow, auto(flow, batch, tolerance), z, labels, certify=True)
-    comparison = compare(flow, z, labels, runs, repeats=REPEATS[batch])
+    comparison = compare_samplers(flow, z, labels, runs, repeats=REPEATS[batch])
     rows = []
-    for row in comparison.rows:
+    for row in comparison.results:
         rate, name = comparison.speed_up(row, GROWING_CACHE), row.strategy
         entry = {
             "batch": batch, "strategy": ORIGINAL if name == GROWING_CACHE else name, "seconds": row.seconds.median,
@@ -117,7 +117,7 @@ def main() -> None:
     report.check(flow)
     rows = [row for batch in REPEATS for row in measure(flow, report, batch)]
     command = f"python -m benchmarks.strategies {model}"
-    head = {"command": command, "model": model, "machine": machine()}
+    head = {"command": command, "model": model, "machine": describe_machine()}
     write_json(RESULTS / f"{model}-strategies.json", head | {"rows": rows})
 
 

@@ -21,9 +21,9 @@ from benchmarks.common import RESULTS, parser
 from benchmarks.features import ConvolutionalFeatures, statistics_file, weights_file
 from benchmarks.make_images import emoji, labels_of
 from jacobiflow.data import Augmentation, ImageDataset, Split, augment, load_images, quantize, scale
-from jacobiflow.evaluation import Statistics, extract, frechet_distance
+from jacobiflow.evaluation import FeatureStatistics, extract_features, frechet_distance
 from jacobiflow.utils.files import write_atomically, write_json
-from jacobiflow.utils.timing import machine
+from jacobiflow.utils.timing import describe_machine
 
 BATCH, RATE = 128, 4e-3
 
@@ -37,7 +37,7 @@ def classified(network: ConvolutionalFeatures, _: ImageDataset, test: ImageDatas
 
 def nearest(network: ConvolutionalFeatures, train: ImageDataset, test: ImageDataset) -> float:
     """Share of test images whose nearest training image, by the angle between features, is of their class."""
-    train_features, test_features = (F.normalize(extract(network, [data.images])) for data in (train, test))
+    train_features, test_features = (F.normalize(extract_features(network, [data.images])) for data in (train, test))
     return float(
         (labels_of(train)[(test_features @ train_features.T).argmax(dim=1)] == labels_of(test)).double().mean()
     )
@@ -55,9 +55,13 @@ class Recipe(NamedTuple):
 
 RECIPES = {
     "fashion": Recipe(
-        partial(load_images, "fashion-mnist", 28, 1), 12, Augmentation(mirror=True, shift=2), False, classified
+        partial(load_images, "fashion-mnist", 28, 1),
+        12,
+        Augmentation(horizontal_flip=True, translate=2),
+        False,
+        classified,
     ),
-    "emoji": Recipe(emoji, 40, Augmentation(mirror=True, shift=3, hue=10), True, nearest),
+    "emoji": Recipe(emoji, 40, Augmentation(horizontal_flip=True, translate=3, hue=10), True, nearest),
 }
 
 
@@ -97,17 +101,19 @@ def main() -> None:
     network = fit(kind, recipe, train, test)
     data = save({name: value.contiguous() for name, value in network.state_dict().items()})
     write_atomically(weights_file(kind), data)
-    features = extract(network, [train.images])
-    real = Statistics.of(features)
+    features = extract_features(network, [train.images])
+    real, unseen = (
+        FeatureStatistics.from_features(each) for each in (features, extract_features(network, [test.images]))
+    )
     real.save(statistics_file(kind))
     generator = torch.Generator().manual_seed(0)
-    half = torch.randperm(len(features), generator=generator)[: min(2000, len(features) // 2)]
+    half = features[torch.randperm(len(features), generator=generator)[: min(2000, len(features) // 2)]]
     metrics = {
         "epochs": recipe.epochs, "seconds": perf_counter() - started, "bytes": len(data),
         "parameters": sum(p.numel() for p in network.parameters()), "features": network.num_features,
-        "distance_of_test_images": frechet_distance(real, Statistics.of(extract(network, [test.images]))),
-        f"distance_of_{len(half)}_training_images": frechet_distance(real, Statistics.of(features[half])),
-        "test_accuracy": recipe.accuracy(network, train, test), "machine": machine(),
+        "distance_of_test_images": frechet_distance(real, unseen),
+        f"distance_of_{len(half)}_training_images": frechet_distance(real, FeatureStatistics.from_features(half)),
+        "test_accuracy": recipe.accuracy(network, train, test), "machine": describe_machine(),
     }  # fmt: skip
     write_json(RESULTS / f"{kind}-features.json", metrics)
     print(f"test accuracy {metrics['test_accuracy']:.2%}, {len(data) / 1e6:.2f} MB")

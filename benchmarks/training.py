@@ -24,12 +24,12 @@ from sbi.neural_nets.net_builders import build_maf
 from torch import Tensor, nn
 
 import jacobiflow as jf
-from benchmarks.common import RESULTS, Json, complete, parser, speed_up
+from benchmarks.common import RESULTS, Json, complete, parser, time_speed_up
 from benchmarks.masked_flows import FLOWS, PACKAGES
 from benchmarks.profiling import CLIPPING, NATIVE, OPTIMIZER, Profile
 from benchmarks.sbi_flows import PRIOR, simulate
 from jacobiflow.models.memory import keep_freed_memory
-from jacobiflow.utils.timing import timed
+from jacobiflow.utils.timing import time_call
 
 TRANSFORMS, CONTEXT, CLIP = 5, 10, 5.0
 SMALL, LARGE = "50 x 2", "256 x 3"  # hidden features
@@ -138,20 +138,20 @@ def measure(key: Json) -> Json:
     errors = {name: Task(key, each, *few).gradient() - exact for name, each in flows.items()}
     tasks = {name: Task(key, each, *inputs) for name, each in flows.items()}
     tasks["library"]()
-    seconds, _ = timed(tasks["library"], torch.device("cpu"))
+    seconds, _ = time_call(tasks["library"], torch.device("cpu"))
     calls = min(CALLS, max(1, int(BLOCK / seconds)))
     rounds = min(MOST, max(LEAST, int(SECONDS / (calls * seconds))))
     runs = {name: partial(repeat, task, calls, key["threads"]) for name, task in tasks.items()}
     if key["threads"] > 1:
         runs["accelerated, one thread"] = partial(repeat, tasks["accelerated"], calls, 1)
-    metrics, _ = speed_up(runs, rounds)
+    metrics, _ = time_speed_up(runs, rounds)
     for timing in metrics["seconds"].values():
         timing |= {name: value / calls for name, value in timing.items()}
     torch.set_num_threads(key["threads"])
     metrics["profile"] = profile(tasks["accelerated"], metrics["seconds"]["accelerated"]["median"])
     torch.set_num_threads(1)
     metrics["error"] = {name: float(error.abs().max() / exact.abs().max()) for name, error in errors.items()}
-    return {"calls": calls, **metrics, "ways": sorted(set(fast.ways.values()))}
+    return {"calls": calls, **metrics, "ways": sorted(set(fast.backends.values()))}
 
 
 def losses(key: Json) -> Json:

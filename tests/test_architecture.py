@@ -25,7 +25,7 @@ ALLOWED: dict[str, set[str]] = {
     "planner": {"blocks", "calibration", "fixed_point", "models", "native"},
     "sampling": {"blocks", "calibration", "data", "fixed_point", "models", "planner"},
     "adapters": {"fixed_point", "native"},
-    "comparison": {"blocks", "models", "sampling"},
+    "comparison": {"blocks", "evaluation", "models", "sampling"},
     "data": set(),
     "evaluation": {"data", "models"},
     "training": {"blocks", "data", "models"},

@@ -20,7 +20,7 @@ from typer.main import get_command
 import jacobiflow as jf
 from jacobiflow.cli.app import app
 from jacobiflow.data import load_images
-from jacobiflow.evaluation import InceptionFeatures, Statistics, load_features
+from jacobiflow.evaluation import FeatureStatistics, InceptionFeatures, load_features
 from tests.helpers.running import run_line
 from tests.helpers.stand_ins import write_inception, write_t5
 
@@ -32,7 +32,8 @@ HELP = {f"--help of {name}": command.help or "" for name, command in get_command
 # A command is a line, with what comes before its name: a launcher, variables.
 COMMAND = re.compile(r"^ *(?:Example: )?(?:\w+=\w+ )*(?:torchrun .* -- )?jacobiflow (\w.*[^.\n])$", re.MULTILINE)
 SHORT = {
-    "sample": "--num 2", "calibrate": "--num 2 --traced 1 --segments 2", "plan": "", "bench": "--repeats 1",
+    "sample": "--num 2", "calibrate": "--num 2 --convergence-samples 1 --segments 2", "plan": "",
+    "bench": "--repeats 1",
     "evaluate": "--paired 2 --test-images 4", "train": "--steps 2 --batch-size 8", "convert": "", "info": "",
 }  # fmt: skip
 
@@ -75,7 +76,7 @@ def _inception(files: Path) -> Any:
     write_inception(weights)
     inception = load_features("inception", weights)
     assert isinstance(inception, InceptionFeatures)
-    Statistics.of(torch.randn(3, 2048)).save(files / "afhq256_fid_stats.pth", inception)
+    FeatureStatistics.from_features(torch.randn(3, 2048)).save(files / "afhq256_fid_stats.pth", inception)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TORCH_HOME", str(files.parent))
         yield

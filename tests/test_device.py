@@ -61,7 +61,7 @@ def evaluate(device: str) -> Tensor:
 
 def calibrate(device: str) -> Tensor:
     flow = jf.load("digits-p1", device=device)
-    report = jf.calibrate(flow, images(flow, 2), digits().labels[:2], traced=1)
+    report = jf.calibrate(flow, images(flow, 2), digits().labels[:2], num_convergence_samples=1)
     return torch.tensor([*report.crm, *report.mean_sweeps("noise", 1e-3)])
 
 

@@ -71,7 +71,8 @@ def each(names: str, argument: Argument) -> dict[str, Argument]:
 
 
 ARGUMENTS: dict[str, Argument] = {
-    **each("num batch_size samples traced segments num_tokens num_blocks in_channels image_size", COUNT),
+    **each("num batch_size samples num_convergence_samples segments num_tokens num_blocks", COUNT),
+    **each("in_channels image_size", COUNT),
     **each("layers_per_block patch_size channels head_dim expansion hidden_features hidden_layers", COUNT),
     **each("count size max_sweeps", UNLIMITED),
     **each("num_classes bf16_sweeps", FROM_0), "attn_temperature": POSITIVE,
@@ -104,7 +105,7 @@ CALLS: list[tuple[Callable[..., Any], str, dict[str, Argument]]] = [
     (jf.sample, "flow latents labels progress", {}), (jf.decode, "flow z context strategy tolerance certify log_prob",
      {"context": (LABELS, NO_LABELS, WRONG_LABELS), "log_prob": FLAG}),
     (jf.denoise, "flow images labels rate batch_size", {}),
-    (jf.calibrate, "flow images labels norm segments traced per_class batch_size seed",
+    (jf.calibrate, "flow images labels norm segments num_convergence_samples per_class batch_size seed",
      {"images": (IMAGES, (7, "x", {}), (IMAGES[:1], IMAGES[:0], *ABSENT))}),
     (jf.tune, "flow labels samples batch_size seed",
      {"labels": (LABELS, NO_LABELS, (LABELS[0], LABELS[:0], LABELS + 1, 3, *HUGE_LABELS, *ABSENT_LABELS))}),
@@ -135,15 +136,15 @@ CALLS: list[tuple[Callable[..., Any], str, dict[str, Argument]]] = [
     (jf.Strategy.from_report, "report tolerance per_segment call_cost", {"report": (REPORT, (7, PLAN), ())}),
     *((made.check, "flow", {}) for made in (PLAN, REPORT, TUNING)),
     *((call, "path", {}) for made in (PLAN, REPORT, TUNING) for call in (made.save, made.load)),
-    (REPORT.mean_sweeps, "start tolerance guess", {"start": ("noise", (), ("x", 7)), "guess": (None, (), (7, "x"))}),
+    (REPORT.mean_sweeps, "source tolerance guess", {"source": ("noise", (), ("x", 7)), "guess": (None, (), (7, "x"))}),
     (REPORT.guess, "block", {"block": (0, KINDS, (-1, 2))}),
     (jf.accelerate, "flow tolerance", {"flow": (FLOW, (), ())}),
-    (jf.register, "name", {"name": ("new", (7,), ("", "a b", "a+b", "a:1"))}),
+    (jf.register_piece, "name", {"name": ("new", (7,), ("", "a b", "a+b", "a:1"))}),
     (Noise, "kind std", {}),
-    (Augmentation, "shift hue", {"shift": FROM_0, "hue": NUMBER}),
-    (TrainConfig, "steps batch_size learning_rate weight_decay warmup ema clip drop_label seed", {
-        "steps": COUNT, "warmup": FROM_0, **each("learning_rate clip", POSITIVE), "weight_decay": NUMBER,
-        "batch_size": UNLIMITED, **each("ema drop_label", (0.5, NUMBERS, (*NUMBER[2], 1.0)))}),
+    (Augmentation, "translate hue", {"translate": FROM_0, "hue": NUMBER}),
+    (TrainConfig, "steps batch_size learning_rate weight_decay warmup ema_decay max_grad_norm label_dropout seed", {
+        "steps": COUNT, "warmup": FROM_0, **each("learning_rate max_grad_norm", POSITIVE), "weight_decay": NUMBER,
+        "batch_size": UNLIMITED, **each("ema_decay label_dropout", (0.5, NUMBERS, (*NUMBER[2], 1.0)))}),
 ]  # fmt: skip
 
 

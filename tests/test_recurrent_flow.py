@@ -46,7 +46,7 @@ def test_its_samples_encode_to_their_latents(model: Path) -> None:
     "line",
     [
         "info --model {model} --json {out}.json",
-        "calibrate --model {model} --images digits --num 32 --traced 4 --out {model}/report.json",
+        "calibrate --model {model} --images digits --num 32 --convergence-samples 4 --out {model}/report.json",
         "plan --model {model} --batch-size 2 --out {out}.json",
         "sample --model {model} --num 3 --denoise 1 --strategy auto --out {out}",
     ],
@@ -56,4 +56,4 @@ def test_every_command_takes_it(line: str, model: Path, capsys: pytest.CaptureFi
     result = run_line(line.format(model=model, out=model.parent / name), capsys)
     assert result.code == 0, result.err
     if name == "sample":
-        assert jf.SampleFolder.open(model.parent / name).certificate().max() <= 1e-3
+        assert jf.SampleFolder.open(model.parent / name).residual().max() <= 1e-3

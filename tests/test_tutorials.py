@@ -27,7 +27,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "converge": {"drawn": 2, "samples": 8},
     "own_flow": {"steps": 40, "num": 20},
     "sbi": {"simulations": 250, "checks": 10},
-    "tarflow": {"num": 1024, "calibration": "--num 16 --traced 2"},
+    "tarflow": {"num": 1024, "calibration": "--num 16 --convergence-samples 2"},
     "zuko": {"steps": 90},
 }
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import jacobiflow as jf
 
 
-@jf.register("fraction")
+@jf.register_piece("fraction")
 @dataclass(frozen=True)
 class FractionWindow(jf.SlidingRun):
     """A window over a part of the sequence, 1 of `parts`, or over `least` tokens."""

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 import jacobiflow as jf
 
 
-@jf.register("one_back")
+@jf.register_piece("one_back")
 @dataclass(frozen=True)
 class OneBack(jf.Correction):
     """X^(k+1)_t = g_t + gain r_(t-1), where r = g(X^(k)) - X^(k)."""

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from jacobiflow.models import Context, Flow, FlowBlock, Permutation, register
+from jacobiflow.models import Context, Flow, FlowBlock, Permutation, register_flow
 
 NO_CONTEXT = Context()
 
@@ -67,7 +67,7 @@ class RecurrentBlock(FlowBlock):
         return scale.tanh(), shift
 
 
-@register
+@register_flow
 class RecurrentFlow(Flow):
     """A stack of recurrent blocks over the rows of an image."""
 

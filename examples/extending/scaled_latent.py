@@ -9,7 +9,7 @@ from torch import Tensor
 import jacobiflow as jf
 
 
-@jf.register("scaled_latent")
+@jf.register_piece("scaled_latent")
 @dataclass(frozen=True)
 class ScaledLatent(jf.Guess):
     """X^(0) = scale Z, with a number for each channel."""

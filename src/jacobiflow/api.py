@@ -44,7 +44,7 @@ from jacobiflow.sampling.folder import SampleFolder, processes, sample_to_folder
 from jacobiflow.sampling.importance import ImportanceWeights, importance
 from jacobiflow.sampling.result import Samples
 from jacobiflow.sampling.sample import decode, sample
-from jacobiflow.utils.serialization import register
+from jacobiflow.utils.serialization import register_piece
 
 __all__ = [
     "MAF",
@@ -105,7 +105,7 @@ __all__ = [
     "load",
     "plan",
     "processes",
-    "register",
+    "register_piece",
     "sample",
     "sample_to_folder",
     "solve",

@@ -16,7 +16,7 @@ from pyro.distributions.transforms import affine_autoregressive
 from torch import Tensor, nn
 
 import jacobiflow as jf
-from jacobiflow.adapters import discovery
+from jacobiflow.adapters import registry
 from tests.helpers.library_flows import CASES, CONTEXT, NATIVE, both, normal, problem_of, same_bits
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -60,10 +60,10 @@ def test_the_handle_says_what_was_done(monkeypatch: pytest.MonkeyPatch) -> None:
         "accelerated, exact to rounding: 2 autoregressive transforms", first + "native code",
         second + "passes: native code does not know the activation Mish",
     ]  # fmt: skip
-    assert (handle.tolerance, handle.untouched, handle.passes, handle.ways) == (None, {}, {}, {})
+    assert (handle.tolerance, handle.untouched, handle.passes, handle.backends) == (None, {}, {}, {})
     with torch.no_grad():
         flow(c).transform.inv(y)
-    assert handle.ways == {"transform.transforms.0": "native", "transform.transforms.1": "passes"}
+    assert handle.backends == {"transform.transforms.0": "native", "transform.transforms.1": "passes"}
     assert handle.passes["transform.transforms.0"] == 0 < handle.passes["transform.transforms.1"] < 24
     assert "to a tolerance of 0.001" in str(jf.accelerate(flow, 1e-3))
     assert str(jf.accelerate(flow, 0.0)).splitlines()[1:] == [f"{line}passes" for line in (first, second)]
@@ -127,7 +127,7 @@ def test_flows_without_masked_transforms_are_refused() -> None:
 def test_versions(name: str, good: str, bad: str, monkeypatch: pytest.MonkeyPatch) -> None:
     library, flow = name.split()[0], CASES[name].make()
     kind, have = type(flow), {}  # a KeyError for another library, whose version does not matter
-    monkeypatch.setattr(discovery, "version", have.__getitem__)
+    monkeypatch.setattr(registry, "version", have.__getitem__)
     for have[library] in good.split():
         jf.accelerate(flow, 0.0).restore()
     for have[library] in bad.split():
@@ -141,7 +141,7 @@ def test_estimators_of_lampe() -> None:
     estimator = lampe.inference.NPE(7, CONTEXT, transforms=2, hidden_features=(32, 32))
     with jf.accelerate(estimator) as handle:
         estimator.flow(normal(CONTEXT)).sample((20,))
-    assert list(handle.ways.values()) == ["native", "native"]
+    assert list(handle.backends.values()) == ["native", "native"]
 
 
 def posterior(estimator: str) -> Any:
@@ -153,7 +153,7 @@ def posterior(estimator: str) -> Any:
     x = theta + 0.3 * theta.roll(1, dims=1) ** 2 + 0.1 * torch.randn(200, 7)
     inference = NPE(prior, density_estimator=estimator, show_progress_bars=False)
     network = inference.append_simulations(theta, x).train(max_num_epochs=1, training_batch_size=100)
-    with jf.accelerate(network, 0.0):  # which the posterior copies
+    with jf.accelerate(network, 0.0):  # The posterior copies the network.
         return inference.build_posterior(network).set_default_x(torch.zeros(1, 7))
 
 

@@ -138,7 +138,7 @@ def test_uses_of_autograd(use: Callable[[Problem], None], name: str, is_inverse:
             use(p)
         answers.append([tensor.grad for tensor in leaves])
     assert gradient_gap(*answers) < EXACT
-    assert set(handle.ways.values()) == {"native"}
+    assert set(handle.backends.values()) == {"native"}
 
 
 @pytest.mark.parametrize("is_inverse", [False, True])
@@ -224,7 +224,7 @@ def test_what_is_left_to_the_library(use: Callable[[Problem], Any], name: str, i
         with jf.accelerate(p.flow) if is_accelerated else nullcontext() as handle:
             answers.append(use(p))
     assert gradient_gap(*answers) < LEFT_TO_LIBRARY[use]
-    assert "native" not in handle.ways.values()
+    assert "native" not in handle.backends.values()
 
 
 @pytest.mark.parametrize("is_inverse", [False, True])
@@ -237,7 +237,7 @@ def test_dropout_in_training_mode_is_left_to_the_library(is_inverse: bool) -> No
         with jf.accelerate(flow) if is_accelerated else nullcontext() as handle:
             answers.append(p.gradients())
     assert gradient_gap(*answers) == 0
-    assert "native" not in handle.ways.values()
+    assert "native" not in handle.backends.values()
 
 
 def test_data_parallel_training() -> None:
@@ -252,7 +252,7 @@ def test_data_parallel_training() -> None:
     finally:
         torch.distributed.destroy_process_group()
     assert gradient_gap(*answers) < EXACT
-    assert set(handle.ways.values()) == {"native"}
+    assert set(handle.backends.values()) == {"native"}
 
 
 @pytest.mark.parametrize("name", NATIVE)

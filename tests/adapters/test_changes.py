@@ -94,6 +94,9 @@ def turn_into_plain_tensor(layer: Any) -> None:
 CHANGES: dict[str, Callable[[nn.Module, list[Any]], Any]] = {
     "optimizer": lambda flow, _: step(flow),
     "data": lambda _, layers: setattr(layers[0].weight, "data", (layers[0].weight.data.t() * 2).contiguous().t()),
+    "strides": lambda _, layers: setattr(
+        layers[0].weight, "data", layers[0].weight.data.as_strided((16, 5), (1, 16))
+    ),
     "type": lambda flow, _: flow.float(),
     "module": lambda flow, _: replace_activations(flow),
     "setting": lambda flow, _: [
@@ -162,7 +165,7 @@ def test_weights_of_a_functional_call_and_their_gradients(name: str, is_inverse:
     expected = call()
     with jf.accelerate(module) as handle:
         result = call()
-        assert set(handle.ways.values()) == {"native"}
+        assert set(handle.backends.values()) == {"native"}
         for settings in ({"create_graph": True}, {"is_grads_batched": True, "grad_outputs": torch.ones(2)}):
             with pytest.raises(RuntimeError, match=r"jf\.accelerate.*restore\(\)"):
                 torch.autograd.grad(loss(), [*weights.values()], **settings)  # when the module has its own weights

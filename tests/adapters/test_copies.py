@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from zuko.transforms import ComposedTransform
 
 import jacobiflow as jf
 from tests.helpers.library_flows import NATIVE, Case, counted, problem_of, same_bits
@@ -128,6 +129,8 @@ def test_distributions_of_zuko_follow_their_flow_and_their_copies_are_zuko_s(way
         distribution = flow(c)
         copied = COPIES[way](distribution)
         assert same_bits(sample(copied), expected)
+        assert type(COPIES[way](distribution.transform.inv)) is ComposedTransform
+        assert distribution.expand((2, *distribution.batch_shape)).event_shape == (24,)
         assert not handle.passes
         assert same_bits(sample(distribution), expected)
         assert handle.passes

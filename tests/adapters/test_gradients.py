@@ -24,13 +24,11 @@ from torch.autograd.functional import hessian, jacobian
 import jacobiflow as jf
 from tests.helpers.library_flows import (
     CASES,
-    FLOWS,
     LARGE,
     NATIVE,
     default_dtype,
     gradient_gap,
     gradients,
-    inputs,
     laid_out,
     masked_layers,
     normal,
@@ -38,6 +36,7 @@ from tests.helpers.library_flows import (
     steep,
     values,
 )
+from tests.helpers.random_flows import FLOWS, inputs
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore")]
 
@@ -82,11 +81,11 @@ def check(
 
 
 def native_gradients(threads: int, flow: nn.Module, x: Tensor, context: Tensor | None, *arguments: Any) -> Any:
-    torch.set_num_threads(threads)  # for native code alone: those of PyTorch would cost time
+    torch.set_num_threads(threads)  # PyTorch's own threads would cost time.
     with jf.accelerate(flow) as handle:
         result = gradients(flow, x, context, *arguments)
     torch.set_num_threads(1)
-    assert set(handle.ways.values()) == {"native"}, handle
+    assert set(handle.backends.values()) == {"native"}, handle
     inputs = [t for t in (x, context, *flow.parameters()) if t is not None and t.requires_grad]
     masks = {id(layer.weight): layer.mask.bool() for layer in masked_layers(flow)}
     for tensor, gradient in zip(inputs, result, strict=True):
@@ -109,7 +108,7 @@ def test_random_flows(library: str) -> None:
         rows, layouts = random.choice([1, 5, 40, 70, 130]), ["as it is", "transposed", "strided", "expanded"]
         x = laid_out(inputs(domain, rows, features, dtype=torch.float32), random.choice(layouts))
         c = laid_out(torch.randn(rows, width), random.choice(layouts)) if width else None
-        share = random.choice([1.0, 0.5, 0.0])  # of the parameters that need a gradient
+        share = random.choice([1.0, 0.5, 0.0])  # Share of the parameters that need a gradient.
         for parameter in flow.parameters():
             parameter.requires_grad_(random.random() < share)
         x.requires_grad_(share < 1 or random.random() < 0.5)
@@ -145,7 +144,7 @@ def test_more_features_and_rows_than_fit_one_block(name: str) -> None:
 @pytest.mark.parametrize("library", ["zuko", "pyro"])
 def test_batches_of_any_shape(library: str, batch: tuple[int, ...], of_context: tuple[int, ...]) -> None:
     torch.manual_seed(0)
-    batch = torch.broadcast_shapes(batch, of_context)  # as the libraries' forward directions need
+    batch = torch.broadcast_shapes(batch, of_context)  # The libraries' forward directions need whole batches.
     flow = zuko.flows.NSF(5, 2) if library == "zuko" else pt.conditional_affine_autoregressive(5, 2, [16])
     check(steep(flow.double()), leaf(*batch, 5), leaf(*of_context, 2, seed=1))
 
@@ -178,7 +177,7 @@ def test_finite_differences(name: str, is_inverse: bool) -> None:
     with default_dtype(DOUBLE), jf.accelerate(flow) as handle:
         assert torch.autograd.gradcheck(call, (x, c, *flow.parameters()), fast_mode=True)
         assert torch.autograd.gradgradcheck(call, (x, c), fast_mode=True)
-    assert set(handle.ways.values()) == {"native"}
+    assert set(handle.backends.values()) == {"native"}
 
 
 @pytest.mark.parametrize("is_inverse", [False, True])
@@ -203,7 +202,7 @@ def test_second_derivatives_and_several_cotangents_at_once(name: str, is_inverse
         expected = derivatives()
         with jf.accelerate(flow) as handle:
             assert gradient_gap(expected, derivatives()) < EXACT
-    assert set(handle.ways.values()) == {"native"}
+    assert set(handle.backends.values()) == {"native"}
 
 
 def outcome(*arguments: Any) -> Any:
@@ -240,7 +239,7 @@ def test_rows_that_are_not_finite(name: str, where: str) -> None:
             for tensor, gradient in zip((x, c, *flow.parameters()), part, strict=True):
                 if id(tensor) in masks:
                     gradient[~masks[id(tensor)]] = 0  # where the library has NaN
-            part += [gradient[4:70] for gradient in part[:2]]  # of finite rows
+            part += [gradient[4:70] for gradient in part[:2]]  # These rows are finite.
         for original, ours in zip(expected, result, strict=True):
             if original is not None or ours is not None:
                 largest = float(original.nan_to_num(0.0, 0.0, 0.0).abs().max())

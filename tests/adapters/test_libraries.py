@@ -18,8 +18,8 @@ import zuko
 from torch import Tensor
 
 import jacobiflow as jf
-from jacobiflow.adapters import discovery
-from jacobiflow.native.boundary import Library
+from jacobiflow.adapters import registry
+from jacobiflow.native.library import Library
 from tests.adapters.test_accelerate import OverriddenInverse
 from tests.adapters.test_copies import pickled
 from tests.helpers.library_flows import CONTEXT, NATIVE, problem_of, same_bits
@@ -28,7 +28,7 @@ pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings(
 
 LIBRARIES: dict[str, Any] = {"zuko": zuko, "nflows": nflows, "normflows": normflows, "pyro": pt}
 ORIGINALS = {
-    adapter.transform: dict(vars(adapter.transform)) for name in LIBRARIES for adapter in discovery._adapters(name)
+    adapter.target: dict(vars(adapter.target)) for name in LIBRARIES for adapter in registry.load_adapters(name)
 }
 
 
@@ -91,7 +91,7 @@ def test_what_cannot_be_accelerated_is_left_alone(monkeypatch: pytest.MonkeyPatc
         assert type(pt.affine_autoregressive(8, [32])) is not pt.AffineAutoregressive
     with pytest.raises(jf.InputError, match="math: supported are zuko, nflows, normflows, pyro, sbi; nothing was"):
         jf.accelerate(math)
-    monkeypatch.setattr(discovery, "version", {"zuko": "2.0"}.__getitem__)
+    monkeypatch.setattr(registry, "version", {"zuko": "2.0"}.__getitem__)
     with pytest.raises(jf.InputError, match=r"zuko 2.0: supported are 1.2 to below 2; nothing was changed"):
         jf.accelerate(zuko)
 

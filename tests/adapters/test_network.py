@@ -137,7 +137,7 @@ def test_traced_or_transformed_calls_are_left_to_the_library(name: str, is_inver
     subclass = y.as_subclass(Subclass)
     with torch.no_grad(), jf.accelerate(flow) as handle:
         assert type(values(flow, subclass, None, is_inverse)[0]) is Subclass
-    assert "native" not in handle.ways.values()
+    assert "native" not in handle.backends.values()
 
 
 class Both(nn.Module):
@@ -202,4 +202,4 @@ def test_a_network_of_the_user_in_pyro() -> None:
     expected = values(flow, y, None, True)
     with jf.accelerate(flow, 0.0) as handle:
         assert same_bits(expected, values(flow, y, None, True))
-    assert handle.ways == {"": "passes"}
+    assert handle.backends == {"": "passes"}

@@ -99,7 +99,7 @@ def test_strides_and_integers_are_taken_as_pyro_takes_them() -> None:
         expected = flow._inverse(y)
         with jf.accelerate(flow, 0.0) as handle:
             assert same_bits(expected, flow._inverse(y))
-        assert handle.ways == {"": "passes" if y.is_floating_point() else "library"}
+        assert handle.backends == {"": "passes" if y.is_floating_point() else "library"}
 
 
 @pytest.mark.parametrize("name", ["zuko MAF", "nflows feed-forward", "normflows affine"])
@@ -118,7 +118,7 @@ def test_modes_of_pytorch(name: str) -> None:
                     assert [x.dtype for x in case.invert(flow, y, c)] == [x.dtype for x in expected]
                     if not isinstance(mode, torch.inference_mode):
                         assert same_bits(forward, values(flow, y, c, False))
-                        assert "native" not in handle.ways.values()
+                        assert "native" not in handle.backends.values()
         assert same_bits(expected, result)
         assert [x.is_inference() for x in result] == [x.is_inference() for x in expected]
 
@@ -137,7 +137,7 @@ def test_values_and_gradients_are_those_of_the_library(name: str) -> None:
             gaps = [gradient_gap(expected[loss], gradients(case, flow, y, c, loss)) for loss in losses]
             assert max(gaps) < max(1e-8 if name == "zuko NAF" else EXACT, 1e4 * (tolerance or 0))
         assert handle.passes
-        assert name not in NATIVE or set(handle.ways.values()) == {"passes" if tolerance == 0 else "native"}
+        assert name not in NATIVE or set(handle.backends.values()) == {"passes" if tolerance == 0 else "native"}
 
 
 @pytest.mark.parametrize("needs", ["y", "context", "parameters"])

@@ -46,7 +46,7 @@ def train(flow: nn.Module, log_prob: Callable[[Tensor], Tensor], steps: int, acc
         nn.utils.clip_grad_norm_(flow.parameters(), 1.0)
         optimizer.step()
     if handle is not None:
-        assert set(handle.ways.values()) == {"native"}
+        assert set(handle.backends.values()) == {"native"}
         handle.restore()
     return float(-log_prob(data).mean().detach())
 
@@ -92,7 +92,7 @@ def test_hamiltonian_steps_of_a_trained_spline_flow() -> None:
     with jf.accelerate([flow, double]) as handle:
         ours = force(flow, x)
         torch.testing.assert_close(positions(), expected, rtol=0, atol=1e-9)
-    assert set(handle.ways.values()) == {"native"}
+    assert set(handle.backends.values()) == {"native"}
     errors = [((result - exact).norm(dim=1) / exact.norm(dim=1)).median() for result in (ours, original)]
     assert errors[0] <= 2 * errors[1] + 1e-7
 
@@ -170,4 +170,4 @@ def test_losses_of_densities_and_samples(name: str) -> None:
     expected = derivatives()
     with jf.accelerate(flow) as handle:
         assert gradient_gap(expected, derivatives()) < EXACT
-    assert set(handle.ways.values()) == {"native"}
+    assert set(handle.backends.values()) == {"native"}

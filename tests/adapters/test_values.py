@@ -19,12 +19,10 @@ from torch import Tensor
 import jacobiflow as jf
 from tests.helpers.library_flows import (
     CASES,
-    FLOWS,
     LARGE,
     NATIVE,
     check,
     exact,
-    inputs,
     laid_out,
     masked_layers,
     normal,
@@ -32,6 +30,7 @@ from tests.helpers.library_flows import (
     steep,
     values,
 )
+from tests.helpers.random_flows import FLOWS, inputs
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore")]
 
@@ -68,7 +67,7 @@ def test_more_features_and_rows_than_fit_one_block(name: str, dtype: torch.dtype
 @torch.no_grad()
 def test_batches_of_any_shape(library: str, batch: tuple[int, ...], of_context: tuple[int, ...]) -> None:
     torch.manual_seed(0)
-    batch = torch.broadcast_shapes(batch, of_context)  # as the libraries' forward directions need
+    batch = torch.broadcast_shapes(batch, of_context)  # The libraries' forward directions need whole batches.
     flow = zuko.flows.MAF(5, 2) if library == "zuko" else pt.conditional_affine_autoregressive(5, 2, [16])
     check(steep(flow.double()), inputs("line", *batch, 5, dtype=torch.float64), torch.randn(*of_context, 2).double())
 
@@ -101,7 +100,7 @@ def test_distributions_of_zuko(kind: Any, tolerance: float | None) -> None:
         result = calls()
     assert tolerance is None or same_bits(expected, result)
     torch.testing.assert_close(result, expected, rtol=1e-9, atol=1e-9)
-    assert tolerance == 0 or set(handle.ways.values()) == {"native"}
+    assert tolerance == 0 or set(handle.backends.values()) == {"native"}
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ from PIL import Image
 
 import jacobiflow as jf
 from benchmarks.front import record, save_animation, token_colors
-from jacobiflow.plots.style import FINAL
+from benchmarks.palette import FINAL_TOKEN
 from tests.helpers.problems import latents, make_flow
 
 
@@ -27,7 +27,7 @@ def test_trajectories_end_at_the_exact_image(tmp_path: Path) -> None:
         assert trajectory.certificate <= 1e-4
         final = trajectory.is_final.numpy()
         assert all(final[k, :k].all() for k in range(len(final))), "Proposition 1: k calls make k tokens right"
-        grey = (token_colors(trajectory, 2, "red").reshape(-1, 3) == to_rgb(FINAL)).all(axis=1)
+        grey = (token_colors(trajectory, 2, "red").reshape(-1, 3) == to_rgb(FINAL_TOKEN)).all(axis=1)
         assert grey[trajectory.positions.numpy()].tolist() == final[2].tolist()
     loop, _, jacobi = trajectories.values()
     assert loop.runs == tuple((t, t + 1) for t in range(16)) and loop.certificate == 0

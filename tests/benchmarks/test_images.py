@@ -14,7 +14,7 @@ from PIL import Image
 from benchmarks.features import fashion, trained, training_statistics
 from benchmarks.make_images import emoji
 from jacobiflow.data import load_images
-from jacobiflow.evaluation import extract, load_features
+from jacobiflow.evaluation import extract_features, load_features
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -47,7 +47,10 @@ def test_features_tell_classes_and_emoji_apart() -> None:
     network, data = trained("fashion"), load_images("fashion-512", 28, 1)
     assert (network.output(network(data.images)).argmax(dim=1) == data.labels).double().mean() >= 0.92
     images = load_images("emoji-256", 32, 3).images[::2]
-    upright, mirrored = extract(trained("emoji"), [images]), extract(trained("emoji"), [images.flip(-1)])
+    upright, mirrored = (
+        extract_features(trained("emoji"), [images]),
+        extract_features(trained("emoji"), [images.flip(-1)]),
+    )
     assert (torch.cdist(mirrored, upright).argmin(dim=1) == torch.arange(len(images))).double().mean() > 0.9
     with pytest.raises(ValueError, match=r"fashion features take torch.uint8 of shape \('N', 1, 28, 28\)"):
         fashion(images)
@@ -58,7 +61,7 @@ def test_features_tell_classes_and_emoji_apart() -> None:
 )
 def test_statistics_are_of_the_training_images(kind: str, source: tuple[str, int, int], num: int) -> None:
     features = load_features(f"{ROOT}/benchmarks/features.py:{kind}")
-    some = extract(features, [load_images(*source).images[:300]]).double()
+    some = extract_features(features, [load_images(*source).images[:300]]).double()
     statistics = training_statistics(kind)
     assert statistics.num == num
     deviation = statistics.covariance().diagonal().sqrt()

@@ -44,9 +44,9 @@ def assert_readable(figure: Figure) -> None:
 def test_convergence_draws_the_curves_of_the_report(report: CalibrationReport) -> None:
     figure = convergence_figure(report)
     for axis, start in zip(figure.axes, ("images", "noise"), strict=True):
-        traces = [row[report.best_guess(block)] for block, row in enumerate(report.traces[start])]
-        expected = {f"block {block}{' (tough)' * (block > 1)}": trace.median for block, trace in enumerate(traces)}
-        assert curves_of(axis) == expected | {f"block {i}, slowest sample": traces[i].largest for i in (2, 3)}
+        curves = [row[report.best_guess(block)] for block, row in enumerate(report.curves[start])]
+        expected = {f"block {block}{' (tough)' * (block > 1)}": curve.median for block, curve in enumerate(curves)}
+        assert curves_of(axis) == expected | {f"block {i}, slowest sample": curves[i].largest for i in (2, 3)}
         assert start in axis.get_title() or "fresh latents" in axis.get_title()
         assert len({line.get_color() for line in axis.get_lines()}) == 4
     assert "median" in figure.axes[0].get_ylabel()
@@ -56,8 +56,8 @@ def test_convergence_draws_the_curves_of_the_report(report: CalibrationReport) -
 def test_segments_are_drawn_with_the_whole_block_beside_them(report: CalibrationReport) -> None:
     figure, count = segments_figure(report), report.settings.segments
     for axis, block in zip(figure.axes, (2, 3), strict=True):
-        expected = {f"segment {i}": trace.median for i, trace in enumerate(report.segment_traces[block][count], 1)}
-        whole = report.traces["noise"][block][report.best_guess(block)]
+        expected = {f"segment {i}": curve.median for i, curve in enumerate(report.segment_curves[block][count], 1)}
+        whole = report.curves["noise"][block][report.best_guess(block)]
         assert curves_of(axis) == expected | {"all tokens at once": whole.median}
         assert re.search(rf"block {block}\b.*\b{count} segments\b.*\b{64 // count} tokens", axis.get_title())
     assert_readable(figure)
@@ -66,8 +66,8 @@ def test_segments_are_drawn_with_the_whole_block_beside_them(report: Calibration
 @pytest.mark.filterwarnings("error")
 def test_odd_curves_are_drawn_without_a_warning(report: CalibrationReport) -> None:
     curve = (5.0, math.inf, 1e30, 1e-2, 0.0)
-    traces = {"noise": tuple(dict.fromkeys(row, ConvergenceCurve(curve, curve, {})) for row in report.igm)}
-    figure = convergence_figure(replace(report, traces=traces))
+    curves = {"noise": tuple(dict.fromkeys(row, ConvergenceCurve(curve, curve, {})) for row in report.igm)}
+    figure = convergence_figure(replace(report, curves=curves))
     figure.draw_without_rendering()
     assert set(curves_of(figure.axes[0]).values()) == {curve}
 

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 import jacobiflow as jf
 from benchmarks.peers import GRIDS, PEERS
-from benchmarks.quality import ORIGINAL, Experiment, compare, finalists
-from jacobiflow.evaluation import Statistics
+from benchmarks.quality import ORIGINAL, Experiment, finalists, score_samplers
+from jacobiflow.evaluation import FeatureStatistics
 from jacobiflow.models.latents import draw_latents
 from tests.helpers.problems import make_flow, to_float32
 from tests.helpers.scoring import difference, frechet, levels, moments, pixel_figures
@@ -41,8 +41,8 @@ def features(pixels: Any) -> Any:
 
 
 def run(out: Path, *names: str, final: int | None = None, flow: Any = FLOW) -> dict[str, Any]:
-    experiment = Experiment(flow, 0.8, 4, Statistics.of(Projection()(REAL)), Projection())
-    return compare(experiment, names, NUM, final, out, {"model": "m"}, repeats=1)
+    experiment = Experiment(flow, 0.8, 4, FeatureStatistics.from_features(Projection()(REAL)), Projection())
+    return score_samplers(experiment, names, NUM, final, out, {"model": "m"}, repeats=1)
 
 
 def test_rows_are_the_scores_of_their_samples(tmp_path: Path) -> None:

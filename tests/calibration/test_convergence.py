@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import jacobiflow as jf
-from jacobiflow.calibration import ConvergenceCurve, distances, gamma_norm, gamma_products, initial_residuals
+from jacobiflow.calibration import ConvergenceCurve, gamma_norm, gamma_products, initial_residuals, measure_distances
 from jacobiflow.fixed_point import WarmStart
 from tests.helpers.calibration_problems import PROBLEMS, dense_gamma, errors_of, linear_flow, problem, randn, runs_of
 
@@ -21,10 +21,10 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("count", [1, 7])
 @pytest.mark.parametrize("name", PROBLEMS)
 def test_distances_are_those_of_plain_sweeps(name: str, count: int) -> None:
-    """Of each segment, those before it being solved, until a sweep changes next to nothing."""
+    """In each segment, after the segments before are solved, until a sweep changes almost nothing."""
     p = problem(name)
     for guess in (jf.Latent(), jf.Zeros()):
-        curves = distances(p.block, p.answer, p.z, guess, p.labels, count)
+        curves = measure_distances(p.block, p.answer, p.z, guess, p.labels, count)
         assert len(curves) == count
         for curve, run in zip(curves, runs_of(p.length, count), strict=True):
             expected = errors_of(p.g, p.answer, guess(p.z), run).abs().amax(dim=(2, 3))
@@ -38,18 +38,18 @@ def test_distances_are_those_of_plain_sweeps(name: str, count: int) -> None:
 
 
 def test_plain_sweeps_are_exact_after_as_many_as_tokens() -> None:
-    """Proposition 1, of a block x_t = z_t + 3 x_(t-1) that amplifies errors as long as there are any."""
+    """Proposition 1 holds for a block x_t = z_t + 3 x_(t-1), whose sweeps amplify errors."""
     x = torch.ones(2, 9, 1, dtype=torch.float64)
     z = x.clone()
     z[:, 1:] -= 3 * x[:, :-1]
-    (curve,) = distances(linear_flow([3.0]).blocks[0], x, z, jf.Zeros())
+    (curve,) = measure_distances(linear_flow([3.0]).blocks[0], x, z, jf.Zeros())
     assert curve[:, 0].tolist() == pytest.approx([3.0**k for k in range(8)] + [0.0, 0.0], abs=1e-9)
-    (curve,) = distances(linear_flow([3.0]).blocks[0], x, z, WarmStart(x))
+    (curve,) = measure_distances(linear_flow([3.0]).blocks[0], x, z, WarmStart(x))
     assert torch.equal(curve, torch.zeros(2, 2, dtype=torch.float64))
 
 
 def test_a_token_that_overflows_goes_back_to_the_guess_and_is_exact_in_the_end() -> None:
-    """x_t = z_t + exp(x_(t-1) - 1) from a guess far above the solution; a token less overflows in each sweep.
+    """For x_t = z_t + exp(x_(t-1) - 1) and a guess far above the solution, each sweep has one overflow less.
 
     As masked attention does, the map multiplies later tokens by 0, which does not remove a NaN.
     """
@@ -62,25 +62,25 @@ def test_a_token_that_overflows_goes_back_to_the_guess_and_is_exact_in_the_end()
     z, x = torch.full((2, 6, 1), -0.3, dtype=torch.float64), torch.zeros(2, 6, 1, dtype=torch.float64)
     for _ in range(6):
         x = update(x, z, 0, 6, None)
-    trace = ConvergenceCurve.of(distances(block, x, z, WarmStart(torch.full_like(z, 1000.0))))
-    assert trace.largest == trace.median == (pytest.approx(1000, rel=1e-2), *(math.inf,) * 5, 0.0)
-    assert set(trace.sweeps.values()) == {(6, 6)}
+    curve = ConvergenceCurve.from_distances(measure_distances(block, x, z, WarmStart(torch.full_like(z, 1000.0))))
+    assert curve.largest == curve.median == (pytest.approx(1000, rel=1e-2), *(math.inf,) * 5, 0.0)
+    assert set(curve.sweeps.values()) == {(6, 6)}
 
 
-def test_a_trace_counts_the_sweeps_after_which_the_distance_stays_small() -> None:
-    """A distance that grows again has not got there yet; one that ends above the tolerance never does.
+def test_a_curve_counts_the_sweeps_after_which_the_distance_stays_small() -> None:
+    """A distance counts once it stays within the tolerance; a distance that ends above it never counts.
 
     The second batch has fewer sweeps than the first, and stays at its last distance.
     """
     first = torch.tensor([[1.0, 0.5], [5e-2, 2.0], [0.2, 5e-3], [5e-3, 5e-4], [0.0, 5e-4]])
     second = torch.tensor([[5e-4], [1e-4], [0.0]])
-    trace = ConvergenceCurve.of([first, second])
-    assert trace.largest == pytest.approx((1.0, 2.0, 0.2, 5e-3, 5e-4))
-    assert trace.median == pytest.approx((0.5, 5e-2, 5e-3, 5e-4, 0.0))
-    assert trace.sweeps == {1e-1: (3, 2, 0), 1e-2: (3, 2, 0), 1e-3: (4, 3, 0), 1e-4: (4, None, 1)}
-    assert trace.sweeps_to_tolerance(1e-4, 7) == (4, 7, 1)
+    curve = ConvergenceCurve.from_distances([first, second])
+    assert curve.largest == pytest.approx((1.0, 2.0, 0.2, 5e-3, 5e-4))
+    assert curve.median == pytest.approx((0.5, 5e-2, 5e-3, 5e-4, 0.0))
+    assert curve.sweeps == {1e-1: (3, 2, 0), 1e-2: (3, 2, 0), 1e-3: (4, 3, 0), 1e-4: (4, None, 1)}
+    assert curve.sweeps_to_tolerance(1e-4, 7) == (4, 7, 1)
     with pytest.raises(ValueError, match=r"tolerance 0\.5: measured are 0\.1, 0\.01, 0\.001, 0\.0001"):
-        trace.sweeps_to_tolerance(0.5, 7)
+        curve.sweeps_to_tolerance(0.5, 7)
 
 
 @pytest.mark.parametrize("name", PROBLEMS)
@@ -95,7 +95,7 @@ def test_products_and_norm_are_those_of_the_dense_jacobian(name: str) -> None:
         assert transposed(v)[n].flatten().numpy() == pytest.approx(gamma.T @ row, rel=1e-8, abs=1e-9)
         assert float(converged[n]) == pytest.approx(norm, rel=1e-5)
         assert 0.99 * norm <= float(estimate[n]) <= norm * (1 + 1e-9)
-        assert 0 < float(first[n]) < 0.999 * norm  # one row from a random direction
+        assert 0 < float(first[n]) < 0.999 * norm  # one step from a random direction
 
 
 @pytest.mark.parametrize("frozen", [True, False])

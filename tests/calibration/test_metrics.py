@@ -26,7 +26,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
         ((51.85, 51.45, 66.76, 64.98, 73.77, 84.05, 76.64, 348.51), (7,)),
         ((22.29, 1.06, 1.01, 1.48, 0.77, 0.58, 14.78, 1.95), (0, 6)),
         ((141.22, 9.25, 1.36, 1.82, 7.68, 5.08, 3.08, 19.81), (0, 7)),
-        # A share must be above a third; of two that remain none dominates.
+        # A share must be above a third; the last two blocks are never tough.
         ((), ()),
         ((100.0, 1.0), ()),
         ((1.0, 1.0, 1.0), ()),
@@ -42,7 +42,7 @@ def test_tough_blocks_are_those_that_the_paper_picks(values: tuple[float, ...], 
 
 
 def test_crm_and_its_shares_are_the_formula_s() -> None:
-    """Two rows of Table 6 of the paper, to the digits that it prints."""
+    """They agree with two rows of Table 6 of the paper, to its printed digits."""
     parts = Components(131.84, 0.53, 0.19), Components(286.83, 1.21, 0.93)
     metrics = Metrics(({"a": 2.0, "b": 1.0}, {"a": 1.0, "b": 1.0}), parts)
     assert metrics.crm == pytest.approx((70.54, 348.51), rel=0.02)

@@ -41,19 +41,21 @@ COUNTS: dict[str, tuple[int | None, ...]] = {"latent": (2, 4, 3), "zeros": (2, N
 
 @pytest.fixture(scope="module")
 def report() -> CalibrationReport:
-    """One that has everything, infinities too."""
-    measured = jf.calibrate(FLOW, randn(6, 1, 3, 3), torch.tensor([0, 1, 1, -1, 0, 0]), "fro", traced=3, per_class=True)
+    """A report with every part, and with infinities."""
+    measured = jf.calibrate(
+        FLOW, randn(6, 1, 3, 3), torch.tensor([0, 1, 1, -1, 0, 0]), "fro", num_convergence_samples=3, per_class=True
+    )
     row = {name: ConvergenceCurve((math.inf, 0.0), (math.inf, 0.0), {1e-3: counts}) for name, counts in COUNTS.items()}
     last = dict.fromkeys(GUESS_NAMES, ConvergenceCurve((1.0,), (1.0,), {1e-3: (1, 1, 1)}))
     return replace(
-        measured, settings=replace(measured.settings, guidance=jf.Guidance(0.5)), traces={"noise": (*(row,) * 4, last)},
-        segment_traces={2: {2: (last["latent"],) * 2}},
+        measured, settings=replace(measured.settings, guidance=jf.Guidance(0.5)), curves={"noise": (*(row,) * 4, last)},
+        segment_curves={2: {2: (last["latent"],) * 2}},
         metrics=measured.metrics | {1: Metrics(measured.igm, (Components(math.inf, 1.0, 0.0),) * 5)},
         gamma=((math.inf, 1.0),) * 2 + ((1.0, 2.0),) * 3,
     )  # fmt: skip
 
 
-def test_figures_are_those_in_the_norm_of_the_settings(report: CalibrationReport) -> None:
+def test_metrics_are_those_in_the_norm_of_the_settings(report: CalibrationReport) -> None:
     metrics, z = report.metrics["fro"], randn(2, 9, 1)
     assert (report.igm, report.crm, report.crm_percent) == (metrics.igm, metrics.crm, metrics.crm_percent)
     assert (report.components, report.tough_blocks, report.num_blocks) == (metrics.components, (2,), 5)
@@ -64,7 +66,7 @@ def test_figures_are_those_in_the_norm_of_the_settings(report: CalibrationReport
 
 
 def test_sweeps_are_over_the_samples(report: CalibrationReport) -> None:
-    """A sample that does not get there counts as many sweeps as tokens."""
+    """A sample that stays above the tolerance counts as many sweeps as there are tokens."""
     assert report.mean_sweeps("noise", 1e-3, "zeros") == pytest.approx((*[(2 + 9 + 3) / 3] * 4, 1))
     assert report.slowest_sweeps("noise", 1e-3, "zeros") == (9, 9, 9, 9, 1)
     best: Any = [*(COUNTS[report.best_guess(block)] for block in range(4)), (1, 1, 1)]
@@ -75,7 +77,7 @@ def test_sweeps_are_over_the_samples(report: CalibrationReport) -> None:
     assert report.rank_correlation("gamma") == rank_correlation(
         [float(np.mean(norms)) for norms in report.gamma], means
     )
-    with pytest.raises(ValueError, match="start='images'"):
+    with pytest.raises(ValueError, match="source='images'"):
         report.slowest_sweeps("images", 1e-3)
 
 
@@ -84,14 +86,14 @@ def test_class_spread_is_the_mean_and_deviation_over_classes(report: Calibration
     values = np.array([metrics.crm for metrics in per_class])
     ranks, percent = scipy.stats.rankdata(values, "min", axis=1), 100 * values / values.sum(axis=1, keepdims=True)
     for i, spread in enumerate(report.class_spread()):
-        assert spread.rank == pytest.approx((ranks[:, i].mean(), ranks[:, i].std()))
-        assert spread.percent == pytest.approx((percent[:, i].mean(), percent[:, i].std()))
+        assert spread.crm_rank == pytest.approx((ranks[:, i].mean(), ranks[:, i].std()))
+        assert spread.crm_percent == pytest.approx((percent[:, i].mean(), percent[:, i].std()))
         igm = np.array([[metrics.igm[i][name] for metrics in per_class] for name in GUESS_NAMES])
         for k, name in enumerate(GUESS_NAMES):
             assert spread.igm[name] == pytest.approx((igm[k].mean(), igm[k].std()))
-            assert spread.wins[name] == (igm.argmin(axis=0) == k).sum()
+            assert spread.num_best[name] == (igm.argmin(axis=0) == k).sum()
     undefined = replace(report, class_metrics={0: Metrics(report.igm, None)}).class_spread()
-    assert all((spread.rank, spread.percent) == (None, None) for spread in undefined)
+    assert all((spread.crm_rank, spread.crm_percent) == (None, None) for spread in undefined)
     with pytest.raises(ValueError, match="per_class=True"):
         replace(report, class_metrics={}).class_spread()
 
@@ -105,7 +107,7 @@ def test_a_report_comes_back_from_its_file_and_fits_its_flow_only(report: Calibr
     with pytest.raises(ValueError, match=r"the report is of another flow.*calibrate this one"):
         report.check(small())
     path.write_text('{"format_version": 1}')
-    with pytest.raises(ValueError, match=r"report .*report\.json: not a report of format_version 2; make it anew with"):
+    with pytest.raises(ValueError, match=r"report .*report\.json: not a report of format_version 3; make it anew with"):
         CalibrationReport.load(path)
 
 
@@ -120,9 +122,9 @@ UNFIT: dict[str, Any] = {
     "values of latent, zeros, mean_affine": (("metrics", "fro", "igm", 0), {"latent": 1.0}),
     "an entry for each of 5 blocks": (("metrics", "fro", "components"), []),
     "metrics in norm 1": (("settings", "norm"), 1),
-    "traces from noise": (("traces",), {}),
-    "a trace for each segment": (("segment_traces", "2", "2"), []),
-    "sweeps for each tolerance": (("traces", "noise", 0, "zeros", "sweeps", "0.001"), []),
+    "curves from noise": (("curves",), {}),
+    "a curve for each segment": (("segment_curves", "2", "2"), []),
+    "sweeps for each tolerance": (("curves", "noise", 0, "zeros", "sweeps", "0.001"), []),
     "gamma of each block": (("gamma", 3), []),
 }
 
@@ -137,7 +139,7 @@ def test_a_report_whose_parts_do_not_fit_each_other_is_refused(missing: str, rep
 @given(data=st.data())
 @settings(max_examples=40, deadline=None, derandomize=True)
 def test_any_json_is_a_value_error_or_a_report(report: CalibrationReport, data: st.DataObject) -> None:
-    """An entry of a report, or one inside it, is replaced. The methods of what is still a report work, or refuse."""
+    """A random entry is replaced. If the result is still a report, its methods work or raise InputError."""
     value, path = json.loads(json.dumps(report.to_json())), list[Any]()
     inner = value
     while isinstance(inner, dict | list) and inner and (not path or data.draw(st.booleans())):

@@ -20,7 +20,7 @@ import jacobiflow as jf
 COMMANDS = ("sample", "calibrate", "plan", "bench", "evaluate", "train", "convert", "info")
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(Path(jf.__file__).parent.parent)}
 SAMPLE = "sample --model model --strategy jacobi-1 --num 2 --out out-x"
-MEASURE = "calibrate --model model --images pets --segments 2 --traced 1 --out out-x/r.json"
+MEASURE = "calibrate --model model --images pets --segments 2 --convergence-samples 1 --out out-x/r.json"
 PLAN = "plan --model model --out out-x/p.json"
 
 

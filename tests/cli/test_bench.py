@@ -13,8 +13,9 @@ import torch
 from PIL import Image
 
 import jacobiflow as jf
+from jacobiflow.evaluation import paired_error
 from jacobiflow.planner import Prediction
-from jacobiflow.utils.timing import machine, paired_error
+from jacobiflow.utils.timing import describe_machine
 from tests.helpers.running import figures
 
 GUIDANCE = jf.Guidance(0.7, annealed=False, on="shift", attn_temperature=0.8)
@@ -38,7 +39,8 @@ def test_a_bundled_model_end_to_end(run: Any, tmp_path: Path) -> None:
     entries = figures(out / "bench.json")
     want = {
         "model": "digits-p1", "num_tokens": 64, "num_blocks": 4, "dtype": "float32", "seed": 3, "labels": "balanced",
-        "certify": True, "repeats": 1, "guidance": None, "tolerance": None, "report": None, "machine": machine(),
+        "certify": True, "repeats": 1, "guidance": None, "tolerance": None, "report": None,
+        "machine": describe_machine(),
     }  # fmt: skip
     assert {name: entries[name] for name in want} == want
     assert [entry["batch_size"] for entry in entries["comparisons"]] == [2, 1]

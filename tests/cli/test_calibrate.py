@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 import re
 import shlex
@@ -47,9 +46,9 @@ def assert_tables(out: str, report: jf.CalibrationReport) -> None:
         assert [str(i), *crm, *tough, best, gamma] in rows
         if report.class_metrics:
             spread = report.class_spread()[i]
-            assert spread.rank is not None and spread.percent is not None
-            columns = [spread.rank, spread.percent, *(spread.igm[guess] for guess in GUESSES)]
-            wins = "/".join(str(spread.wins[guess]) for guess in GUESSES)
+            assert spread.crm_rank is not None and spread.crm_percent is not None
+            columns = [spread.crm_rank, spread.crm_percent, *(spread.igm[guess] for guess in GUESSES)]
+            wins = "/".join(str(spread.num_best[guess]) for guess in GUESSES)
             assert [str(i), *(f"{column.mean:.2f}±{column.std:.2f}" for column in columns), wins] in rows
     for metric in ("crm", "gamma"):
         value = report.rank_correlation(metric)  # type: ignore[arg-type]
@@ -64,7 +63,7 @@ CALIBRATIONS: dict[str, dict[str, Any]] = {
     f"--model model --clean --norm 1 --batch-size 4 --seed 5 {GUIDED}": {
         "clean": True, "norm": 1, "batch_size": 4, "seed": 5, "guidance": GUIDANCE,
     },
-    "--model plain --traced 1": {"traced": 1},  # no classes, uniform noise
+    "--model plain --convergence-samples 1": {"num_convergence_samples": 1},  # no classes, uniform noise
 }  # fmt: skip
 
 
@@ -93,7 +92,8 @@ def test_it_writes_and_prints_what_the_library_measures(options: str, run: Any, 
 
 def test_the_proposed_command_certifies_its_samples(run: Any, tmp_path: Path) -> None:
     """They are of the guided map, and of the labels, that the report is of."""
-    line = f"calibrate --model model --images pets {GUIDED} --unconditional --traced 3 --out '{tmp_path}/my $1 r.json'"
+    options = f"--model model --images pets {GUIDED} --unconditional --convergence-samples 3"
+    line = f"calibrate {options} --out '{tmp_path}/my $1 r.json'"
     proposed = re.search(r"^use it: jacobiflow (sample .*)$", run(line).out, re.MULTILINE)
     assert proposed is not None
     assert f"{tmp_path}/my $1 r.json" in shlex.split(proposed[1])
@@ -102,7 +102,7 @@ def test_the_proposed_command_certifies_its_samples(run: Any, tmp_path: Path) ->
     want = jf.sample(jf.load("./model").guided(GUIDANCE), 3, strategy="sequential")
     with np.load(tmp_path / "s" / "shards" / "00000.npz") as arrays:
         assert abs(arrays["arr_0"].astype(int) - levels(want.images)).max() <= 1
-        assert arrays["certificate"].max() <= 1e-3
+        assert arrays["residual"].max() <= 1e-3
 
 
 def test_num_draws_some_images_by_the_seed(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -124,10 +124,12 @@ def test_num_draws_some_images_by_the_seed(run: Any, tmp_path: Path, monkeypatch
 
 
 def test_interrupted_it_goes_on_to_the_same_report(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    report, module = tmp_path / "r.json", importlib.import_module("jacobiflow.calibration.measure")
-    line = f"calibrate --model plain --images pets --segments 2 --traced 2 --out {report}"
+    report = tmp_path / "r.json"
+    line = f"calibrate --model plain --images pets --segments 2 --convergence-samples 2 --out {report}"
     with monkeypatch.context() as patch:
-        patch.setattr(module, "write_json", Mock(wraps=write_json, side_effect=[DEFAULT, KeyboardInterrupt]))
+        patch.setattr(
+            "jacobiflow.calibration.store.write_json", Mock(wraps=write_json, side_effect=[DEFAULT, KeyboardInterrupt])
+        )
         result = run(line)
     assert (result.code, result.out, result.err) == (130, "", "interrupted\n")
     assert sorted(os.listdir(tmp_path)) == ["r.json.partial"]
@@ -144,7 +146,7 @@ def test_interrupted_it_goes_on_to_the_same_report(run: Any, tmp_path: Path, mon
     [
         ("--model model --per-class --unconditional", "--per-class: leave out --unconditional"),
         ("--model plain --per-class", "--per-class: this model has no classes; leave it out"),
-        ("--model model --traced 0", "Invalid value for '--traced'"),
+        ("--model model --convergence-samples 0", "Invalid value for '--convergence-samples'"),
         ("--model model --segments 0", "Invalid value for '--segments'"),
     ],
     ids=range(4),

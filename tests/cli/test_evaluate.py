@@ -21,8 +21,8 @@ import jacobiflow as jf
 from jacobiflow import evaluation
 from jacobiflow.data import Noise, load_images
 from jacobiflow.evaluation import (
+    FeatureStatistics,
     InceptionFeatures,
-    Statistics,
     bayes_accuracy,
     bits_per_dim,
     kernel_distance,
@@ -71,7 +71,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
             place.mkdir(parents=True, exist_ok=True)
             Image.fromarray(data.images[i, 0].numpy()).save(place / f"{i:03}.png")
     os.mkfifo(folder / "pipe" / "class0" / "1.png")
-    Statistics.of(torch.rand(40, 29)).save(folder / "wide.pth")
+    FeatureStatistics.from_features(torch.rand(40, 29)).save(folder / "wide.pth")
     rows = "def rows(images):\n    return images.double().mean(dim=(1, 3))\n"
     (folder / "mine.py").write_text(f"{rows}def no_rows(images):\n    rows(images)\n")
     for name, settings in SAMPLES.items():
@@ -119,23 +119,23 @@ def test_distances_to_images(run: Any, tmp_path: Path) -> None:
 def test_certificates_are_those_of_the_shards(run: Any, tmp_path: Path) -> None:
     scores, out = evaluated(run, tmp_path, "model --samples samples --features none --paired 0")
     shards = [np.load(path) for path in sorted(Path("samples/shards").glob("*.npz"))]
-    values = np.concatenate([shard["certificate"] for shard in shards])
-    resolved, found = sum(int(shard["resolved"].sum()) for shard in shards), scores["certificates"]
+    values = np.concatenate([shard["residual"] for shard in shards])
+    resolved, found = sum(int(shard["used_fallback"].sum()) for shard in shards), scores["residuals"]
     assert found == {"median": sorted(values)[5], "max": values.max()}
-    assert (scores["used_fallback"], scores["lost"]) == (resolved, 0)
+    assert (scores["used_fallback"], scores["nonfinite"]) == (resolved, 0)
     assert resolved > 0
-    assert f"certificate {values.max():.1e} largest; median" in out
+    assert f"residual {values.max():.1e} largest; median" in out
     above = int((values > 1e-7).sum())
     assert 0 < above == scores["above"]
     assert f"{above} above the tolerance, up to {values.max():.1e}, by the rounding of the network" in out
     scores, out = evaluated(run, tmp_path, "model --samples guided --features none --paired 0")
-    assert "certificates" not in scores and "largest; median" not in out  # drawn with --no-certify
+    assert "residuals" not in scores and "largest; median" not in out  # drawn with --no-certify
     assert sorted(os.listdir(tmp_path / "new" / "out")) == [".lock", "evaluation.json", "manifest.json"]
 
 
 def test_lost_samples_are_reported(run: Any, tmp_path: Path) -> None:
     scores, out = evaluated(run, tmp_path, "overflowing --samples lost --features none")
-    assert (scores["lost"], scores["certificates"]) == (NUM, {"median": math.inf, "max": math.inf})
+    assert (scores["nonfinite"], scores["residuals"]) == (NUM, {"median": math.inf, "max": math.inf})
     assert f"{NUM} lost, since the exact inverse overflows too" in out
     assert not on_disk("lost").any()
     equal = {"share": 0, "levels": 0}
@@ -217,7 +217,7 @@ def test_the_same_command_again_computes_only_what_is_missing(
     first = figures(table)
     assert {"frechet_distance", "paired", "bits_per_dim_noisy"} < set(first) and "precision" not in first
     with monkeypatch.context() as patch:
-        for name in ("frechet_distance", "fidelity", "bits_per_dim", "bayes_accuracy"):
+        for name in ("frechet_distance", "image_errors", "bits_per_dim", "bayes_accuracy"):
             patch.setattr(evaluation, name, Mock(side_effect=AssertionError))
         result = run(line)
     assert "computed by an earlier run: errors, bits per dimension, class accuracy, FID" in " ".join(result.out.split())
@@ -244,7 +244,7 @@ def test_the_same_command_again_computes_only_what_is_missing(
 def test_what_cannot_work_is_refused_before_anything_is_computed(
     line: str, message: str, refuse: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in ("frechet_distance", "fidelity", "bits_per_dim"):
+    for name in ("frechet_distance", "image_errors", "bits_per_dim"):
         monkeypatch.setattr(evaluation, name, Mock(side_effect=AssertionError))
     refuse(f"evaluate --model {line} --out out-x", message)
 
@@ -272,7 +272,7 @@ def test_inception_is_on_the_device_of_the_model(run: Any, tmp_path: Path, monke
 
     devices = set[tuple[str, str]]()
     monkeypatch.setattr(features_module, "InceptionFeatures", Small)
-    Statistics.of(torch.rand(40, 28)).save(tmp_path / "stats.pth")
+    FeatureStatistics.from_features(torch.rand(40, 28)).save(tmp_path / "stats.pth")
     with FakeDevice():
         evaluated(run, tmp_path, f"model --samples samples --stats {tmp_path}/stats.pth --paired 0 --device cuda")
     assert devices == {("cuda:0", "cuda:0")}

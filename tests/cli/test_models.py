@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 import jacobiflow as jf
-from jacobiflow.evaluation import Statistics
+from jacobiflow.evaluation import FeatureStatistics
 from jacobiflow.sampling.folder import sample_to_folder
 from tests.helpers.running import figures
 from tests.helpers.training_runs import SETTINGS, fit
@@ -142,7 +142,7 @@ def test_prompts_become_samples(run: Any, refuse: Any, tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_text("cat\nmouses\n")
     refuse(line, "context_sha256")
     (tmp_path / "mine.py").write_text("def flat(images):\n open('/dev/stdout', 'w').write('features')\n")
-    Statistics.of(torch.rand(60, 48)).save(tmp_path / "stats.pth")
+    FeatureStatistics.from_features(torch.rand(60, 48)).save(tmp_path / "stats.pth")
     scores = f"--samples {tmp_path}/o --features {tmp_path}/mine.py:flat --stats {tmp_path}/stats.pth"
     refuse(f"evaluate --model {tmp_path}/star {scores} --out o-x", "not in the folder; give --paired 0")
     result = run(line.replace("/o", "/c") + " --compare")

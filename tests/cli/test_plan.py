@@ -36,7 +36,7 @@ def test_a_plan_is_one_that_sample_takes(run: Any, tmp_path: Path) -> None:
     assert (result.code, result.err) == (0, "")
     folder = jf.SampleFolder.open(tmp_path / "s")
     assert (folder.manifest.num, folder.manifest.batch_size, folder.manifest.strategy) == (3, 3, str(out))
-    assert folder.certificate().max() <= 1e-3
+    assert folder.residual().max() <= 1e-3
 
 
 def test_a_tuning_is_fitted_and_kept(run: Any, tmp_path: Path) -> None:

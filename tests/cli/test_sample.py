@@ -6,7 +6,7 @@ import os
 import re
 import warnings
 from contextlib import nullcontext
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -17,11 +17,10 @@ import torch
 from PIL import Image
 
 import jacobiflow as jf
-from jacobiflow.cli.shared import parse_labels
-from jacobiflow.comparison.baselines import original_loop
+from jacobiflow.cli.options import parse_labels
+from jacobiflow.comparison.baselines import original_sampler
 from jacobiflow.models import memory
 from jacobiflow.models.latents import draw_labels
-from jacobiflow.planner.strategy import Prediction, device_name
 from jacobiflow.sampling.folder import FirstProcessFailed, Processes
 from tests.helpers.running import figures
 from tests.helpers.scoring import levels
@@ -57,7 +56,7 @@ def test_it_writes_what_the_library_draws(strategy: str, run: Any, tmp_path: Pat
     cost = entries["runs"][strategy]
     assert (cost["network_calls"], cost["token_evaluations"]) == (want.network_calls, want.token_evaluations)
     assert cost["samples_per_second"] == pytest.approx(5 / (cost["seconds"] + cost["denoise_seconds"]))
-    assert cost["certificate"] == pytest.approx(float(want.residual.max()))
+    assert cost["residual"] == pytest.approx(float(want.residual.max()))
     rate = f"{cost['samples_per_second']:.3g} samples a second"
     speed = f"{cost['seconds']:.3g} s by {strategy} on cpu, batch size 3: {rate}"
     assert f"model: 5 samples, settings: --plain\n{speed}\n" in result.out
@@ -77,7 +76,7 @@ def test_compare_prints_both_rows_and_the_error(run: Any, tmp_path: Path) -> Non
     assert list(entries["runs"]) == ["growing cache", strategy]
     samples = jf.sample(jf.load("./model"), 4, labels, strategy=strategy)
     flow = jf.load("./model")
-    _, loop = original_loop(flow)
+    _, loop = original_sampler(flow)
     error = (loop(flow, samples.latents, labels) - samples.images).abs()
     largest, mean = float(error.max()), float(error.mean())
     assert largest > 0
@@ -106,9 +105,9 @@ def test_guidance_denoising_tolerance_and_report_reach_the_library(run: Any, tmp
     assert jf.SampleFolder.open(tmp_path).strategy() == plan
     entries = figures(tmp_path / "f")
     assert entries["settings"] == settings
-    assert entries["runs"]["jacobi"]["certificate"] <= 1e-5
+    assert entries["runs"]["jacobi"]["residual"] <= 1e-5
     assert run(f"{line} --no-certify --dtype float64 --overwrite --json {tmp_path}/f").code == 0
-    assert figures(tmp_path / "f")["runs"]["jacobi"]["certificate"] is None
+    assert figures(tmp_path / "f")["runs"]["jacobi"]["residual"] is None
 
 
 def test_sensitivity_is_in_the_outcome(run: Any, tmp_path: Path) -> None:
@@ -129,19 +128,9 @@ def test_the_same_command_again_has_nothing_to_draw(run: Any, tmp_path: Path) ->
     assert f"all 10 were in {out} already, and match their checksums; --overwrite draws them again\n" in again.out
     one, two = figures(tmp_path / "1.json"), figures(tmp_path / "2.json")
     assert one["runs"] == two["runs"]
-    assert (one["drawn"], two["drawn"], one["shards"], one["processes"]) == (10, 0, 3, 1)
+    assert (one["num_new"], two["num_new"], one["shards"], one["processes"]) == (10, 0, 3, 1)
     with Image.open(out / "samples.png") as sheet:
         assert sheet.size[0] == 10 * (8 * 14 + 4) + 4  # of all shards
-
-
-@pytest.mark.parametrize(("seconds", "text"), [(160.0, "60 samples to draw: about 40 min by the plan\n"), (0.6, "")])
-def test_a_plan_that_takes_long_is_announced(seconds: float, text: str, run: Any, tmp_path: Path) -> None:
-    """A planned batch of 4 takes `seconds`."""
-    predicted = Prediction(device_name(torch.device("cpu")), 4, None, seconds, seconds, error=0.0, spread=0.0)
-    plan = jf.Strategy.uniform(jf.Solver(jf.Sequential()), 3)
-    replace(plan, prediction=predicted).save(tmp_path / "plan.json")
-    line = f"sample --model model --num 60 --batch-size 4 --strategy {tmp_path}/plan.json --out {tmp_path}/out"
-    assert run(line).err == text
 
 
 def test_a_batch_that_fits_and_then_the_one_that_was_begun_with(

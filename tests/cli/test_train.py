@@ -81,13 +81,15 @@ def test_what_is_not_given_is_as_in_python() -> None:
 
 def test_options_become_the_settings_of_the_run(run: Any, tmp_path: Path) -> None:
     line = f"train --images pets --image-size 8 --patch-size 4 {TINY} --batch-size 3 --steps 1 --noise-std 0"
-    line += " --mirror --shift 1 --volume-preserving --unconditional --learning-rate 0.01 --ema 0.9 --clip 2 --seed 4"
+    line += " --horizontal-flip --translate 1 --volume-preserving --unconditional --learning-rate 0.01"
+    line += " --ema-decay 0.9 --max-grad-norm 2 --seed 4"
     assert run(f"{line} --out {tmp_path}").code == 0
     want = jf.TarFlowConfig(1, 8, 4, 32, num_blocks=2, layers_per_block=1, nvp=False, head_dim=16, noise_std=0.0)
     flow = jf.load(tmp_path)
     assert (flow.config, flow.recommended) == (want, jf.SamplingSettings())
     settings = {
-        "noise": vars(Noise("uniform")), "augmentation": vars(Augmentation(mirror=True, shift=1)), "batch_size": 3,
-        "learning_rate": 0.01, "warmup": 200, "ema": 0.9, "clip": 2.0, "drop_label": 0.1, "bf16": False, "seed": 4,
+        "noise": vars(Noise("uniform")), "augmentation": vars(Augmentation(horizontal_flip=True, translate=1)),
+        "batch_size": 3, "learning_rate": 0.01, "warmup": 200, "ema_decay": 0.9, "max_grad_norm": 2.0,
+        "label_dropout": 0.1, "bf16": False, "seed": 4,
     }  # fmt: skip
     assert settings.items() <= checkpoint(tmp_path)["run"].items()

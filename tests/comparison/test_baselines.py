@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import jacobiflow as jf
-from jacobiflow.comparison.baselines import original_loop
-from jacobiflow.comparison.compare import compare
+from jacobiflow.comparison.baselines import original_sampler
+from jacobiflow.comparison.compare import compare_samplers
 from jacobiflow.models.flow import Flow
 from jacobiflow.models.tarflow import TarFlowBlock
 from tests.helpers import oracle
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Outside(Flow):
-    """A flow of another package, of TarFlow's blocks so that the oracle applies."""
+    """A flow that is not of this library; its blocks are TarFlow's, so that the oracle applies."""
 
     model_type, block_type = "outside", TarFlowBlock
     to_tokens, from_tokens = jf.TarFlow.to_tokens, jf.TarFlow.from_tokens
@@ -32,7 +32,7 @@ class Outside(Flow):
 
 def test_the_growing_cache_is_exact() -> None:
     flow = make_flow(num_classes=3)
-    name, loop = original_loop(flow)
+    name, loop = original_sampler(flow)
     assert name == "growing cache"
     z = latents(flow, 3)
     other = jf.Guidance(0.4, annealed=False, on="scale"), Guide(0.4, False, "scale", 1.0)
@@ -42,13 +42,13 @@ def test_the_growing_cache_is_exact() -> None:
         torch.testing.assert_close(loop(flow.guided(guidance), z, LABELS), exact, rtol=0, atol=1e-10)
     assert torch.equal(z, latents(flow, 3))
     flow, z = make_identity(torch.bfloat16), latents(make_identity(torch.float32), 2)
-    images = original_loop(flow)[1](flow, z, None)  # the state stays in float32
+    images = original_sampler(flow)[1](flow, z, None)  # the state stays in float32
     assert torch.equal(images, flow.from_tokens(z * torch.tensor(0.5).sqrt()))
 
 
 def test_the_token_loop_is_exact() -> None:
     flow = make_star(layers_per_block=(1, 1, 2))
-    name, loop = original_loop(flow)
+    name, loop = original_sampler(flow)
     assert name == "token loop"
     z, states = latents(flow, 3), texts(flow, 3)
     density = jf.Guidance(1.5, annealed=False, rule="density"), Guide(1.5, False, "both", 1.0, "density")
@@ -61,7 +61,7 @@ def test_the_token_loop_is_exact() -> None:
 @pytest.mark.parametrize("shape", [{}, {"in_channels": 3, "image_size": 2, "num_classes": 0}, {"image_size": 1}])
 def test_full_passes_are_exact(shape: dict[str, int]) -> None:
     flow = make_maf(**shape)
-    name, loop = original_loop(flow)
+    name, loop = original_sampler(flow)
     assert name == "full passes"
     z, labels = latents(flow, 4), torch.tensor([0, -1, 2, 1]) if flow.config.num_classes else None
     images = loop(flow, z, labels)
@@ -78,9 +78,15 @@ def test_any_other_flow_has_the_sequential_loop() -> None:
     inner = make_flow(num_classes=3)
     flow, z = Outside(inner.config).double().eval(), latents(inner, 3)
     flow.load_state_dict(inner.state_dict())
-    images = original_loop(flow)[1](flow, z, LABELS)
+    images = original_sampler(flow)[1](flow, z, LABELS)
     torch.testing.assert_close(images, oracle.Oracle(flow).decode(z, LABELS), rtol=0, atol=1e-10)
-    found = compare(flow, z, LABELS, {"few": lambda: jf.sample(flow, latents=z, strategy="jacobi-2")}, repeats=1)
-    assert [row.strategy for row in found.rows] == ["sequential", "few"]
-    assert (found.original, found.baselines, found.others) == ("sequential", ("sequential",), (found.rows[1],))
-    assert set(found.to_json()["rows"][1]["speed_up"]) == {"sequential"}
+    comparison = compare_samplers(
+        flow, z, LABELS, {"few": lambda: jf.sample(flow, latents=z, strategy="jacobi-2")}, repeats=1
+    )
+    assert [row.strategy for row in comparison.results] == ["sequential", "few"]
+    assert (comparison.original, comparison.baselines, comparison.candidates) == (
+        "sequential",
+        ("sequential",),
+        (comparison.results[1],),
+    )
+    assert set(comparison.to_json()["rows"][1]["speed_up"]) == {"sequential"}

@@ -9,59 +9,58 @@ import pytest
 import torch
 
 import jacobiflow as jf
-from jacobiflow.comparison.baselines import original_loop
-from jacobiflow.comparison.compare import Comparison, Row, compare
-from jacobiflow.utils.timing import Error, Timing, paired_error
+from jacobiflow.comparison.baselines import original_sampler
+from jacobiflow.comparison.compare import Comparison, SamplerResult, compare_samplers
+from jacobiflow.evaluation import PairedError, paired_error
+from jacobiflow.utils.timing import Timing
 from tests.helpers.problems import latents, make_flow
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.mark.parametrize("guidance", [None, jf.Guidance(0.7, annealed=False, on="shift", attn_temperature=0.8)])
-def test_compare_measures_what_the_library_draws(guidance: jf.Guidance | None) -> None:
+def test_results_are_those_of_the_library_s_samples(guidance: jf.Guidance | None) -> None:
     flow = make_flow(num_classes=3).guided(guidance)
     z, labels, done = latents(flow, 3, seed=5), torch.tensor([2, -1, 0]), list[Any]()
     draw = partial(jf.sample, flow, latents=z, labels=labels)
     runs = {"few sweeps": partial(draw, strategy="jacobi-2"), "window": partial(draw, strategy="window:4")}
-    found = compare(flow, z, labels, runs, repeats=1, progress=lambda *step: done.append(step))
+    comparison = compare_samplers(flow, z, labels, runs, repeats=1, progress=lambda *step: done.append(step))
     names = ["growing cache", "sequential", "few sweeps", "window"]
     assert done == [(i + 1, 10, "timing") for i in range(10)]
-    assert (found.batch_size, found.baselines) == (3, ("growing cache", "sequential"))
-    assert [row.strategy for row in found.rows] == names
+    assert (comparison.batch_size, comparison.baselines) == (3, ("growing cache", "sequential"))
+    assert [row.strategy for row in comparison.results] == names
     exact = draw(strategy="sequential", certify=False)
-    growing, sequential, few, window = found.rows
-    assert found.others == (few, window)
-    assert growing.error == paired_error(original_loop(flow)[1](flow, z, labels), exact.images)
+    growing, sequential, few, window = comparison.results
+    assert comparison.candidates == (few, window)
+    assert growing.error == paired_error(original_sampler(flow)[1](flow, z, labels), exact.images)
     assert growing.error.max < 1e-10
-    assert growing.evaluations_per_token is growing.certificate is sequential.certificate is None
-    assert sequential.error == Error(0.0, 0.0, 0.0)
+    assert growing.evaluations_per_token is growing.residual is sequential.residual is None
+    assert sequential.error == PairedError(0.0, 0.0, 0.0)
     assert sequential.evaluations_per_token == 1
     for row, strategy in ((few, "jacobi-2"), (window, "window:4")):
         want = draw(strategy=strategy)
         assert row.error == paired_error(want.images, exact.images)
         assert row.evaluations_per_token == want.token_evaluations / (3 * 16 * flow.config.num_blocks)
-        assert row.certificate == float(want.residual.max())
+        assert row.residual == float(want.residual.max())
         assert row.to_json()["sweeps"] == [block.sweeps for block in want.stats]
     assert few.error.max > 1e-2 > window.error.max
 
 
-def test_the_floor_encodes_the_exact_images(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_encoding_pass_encodes_the_exact_images(monkeypatch: pytest.MonkeyPatch) -> None:
     flow, encoded = make_flow(), []
     z = latents(flow, 2)
     monkeypatch.setattr(flow, "encode", lambda images, labels: encoded.append((images, torch.is_grad_enabled())))
-    compare(flow, z, None, {}, repeats=2)
+    compare_samplers(flow, z, None, {}, repeats=2)
     exact = jf.sample(flow, latents=z, strategy="sequential").images
     assert len(encoded) == 3  # a warm-up and two rounds
     assert all(torch.equal(images, exact) and not gradients for images, gradients in encoded)
-    with pytest.raises(ValueError, match=r"run 'encoding pass': timed in any case; give it another name"):
-        compare(flow, z, None, {"encoding pass": lambda: pytest.fail("run")})
 
 
 def test_speed_ups_are_ratios_of_medians() -> None:
-    seconds, error = {"growing cache": 8.0, "sequential": 4.0, "auto": 1.0}, Error(0.0, 0.0, 0.0)
-    rows = tuple(Row(name, Timing(s, s / 2, s * 3), error, None) for name, s in seconds.items())
-    found = Comparison(4, rows, Timing(0.01, 0.01, 0.02))
-    assert found.speed_up(rows[2], "growing cache") == 8
-    assert found.speed_up(rows[0], "sequential") == 0.5
-    assert found.to_json()["rows"][2]["speed_up"] == {"growing cache": 8, "sequential": 4}
-    assert found.to_json()["encoding_pass"] == {"median": 0.01, "min": 0.01, "max": 0.02}
+    seconds, error = {"growing cache": 8.0, "sequential": 4.0, "auto": 1.0}, PairedError(0.0, 0.0, 0.0)
+    rows = tuple(SamplerResult(name, Timing(s, s / 2, s * 3), error, None) for name, s in seconds.items())
+    comparison = Comparison(4, rows, Timing(0.01, 0.01, 0.02))
+    assert comparison.speed_up(rows[2], "growing cache") == 8
+    assert comparison.speed_up(rows[0], "sequential") == 0.5
+    assert comparison.to_json()["rows"][2]["speed_up"] == {"growing cache": 8, "sequential": 4}
+    assert comparison.to_json()["encoding_pass"] == {"median": 0.01, "min": 0.01, "max": 0.02}

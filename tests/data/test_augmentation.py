@@ -55,12 +55,12 @@ def changed(images: Tensor, seed: int = 0, **settings: Any) -> Tensor:
 def test_half_of_the_images_are_mirrored() -> None:
     images = some_emoji()
     assert torch.equal(changed(images), images)  # by default none
-    found = changed(images, mirror=True)
+    found = changed(images, horizontal_flip=True)
     same = (found == images).all(dim=(1, 2, 3))
     mirrored = (found == images.flip(3)).all(dim=(1, 2, 3))
     assert (same | mirrored).all()
     assert 15 < int(mirrored.sum()) < 45
-    assert not torch.equal(changed(images, 1, mirror=True), found)
+    assert not torch.equal(changed(images, 1, horizontal_flip=True), found)
 
 
 def test_images_are_shifted_by_every_number_of_pixels() -> None:
@@ -71,7 +71,7 @@ def test_images_are_shifted_by_every_number_of_pixels() -> None:
         for right in (-1, 0, 1)
     }
     for seed in range(3):
-        for image, found in zip(images, changed(images, seed, shift=1), strict=True):
+        for image, found in zip(images, changed(images, seed, translate=1), strict=True):
             pixels = image.flatten(1)
             same = [move for move, places in moves.items() if torch.equal(found, pixels[:, places])]
             assert same, "neither the image nor a shift of it, its border repeated"
@@ -101,8 +101,8 @@ def test_settings_that_do_not_fit_are_refused() -> None:
         Augmentation(hue=181.0)
     with pytest.raises(ValueError, match=r"^hue=5.0: images of 1 channels have no hue; give 0"):
         changed(torch.zeros(2, 1, 8, 8), hue=5.0)
-    with pytest.raises(ValueError, match=r"^shift=8: give fewer pixels than images of \(8, 8\) have"):
-        changed(torch.zeros(2, 1, 8, 8), shift=8)
+    with pytest.raises(ValueError, match=r"^translate=8: give fewer pixels than images of \(8, 8\) have"):
+        changed(torch.zeros(2, 1, 8, 8), translate=8)
     for kind, std in (("gaussian", 0.0), ("uniform", 0.1)):
         with pytest.raises(ValueError, match=f"^noise '{kind}'"):
             Noise(kind, std)  # type: ignore[arg-type]

@@ -32,11 +32,11 @@ def test_a_data_set_holds_bytes_and_classes() -> None:
     pixels, labels = ImageDataset(images, torch.tensor([3, 5])).batch(torch.tensor([1, 0]))
     assert torch.equal(pixels, scale(images.flip(0))) and torch.equal(labels, torch.tensor([5, 3]))
     for wrong, labels, message in (
-        (images.float(), None, r"images: torch.float32 of shape \(2, 1, 4, 4\); give torch.uint8"),
+        (images.float(), None, r"images=a tensor \(2, 1, 4, 4\) of torch.float32: give torch.uint8"),
         (images[:0], None, "each at least 1"),
-        (images, torch.zeros(3, dtype=torch.int64), r"labels: .*of shape \(2,\)"),
-        (images, torch.zeros(2), "labels: torch.float32 .*give torch.int64"),
-        (images, torch.tensor([-1, 2]), "labels: .* each at least 0"),
+        (images, torch.zeros(3, dtype=torch.int64), r"labels=.*of shape \(2,\)"),
+        (images, torch.zeros(2), "labels=.* of torch.float32: give torch.int64"),
+        (images, torch.tensor([-1, 2]), "labels=.* each at least 0"),
     ):
         with pytest.raises(DataError, match=message):
             ImageDataset(wrong, labels)

@@ -181,23 +181,6 @@ def test_a_class_for_each_subfolder_in_order_of_name(tmp_path: Path) -> None:
     assert np.array_equal(flat.images.permute(0, 2, 3, 1), pixels[1:3])
 
 
-def test_folders_may_be_nested_deeper_than_python_s_stack(tmp_path: Path) -> None:
-    inner = tmp_path
-    for _ in range(1_100):
-        inner /= "a"
-        inner.mkdir()
-    write_image(tmp_path / "a" / "0.png", random_bytes(4, 4))
-    write_image(inner / "1.png", random_bytes(4, 4))
-    limit = sys.getrecursionlimit()
-    sys.setrecursionlimit(1_000)  # Python's default, which other tests may have raised
-    try:
-        assert len(image_folder(tmp_path, 4, 1)) == 2
-    finally:
-        sys.setrecursionlimit(limit)
-    (inner / "1.png").unlink()
-    os.removedirs(inner)  # by recursion pytest could not
-
-
 @pytest.mark.parametrize("names", [["a/self"], ["a/self", "a/twin"], ["a/b/self"]])
 def test_a_link_to_a_folder_above_is_refused(names: list[str], tmp_path: Path) -> None:
     write_image(tmp_path / "a" / "b" / "0.png", random_bytes(8, 8))

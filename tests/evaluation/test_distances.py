@@ -1,30 +1,18 @@
-"""Distances between sets of features and errors of images, against NumPy; files of statistics."""
+"""Distances between sets of features, against NumPy; files of statistics."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
 from jacobiflow.data import DataError
-from jacobiflow.evaluation import (
-    Fidelity,
-    PixelDifference,
-    Statistics,
-    fidelity,
-    frechet_distance,
-    kernel_distance,
-    pixel_difference,
-    precision_recall,
-)
+from jacobiflow.evaluation import FeatureStatistics, frechet_distance, kernel_distance, precision_recall
 from tests.helpers import scoring
-from tests.helpers.scoring import levels, pixel_figures
 
 pytest.importorskip("torch_fidelity")
 from torchmetrics.image.fid import FrechetInceptionDistance
@@ -41,12 +29,12 @@ def normal(num: int, dim: int, seed: int = 0) -> Tensor:
 
 
 def between(real: Tensor, fake: Tensor) -> float:
-    return frechet_distance(Statistics.of(real), Statistics.of(fake))
+    return frechet_distance(FeatureStatistics.from_features(real), FeatureStatistics.from_features(fake))
 
 
 @pytest.mark.parametrize(("num", "other", "dim"), [(300, 200, 17), (5, 100, 32)])
 def test_frechet_distance_is_numpys(num: int, other: int, dim: int) -> None:
-    """With covariances of any rank."""
+    """Covariances may be singular."""
     real, fake = normal(num, dim), normal(other, dim, seed=1)
     expected = scoring.frechet(scoring.moments(real.numpy()), scoring.moments(fake.numpy()))
     assert between(real, fake) == pytest.approx(expected, rel=1e-6)
@@ -66,8 +54,8 @@ def test_torchmetrics_reads_and_writes_the_same_statistics(tmp_path: Path) -> No
     metric.persistent(True)
     metric.update(real, real=True)
     torch.save(metric.state_dict(), tmp_path / "theirs.pth")
-    Statistics.load(tmp_path / "theirs.pth").save(tmp_path / "ours.pth")
-    again = Statistics.load(str(tmp_path / "ours.pth"))
+    FeatureStatistics.load(tmp_path / "theirs.pth").save(tmp_path / "ours.pth")
+    again = FeatureStatistics.load(str(tmp_path / "ours.pth"))
     assert again.num == 300
     torch.testing.assert_close(again.sum, real.double().sum(dim=0))
     torch.testing.assert_close(again.covariance(), torch.cov(real.double().T))
@@ -77,7 +65,7 @@ def test_torchmetrics_reads_and_writes_the_same_statistics(tmp_path: Path) -> No
 
 
 def test_kernel_distance_is_numpys_and_follows_its_seed() -> None:
-    """The unbiased one of the kernel (x . y / d + 1)^3: a mean over pairs of different elements."""
+    """It is the unbiased estimate for the kernel (x . y / d + 1)^3: a mean over pairs of different elements."""
     real, fake = normal(100, 64), normal(100, 64, seed=1)
     xx, yy, xy = ((a @ b.T / 64 + 1) ** 3 for a, b in ((real, real), (fake, fake), (real, fake)))
     within = sum(float(k[~torch.eye(100, dtype=torch.bool)].mean()) for k in (xx, yy))
@@ -89,7 +77,7 @@ def test_kernel_distance_is_numpys_and_follows_its_seed() -> None:
 
 
 def covered(centres: Tensor, points: Tensor) -> float:
-    """The share of points that are no farther from some centre than its third nearest other centre is."""
+    """Returns the share of points that are closer to some centre than its third neighbour."""
     reach = torch.cdist(centres, centres).sort(dim=1).values[:, 3]
     return float((torch.cdist(centres, points) <= reach[:, None]).any(dim=0).double().mean())
 
@@ -104,8 +92,8 @@ def test_sets_that_cannot_be_compared_are_refused() -> None:
         between(normal(9, 3), normal(9, 4))
     with pytest.raises(DataError, match="between 9 and 1 images: give at least 2 of each"):
         between(normal(9, 3), normal(1, 3))
-    infinite, huge = normal(5, 4) / 0, Statistics(5, 1e200 * torch.ones(4).double(), torch.eye(4).double())
-    for statistics in (Statistics.of(infinite), huge):
+    infinite, huge = normal(5, 4) / 0, FeatureStatistics(5, 1e200 * torch.ones(4).double(), torch.eye(4).double())
+    for statistics in (FeatureStatistics.from_features(infinite), huge):
         with pytest.raises(DataError, match="not finite"):
             frechet_distance(statistics, statistics)
     for measure, least in ((kernel_distance, 2), (precision_recall, 4)):
@@ -123,8 +111,8 @@ def test_sets_that_cannot_be_compared_are_refused() -> None:
         {"sum": [1.0]}, {}, None, {"sum": torch.ones(2)}, {"sum": torch.tensor(1.0)},
         *({"sum": torch.zeros(3), "num_samples": num} for num in (1, -5, NAN, INF)),
         *({"sum": torch.zeros(3), "cov_sum": bad} for bad in (
-            torch.eye(3) + torch.eye(3).roll(1, 0), -torch.eye(3), 1e300 * torch.eye(3).double(), NAN * torch.eye(3),
-            torch.eye(3, dtype=torch.int64), torch.eye(3).to_sparse(), torch.ones(3), torch.eye(2),
+            1e300 * torch.eye(3).double(), NAN * torch.eye(3), torch.eye(3, dtype=torch.int64),
+            torch.eye(3).to_sparse(), torch.ones(3), torch.eye(2),
         )),
     ],
 )  # fmt: skip
@@ -133,37 +121,5 @@ def test_a_broken_file_of_statistics_is_named(state: dict[str, Any] | None, tmp_
     torch.save({f"real_features_{name}": value for name, value in (rest | (state or {})).items()}, path)
     if state is None:
         path.write_bytes(b"no statistics")
-    with pytest.raises(DataError, match=rf"^{path}: no .*; give a file that Statistics\.save wrote, or a \*_fid_"):
-        Statistics.load(path)
-
-
-def random_images(seed: int) -> Tensor:
-    """Images that leave [-1, 1] here and there."""
-    return torch.from_numpy(np.random.default_rng(seed).normal(0, 0.7, (5, 3, 6, 4)).astype(np.float32))
-
-
-def test_fidelity_is_numpys() -> None:
-    exact = random_images(0)
-    images = exact + 0.1 * random_images(1)
-    errors, (largest, rms) = fidelity(images, exact), scoring.difference(images, exact)
-    assert (errors.num, errors.max) == (5, largest)  # values outside [-1, 1] are not clipped
-    assert errors.rms == pytest.approx(rms, rel=1e-12)
-    assert errors.psnr == pytest.approx(20 * math.log10(2 / rms), rel=1e-12)
-    assert asdict(errors.pixels) == pixel_figures(levels(images), levels(exact))
-    white, black = (torch.full((1, 1, 2, 2), value, dtype=torch.uint8) for value in (255, 0))
-    assert pixel_difference(black, white) == pixel_difference(white, black) == PixelDifference(1.0, 255)
-
-
-def test_nan_on_both_sides_counts_as_equal_and_on_one_side_as_infinitely_far() -> None:
-    exact = random_images(0).double()
-    exact[1] = NAN
-    assert fidelity(exact.float(), exact) == Fidelity(5, 0.0, 0.0, INF, PixelDifference(0.0, 0))
-    errors = fidelity(exact + 0.25, exact)
-    assert (errors.max, errors.rms) == (pytest.approx(0.25), pytest.approx(0.25 * math.sqrt(4 / 5)))
-    for value in (NAN, INF):
-        broken = exact.clone()
-        broken[2] = value
-        for errors in (fidelity(broken, exact), fidelity(exact, broken)):
-            assert (errors.max, errors.rms, errors.psnr) == (INF, INF, -INF)
-            shown = broken.nan_to_num(nan=-1.0, posinf=1.0)
-            assert asdict(errors.pixels) == pixel_figures(levels(shown), levels(exact))
+    with pytest.raises(DataError, match=rf"^{path}: no .*; give a file that FeatureStatistics\.save wrote"):
+        FeatureStatistics.load(path)

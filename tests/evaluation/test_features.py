@@ -1,4 +1,4 @@
-"""The features that distances are taken between: Inception's, and functions from a file."""
+"""Features of images: Inception's, and those of functions from a file."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from jacobiflow.data import DataError
-from jacobiflow.evaluation import InceptionFeatures, Statistics, extract, load_features
+from jacobiflow.evaluation import FeatureStatistics, InceptionFeatures, extract_features, load_features
 from tests.helpers.stand_ins import write_inception
 
 pytest.importorskip("torch_fidelity")
@@ -35,7 +35,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_original_code_reads_statistics_with_inception(weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class FID(FrechetInceptionDistance):
-        """States as buffers, as the original TarFlow code has them."""
+        """Keeps states as buffers, like the original TarFlow code."""
 
         def add_state(self, name: str, default: Any, *args: Any, **kwargs: Any) -> None:
             self.register_buffer(name, default)
@@ -47,7 +47,7 @@ def test_the_original_code_reads_statistics_with_inception(weights: Path, monkey
     metric = FID(feature=2048, normalize=True)
     x = torch.randn(3, 2048, generator=torch.Generator().manual_seed(0)).double()
     path = weights.with_name("fid_stats.pth")
-    Statistics.of(x).save(path, inception)
+    FeatureStatistics.from_features(x).save(path, inception)
     metric.load_state_dict(torch.load(path, weights_only=True), strict=True)
     torch.testing.assert_close(metric.real_features_cov_sum, x.T @ x)
 
@@ -70,14 +70,14 @@ def test_missing_and_broken_weights_are_named(tmp_path: Path, monkeypatch: pytes
         InceptionFeatures(path)
 
 
-@pytest.mark.parametrize("read", [Statistics.load, InceptionFeatures])
+@pytest.mark.parametrize("read", [FeatureStatistics.load, InceptionFeatures])
 def test_a_pipe_is_refused(read: Callable[[Path], Any], tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.pth")
     with pytest.raises(DataError, match=r"pipe\.pth: no file of tensors .*Not a regular file"):
         read(tmp_path / "pipe.pth")
 
 
-@pytest.mark.parametrize("read", [Statistics.load, InceptionFeatures])
+@pytest.mark.parametrize("read", [FeatureStatistics.load, InceptionFeatures])
 def test_code_in_a_file_is_not_run(read: Callable[[Path], Any], tmp_path: Path) -> None:
     mark, path = tmp_path / "mark", tmp_path / "stats.pth"
 
@@ -96,7 +96,7 @@ def test_a_function_from_a_file(tmp_path: Path) -> None:
     file.write_text("import torch\nN = 3\ndef few(images):\n    return images.flatten(1)[:, :N].double()\n")
     (tmp_path / "broken.py").write_text("def few(")
     images = torch.arange(84, dtype=torch.uint8).view(21, 1, 2, 2)
-    features = extract(load_features(f"{file}:few"), [images])
+    features = extract_features(load_features(f"{file}:few"), [images])
     assert features.dtype == torch.float32 and torch.equal(features, images.flatten(1)[:, :3].float())
     for name, message in (
         (f"{file}:many", "mine.py:many: no function of this name in the file"),
@@ -116,19 +116,21 @@ def test_a_function_from_a_file(tmp_path: Path) -> None:
 def test_a_function_that_does_not_return_features_is_refused(result: Any) -> None:
     images = torch.zeros(3, 1, 2, 2, dtype=torch.uint8)
     with pytest.raises((ValueError, TypeError), match=r"^result of the feature function=.*: give a "):
-        extract(lambda images: result, [images])
+        extract_features(lambda images: result, [images])
     with pytest.raises(ValueError, match=r"give a torch\.Tensor of floating-point numbers \(1, 3\)"):
-        extract(lambda images: torch.ones(len(images), len(images) + 1), [images], batch_size=2)
+        extract_features(lambda images: torch.ones(len(images), len(images) + 1), [images], batch_size=2)
 
 
-def test_extract_keeps_the_order_and_reports_progress() -> None:
+def test_extract_features_keeps_the_order_and_reports_progress() -> None:
     class Pixels(nn.Linear):
         def forward(self, images: Tensor) -> Tensor:
             return images.flatten(1)[:, :3] + 0 * self.weight
 
     network, calls = Pixels(1, 1, bias=False), list[tuple[int, int, str]]()
     images = torch.arange(84, dtype=torch.uint8).view(21, 1, 2, 2)
-    features = extract(network, iter(images.split([7, 10, 1, 3])), lambda *call: calls.append(call), 21, batch_size=4)
+    features = extract_features(
+        network, iter(images.split([7, 10, 1, 3])), lambda *call: calls.append(call), 21, batch_size=4
+    )
     assert torch.equal(features, images.flatten(1)[:, :3].float())
     assert not features.requires_grad
     assert calls == [(step, 21, "features") for step in (4, 7, 11, 15, 17, 18, 21)]

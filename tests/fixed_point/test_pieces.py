@@ -17,7 +17,7 @@ from tests.helpers.problems import make_flow, to_float32
 
 PIECES = ("examples.extending.fraction_window", "examples.extending.scaled_latent", "examples.extending.one_back")
 COMMANDS = """
-calibrate --model tiny --images images --num 8 --traced 4 --out tiny/report.json
+calibrate --model tiny --images images --num 8 --convergence-samples 4 --out tiny/report.json
 plan --model tiny --batch-size 2 --out plan.json
 sample --model tiny --num 4 --strategy made.json --shard-size 2 --batch-size 2 --out samples
 sample --model tiny --num 6 --strategy made.json --shard-size 2 --batch-size 2 --out samples --json resumed.json
@@ -49,17 +49,17 @@ def test_every_command_takes_pieces_that_are_installed(tmp_path: Path, monkeypat
         "[jacobiflow]\n" + "".join(f"{name.rpartition('.')[2]} = {name}\n" for name in PIECES)
     )
     monkeypatch.chdir(tmp_path)
-    families = {base: dict(names) for base, names in serialization._families.items()}
+    families = {base: dict(names) for base, names in serialization._pieces.items()}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(serialization, "_families", families)  # so that other tests do not see the pieces
+        patch.setattr(serialization, "_pieces", families)  # so that other tests do not see the pieces
         patch.syspath_prepend(tmp_path / "site")
         for line in COMMANDS.strip().splitlines():
             assert main(shlex.split(line)) == 0
     for name in PIECES:
         del sys.modules[name]
-    assert json.loads(Path("resumed.json").read_text())["drawn"] == 2
+    assert json.loads(Path("resumed.json").read_text())["num_new"] == 2
     evaluated = json.loads(Path("evaluated/evaluation.json").read_text())
-    assert evaluated["certificates"]["max"] <= 1e-4
+    assert evaluated["residuals"]["max"] <= 1e-4
     assert evaluated["paired"]["max"] < 1e-2
     row = json.loads(Path("bench/bench.json").read_text())["comparisons"][0]["rows"][2]
     assert row["strategy"] == "fraction:4-2"

@@ -1,4 +1,4 @@
-"""Blocks beside the oracle's maps, and a flow with closed forms, for the tests of calibration."""
+"""Blocks with the oracle's maps, and a flow with closed forms, for the tests of calibration."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def randn(*shape: int, seed: int = 9) -> Tensor:
 def way_back(
     flow: Any, tokens: Tensor, labels: Tensor | None, guidance: jf.Guidance | None = None
 ) -> list[BlockProblem]:
-    """The blocks, in encoding order, on the way from tokens before the last of them to an image."""
+    """Returns the blocks in encoding order, each with the z and the solution on the way from tokens to an image."""
     reference: Any = oracle.MAFOracle(flow) if isinstance(flow, jf.MAF) else oracle.Oracle(flow)
     guide = guidance and oracle.Guide(guidance.weight, guidance.annealed, guidance.on, guidance.attn_temperature)
     problems = []
@@ -58,7 +58,7 @@ def runs_of(length: int, count: int) -> list[slice]:
 
 
 def errors_of(g: oracle.Map, answer: Tensor, guess: Tensor, run: slice, sweeps: int | None = None) -> Tensor:
-    """X^(k) - X* of a run of tokens, k = 0, 1, ...: plain sweeps from the guess, the tokens before being solved."""
+    """Returns X^(k) - X* of a run of tokens after k = 0, 1, ... plain sweeps; the tokens before it are solved."""
     x = torch.cat((answer[:, : run.start], guess[:, run.start :]), dim=1)
     errors = [(x - answer)[:, run]]
     for _ in range(run.stop - run.start if sweeps is None else sweeps):

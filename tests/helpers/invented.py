@@ -18,7 +18,7 @@ from torch import Tensor
 import jacobiflow as jf
 from jacobiflow.calibration.convergence import TOLERANCES, ConvergenceCurve
 from jacobiflow.calibration.metrics import NORMS, Components, Metrics
-from jacobiflow.calibration.report import GUESS_NAMES, Settings
+from jacobiflow.calibration.report import GUESS_NAMES, CalibrationSettings
 from jacobiflow.fixed_point import Stopping
 from jacobiflow.models.checkpoints.fingerprint import fingerprint
 from jacobiflow.native import SWITCH
@@ -35,7 +35,7 @@ def small(seed: int = 0) -> jf.TarFlow:
     return to_float32(make_flow(num_classes=3, seed=seed))
 
 
-@jf.register("Stretched")
+@jf.register_piece("Stretched")
 @dataclass(frozen=True)
 class Stretched(jf.Partition):
     """A partition of a reader's own."""
@@ -51,7 +51,7 @@ class Stretched(jf.Partition):
         return min(front + (self.then if front else self.first), num_tokens)
 
 
-@jf.register("halfway")
+@jf.register_piece("halfway")
 @dataclass(frozen=True)
 class Halfway(jf.Correction):
     """A correction of a reader's own."""
@@ -70,14 +70,14 @@ def counted(partition: jf.Partition, sweeps: int | tuple[int, ...]) -> jf.Solver
 Counts = Sequence[int | None]
 
 
-def trace(counts: Mapping[float, Counts]) -> ConvergenceCurve:
-    """A trace that reaches the tolerances after these numbers of sweeps, one for each sample."""
+def curve_of(counts: Mapping[float, Counts]) -> ConvergenceCurve:
+    """A curve that reaches the tolerances after these numbers of sweeps, one for each sample."""
     return ConvergenceCurve((1.0, 0.0), (1.0, 0.0), {tolerance: tuple(each) for tolerance, each in counts.items()})
 
 
 def same(*counts: int | None) -> ConvergenceCurve:
     """The same numbers for every tolerance."""
-    return trace(dict.fromkeys(TOLERANCES, counts))
+    return curve_of(dict.fromkeys(TOLERANCES, counts))
 
 
 def igm(latent: float, zeros: float, affine: float) -> dict[str, float]:
@@ -97,12 +97,12 @@ def make_report(
     affine = torch.ones(num_tokens, CHANNELS)
     return jf.CalibrationReport(
         fingerprint=fingerprint(small()), num_tokens=num_tokens, token_channels=CHANNELS,
-        settings=Settings(8, False, norm, None, 8, 2, 0),
+        settings=CalibrationSettings(8, False, norm, None, 8, 2, 0),
         metrics={name: metrics if name == norm else others for name in NORMS},
         segment_metrics={0: Metrics((igm(1, 2, 3),) * 8, None)}, class_metrics={},
         mean_affine=tuple(jf.MeanAffine(0.1 * i * affine, affine) for i in range(len(crm))),
-        traces={"noise": tuple(noise)},
-        segment_traces={block: {g: tuple(row) for g, row in rows.items()} for block, rows in (segments or {}).items()},
+        curves={"noise": tuple(noise)},
+        segment_curves={block: {g: tuple(row) for g, row in rows.items()} for block, rows in (segments or {}).items()},
         gamma=((1.0,),) * len(crm),
     )  # fmt: skip
 

@@ -16,24 +16,17 @@ import normflows
 import pyro.distributions.transforms as pt
 import torch
 import zuko
-from hypothesis import strategies as st
 from nflows.transforms.autoregressive import AutoregressiveTransform
 from nflows.transforms.made import MADE
-from normflows.flows.neural_spline.autoregressive import MaskedPiecewiseRationalQuadraticAutoregressive
-from pyro.nn import AutoRegressiveNN, ConditionalAutoRegressiveNN
 from torch import Tensor, nn
-from torch.nn import functional as F
 from zuko.flows.autoregressive import MaskedAutoregressiveTransform
-from zuko.flows.spline import CircularRQSTransform
-from zuko.lazy import LazyComposedTransform, LazyInverse, UnconditionalTransform
 
 import jacobiflow as jf
 
 Values = tuple[Tensor, Tensor]
-Draw = Callable[[st.SearchStrategy[Any]], Any]
 CONTEXT = 3
 
-torch.distributions.Distribution.set_default_validate_args(False)  # as zuko has it; importing pyro turns checks on
+torch.distributions.Distribution.set_default_validate_args(False)  # Importing pyro turns the checks on.
 
 
 def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -102,7 +95,7 @@ def gradient_gap(expected: Any, result: Any) -> float:
     gaps = [0.0]
     for original, other in zip(expected, result, strict=True):
         if original is None or not original.any():
-            assert other is None or bool((other.abs() < 1e-12).all())  # of a spline with one bin: rounding
+            assert other is None or bool((other.abs() < 1e-12).all())  # A spline with one bin has rounding errors.
         else:
             assert original.isfinite().all()
             gaps.append(float((original - other).abs().max() / original.abs().max()))
@@ -156,7 +149,7 @@ class Case:
 
     def invert(self, flow: nn.Module, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, ...]:
         """The slow side: (x,) of zuko's, (x, logabsdet) of the others'."""
-        if self.library == "zuko":  # which computes no more than that
+        if self.library == "zuko":  # Its inverse has no log-determinant.
             lazy = flow(context)
             return (getattr(lazy, "transform", lazy).inv(y),)
         if self.library == "pyro":
@@ -251,120 +244,6 @@ LARGE = {  # more features than a block of native code has, and hidden units
     "pyro spline": (50, 100),
 }  # fmt: skip
 
-MODULES = [
-    nn.ReLU(), nn.LeakyReLU(0.3), nn.ELU(0.7), nn.SELU(), nn.Tanh(), nn.Sigmoid(), nn.SiLU(), nn.GELU(),
-    nn.GELU(approximate="tanh"), nn.Softplus(2.0, 1.5), nn.Softplus(), nn.Identity(),
-]  # fmt: skip
-FUNCTIONS: list[Callable[..., Tensor]] = [
-    F.relu, torch.relu, F.leaky_relu, F.elu, F.selu, torch.selu, F.tanh, torch.tanh, F.sigmoid, torch.sigmoid, F.silu,
-    F.gelu, F.softplus,
-]  # fmt: skip
-activations = st.sampled_from(MODULES)
-functions = st.sampled_from([*MODULES, *FUNCTIONS])
-
-
-def zuko_flows(draw: Draw, features: int, context: int) -> tuple[nn.Module, str]:
-    domain = draw(st.sampled_from(["line", "line", "circle"]))
-
-    def masked() -> nn.Module:
-        bins = draw(st.integers(1, 6))
-        spline = partial(zuko.transforms.MonotonicRQSTransform, bound=3.0) if domain == "line" else CircularRQSTransform
-        settings: dict[str, Any] = {}
-        if domain == "circle" or draw(st.booleans()):
-            settings = {"univariate": partial(spline, slope=0.01), "shapes": [(bins,), (bins,), (bins - 1,)]}
-        order = torch.randperm(features)
-        if draw(st.booleans()):
-            earlier = (torch.rand(features, features) < 0.6).tril(-1)
-            earlier[1, 0] = True
-            settings["adjacency"] = (earlier | torch.eye(features, dtype=torch.bool))[order][:, order]
-        else:
-            settings |= {"order": order, "passes": draw(st.integers(2, features + 1))}
-        activation = draw(activations)
-        return MaskedAutoregressiveTransform(
-            features, context, hidden_features=draw(st.lists(st.integers(features, 24), min_size=1, max_size=3)),
-            activation=lambda: copy.deepcopy(activation), residual=draw(st.booleans()), **settings,
-        )  # fmt: skip
-
-    if draw(st.booleans()):
-        return masked(), domain
-    permutation = UnconditionalTransform(zuko.transforms.PermutationTransform, torch.randperm(features), buffer=True)
-    parts = [masked(), permutation, LazyInverse(LazyComposedTransform(masked(), masked()))]
-    if domain == "line":
-        affine, numbers = torch.distributions.AffineTransform, (torch.randn(features), -0.5 - torch.rand(features))
-        parts.insert(1, UnconditionalTransform(affine, *numbers, buffer=draw(st.booleans())))
-    return LazyComposedTransform(*parts), domain
-
-
-def nflows_flows(draw: Draw, features: int, context: int) -> tuple[nn.Module, str]:
-    domain = draw(st.sampled_from(["line", "line", "unit"]))
-
-    def masked() -> nn.Module:
-        settings: dict[str, Any] = {
-            "activation": draw(functions), "num_blocks": draw(st.integers(1, 2)), "context_features": context or None,
-            "use_residual_blocks": draw(st.booleans()),
-        }  # fmt: skip
-        hidden = draw(st.integers(features, 24))
-        if domain == "line" and draw(st.booleans()):
-            return nf.MaskedAffineAutoregressiveTransform(features, hidden, **settings)
-        tails = {"tails": "linear", "tail_bound": 2.5} if domain == "line" else {}
-        return nf.MaskedPiecewiseRationalQuadraticAutoregressiveTransform(
-            features, hidden, num_bins=draw(st.integers(2, 6)), **tails, **settings
-        )
-
-    if draw(st.booleans()):
-        return masked(), domain
-    inner = nf.InverseTransform(nf.CompositeTransform([masked(), nf.ReversePermutation(features), masked()]))
-    parts = [masked(), inner, nf.RandomPermutation(features)]
-    if domain == "line":
-        parts += [nf.AffineTransform(0.3, 1.7), nf.PointwiseAffineTransform(*torch.rand(2, features) + 0.5)]
-    return nf.CompositeTransform(parts), domain
-
-
-def normflows_flows(draw: Draw, features: int, context: int) -> tuple[nn.Module, str]:
-    domain = draw(st.sampled_from(["line", "line", "unit"]))
-
-    def masked() -> nn.Module:
-        hidden = draw(st.integers(features, 24))
-        settings: dict[str, Any] = {"context_features": context or None, "num_blocks": draw(st.integers(1, 2))}
-        if domain == "line" and draw(st.booleans()):
-            settings["use_residual_blocks"] = context > 0 or draw(st.booleans())
-            return normflows.flows.MaskedAffineAutoregressive(features, hidden, activation=draw(functions), **settings)
-        tails = {"tails": "circular", "tail_bound": 2.0} if domain == "line" else {}
-        return MaskedPiecewiseRationalQuadraticAutoregressive(
-            features, hidden, num_bins=draw(st.integers(2, 6)), init_identity=False, activation=draw(functions),
-            **tails, **settings,
-        )  # fmt: skip
-
-    if draw(st.booleans()):
-        return masked(), domain
-    parts = [masked(), normflows.flows.Permute(features, draw(st.sampled_from(["shuffle", "swap"]))), masked()]
-    return (normflows.ConditionalNormalizingFlow if context else normflows.NormalizingFlow)(None, parts), domain
-
-
-def pyro_flows(draw: Draw, features: int, context: int) -> tuple[nn.Module, str]:
-    hidden, bins = draw(st.lists(st.integers(features, 24), min_size=1, max_size=3)), draw(st.integers(2, 6))
-    settings = {"skip_connections": draw(st.booleans()), "nonlinearity": copy.deepcopy(draw(activations))}
-    network: Any = partial(AutoRegressiveNN, features, hidden, **settings)
-    affine, spline = pt.AffineAutoregressive, pt.SplineAutoregressive
-    if context:
-        network = partial(ConditionalAutoRegressiveNN, features, context, hidden, **settings)
-        affine, spline = pt.ConditionalAffineAutoregressive, pt.ConditionalSplineAutoregressive
-    if draw(st.booleans()):
-        return affine(network(), log_scale_min_clip=-0.3, log_scale_max_clip=0.4), "line"
-    order = draw(st.sampled_from(["linear", "quadratic"]))
-    sizes = [bins, bins, bins - 1, *([bins] if order == "linear" else [])]
-    return spline(features, network(param_dims=sizes), count_bins=bins, bound=2.0, order=order), "line"
-
-
-FLOWS = {"zuko": zuko_flows, "nflows": nflows_flows, "normflows": normflows_flows, "pyro": pyro_flows}
-
-
-def inputs(domain: str, *shape: int, dtype: torch.dtype) -> Tensor:
-    """On the line, the circle, or between 0 and 1."""
-    if domain == "line":
-        return 1.5 * torch.randn(shape, dtype=dtype)
-    return torch.rand(shape, dtype=dtype) if domain == "unit" else (2 * torch.rand(shape, dtype=dtype) - 1) * math.pi
-
 
 def laid_out(x: Tensor, layout: str) -> Tensor:
     """The same entries, or for "expanded" the first row again and again, with other strides."""
@@ -395,7 +274,7 @@ def check(flow: nn.Module, x: Tensor, context: Tensor | None, domain: str = "lin
         with jf.accelerate(flow) as handle:
             result = values(flow, x, context, is_inverse)
         torch.set_num_threads(1)
-        assert set(handle.ways.values()) == {"native"}, handle
+        assert set(handle.backends.values()) == {"native"}, handle
         assert [(part.shape, part.dtype) for part in result] == [(part.shape, x.dtype) for part in original]
         pairs = zip(gaps(result, expected, period), gaps(original, expected, period), expected, strict=True)
         for error, error_of_library, answer in pairs:

@@ -40,7 +40,7 @@ def run(
         warnings.filterwarnings("ignore", ".* not finite, since")
         patch.setattr(module, "sample_with_strategy", draw or invented)
         patch.setattr(module, "choose", lambda *_, **__: plan())
-        patch.setattr(module, "machine", lambda _: machine)
+        patch.setattr(module, "describe_machine", lambda _: machine)
         return jf.sample_to_folder(flow or tiny_flow(), num, out, labels, **settings)
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 import jacobiflow as jf
 from examples.extending.recurrent_flow import RecurrentFlow
-from jacobiflow.models import Flow, register
+from jacobiflow.models import Flow, register_flow
 from jacobiflow.models.config import check_sizes
 from jacobiflow.models.registry import FLOWS as REGISTERED
 from tests.helpers.oracle import MAFOracle, Oracle, StarOracle
@@ -107,9 +107,9 @@ def test_the_sizes_of_a_config_are_checked(kind: Any) -> None:
 def test_a_name_has_one_flow() -> None:
     assert [REGISTERED[name] for name in ("tarflow", "maf", "recurrent")] == [jf.TarFlow, jf.MAF, RecurrentFlow]
     with pytest.raises(ValueError, match=r"'recurrent': taken by .*RecurrentFlow"):
-        register(type("Other", (RecurrentFlow,), {}))
+        register_flow(type("Other", (RecurrentFlow,), {}))
     again = type("RecurrentFlow", (RecurrentFlow,), {"__module__": RecurrentFlow.__module__})  # its module reloaded
-    assert register(again) is again is REGISTERED["recurrent"]
-    assert register(RecurrentFlow) is RecurrentFlow is REGISTERED["recurrent"]
+    assert register_flow(again) is again is REGISTERED["recurrent"]
+    assert register_flow(RecurrentFlow) is RecurrentFlow is REGISTERED["recurrent"]
     with pytest.raises(TypeError, match="give a class that derives from Flow"):
-        register(jf.TarFlowConfig)  # type: ignore[type-var]
+        register_flow(jf.TarFlowConfig)  # type: ignore[type-var]

@@ -18,7 +18,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 import jacobiflow as jf
-from jacobiflow.comparison.baselines import original_loop
+from jacobiflow.comparison.baselines import original_sampler
 from jacobiflow.models.tarflow import TarFlow, TarFlowConfig
 
 ROUNDING = 1e-4  # measured: 2e-6 of the largest value
@@ -91,6 +91,6 @@ def test_samples_as_the_original(name: str, case: str) -> None:
     for strategy, tolerance in (("sequential", ROUNDING), ("window:4", SOLVED)):
         out = jf.sample(recording.flow.guided(guidance), latents=latents, labels=labels, strategy=strategy)
         assert_close(out.images, recording.tensors[f"reverse.{case}"], tolerance)
-    _, loop = original_loop(recording.flow)
+    _, loop = original_sampler(recording.flow)
     images = loop(recording.flow.guided(guidance), latents, labels)
     assert_close(images, recording.tensors[f"reverse.{case}"], ROUNDING)

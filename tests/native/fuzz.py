@@ -1,4 +1,4 @@
-"""Calls of the native library with malformed and extreme input; each is refused, or gives what PyTorch gives.
+"""Calls the native library with malformed and extreme input. Each call is refused, or gives what PyTorch gives.
 
     python -m tests.native.fuzz LIBRARY [--seed 0] [--count 100] [--callers 1]
 
@@ -26,7 +26,7 @@ from jacobiflow.adapters.network import MaskedNetwork, find_order
 from jacobiflow.native import boundary, library
 from jacobiflow.native import transformer as native_transformer
 from jacobiflow.native.chain import TransformChain
-from jacobiflow.native.masked import MaskedOperation, masked_transform
+from jacobiflow.native.masked import MaskedOperation, Steps, masked_transform
 from jacobiflow.native.transformer import Prefix
 from tests.helpers import library_flows
 from tests.helpers.native_problems import CASES
@@ -35,7 +35,7 @@ Change = Callable[[Tensor], Tensor]
 
 
 def unaligned(x: Tensor) -> Tensor:
-    """The same values one byte further."""
+    """Returns the same values in memory that is not aligned."""
     memory = torch.zeros(x.numel() * x.itemsize + 1, dtype=torch.uint8)
     memory[1:] = x.contiguous().reshape(-1).view(torch.uint8)
     return torch.frombuffer(memory.numpy(), dtype=x.dtype, count=x.numel(), offset=1).view(x.shape)
@@ -48,17 +48,17 @@ def filled(x: Tensor, value: float) -> Tensor:
     return x
 
 
-LAYOUTS: dict[str, Change] = {  # of the same values
+LAYOUTS: dict[str, Change] = {  # the values stay the same
     "as it is": lambda x: x,
     "transposed": lambda x: x.transpose(0, -1).contiguous().transpose(0, -1),
     "strided": lambda x: torch.stack([x, x], dim=-1)[..., 0],
 }
-EXTREMES: dict[str, Change] = {  # after which PyTorch's own rounding may be of any size
+EXTREMES: dict[str, Change] = {  # PyTorch's own rounding errors may have any size
     "NaN": lambda x: filled(x, math.nan),
     "infinite": lambda x: filled(x, -math.inf),
     "enormous": lambda x: filled(x, 3e38),
 }
-OTHERS: dict[str, Change] = {  # which may be refused
+OTHERS: dict[str, Change] = {  # native code may refuse them
     "expanded": lambda x: x[:1].expand(x.shape) if x.ndim else x,
     "zero": torch.zeros_like,
     "no rows": lambda x: x[:0],
@@ -82,7 +82,7 @@ CHANGES = LAYOUTS | EXTREMES | OTHERS
 
 
 def answer(compute: Callable[[], Any]) -> Any:
-    """What it returns, or `None` if it refuses by an exception of Python."""
+    """Returns the result, or `None` after an exception."""
     try:
         return compute()
     except (ValueError, TypeError, RuntimeError, IndexError, NotImplementedError, AssertionError):
@@ -90,7 +90,7 @@ def answer(compute: Callable[[], Any]) -> Any:
 
 
 def answers(flow: nn.Module, compute: Callable[[], Any]) -> tuple[Any, Any]:
-    """The answers of the library's own code and of native code."""
+    """Returns the results of the library's own code and of native code."""
     theirs = answer(compute)
     with jf.accelerate(flow):
         return theirs, answer(compute)
@@ -126,8 +126,8 @@ def change_prefix(block: Any, change: str, is_hidden: bool) -> None:
     block._prefix = changed
 
 
-def recurrence(rng: random.Random) -> tuple[Any, str]:
-    """A block's inverse: of tokens, contexts or weights that do not fit, stored in any way."""
+def transformer(rng: random.Random) -> tuple[Any, str]:
+    """Inverts a block with tokens, contexts or weights that may not fit."""
     name, weights = rng.choice(list(CASES)), rng.choice(["float32", "float64", "bfloat16", "float16", "int16"])
     case = CASES[name]
     if case.kind is jf.MAF and weights != "float64":
@@ -164,7 +164,7 @@ def recurrence(rng: random.Random) -> tuple[Any, str]:
 
 
 def in_pytorch(block: Any, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Token by token, against a cache, as any block is solved."""
+    """Inverts a block token by token with a cache."""
     x, cache = torch.zeros_like(z), block.init_cache(z, jf.Context(context))
     log_det = z.new_zeros(len(z))
     for t in range(z.shape[1]):
@@ -175,7 +175,7 @@ def in_pytorch(block: Any, z: Tensor, context: Tensor | None) -> tuple[Tensor, T
 
 
 def library_flow(rng: random.Random) -> tuple[Any, str]:
-    """A flow of another library, accelerated: of rows or contexts that do not fit."""
+    """Evaluates an accelerated flow of another library with rows or contexts that may not fit."""
     name, dtype = rng.choice(library_flows.NATIVE), rng.choice([torch.float32, torch.float64])
     rows, features, hidden, width = rng.choice([1, 2, 5, 17, 70]), rng.choice([2, 3, 6]), 8, rng.choice([0, 3])
     if rng.random() < 0.1:
@@ -256,7 +256,7 @@ def gradient_error(ours: Any, theirs: Any, what: str) -> float:
 
 
 def description(rng: random.Random) -> tuple[Any, str]:
-    """A masked network whose description has a wrong number: any answer, but nothing out of bounds."""
+    """Evaluates a masked network whose description has a wrong number. Any result is right that reads within bounds."""
     features, width, hidden = rng.choice([1, 2, 4]), rng.choice([0, 2]), 6
     network = MaskedNetwork(torch.arange(2 * features).view(features, 2), first_feature=width)
     sees = torch.arange(hidden) % features
@@ -264,10 +264,10 @@ def description(rng: random.Random) -> tuple[Any, str]:
     layers = [nn.Linear(width + features, hidden), nn.Linear(hidden, 2 * features)]
     layers[0].register_buffer("mask", sees.unsqueeze(1) >= seen)
     layers[1].register_buffer("mask", torch.arange(features).repeat_interleave(2).unsqueeze(1) > sees)
-    network.linear(network.linear(0, layers[0], nn.ReLU()), layers[1])
+    network.add_linear(network.add_linear(0, layers[0], nn.ReLU()), layers[1])
     order, starts, (inputs, *units) = find_order(network)
     lists = [order, starts, *inputs, *(numbers for pair in units for numbers in pair)]
-    settings = {"parameters": 2, "context": width, "context_start": 0, "bins": 0, "ends": 0}
+    settings = {"parameters": 2, "context": width, "context_start": 0, "bins": 0, "boundary": 0}
     settings["kind"] = boundary.TransformKind.CLAMPED_AFFINE
     shapes = [tuple(holder[name].shape) for holder, name in network.tensors]
     masks = list(network.masks)
@@ -287,7 +287,7 @@ def description(rng: random.Random) -> tuple[Any, str]:
 
     def compute() -> Any:
         operations = list(map(MaskedOperation, network.operations, units, masks))
-        transform = masked_transform(starts, order, operations, inputs, shapes, **settings)
+        transform = masked_transform(Steps(order, starts, inputs), operations, shapes, **settings)
         chain, rows, has_graph = TransformChain([(transform, False)]), rng.choice([1, 3, 70]), rng.random() < 0.5
         x, context = torch.randn(rows, features), torch.randn(rows, width) if width else None
         tensors = [torch.randn(shape) for shape in shapes]
@@ -308,7 +308,7 @@ def description(rng: random.Random) -> tuple[Any, str]:
     return ours, f"{part}, {number}"
 
 
-KINDS = (recurrence, library_flow, description)
+KINDS = (transformer, library_flow, description)
 
 
 def run(seed: int) -> str:
@@ -332,9 +332,9 @@ def main() -> None:
     options = parser.parse_args()
     print(f"seed {options.seed}, {options.count} calls, {options.callers} at once", flush=True)
     if options.callers > 1:  # in threads of its own: the thread sanitizer does not see how those of OpenMP wait
-        boundary.Library._use_threads_of_pytorch = lambda self: None  # type: ignore[method-assign]
-    loaded = boundary.Library(options.library)
-    library._loaded = lambda: (loaded, "")
+        library.Library._use_threads_of_pytorch = lambda self: None  # type: ignore[method-assign]
+    loaded = library.Library(options.library)
+    library._load_or_explain = lambda: (loaded, "")
     torch.set_num_threads(3)
     outcomes: Counter[str] = Counter()
     with ThreadPoolExecutor(options.callers) as pool:

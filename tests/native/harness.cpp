@@ -1,15 +1,14 @@
-// Compares vector functions and products with double precision, runs a small recurrence, and prints OK. It stands alone, to
+// Compares vector functions and products with double precision, solves a small transformer, and prints OK. It stands alone, to
 // be run by other compilers, and for other processors, than those of the tests in Python.
 #include <cstdio>
 #include <random>
 
-#include "boundary.cpp"
 #include "masked.cpp"
 #include "masked_double.cpp"
 #include "masked_float.cpp"
-#include "recurrence.cpp"
-#include "recurrence_double.cpp"
-#include "recurrence_float.cpp"
+#include "transformer.cpp"
+#include "transformer_double.cpp"
+#include "transformer_float.cpp"
 
 namespace {
 
@@ -30,12 +29,12 @@ std::vector<float> normal(int size, double deviation = 0.5) {
 }
 
 // The largest error of a function of vectors over [first, last], divided by `unit` and the exact value's size.
-template <typename Activation, typename Exact>
-double error_of(Activation function, Exact exact, double first, double last, double unit) {
+template <typename Function, typename Exact>
+double error_of(Function function, Exact exact, double first, double last, double unit) {
   double most = 0;
   for (int i = 0; i <= 10000; i++) {
     const float v = (float)(first + (last - first) * i / 10000);
-    const double expected = exact((double)v), error = std::abs(function(spread(v))[i % lanes] - expected);
+    const double expected = exact((double)v), error = std::abs(function(broadcast(v))[i % float_lanes] - expected);
     most = std::fmax(most, error / (unit + std::abs(expected)));
   }
   return most;
@@ -45,27 +44,27 @@ double gelu_in_double(double v) { return v * std::erfc(-v / std::sqrt(2.0)) / 2;
 
 // The largest relative error of elementary functions; infinite if one is wrong at 0, infinity or NaN.
 double elementary_error() {
-  using L = Lanes<float>;
-  const auto softplus = [](Vector v) { return L::softplus(v, 1, 20); };
+  using S = Simd<float>;
+  const auto softplus = [](Vector v) { return S::softplus(v, 1, 20); };
   const auto inverse = [](double v) { return 1 / v; };
   double most = 0;
   for (double scale : {1e-6, 1.0, 80.0})
-    for (double error : {error_of(L::tanh, [](double v) { return std::tanh(v); }, -scale, scale, 0),
-                         error_of(L::sigmoid, [](double v) { return 1 / (1 + std::exp(-v)); }, -scale, scale, 0),
+    for (double error : {error_of(S::tanh, [](double v) { return std::tanh(v); }, -scale, scale, 0),
+                         error_of(S::sigmoid, [](double v) { return 1 / (1 + std::exp(-v)); }, -scale, scale, 0),
                          error_of(softplus, [](double v) { return std::log1p(std::exp(v)); }, -scale, scale, 0),
-                         error_of(L::exp, [](double v) { return std::exp(v); }, -scale, scale, 0),
-                         error_of(L::exp_of_small, [](double v) { return std::exp(v); }, -scale, scale, 0),
-                         error_of(L::expm1, [](double v) { return std::expm1(v); }, -scale, scale, 0),
-                         error_of(L::reciprocal, inverse, scale / 100, scale, 0)})
+                         error_of(S::exp, [](double v) { return std::exp(v); }, -scale, scale, 0),
+                         error_of(S::exp_of_small, [](double v) { return std::exp(v); }, -scale, scale, 0),
+                         error_of(S::expm1, [](double v) { return std::expm1(v); }, -scale, scale, 0),
+                         error_of(S::reciprocal, inverse, scale / 100, scale, 0)})
       most = std::fmax(most, error);
-  const float inf = L::infinity, tiny = 1e-40f;
-  const auto value = [](auto function, float v) { return function(spread(v))[0]; };
-  bool is_right = value(L::tanh, inf) == 1 && value(L::tanh, -inf) == -1 && value(L::tanh, tiny) == tiny &&
-                  value(L::sigmoid, inf) == 1 && value(L::sigmoid, -inf) == 0 && value(softplus, inf) == inf &&
-                  value(softplus, -inf) == 0 && value(L::exp, inf) == inf && value(L::exp, -inf) == 0 &&
-                  value(L::expm1, -inf) == -1 && value(L::log, inf) == inf && value(L::log, 0) == -inf &&
-                  value(L::reciprocal, 0) == inf && value(L::reciprocal, -inf) == 0 && std::isnan(value(softplus, NAN));
-  for (auto function : {L::tanh, L::sigmoid, L::exp, L::exp_of_small, L::expm1, L::reciprocal, L::log, L::sqrt, L::absolute})
+  const float inf = S::infinity, tiny = 1e-40f;
+  const auto value = [](auto function, float v) { return function(broadcast(v))[0]; };
+  bool is_right = value(S::tanh, inf) == 1 && value(S::tanh, -inf) == -1 && value(S::tanh, tiny) == tiny &&
+                  value(S::sigmoid, inf) == 1 && value(S::sigmoid, -inf) == 0 && value(softplus, inf) == inf &&
+                  value(softplus, -inf) == 0 && value(S::exp, inf) == inf && value(S::exp, -inf) == 0 &&
+                  value(S::expm1, -inf) == -1 && value(S::log, inf) == inf && value(S::log, 0) == -inf &&
+                  value(S::reciprocal, 0) == inf && value(S::reciprocal, -inf) == 0 && std::isnan(value(softplus, NAN));
+  for (auto function : {S::tanh, S::sigmoid, S::exp, S::exp_of_small, S::expm1, S::reciprocal, S::log, S::sqrt, S::abs})
     is_right = is_right && std::isnan(value(function, NAN));
   return is_right ? most : INFINITY;
 }
@@ -112,8 +111,8 @@ double dense_error(int outputs, int inputs, int rows, WeightFormat format, bool 
   const std::vector<T> x(values.begin(), values.end());
   double most = 0;
   dense(x.data(), inputs, linear.args, inputs, outputs, rows, {0, padded<T>(outputs)},
-        [&](int row, int column, typename Lanes<T>::Vector out) {
-          for (int lane = 0; lane < Lanes<T>::count && column + lane < outputs; lane++) {
+        [&](int row, int column, typename Simd<T>::Vector out) {
+          for (int lane = 0; lane < Simd<T>::lanes && column + lane < outputs; lane++) {
             double expected = 0;
             for (int i = 0; i < inputs; i++)
               expected += (double)linear.weight[(column + lane) * inputs + i] * x[row * inputs + i];
@@ -126,8 +125,8 @@ double dense_error(int outputs, int inputs, int rows, WeightFormat format, bool 
 // The difference that threads make to a block of one layer, NaN if its result is not finite. Its values are those of 128-bit
 // vectors on other processors, which the tests in Python check.
 template <typename T>
-double recurrence_error(WeightFormat format) {
-  constexpr int tokens = lanes + 4, values = 3, heads = 2, head = 5, channels = heads * head, hidden = 12;
+double transformer_error(WeightFormat format) {
+  constexpr int tokens = float_lanes + 4, values = 3, heads = 2, head = 5, channels = heads * head, hidden = 12;
   const Linear<T> in(channels, values, format), qkv(3 * channels, channels, format), proj(channels, channels, format),
       up(hidden, channels, format), down(channels, hidden, format), out(2 * values, channels, format);
   const std::vector<float> numbers = normal(tokens * channels, 0.1);
@@ -138,16 +137,16 @@ double recurrence_error(WeightFormat format) {
   layer.qkv = qkv.args, layer.qkv_bias = qkv.bias.data(), layer.proj = proj.args, layer.proj_bias = proj.bias.data();
   layer.up = up.args, layer.up_bias = up.bias.data(), layer.down = down.args, layer.down_bias = down.bias.data();
   double log_det[2] = {};
-  std::vector<T> x[2], keys_values(3 * (channels + heads * lanes) * 2 * tokens);
+  std::vector<T> x[2], keys_values(3 * (channels + heads * float_lanes) * 2 * tokens);
   for (int i = 0; i < 2; i++) {
     x[i].resize(z.size());
-    RecurrenceArgs<T> flow{};
-    flow.z = z.data(), flow.position = position.data(), flow.proj_in = in.args;
-    flow.proj_out = out.args, flow.out_bias = out.bias.data(), flow.layers = &layer;
-    flow.x = x[i].data(), flow.keys_values = keys_values.data(), flow.log_det = &log_det[i];
-    flow.samples = flow.networks = flow.depth = flow.scales = flow.teams = 1, flow.threads = 1 + 2 * i;
-    flow.tokens = flow.stop = tokens, flow.values = values, flow.channels = channels, flow.hidden = hidden, flow.heads = heads;
-    if (jacobiflow_recurrence(&flow, std::is_same<T, double>::value)) return INFINITY;
+    TransformerArgs<T> args{};
+    args.z = z.data(), args.position = position.data(), args.proj_in = in.args;
+    args.proj_out = out.args, args.out_bias = out.bias.data(), args.layers = &layer;
+    args.x = x[i].data(), args.keys_values = keys_values.data(), args.log_det = &log_det[i];
+    args.samples = args.networks = args.depth = args.has_scale = args.num_teams = 1, args.num_threads = 1 + 2 * i;
+    args.tokens = args.stop = tokens, args.values = values, args.channels = channels, args.hidden = hidden, args.heads = heads;
+    if (jacobiflow_solve_transformer(&args, std::is_same<T, double>::value)) return INFINITY;
   }
   double total = std::abs(log_det[0] - log_det[1]);
   for (size_t i = 0; i < z.size(); i++) total += std::abs(x[0][i] - x[1][i]);
@@ -158,22 +157,22 @@ double recurrence_error(WeightFormat format) {
 
 int main() {
   check("power of two", error_of(exp2_of_negative, [](double v) { return std::exp2(v); }, -126, 0, 0), 1e-6);
-  check("gelu", error_of(Lanes<float>::gelu, gelu_in_double, -8, 8, 1), 1e-6);
-  if (!std::isnan(exp2_of_negative(spread(NAN))[0] + Lanes<float>::gelu(spread(NAN))[0])) check("NaN", NAN, 0);
-  check("logarithm", error_of(Lanes<float>::log, [](double v) { return std::log(v); }, 1e-3, 1e3, 1), 1e-6);
+  check("gelu", error_of(Simd<float>::gelu, gelu_in_double, -8, 8, 1), 1e-6);
+  if (!std::isnan(exp2_of_negative(broadcast(NAN))[0] + Simd<float>::gelu(broadcast(NAN))[0])) check("NaN", NAN, 0);
+  check("logarithm", error_of(Simd<float>::log, [](double v) { return std::log(v); }, 1e-3, 1e3, 1), 1e-6);
   check("elementary functions", elementary_error(), 3e-7);
   using Format = WeightFormat;
   for (Format format : {Format::float32, Format::bfloat16, Format::float16, Format::int16}) {
     for (int rows : {1, 2, 7}) {
-      for (int outputs : {1, lanes + 1, 5 * lanes + 3 * lanes * panel_vectors - 1})
+      for (int outputs : {1, float_lanes + 1, 5 * float_lanes + 3 * float_lanes * panel_vectors - 1})
         check("dense", dense_error<float>(outputs, 11, rows, format, true), 1e-5);
-      check("dense in place", dense_error<float>(lanes * 7, lanes * 3, rows, format, false), 1e-4);
+      check("dense in place", dense_error<float>(float_lanes * 7, float_lanes * 3, rows, format, false), 1e-4);
     }
-    check("recurrence", recurrence_error<float>(format), 1e-6);
+    check("transformer", transformer_error<float>(format), 1e-6);
   }
   for (bool is_packed : {false, true})
-    check("dense in double", dense_error<double>(lanes * 7, lanes * 3, 7, Format::float64, is_packed), 1e-12);
-  check("recurrence in double", recurrence_error<double>(Format::float64), 1e-12);
+    check("dense in double", dense_error<double>(float_lanes * 7, float_lanes * 3, 7, Format::float64, is_packed), 1e-12);
+  check("transformer in double", transformer_error<double>(Format::float64), 1e-12);
   if (!failed) std::puts("OK");
   return failed;
 }

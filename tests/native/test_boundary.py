@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import platform
+import re
 import shutil
 import subprocess
 from contextlib import suppress
@@ -16,12 +18,18 @@ from torch import Tensor, nn
 
 import jacobiflow as jf
 from jacobiflow import native
-from jacobiflow.native import compiler
-from jacobiflow.native.boundary import Library, UnsupportedError, address_of, require
-from jacobiflow.native.transformer import GuidanceTerms, Recurrence
+from jacobiflow.native import boundary, compiler
+from jacobiflow.native.boundary import UnsupportedError, address_of, check_tensor
+from jacobiflow.native.library import Library
+from jacobiflow.native.transformer import CausalTransformer, GuidanceTerms
 from tests.helpers.native_problems import CASES
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+
+STRUCTURES: list[Any] = [
+    boundary.Operation, boundary.Transform, boundary.ChainArgs, boundary.GradientArgs, boundary.Weight,
+    boundary.LayerArgs, boundary.TransformerArgs,
+]  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -31,24 +39,30 @@ def _compiled() -> None:
 
 
 @pytest.mark.parametrize(
-    ("file", "old", "new", "field"),
+    "enumeration",
     [
-        ("boundary.h", "rows, in_stride, context_stride", "in_stride, rows, context_stride", "ChainArgs"),
-        ("boundary.h", "double soft_clip", "float soft_clip", "RecurrenceArgs"),
-        ("boundary.h", "relu, leaky_relu", "leaky_relu, relu", "Activation"),
-        ("boundary.cpp", "jacobiflow_layout", "no_layout", ""),
+        boundary.OperationKind, boundary.Activation, boundary.TransformKind, boundary.SplineBoundary,
+        boundary.WeightFormat,
     ],
-)
-def test_a_library_of_another_version_is_refused(file: str, old: str, new: str, field: str, tmp_path: Path) -> None:
+)  # fmt: skip
+def test_enumerations_are_those_of_the_header(enumeration: Any) -> None:
+    members = re.search(rf"enum class {enumeration.__name__} : int32_t {{(.*?)}}", boundary._HEADER, re.DOTALL)
+    assert members is not None
+    assert re.findall(r"\w+", members[1]) == [member.name.lower() for member in enumeration]
+
+
+@pytest.mark.parametrize("kind", STRUCTURES)
+def test_structures_have_the_layout_of_the_header(kind: Any, tmp_path: Path) -> None:
     if shutil.which("c++") is None:
         pytest.skip("there is no compiler here")
-    for name in ("boundary.h", "boundary.cpp"):
-        text = (compiler.FOLDER / name).read_text()
-        (tmp_path / name).write_text(text.replace(old, new) if name == file else text)
-    command = ("c++", "-std=c++17", "-shared", "-fPIC", tmp_path / "boundary.cpp", "-o", tmp_path / "other.so")
+    is_template = kind in (boundary.LayerArgs, boundary.TransformerArgs)
+    name = f"jacobiflow::{kind.__name__}" + ("<float>" if is_template else "")
+    lines = ['#include "boundary.h"', "#include <cstddef>", f"static_assert(sizeof({name}) == {ctypes.sizeof(kind)});"]
+    for field, _ in kind._fields_:
+        lines.append(f"static_assert(offsetof({name}, {field}) == {getattr(kind, field).offset});")
+    (tmp_path / "layout.cpp").write_text("\n".join(lines))
+    command = ("c++", "-std=c++17", "-fsyntax-only", f"-I{compiler.SOURCES}", tmp_path / "layout.cpp")
     subprocess.run(command, check=True)
-    with pytest.raises(OSError, match=f"a library of another version, whose {field}"):
-        Library(tmp_path / "other.so")
 
 
 @pytest.mark.skipif(platform.system() != "Linux", reason="the library has OpenMP on Linux only")
@@ -74,12 +88,12 @@ def freed(x: Tensor) -> Tensor:
 )  # fmt: skip
 def test_a_tensor_that_does_not_fit_is_refused(tensor: Tensor) -> None:
     with pytest.raises(UnsupportedError):
-        require(tensor, (2, 3))
+        check_tensor(tensor, (2, 3))
 
 
 def test_a_tensor_that_fits_is_read_row_after_row() -> None:
     values = torch.arange(6.0).view(3, 2)
-    assert require(nn.Parameter(values.T), (2, 3)).flatten().tolist() == [0, 2, 4, 1, 3, 5]
+    assert check_tensor(nn.Parameter(values.T), (2, 3)).flatten().tolist() == [0, 2, 4, 1, 3, 5]
 
 
 @pytest.mark.parametrize(
@@ -126,10 +140,10 @@ def test_guidance_of_a_context_without_an_unconditional_one_is_refused() -> None
     flow = case.flow()
     z, block = case.z(flow), flow.blocks[1]
     weights = torch.ones(z.shape[1])
-    recurrence = Recurrence(
+    network = CausalTransformer(
         block.proj_in.weight, block.positions(), [layer.named() for layer in block.layer_weights()], 1,
         block.proj_out.weight, block.proj_out.bias, has_scale=True,
     )  # fmt: skip
     guidance = GuidanceTerms(weights, weights, None, 1.0, by_density=False)
-    assert recurrence.invert(z, None, guidance) is not None
-    assert recurrence.invert(z, torch.ones(1, 1, 7), guidance) is None
+    assert network.invert(z, None, guidance) is not None
+    assert network.invert(z, torch.ones(1, 1, 7), guidance) is None

@@ -41,17 +41,17 @@ def folder(tmp_path: Path) -> Path:
 def test_the_best_library_that_a_processor_can_run(
     machine: str, instructions: set[str], name: str, folder: Path
 ) -> None:
-    path = compiler.best(folder, machine, instructions)
+    path = compiler.find_compiled(folder, machine, instructions)
     assert path is not None and path.name.startswith(f"{name}-")
 
 
 def test_a_library_of_other_sources_is_not_found(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    other = shutil.copytree(compiler.FOLDER, tmp_path / "other")
-    assert compiler.best(folder, "riscv64", AVX512) is None
-    monkeypatch.setattr(compiler, "FOLDER", other)
-    assert compiler.best(folder, "x86_64", AVX512) is not None
-    (other / "team.h").write_text((other / "team.h").read_text() + "\n")
-    assert compiler.best(folder, "x86_64", AVX512) is None
+    other = shutil.copytree(compiler.SOURCES, tmp_path / "other")
+    assert compiler.find_compiled(folder, "riscv64", AVX512) is None
+    monkeypatch.setattr(compiler, "SOURCES", other)
+    assert compiler.find_compiled(folder, "x86_64", AVX512) is not None
+    (other / "threads.h").write_text((other / "threads.h").read_text() + "\n")
+    assert compiler.find_compiled(folder, "x86_64", AVX512) is None
 
 
 @pytest.mark.parametrize("name", OTHERS)
@@ -60,9 +60,9 @@ def test_the_sources_pass_under(name: str, tmp_path: Path) -> None:
     missing = [command for command in (*compile_command, *run_command[:1]) if shutil.which(command) is None]
     if missing:
         pytest.skip(f"no {' and no '.join(missing)} here")
-    for source in compiler.FOLDER.glob("*.cpp"):
+    for source in compiler.SOURCES.glob("*.cpp"):
         assert f'#include "{source.name}"' in HARNESS.read_text()
-    flags = (*compiler.FLAGS, "-O0", f"-I{compiler.FOLDER}")
+    flags = (*compiler.FLAGS, "-O0", f"-I{compiler.SOURCES}")
     subprocess.run((*compile_command, *flags, HARNESS, "-o", program), check=True, timeout=300)
     result = subprocess.run((*run_command, program), capture_output=True, text=True, timeout=300)
     assert (result.returncode, result.stdout) == (0, "OK\n"), result.stdout + result.stderr

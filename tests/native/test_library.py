@@ -12,7 +12,7 @@ import pytest
 
 from jacobiflow import native
 from jacobiflow.native import compiler, library
-from jacobiflow.native.boundary import Library
+from jacobiflow.native.library import Library
 from tests.helpers.native_problems import copying_compiler
 
 
@@ -21,7 +21,7 @@ def binary(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The library, compiled once."""
     if shutil.which("c++") is None:
         pytest.skip("there is no compiler here")
-    path = tmp_path_factory.mktemp("binary") / "recurrences.so"
+    path = tmp_path_factory.mktemp("binary") / "native.so"
     compiler.compile_library(path, ("-O0",))
     return path
 
@@ -42,7 +42,7 @@ class Machine:
 
     def restart(self) -> Library | None:
         """The library of a new process."""
-        library._loaded.cache_clear()
+        library._load_or_explain.cache_clear()
         return native.load_library()
 
 
@@ -53,7 +53,7 @@ def machine(tmp_path: Path, binary: Path, monkeypatch: pytest.MonkeyPatch) -> Ma
     monkeypatch.setenv("CXX", str(copying_compiler(tmp_path / "compiler", binary, on_link)))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
     # The other tests keep the library that they have loaded.
-    monkeypatch.setattr(library, "_loaded", functools.cache(build._loaded.__wrapped__))
+    monkeypatch.setattr(library, "_load_or_explain", functools.cache(library._load_or_explain.__wrapped__))
     return Machine(tmp_path / "home", calls)
 
 

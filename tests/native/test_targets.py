@@ -1,4 +1,4 @@
-"""The same recurrences compiled for other processors, and with the sanitizers."""
+"""Native code compiled for other processors, and with sanitizers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 import jacobiflow as jf
 from jacobiflow import native
 from jacobiflow.native import compiler, library
-from jacobiflow.native.boundary import Library
+from jacobiflow.native.library import Library
 from tests.helpers.library_flows import CASES as FLOWS
 from tests.helpers.library_flows import NATIVE, check, default_dtype, gradient_gap, gradients, normal
 from tests.helpers.native_problems import CASES, relative_error, threads
@@ -44,7 +44,7 @@ def test_the_targets_of_a_wheel_give_the_same(name: str, targets: Path, monkeypa
         pytest.skip("the processor has no such vectors")
     loaded = Library(targets / name)
     assert loaded.lanes == {"avx512": 16, "avx2": 8}.get(name, 4)
-    monkeypatch.setattr(library, "_loaded", lambda: (loaded, ""))
+    monkeypatch.setattr(library, "_load_or_explain", lambda: (loaded, ""))
     for case in CASES.values():
         flow = case.flow()
         with threads(case.threads):

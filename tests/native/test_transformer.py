@@ -1,4 +1,4 @@
-"""The recurrences in native code, against the oracle in float64 and the same loop in PyTorch."""
+"""Exact inverses by native code, against an oracle in float64 and the same loop in PyTorch."""
 
 from __future__ import annotations
 

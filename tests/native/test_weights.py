@@ -1,4 +1,4 @@
-"""Weights of 64, 32 and 16 bits in the recurrences: what is stored, and what it changes."""
+"""Weights of 64, 32 and 16 bits: how they are stored, and what that changes."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ def stored(monkeypatch: pytest.MonkeyPatch) -> Iterator[set[tuple[torch.dtype, b
         pytest.skip(native.describe())
     monkeypatch.setattr(weights, "_MIN_BF16", 0)
     monkeypatch.setattr(native.load_library(), "has_fast_halves", True)
-    seen, weight = set[tuple[torch.dtype, bool]](), transformer._PackedRecurrence._weight
+    seen, weight = set[tuple[torch.dtype, bool]](), transformer._PackedTransformer._pack_weight
 
-    def noted(self: Any, matrix: Tensor, shape: tuple[int, int], scales: Any, in_panels: bool) -> Any:
+    def noted(self: Any, matrix: Tensor, scales: Any, shape: tuple[int, int], is_packed: bool) -> Any:
         if {*shape} <= {self.channels, 3 * self.channels, self.hidden}:
-            seen.add((matrix.dtype, in_panels))
-        return weight(self, matrix, shape, scales, in_panels)
+            seen.add((matrix.dtype, is_packed))
+        return weight(self, matrix, scales, shape, is_packed)
 
-    monkeypatch.setattr(transformer._PackedRecurrence, "_weight", noted)
+    monkeypatch.setattr(transformer._PackedTransformer, "_pack_weight", noted)
     yield seen
 
 

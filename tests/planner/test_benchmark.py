@@ -196,7 +196,7 @@ def test_bfloat16_is_tried_if_it_can_pay(monkeypatch: pytest.MonkeyPatch) -> Non
         assert math.isfinite(time_exact(block, Z[:4], jf.Context(LABELS[:4])).bf16) == pays
 
 
-@jf.register("quarters")
+@jf.register_piece("quarters")
 @dataclass(frozen=True)
 class Quarters(jf.Partition):
     """A partition of a reader's own, with candidates."""

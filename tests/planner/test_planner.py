@@ -187,7 +187,7 @@ def test_a_plan_that_is_no_faster_when_verified_is_the_exact_loop(monkeypatch: p
     ):
         rest = iter(shares)
         Winners(monkeypatch, *[(jf.Solver(), loop / 8)] * 2)
-        monkeypatch.setattr(PLAN, "timed", lambda run, device, rest=rest: (next(rest) * loop, run()))
+        monkeypatch.setattr(PLAN, "time_call", lambda run, device, rest=rest: (next(rest) * loop, run()))
         plan = jf.plan(flow, batch_size=batch_size, tolerance=1e-2)
         assert is_loop(*plan.solvers) == (taken is None)
         assert plan.prediction is not None

@@ -20,7 +20,7 @@ from jacobiflow.calibration.metrics import Metrics
 from jacobiflow.calibration.report import GUESS_NAMES
 from jacobiflow.planner import Prediction
 from jacobiflow.planner.strategy import device_name
-from tests.helpers.invented import GUIDANCE, Counts, counted, igm, make_report, same, trace
+from tests.helpers.invented import GUIDANCE, Counts, counted, curve_of, igm, make_report, same
 from tests.helpers.running import put
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -140,7 +140,9 @@ def test_else_is_what_the_slowest_easy_block_needed_from_its_own_guess() -> None
     """Of its best guess alone, and at least a sweep; T sweeps where a sample never got there; by the tolerance."""
     igms, slow = [igm(1, 2, 3), igm(2, 1, 3), igm(2, 1, 3)], {1e-1: (2, 1), 1e-2: (3, 4), 1e-3: (5, 5), 1e-4: (None, 2)}
     rows = [(same(3, 7), same(2, 5), 1e-2, 7), (same(0, 0), same(0, 0), 1e-2, 1), (same(1, None), same(3, 7), 1e-2, 16)]
-    rows += [(trace(slow), trace(slow), atol, sweeps) for atol, sweeps in ((1e-1, 2), (1e-2, 4), (1e-3, 5), (1e-4, 16))]
+    rows += [
+        (curve_of(slow), curve_of(slow), atol, sweeps) for atol, sweeps in ((1e-1, 2), (1e-2, 4), (1e-3, 5), (1e-4, 16))
+    ]
     for first, second, tolerance, sweeps in rows:
         easy = [{"latent": same(9, 9), "zeros": each, "mean_affine": same(8, 8)} for each in (first, second)]
         noise = [dict.fromkeys(GUESS_NAMES, same(16, 16)), *easy]
@@ -193,7 +195,7 @@ def test_a_tough_block_gets_the_cheapest_of_what_was_measured(
     report = make_report((1.0, 90.0, 1.0), segments={1: segments}, num_tokens=length)
     found = jf.Strategy.from_report(report, 1e-2, per_segment=per_segment, call_cost=call_cost).solvers[1]
     found = replace(found, guess=LATENT)
-    rows = {count: [row.sweeps[1e-2] for row in traces] for count, traces in segments.items()}
+    rows = {count: [row.sweeps[1e-2] for row in curves] for count, curves in segments.items()}
     ways = affordable(length, call_cost, rows, per_segment)
     (cost,) = {cost for cost, count, sweeps in ways if counted(jf.Segments(count), sweeps) == found}
     assert cost == pytest.approx(min(way[0] for way in ways))

@@ -1,4 +1,4 @@
-"""Figures: the data that they promise, at their places, in their colours, and labels that can be read."""
+"""Figures show the right data in the right colours, and their labels can be read."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ import pytest
 from matplotlib.axes import Axes
 from PIL import Image
 
-from jacobiflow.comparison.compare import Comparison, Row
+from jacobiflow.comparison.compare import Comparison, SamplerResult
+from jacobiflow.evaluation import PairedError
 from jacobiflow.plots import bench_figure, sampler_style, save_png
 from jacobiflow.plots.style import Style
-from jacobiflow.utils.timing import Error, Timing
+from jacobiflow.utils.timing import Timing
 from tests.helpers.pictures import texts_fit
 
 
@@ -30,15 +31,17 @@ def test_a_sampler_has_one_style_in_all_figures() -> None:
 
 
 def make_comparison(batch_size: int, points: Mapping[str, tuple[float, float]]) -> Comparison:
-    """Baselines, and strategies by name with seconds and largest error."""
+    """Returns a comparison of the baselines, and of strategies with these seconds and largest errors."""
     points = {"growing cache": (8.0, 1e-6), "sequential": (4.0, 0.0), **points}
     timings = {name: Timing(seconds, seconds / 2, seconds * 3) for name, (seconds, _) in points.items()}
-    rows = tuple(Row(name, timings[name], Error(error, 0.0, 0.0), None) for name, (_, error) in points.items())
+    rows = tuple(
+        SamplerResult(name, timings[name], PairedError(error, 0.0, 0.0), None) for name, (_, error) in points.items()
+    )
     return Comparison(batch_size, rows, Timing(0.02, 0.01, 0.03))
 
 
 def markers_of(axis: Axes) -> list[tuple[float, float, float, float]]:
-    """Seconds, error, and the ends of the bar of each marker."""
+    """Returns seconds, error, and the ends of the bar of each marker."""
     lines = [(line, bar.get_segments()[0]) for line, _, (bar,) in axis.containers]
     return [(line.get_xdata()[0], line.get_ydata()[0], bar[0][0], bar[1][0]) for line, bar in lines]
 
@@ -68,9 +71,9 @@ def test_bench_draws_a_marker_for_every_strategy_in_every_panel() -> None:
 
 
 @pytest.mark.filterwarnings("error")
-def test_bench_draws_a_flow_without_an_original_loop_and_errors_that_are_not_finite() -> None:
+def test_bench_draws_a_flow_without_an_original_sampler_and_errors_that_are_not_finite() -> None:
     comparison = make_comparison(1, {"a": (1.0, 0.0), "b": (2.0, math.inf)})
-    figure = bench_figure([replace(comparison, rows=comparison.rows[1:])] * 5)
+    figure = bench_figure([replace(comparison, results=comparison.results[1:])] * 5)
     figure.draw_without_rendering()
     assert [axis.axison for axis in figure.axes] == [True] * 5 + [False]
 

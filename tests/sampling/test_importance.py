@@ -55,7 +55,7 @@ def test_a_folder_has_the_weights_of_its_samples(tmp_path: Path) -> None:
     whole = jf.sample_to_folder(single, 12, tmp_path / "whole", batch_size=4, shard_size=4, strategy="sequential")
     jf.sample_to_folder(single, 8, tmp_path / "resumed", batch_size=4, shard_size=4, strategy="sequential")
     resumed = jf.sample_to_folder(single, 12, tmp_path / "resumed", batch_size=4, shard_size=4, strategy="sequential")
-    assert resumed.drawn == 4
+    assert resumed.num_new == 4
     for i in range(3):
         name = f"shards/{i:05}.npz"
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "resumed" / name).read_bytes()

@@ -123,7 +123,7 @@ class Training(RuleBasedStateMachine):
             assert self.done() >= done
 
     @precondition(lambda self: self.done())
-    @rule(change=st.sampled_from([{"seed": 1}, {"batch_size": 3}, {"learning_rate": 0.1}, {"ema": 0.5}, None]))
+    @rule(change=st.sampled_from([{"seed": 1}, {"batch_size": 3}, {"learning_rate": 0.1}, {"ema_decay": 0.5}, None]))
     def change_a_setting(self, change: dict[str, Any] | None) -> None:
         if change is None:
             self.refused(partial(self.go, images=13), "of another run (images=")

@@ -107,7 +107,7 @@ def test_a_terminated_command_leaves_a_checkpoint(tmp_path: Path, capsys: pytest
 def test_the_loss_falls_and_the_averaged_flow_is_the_model_folder(tmp_path: Path) -> None:
     reports: list[TrainMetrics] = []
     sheets: list[tuple[int, Tensor]] = []
-    settings = replace(SETTINGS, steps=60, learning_rate=5e-3, ema=0.9, bf16=True, sample_every=30)
+    settings = replace(SETTINGS, steps=60, learning_rate=5e-3, ema_decay=0.9, bf16=True, sample_every=30)
     config = replace(CONFIG, nvp=True)
 
     def on_sample(flow: jf.TarFlow, step: int) -> None:
@@ -142,7 +142,7 @@ def test_every_parameter_is_trained_and_the_average_follows(config: jf.TarFlowCo
         for name, parameter in flow.named_parameters():
             want[name] = decay * want[name] + (1 - decay) * parameter.detach()
 
-    average = train(flow, some_digits(), replace(SETTINGS, ema=0.5, weight_decay=0.0), tmp_path, on_step)
+    average = train(flow, some_digits(), replace(SETTINGS, ema_decay=0.5, weight_decay=0.0), tmp_path, on_step)
     for name, parameter in average.named_parameters():
         assert torch.allclose(parameter, want[name], atol=1e-6), name
         assert not torch.equal(parameter, before[name]), name
@@ -169,7 +169,7 @@ def test_steps_are_of_new_orders_noise_and_dropped_labels(tmp_path: Path, monkey
     monkeypatch.setattr(jf.TarFlow, "normalize", recorded)
     grey = torch.arange(40, dtype=torch.uint8).view(-1, 1, 1, 1).expand(40, 1, 8, 8).contiguous()
     config = replace(CONFIG, noise_std=1e-3)
-    settings = replace(SETTINGS, steps=60, drop_label=0.25, noise=Noise("gaussian", 1e-3))
+    settings = replace(SETTINGS, steps=60, label_dropout=0.25, noise=Noise("gaussian", 1e-3))
     average = train(fresh(config), ImageDataset(grey, torch.arange(40) % 10), settings, tmp_path)
     seen, labels = (torch.cat(column) for column in zip(*batches, strict=True))
     orders = seen.view(12, 40)
@@ -198,7 +198,7 @@ def test_a_label_is_trained_by_its_context_and_a_dropped_one_by_the_last(
     flow = jf.STARFlow(jf.STARFlowConfig(1, 8, 4, 20, (1,), **shape))  # type: ignore[arg-type]
     grey = torch.arange(40, dtype=torch.uint8).view(-1, 1, 1, 1).expand(40, 1, 8, 8).contiguous()
     data, contexts = ImageDataset(grey, torch.arange(40) % 4), torch.randn(5, 2, 3)
-    settings = replace(SETTINGS, steps=20, drop_label=0.25, noise=Noise("gaussian", 1e-3))
+    settings = replace(SETTINGS, steps=20, label_dropout=0.25, noise=Noise("gaussian", 1e-3))
     with pytest.raises(ValueError, match="contexts: 4 rows; give one for each label of the images, and last one for"):
         train(flow, data, settings, tmp_path, contexts=contexts[:4])
     train(flow, data, settings, tmp_path, contexts=contexts)
@@ -220,7 +220,11 @@ def test_images_are_augmented_anew_in_every_epoch(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(jf.TarFlow, "normalize", recorded)
     image = torch.arange(64, dtype=torch.uint8).view(1, 1, 8, 8)
     settings = replace(
-        SETTINGS, steps=30, batch_size=1, noise=Noise("gaussian", 1e-4), augmentation=Augmentation(mirror=True, shift=1)
+        SETTINGS,
+        steps=30,
+        batch_size=1,
+        noise=Noise("gaussian", 1e-4),
+        augmentation=Augmentation(horizontal_flip=True, translate=1),
     )
     train(fresh(replace(CONFIG, noise_std=1e-4)), ImageDataset(image, torch.tensor([3])), settings, tmp_path)
     assert seen > {27, 28, 35, 36}  # of the image, or of its mirror, moved
@@ -260,7 +264,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(tmp_path: Path)
 
 
 def test_a_loss_that_is_not_finite_ends_training_and_keeps_the_last_checkpoint(tmp_path: Path) -> None:
-    settings = replace(SETTINGS, steps=50, learning_rate=1e6, clip=1e6, warmup=0, checkpoint_every=1)
+    settings = replace(SETTINGS, steps=50, learning_rate=1e6, max_grad_norm=1e6, warmup=0, checkpoint_every=1)
     message = error_of(lambda: fit(tmp_path, settings))
     state = checkpoint(tmp_path)
     assert "smaller learning rate" in message
@@ -279,9 +283,16 @@ def test_other_labels_and_problems_are_named(undisturbed: Path, tmp_path: Path) 
     log.write_text("mine\n")
     (problem,) = problems(run)
     assert problem.startswith(f"{log}: line 1 is not of this trainer")
-    torch.save(checkpoint(run) | {"step": -5}, run / "checkpoint.pt")
+    state = checkpoint(run)
+    torch.save(state | {"step": -5}, run / "checkpoint.pt")
     (problem,) = problems(run)
     assert "not a checkpoint (Expected `int` >= 0" in problem
+    del state["format_version"]
+    torch.save(state, run / "checkpoint.pt")
+    assert error_of(lambda: fit(run)) == (
+        f"{run}/checkpoint.pt: made by an earlier version of jacobiflow; go on with that version, or move it away, or "
+        "give another folder"
+    )
     (run / "checkpoint.pt").write_bytes(b"mine")
     (problem,) = problems(run)
     assert "not a checkpoint" in problem

@@ -1,4 +1,4 @@
-"""Values as JSON and back, and errors with the name of the entry."""
+"""Values go to JSON and back; errors name the entry."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from jacobiflow.utils import serialization
 FAULT = 404.0
 
 
-@serialization.family
+@serialization.piece_base
 class Shape:
     """Shapes that may be registered."""
 
 
-@serialization.register("square")
+@serialization.register_piece("square")
 @dataclass(frozen=True)
 class Square(Shape):
     side: float = 1.0
@@ -90,17 +90,17 @@ def test_values_go_to_json_and_back() -> None:
 
 
 def test_a_name_belongs_to_one_class() -> None:
-    """But a module may be loaded again; a class of the same name from another module is another class."""
+    """A module may be loaded again; a class of the same name from another module is refused."""
     again = type("Square", (Square,), {"__module__": Square.__module__, "__qualname__": Square.__qualname__})
-    assert serialization.register("square")(again) is serialization.registered(Shape)["square"] is again
-    serialization.register("square")(Square)
+    assert serialization.register_piece("square")(again) is serialization.registered_pieces(Shape)["square"] is again
+    serialization.register_piece("square")(Square)
     other = type("Square", (Square,), {"__module__": "elsewhere", "__qualname__": Square.__qualname__})
     with pytest.raises(ValueError, match=r"'square' is the name of .*Square; choose another"):
-        serialization.register("square")(other)
+        serialization.register_piece("square")(other)
     for wrong in (Record, type("Circle", (Shape,), {})):
         with pytest.raises(TypeError, match=rf"{wrong.__name__}: make it a dataclass that derives from one of .*Shape"):
-            serialization.register("circle")(wrong)
-    with pytest.raises(ValueError, match=r"no JSON form: register its class under a name \(jacobiflow.register\)"):
+            serialization.register_piece("circle")(wrong)
+    with pytest.raises(ValueError, match=r"no JSON form: register its class under a name"):
         serialization.encode(other())
 
 

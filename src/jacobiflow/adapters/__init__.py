@@ -2,6 +2,6 @@
 
 from jacobiflow.adapters.acceleration import Acceleration
 from jacobiflow.adapters.discovery import accelerate
-from jacobiflow.adapters.libraries import LibraryAcceleration
+from jacobiflow.adapters.library_acceleration import LibraryAcceleration
 
 __all__ = ["Acceleration", "LibraryAcceleration", "accelerate"]

@@ -1,4 +1,4 @@
-"""Fast classes for the modules of a user's flow, and the handle that reports on them and takes them back."""
+"""The accelerated classes of a flow's modules, and the `Acceleration` that reports on them and restores the flow."""
 
 from __future__ import annotations
 
@@ -9,8 +9,15 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from jacobiflow.adapters.chain import Chain, Describe, Fallback, Values, flatten, is_plain_call
-from jacobiflow.native import describe as native_line
+from jacobiflow.adapters.native_module import (
+    LibraryCall,
+    ListTransforms,
+    NativeModule,
+    TransformOutput,
+    flatten_batch,
+    is_plain_call,
+)
+from jacobiflow.native import describe as describe_native
 from jacobiflow.native import load_library
 
 if TYPE_CHECKING:
@@ -18,10 +25,10 @@ if TYPE_CHECKING:
 
 
 class AcceleratedModule(nn.Module):
-    """Mixed in before a library's class, whose methods it replaces.
+    """Mixin that replaces methods of a library's class.
 
-    Unlike a method bound to the object, a class leaves the object's attributes alone. Copies and pickles are of the
-    library's class.
+    A module is accelerated by a change of its class, so that its attributes stay as they are. Copies and pickles are of
+    the library's class.
     """
 
     library_class: ClassVar[type[nn.Module]]
@@ -32,14 +39,14 @@ class AcceleratedModule(nn.Module):
 
 
 def accelerate_module(module: nn.Module, mixin: type[AcceleratedModule], acceleration: Acceleration) -> None:
-    """Gives the module the subclass of its library's class that works as `acceleration` says."""
+    """Gives the module a subclass of its library's class, with the methods of the mixin."""
     kind = library_class(module)
     names = {"library_class": kind, "acceleration": acceleration, "__module__": kind.__module__}
     module.__class__ = type(kind.__name__, (mixin, kind), names)
 
 
 def is_accelerated(module: nn.Module) -> bool:
-    """Returns True if the module has a class that `accelerate_module` made."""
+    """Returns True if `accelerate_module` made the module's class."""
     return "library_class" in vars(type(module))
 
 
@@ -53,28 +60,28 @@ class Adapter:
     """A class of a library that can be accelerated.
 
     Attributes:
-        transform: The class of a transform with a slow loop, or of a composition of transforms.
+        target: The library's class: a transform with a slow loop, or a composition of transforms.
         methods: Its methods that are replaced. A subclass is accelerated if it leaves them unchanged.
-        accelerated: The class that is mixed in before it.
-        describe: Gives the transforms of a module for native code; `None` if `accelerated` calls it by itself.
+        mixin: The class that replaces them.
+        list_transforms: Lists the transforms of a module for native code; `None` if `mixin` calls native code itself.
     """
 
-    transform: type[nn.Module]
+    target: type[nn.Module]
     methods: tuple[str, ...]
-    accelerated: type[AcceleratedModule]
-    describe: Describe | None
+    mixin: type[AcceleratedModule]
+    list_transforms: ListTransforms | None
     is_composition: bool = False
 
     @property
     def library(self) -> str:
-        return self.transform.__module__.split(".")[0]
+        return self.target.__module__.split(".")[0]
 
     def obstacle(self, module: nn.Module) -> str | None:
         """Returns why the module cannot be accelerated, or `None` if it can."""
-        of_library = library_class(module)
+        kind = library_class(module)
         for method in self.methods:
-            if getattr(of_library, method) is not getattr(self.transform, method):
-                return f"{of_library.__name__} overrides {self.library}'s {method}"
+            if getattr(kind, method) is not getattr(self.target, method):
+                return f"{kind.__name__} overrides {self.library}'s {method}"
             if method in vars(module):
                 return f"its {method} was replaced"
         return None
@@ -82,20 +89,20 @@ class Adapter:
 
 def find_adapter(module: nn.Module, adapters: Iterable[Adapter]) -> Adapter | None:
     """Returns the first adapter of the module's class, or `None`."""
-    return next((adapter for adapter in adapters if issubclass(library_class(module), adapter.transform)), None)
+    return next((adapter for adapter in adapters if issubclass(library_class(module), adapter.target)), None)
 
 
 def describe_tolerance(tolerance: float | None) -> str:
-    """Returns what a tolerance means, in words."""
+    """Returns in words how exact an inverse is."""
     if tolerance is None:
         return "exact to rounding"
     return f"to a tolerance of {tolerance:g}" if tolerance else "to the library's own bits"
 
 
 class Acceleration:
-    """The report of what `accelerate` did to a flow, and the way back.
+    """Reports what `accelerate` did to a flow, and restores the flow.
 
-    Leaving a `with` block puts the flow back as it was before: inside another block it stays accelerated.
+    At the end of a `with` block, the flow is as it was before the block. Inside another block it stays accelerated.
 
     Attributes:
         tolerance: `None` for exact to rounding, 0 for the library's own bits, or the tolerance at which passes end.
@@ -116,24 +123,24 @@ class Acceleration:
         self._adapters = {module: adapter for module, (_, adapter) in adapters.items()}
         self._names = {module: name for module, (name, adapter) in adapters.items() if not adapter.is_composition}
         self._classes_before = {module: type(module) for module in adapters}
-        self._chains: dict[tuple[nn.Module, bool], Chain] = {}
-        self._latest: dict[nn.Module, tuple[int, str]] = {}
+        self._native_modules: dict[tuple[nn.Module, bool], NativeModule] = {}
+        self._latest_use: dict[nn.Module, tuple[int, str]] = {}
         self.transforms = {
             name: f"{self._adapters[module].library} {library_class(module).__name__}"
             for module, name in self._names.items()
         }
         for module, adapter in self._adapters.items():
-            accelerate_module(module, adapter.accelerated, self)
+            accelerate_module(module, adapter.mixin, self)
 
     @property
     def passes(self) -> dict[str, int]:
         """For each transform that was used, the passes of its network in the latest inverse; 0 by native code."""
-        return {name: self._latest[module][0] for module, name in self._names.items() if module in self._latest}
+        return {name: self._latest_use[module][0] for module, name in self._names.items() if module in self._latest_use}
 
     @property
-    def ways(self) -> dict[str, str]:
-        """For each transform that was used, how: "native", "passes", or "library" for the library's own loop."""
-        return {name: self._latest[module][1] for module, name in self._names.items() if module in self._latest}
+    def backends(self) -> dict[str, str]:
+        """For each transform that was used, "native", "passes", or "library" for the library's own loop."""
+        return {name: self._latest_use[module][1] for module, name in self._names.items() if module in self._latest_use}
 
     def restore(self) -> None:
         """Gives every module the library's own class back, however often it was accelerated."""
@@ -150,24 +157,27 @@ class Acceleration:
 
     def __repr__(self) -> str:
         lines = [f"accelerated, {describe_tolerance(self.tolerance)}: {len(self.transforms)} autoregressive transforms"]
-        lines += [f"  {name}: {self.transforms[name]}, by {self._way(module)}" for module, name in self._names.items()]
-        lines += [f"  {name}: left alone, {why}" for name, why in self.untouched.items()]
+        lines += [
+            f"  {name}: {self.transforms[name]}, by {self._expected_backend(module)}"
+            for module, name in self._names.items()
+        ]
+        lines += [f"  {name}: left alone, {reason}" for name, reason in self.untouched.items()]
         return "\n".join(lines)
 
-    def _way(self, module: nn.Module) -> str:
-        describe = self._adapters[module].describe
-        if describe is None:
-            return "native code" if load_library() is not None else f"its own loop: native code is {native_line()}"
+    def _expected_backend(self, module: nn.Module) -> str:
+        list_transforms = self._adapters[module].list_transforms
+        if list_transforms is None:
+            return "native code" if load_library() is not None else f"its own loop: native code is {describe_native()}"
         if self.tolerance == 0:
             return "passes"
         if load_library() is None:
-            return f"passes: native code is {native_line()}"
-        obstacle = Chain(module, describe, is_conditional=False).obstacle
+            return f"passes: native code is {describe_native()}"
+        obstacle = NativeModule(module, list_transforms, is_conditional=False).obstacle
         return "native code" if obstacle is None else f"passes: native code does not know {obstacle}"
 
-    def count(self, module: nn.Module, passes: int, way: str) -> None:
-        """Sets the passes and the way of the latest use of a transform, for `passes` and `ways`."""
-        self._latest[module] = passes, way
+    def record_use(self, module: nn.Module, passes: int, backend: str) -> None:
+        """Records the latest use of a transform, for `passes` and `backends`."""
+        self._latest_use[module] = passes, backend
 
     def evaluate(
         self,
@@ -175,35 +185,39 @@ class Acceleration:
         x: Float[Tensor, "*batch d"],
         context: Float[Tensor, "*batch c"] | None,
         is_inverse: bool,
-        fallback: Fallback | None,
+        library_call: LibraryCall | None,
         log_det: str | None = None,
-    ) -> Values | None:
-        """Returns the values of a transform or composition by native code; `None` if they are left to the library.
+    ) -> TransformOutput | None:
+        """Computes a transform, composition or flow by native code; `None` if it is left to the library.
 
-        The batches of `x` and `context` are broadcast. Without a `fallback`, see `Chain.evaluate`, the values are the
-        start of passes, at any tolerance. For `log_det` see `native.masked.TransformChain`.
+        The batches of `x` and `context` are broadcast. The other arguments are those of `NativeModule.evaluate`.
+        Without a `library_call` the output only starts the passes, so it is computed at any tolerance.
         """
-        if (self.tolerance == 0 and fallback is not None) or load_library() is None:
-            return None
-        adapter = self._adapters.get(module)
-        if adapter is None or x.ndim == 0 or not is_plain_call():  # a replica of DataParallel has no adapter
+        if (self.tolerance == 0 and library_call is not None) or not is_plain_call():
             return None
         try:
-            rows, contexts, batch = flatten(x, context)
-        except RuntimeError:  # the library's message is its own
+            rows, contexts, batch = flatten_batch(x, context)
+        except (IndexError, RuntimeError):  # The library raises its own error for these shapes.
             return None
-        assert adapter.describe is not None
-        key = module, context is not None
-        chain = self._chains.get(key)
-        if chain is None or not chain.snapshot.is_current():
-            chain = self._chains[key] = Chain(module, adapter.describe, context is not None)
-        result = chain.evaluate(rows, contexts, is_inverse, fallback, log_det)
-        if result is None:
+        native = self._native_module(module, context is not None)
+        output = None if native is None else native.evaluate(rows, contexts, is_inverse, library_call, log_det)
+        if native is None or output is None:
             return None
-        for part in chain.modules:
-            self._latest[part] = 0, "native"
+        self._latest_use.update(native.uses)
         if len(batch) == 1:
-            return result
-        values, log_dets = result
+            return output
+        values, log_dets = output
         values = values.view((*batch, values.shape[-1]))
         return values, None if log_dets is None else log_dets.view((*batch, *log_dets.shape[1:]))
+
+    def _native_module(self, module: nn.Module, is_conditional: bool) -> NativeModule | None:
+        """Returns the module as native code takes it now; `None` for a replica that DataParallel made."""
+        native = self._native_modules.get((module, is_conditional))
+        if native is not None and native.snapshot.is_current():
+            return native
+        adapter = self._adapters.get(module)
+        if adapter is None or adapter.list_transforms is None or load_library() is None:
+            return None
+        native = NativeModule(module, adapter.list_transforms, is_conditional)
+        self._native_modules[module, is_conditional] = native
+        return native

@@ -1,4 +1,4 @@
-"""Transforms whose parameters a MADE gives: shared by nflows and normflows, whose MADEs are nearly the same."""
+"""Masked transforms of nflows and normflows, whose MADEs are nearly the same."""
 
 from __future__ import annotations
 
@@ -11,96 +11,92 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from jacobiflow.adapters.acceleration import AcceleratedModule, library_class
-from jacobiflow.adapters.chain import Part, Values, masked_part
+from jacobiflow.adapters.native_module import TransformOutput, TransformSpec, masked_spec
 from jacobiflow.adapters.network import MaskedNetwork
-from jacobiflow.adapters.passes import invert
+from jacobiflow.adapters.passes import invert_by_passes
 from jacobiflow.native.boundary import SplineBoundary, TransformKind, UnsupportedError
 
-_PLAIN = (nn.ModuleList, nn.Linear, nn.Dropout, nn.Identity)
+_PYTORCH_PARTS = (nn.ModuleList, nn.Linear, nn.Dropout, nn.Identity)
 
 
-def made_part(
+def made_spec(
     module: Any, library: ModuleType, is_conditional: bool, kind: TransformKind, parameters: int = 2, **settings: Any
-) -> Part:
-    """Returns a masked transform; `library` is the library's module of its MADE."""
-    network = _network(module.autoregressive_net, library, parameters, is_conditional)
-    return masked_part(module, network, kind=kind, **settings)
+) -> TransformSpec:
+    """Returns a masked transform; `library` is the Python module that defines the library's MADE."""
+    network = _build_network(module.autoregressive_net, library, parameters, is_conditional)
+    return masked_spec(module, network, kind=kind, **settings)
 
 
-def spline_part(module: Any, library: ModuleType, is_conditional: bool) -> Part:
+def spline_spec(module: Any, library: ModuleType, is_conditional: bool) -> TransformSpec:
     """Returns a masked rational-quadratic spline."""
     if isinstance(module.tails, list | tuple) or isinstance(module.tail_bound, Tensor):
         raise UnsupportedError("a spline with tails of its own for each feature")
     bins, width = module.num_bins, getattr(module.autoregressive_net, "hidden_features", 1)
-    ends = {"linear": SplineBoundary.FIXED, "circular": SplineBoundary.CIRCULAR}.get(module.tails, SplineBoundary.FREE)
+    bounded, circular, free = (SplineBoundary.FIXED, -1), (SplineBoundary.CIRCULAR, 0), (SplineBoundary.FREE, 1)
+    boundary, more_slopes = {"linear": bounded, "circular": circular}.get(module.tails, free)
     low, high = (0.0, 1.0) if module.tails is None else (-float(module.tail_bound), float(module.tail_bound))
-    parameters = {
-        SplineBoundary.FIXED: 3 * bins - 1,
-        SplineBoundary.CIRCULAR: 3 * bins,
-        SplineBoundary.FREE: 3 * bins + 1,
-    }[ends]
-    return made_part(
-        module, library, is_conditional, TransformKind.RATIONAL_QUADRATIC, parameters, bins=bins, ends=ends,
-        end_slope=1.0, factor=float(width) ** -0.5, low=low, high=high, has_tails=module.tails is not None,
+    return made_spec(
+        module, library, is_conditional, TransformKind.RATIONAL_QUADRATIC, 3 * bins + more_slopes, bins=bins,
+        boundary=boundary, end_slope=1.0, logit_scale=float(width) ** -0.5, low=low, high=high, has_tails=module.tails is not None,
         min_width=module.min_bin_width, min_height=module.min_bin_height, min_slope=module.min_derivative,
     )  # fmt: skip
 
 
-def _network(made: Any, library: ModuleType, parameters: int, is_conditional: bool) -> MaskedNetwork:
-    """The operations of a MADE; nflows has an activation before the blocks, which takes the context too."""
-    _check_types(made, library)
+def _build_network(made: Any, library: ModuleType, parameters: int, is_conditional: bool) -> MaskedNetwork:
+    """Returns the operations of a MADE. nflows applies an activation to the context, or before the blocks."""
+    _check_parts(made, library)
     if is_conditional and not hasattr(made, "context_layer"):
         raise UnsupportedError("a context for a network without")
     is_nflows = hasattr(made, "use_residual_blocks")
     network = MaskedNetwork(torch.arange(made.final_layer.out_features, device="cpu").view(-1, parameters))
-    value = network.linear(0, made.initial_layer)
+    value = network.add_linear(0, made.initial_layer)
     if is_conditional:
         value = network.add_context(value, made.context_layer, made.activation if is_nflows else None)
     if is_nflows and not made.use_residual_blocks:
-        value = network.activation(value, made.activation)
+        value = network.add_activation(value, made.activation)
     for block in made.blocks:
         if hasattr(block, "linear_layers"):
-            value = _residual_block(network, value, block, is_conditional, is_nflows)
+            value = _add_residual_block(network, value, block, is_conditional, is_nflows)
         else:
-            value = network.linear(value, block.linear, block.activation)
-    network.linear(value, made.final_layer)
+            value = network.add_linear(value, block.linear, block.activation)
+    network.add_linear(value, made.final_layer)
     return network
 
 
-def _residual_block(network: MaskedNetwork, before: int, block: Any, is_conditional: bool, is_nflows: bool) -> int:
-    """Adds value + linear(act(linear(act(value)))); nflows adds the context to hidden units, normflows gates by it."""
+def _add_residual_block(network: MaskedNetwork, before: int, block: Any, is_conditional: bool, is_nflows: bool) -> int:
+    """Adds value + linear(act(linear(act(value)))). nflows adds the context to hidden units; normflows gates by it."""
     first, second = block.linear_layers
-    value = network.linear(network.activation(before, block.activation), first)
+    value = network.add_linear(network.add_activation(before, block.activation), first)
     if is_conditional and is_nflows:
         value = network.add_context(value, block.context_layer)
-    value = network.linear(network.activation(value, block.activation), second)
+    value = network.add_linear(network.add_activation(value, block.activation), second)
     if is_conditional and not is_nflows:
-        value = network.gate_by_context(value, block.context_layer)
-    return network.sum(value, before)
+        value = network.add_context_gate(value, block.context_layer)
+    return network.add_sum(value, before)
 
 
-def _check_types(made: nn.Module, library: ModuleType) -> None:
-    """Checks that the MADE's parts are the library's and PyTorch's, and that none normalizes a batch."""
+def _check_parts(made: nn.Module, library: ModuleType) -> None:
+    """Raises UnsupportedError if the MADE has parts that are not the library's or PyTorch's, or normalizes batches."""
     of_library = (library.MADE, library.MaskedLinear, library.MaskedResidualBlock, library.MaskedFeedforwardBlock)
-    activations = [module._modules.get("activation") for module in made.modules()]
+    activations = {module._modules.get("activation") for module in made.modules()}
     if type(made) is not library.MADE:
         raise UnsupportedError(f"the network {type(made).__name__}")
     for part in made.modules():
-        if type(part) not in (*of_library, *_PLAIN) and not any(part is activation for activation in activations):
+        if type(part) not in (*of_library, *_PYTORCH_PARTS) and part not in activations:
             raise UnsupportedError(f"{type(part).__name__} in its network")
 
 
 class AcceleratedComposition(AcceleratedModule):
-    """A composition of which native code takes all transforms together."""
+    """A composition whose transforms native code computes together."""
 
     def forward(self, inputs: Float[Tensor, "b d"], context: Float[Tensor, "b c"] | None = None) -> Sequence[Tensor]:
         """Returns z and log|det dz/dinputs| (B,), as the library does."""
-        result = evaluate(self, inputs, context, "forward")
+        result = evaluate_by_native(self, "forward", inputs, context)
         return super().forward(inputs, context) if result is None else result
 
     def inverse(self, inputs: Float[Tensor, "b d"], context: Float[Tensor, "b c"] | None = None) -> Sequence[Tensor]:
         """Returns x and log|det dx/dinputs| (B,), as the library does."""
-        result = evaluate(self, inputs, context, "inverse")
+        result = evaluate_by_native(self, "inverse", inputs, context)
         return self._invert(inputs, context) if result is None else result
 
     def _invert(self, inputs: Tensor, context: Tensor | None) -> Sequence[Tensor]:
@@ -111,7 +107,7 @@ class AcceleratedTransform(AcceleratedComposition):
     """A masked transform."""
 
     library: ClassVar[ModuleType]
-    """The library's module of its MADE."""
+    """The Python module that defines the library's MADE."""
 
     autoregressive_net: Any
     _elementwise_inverse: Any
@@ -120,26 +116,28 @@ class AcceleratedTransform(AcceleratedComposition):
         def step(network: Any, x: Tensor) -> Sequence[Tensor]:
             return self._elementwise_inverse(inputs, network(x, context))
 
-        if inputs.ndim < 2:  # which the library refuses
+        if inputs.ndim < 2:  # The library refuses them.
             return super()._invert(inputs, context)
-        network, passes = self.autoregressive_net, inputs.shape[1:].numel()
-        outputs = invert(self.acceleration, self, step, network, self.library.MaskedLinear, inputs, context, passes)
+        network, linear, passes = self.autoregressive_net, self.library.MaskedLinear, inputs.shape[1:].numel()
+        outputs = invert_by_passes(self.acceleration, self, step, network, linear, inputs, context, passes)
         return super()._invert(inputs, context) if outputs is None else tuple(outputs)
 
 
-def evaluate(module: AcceleratedModule, x: Tensor, context: Tensor | None, method: str) -> tuple[Tensor, Tensor] | None:
+def evaluate_by_native(
+    module: AcceleratedModule, method: str, x: Tensor, context: Tensor | None
+) -> tuple[Tensor, Tensor] | None:
     """Returns the results of a method of the library by native code; `None` if they are left to the library."""
-    if x.ndim != 2 or (context is not None and (context.ndim != 2 or len(context) != len(x))):
+    if x.ndim != 2 or (context is not None and (context.ndim != 2 or context.shape[0] != x.shape[0])):
         return None
 
-    def fallback(x: Tensor, context: Tensor | None) -> Values:
-        return getattr(library_class(module), method)(module, x, *optional(context))
+    def library_call(x: Tensor, context: Tensor | None) -> TransformOutput:
+        return getattr(library_class(module), method)(module, x, *context_args(context))
 
     is_inverse = method.startswith("inverse")
-    result: Any = module.acceleration.evaluate(module, x, context, is_inverse, fallback, "rows")
+    result: Any = module.acceleration.evaluate(module, x, context, is_inverse, library_call, "rows")
     return result
 
 
-def optional(context: Tensor | None) -> tuple[Tensor, ...]:
-    """Returns the context as further arguments of a call: none if there is none."""
+def context_args(context: Tensor | None) -> tuple[Tensor, ...]:
+    """Returns the context as arguments of a call, as some of the libraries' methods do not take `None`."""
     return () if context is None else (context,)

@@ -1,4 +1,4 @@
-"""A masked network as a list of operations, in the order in which its masks let native code compute them."""
+"""Masked networks as lists of operations, and the order in which native code computes their units."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from jacobiflow.native.boundary import Activation, Operation, OperationKind, UnsupportedError
 
 Slot = tuple[dict[str, Any], str]
-"""A dictionary of a module (its parameters, say) and a name in it."""
+"""A place of a tensor: a dictionary of a module, such as its parameters, and a name in it."""
 
 _MODULES: dict[type[nn.Module], tuple[Activation, tuple[str, ...]]] = {
     nn.Identity: (Activation.IDENTITY, ()), nn.ReLU: (Activation.RELU, ()),
@@ -21,29 +21,30 @@ _MODULES: dict[type[nn.Module], tuple[Activation, tuple[str, ...]]] = {
     nn.SELU: (Activation.SELU, ()), nn.Tanh: (Activation.TANH, ()), nn.Sigmoid: (Activation.SIGMOID, ()),
     nn.SiLU: (Activation.SILU, ()), nn.Softplus: (Activation.SOFTPLUS, ("beta", "threshold")),
 }  # fmt: skip
-_FUNCTIONS: dict[Callable[..., Tensor], tuple[Activation, tuple[float, ...]]] = {
-    F.relu: (Activation.RELU, ()), torch.relu: (Activation.RELU, ()), F.leaky_relu: (Activation.LEAKY_RELU, (0.01,)),
-    F.elu: (Activation.ELU, (1.0,)), F.selu: (Activation.SELU, ()), torch.selu: (Activation.SELU, ()),
-    F.tanh: (Activation.TANH, ()), torch.tanh: (Activation.TANH, ()), F.sigmoid: (Activation.SIGMOID, ()),
-    torch.sigmoid: (Activation.SIGMOID, ()), F.silu: (Activation.SILU, ()), F.gelu: (Activation.GELU, ()),
-    F.softplus: (Activation.SOFTPLUS, (1.0, 20.0)),
+_FUNCTIONS: dict[Callable[..., Tensor], tuple[Activation, dict[str, float]]] = {
+    F.relu: (Activation.RELU, {}), torch.relu: (Activation.RELU, {}),
+    F.leaky_relu: (Activation.LEAKY_RELU, {"negative_slope": 0.01}), F.elu: (Activation.ELU, {"alpha": 1.0}),
+    F.selu: (Activation.SELU, {}), torch.selu: (Activation.SELU, {}), F.tanh: (Activation.TANH, {}),
+    torch.tanh: (Activation.TANH, {}), F.sigmoid: (Activation.SIGMOID, {}), torch.sigmoid: (Activation.SIGMOID, {}),
+    F.silu: (Activation.SILU, {}), F.gelu: (Activation.GELU, {}),
+    F.softplus: (Activation.SOFTPLUS, {"beta": 1.0, "threshold": 20.0}),
 }  # fmt: skip
 _GELU = {"none": Activation.GELU, "tanh": Activation.GELU_TANH}
 
 
 class MaskedNetwork:
-    """A masked network, built operation by operation.
+    """A masked network, to which its operations are added one by one.
 
-    Value 0 is the input, each operation makes the next value, and the last value holds the parameters. The methods that
-    add an operation return the index of its value.
+    Value 0 is the input. Each operation adds a value, and its method returns the index of that value. The last value
+    holds the parameters of all features.
 
     Args:
-        outputs: The units of the last value that hold the P parameters of each feature; on the CPU.
-        first_feature: The column of the input at which the features start; the other columns are context.
+        outputs: The units of the last value that hold the P parameters of each feature, on the CPU.
+        first_feature: The first column of the input that is a feature. The other columns are context.
 
     Attributes:
         masks: The mask of each operation, or `None`.
-        tensors: The weights and biases that operations count.
+        tensors: The weights and biases, to which operations refer by index.
         constants: The buffers of the masks.
         context: The width of the context that layers read beside the input.
         width: The number of columns of the input.
@@ -57,7 +58,7 @@ class MaskedNetwork:
         self.constants: list[Slot] = []
         self.context = self.width = 0
 
-    def linear(self, source: int, layer: Any, function: Any = None) -> int:
+    def add_linear(self, source: int, layer: Any, function: Any = None) -> int:
         """Adds function(x (mask * weight)^T + bias)."""
         if source:
             self.operations[source - 1].is_kept = True
@@ -65,11 +66,11 @@ class MaskedNetwork:
             self.width = layer.in_features
         return self._add(OperationKind.LINEAR, source, function, layer)
 
-    def activation(self, source: int, function: Any) -> int:
+    def add_activation(self, source: int, function: Any) -> int:
         """Adds function(x)."""
         return self._add(OperationKind.ACTIVATION, source, function)
 
-    def sum(self, source: int, other: int) -> int:
+    def add_sum(self, source: int, other: int) -> int:
         """Adds the sum of two values."""
         return self._add(OperationKind.SUM, source, other=other)
 
@@ -78,16 +79,17 @@ class MaskedNetwork:
         self.context = layer.in_features
         return self._add(OperationKind.ADD_CONTEXT, source, function, layer)
 
-    def gate_by_context(self, source: int, layer: nn.Linear) -> int:
+    def add_context_gate(self, source: int, layer: nn.Linear) -> int:
         """Adds x * sigmoid(layer(context))."""
         self.context = layer.in_features
         return self._add(OperationKind.GATE_CONTEXT, source, layer=layer)
 
     def _add(self, kind: OperationKind, source: int, function: Any = None, layer: Any = None, other: int = 0) -> int:
-        operation, mask = Operation(kind=kind, source=source, other=other, weight=-1, bias=-1), None
-        if function is not None:
-            operation.function, settings = _activation(function)
-            operation.first, operation.second = (*settings, 0.0, 0.0)[:2]
+        activation, settings = (Activation.IDENTITY, {}) if function is None else _native_activation(function)
+        operation = Operation(
+            kind=kind, source=source, other=other, weight=-1, bias=-1, activation=activation, **settings
+        )
+        mask = None
         if layer is not None:
             _check_layer(layer)
             for name in ("weight", "bias"):
@@ -102,46 +104,42 @@ class MaskedNetwork:
         return len(self.operations)
 
 
-def _activation(function: Any) -> tuple[Activation, tuple[float, ...]]:
-    """The activation and its settings."""
+def _native_activation(function: Any) -> tuple[Activation, dict[str, float]]:
+    """Returns the native activation and its settings."""
     if type(function) is nn.GELU:
-        return _GELU[function.approximate], ()
+        return _GELU[function.approximate], {}
     if type(function) in _MODULES:
         kind, names = _MODULES[type(function)]
-        return kind, tuple(float(getattr(function, name)) for name in names)
+        return kind, {name: float(getattr(function, name)) for name in names}
     if not isinstance(function, nn.Module) and function in _FUNCTIONS:
         return _FUNCTIONS[function]
     raise UnsupportedError(f"the activation {getattr(function, '__name__', type(function).__name__)}")
 
 
 def _check_layer(layer: Any) -> None:
-    """Checks that native code can read the layer's tensors: a parametrization or a new weight may differ in shape."""
+    """Raises UnsupportedError if the layer's tensors cannot be described. Native code checks their shapes."""
     if layer._parameters.keys() != {"weight", "bias"}:
         raise UnsupportedError("a weight or bias that is not a parameter")
-    size, mask = (layer.out_features, layer.in_features), getattr(layer, "mask", layer.weight)
-    if not layer.weight.shape == mask.shape == size:
-        raise UnsupportedError("a weight or mask of another shape")
-    if not mask.is_cpu:
+    if not layer.weight.is_cpu:
         raise UnsupportedError("a network on another device")
-    if layer.bias is not None and layer.bias.shape != size[:1]:
-        raise UnsupportedError("a bias of another shape")
 
 
 @torch.no_grad()
 def find_order(network: MaskedNetwork) -> tuple[list[int], list[int], list[tuple[list[int], list[int]]]]:
-    """Returns the steps of a network: the parameters of a step's features depend on features of earlier steps only.
+    """Returns the steps of the inverse. The features of a step depend on features of earlier steps only.
 
     Returns:
-        All features, sorted by step; the positions at which each step starts in them, and D at the end; for each value
-        of the network its units, sorted by the first step that can compute them, and the number of units that each step
-        can compute. Units of the last value are the parameters, feature by feature.
+        - All features, sorted by step.
+        - The position of the first feature of each step, and D at the end.
+        - For each value of the network: its units, sorted by the first step that can compute them, and the number of
+          units that each step can compute. The units of the last value are the parameters, feature by feature.
 
     Raises:
         UnsupportedError: If the network is not autoregressive.
     """
     with torch.device("cpu"):
-        step_of = _steps(_dependencies(network)[network.outputs].any(dim=1))
-        first_steps = _first_steps(network, step_of)
+        step_of = _find_steps(_find_dependencies(network)[network.outputs].any(dim=1))
+        first_steps = _find_first_steps(network, step_of)
         steps, features = range(int(step_of.max()) + 1), step_of.argsort(stable=True)
         units = [first.argsort(stable=True).tolist() for first in first_steps[:-1]]
         units.append(network.outputs[features].flatten().tolist())
@@ -150,8 +148,8 @@ def find_order(network: MaskedNetwork) -> tuple[list[int], list[int], list[tuple
     return features.tolist(), starts, list(zip(units, ready, strict=True))
 
 
-def _dependencies(network: MaskedNetwork) -> Bool[Tensor, "units d"]:
-    """The features that each unit of the last value depends on, by any path through the masks."""
+def _find_dependencies(network: MaskedNetwork) -> Bool[Tensor, "units d"]:
+    """Returns True where a unit of the last value depends on a feature, by any path through the masks."""
     features = len(network.outputs)
     values = [torch.zeros(network.width, features, dtype=torch.float32)]
     values[0][network.features] = torch.eye(features, dtype=torch.float32)
@@ -165,8 +163,8 @@ def _dependencies(network: MaskedNetwork) -> Bool[Tensor, "units d"]:
     return values[-1].bool()
 
 
-def _steps(dependencies: Bool[Tensor, "d d"]) -> Int[Tensor, " d"]:
-    """The step at which each feature can be solved."""
+def _find_steps(dependencies: Bool[Tensor, "d d"]) -> Int[Tensor, " d"]:
+    """Returns the step at which each feature can be solved."""
     step_of = torch.full((len(dependencies),), -1)
     missing, step = dependencies.sum(dim=1), 0
     while (step_of < 0).any():
@@ -179,11 +177,11 @@ def _steps(dependencies: Bool[Tensor, "d d"]) -> Int[Tensor, " d"]:
     return step_of
 
 
-def _first_steps(network: MaskedNetwork, step_of: Int[Tensor, " d"]) -> list[Int[Tensor, " units"]]:
-    """The first step at which each unit of each value can be computed.
+def _find_first_steps(network: MaskedNetwork, step_of: Int[Tensor, " d"]) -> list[Int[Tensor, " units"]]:
+    """Returns the first step at which each unit of each value can be computed.
 
-    Values that elementwise operations connect share one tensor, as a unit of one of them is a unit of all. A residual
-    block may so delay its own input: the steps are the least that satisfy all operations.
+    Values that elementwise operations connect share one tensor, since they have the same units. So a residual block may
+    delay its own input, and the steps are found by iteration.
     """
     of_input = torch.zeros(network.width, dtype=torch.long)
     of_input[network.features] = step_of + 1
@@ -205,7 +203,7 @@ def _first_steps(network: MaskedNetwork, step_of: Int[Tensor, " d"]) -> list[Int
                 least = (mask * first_steps[operation.source]).amax(dim=1)
                 if first_steps[value] is not last:
                     torch.maximum(first_steps[value], least, out=first_steps[value])
-                elif (least > last).any():  # a residual block delays its input beyond the parameter that needs it
+                elif (least > last).any():  # A residual block delays its input beyond the parameter that needs it.
                     raise UnsupportedError("a network that is not autoregressive")
         if all(torch.equal(old, new) for old, new in zip(before, first_steps, strict=True)):
             return first_steps

@@ -16,42 +16,44 @@ from nflows.transforms.permutations import Permutation, RandomPermutation, Rever
 from nflows.transforms.standard import AffineTransform, PointwiseAffineTransform
 
 from jacobiflow.adapters.acceleration import Adapter, library_class
-from jacobiflow.adapters.chain import Part, affine_part, permutation_part
-from jacobiflow.adapters.made import AcceleratedComposition, AcceleratedTransform, made_part, spline_part
+from jacobiflow.adapters.made import AcceleratedComposition, AcceleratedTransform, made_spec, spline_spec
+from jacobiflow.adapters.native_module import TransformSpec, affine_spec, permutation_spec
 from jacobiflow.native.boundary import TransformKind, UnsupportedError
 
 
-def describe(module: Any, is_conditional: bool, is_inverse: bool = False) -> Iterator[tuple[Part, bool]]:
-    """See `Describe`."""
+def list_transforms(
+    module: Any, is_conditional: bool, is_inverted: bool = False
+) -> Iterator[tuple[TransformSpec, bool]]:
+    """Yields the transforms of a module of nflows, see `ListTransforms`."""
     kind: Any = library_class(module)
     if kind is CompositeTransform:
-        for part in reversed(module._transforms) if is_inverse else module._transforms:
-            yield from describe(part, is_conditional, is_inverse)
+        for part in reversed(module._transforms) if is_inverted else module._transforms:
+            yield from list_transforms(part, is_conditional, is_inverted)
     elif kind is InverseTransform:
-        yield from describe(module._transform, is_conditional, not is_inverse)
+        yield from list_transforms(module._transform, is_conditional, not is_inverted)
     else:
-        yield _transform(module, kind, is_conditional), is_inverse
+        yield _transform_spec(module, kind, is_conditional), is_inverted
 
 
-def _transform(module: Any, kind: Any, is_conditional: bool) -> Part:
+def _transform_spec(module: Any, kind: Any, is_conditional: bool) -> TransformSpec:
     if kind is MaskedAffineAutoregressiveTransform:
-        return made_part(module, made, is_conditional, TransformKind.SOFTPLUS_AFFINE, second=module._epsilon)
+        return made_spec(module, made, is_conditional, TransformKind.SOFTPLUS_AFFINE, min_scale=module._epsilon)
     if kind is MaskedPiecewiseRationalQuadraticAutoregressiveTransform:
-        return spline_part(module, made, is_conditional)
+        return spline_spec(module, made, is_conditional)
     if kind in (Permutation, RandomPermutation, ReversePermutation) and module._dim == 1:
-        return permutation_part(module, module._permutation.tolist(), (module._buffers, "_permutation"))
+        return permutation_spec(module, module._permutation.tolist(), (module._buffers, "_permutation"))
     if kind in (PointwiseAffineTransform, AffineTransform):
-        return affine_part(module, (module._buffers, "_scale"), (module._buffers, "_shift"))
+        return affine_spec(module, (module._buffers, "_scale"), (module._buffers, "_shift"))
     raise UnsupportedError(kind.__name__)
 
 
-class Accelerated(AcceleratedTransform):
+class AcceleratedMasked(AcceleratedTransform):
     """A masked transform of nflows."""
 
     library = made
 
 
-ADAPTERS = (
-    Adapter(AutoregressiveTransform, ("inverse",), Accelerated, describe),
-    Adapter(CompositeTransform, ("forward", "inverse"), AcceleratedComposition, describe, is_composition=True),
+ADAPTERS: tuple[Adapter, ...] = (
+    Adapter(AutoregressiveTransform, ("inverse",), AcceleratedMasked, list_transforms),
+    Adapter(CompositeTransform, ("forward", "inverse"), AcceleratedComposition, list_transforms, is_composition=True),
 )

@@ -14,53 +14,54 @@ from normflows.nets import made
 from torch import Tensor
 
 from jacobiflow.adapters.acceleration import AcceleratedModule, Adapter, library_class
-from jacobiflow.adapters.chain import Part, permutation_part
-from jacobiflow.adapters.made import AcceleratedTransform, evaluate, made_part, optional, spline_part
+from jacobiflow.adapters.made import AcceleratedTransform, context_args, evaluate_by_native, made_spec, spline_spec
+from jacobiflow.adapters.native_module import TransformSpec, permutation_spec
 from jacobiflow.native.boundary import TransformKind, UnsupportedError
 
 
-def describe(module: Any, is_conditional: bool) -> Iterator[tuple[Part, bool]]:
-    """See `Describe`."""
+def list_transforms(module: Any, is_conditional: bool) -> Iterator[tuple[TransformSpec, bool]]:
+    """Yields the transforms of a module of normflows, see `ListTransforms`."""
     kind: Any = library_class(module)
     if kind in (NormalizingFlow, ConditionalNormalizingFlow):
         for flow in module.flows:
-            yield from describe(flow, is_conditional)
+            yield from list_transforms(flow, is_conditional)
     elif kind is AutoregressiveRationalQuadraticSpline:
-        yield spline_part(module.mprqat, made, is_conditional), True
+        yield spline_spec(module.mprqat, made, is_conditional), True
     elif kind is MaskedPiecewiseRationalQuadraticAutoregressive:
-        yield spline_part(module, made, is_conditional), False
+        yield spline_spec(module, made, is_conditional), False
     elif kind is MaskedAffineAutoregressive:
-        yield made_part(module, made, is_conditional, TransformKind.SIGMOID_AFFINE, first=2.0, second=1e-3), False
+        kind = TransformKind.SIGMOID_AFFINE
+        yield made_spec(module, made, is_conditional, kind, logit_shift=2.0, min_scale=1e-3), False
     elif kind is Permute and module.mode == "shuffle":
-        yield permutation_part(module, module.perm.tolist(), (module._buffers, "perm")), False
+        yield permutation_spec(module, module.perm.tolist(), (module._buffers, "perm")), False
     elif kind is Permute and module.mode == "swap":
         half = module.num_channels // 2
-        yield permutation_part(module, [*range(half, module.num_channels), *range(half)]), False
+        yield permutation_spec(module, [*range(half, module.num_channels), *range(half)]), False
     else:
         raise UnsupportedError(kind.__name__)
 
 
-class Accelerated(AcceleratedTransform):
+class AcceleratedMasked(AcceleratedTransform):
     """A masked transform of normflows."""
 
     library = made
 
 
 class AcceleratedFlow(AcceleratedModule):
-    """A flow of which native code takes all transforms together; only a conditional one gets a context."""
+    """A flow whose transforms native code computes together. Only a conditional flow has a context."""
 
     q0: Any
     flows: Any
 
     def forward_and_log_det(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Returns x of latents z and log|det dx/dz| (B,), as normflows does."""
-        result = evaluate(self, z, context, "forward_and_log_det")
-        return super().forward_and_log_det(z, *optional(context)) if result is None else result  # type: ignore[misc]
+        result = evaluate_by_native(self, "forward_and_log_det", z, context)
+        return super().forward_and_log_det(z, *context_args(context)) if result is None else result  # type: ignore[misc]
 
     def inverse_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Returns latents z of x and log|det dz/dx| (B,), as normflows does."""
-        result = evaluate(self, x, context, "inverse_and_log_det")
-        return super().inverse_and_log_det(x, *optional(context)) if result is None else result  # type: ignore[misc]
+        result = evaluate_by_native(self, "inverse_and_log_det", x, context)
+        return super().inverse_and_log_det(x, *context_args(context)) if result is None else result  # type: ignore[misc]
 
     def forward(self, z: Tensor, context: Tensor | None = None) -> Tensor:
         return self.forward_and_log_det(z, context)[0]
@@ -71,26 +72,26 @@ class AcceleratedFlow(AcceleratedModule):
 
     def sample(self, num_samples: int = 1, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Returns samples x and their log-densities (N,)."""
-        z, log_prob = self.q0(num_samples, *optional(context))
-        result = evaluate(self, z, context, "forward_and_log_det")
+        z, log_prob = self.q0(num_samples, *context_args(context))
+        result = evaluate_by_native(self, "forward_and_log_det", z, context)
         if result is not None:
             return result[0], log_prob - result[1]
-        for flow in self.flows:  # forward_and_log_det would sum in the default dtype
-            z, log_det = flow(z, *optional(context))
+        for flow in self.flows:  # forward_and_log_det would sum in the default dtype.
+            z, log_det = flow(z, *context_args(context))
             log_prob = log_prob - log_det
         return z, log_prob
 
     def log_prob(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """Returns log-densities (B,) of x."""
-        result = evaluate(self, x, context, "inverse_and_log_det")
+        result = evaluate_by_native(self, "inverse_and_log_det", x, context)
         if result is None:
-            return super().log_prob(x, *optional(context))  # type: ignore[misc]
-        return result[1] + self.q0.log_prob(result[0], *optional(context))
+            return super().log_prob(x, *context_args(context))  # type: ignore[misc]
+        return result[1] + self.q0.log_prob(result[0], *context_args(context))
 
 
 _METHODS = ("forward", "inverse", "forward_and_log_det", "inverse_and_log_det", "sample", "log_prob")
-ADAPTERS = (
-    Adapter(Autoregressive, ("inverse",), Accelerated, describe),
-    Adapter(ConditionalNormalizingFlow, _METHODS, AcceleratedFlow, describe, is_composition=True),
-    Adapter(NormalizingFlow, _METHODS, AcceleratedFlow, describe, is_composition=True),
+ADAPTERS: tuple[Adapter, ...] = (
+    Adapter(Autoregressive, ("inverse",), AcceleratedMasked, list_transforms),
+    Adapter(ConditionalNormalizingFlow, _METHODS, AcceleratedFlow, list_transforms, is_composition=True),
+    Adapter(NormalizingFlow, _METHODS, AcceleratedFlow, list_transforms, is_composition=True),
 )

@@ -11,19 +11,20 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from jacobiflow.adapters.acceleration import Acceleration
-from jacobiflow.adapters.chain import DROPOUTS, has_hooks, has_replaced_method, is_acceleration_off
+from jacobiflow.adapters.native_module import is_acceleration_off
+from jacobiflow.adapters.snapshot import DROPOUTS, has_forward_hooks, has_replaced_method
 from jacobiflow.fixed_point.implicit import solve_adjoint
 from jacobiflow.native.boundary import is_traced
 from jacobiflow.utils.autograd import check_first_derivative, is_batched
 
 Pass = Callable[[Any, Tensor], Sequence[Tensor]]
-"""network, x -> (g(x), ...): the next iterate, and the library's other results."""
+"""Network, x -> (g(x), ...): the next iterate, and the library's other results."""
 
-_MIN_PASSES = 6  # from 0: below, none is saved, and comparing iterates costs more than it gains
-_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+_MIN_PASSES = 6  # With fewer passes from x = 0, comparing iterates costs more time than it saves.
+_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # Integers as wide as a number of so many bytes.
 
 
-def invert(
+def invert_by_passes(
     acceleration: Acceleration,
     module: nn.Module,
     step: Pass,
@@ -35,13 +36,14 @@ def invert(
 ) -> Sequence[Tensor] | None:
     """Returns the results of the last pass; `None` if the inverse is left to the library's own loop.
 
-    At tolerance 0 passes end when one returns its argument bit for bit: g is a function, so all later ones would return
-    it too. Above 0 they end when one changes no entry by more than the tolerance.
+    At tolerance 0 passes end when one returns its argument bit for bit, as all later ones would. Above 0 they end when
+    one changes no entry by more than the tolerance.
 
     Args:
         module: The module of the flow with the transform's parameters.
-        network: The library's network for `step`. Passes without a gradient get a cheaper copy, see `premasked`.
-        masked_linear: The class of its layers.
+        step: A pass of the library.
+        network: The library's network, an argument of `step`. Passes without a gradient get a faster copy of it.
+        masked_linear: The class of the network's layers.
         passes: The number of passes in the library's own loop.
     """
     if is_acceleration_off():
@@ -56,37 +58,37 @@ def invert(
             tolerance = acceleration.tolerance or 0.0
             outputs: Sequence[Tensor] = [torch.zeros_like(y) if start is None else start]
             try:
-                cheaper = partial(step, premasked(network, masked_linear))
-                outputs, count = _iterate(cheaper, outputs[0], passes - needs_graph, tolerance)
+                fast_step = partial(step, multiply_masks(network, masked_linear))
+                outputs, count = _iterate(fast_step, outputs[0], passes - needs_graph, tolerance)
                 if needs_graph:
                     with torch.enable_grad():
                         x = outputs[0].detach().requires_grad_()
                         outputs, count = _Implicit.apply(x, passes, tolerance, *step(network, x)), count + 1
-            except Exception:  # the library's loop may meet no argument that a spline cannot invert
+            except Exception:  # A spline of a user may refuse an iterate that the library's loop does not meet.
                 outputs, count = (), 1
             if outputs and outputs[0].isfinite().all():
-                acceleration.count(module, count, "passes")
+                acceleration.record_use(module, count, "passes")
                 return outputs
-    acceleration.count(module, count + passes, "library")
+    acceleration.record_use(module, count + passes, "library")
     return None
 
 
 def _can_end_early(module: nn.Module, y: Tensor, context: Tensor | None, needs_graph: bool) -> bool:
-    """False if iterates have no values to compare, or a pass may be no function of its argument."""
+    """Returns False if iterates have no values to compare, or a pass may depend on more than its argument."""
     if y.is_meta or is_traced() or not y.is_floating_point():
         return False
     if any(tensor is not None and tensor.layout != torch.strided for tensor in (y, context)):
         return False
-    if needs_graph and y.ndim > 2 and not y.is_contiguous():  # PyTorch then multiplies in another order with a graph
+    if needs_graph and y.ndim > 2 and not y.is_contiguous():  # PyTorch's products have other bits with a graph.
         return False
     return not any(is_stateful(part) for part in module.modules()) and _are_moderate(y, context)
 
 
 def is_stateful(module: nn.Module) -> bool:
-    """True if a call of the module itself may draw random numbers or change its state.
+    """Returns True if a call of the module itself may draw random numbers or change its state.
 
-    In training mode dropout draws, batch and spectral normalisation move their estimates, and hooks may do anything
-    (the older spectral normalisation is one). A replaced `forward` may do so in any mode.
+    In training mode dropout draws, batch and spectral normalisation update their estimates, and hooks may do anything.
+    A replaced `forward` may do so in any mode.
     """
     if has_replaced_method(module):
         return True
@@ -95,11 +97,11 @@ def is_stateful(module: nn.Module) -> bool:
     if isinstance(module, DROPOUTS):
         return module.p > 0
     is_normalization = hasattr(module, "track_running_stats") or hasattr(module, "n_power_iterations")
-    return is_normalization or isinstance(module, nn.RReLU) or has_hooks(module)
+    return is_normalization or isinstance(module, nn.RReLU) or has_forward_hooks(module)
 
 
 def _are_moderate(*tensors: Tensor | None) -> bool:
-    """True if all entries are finite, and so small that no iterate of the library overflows."""
+    """Returns True if all entries are finite, and so small that no iterate of the library overflows."""
     bounds = [t.abs() <= torch.finfo(t.dtype).max ** 0.5 for t in tensors if t is not None]
     return bool(torch.stack([is_moderate.all() for is_moderate in bounds]).all())
 
@@ -107,17 +109,17 @@ def _are_moderate(*tensors: Tensor | None) -> bool:
 @torch.no_grad()
 def _native_inverse(acceleration: Acceleration, module: nn.Module, y: Tensor, context: Tensor | None) -> Tensor | None:
     context = None if context is None else context.detach()
-    values = acceleration.evaluate(module, y.detach(), context, is_inverse=True, fallback=None)
-    if values is None or values[0].shape != y.shape:  # a context of a larger batch, which not every library broadcasts
+    output = acceleration.evaluate(module, y.detach(), context, is_inverse=True, library_call=None)
+    if output is None or output[0].shape != y.shape:  # Not every library broadcasts y to a larger batch of contexts.
         return None
-    return values[0] if _are_moderate(values[0]) else None
+    return output[0] if _are_moderate(output[0]) else None
 
 
 @torch.no_grad()
 def _iterate(
     step: Callable[[Tensor], Sequence[Tensor]], x: Tensor, passes: int, tolerance: float
 ) -> tuple[Sequence[Tensor], int]:
-    """The results of the last of at most `passes` passes from `x`, and their number."""
+    """Returns the results of the last pass from `x`, and the number of passes, which is at most `passes`."""
     outputs: Sequence[Tensor] = [x]
     count, is_solved = 0, False
     while count < passes and not is_solved:
@@ -127,21 +129,21 @@ def _iterate(
 
 
 def _is_close(new: Tensor, old: Tensor, tolerance: float) -> bool:
-    """True if no entry changed by more than the tolerance; for 0, by a single bit: a NaN equals itself, 0 is not -0."""
+    """Returns True if no entry changed by more than the tolerance, or in any bit if the tolerance is 0."""
     if tolerance > 0:
         return bool(((new - old).abs() <= tolerance).all())
     return new.dtype == old.dtype and torch.equal(new.view(_BITS[new.itemsize]), old.view(_BITS[old.itemsize]))
 
 
 class _Implicit(torch.autograd.Function):
-    """Gives the graph of one pass at a solution x = g(x, theta) the gradient of the solution, see `solve_adjoint`."""
+    """Turns the graph of one pass at a solution x = g(x, theta) into that of the solution, see `solve_adjoint`."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, passes: int, tolerance: float, *outputs: Tensor) -> tuple[Tensor, ...]:
         ctx.save_for_backward(x, *outputs)
         ctx.passes, ctx.tolerance = passes, tolerance
         ctx.set_materialize_grads(False)
-        results = tuple(output.clone() for output in outputs)  # which a caller may change in place
+        results = tuple(output.clone() for output in outputs)  # The caller may change them in place.
         ctx.mark_non_differentiable(*(r for r, o in zip(results, outputs, strict=True) if not o.requires_grad))
         return results
 
@@ -150,30 +152,29 @@ class _Implicit(torch.autograd.Function):
         check_first_derivative("an accelerated inverse", "restore() the flow first")
         x, *outputs = ctx.saved_tensors
 
-        def is_close(new: Tensor, old: Tensor) -> bool:  # a row ends by its own largest entry
-            if is_batched(new):
+        def is_close(new: Tensor, old: Tensor) -> bool:
+            if is_batched(new):  # Values inside a vmap cannot be read.
                 return False
             return bool(((new - old).abs().amax(dim=-1) <= ctx.tolerance * new.abs().amax(dim=-1)).all())
 
         return (None, None, None, solve_adjoint(outputs, x, cotangents, ctx.passes, is_close), *cotangents[1:])
 
 
-def premasked(network: Any, masked_linear: type[nn.Module]) -> Any:
-    """Returns a network with the values of `network`, bit for bit, in which mask * weight is formed already.
+def multiply_masks(network: Any, masked_linear: type[nn.Module]) -> Any:
+    """Returns a copy of a network whose layers hold the product mask * weight.
 
-    At 784 features and one sample this product is most of a pass. A layer F.linear(x, mask * weight, bias) becomes a
-    linear layer of the product, and each module around it a shallow copy: threads may share the network. A module that
-    is not the library's own, or has hooks or a `forward` of its own, may refer to itself, so it is used as it is.
+    The copy returns the same bits. At 784 features and one sample the product is most of the time of a pass. A module
+    that is not the library's own, or has hooks or a `forward` of its own, may refer to itself, so it is not copied.
     """
     kind, library = type(network), masked_linear.__module__.split(".")[0]
-    if not isinstance(network, nn.Module) or has_hooks(network) or "forward" in vars(network):
+    if not isinstance(network, nn.Module) or has_forward_hooks(network) or "forward" in vars(network):
         return network
     if kind.__module__ != nn.Sequential.__module__ and kind.__module__.split(".")[0] != library:
         return network
     if kind is masked_linear:
         product = network._buffers["mask"] * network._parameters["weight"].detach()  # type: ignore[union-attr, operator]
         return _shallow_copy(network, nn.Linear, _parameters=network._parameters | {"weight": product})
-    parts = {name: premasked(part, masked_linear) for name, part in network._modules.items()}
+    parts = {name: multiply_masks(part, masked_linear) for name, part in network._modules.items()}
     return network if parts == network._modules else _shallow_copy(network, kind, _modules=parts)
 
 

@@ -18,24 +18,24 @@ from pyro.nn.auto_reg_nn import AutoRegressiveNN, ConditionalAutoRegressiveNN, M
 from torch import Tensor, nn
 
 from jacobiflow.adapters.acceleration import AcceleratedModule, Adapter, accelerate_module, library_class
-from jacobiflow.adapters.chain import Part, Values, masked_part
+from jacobiflow.adapters.native_module import TransformOutput, TransformSpec, masked_spec
 from jacobiflow.adapters.network import MaskedNetwork
-from jacobiflow.adapters.passes import invert
+from jacobiflow.adapters.passes import invert_by_passes
 from jacobiflow.native.boundary import SplineBoundary, TransformKind, UnsupportedError
 
 
-def describe(module: Any, is_conditional: bool) -> Iterator[tuple[Part, bool]]:
-    """See `Describe`. Each transform is a chain of its own, as pyro remembers the values between them."""
+def list_transforms(module: Any, is_conditional: bool) -> Iterator[tuple[TransformSpec, bool]]:
+    """Yields the transform, see `ListTransforms`. pyro remembers the values between transforms, so each is alone."""
     kind = library_class(module)
-    options = vars(module).get("kwargs", vars(module))  # where a conditional transform has its settings
+    options = vars(module).get("kwargs", vars(module))  # A conditional transform has its settings in kwargs.
     if kind in (AffineAutoregressive, ConditionalAffineAutoregressive):
         settings: dict[str, Any] = {
-            "kind": TransformKind.CLAMPED_AFFINE, "first": options.get("log_scale_min_clip", -5.0),
-            "second": options.get("log_scale_max_clip", 3.0),
+            "kind": TransformKind.CLAMPED_AFFINE, "min_log_scale": options.get("log_scale_min_clip", -5.0),
+            "max_log_scale": options.get("log_scale_max_clip", 3.0),
         }  # fmt: skip
         sizes = [1, 1]
     elif kind in (SplineAutoregressive, ConditionalSplineAutoregressive):
-        settings, sizes = _spline(options if kind is ConditionalSplineAutoregressive else vars(module.spline))
+        settings, sizes = _spline_fields(options if kind is ConditionalSplineAutoregressive else vars(module.spline))
     else:
         raise UnsupportedError(kind.__name__)
     network = module.nn if hasattr(module, "nn") else module.arn
@@ -43,38 +43,42 @@ def describe(module: Any, is_conditional: bool) -> Iterator[tuple[Part, bool]]:
         raise UnsupportedError(f"the network {type(network).__name__}")
     if list(network.param_dims) != sizes:
         raise UnsupportedError("parameters of other sizes")
-    yield masked_part(module, _network(network), **settings), False
+    yield masked_spec(module, _build_network(network), **settings), False
 
 
-def _spline(options: Mapping[str, Any]) -> tuple[dict[str, Any], list[int]]:
-    """The spline's settings, and the sizes of its parameters."""
+def _spline_fields(options: Mapping[str, Any]) -> tuple[dict[str, Any], list[int]]:
+    """Returns the native fields of a spline, and the sizes of its parameters."""
     bins, bound, order = options.get("count_bins", 8), options.get("bound", 3.0), options.get("order", "linear")
     kind = TransformKind.RATIONAL_LINEAR if order == "linear" else TransformKind.RATIONAL_QUADRATIC
     return {
-        "kind": kind, "bins": bins, "ends": SplineBoundary.FIXED, "end_slope": 1 - 1e-3, "factor": 1.0, "low": -bound,
-        "high": bound, "has_tails": True, "min_width": 1e-3, "min_height": 1e-3, "min_slope": 1e-3, "gap": 1e-6,
+        "kind": kind, "bins": bins, "boundary": SplineBoundary.FIXED, "end_slope": 1 - 1e-3,
+        "logit_scale": 1.0, "low": -bound, "high": bound, "has_tails": True, "min_width": 1e-3, "min_height": 1e-3,
+        "min_slope": 1e-3, "edge_margin": 1e-6,
     }, [bins, bins, bins - 1, *([bins] if order == "linear" else [])]  # fmt: skip
 
 
-def _network(arn: Any) -> MaskedNetwork:
+def _build_network(arn: Any) -> MaskedNetwork:
     *hidden, last = arn.layers
     if any(type(layer) is not MaskedLinear for layer in arn.layers):
         raise UnsupportedError("layers of another kind")
     outputs = torch.arange(last.out_features, device="cpu").view(-1, arn.input_dim).t()
     network, value = MaskedNetwork(outputs, first_feature=arn.context_dim), 0
     for layer in hidden:
-        value = network.linear(value, layer, arn.f)
-    value = network.linear(value, last)
+        value = network.add_linear(value, layer, arn.f)
+    value = network.add_linear(value, last)
     if arn.skip_layer is not None:
-        network.sum(network.linear(0, arn.skip_layer), value)
+        network.add_sum(network.add_linear(0, arn.skip_layer), value)
     return network
 
 
 class _AcceleratedTransform(AcceleratedModule):
-    """A transform, which may belong to a conditional one at a context."""
+    """A transform, or a conditional transform at a context.
 
-    memory: ClassVar[str]
-    """The attribute in which pyro keeps the logarithms of derivatives."""
+    Attributes:
+        cache_name: The attribute in which pyro keeps the logarithms of derivatives.
+    """
+
+    cache_name: ClassVar[str]
 
     arn: Any
 
@@ -88,50 +92,50 @@ class _AcceleratedTransform(AcceleratedModule):
 
     @property
     def _owner(self) -> Any:
-        """The module of the flow with the parameters: a conditional transform, or this one."""
+        """The module of the flow: the conditional transform, or this one."""
         return vars(self).get("_conditional", self)
 
     def _evaluate(self, x: Tensor, is_inverse: bool) -> Tensor | None:
-        _, context = self._call_of_network
+        _, context = self._network_and_context
         try:
             context = None if context is None else context.expand(*x.shape[:-1], -1)
-        except RuntimeError:  # pyro's message is its own
+        except RuntimeError:  # pyro raises its own error for such a context.
             return None
-        fallback = partial(self._by_pyro, is_inverse)
-        result = self.acceleration.evaluate(self._owner, x, context, is_inverse, fallback, "features")
+        library_call = partial(self._library_call, is_inverse)
+        result = self.acceleration.evaluate(self._owner, x, context, is_inverse, library_call, "features")
         if result is None:
             return None
         values, log_derivative = result
         assert log_derivative is not None
-        setattr(self, self.memory, -log_derivative if is_inverse else log_derivative)
+        setattr(self, self.cache_name, -log_derivative if is_inverse else log_derivative)
         return values
 
-    def _by_pyro(self, is_inverse: bool, x: Tensor, context: Tensor | None) -> Values:
+    def _library_call(self, is_inverse: bool, x: Tensor, context: Tensor | None) -> TransformOutput:
         transform: Any = self
         if context is not None:
             conditional: Any = library_class(self._owner)
             transform = conditional.condition(self._owner, context)
         kind: Any = library_class(transform)
         values = kind._inverse(transform, x) if is_inverse else kind._call(transform, x)
-        log_scale = getattr(transform, self.memory)
+        log_scale = getattr(transform, self.cache_name)
         return values, -log_scale if is_inverse else log_scale
 
     def _invert(self, y: Tensor) -> Tensor:
-        network, context = self._call_of_network
+        network, context = self._network_and_context
 
         def step(network: Any, x: Tensor) -> Sequence[Tensor]:
             return self._pass(y, network(x) if context is None else network(x, context=context))
 
-        outputs = invert(self.acceleration, self._owner, step, network, MaskedLinear, y, context, y.shape[-1])
+        outputs = invert_by_passes(self.acceleration, self._owner, step, network, MaskedLinear, y, context, y.shape[-1])
         if outputs is None:
             return super()._inverse(y)  # type: ignore[misc]
         x, log_scale = outputs
-        setattr(self, self.memory, log_scale)
+        setattr(self, self.cache_name, log_scale)
         return x
 
     @property
-    def _call_of_network(self) -> tuple[Any, Tensor | None]:
-        """Its network, and the context at which a conditional transform calls it."""
+    def _network_and_context(self) -> tuple[Any, Tensor | None]:
+        """The network, and the context of a conditional transform."""
         call = self.arn
         if isinstance(call, partial) and not call.args and list(call.keywords) == ["context"]:
             return call.func, call.keywords["context"]
@@ -139,17 +143,17 @@ class _AcceleratedTransform(AcceleratedModule):
 
     @abstractmethod
     def _pass(self, y: Tensor, parameters: Sequence[Tensor]) -> Sequence[Tensor]:
-        """The next iterate and the logarithms of derivatives, from what the network gives."""
+        """Returns the next iterate and the logarithms of derivatives, given the output of the network."""
 
 
 class AcceleratedAffine(_AcceleratedTransform):
     """An affine transform of each feature.
 
-    pyro's loop sets one feature at a time, in the order of the network's permutation, and leaves those after it at 0.
-    It ends at the same bits as passes that set all features, if all values are finite.
+    pyro's loop sets one feature at a time, and a pass sets all of them. Both end at the same bits if all values are
+    finite.
     """
 
-    memory = "_cached_log_scale"
+    cache_name = "_cached_log_scale"
 
     log_scale_min_clip: float
     log_scale_max_clip: float
@@ -158,13 +162,13 @@ class AcceleratedAffine(_AcceleratedTransform):
         mean, log_scale = parameters
         log_scale = clamp_preserve_gradients(log_scale, self.log_scale_min_clip, self.log_scale_max_clip)
         x = (y - mean) * torch.exp(-log_scale)
-        return x.contiguous(), log_scale  # pyro stacks features, whatever the strides of y
+        return x.contiguous(), log_scale  # pyro's result is contiguous too.
 
 
 class AcceleratedSpline(_AcceleratedTransform):
     """A spline of each feature."""
 
-    memory = "_cache_log_detJ"
+    cache_name = "_cache_log_detJ"
 
     spline: Any
 
@@ -174,22 +178,22 @@ class AcceleratedSpline(_AcceleratedTransform):
         return spline._inverse(y), spline._cache_log_detJ
 
 
-# pyro's class as it is comes first, or Python would refuse to give a module this class.
+# Python only lets a module have this class if pyro's own class is the first base.
 class AcceleratedConditional(ConditionalTransformModule, AcceleratedModule):
-    """A conditional transform that gives accelerated ones."""
+    """A conditional transform whose transforms at a context are accelerated."""
 
     def condition(self, context: Float[Tensor, "*batch c"]) -> nn.Module:
         """Returns the transform at a context, as pyro does."""
         transform = super().condition(context)  # type: ignore[safe-super]
-        vars(transform)["_conditional"] = self  # not as a part, of which pyro would learn the parameters twice
+        vars(transform)["_conditional"] = self  # As a submodule, it would give pyro its parameters twice.
         kind = AcceleratedAffine if isinstance(transform, AffineAutoregressive) else AcceleratedSpline
         accelerate_module(transform, kind, self.acceleration)
         return transform
 
 
-ADAPTERS = (
-    Adapter(AffineAutoregressive, ("_inverse",), AcceleratedAffine, describe),
-    Adapter(SplineAutoregressive, ("_inverse",), AcceleratedSpline, describe),
-    Adapter(ConditionalAffineAutoregressive, ("condition",), AcceleratedConditional, describe),
-    Adapter(ConditionalSplineAutoregressive, ("condition",), AcceleratedConditional, describe),
+ADAPTERS: tuple[Adapter, ...] = (
+    Adapter(AffineAutoregressive, ("_inverse",), AcceleratedAffine, list_transforms),
+    Adapter(SplineAutoregressive, ("_inverse",), AcceleratedSpline, list_transforms),
+    Adapter(ConditionalAffineAutoregressive, ("condition",), AcceleratedConditional, list_transforms),
+    Adapter(ConditionalSplineAutoregressive, ("condition",), AcceleratedConditional, list_transforms),
 )

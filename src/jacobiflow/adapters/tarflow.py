@@ -3,118 +3,137 @@
 from __future__ import annotations
 
 import inspect
-from functools import partial
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from jacobiflow.adapters.acceleration import AcceleratedModule, Adapter, library_class
-from jacobiflow.adapters.state import BlockState
-from jacobiflow.adapters.trial import MAX_GUIDANCE, TEMPERATURES, Trial, TrialResult
-from jacobiflow.native import describe as native_line
+from jacobiflow.adapters.snapshot import has_forward_hooks
+from jacobiflow.adapters.tarflow_state import BlockState, copy_state, is_same_state, read_state
+from jacobiflow.adapters.tarflow_trial import MAX_GUIDANCE, TEMPERATURES, Trial, TrialResult
+from jacobiflow.native import describe as describe_native
 from jacobiflow.native import load_library
-from jacobiflow.native.boundary import is_traced
-from jacobiflow.native.transformer import GuidanceTerms, Recurrence
+from jacobiflow.native.boundary import UnsupportedError, is_traced
+from jacobiflow.native.transformer import CausalTransformer, GuidanceTerms
 
 _PARTS = ("proj_in", "pos_embed", "attn_blocks", "proj_out", "permutation", "reverse")
-_PARAMETERS = {"self", "x", "y", "cond", "guidance", "guide_what", "attn_temp", "annealed_guidance"}
-_SETTINGS: dict[Any, dict[str, Any]] = {nn.LayerNorm: {"eps": 1e-5}, nn.GELU: {"approximate": "none"}}  # of native code
+# The settings that native code has for these layers.
+_SETTINGS: dict[Any, dict[str, Any]] = {nn.LayerNorm: {"eps": 1e-5}, nn.GELU: {"approximate": "none"}}
 
 
-def resembles(module: nn.Module) -> bool:
-    """True if a module has the parts of a TarFlow block."""
-    return all(hasattr(module, name) for name in _PARTS)
+@dataclass(frozen=True)
+class _ReverseArgs:
+    """The arguments that `reverse` of a TarFlow block may have, with the defaults of the original code."""
+
+    x: Any
+    y: Any = None
+    cond: Any = None
+    guidance: Any = 0.0
+    guide_what: Any = "ab"
+    attn_temp: Any = 1.0
+    annealed_guidance: Any = False
 
 
-def recognise(module: Any, results: list[tuple[BlockState, TrialResult]]) -> tuple[Adapter | None, str]:
-    """Returns the adapter of a block, or `None` and the reason.
+def find_blocks(modules: Iterable[nn.Module]) -> tuple[dict[nn.Module, Adapter], dict[nn.Module, str]]:
+    """Tries all TarFlow blocks; returns the adapters of those that can be accelerated, and the obstacles of others."""
+    adapters: dict[nn.Module, Adapter] = {}
+    obstacles: dict[nn.Module, str] = {}
+    results: list[tuple[BlockState, TrialResult]] = []
+    for module in modules:
+        if all(hasattr(module, name) for name in _PARTS):
+            try:
+                adapters[module] = _try_block(module, results)
+            except UnsupportedError as error:
+                obstacles[module] = str(error)
+    return adapters, obstacles
 
-    Its parts must have the names and the types of the original's. Whether its code computes the same shows in a trial,
-    without which no block is accelerated.
 
-    Args:
-        results: Those of other blocks; that of this block is added. Blocks that differ in the values of their weights
-            only share the trial with random weights.
+def _try_block(block: Any, results: list[tuple[BlockState, TrialResult]]) -> Adapter:
+    """Returns the adapter of a block whose parts and results are those of a TarFlow block.
+
+    Blocks that differ only in the values of their weights share the trial with random weights. So the result of this
+    block is added to the `results` of earlier blocks.
     """
-    kind: Any = library_class(module)
+    kind: Any = library_class(block)
     signature = inspect.signature(kind.reverse)
-    unknown = [name for name in signature.parameters if name not in _PARAMETERS]
-    if unknown:
-        return None, f"its reverse takes {unknown[0]}"
-    if "reverse" in vars(module):
-        return None, "its reverse was replaced"
-    if (part := _other_part(module)) is not None:
-        return None, f"{part} is not that of a TarFlow block"
+    known_names = {"self", *(field.name for field in fields(_ReverseArgs))}
+    for name in signature.parameters:
+        if name not in known_names:
+            raise UnsupportedError(f"its reverse takes {name}")
+    if "reverse" in vars(block):
+        raise UnsupportedError("its reverse was replaced")
+    _check_parts(block)
     if load_library() is None:
-        return None, f"native code is {native_line()}"
+        raise UnsupportedError(f"native code is {describe_native()}")
     if is_traced():
-        return None, "it cannot be tried while PyTorch traces, or has hooks on all modules"
+        raise UnsupportedError("it cannot be tried while PyTorch traces, or has hooks on all modules")
     parameters = signature.parameters.values()
     defaults = {each.name: each.default for each in parameters if each.default is not each.empty}
+
+    def reverse(block: Any, **arguments: Any) -> tuple[Tensor, Tensor] | None:
+        return _reverse(block, _ReverseArgs(**defaults | arguments))
+
     try:
-        state, trial = BlockState(module), Trial(module, partial(_reverse, **defaults), signature.parameters)
-        shared = next((result for other, result in results if other.is_like(state)), None)
+        state, trial = copy_state(read_state(block)), Trial(block, reverse, signature.parameters)
     except Exception as error:
-        return None, f"it cannot be tried: {type(error).__name__}: {error}"
-    if not trial.agrees_on_own_weights():
-        return None, trial.obstacle
-    result = shared or trial.try_random_weights()
-    if result is None:
-        return None, trial.obstacle
+        raise UnsupportedError(f"it cannot be tried: {type(error).__name__}: {error}") from error
+    trial.compare_own_weights()
+    shared = next((result for other, result in results if is_same_state(other, state)), None)
+    result = shared or trial.compare_random_weights()
     results.append((state, result))
-    fields = {"tried_signature": signature, "tried_state": state, "trial_result": result}
-    return Adapter(kind, ("reverse",), type("_Accelerated", (_Accelerated,), fields), describe=None), ""
+    names = {"tried_signature": signature, "tried_state": state, "trial_result": result}
+    return Adapter(kind, ("reverse",), type("_AcceleratedBlock", (_AcceleratedBlock,), names), list_transforms=None)
 
 
-def _other_part(module: Any) -> str | None:
-    """The name of the first part that a TarFlow block lacks or has otherwise."""
+def _check_parts(block: Any) -> None:
+    """Raises UnsupportedError with the name of the first part that a TarFlow block lacks, or has otherwise."""
     layers = {
         "attention.norm": nn.LayerNorm, "attention.qkv": nn.Linear, "attention.proj": nn.Linear,
         "mlp.norm": nn.LayerNorm, "mlp.main.0": nn.Linear, "mlp.main.1": nn.GELU,
     }  # fmt: skip
     expected: dict[str, Any] = {"proj_in": nn.Linear, "proj_out": nn.Linear}
-    if getattr(module, "cond_proj", None) is not None:
+    if getattr(block, "cond_proj", None) is not None:
         expected["cond_proj"] = nn.Linear
-    for i, layer in enumerate(module.attn_blocks):
+    for i, layer in enumerate(block.attn_blocks):
         expected |= {f"attn_blocks.{i}.{name}": kind for name, kind in layers.items()}
         main = getattr(getattr(layer, "mlp", None), "main", ())
         if len(main) == 4:
             expected[f"attn_blocks.{i}.mlp.main.2"] = nn.Dropout
         expected[f"attn_blocks.{i}.mlp.main.{max(len(main), 3) - 1}"] = nn.Linear
-    parts = dict(module.named_modules())
+    parts = dict(block.named_modules())
     for name, kind in expected.items():
         part: Any = parts.get(name)
-        if type(part) is not kind or any(getattr(part, key) != value for key, value in _SETTINGS.get(kind, {}).items()):
-            return name
-        if kind in (nn.Linear, nn.LayerNorm) and (part.weight is None or part.bias is None):
-            return name
-    return None
+        if (
+            type(part) is not kind
+            or any(getattr(part, key) != value for key, value in _SETTINGS.get(kind, {}).items())
+            or (kind in (nn.Linear, nn.LayerNorm) and (part.weight is None or part.bias is None))
+        ):
+            raise UnsupportedError(f"{name} is not that of a TarFlow block")
 
 
-def _reverse(
-    block: Any, x: Tensor, y: Tensor | None = None, cond: Tensor | None = None, guidance: float = 0.0,
-    guide_what: str = "ab", attn_temp: float = 1.0, annealed_guidance: bool = False,
-) -> tuple[Tensor, Tensor] | None:  # fmt: skip
-    """Returns the answer of a block's `reverse`, with the log-determinant, by native code; `None` if it cannot."""
-    z = block.permutation(x)
+def _reverse(block: Any, arguments: _ReverseArgs) -> tuple[Tensor, Tensor] | None:
+    """Returns the result of a block's `reverse`, with the log-determinant, by native code; `None` if it cannot."""
+    x, z = arguments.x, block.permutation(arguments.x)
     tokens = z.shape[1]
     context = other = None
-    if cond is not None:
-        context = block.cond_proj(block.permutation(cond))
+    if arguments.cond is not None:
+        context = block.cond_proj(block.permutation(arguments.cond))
     elif getattr(block, "class_embed", None) is not None:
         other = block.class_embed.mean(dim=0, keepdim=True)
-        context = other if y is None else block.class_embed[y]
+        context = other if arguments.y is None else block.class_embed[arguments.y]
     extrapolation = None
-    if guidance > 0:
-        weights = x.new_full((tokens,), guidance)
-        if annealed_guidance:
+    if arguments.guidance > 0:
+        weights = x.new_full((tokens,), arguments.guidance)
+        if arguments.annealed_guidance:
             weights *= torch.arange(tokens, device=x.device) / max(tokens - 1, 1)
         zeros = torch.zeros_like(weights)
-        of_scale, of_shift = (weights if parameter in guide_what else zeros for parameter in "ab")
-        extrapolation = GuidanceTerms(of_scale, of_shift, other, attn_temp, by_density=False)
+        of_scale, of_shift = (weights if parameter in arguments.guide_what else zeros for parameter in "ab")
+        extrapolation = GuidanceTerms(of_scale, of_shift, other, arguments.attn_temp, by_density=False)
     layers = [_layer(layer) for layer in block.attn_blocks]
-    recurrence = Recurrence(
+    network = CausalTransformer(
         proj_in=block.proj_in.weight,
         position=block.permutation(block.pos_embed, dim=0)[:tokens] + block.proj_in.bias,
         layers=layers,
@@ -123,11 +142,12 @@ def _reverse(
         out_bias=block.proj_out.bias,
         has_scale=len(block.proj_out.bias) == 2 * x.shape[2],
     )
-    answer = recurrence.invert(z, context, extrapolation)
+    answer = network.invert(z, context, extrapolation)
     return None if answer is None else (block.permutation(answer[0], inverse=True), answer[1])
 
 
 def _layer(layer: Any) -> dict[str, Tensor]:
+    """Returns the weights and biases of a layer, by their names in native code."""
     modules = {
         "norm": layer.attention.norm, "qkv": layer.attention.qkv, "proj": layer.attention.proj,
         "mlp_norm": layer.mlp.norm, "up": layer.mlp.main[0], "down": layer.mlp.main[-1],
@@ -136,8 +156,8 @@ def _layer(layer: Any) -> dict[str, Tensor]:
     return tensors | {f"{name}_bias": module.bias for name, module in modules.items()}
 
 
-class _Accelerated(AcceleratedModule):
-    """A block that leaves calls to its own code if they are not of a form that was tried, or if it has changed."""
+class _AcceleratedBlock(AcceleratedModule):
+    """A block whose `reverse` is native code, unless the block has changed or the trial compared no such call."""
 
     library_class: ClassVar[Any]
     tried_signature: ClassVar[inspect.Signature]
@@ -148,45 +168,46 @@ class _Accelerated(AcceleratedModule):
 
     def reverse(self, *args: Any, **kwargs: Any) -> Any:
         """Returns what the block's own `reverse` does."""
-        answer = self._answer(args, kwargs)
-        if answer is None:
-            return self._own_reverse(args, kwargs)
-        return answer if self.trial_result.has_log_det else answer[0]
+        result = self._native_reverse(args, kwargs)
+        if result is None:
+            return self._own_reverse(*args, **kwargs)
+        return result if self.trial_result.has_log_det else result[0]
 
-    def _answer(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor] | None:
+    def _native_reverse(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor] | None:
         try:
             call = self.tried_signature.bind(self, *args, **kwargs)
-        except TypeError:  # the block's own message is better
+        except TypeError:  # The block's own message names its function.
             return None
         call.apply_defaults()
         arguments = {name: value for name, value in call.arguments.items() if name != "self"}
-        if is_traced() or not self.tried_state.is_current() or not self._is_tried(**arguments):
+        if is_traced() or self._has_changed() or not self._is_tried(_ReverseArgs(**arguments)):
             return None
         tensors = [value for value in arguments.values() if isinstance(value, Tensor)]
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (*tensors, *self.parameters())):
             return None
         with torch.no_grad():
-            answer = _reverse(self, **arguments)
-        if answer is None:
+            result = _reverse(self, _ReverseArgs(**arguments))
+        if result is None:
             return None
-        if (overflows := ~answer[0].isfinite().all(dim=(1, 2))).any():  # such rows are left to the block's own code
+        if (overflows := ~result[0].isfinite().all(dim=(1, 2))).any():  # The block's own code computes these rows.
             rows = {name: value[overflows] if isinstance(value, Tensor) else value for name, value in arguments.items()}
-            results = self._own_reverse((), rows)
-            for ours, theirs in zip(answer, results if isinstance(results, tuple) else (results,), strict=False):
+            repaired = self._own_reverse(**rows)
+            for ours, theirs in zip(result, repaired if isinstance(repaired, tuple) else (repaired,), strict=False):
                 ours[overflows] = theirs
-        self.acceleration.count(self, 0, "native")
-        return answer
+        self.acceleration.record_use(self, 0, "native")
+        return result
 
-    def _is_tried(
-        self, x: Any, y: Any = None, cond: Any = None, guidance: Any = 0.0, guide_what: Any = "ab",
-        attn_temp: Any = 1.0, annealed_guidance: Any = False,
-    ) -> bool:  # fmt: skip
-        """True if the arguments have a form that the trial compared."""
+    def _has_changed(self) -> bool:
+        return any(map(has_forward_hooks, self.modules())) or not is_same_state(self.tried_state, read_state(self))
+
+    def _is_tried(self, call: _ReverseArgs) -> bool:
+        """Returns True if the trial compared arguments of this form."""
+        x, y = call.x, call.y
         if not (
-            type(guidance) in (int, float) and 0 <= guidance <= MAX_GUIDANCE
-            and type(guide_what) is str and guide_what in ("a", "b", "ab")
-            and type(attn_temp) in (int, float) and TEMPERATURES[0] <= attn_temp <= TEMPERATURES[1]
-            and type(annealed_guidance) is bool and isinstance(x, Tensor) and x.ndim == 3
+            type(call.guidance) in (int, float) and 0 <= call.guidance <= MAX_GUIDANCE
+            and type(call.guide_what) is str and call.guide_what in ("a", "b", "ab")
+            and type(call.attn_temp) in (int, float) and TEMPERATURES[0] <= call.attn_temp <= TEMPERATURES[1]
+            and type(call.annealed_guidance) is bool and isinstance(x, Tensor) and x.ndim == 3
         ):  # fmt: skip
             return False
         rows, tokens, positions = x.shape[0], x.shape[1], len(self.pos_embed)
@@ -199,15 +220,15 @@ class _Accelerated(AcceleratedModule):
         projection, embeddings = getattr(self, "cond_proj", None), getattr(self, "class_embed", None)
         if projection is not None:
             form = torch.float32, rows, tokens, projection.in_features
-            return y is None and guidance == 0 and _has_form(cond, *form)
-        if cond is not None or y is None:
-            return cond is None
+            return y is None and call.guidance == 0 and _has_form(call.cond, *form)
+        if call.cond is not None or y is None:
+            return call.cond is None
         if embeddings is None or not _has_form(y, torch.int64, rows):
             return False
-        return bool(((y >= 0) & (y < len(embeddings))).all())  # below 0: whatever the block's own code makes of them
+        return bool(((y >= 0) & (y < len(embeddings))).all())  # Forks give negative labels a meaning of their own.
 
-    def _own_reverse(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        self.acceleration.count(self, 0, "library")
+    def _own_reverse(self, *args: Any, **kwargs: Any) -> Any:
+        self.acceleration.record_use(self, 0, "library")
         return super().reverse(*args, **kwargs)  # type: ignore[misc]
 
 

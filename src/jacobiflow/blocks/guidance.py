@@ -53,7 +53,7 @@ class Guidance:
 
     def __post_init__(self) -> None:
         convert_numbers(self)
-        check_number("guidance weight", self.weight, give="0 (off) or a positive number")
+        check_number("guidance weight", self.weight, expected="0 (off) or a positive number")
         check_flag("annealed", self.annealed)
         check_choice("guidance on", self.on, ("both", "scale", "shift"))
         check_positive("attn_temperature", self.attn_temperature)
@@ -126,7 +126,7 @@ class SamplingSettings:
     def __post_init__(self) -> None:
         convert_numbers(self)
         check_kind("guidance", self.guidance, Guidance | None, GIVE_GUIDANCE)
-        check_number("denoise", self.denoise, give="0 (off) or a positive rate")
+        check_number("denoise", self.denoise, expected="0 (off) or a positive rate")
 
 
 class GuidedCache(NamedTuple):

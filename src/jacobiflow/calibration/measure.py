@@ -1,21 +1,19 @@
-"""`calibrate`: the metrics of a flow over images, and the sweeps that its blocks take."""
+"""Calibration of a flow: the metrics of its blocks over images, and the sweeps that the blocks take."""
 
 from __future__ import annotations
 
-import functools
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
-from typing import NamedTuple, TypeVar
 
 import torch
 
-from jacobiflow.calibration.convergence import ConvergenceCurve, distances, gamma_norm
+from jacobiflow.calibration.convergence import ConvergenceCurve, gamma_norm, measure_distances
 from jacobiflow.calibration.metrics import NORMS, Norm
-from jacobiflow.calibration.report import CalibrationReport, Settings, Start, named_guesses
+from jacobiflow.calibration.report import CalibrationReport, CalibrationSettings, LatentSource, guesses_by_name
 from jacobiflow.calibration.statistics import (
     BlockSolution,
     CalibrationStatistics,
@@ -24,22 +22,22 @@ from jacobiflow.calibration.statistics import (
     Images,
     exact_solutions,
 )
+from jacobiflow.calibration.store import MeasurementStore
 from jacobiflow.errors import InputTypeError, InputValueError
 from jacobiflow.fixed_point import Segments
 from jacobiflow.models.checkpoints.fingerprint import fingerprint
 from jacobiflow.models.flow import Flow, check_flow
 from jacobiflow.models.labels import ContextLike, Labels
 from jacobiflow.models.latents import FIRST_CALIBRATION_LATENT, MAX_SAMPLES, draw_latents
-from jacobiflow.utils import serialization
 from jacobiflow.utils.checks import check_choice, check_count, check_flag, check_path, check_seed
-from jacobiflow.utils.files import LOCK, MANIFEST, output_directory, read_object, remove_partials, write_json
+from jacobiflow.utils.files import output_directory
 from jacobiflow.utils.progress import Progress
 
-T = TypeVar("T")
+CurvesBySource = Mapping[LatentSource, Mapping[str, ConvergenceCurve]]  # and by guess
 
-_FEWEST_TOKENS = 4  # in a segment: with fewer, the exact loop is the better plan
-_SWEPT_TOGETHER = 8  # samples of a trace, which are swept until the slowest of them has settled
-_GAMMA_SAMPLES = 8  # each costs some thirty backward passes a block
+_MIN_SEGMENT_TOKENS = 4  # with fewer tokens in a segment the exact loop is the better plan
+_CURVE_BATCH = 8  # samples that are swept together, until the slowest of them converges
+_GAMMA_SAMPLES = 8  # each sample costs some thirty backward passes for each block
 
 
 def calibrate(
@@ -50,7 +48,7 @@ def calibrate(
     *,
     context: ContextLike | None = None,
     segments: int = 8,
-    traced: int = 32,
+    num_convergence_samples: int = 32,
     per_class: bool = False,
     batch_size: int = 64,
     seed: int = 0,
@@ -59,10 +57,11 @@ def calibrate(
 ) -> CalibrationReport:
     """Measures the paper's metrics of each block, and the sweeps that they predict.
 
-    Per block, over the images: IGM = |g(X^(0)) - X*| for each guess (eq. 4 of the paper) and CRM = |Sigma^-1 X| |W_s| +
-    |W_u| (eq. 5), norms of (T, C) matrices that are means over the images. On `traced` samples: the distance to the
-    solution sweep by sweep, and the norm of the error matrix (Appendix A). Of a view under guidance (`flow.guided`) the
-    metrics are those of the guided map at the images' own tokens, and sweeps are measured from fresh noise only.
+    The metrics of a block are IGM = |g(X^(0)) - X*| for each guess (eq. 4 of the paper) and CRM = |Sigma^-1 X| |W_s| +
+    |W_u| (eq. 5). They are norms of (T, C) matrices, which are means over the images. On fewer samples the distance to
+    the solution is measured sweep by sweep, and the norm of the error matrix (Appendix A). Of a view under guidance
+    (`flow.guided`) the metrics are those of the guided map at the images' own tokens, and sweeps start from fresh
+    latents only.
 
     Args:
         flow: The model, or a view of it under guidance.
@@ -70,14 +69,15 @@ def calibrate(
             NumPy array, or anything with a length that a tensor of indices can index.
         labels: (N,) their classes, or one class for all. `None`, or a label below 0, takes the unconditional row.
         context: In place of labels: what the flow takes, such as prompts.
-        norm: That of `report.igm` and `report.crm`: 2, "fro" or 1. `report.metrics` has all three.
+        norm: Norm of `report.igm` and `report.crm`: 2, "fro" or 1. `report.metrics` has all three.
         segments: Number of segments of a tough block that have metrics of their own.
-        traced: Number of images, evenly spaced, and of fresh latents under their labels whose sweeps are measured.
+        num_convergence_samples: Number of samples whose sweeps are measured: images, evenly spaced, and as many fresh
+            latents under the images' labels.
         per_class: Also measure the metrics over the images of each class alone (Appendix E).
         batch_size: Images in memory at a time.
         seed: Fixes the fresh latents. `jacobiflow.sample` never draws the same ones.
         progress: Is called after each step.
-        out: File for the report. The same call goes on after an interruption, from the finished measurements in
+        out: File for the report. If a call is interrupted, the same call continues from the measurements in
             OUT.partial.
 
     Raises:
@@ -86,13 +86,13 @@ def calibrate(
     Example:
         >>> flow = jf.load("digits-p1")
         >>> images = jf.sample(flow, 4, seed=1, settings=None).images  # better 128 images like the training's
-        >>> len(jf.calibrate(flow, images, traced=1).crm)
+        >>> len(jf.calibrate(flow, images, num_convergence_samples=1).crm)
         4
     """
     check_flow(flow)
     norm = check_choice("norm", norm, NORMS)
-    traced = check_count("traced", traced, most=MAX_SAMPLES)
-    batch_size = check_count("batch_size", batch_size, most=MAX_SAMPLES)
+    num_samples = check_count("num_convergence_samples", num_convergence_samples, maximum=MAX_SAMPLES)
+    batch_size = check_count("batch_size", batch_size, maximum=MAX_SAMPLES)
     segments, seed = check_count("segments", segments), check_seed(seed)
     Segments(segments).check(flow.config.num_tokens)
     check_flag("per_class", per_class)
@@ -101,34 +101,23 @@ def calibrate(
         raise InputValueError("per_class: give the labels of the images")
     checked = flow.check_one_context(labels, context, len(images))
     classes = sorted(set(checked.values.tolist())) if per_class and checked.values is not None else []
-    settings = Settings(
-        len(images), checked.values is not None, norm, flow.guidance, segments, min(traced, len(images)), seed
+    settings = CalibrationSettings(
+        len(images), checked.values is not None, norm, flow.guidance, segments, min(num_samples, len(images)), seed
     )
-    passes = CalibrationStatistics(flow, images, checked, batch_size, progress)
+    statistics = CalibrationStatistics(flow, images, checked, classes, batch_size, progress)
     if out is None:
-        return _measure(passes, settings, classes, _Parts())
+        return _make_report(statistics, settings, MeasurementStore())
     check_path("out", out)
     if (out := Path(out)).is_dir():
         raise InputValueError(f"out={str(out)!r}: is a folder; give a file")
-    folder, key = Path(f"{out}.partial"), _key(passes, settings, classes)
+    folder = Path(f"{out}.partial")
+    store = MeasurementStore(folder, _checksum(statistics, settings))
     with output_directory(folder, "calibration", ()):
-        report = _measure(passes, settings, classes, _Parts(folder, key))
+        report = _make_report(statistics, settings, store)
         report.save(out)
         with suppress(OSError):  # Windows removes no open file
-            _remove_parts(folder)
+            store.remove()
     return report
-
-
-def _remove_parts(folder: Path) -> None:
-    """Removes the parts of calibrations, and their folder if it has no files of others."""
-    remove_partials(folder)
-    for file in folder.glob("*.json"):
-        if (read_object(file) or {}).keys() == {"key", "part"}:
-            file.unlink()
-    if {entry.name for entry in folder.iterdir()} == {LOCK, MANIFEST}:
-        (folder / MANIFEST).unlink()
-        (folder / LOCK).unlink()
-        folder.rmdir()
 
 
 def _check_images(flow: Flow, images: Images) -> None:
@@ -144,115 +133,115 @@ def _check_images(flow: Flow, images: Images) -> None:
         raise InputValueError(f"images: {num} of them; give at least 2, better 128, to take means over")
 
 
-@dataclass(frozen=True)
-class _Parts:
-    """The measurements of a calibration, kept in a folder under the key of the run; without a folder none is kept."""
-
-    folder: Path | None = None
-    key: str = ""
-
-    def __call__(self, name: str, declared: type[T], measure: Callable[[], T]) -> T:
-        """Returns the part with a name: that of an interrupted run with the same key, or else a new one."""
-        if self.folder is None:
-            return measure()
-        file = self.folder / f"{name}.json"
-        stored = read_object(file) or {}
-        if stored.get("key") == self.key:
-            with suppress(ValueError):  # damaged, or of another version: measured again
-                return serialization.decode(declared, stored["part"])
-        value = measure()
-        write_json(file, {"key": self.key, "part": serialization.encode(value)}, indent=None)
-        return value
+def _checksum(statistics: CalibrationStatistics, settings: CalibrationSettings) -> str:
+    """Returns a checksum of all that the measurements depend on."""
+    digest = hashlib.sha256()
+    for rows in torch.arange(settings.num_images).split(statistics.batch_size):
+        digest.update(statistics.read(rows).cpu().numpy().tobytes())
+    if statistics.context.values is not None:
+        digest.update(statistics.context.values.cpu().numpy().tobytes())
+    flow = statistics.flow
+    others = (fingerprint(flow), flow.precision, settings, statistics.classes, statistics.batch_size)
+    digest.update(repr(others).encode())
+    return digest.hexdigest()
 
 
-class _BlockSweeps(NamedTuple):
-    """The parts of a report that come from the sweeps of one block; see `CalibrationReport`."""
-
-    traces: Mapping[Start, Mapping[str, ConvergenceCurve]]
-    segment_traces: Mapping[int, tuple[ConvergenceCurve, ...]]
-    gamma: tuple[float, ...]
-
-
-def _measure(
-    passes: CalibrationStatistics, settings: Settings, classes: Sequence[int], part: _Parts
+def _make_report(
+    statistics: CalibrationStatistics, settings: CalibrationSettings, store: MeasurementStore
 ) -> CalibrationReport:
-    """Measures the parts that are not kept."""
-    config = passes.flow.config
-    means = part("means", ImageMeans, partial(passes.means, classes))
-    measure = partial(passes.metrics, means, classes, settings.segments, settings.norm)
-    measured = part("metrics", ImageMetrics, measure)
-
-    @functools.cache
-    def solutions() -> dict[Start, list[BlockSolution]]:
-        """Of evenly spaced images and of fresh latents. Only sweeps that are not kept need them."""
-        indices = torch.arange(settings.traced) * settings.num_images // settings.traced
-        latents = draw_latents(
-            settings.traced, config.num_tokens, config.token_channels, settings.seed, FIRST_CALIBRATION_LATENT
-        )
-        found: dict[Start, list[BlockSolution]] = {} if settings.guidance else {"images": passes.encoded(indices)}
-        found["noise"] = exact_solutions(
-            passes.flow, latents, passes.context_at(indices), passes.batch_size, passes.progress,
-            lambda i, solve: part(f"exact-{i}", torch.Tensor, solve),
-        )  # fmt: skip
-        return found
-
-    blocks = [_sweep(passes, settings, means, measured, solutions, part, i) for i in range(config.num_blocks)]
+    """Measures what is not in the store."""
+    config = statistics.flow.config
+    means = store.load_or_measure("means", ImageMeans, statistics.image_means)
+    measure = partial(statistics.image_metrics, means, settings.segments, settings.norm)
+    metrics = store.load_or_measure("metrics", ImageMetrics, measure)
+    sweeps = _SweepMeasurement(statistics, settings, store, means, metrics)
+    curves: list[CurvesBySource] = []
+    segment_curves: dict[int, dict[int, tuple[ConvergenceCurve, ...]]] = {}
+    gamma: list[tuple[float, ...]] = []
+    for i in range(config.num_blocks):
+        curves.append(sweeps.whole_block(i))
+        if i in metrics.segment_metrics:
+            segment_curves[i] = sweeps.segments(i, curves[i])
+        gamma.append(store.load_or_measure(f"block-{i}-gamma", tuple[float, ...], partial(sweeps.gamma, i)))
+        if statistics.progress is not None:
+            statistics.progress(i + 1, config.num_blocks, "sweeps")
     return CalibrationReport(
-        fingerprint=fingerprint(passes.flow),
+        fingerprint=fingerprint(statistics.flow),
         num_tokens=config.num_tokens,
         token_channels=config.token_channels,
         settings=settings,
-        metrics=measured.metrics,
-        segment_metrics=measured.segment_metrics,
-        class_metrics=measured.class_metrics,
+        metrics=metrics.metrics,
+        segment_metrics=metrics.segment_metrics,
+        class_metrics=metrics.class_metrics,
         mean_affine=means.mean_affine,
-        traces={start: tuple(block.traces[start] for block in blocks) for start in blocks[0].traces},
-        segment_traces={i: blocks[i].segment_traces for i in measured.segment_metrics},
-        gamma=tuple(block.gamma for block in blocks),
+        curves={source: tuple(block[source] for block in curves) for source in sweeps.sources},
+        segment_curves=segment_curves,
+        gamma=tuple(gamma),
     )
 
 
-def _sweep(
-    passes: CalibrationStatistics, settings: Settings, means: ImageMeans, measured: ImageMetrics,
-    solutions: Callable[[], Mapping[Start, Sequence[BlockSolution]]], part: _Parts, i: int,
-) -> _BlockSweeps:  # fmt: skip
-    """Traces of block `i` from each start and guess; of a tough one in segments too, from noise and the best guess."""
-    block, num_tokens = passes.blocks[i], passes.flow.config.num_tokens
-    guesses, best = named_guesses(means.mean_affine[i]), measured.metrics[settings.norm].best_guess(i)
-    starts: tuple[Start, ...] = ("noise",) if settings.guidance else ("images", "noise")
+@dataclass
+class _SweepMeasurement:
+    """The part of a calibration that sweeps the blocks from each source of latents and each guess."""
 
-    def traces(start: Start, guess: str, count: int = 1) -> tuple[ConvergenceCurve, ...]:
-        def measure() -> tuple[ConvergenceCurve, ...]:
-            curves = [
-                distances(block, x, z, guesses[guess], context, count)
-                for x, z, context in solutions()[start][i].split(min(passes.batch_size, _SWEPT_TOGETHER))
-            ]
-            return tuple(map(ConvergenceCurve.of, zip(*curves, strict=True)))
+    statistics: CalibrationStatistics
+    settings: CalibrationSettings
+    store: MeasurementStore
+    means: ImageMeans
+    metrics: ImageMetrics
 
-        return part(f"block-{i}-{start}-{guess}-{count}", tuple[ConvergenceCurve, ...], measure)
+    @property
+    def sources(self) -> tuple[LatentSource, ...]:
+        """The sources of the latents; under guidance images have no latents."""
+        return ("noise",) if self.settings.guidance else ("images", "noise")
 
-    def gamma() -> tuple[float, ...]:
-        few = next(solutions()[starts[0]][i].split(_GAMMA_SAMPLES)).split(passes.batch_size)
-        return tuple(torch.cat([gamma_norm(block, x, z, context) for x, z, context in few]).tolist())
+    @cached_property
+    def solutions(self) -> dict[LatentSource, list[BlockSolution]]:
+        """Per source and block, the solutions at its latents. They are computed only if a curve is not stored."""
+        statistics, settings, config = self.statistics, self.settings, self.statistics.flow.config
+        num = settings.num_convergence_samples
+        index = torch.arange(num) * settings.num_images // num
+        latents = draw_latents(num, config.num_tokens, config.token_channels, settings.seed, FIRST_CALIBRATION_LATENT)
+        solutions: dict[LatentSource, list[BlockSolution]] = {}
+        if "images" in self.sources:
+            solutions["images"] = statistics.image_solutions(index)
+        context = statistics.context_at(index)
+        solutions["noise"] = exact_solutions(
+            statistics.flow, latents, context, statistics.batch_size, statistics.progress, self.store
+        )
+        return solutions
 
-    whole = {start: {name: traces(start, name)[0] for name in guesses} for start in starts}
-    segments: dict[int, tuple[ConvergenceCurve, ...]] = {1: (whole["noise"][best],)}
-    if i in measured.segment_metrics:
-        powers = {2**k for k in range(num_tokens.bit_length()) if 2**k <= num_tokens // _FEWEST_TOKENS}
-        segments |= {count: traces("noise", best, count) for count in sorted(({settings.segments} | powers) - {1})}
-    sweeps = _BlockSweeps(whole, segments, part(f"block-{i}-gamma", tuple[float, ...], gamma))
-    if passes.progress is not None:
-        passes.progress(i + 1, len(passes.blocks), "sweeps")
-    return sweeps
+    def whole_block(self, i: int) -> CurvesBySource:
+        """Returns the curves of block `i` from each source and guess."""
+        guesses = guesses_by_name(self.means.mean_affine[i])
+        return {source: {guess: self._curves(i, source, guess, 1)[0] for guess in guesses} for source in self.sources}
 
+    def segments(self, i: int, whole: CurvesBySource) -> dict[int, tuple[ConvergenceCurve, ...]]:
+        """Returns the curves of a tough block by number of segments, from fresh latents and the best guess by IGM."""
+        best = self.metrics.metrics[self.settings.norm].best_guess(i)
+        most = self.statistics.flow.config.num_tokens // _MIN_SEGMENT_TOKENS
+        numbers = {self.settings.segments, *(2**k for k in range(1, most.bit_length()))} - {1}
+        curves = {1: (whole["noise"][best],)}
+        return curves | {number: self._curves(i, "noise", best, number) for number in sorted(numbers)}
 
-def _key(passes: CalibrationStatistics, settings: Settings, classes: Sequence[int]) -> str:
-    """A checksum of all that the measurements depend on."""
-    digest = hashlib.sha256()
-    for rows in torch.arange(settings.num_images).split(passes.batch_size):
-        digest.update(passes.read(rows).cpu().numpy().tobytes())
-    if passes.context.values is not None:
-        digest.update(passes.context.values.cpu().numpy().tobytes())
-    others = (fingerprint(passes.flow), passes.flow.precision, settings, classes, passes.batch_size)
-    digest.update(repr(others).encode())
-    return digest.hexdigest()
+    def gamma(self, i: int) -> tuple[float, ...]:
+        """Measures the norm of block `i`'s error matrix at the first solutions."""
+        samples = next(self.solutions[self.sources[0]][i].split(_GAMMA_SAMPLES)).split(self.statistics.batch_size)
+        block = self.statistics.blocks[i]
+        return tuple(torch.cat([gamma_norm(block, x, z, context) for x, z, context in samples]).tolist())
+
+    def _curves(self, i: int, source: LatentSource, guess: str, num_segments: int) -> tuple[ConvergenceCurve, ...]:
+        """Returns a curve for each segment of block `i`."""
+        measure = partial(self._measure_curves, i, source, guess, num_segments)
+        name = f"block-{i}-{source}-{guess}-{num_segments}"
+        return self.store.load_or_measure(name, tuple[ConvergenceCurve, ...], measure)
+
+    def _measure_curves(
+        self, i: int, source: LatentSource, guess_name: str, num_segments: int
+    ) -> tuple[ConvergenceCurve, ...]:
+        block, guess = self.statistics.blocks[i], guesses_by_name(self.means.mean_affine[i])[guess_name]
+        distances = [
+            measure_distances(block, x, z, guess, context, num_segments)
+            for x, z, context in self.solutions[source][i].split(min(self.statistics.batch_size, _CURVE_BATCH))
+        ]
+        return tuple(map(ConvergenceCurve.from_distances, zip(*distances, strict=True)))

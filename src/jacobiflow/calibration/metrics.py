@@ -1,4 +1,4 @@
-"""The paper's two metrics: IGM says where to start (eq. 4), CRM which blocks are tough (eq. 5)."""
+"""The paper's two metrics: IGM ranks the guesses (eq. 4), CRM ranks the blocks (eq. 5)."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Components:
 
     @property
     def crm(self) -> float:
-        """Eq. (5)."""
+        """CRM of the block (eq. 5)."""
         return self.scaled_input * self.scale_weight + self.shift_weight
 
 
@@ -36,9 +36,9 @@ class Metrics:
     """IGM and CRM of the blocks of a flow in encoding order, or of the segments of one block in causal order.
 
     Attributes:
-        igm: Per block, a number for each guess.
-        components: Per block, the components of CRM; `None` if the flow has no linear output layer, for which CRM is
-            not defined.
+        igm: Per block, the IGM of each guess.
+        components: Per block, the components of CRM; `None` if CRM is not defined because a block's scale and shift do
+            not end in a linear layer.
     """
 
     igm: tuple[Mapping[str, float], ...]
@@ -46,7 +46,7 @@ class Metrics:
 
     @property
     def crm(self) -> tuple[float, ...]:
-        """Eq. (5). Raises ValueError if it is not defined."""
+        """Per block, CRM (eq. 5). Raises ValueError if it is not defined."""
         if self.components is None:
             raise InputValueError(
                 "CRM is not defined: the flow's scale and shift do not end in a linear layer; use IGM"
@@ -55,27 +55,27 @@ class Metrics:
 
     @property
     def crm_percent(self) -> tuple[float, ...]:
-        """Each block's share of the sum of CRM, in percent (Table 2 of the paper)."""
+        """Per block, the percentage of the sum of CRM (Table 2 of the paper)."""
         total = sum(self.crm)
         return tuple(100 * crm / total if total else 0.0 for crm in self.crm)
 
     @property
     def tough_blocks(self) -> tuple[int, ...]:
-        """`tough_blocks` of `crm`."""
+        """Blocks whose CRM dominates; see `tough_blocks`."""
         return tough_blocks(self.crm)
 
     def best_guess(self, block: int) -> str:
-        """The name of the guess with the smallest IGM; of equals, the first of `igm[block]`."""
+        """Returns the name of the guess with the smallest IGM; the first one in `igm[block]` if several are equal."""
         return min(self.igm[block], key=lambda name: self.igm[block][name])
 
 
 def tough_blocks(crm: Sequence[float], dominance: float = 1 / 3) -> tuple[int, ...]:
     """Finds the blocks whose CRM dominates: the ones to stack (end of section 3.4 of the paper).
 
-    The block with the largest CRM is taken out, again and again, while its share of the sum over the blocks that remain
-    is above `dominance`: by default a third, so that it weighs half as much as all others together. The paper gives no
-    number; any between 0.33 and 0.41 picks the blocks that it picks from its Table 2. Of one or two remaining blocks
-    none dominates: the larger one's share is at least 0.5 whatever they are.
+    A block is tough if its CRM is the largest, and is above the fraction `dominance` of the sum over all blocks. It is
+    then removed, and the rule is applied to the others. The last two blocks are never tough: the larger one has at
+    least half of their sum. The paper gives no number for `dominance`. Any from 0.33 to 0.41 selects the blocks that
+    the paper selects in its Table 2.
 
     Example:
         >>> tough_blocks([141.2, 9.3, 1.4, 1.8, 7.7, 5.1, 3.1, 19.8])  # Img64cond, Table 2 of the paper
@@ -95,7 +95,7 @@ def tough_blocks(crm: Sequence[float], dominance: float = 1 / 3) -> tuple[int, .
 def matrix_norm(matrix: Float[Tensor, "t c"], norm: Norm) -> float:
     """Computes the spectral norm (2), the Frobenius norm ("fro") or the largest absolute column sum (1), in float64.
 
-    It is infinite if an entry is not finite: a guess that overflows is as bad as can be.
+    The norm is infinite if an entry is not finite, so that a guess that overflows ranks last.
     """
     if not torch.isfinite(matrix).all():
         return float("inf")
@@ -103,12 +103,12 @@ def matrix_norm(matrix: Float[Tensor, "t c"], norm: Norm) -> float:
 
 
 def rank_correlation(first: Sequence[float], second: Sequence[float]) -> float:
-    """Computes Spearman's rank correlation, equals sharing their mean rank; NaN if one side is constant."""
+    """Computes Spearman's rank correlation; equal values share their mean rank. NaN if one side is constant."""
     with np.errstate(invalid="ignore"):
         return float(np.corrcoef(_ranks(first), _ranks(second))[0, 1])
 
 
 def _ranks(values: Sequence[float]) -> np.ndarray:
-    """The number of smaller values less that of larger ones, for each: twice its mean rank, shifted."""
+    """Counts smaller minus larger values for each value: its mean rank, times 2 and shifted."""
     column = np.asarray(values)[:, None]
     return (column > values).sum(axis=1) - (column < values).sum(axis=1)

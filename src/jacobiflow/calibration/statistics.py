@@ -1,10 +1,11 @@
-"""Passes over calibration images: metrics and solutions of the blocks."""
+"""Passes over calibration images: means, metrics and exact solutions of the blocks."""
 
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -14,9 +15,10 @@ from torch import Tensor
 
 from jacobiflow.blocks.base import AffineBlock, no_gradients
 from jacobiflow.blocks.context import Context
-from jacobiflow.calibration.convergence import initial_residuals, segment_runs
+from jacobiflow.calibration.convergence import initial_residuals, segment_slices
 from jacobiflow.calibration.metrics import NORMS, Components, Metrics, Norm, matrix_norm, tough_blocks
-from jacobiflow.calibration.report import GUESS_NAMES, named_guesses
+from jacobiflow.calibration.report import GUESS_NAMES, guesses_by_name
+from jacobiflow.calibration.store import MeasurementStore
 from jacobiflow.errors import InputValueError
 from jacobiflow.fixed_point import MeanAffine, Sequential, Solver, solve
 from jacobiflow.models.flow import Flow, Step
@@ -35,14 +37,14 @@ class Images(Protocol):
 
 
 class BlockSolution(NamedTuple):
-    """Pairs X* and z of one block in its causal order, and their context."""
+    """Solutions X* of one block at z, in its causal order, and their context."""
 
     x: Float[Tensor, "b t c"]
     z: Float[Tensor, "b t c"]
     context: Context
 
     def split(self, size: int) -> Iterator[BlockSolution]:
-        """In parts of so many samples."""
+        """Splits the solutions into batches of `size` samples."""
         for start in range(0, len(self.x), size):
             rows = slice(start, start + size)
             yield BlockSolution(self.x[rows], self.z[rows], self.context[rows])
@@ -50,52 +52,60 @@ class BlockSolution(NamedTuple):
 
 def exact_solutions(
     flow: Flow, latents: Float[Tensor, "n t c"], context: Context, batch_size: int, progress: Progress | None,
-    keep: Callable[[int, Callable[[], Tensor]], Tensor] = lambda i, make: make(),
+    store: MeasurementStore | None = None,
 ) -> list[BlockSolution]:  # fmt: skip
-    """Solves each block by the exact loop at latents. Raises ValueError if one overflows.
-
-    `keep(i, make)` returns the stored answer of block i, or stores the one that it makes.
-    """
-    blocks, solutions = flow.inverse_blocks, dict[int, BlockSolution]()
-
-    def solve_block(i: int, z: Tensor) -> Tensor:
-        x = keep(i, lambda: solve(blocks[i], z, Solver(Sequential()), context, batch_size=batch_size).x).to(z.device)
+    """Solves each block by the exact loop at standard normal latents. Raises ValueError if one overflows."""
+    store, blocks = store or MeasurementStore(), flow.inverse_blocks
+    tokens, solutions = flow.prior_tokens(latents), list[BlockSolution]()
+    for i in reversed(range(len(blocks))):
+        permutation = flow.blocks[i].permutation
+        z = permutation(tokens)
+        x = store.load_or_measure(f"exact-{i}", Tensor, partial(_solve_exactly, blocks[i], z, context, batch_size))
         overflows = int((~torch.isfinite(x).all(dim=(1, 2))).sum())
         if overflows:
             raise InputValueError(
                 f"{overflows} of {len(x)} fresh latents overflow in the exact inverse of block {i}; lower the "
                 "guidance, or use a wider dtype"
             )
-        solutions[i] = BlockSolution(x, z, context)
+        solutions.append(BlockSolution(x.to(z.device), z, context))
+        tokens = permutation.inverse(solutions[-1].x)
         if progress is not None:
             progress(len(solutions), len(blocks), "exact loop")
-        return x
+    return solutions[::-1]
 
-    flow.map_blocks_reversed(flow.prior_tokens(latents), solve_block)
-    return [solutions[i] for i in range(len(blocks))]
+
+def _solve_exactly(block: AffineBlock, z: Tensor, context: Context, batch_size: int) -> Tensor:
+    return solve(block, z, Solver(Sequential()), context, batch_size=batch_size).x
 
 
 class _Means:
-    """Means, in float64, of rows that come in batches: over all rows (`None`), and over those of each class."""
+    """Means, in float64, of rows that come in batches: over all rows (group `None`), and over those of each class."""
 
-    def __init__(self, classes: Sequence[int] = ()) -> None:
-        self._groups: tuple[int | None, ...] = (None, *classes)
+    def __init__(self, groups: Sequence[int | None]) -> None:
+        self._groups = groups
         self._sums: dict[Any, Tensor | float] = defaultdict(float)
         self._counts: Counter[Any] = Counter()
 
     def add(self, key: Any, values: Tensor, labels: Tensor | None) -> None:
+        """Adds rows to the means under `key`."""
         for group in self._groups:
             rows = values if group is None else values[labels == group]
             self._sums[key, group] = self._sums[key, group] + rows.double().sum(dim=0)
             self._counts[key, group] += len(rows)
 
-    def __call__(self, key: Any, group: int | None = None) -> Tensor:
+    def mean(self, key: Any, group: int | None = None) -> Tensor:
+        """Returns the mean of a group's rows under `key`."""
         return torch.as_tensor(self._sums[key, group]) / self._counts[key, group]
 
 
 @dataclass(frozen=True)
 class ImageMeans:
-    """Means over the images, per block: of its parameters, and of Sigma^-1 X over all images and over each class's."""
+    """Per block, means over the images.
+
+    Attributes:
+        mean_affine: The guess of the mean scale and shift.
+        scaled_input: The mean of Sigma^-1 X over all images, then over the images of each class.
+    """
 
     mean_affine: tuple[MeanAffine, ...]
     scaled_input: tuple[tuple[Tensor, ...], ...]
@@ -103,7 +113,7 @@ class ImageMeans:
 
 @dataclass(frozen=True)
 class ImageMetrics:
-    """The metrics that come from the images alone; see `CalibrationReport`."""
+    """The metrics in a report, which come from the images alone; see `CalibrationReport`."""
 
     metrics: Mapping[Norm, Metrics]
     segment_metrics: Mapping[int, Metrics]
@@ -111,17 +121,28 @@ class ImageMetrics:
 
 
 class CalibrationStatistics:
-    """Images in batches, and passes over them. `blocks` are the flow's, guided if guidance is on."""
+    """A flow's statistics over images, measured in batches.
+
+    Args:
+        flow: The model. Under guidance its guided maps are measured, but the images are encoded without guidance.
+        images: Two or more images.
+        context: Context of each image.
+        classes: Classes that have statistics of their own.
+        batch_size: Images in memory at a time.
+        progress: Is called after each batch.
+    """
 
     def __init__(
-        self, flow: Flow, images: Images, context: Context, batch_size: int, progress: Progress | None
-    ) -> None:
+        self, flow: Flow, images: Images, context: Context, classes: Sequence[int], batch_size: int,
+        progress: Progress | None,
+    ) -> None:  # fmt: skip
         self.flow, self.images, self.batch_size, self.progress = flow, images, batch_size, progress
-        self.blocks = flow.inverse_blocks
+        self.classes, self.blocks = classes, flow.inverse_blocks
         self.context = context.to(flow.var.device)
+        self._groups = (None, *classes)
 
     def read(self, index: Int[Tensor, " m"]) -> Float[Tensor, "m c h w"]:
-        """The images at `index`."""
+        """Returns the images at `index`."""
         # NumPy takes a tensor of one index for a number, and would leave out the first axis.
         rows = self.images[index.numpy()] if isinstance(self.images, np.ndarray) else self.images[index]
         images = torch.as_tensor(rows).detach()
@@ -129,64 +150,70 @@ class CalibrationStatistics:
         check_finite("images", images)
         return images
 
-    def means(self, classes: Sequence[int]) -> ImageMeans:
-        """The first pass over the images."""
-        parameters, scaled = _Means(), _Means(classes)
+    def image_means(self) -> ImageMeans:
+        """Measures the means over the images, in one pass."""
+        parameters, scaled = _Means([None]), _Means(self._groups)
         for tokens, context in self._batches(torch.arange(len(self.images)), "mean parameters"):
-            for step in self._walk(tokens, context):
+            for step in self._encode(tokens, context):
                 parameters.add(step.block, torch.stack((step.log_scale, step.shift), dim=1), context.values)
                 scaled.add(step.block, torch.exp(-step.log_scale) * step.x, context.values)
         blocks = range(len(self.blocks))
         return ImageMeans(
-            tuple(MeanAffine(*parameters(i).float().cpu()) for i in blocks),
-            tuple(tuple(scaled(i, group).cpu() for group in (None, *classes)) for i in blocks),
+            tuple(MeanAffine(*parameters.mean(i).float().cpu()) for i in blocks),
+            tuple(tuple(scaled.mean(i, group).cpu() for group in self._groups) for i in blocks),
         )
 
-    def metrics(self, image_means: ImageMeans, classes: Sequence[int], segments: int, norm: Norm) -> ImageMetrics:
-        """The metrics of the guesses that come from these means, by a second pass over the images.
+    def image_metrics(self, means: ImageMeans, num_segments: int, norm: Norm) -> ImageMetrics:
+        """Measures IGM and CRM, in a second pass over the images.
 
-        Metrics are in each norm; in `norm` also those of each tough block's segments, and those over each class.
+        The metrics of all images are in each norm. Those of a tough block's segments, and of each class, are in `norm`.
         """
-        means = _Means(classes)
-        scaled = [dict(zip((None, *classes), of_groups, strict=True)) for of_groups in image_means.scaled_input]
-        guesses = list(map(named_guesses, image_means.mean_affine))
-        every_block = [(i, slice(None)) for i in range(len(self.blocks))]
-
-        def components(norm: Norm, places: Places, group: int | None = None) -> tuple[Components, ...] | None:
-            parts = []
-            for i, run in places:
-                weights = self.blocks[i].output_weights()
-                if weights is None:
-                    return None
-                scale, shift = (0.0 if weight is None else matrix_norm(weight, norm) for weight in weights)
-                parts.append(Components(matrix_norm(scaled[i][group][run], norm), scale, shift))
-            return tuple(parts)
-
-        tough = tough_blocks([part.crm for part in components(norm, every_block) or ()])
-        for tokens, context in self._batches(torch.arange(len(self.images)), "metrics"):
-            for i, x, _, _, z in self._walk(tokens, context):
-                for count in {1, segments} if i in tough else {1}:
-                    for name, guess in guesses[i].items():
-                        residuals = initial_residuals(self.blocks[i], x, z, guess, context, count)
-                        means.add((i, name, count), residuals, context.values)
+        blocks = [(i, slice(None)) for i in range(len(self.blocks))]
+        components = self._components([(i, means.scaled_input[i][0]) for i, _ in blocks], norm)
+        tough = tough_blocks([each.crm for each in components or ()])
+        residuals = self._mean_residuals(means, tough, num_segments)
+        segments = segment_slices(self.flow.config.num_tokens, num_segments)
 
         def metrics(norm: Norm, places: Places, group: int | None = None, count: int = 1) -> Metrics:
-            igm = tuple(
-                {name: matrix_norm(means((i, name, count), group)[run], norm) for name in GUESS_NAMES}
-                for i, run in places
+            matrices = [(i, means.scaled_input[i][self._groups.index(group)][tokens]) for i, tokens in places]
+            igm = (
+                {name: matrix_norm(residuals.mean((i, name, count), group)[tokens], norm) for name in GUESS_NAMES}
+                for i, tokens in places
             )
-            return Metrics(igm, components(norm, places, group))
+            return Metrics(tuple(igm), self._components(matrices, norm))
 
-        runs = segment_runs(self.flow.config.num_tokens, segments)
         return ImageMetrics(
-            metrics={each: metrics(each, every_block) for each in NORMS},
-            segment_metrics={i: metrics(norm, [(i, run) for run in runs], count=segments) for i in tough},
-            class_metrics={label: metrics(norm, every_block, label) for label in classes},
+            metrics={each: metrics(each, blocks) for each in NORMS},
+            segment_metrics={i: metrics(norm, [(i, tokens) for tokens in segments], count=num_segments) for i in tough},
+            class_metrics={label: metrics(norm, blocks, label) for label in self.classes},
         )
 
-    def encoded(self, index: Int[Tensor, " m"]) -> list[BlockSolution]:
-        """Per block, the images at `index` as its solutions: X* with the z that it encodes to."""
-        batches = [list(self._walk(tokens, context)) for tokens, context in self._batches(index, "encoding")]
+    def _components(self, matrices: Sequence[tuple[int, Tensor]], norm: Norm) -> tuple[Components, ...] | None:
+        """Returns the components of CRM for pairs of a block and its mean of Sigma^-1 X, or `None` if not defined."""
+        components = []
+        for i, matrix in matrices:
+            weights = self.blocks[i].output_weights()
+            if weights is None:
+                return None
+            scale, shift = (0.0 if weight is None else matrix_norm(weight, norm) for weight in weights)
+            components.append(Components(matrix_norm(matrix, norm), scale, shift))
+        return tuple(components)
+
+    def _mean_residuals(self, means: ImageMeans, tough: Sequence[int], num_segments: int) -> _Means:
+        """Averages the residuals of each guess over the images, under (block, guess, number of segments)."""
+        residuals = _Means(self._groups)
+        guesses = list(map(guesses_by_name, means.mean_affine))
+        for tokens, context in self._batches(torch.arange(len(self.images)), "metrics"):
+            for i, x, _, _, z in self._encode(tokens, context):
+                for count in {1, num_segments} if i in tough else {1}:
+                    for name, guess in guesses[i].items():
+                        values = initial_residuals(self.blocks[i], x, z, guess, context, count)
+                        residuals.add((i, name, count), values, context.values)
+        return residuals
+
+    def image_solutions(self, index: Int[Tensor, " m"]) -> list[BlockSolution]:
+        """Encodes the images at `index`: per block X*, and the z that it encodes to."""
+        batches = [list(self._encode(tokens, context)) for tokens, context in self._batches(index, "encoding")]
         context = self.context_at(index)
         return [
             BlockSolution(torch.cat([step.x for step in steps]), torch.cat([step.z for step in steps]), context)
@@ -194,20 +221,20 @@ class CalibrationStatistics:
         ]
 
     def context_at(self, index: Int[Tensor, " m"]) -> Context:
-        """The context at `index`, on the flow's device."""
+        """Returns the context at `index`, on the flow's device."""
         return self.context[index.to(self.flow.var.device)]
 
     def _batches(self, index: Int[Tensor, " m"], what: str) -> Iterator[tuple[Tensor, Context]]:
-        """Tokens in raster order and the context of the images at `index`, on the flow's device."""
-        parts = index.split(self.batch_size)
-        for i, part in enumerate(parts):
-            tokens = self.flow.to_tokens(self.read(part).to(self.flow.var.device, self.flow.state_dtype))
-            yield tokens, self.context_at(part)
+        """Yields tokens in raster order, and the context, of the images at `index`, on the flow's device."""
+        batches = index.split(self.batch_size)
+        for i, batch in enumerate(batches):
+            tokens = self.flow.to_tokens(self.read(batch).to(self.flow.var.device, self.flow.state_dtype))
+            yield tokens, self.context_at(batch)
             if self.progress is not None:
-                self.progress(i + 1, len(parts), what)
+                self.progress(i + 1, len(batches), what)
 
-    def _walk(self, x: Tensor, context: Context) -> Iterator[Step]:
-        """Steps of the encoding, with guided parameters and latents; the images are encoded without guidance."""
+    def _encode(self, x: Tensor, context: Context) -> Iterator[Step]:
+        """Yields the steps of the encoding; under guidance, with guided parameters and the z that they encode to."""
         for step in self.flow.encode_steps(x, context, lambda i, x: _affine(self.flow.blocks[i], x, context)):
             if not torch.isfinite(step.z).all():
                 raise InputValueError(

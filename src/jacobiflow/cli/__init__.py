@@ -9,11 +9,11 @@ import sys
 def main(arguments: list[str] | None = None) -> int:
     """Runs a command line, by default that of the process, and returns its exit code.
 
-    It is 2 with one line on bad input, 130 when interrupted, and 1 if the reader of stdout is gone. A fault of the
-    library keeps its traceback; `jacobiflow --traceback COMMAND` shows that of bad input too.
+    Bad input ends in one line on stderr and exit code 2; `jacobiflow --traceback COMMAND` adds its traceback. The exit
+    code is 130 after Ctrl-C, and 1 if stdout was closed. Other errors keep their traceback.
 
-    Modules that installed packages name as entry points of the group "jacobiflow" are imported before a command runs;
-    all commands take what they register.
+    Installed packages can register their own classes: modules of the entry point group "jacobiflow" are imported before
+    a command runs.
     """
     try:
         from jacobiflow.cli.app import run
@@ -24,8 +24,8 @@ def main(arguments: list[str] | None = None) -> int:
             raise
         print("error: the command line needs more packages: pip install 'jacobiflow[cli]'", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:  # a second Ctrl-C, while the first was handled
+    except KeyboardInterrupt:  # A second Ctrl-C, while the first one is handled.
         return 130
     finally:
         if arguments is None:
-            signal.signal(signal.SIGINT, signal.SIG_IGN)  # or exit functions would be interrupted, with a traceback
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C must not interrupt exit functions.

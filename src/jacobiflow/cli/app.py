@@ -1,7 +1,6 @@
-"""The application, and its errors: one line and exit code 2.
+"""The application. Bad input ends in one line on stderr and exit code 2.
 
-Nothing here imports PyTorch before a command runs, so that help is quick: a command module holds its options, and
-imports what it runs inside its function.
+A command imports PyTorch inside its function, so that `--help` is quick.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from typer.exceptions import TyperException
 from typer.main import get_command, get_group
 
 from jacobiflow import __version__
-from jacobiflow.cli import shared
+from jacobiflow.cli import options, output, output_files
 from jacobiflow.cli.bench import bench
 from jacobiflow.cli.calibrate import calibrate
 from jacobiflow.cli.evaluate import evaluate
@@ -33,7 +32,7 @@ from jacobiflow.cli.sample import sample
 from jacobiflow.cli.train import train
 from jacobiflow.errors import InputError, InputValueError
 
-_LOST_READER, _BAD_INPUT, _INTERRUPTED = 1, 2, 130  # typer returns 130 for a KeyboardInterrupt
+_STDOUT_CLOSED, _BAD_INPUT, _INTERRUPTED = 1, 2, 130  # Exit codes; typer returns 130 for a KeyboardInterrupt.
 _OUT_OF_MEMORY = re.compile(
     r"out of memory|allocate memory|DefaultCPUAllocator|bad_alloc|_ALLOC_FAILED|not enough memory", re.IGNORECASE
 )
@@ -47,20 +46,20 @@ app = typer.Typer(
 
 
 def _with_json(command: Callable[..., dict[str, Any] | None]) -> Callable[..., int]:
-    """The command with an option `--json`, after the extensions; its exit code is 2 if its results have problems."""
+    """Returns the command with an option `--json`. The exit code is 2 if its results list problems."""
 
     @functools.wraps(command)
-    def run(*, json: shared.Json = None, **arguments: Any) -> int:
+    def run(*, json: options.Json = None, **arguments: Any) -> int:
         from jacobiflow.models.memory import keep_freed_memory
         from jacobiflow.utils.files import write_json
 
         keep_freed_memory()
         _load_extensions()
-        outputs = [value for name, value in arguments.items() if name in ("out", "save_stats")]
-        inputs = [value for value in arguments.values() if isinstance(value, str | Path) and value not in outputs]
+        output_paths = [value for name, value in arguments.items() if name in ("out", "save_stats")]
+        inputs = [value for value in arguments.values() if isinstance(value, str | Path) and value not in output_paths]
         if arguments.get("tune"):
-            outputs += shared.tunings_beside(arguments["out"])
-        shared.check_output("--json", json, None, *inputs, outputs=outputs)
+            output_paths += output_files.tuning_files_beside(arguments["out"])
+        output_files.check_output("--json", json, None, *inputs, outputs=output_paths)
         results = command(**arguments) or {}
         if json is not None and results:
             json.parent.mkdir(parents=True, exist_ok=True)
@@ -68,7 +67,7 @@ def _with_json(command: Callable[..., dict[str, Any] | None]) -> Callable[..., i
         return _BAD_INPUT if results.get("problems") else 0
 
     signature = inspect.signature(command, eval_str=True)
-    option = inspect.Parameter("json", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=shared.Json)
+    option = inspect.Parameter("json", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=options.Json)
     parameters = [*signature.parameters.values(), option]
     run.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
     run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
@@ -100,10 +99,10 @@ def _root(
 def run(arguments: list[str]) -> int:
     """Runs a command line as `jacobiflow.cli.main` does."""
     for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:  # the caller has closed it
-            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115  open until the process ends
+        if getattr(sys, name) is None:  # The caller has closed it.
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
         if isinstance(stream := getattr(sys, name), io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # a terminal may lack a character
+            stream.reconfigure(errors="replace")  # A terminal may not know every character.
     try:
         with warnings.catch_warnings():
             warnings.showwarning = lambda message, *_, **__: _print_line("warning", str(message))
@@ -117,13 +116,13 @@ def run(arguments: list[str]) -> int:
         remedy = "" if context is None else f"; see {context.command_path} --help"
         message = error.format_message().rstrip(".") + remedy
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes it at the end
-        return _LOST_READER
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes stdout at exit.
+        return _STDOUT_CLOSED
     except (InputError, OSError) as error:
         if "--traceback" in arguments:
             traceback.print_exc()
         message = str(error)
-    except (MemoryError, RuntimeError) as error:  # PyTorch's
+    except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and not _OUT_OF_MEMORY.search(str(error)):
             raise
         message = "out of memory; give a smaller --batch-size, or smaller numbers"
@@ -132,12 +131,12 @@ def run(arguments: list[str]) -> int:
 
 
 def _load_extensions() -> None:
-    from importlib.metadata import entry_points  # slow
+    from importlib.metadata import entry_points
 
     for extension in entry_points(group="jacobiflow"):
         try:
             extension.load()
-        except Exception as error:  # anything that importing a module can raise
+        except Exception as error:  # Importing a module can raise anything.
             raise InputValueError(
                 f"extension {extension.name}: cannot import {extension.value} ({type(error).__name__}: {error}); "
                 "correct or uninstall the package that it is in"
@@ -145,5 +144,5 @@ def _load_extensions() -> None:
 
 
 def _print_line(kind: str, message: str) -> None:
-    options = {option.name: option.opts[0] for command in get_group(app).commands.values() for option in command.params}
-    print(f"{kind}: {shared.one_line(shared.with_options(message, options))}", file=sys.stderr)
+    names = {option.name: option.opts[0] for command in get_group(app).commands.values() for option in command.params}
+    print(f"{kind}: {output.one_line(output.replace_arguments(message, names))}", file=sys.stderr)

@@ -10,47 +10,47 @@ from typing import TYPE_CHECKING, Annotated, Any
 from typer import Option
 
 import jacobiflow as jf
-from jacobiflow.cli import shared
-from jacobiflow.cli.shared import progress_bar, show_table
+from jacobiflow.cli import loading, options
+from jacobiflow.cli.output import progress_bar, show_table
 
 if TYPE_CHECKING:
-    from jacobiflow.comparison.compare import Comparison, Row
+    from jacobiflow.comparison.compare import Comparison, SamplerResult
     from jacobiflow.models.flow import Flow
     from jacobiflow.utils.progress import Progress
     from jacobiflow.utils.timing import Timing
 
-_PICTURE, _TABLE = "bench.png", "bench.json"
+_FIGURE, _TABLE = "bench.png", "bench.json"
 _STRATEGY = (
-    "As in jacobiflow sample; give it again for each. Default: auto and jacobi. The original sampler, the sequential "
-    "loop and an encoding pass are always timed."
+    "A strategy as in jacobiflow sample; may be repeated. Default: auto and jacobi. The original sampler, the "
+    "sequential loop and an encoding pass are always timed."
 )
-_BATCH_SIZE = "Images solved together; give it again for each. Default: 1, 4 and 16."
+_BATCH_SIZE = "Images solved together; may be repeated. Default: 1, 4 and 16."
 _LEGEND = """over: speed-up over the original sampler, and over the sequential loop
-evals/token: how often a token of a block was evaluated
+evals/token: network evaluations of a token in a block
 residual: the largest |g(x) - x|; exact: every block was solved token by token
 *: not certified: the strategy stops after a fixed number of sweeps"""
 
 
 def bench(
-    model: shared.Model = "fashion-p2",
+    model: options.Model = "fashion-p2",
     strategy: Annotated[list[str] | None, Option(help=_STRATEGY)] = None,
-    batch_size: Annotated[list[int] | None, Option(min=1, max=shared.MOST_AT_ONCE, help=_BATCH_SIZE)] = None,
-    repeats: Annotated[int, Option(min=1, help="Rounds that count, after a warm-up.")] = 5,
-    tolerance: shared.Tolerance = None,
-    report: shared.ReportFile = None,
-    labels: shared.Labels = "balanced",
-    seed: shared.Seed = 0,
-    guidance: shared.Recommended = None,
-    plain: shared.Unguided = False,
-    certify: Annotated[bool, Option(help="Certify the samples, within the time that is measured.")] = True,
-    device: shared.Device = "auto",
-    dtype: shared.Dtype = "float32",
+    batch_size: Annotated[list[int] | None, Option(min=1, max=options.MAX_BATCH_SIZE, help=_BATCH_SIZE)] = None,
+    repeats: Annotated[int, Option(min=1, help="Timed rounds, after a warm-up.")] = 5,
+    tolerance: options.Tolerance = None,
+    report: options.ReportFile = None,
+    labels: options.Labels = "balanced",
+    seed: options.Seed = 0,
+    guidance: options.RecommendedGuidance = None,
+    plain: options.NoGuidance = False,
+    certify: Annotated[bool, Option(help="Certify the samples; the time includes it.")] = True,
+    device: options.Device = "auto",
+    dtype: options.Dtype = "float32",
     out: Annotated[Path, Option(help="Folder for bench.png, bench.json.")] = Path("out/bench"),
 ) -> dict[str, Any]:
     """Time strategies and measure their errors.
 
-    All are interleaved on the same latents, beside the original sampler and the sequential loop; errors are against the
-    sequential loop's images.
+    The strategies, the original sampler and the sequential loop run in turn on the same latents. Errors are differences
+    from the images of the sequential loop.
 
     Example: jacobiflow bench --model digits-p1 --strategy jacobi --strategy "[2-4-5-6]" --repeats 3
     """
@@ -62,63 +62,63 @@ def bench(
     from jacobiflow.sampling import sample
     from jacobiflow.utils import files, timing
 
-    flow = shared.load_model(model, device, dtype)
-    flow, origin = shared.guide(flow, guidance, plain, labels != "none" and not flow.reads_text)
+    flow = loading.load_model(model, device, dtype)
+    flow, guidance_line = loading.guide(flow, guidance, plain, labels != "none" and not flow.reads_text)
     names = [name for name in dict.fromkeys(strategy or ("auto", "jacobi")) if name != baselines.SEQUENTIAL]
-    guesses = shared.load_report(report, flow)
+    guesses = loading.load_report(report, flow)
     cases = []
     with progress_bar() as progress:
         for size in dict.fromkeys(batch_size or (1, 4, 16)):
             z = latents.draw_latents(size, flow.config.num_tokens, flow.config.token_channels, seed)
-            classes = shared.parse_labels(labels, size, flow, seed)
+            classes = options.parse_labels(labels, size, flow, seed)
             plans = {name: _choose(flow, name, size, tolerance, guesses, progress) for name in names}
-            context, options = Context(classes), SolveOptions(certify=certify)
+            context, solve_options = Context(classes), SolveOptions(certify=certify)
             runs = {
-                name: partial(sample.sample_with_strategy, flow, plan, z, context, options)
+                name: partial(sample.sample_with_strategy, flow, plan, z, context, solve_options)
                 for name, plan in plans.items()
             }
             cases.append((z, classes, runs))
-    with files.output_directory(out, "benchmark", (_PICTURE, _TABLE)), progress_bar() as progress:
-        where = timing.machine(flow.var.device)
+    with files.output_directory(out, "benchmark", (_FIGURE, _TABLE)), progress_bar() as progress:
+        machine = timing.describe_machine(flow.var.device)
         print(
-            f"{model} on {where['processor']}, {where['cores']} cores, {where['threads']} threads, device "
-            f"{where['device']}, PyTorch {where['torch']}\nnative exact loops: {native.describe()}\n{origin}"
+            f"{model} on {machine['processor']}, {machine['cores']} cores, {machine['threads']} threads, device "
+            f"{machine['device']}, PyTorch {machine['torch']}\nnative exact loops: {native.describe()}\n{guidance_line}"
         )
         comparisons = []
         for z, classes, runs in cases:
-            comparisons.append(compare.compare(flow, z, classes, runs, repeats=repeats, progress=progress))
-            _print(comparisons[-1])
+            comparisons.append(compare.compare_samplers(flow, z, classes, runs, repeats=repeats, progress=progress))
+            _print_comparison(comparisons[-1])
         print(_LEGEND)
         results = {
             "model": model, "num_tokens": flow.config.num_tokens, "num_blocks": flow.config.num_blocks, "dtype": dtype,
             "seed": seed, "labels": labels, "guidance": None if flow.guidance is None else asdict(flow.guidance),
             "tolerance": tolerance, "report": None if report is None else str(report), "certify": certify,
-            "repeats": repeats, "machine": where, "comparisons": [each.to_json() for each in comparisons],
+            "repeats": repeats, "machine": machine, "comparisons": [each.to_json() for each in comparisons],
         }  # fmt: skip
-        plots.save_png(plots.bench_figure(comparisons), out / _PICTURE)
+        plots.save_png(plots.bench_figure(comparisons), out / _FIGURE)
         files.write_json(out / _TABLE, results)
-    print(f"wrote {out / _PICTURE} and {out / _TABLE}")
+    print(f"wrote {out / _FIGURE} and {out / _TABLE}")
     return results
 
 
 def _choose(
     flow: Flow, name: str, size: int, tolerance: float | None, report: jf.CalibrationReport | None, progress: Progress
 ) -> jf.Strategy:
-    """The strategy of that name, to `tolerance` unless it stops after a number of sweeps."""
+    """Chooses a strategy, to `tolerance` unless it stops after a number of sweeps."""
     from jacobiflow.planner import choose, is_auto
 
-    planned_for = tolerance if is_auto(name) else None
-    plan = choose(flow, name, size, tolerance=planned_for, report=report, progress=progress)
+    auto_tolerance = tolerance if is_auto(name) else None
+    plan = choose(flow, name, size, tolerance=auto_tolerance, report=report, progress=progress)
     return plan if tolerance is None else plan.with_tolerance(tolerance)
 
 
-def _print(comparison: Comparison) -> None:
+def _print_comparison(comparison: Comparison) -> None:
     from jacobiflow.comparison.compare import ENCODING_PASS
 
     over = ["over\n" + name.replace(" ", "\n") for name in comparison.baselines]
     columns = ("strategy", "median\nseconds", "min to\nmax", *over, "evals/\ntoken", "max\nerror", "residual")
     rows = []
-    for row in comparison.rows:
+    for row in comparison.results:
         evaluations = row.evaluations_per_token
         rows.append((
             row.strategy, *_seconds(row.seconds),
@@ -126,21 +126,22 @@ def _print(comparison: Comparison) -> None:
             "" if evaluations is None else f"{evaluations:.2f}",
             f"{row.error.max:.1e}" if row.error.max else "0", _residual(row),
         ))  # fmt: skip
-    rows.append((ENCODING_PASS, *_seconds(comparison.floor), *[""] * (len(columns) - 3)))
+    rows.append((ENCODING_PASS, *_seconds(comparison.encoding_pass), *[""] * (len(columns) - 3)))
     print(f"\nbatch size {comparison.batch_size}")
     show_table(columns, rows)
 
 
-def _residual(row: Row) -> str:
-    """The largest residual, with an asterisk if there was no tolerance for it."""
-    if row.exact:
+def _residual(row: SamplerResult) -> str:
+    """Formats the largest residual, with an asterisk if the strategy has no tolerance."""
+    if row.is_exact:
         return "exact"
-    if row.samples is None or row.certificate is None:
+    if row.samples is None or row.residual is None:
         return ""
-    return f"{row.certificate:.1e}{'*' * (row.samples.tolerance is None)}"
+    return f"{row.residual:.1e}{'*' * (row.samples.tolerance is None)}"
 
 
 def _seconds(timing: Timing) -> tuple[str, str]:
+    """Formats the median, and the range from the fastest to the slowest round."""
     least, median, most = (
         f"{seconds:.{3 if seconds < 10 else 1}f}" for seconds in (timing.min, timing.median, timing.max)
     )

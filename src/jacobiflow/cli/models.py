@@ -1,4 +1,4 @@
-"""`jacobiflow convert` and `jacobiflow info`: a model folder from original weights, and what is in one."""
+"""`jacobiflow convert` and `jacobiflow info`: model folders."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ from typing import Annotated, Any
 from typer import Argument, Option
 
 import jacobiflow as jf
-from jacobiflow.cli import shared
+from jacobiflow.cli import loading, options
+from jacobiflow.cli.output import one_line, show_table
 from jacobiflow.errors import InputError, InputValueError
 
-_LIBRARIES = ("zuko", "nflows", "normflows", "pyro-ppl", "sbi")  # whose flows `accelerate` takes
-_ROUND_TRIP = 1e-3  # largest change of a latent that is decoded and encoded
-_NOISE = "Gaussian noise of the training images, which denoising needs. Default: 0; of a STARFlow 0.3."
-_CHECK = "Instead, check a model folder, a sample folder or a training folder completely."
+_LIBRARIES = ("zuko", "nflows", "normflows", "pyro-ppl", "sbi")  # The libraries that `accelerate` supports.
+_MAX_ROUND_TRIP_ERROR = 1e-3  # Largest change of a latent that is decoded and encoded again.
+_NOISE = "Standard deviation of the training images' noise, which denoising removes. Default: 0; STARFlow: 0.3."
+_CHECK = "Instead, check all files of a model folder, a sample folder or a training folder."
 
 
 def convert(
@@ -27,12 +28,12 @@ def convert(
         int | None, Option(help="Side of a patch in pixels, for a flow over images; else it is one over tokens.")
     ] = None,
     noise_std: Annotated[float | None, Option(help=_NOISE)] = None,
-    encode_text: shared.EncodeText = None,
+    encode_text: options.EncodeText = None,
 ) -> dict[str, Any]:
-    """Make a model folder of original weights.
+    """Make a model folder from original weights.
 
-    Everything but the options is read from the shapes. For a STARFlow, --encode-text gives the states of the empty
-    text, which guidance needs.
+    The config is read from the shapes of the weights and the options. A STARFlow needs --encode-text for guidance,
+    which encodes the empty text.
 
     Example: jacobiflow convert afhq_model_8_768_8_8_0.07.pth --patch-size 8 --noise-std 0.07 --out afhq
     """
@@ -41,7 +42,7 @@ def convert(
 
     check_own(out, "model")
     state = read_original(file)
-    encoder = None if encode_text is None else shared.load_encoder(encode_text)
+    encoder = None if encode_text is None else options.load_encoder(encode_text)
     flow: jf.STARFlow | jf.TarFlow
     config: jf.STARFlowConfig | jf.TarFlowConfig | jf.TokenConfig
     if "blocks.0.sos_embed" in state:
@@ -67,14 +68,14 @@ def convert(
 
 
 def info(
-    model: shared.Model = "fashion-p2",
+    model: options.Model = "fashion-p2",
     check: Annotated[str | None, Option(help=_CHECK)] = None,
 ) -> dict[str, Any]:
     """Show a model and this machine, or check a folder.
 
-    Prints the model's shape, size and recommended settings, how its exact loops run here, and the versions: please add
-    what --json writes to a report of a problem. With --check, each line is a problem with its remedy, and the exit code
-    is 2 if there is one. For samples without a problem it also prints how many are exact, and how many are certified.
+    Prints the model's shape, size and recommended settings, how its exact loops run here, and versions. Please add the
+    file of --json to a report of a problem. With --check, each line is a problem with its remedy, and the exit code is
+    2 if there is one. For samples without a problem it also prints how many are exact and certified.
 
     Example: jacobiflow info --model digits-p1
     """
@@ -90,14 +91,14 @@ def info(
     model_values = {
         "model": model, "flow": flow.model_type, **asdict(config), "num_tokens": config.num_tokens,
         "token_channels": config.token_channels,
-        "recommended": "none" if flow.recommended == jf.SamplingSettings() else shared.settings_text(flow.recommended),
+        "recommended": "none" if flow.recommended == jf.SamplingSettings() else loading.settings_text(flow.recommended),
         "parameters": sum(p.numel() for p in flow.parameters()),
     }  # fmt: skip
     libraries = {each.name: each.version for each in distributions() if each.name in _LIBRARIES}
-    machine_values = {"native_loops": native.describe(), **timing.machine(), **libraries}
+    machine_values = {"native_loops": native.describe(), **timing.describe_machine(), **libraries}
     for title, values in (("Model", model_values), ("This machine", machine_values)):
         print(title)
-        shared.show_table(("", ""), [(name, str(value)) for name, value in values.items()], text=(0, 1))
+        show_table(("", ""), [(name, str(value)) for name, value in values.items()], text=(0, 1))
     return model_values | machine_values
 
 
@@ -116,7 +117,7 @@ def _check(path: str) -> dict[str, Any]:
     content = [name for name, (files, _) in kinds.items() if any((folder / file).exists() for file in files)]
     if not content:
         raise InputValueError(f"{path}: no model, samples or training run; give the folder of one, or a model's name")
-    problems = [shared.one_line(problem) for name in content for problem in kinds[name][1](folder)]
+    problems = [one_line(problem) for name in content for problem in kinds[name][1](folder)]
     print("\n".join(problems) if problems else f"{path}: no problem; checked {' and '.join(content)}")
     results: dict[str, Any] = {"path": path, "checked": content, "problems": problems}
     if "samples" in content and not problems:
@@ -127,8 +128,7 @@ def _check(path: str) -> dict[str, Any]:
 
 
 def _model_problems(folder: Path) -> Iterator[str]:
-    """Problems of the files, then of the reports, then of a round trip through the flow."""
-
+    """Yields problems of the files, of the reports, and of a round trip through the flow."""
     from jacobiflow.models.latents import draw_latents
 
     try:
@@ -147,11 +147,12 @@ def _model_problems(folder: Path) -> Iterator[str]:
     z = draw_latents(1, flow.config.num_tokens, flow.config.token_channels, seed=0)
     context = flow.example_context(1)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # an overflow, which the line below reports
+        warnings.simplefilter("ignore")  # The line below reports an overflow.
         x = jf.decode(flow, z, context, strategy="sequential", certify=False)
     change = float((flow.encode(x, context)[0] - z).abs().max())
-    if not change <= _ROUND_TRIP:  # or NaN
+    if not change <= _MAX_ROUND_TRIP_ERROR:  # NaN also fails.
         yield (
-            f"{folder}: a latent that is decoded and encoded again is off by {change:.1e}, more than {_ROUND_TRIP:g}; "
-            "the weights are damaged or badly conditioned: copy the folder again, or train it on"
+            f"{folder}: a latent that is decoded and encoded again is off by {change:.1e}, more than "
+            f"{_MAX_ROUND_TRIP_ERROR:g}; the weights are damaged or badly conditioned: copy the folder again, or train "
+            "it on"
         )

@@ -9,57 +9,58 @@ from typing import TYPE_CHECKING, Annotated, Any
 from typer import Option
 
 import jacobiflow as jf
-from jacobiflow.cli import shared
+from jacobiflow.cli import loading, options, output_files
+from jacobiflow.cli.output import show_table
 from jacobiflow.errors import InputValueError
 
 if TYPE_CHECKING:
     from jacobiflow.models.flow import Flow
 
-_MOST = 1024  # images in a batch that is chosen
+_MAX_AUTO_BATCH_SIZE = 1024
 _TUNE = (
-    "First fit guesses and corrections, and keep them as tuning.json in the model's folder, or beside --out for a "
+    "First fit guesses and corrections, and save them as tuning.json in the model's folder, or beside --out for a "
     "bundled model; under guidance as tuning-guided.json."
 )
 
 
 def plan(
     out: Annotated[Path, Option(help="File for the strategy (JSON).")],
-    model: shared.Model = "fashion-p2",
+    model: options.Model = "fashion-p2",
     tune: Annotated[bool, Option("--tune", help=_TUNE)] = False,
     batch_size: Annotated[
         str, Option(help="Images solved together, or auto: as many as fit in free memory, at most 1,024.")
     ] = "16",
     tolerance: Annotated[float, Option(help="Largest residual in any block, and largest error of a sample.")] = 1e-3,
-    guidance: shared.Recommended = None,
-    plain: shared.Unguided = False,
-    device: shared.Device = "auto",
-    dtype: shared.Dtype = "float32",
+    guidance: options.RecommendedGuidance = None,
+    plain: options.NoGuidance = False,
+    device: options.Device = "auto",
+    dtype: options.Dtype = "float32",
 ) -> dict[str, Any]:
     """Find the fastest strategy for a model here.
 
-    Times solvers on this machine, for one batch size and tolerance. The file is the plan that the strategy "auto" makes
-    by itself: to look at, to keep and to give to sample.
+    Times solvers on this machine, for one batch size and tolerance. The strategy "auto" makes the same plan by itself.
+    Give the file to sample by --strategy.
 
     Example: jacobiflow plan --model fashion-p2 --batch-size 4 --out out/plan.json
     """
     from jacobiflow.models.memory import batch_bytes, find_batch_size
 
-    shared.check_output("--out", out, model, outputs=shared.tunings_beside(out) if tune else ())
+    output_files.check_output("--out", out, model, outputs=output_files.tuning_files_beside(out) if tune else ())
     if out.suffix != ".json":
         raise InputValueError(f"--out {out}: give a file that ends in .json")
-    size = shared.parse_batch_size(batch_size)
-    flow, origin = shared.guide(shared.load_model(model, device, dtype), guidance, plain, has_context=True)
-    size = size or find_batch_size(flow, _MOST)
+    size = options.parse_batch_size(batch_size)
+    flow, origin = loading.guide(loading.load_model(model, device, dtype), guidance, plain, has_context=True)
+    size = size or find_batch_size(flow, _MAX_AUTO_BATCH_SIZE)
     tuning = _tune(flow, model, out) if tune else jf.find_tuning(flow)
     strategy = jf.plan(flow, None if tuning is None else jf.Tuning.load(tuning), size, tolerance)
     prediction = strategy.prediction
-    assert prediction is not None  # plan makes it
+    assert prediction is not None
     out.parent.mkdir(parents=True, exist_ok=True)
     strategy.save(out)
 
     print(f"{model}, batch size {size}, {prediction.device}\n{origin}")
     rows = [(str(i), *_describe(solver, flow.config.num_tokens)) for i, solver in enumerate(strategy.solvers)]
-    shared.show_table(("block", "tokens at a time", "until"), rows, text=(0, 1, 2))
+    show_table(("block", "tokens at a time", "until"), rows, text=(0, 1, 2))
     print(
         f"predicted: {prediction.seconds:.3f} s a batch, the exact loop {prediction.sequential_seconds:.3f} s; "
         f"largest error of a sample {prediction.error:.1e}"
@@ -74,7 +75,7 @@ def plan(
 
 
 def _tune(flow: Flow, model: str, out: Path) -> Path:
-    """The file of a new tuning, in the model's folder if it is one of the user's."""
+    """Tunes the flow; returns the file of the tuning, in the model's folder unless it is a bundled model."""
     folder = Path(model) if Path(model).is_dir() else out.parent
     file = folder / ("tuning.json" if flow.guidance is None else "tuning-guided.json")
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -84,12 +85,13 @@ def _tune(flow: Flow, model: str, out: Path) -> Path:
 
 
 def _describe(solver: jf.Solver, num_tokens: int) -> tuple[str, str]:
+    """Returns the tokens at a time and the stopping rule of a solver, in words."""
     tokens = str(solver.partition.stop(0, num_tokens))
     if solver.int16_weights:
         return tokens, "with weights of 16-bit integers, certified"
     if tokens == "1":
         return tokens, "exact"
-    low = f"{solver.bf16_sweeps} sweeps in bfloat16, then " if solver.bf16_sweeps else ""
+    first = f"{solver.bf16_sweeps} sweeps in bfloat16, then " if solver.bf16_sweeps else ""
     if solver.stopping.atol is not None:
-        return tokens, f"{low}changes are below {solver.stopping.atol:.1e}"
-    return tokens, f"{low}{solver.stopping.max_sweeps} sweeps"
+        return tokens, f"{first}changes are below {solver.stopping.atol:.1e}"
+    return tokens, f"{first}{solver.stopping.max_sweeps} sweeps"

@@ -1,4 +1,4 @@
-"""Timings that can be compared: samplers interleaved on the same latents, beside two baselines and an encoding pass."""
+"""Samplers timed in turn on the same latents, beside the original sampler, the sequential loop and an encoding pass."""
 
 from __future__ import annotations
 
@@ -11,31 +11,31 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from jacobiflow.comparison.baselines import SEQUENTIAL, original_loop, sequential_samples
-from jacobiflow.errors import InputValueError
+from jacobiflow.comparison.baselines import SEQUENTIAL, original_sampler, sequential_samples
+from jacobiflow.evaluation import PairedError, paired_error
 from jacobiflow.models.flow import Flow
 from jacobiflow.sampling.result import Samples
 from jacobiflow.utils.progress import Progress
-from jacobiflow.utils.timing import Error, Timing, interleave, paired_error
+from jacobiflow.utils.timing import Timing, time_interleaved
 
 ENCODING_PASS = "encoding pass"
 
 
 @dataclass(frozen=True)
-class Row:
-    """One sampler at one batch size.
+class SamplerResult:
+    """Time and error of one sampler at one batch size.
 
     Attributes:
-        strategy: Its name.
-        seconds: For the whole batch.
-        error: The difference from the x of the sequential loop.
+        strategy: Name of the sampler.
+        seconds: Seconds for the whole batch.
+        error: Difference from the x of the sequential loop.
         x: Images or tokens of its first round.
-        samples: With this x; None for an original sampler, which returns x only.
+        samples: The samples with this x; `None` for an original sampler, which returns x only.
     """
 
     strategy: str
     seconds: Timing
-    error: Error
+    error: PairedError
     x: Float[Tensor, "n ..."]
     samples: Samples | None = None
 
@@ -48,19 +48,19 @@ class Row:
         return self.samples.token_evaluations / (num * length * len(self.samples.stats))
 
     @property
-    def certificate(self) -> float | None:
-        """The largest residual |g(x) - x| of any sample in any block; None if it was not measured."""
+    def residual(self) -> float | None:
+        """The largest residual |g(x) - x| of any sample in any block; `None` if it was not measured."""
         if self.samples is None or self.samples.residual is None:
             return None
         return float(self.samples.residual.max())
 
     @property
-    def exact(self) -> bool:
+    def is_exact(self) -> bool:
         """True if every block of every sample was solved token by token."""
         return self.samples is not None and bool(self.samples.exact.all())
 
     def to_json(self) -> dict[str, Any]:
-        """A JSON value: attributes and properties, sweeps by block, and samples that were solved again."""
+        """Returns a JSON value: attributes and properties, sweeps by block, and samples that were solved again."""
         samples = self.samples
         return {
             "strategy": self.strategy,
@@ -69,8 +69,8 @@ class Row:
             "network_calls": None if samples is None else samples.network_calls,
             "token_evaluations": None if samples is None else samples.token_evaluations,
             "evaluations_per_token": self.evaluations_per_token,
-            "certificate": self.certificate,
-            "exact": self.exact,
+            "residual": self.residual,
+            "exact": self.is_exact,
             "used_fallback": None if samples is None else int(samples.used_fallback.sum()),
             "sweeps": None if samples is None else [block.sweeps for block in samples.stats],
         }
@@ -78,22 +78,23 @@ class Row:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Samplers at one batch size, from one interleaved run.
+    """Samplers at one batch size, timed in turn.
 
     Attributes:
         batch_size: Samples in the batch.
-        rows: The original sampler if the flow has one, the sequential loop, then `others`.
-        floor: One encoding pass of the batch, each block evaluated once, unguided: no solver is faster.
+        results: The original sampler if the flow has one, the sequential loop, then `candidates`.
+        encoding_pass: Time of one encoding of the batch without guidance. No solver is faster, because it must evaluate
+            each block at least once.
     """
 
     batch_size: int
-    rows: tuple[Row, ...]
-    floor: Timing
+    results: tuple[SamplerResult, ...]
+    encoding_pass: Timing
 
     @property
     def original(self) -> str:
-        """The name of the original sampler, see `jacobiflow.comparison.baselines.original_loop`."""
-        return self.rows[0].strategy
+        """The name of the original sampler; see `jacobiflow.comparison.baselines.original_sampler`."""
+        return self.results[0].strategy
 
     @property
     def baselines(self) -> tuple[str, ...]:
@@ -101,31 +102,31 @@ class Comparison:
         return tuple(dict.fromkeys((self.original, SEQUENTIAL)))
 
     @property
-    def others(self) -> tuple[Row, ...]:
-        """The rows that are no baselines."""
-        return self.rows[len(self.baselines) :]
+    def candidates(self) -> tuple[SamplerResult, ...]:
+        """All results but those of the baselines."""
+        return self.results[len(self.baselines) :]
 
-    def row(self, strategy: str) -> Row:
-        """The row of that name."""
-        return {row.strategy: row for row in self.rows}[strategy]
+    def result(self, strategy: str) -> SamplerResult:
+        """Returns the result of the sampler of that name."""
+        return {result.strategy: result for result in self.results}[strategy]
 
-    def speed_up(self, row: Row, baseline: str) -> float:
-        """Returns the median seconds of the row that `baseline` names, over those of `row`."""
-        return self.row(baseline).seconds.median / row.seconds.median
+    def speed_up(self, result: SamplerResult, baseline: str) -> float:
+        """Returns the median seconds of the baseline of that name, divided by those of `result`."""
+        return self.result(baseline).seconds.median / result.seconds.median
 
     def to_json(self) -> dict[str, Any]:
-        """A JSON value: rows with their speed-ups, and the encoding pass."""
+        """Returns a JSON value: a row for each sampler with its speed-ups, and the encoding pass."""
         return {
             "batch_size": self.batch_size,
             "rows": [
-                row.to_json() | {"speed_up": {name: self.speed_up(row, name) for name in self.baselines}}
-                for row in self.rows
+                result.to_json() | {"speed_up": {name: self.speed_up(result, name) for name in self.baselines}}
+                for result in self.results
             ],
-            "encoding_pass": asdict(self.floor),
+            "encoding_pass": asdict(self.encoding_pass),
         }
 
 
-def compare(
+def compare_samplers(
     flow: Flow,
     latents: Float[Tensor, "n t c"],
     context: Tensor | None,
@@ -135,35 +136,30 @@ def compare(
     warm_up: bool = True,
     progress: Progress | None = None,
 ) -> Comparison:
-    """Times samplers beside the original sampler, the sequential loop and an encoding pass, in one interleaved run.
+    """Times samplers in turn with the original sampler, the sequential loop and an encoding pass.
 
     Args:
         flow: The model; its device and its guidance are used.
-        latents: Before the prior's scale.
-        runs: Samplers by name, for the same latents, context and guidance.
-        repeats: Rounds that count, after one that does not, unless `warm_up` is False.
+        latents: Standard normal latents, before the prior's scale.
+        context: Context of each latent, or `None`.
+        runs: Samplers by name, for the same latents, context and guidance. The baselines' names are taken.
+        repeats: Number of rounds that are timed.
+        warm_up: If True, one more round comes first, which is not timed.
+        progress: Is called after each run.
     """
-    original, loop = original_loop(flow)
-    for name in (original, SEQUENTIAL, ENCODING_PASS):
-        if name in runs:
-            raise InputValueError(f"run {name!r}: timed in any case; give it another name, or leave it out")
+    original, sample_original = original_sampler(flow)
     sequential = partial(sequential_samples, flow, latents, context)
     exact = sequential()
-    every: dict[str, Callable[[], Any]] = {
-        original: partial(loop, flow, exact.latents, exact.context),
-        SEQUENTIAL: sequential,  # in place of the original sampler if the flow has none
+    all_runs: dict[str, Callable[[], Any]] = {
+        original: partial(sample_original, flow, exact.latents, exact.context),
+        SEQUENTIAL: sequential,  # replaces the original sampler if the flow has none
         **runs,
-        ENCODING_PASS: partial(_encode, flow, exact.x, exact.context),
+        ENCODING_PASS: torch.no_grad()(partial(flow.encode, exact.x, exact.context)),
     }
-    seconds, results = interleave(every, repeats, flow.var.device, progress, warm_up)
-    rows = []
+    seconds, answers = time_interleaved(all_runs, repeats, flow.var.device, progress, warm_up)
+    results = []
     for name in dict.fromkeys((original, SEQUENTIAL, *runs)):
-        samples = results[name] if isinstance(results[name], Samples) else None
-        x = results[name] if samples is None else samples.x
-        rows.append(Row(name, seconds[name], paired_error(x, exact.x), x, samples))
-    return Comparison(len(latents), tuple(rows), seconds[ENCODING_PASS])
-
-
-def _encode(flow: Flow, x: Tensor, context: Tensor | None) -> None:
-    with torch.no_grad():
-        flow.encode(x, context)
+        samples = answers[name] if isinstance(answers[name], Samples) else None
+        x = answers[name] if samples is None else samples.x
+        results.append(SamplerResult(name, seconds[name], paired_error(x, exact.x), x, samples))
+    return Comparison(len(latents), tuple(results), seconds[ENCODING_PASS])

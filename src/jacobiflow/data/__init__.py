@@ -1,4 +1,4 @@
-"""Labelled images in memory, and the noise and augmentation of training images."""
+"""Labelled images, and the noise and augmentation of training images."""
 
 from jacobiflow.data.augmentation import Augmentation, Noise, add_noise, augment, noisy_images
 from jacobiflow.data.dataset import DataError, ImageDataset, balanced_labels, quantize, scale

@@ -9,11 +9,11 @@ from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
 from jacobiflow.errors import InputValueError
-from jacobiflow.utils.checks import check_kind
+from jacobiflow.utils.checks import check_kind, format_value
 
 
 class DataError(InputValueError):
-    """Unusable data, or an unusable file or folder of data; the message names it and the remedy."""
+    """Data, or a file or folder of data, cannot be used; the message names it and the remedy."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,7 +23,7 @@ class ImageDataset:
     Args:
         images: The images, uint8 of shape (N, C, H, W).
         labels: The class of each image, int64 of shape (N,) and at least 0; None without classes.
-        classes: The names of the classes if they have any, such as the subfolders of a folder of images.
+        classes: The names of the classes, such as the subfolders of a folder of images; empty without names.
 
     Example:
         >>> data = ImageDataset(torch.zeros(2, 1, 8, 8, dtype=torch.uint8), torch.tensor([0, 1]))
@@ -41,11 +41,11 @@ class ImageDataset:
         check_kind("images", images, Tensor, "a torch.Tensor of 8-bit images (N, C, H, W)")
         check_kind("labels", labels, (Tensor, type(None)), "a torch.Tensor with one whole number per image, or None")
         if images.dtype != torch.uint8 or images.ndim != 4 or not images.numel():
-            have = f"{images.dtype} of shape {tuple(images.shape)}"
-            raise DataError(f"images: {have}; give torch.uint8 of shape (N, C, H, W), each at least 1")
+            raise DataError(f"images={format_value(images)}: give torch.uint8 of shape (N, C, H, W), each at least 1")
         if labels is not None and (labels.dtype != torch.int64 or labels.shape != images.shape[:1] or labels.min() < 0):
-            have = f"{labels.dtype} of shape {tuple(labels.shape)}"
-            raise DataError(f"labels: {have}; give torch.int64 of shape ({len(images)},), each at least 0")
+            raise DataError(
+                f"labels={format_value(labels)}: give torch.int64 of shape ({len(images)},), each at least 0"
+            )
 
     def __len__(self) -> int:
         return len(self.images)
@@ -61,10 +61,10 @@ def scale(images: UInt8[Tensor, "*n"]) -> Float[Tensor, "*n"]:
 
 
 def quantize(images: Float[Tensor, "*n"]) -> UInt8[Tensor, "*n"]:
-    """Clips images to [-1, 1] and rounds them to 8 bits: the inverse of `scale`. NaN becomes black."""
+    """Clips images to [-1, 1] and rounds them to 8 bits, the inverse of `scale`. NaN becomes black."""
     return ((images.float().nan_to_num(nan=-1.0).clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
 
 def balanced_labels(num: int, num_classes: int) -> Int[Tensor, " n"]:
-    """Returns labels 0, 1, ..., num_classes - 1, 0, 1, ..., as many of each class as possible."""
+    """Returns labels 0, 1, ..., num_classes - 1, 0, 1, ..., so that all classes are equally frequent."""
     return torch.arange(num) % num_classes

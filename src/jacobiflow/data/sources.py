@@ -1,4 +1,4 @@
-"""Images by the name of a data set, or from a file or folder."""
+"""Image data sets by name, and images from files and folders."""
 
 from __future__ import annotations
 
@@ -28,22 +28,23 @@ Split: TypeAlias = Literal["train", "test"]
 _BUNDLED = {"fashion-512": "fashion512.npz", "emoji-256": "emoji256.npz"}
 _NAMES = (*_BUNDLED, "fashion-mnist", "digits")
 _SPLITS: dict[str, tuple[Split, ...]] = {"fashion-mnist": ("train", "test"), "digits": ()}
-_IDX_STEMS: dict[Split, str] = {"train": "train", "test": "t10k"}  # first word of the names of IDX files
+_IDX_STEMS: dict[Split, str] = {"train": "train", "test": "t10k"}  # First word of the names of IDX files.
 _FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 _SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".pgm", ".ppm", ".tif", ".tiff"})
 _BROKEN = (OSError, EOFError, LookupError, TypeError, ValueError, zlib.error, zipfile.BadZipFile)
 
 
 def load_images(source: str, size: int, channels: int, split: Split = "train") -> ImageDataset:
-    """Loads images by the name of a data set, or from a file or folder.
+    """Loads a data set by its name, or images from a file or folder.
 
     Args:
-        source: "fashion-512" or "emoji-256" (training images that ship with the package), "fashion-mnist" (Debian's
-            dataset-fashion-mnist), "digits" (scikit-learn's), an .npz file with `images` (N, H, W) or (N, C, H, W) and
-            perhaps `labels` (N,), or a folder of IDX files (MNIST's format) or of images; see `image_folder`.
-        size: Side of the images in pixels; only images of a folder are resized.
-        channels: 3, or 1 for grey.
-        split: "train" loads all images of a source without a test split; see `available_splits`.
+        source: "fashion-512" or "emoji-256" (training images in the package), "fashion-mnist" (Debian's package
+            dataset-fashion-mnist), "digits" (scikit-learn's), or a path: an .npz file with `images` (N, H, W) or
+            (N, C, H, W) and optional `labels` (N,), a folder of IDX files (MNIST's format), or a folder of images, see
+            `image_folder`.
+        size: Side of the images in pixels. Only images of a folder are resized.
+        channels: 3 for colour, 1 for grey.
+        split: "train" or "test". "train" loads all images of a source without splits, see `available_splits`.
 
     Example:
         >>> data = load_images("fashion-512", size=28, channels=1)
@@ -76,7 +77,7 @@ def load_images(source: str, size: int, channels: int, split: Split = "train") -
 
 
 def available_splits(source: str) -> tuple[Split, ...]:
-    """Returns the splits of a source of `load_images`; () if training and test images are not told apart in it.
+    """Returns the splits of a source of `load_images`; an empty tuple if it has no separate test images.
 
     Example:
         >>> available_splits("fashion-512"), available_splits("fashion-mnist"), available_splits("digits")
@@ -88,7 +89,7 @@ def available_splits(source: str) -> tuple[Split, ...]:
 
 
 def digits() -> ImageDataset:
-    """Loads scikit-learn's 1,797 handwritten digits, 8x8, their 17 levels stretched to 0 .. 255."""
+    """Loads scikit-learn's 1,797 handwritten digits of 8x8 pixels, with values scaled from 0 .. 16 to 0 .. 255."""
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
@@ -98,11 +99,11 @@ def digits() -> ImageDataset:
 
 
 def idx_folder(folder: str | Path, split: Split = "train") -> ImageDataset:
-    """Reads MNIST, or a data set in the same files.
+    """Reads MNIST or another data set in its format.
 
     Args:
-        folder: Holds `train-images-idx3-ubyte`, `train-labels-idx1-ubyte`, and two files `t10k-...` of the test split;
-            each gzipped or not.
+        folder: A folder with `train-images-idx3-ubyte` and `train-labels-idx1-ubyte`, or the files `t10k-...` of the
+            test split. Files may be gzipped.
     """
     stem = _IDX_STEMS[split]
     images = _idx_file(Path(folder), f"{stem}-images-idx3-ubyte")
@@ -115,7 +116,7 @@ def _idx_file(folder: Path, name: str) -> NDArray[np.uint8]:
         raise DataError(f"{folder}: no {name}[.gz] (Debian's dataset-fashion-mnist installs Fashion-MNIST)")
     try:
         data = path.read_bytes()
-        # The first bytes decide, not the name: a browser may unpack a file and keep its name.
+        # A browser may unpack a file and keep its name, so the first bytes tell whether it is gzipped.
         data = gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data
         if data[:3] != b"\0\0\x08":
             raise DataError(f"starts with {data[:4].hex(' ') or 'nothing'}, not as an IDX file of unsigned bytes")
@@ -145,19 +146,20 @@ def _dataset(source: object, images: NDArray[np.uint8], labels: NDArray[np.integ
 
 
 def image_folder(folder: str | Path, size: int, channels: int = 3) -> ImageDataset:
-    """Reads every image below a folder, with one class per subfolder.
+    """Reads all images below a folder; each subfolder is a class.
 
-    The shorter side is resized to `size` and the centre cropped. Transparent pixels are blended onto white, 16-bit
-    greys are rounded to 8 bits, and an orientation in EXIF is ignored. Links are followed. Hidden files, and files
-    without an image's suffix, are skipped. Images are in the order of their names, and so are classes.
+    The shorter side of an image is resized to `size`, and the centre is cropped. Transparent pixels are blended onto
+    white, 16-bit greys are rounded to 8 bits, and an orientation in EXIF is ignored. Links are followed. Hidden files
+    and files without an image suffix are skipped. Images and classes are sorted by name.
 
     Args:
-        folder: Images, or subfolders with images. Images directly in `folder` have no labels.
-        channels: 3, or 1 for grey.
+        folder: A folder with images, which have no labels, or with subfolders of images.
+        size: Side of the images in pixels.
+        channels: 3 for colour, 1 for grey.
 
     Raises:
-        DataError: If there is no image, a class has none, images lie beside class folders, a link leads to a folder
-            that its class has already, or an image is broken, animated, of 32-bit pixels or smaller than `size`.
+        DataError: If there is no image, a class has no image, images lie beside class folders, links lead to the same
+            folder twice, or an image is broken, animated, of 32-bit pixels or smaller than `size`.
     """
     root = Path(folder)
     size, channels = check_count("size", size), check_choice("channels", channels, (1, 3))
@@ -175,7 +177,7 @@ def image_folder(folder: str | Path, size: int, channels: int = 3) -> ImageDatas
     for name, members in classes.items():
         if not members:
             raise DataError(f"{root / name}: class folder without an image; add some, or remove it")
-    read_image(files[0], size, channels)  # refuses a size that is far too large before memory is taken for it
+    read_image(files[0], size, channels)  # Raises an error for too large a size before memory is allocated.
     images = torch.empty(len(files), channels, size, size, dtype=torch.uint8)
     for image, file in zip(images, files, strict=True):
         image.copy_(read_image(file, size, channels))
@@ -184,7 +186,7 @@ def image_folder(folder: str | Path, size: int, channels: int = 3) -> ImageDatas
 
 
 def _list_folder(folder: Path) -> tuple[list[Path], list[Path]]:
-    """The images and the subfolders of a folder, in the order of their names."""
+    """Returns the images and the subfolders of a folder, sorted by name."""
     entries = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
     subfolders = [path for path in entries if path.is_dir()]
     images = [path for path in entries if path.suffix.lower() in _SUFFIXES and path not in subfolders]
@@ -192,17 +194,18 @@ def _list_folder(folder: Path) -> tuple[list[Path], list[Path]]:
 
 
 def _images_below(folder: Path) -> list[Path]:
-    found, folders, seen = list[Path](), [folder], set[tuple[int, int]]()
+    """Returns the images in a folder and its subfolders."""
+    files, folders, visited = list[Path](), [folder], set[tuple[int, int]]()
     while folders:
         folder = folders.pop()
         status = folder.stat()
-        if (status.st_dev, status.st_ino) in seen:
+        if (status.st_dev, status.st_ino) in visited:
             raise DataError(f"{folder}: links make the images of this folder count twice; remove the links")
-        seen.add((status.st_dev, status.st_ino))
+        visited.add((status.st_dev, status.st_ino))
         images, subfolders = _list_folder(folder)
-        found += images
+        files += images
         folders += reversed(subfolders)
-    return found
+    return files
 
 
 def read_image(path: Path, size: int, channels: int) -> UInt8[Tensor, "c h w"]:
@@ -211,8 +214,8 @@ def read_image(path: Path, size: int, channels: int) -> UInt8[Tensor, "c h w"]:
 
     try:
         with Image.open(regular_file(path)) as file:
-            image = _flatten(file).convert("L" if channels == 1 else "RGB")
-    except Exception as error:  # on broken files, Pillow's decoders raise nearly anything
+            image = _to_opaque(file).convert("L" if channels == 1 else "RGB")
+    except Exception as error:  # Pillow raises many kinds of exceptions for broken files.
         raise DataError(f"{path}: not a usable image ({error}); replace or remove it") from error
     shorter = min(image.size)
     if shorter < size:
@@ -226,15 +229,15 @@ def read_image(path: Path, size: int, channels: int) -> UInt8[Tensor, "c h w"]:
     return torch.from_numpy(pixels.reshape(size, size, channels)).permute(2, 0, 1)
 
 
-def _flatten(image: Image.Image) -> Image.Image:
-    """One opaque frame of 8 bits."""
+def _to_opaque(image: Image.Image) -> Image.Image:
+    """Returns an image of 8 bits without transparency; raises ValueError for animations and 32-bit pixels."""
     from PIL import Image
 
     frames = getattr(image, "n_frames", 1)
-    if frames > 1 and image.format != "MPO":  # MPO is how cameras add a preview to a JPEG
+    if frames > 1 and image.format != "MPO":  # Cameras store a preview as a second frame of MPO.
         raise ValueError(f"an animation or stack of {frames} frames")
-    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):  # the mode of older Pillows
-        # Pillow's own conversion would clip at 255.
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
+        # Pillow would clip 16-bit greys at 255. Older versions of Pillow read them in mode "I".
         return Image.fromarray(np.rint(np.asarray(image) / 257).astype(np.uint8))
     if image.mode in ("I", "F"):
         raise ValueError("32-bit pixels, whose range is unknown")

@@ -1,4 +1,4 @@
-"""Features of images, between which distances are taken."""
+"""Features of images: Inception's, and those of your own function."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from jacobiflow.utils.progress import Progress
 
 FeatureFunction: TypeAlias = Callable[[UInt8[Tensor, "n c h w"]], Float[Tensor, "n d"]]
 
-_FILE = "weights-inception-2015-12-05-6726825d.pth"
+_WEIGHTS_FILE = "weights-inception-2015-12-05-6726825d.pth"
 
 
 def load_features(name: str, inception: Path | None = None) -> FeatureFunction:
@@ -34,11 +34,11 @@ def load_features(name: str, inception: Path | None = None) -> FeatureFunction:
     return InceptionFeatures(inception) if name == "inception" else load_function(name, "inception")
 
 
-def load_function(name: str, other: str) -> Callable[..., Any]:
-    """Runs the file of "FILE.py:FUNCTION" and returns the function; an error says to give `other` or such a name."""
+def load_function(name: str, alternative: str) -> Callable[..., Any]:
+    """Runs the file of "FILE.py:FUNCTION" and returns the function; errors also propose the `alternative`."""
     file, _, function = name.rpartition(":")
     if not file.endswith(".py") or not Path(file).is_file():
-        raise DataError(f"{name}: no such file; give {other}, or FILE.py:FUNCTION for a function of your own")
+        raise DataError(f"{name}: no such file; give {alternative}, or FILE.py:FUNCTION for a function of your own")
     try:
         value = runpy.run_path(file).get(function)
     except Exception as error:  # anything that running a file can raise
@@ -51,8 +51,8 @@ def load_function(name: str, other: str) -> Callable[..., Any]:
 class InceptionFeatures(nn.Module):
     """The 2,048 features of the Inception network that defines FID.
 
-    The network is torch-fidelity's, resized as torchmetrics does. It takes 8-bit images (N, 1 or 3, H, W), grey ones as
-    three equal channels.
+    The network is torch-fidelity's, and torchmetrics' code resizes the images. They are 8-bit images (N, 1 or 3, H, W);
+    a grey image is used as three equal channels.
 
     Args:
         weights: A file of the network's weights. By default PyTorch's hub downloads it into its folder.
@@ -62,11 +62,11 @@ class InceptionFeatures(nn.Module):
 
     def __init__(self, weights: Path | None = None) -> None:
         super().__init__()
-        need_extra("Inception's features")
+        require_eval_extra("Inception's features")
         from torchmetrics.image.fid import NoTrainInceptionV3
 
         if weights is not None:
-            load_tensors(weights, _FILE)  # torch-fidelity would run code in the file
+            load_tensors(weights, _WEIGHTS_FILE)  # torch-fidelity would run code in the file
         try:
             self.network = NoTrainInceptionV3(
                 "inception-v3-compat", ["2048"], None if weights is None else str(weights)
@@ -75,7 +75,7 @@ class InceptionFeatures(nn.Module):
             reason = f"the download failed ({error.reason})"
             raise DataError(f"Inception's weights: {reason}; give a file, or features of your own") from error
         except (RuntimeError, AttributeError, TypeError) as error:
-            raise DataError(f"{weights}: weights of another network; give {_FILE}") from error
+            raise DataError(f"{weights}: weights of another network; give {_WEIGHTS_FILE}") from error
 
     def forward(self, images: UInt8[Tensor, "n c h w"]) -> Float[Tensor, "n 2048"]:
         """Returns the features of 8-bit images."""
@@ -83,7 +83,7 @@ class InceptionFeatures(nn.Module):
 
 
 def load_tensors(path: Path, expected: str) -> Any:
-    """Loads what `torch.save` wrote, tensors only: no code in the file is run."""
+    """Loads tensors that `torch.save` wrote; runs no code in the file."""
     try:
         return torch.load(regular_file(path), map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises many kinds
@@ -91,18 +91,20 @@ def load_tensors(path: Path, expected: str) -> Any:
 
 
 @torch.inference_mode()
-def extract(
+def extract_features(
     features: FeatureFunction,
     batches: Iterable[UInt8[Tensor, "b c h w"]],
     progress: Progress | None = None,
     num: int = 0,
     batch_size: int = 250,
 ) -> Float[Tensor, "n d"]:
-    """Computes the features of 8-bit images, which come in parts of any size.
+    """Computes the features of 8-bit images, which come in batches of any size.
 
     Args:
         features: A function, or a module, which gets the images on its device.
-        num: The number of all images, for `progress`.
+        batches: The images.
+        progress: Is called after each batch of the network.
+        num: Number of all images, for `progress`.
         batch_size: Images in the network at a time.
 
     Raises:
@@ -124,7 +126,7 @@ def extract(
     return torch.cat(parts)
 
 
-def need_extra(what: str) -> None:
+def require_eval_extra(what: str) -> None:
     """Raises DataError if torchmetrics or torch-fidelity is not installed."""
     try:
         import torch_fidelity  # noqa: F401

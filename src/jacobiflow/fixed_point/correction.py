@@ -14,7 +14,7 @@ from jacobiflow.errors import InputValueError
 from jacobiflow.fixed_point.convolution import FIT_WIDTH, Convolution, as_kernel, rows_before
 from jacobiflow.fixed_point.guess import Guess
 from jacobiflow.fixed_point.problem import Problem
-from jacobiflow.utils.serialization import family, register
+from jacobiflow.utils.serialization import piece_base, register_piece
 
 _RIDGE = 2e-2
 """The ridge penalty, relative to the mean square of the residuals."""
@@ -22,7 +22,7 @@ _MIN_RESIDUAL = 3e-5
 """Residuals below it are rounding, and are not fitted."""
 
 
-@family
+@piece_base
 class Correction(ABC):
     """Turns an iterate and its image under g into the next iterate, on a run of tokens; those before it are final.
 
@@ -46,7 +46,7 @@ class Correction(ABC):
         return None
 
 
-@register("plain")
+@register_piece("plain")
 @dataclass(frozen=True)
 class Plain(Correction):
     """X^(k+1) = g(X^(k)): the nonlinear Jacobi step, eq. (3) of the paper.
@@ -60,7 +60,7 @@ class Plain(Correction):
         return g
 
 
-@register("chord")
+@register_piece("chord")
 @dataclass(frozen=True, eq=False, repr=False)
 class Chord(Convolution, Correction):
     """A chord (simplified Newton) step with a calibrated, banded estimate of the inverse Jacobian:

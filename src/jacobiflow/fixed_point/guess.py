@@ -18,12 +18,12 @@ from jacobiflow.fixed_point.convolution import (
     check_values,
     rows_before,
 )
-from jacobiflow.utils.serialization import family, register
+from jacobiflow.utils.serialization import piece_base, register_piece
 
 _RIDGE = 1e-3  # of the latents' variance
 
 
-@family
+@piece_base
 class Guess(ABC):
     """Chooses X^(0) from the block's input.
 
@@ -47,7 +47,7 @@ class Guess(ABC):
         return None
 
 
-@register("latent")
+@register_piece("latent")
 @dataclass(frozen=True)
 class Latent(Guess):
     """X^(0) = Z, the block's input: neighbouring blocks change an image little (section 3.2 of the paper).
@@ -61,7 +61,7 @@ class Latent(Guess):
         return z.clone()
 
 
-@register("zeros")
+@register_piece("zeros")
 @dataclass(frozen=True)
 class Zeros(Guess):
     """X^(0) = [z_1, 0, ..., 0], for blocks in which Z overflows (section 3.2 of the paper).
@@ -87,7 +87,7 @@ class _ShiftedGuess(TensorFields, Guess):
             raise InputValueError(f"{self!r}, but the tokens are {(num_tokens, token_channels)}: calibrate this flow")
 
 
-@register("mean_affine")
+@register_piece("mean_affine")
 @dataclass(frozen=True, eq=False, repr=False)
 class MeanAffine(_ShiftedGuess):
     """X^(0) = exp(log_scale) Z + shift: the mean parameters of the block over calibration images, (T, C) each.
@@ -110,7 +110,7 @@ class MeanAffine(_ShiftedGuess):
         return torch.addcmul(self.shift.to(z), self.log_scale.to(z).exp(), z)
 
 
-@register("causal_linear")
+@register_piece("causal_linear")
 @dataclass(frozen=True, eq=False, repr=False)
 class CausalLinear(Convolution, _ShiftedGuess):
     """X^(0)_t = shift_t + sum over d = 0..w-1 of kernel[d] Z_(t-d): a linear autoregressive guess.

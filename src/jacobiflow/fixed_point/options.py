@@ -39,7 +39,7 @@ class SolveOptions:
         if self.tolerance is not None:
             object.__setattr__(self, "tolerance", check_number("tolerance", self.tolerance))
         if self.batch_size is not None:
-            object.__setattr__(self, "batch_size", check_count("batch_size", self.batch_size, most=_MAX_BATCH_SIZE))
+            object.__setattr__(self, "batch_size", check_count("batch_size", self.batch_size, maximum=_MAX_BATCH_SIZE))
         if self.time_limit is not None:
             check_positive("time_limit", self.time_limit)
             object.__setattr__(self, "_end", time.perf_counter() + self.time_limit)

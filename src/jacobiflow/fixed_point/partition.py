@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 from jacobiflow.errors import InputValueError
 from jacobiflow.utils.checks import check_count, convert_numbers
-from jacobiflow.utils.serialization import family, register
+from jacobiflow.utils.serialization import piece_base, register_piece
 
 _SMALLEST = 32  # tokens in a window that is tried: hardly a plan had fewer
 
 
-@family
+@piece_base
 class Partition(ABC):
     """Chooses the run [front, stop) that is swept; the tokens before the front are final.
 
@@ -60,7 +60,7 @@ class SlidingRun(Partition):
         return min(front + self.run_size(num_tokens), num_tokens)
 
 
-@register("sequential")
+@register_piece("sequential")
 @dataclass(frozen=True)
 class Sequential(Partition):
     """One token at a time, exact: the recurrence x_t = g(x)_t, or the block's `exact_inverse` in one call.
@@ -74,7 +74,7 @@ class Sequential(Partition):
         return front + 1
 
 
-@register("whole")
+@register_piece("whole")
 @dataclass(frozen=True)
 class Whole(SlidingRun):
     """All tokens at once: Jacobi iteration (section 3.1 of the paper).
@@ -88,7 +88,7 @@ class Whole(SlidingRun):
         return num_tokens
 
 
-@register("segments")
+@register_piece("segments")
 @dataclass(frozen=True)
 class Segments(Partition):
     """`count` runs, solved one after the other: Gauss-Seidel-Jacobi (section 3.4 of the paper).
@@ -115,7 +115,7 @@ class Segments(Partition):
             raise InputValueError(f"{self}: there are only {num_tokens} tokens; give at most {num_tokens} segments")
 
 
-@register("window")
+@register_piece("window")
 @dataclass(frozen=True)
 class Window(SlidingRun):
     """The `size` tokens from the front on, for blocks in which convergence moves along the sequence.

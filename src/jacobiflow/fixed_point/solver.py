@@ -30,7 +30,7 @@ class Stopping:
         if not self._rules():
             raise InputTypeError("Stopping: give a tolerance, a number of sweeps, or an ebound")
         if self.atol is not None:
-            check_number("tolerance", self.atol, give="0 (down to rounding) or a positive number")
+            check_number("tolerance", self.atol, expected="0 (down to rounding) or a positive number")
         if self.ebound is not None:
             check_number("ebound", self.ebound)
         if self.max_sweeps is not None:

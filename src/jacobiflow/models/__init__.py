@@ -10,7 +10,7 @@ from jacobiflow.models.config import FlowConfig
 from jacobiflow.models.flow import Flow
 from jacobiflow.models.maf import MAF
 from jacobiflow.models.prose import Prose
-from jacobiflow.models.registry import register
+from jacobiflow.models.registry import register_flow
 from jacobiflow.models.starflow import STARFlow
 from jacobiflow.models.tarflow import TarFlow
 from jacobiflow.models.text_encoder import t5_encoder
@@ -25,6 +25,6 @@ __all__ = [
     "Prose",
     "STARFlow",
     "TarFlow",
-    "register",
+    "register_flow",
     "t5_encoder",
 ]  # fmt: skip

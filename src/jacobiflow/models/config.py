@@ -67,7 +67,7 @@ class PatchConfig:
         """Raises ValueError if patches do not tile the image, or the noise is no standard deviation."""
         if self.image_size % self.patch_size:
             raise InputValueError(f"patch_size={self.patch_size} does not divide image_size={self.image_size}")
-        check_number("noise_std", self.noise_std, give="0 or a positive standard deviation")
+        check_number("noise_std", self.noise_std, expected="0 or a positive standard deviation")
 
 
 def check_heads(channels: int | tuple[int, ...], head_dim: int) -> None:
@@ -99,7 +99,7 @@ def check_sizes(config: FlowConfig) -> None:
                     f"{entry.name}={format_value(sizes)}: give a number, or one for each of {config.num_blocks} blocks"
                 )
             for size in sizes:
-                check_count(entry.name, size, most=_MAX_SIZE)
+                check_count(entry.name, size, maximum=_MAX_SIZE)
         else:
             check_count(entry.name, sizes, 0 if entry.default == 0 else 1, _MAX_SIZE)
     for name in ("num_tokens", "token_channels"):

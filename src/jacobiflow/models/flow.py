@@ -51,7 +51,7 @@ class Flow(nn.Module):
 
     By default its data are the tokens. A flow over images also defines `to_tokens`, `from_tokens`, `tokens_log_det` if
     these change volumes, and `config_from_options`; its config has `in_channels` and `image_size`. The class decorator
-    `jacobiflow.models.register` registers a flow.
+    `jacobiflow.models.register_flow` registers a flow.
 
     Attributes:
         model_type: The name of the flow in model folders and on the command line.
@@ -338,7 +338,7 @@ def check_flow(flow: Any) -> None:
 
 def check_rate(flow: Flow, rate: float, name: str = "denoise") -> float:
     """Returns the rate of denoising as a Python number; raises ValueError if the flow has no noise to remove."""
-    rate = check_number(name, rate, give="0 (off) or a positive rate")
+    rate = check_number(name, rate, expected="0 (off) or a positive rate")
     if rate and not flow.config.noise_std:
         raise InputValueError(f"{name}={rate}: this flow's noise_std is 0, there is no noise to remove; give 0")
     return rate

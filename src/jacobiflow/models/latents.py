@@ -24,7 +24,7 @@ def draw_latents(
     num: int, num_tokens: int, token_channels: int, seed: int = 0, start: int = 0
 ) -> Float[Tensor, "n t d"]:
     """Returns standard normal latents of samples start .. start+num-1; sample i depends on `seed` and i only."""
-    num, seed = check_count("num", num, most=MAX_SAMPLES), check_seed(seed)
+    num, seed = check_count("num", num, maximum=MAX_SAMPLES), check_seed(seed)
     # Allocated in one piece, so that a request that exceeds memory fails at once.
     latents = np.empty((num, num_tokens, token_channels), np.float32)
     for i, row in enumerate(latents):

@@ -32,7 +32,7 @@ from jacobiflow.models.masked_network import (
     run_rows,
     split_outputs,
 )
-from jacobiflow.models.registry import register
+from jacobiflow.models.registry import register_flow
 from jacobiflow.native import usable_library
 from jacobiflow.native.boundary import UnsupportedError
 from jacobiflow.utils.checks import check_number
@@ -220,7 +220,7 @@ class MAFBlock(FlowBlock):
         self.layers[-1].bias.add_(torch.stack((grown, moved), dim=1).flatten())
 
 
-@register
+@register_flow
 class MAF(Flow):
     """Stack of masked affine blocks over the logits of an image's pixels, alternately in raster and in reverse order.
 

@@ -10,7 +10,7 @@ import torch
 from jacobiflow.models.masked_network import count_units_below
 from jacobiflow.native.boundary import Activation, Operation, OperationKind, TransformKind
 from jacobiflow.native.chain import TransformChain
-from jacobiflow.native.masked import MaskedOperation, masked_transform
+from jacobiflow.native.masked import MaskedOperation, Steps, masked_transform
 
 _Units = tuple[list[int], list[int]]  # As `MaskedOperation` takes them.
 
@@ -47,7 +47,7 @@ def describe_block(layout: NativeLayout) -> TransformChain:
     order = list(range(tokens))
     classes = layout.shapes[2 * layout.num_layers][1] if layout.has_classes else 0
     transform = masked_transform(
-        [*order, tokens], order, operations, (order, order), layout.shapes, parameters=2, own_context=classes,
+        Steps(order, [*order, tokens], (order, order)), operations, layout.shapes, parameters=2, own_context=classes,
         kind=TransformKind.LOG_AFFINE,
     )  # fmt: skip
     return TransformChain([(transform, False)])
@@ -66,7 +66,7 @@ def _describe_network(
         is_hidden = layer + 1 < layout.num_layers
         order, activation = outputs, {}
         if is_hidden:
-            order, activation = hidden, {"function": Activation.RELU, "is_kept": True}
+            order, activation = hidden, {"activation": Activation.RELU, "is_kept": True}
         bias = layout.unconditional_biases + layer if is_unconditional else 2 * layer + 1
         linear: dict[str, Any] = {"weight": 2 * layer, "bias": bias}
         if is_unconditional or not layout.has_classes:

@@ -28,7 +28,7 @@ from jacobiflow.models.prose_layers import (
     NormalizedAttentionBlock,
     sinusoid,
 )
-from jacobiflow.models.registry import register
+from jacobiflow.models.registry import register_flow
 from jacobiflow.models.transformer.attention import LayerWeights
 from jacobiflow.models.transformer.block import TransformerBlock
 from jacobiflow.utils.checks import check_flag, check_kind, format_value
@@ -163,7 +163,7 @@ def _check_encodings(encodings: dict[str, Tensor]) -> dict[str, Int[Tensor, " t"
     return {name: tensor.expand(num_atoms) for name, tensor in encodings.items()}
 
 
-@register
+@register_flow
 class Prose(Flow):
     """A flow of the positions of a peptide's atoms (N, T, 3), of any peptide; `for_peptide` gives the view of one.
 

@@ -18,11 +18,11 @@ FLOWS: dict[str, type[Flow]] = {}
 """The registered flows by their names."""
 
 
-def register(flow: FlowType) -> FlowType:
+def register_flow(flow: FlowType) -> FlowType:
     """Class decorator that registers a subclass of `Flow` under its `model_type`.
 
     Example:
-        >>> @register
+        >>> @register_flow
         ... class Wide(jf.MAF):
         ...     model_type = "wide-maf"
     """
@@ -53,7 +53,7 @@ def load(name: str | Path, device: str | torch.device = "cpu", dtype: torch.dtyp
         ('TarFlow', 64)
     """
     check_path("name", name)
-    device, dtype = check_device(device, here=True), check_dtype(dtype)
+    device, dtype = check_device(device, must_exist=True), check_dtype(dtype)
     folder = ModelFolder.open(name)
     if folder.model_type not in FLOWS:
         raise CheckpointError(

@@ -23,7 +23,7 @@ from jacobiflow.models.checkpoints.original import OriginalShapes, read_original
 from jacobiflow.models.config import BlockShape, PatchConfig, check_heads, check_sizes, size_of_block
 from jacobiflow.models.flow import Flow
 from jacobiflow.models.latents import FIRST_CALIBRATION_LATENT, draw_latents
-from jacobiflow.models.registry import register
+from jacobiflow.models.registry import register_flow
 from jacobiflow.models.text_encoder import EncodeText
 from jacobiflow.models.transformer.attention import AttentionBlock, LayerWeights, Rotation
 from jacobiflow.models.transformer.block import TransformerBlock
@@ -188,7 +188,7 @@ def _angles(positions: Float[Tensor, " t"], num: int) -> Float[Tensor, "t {num}"
     return positions.unsqueeze(-1) * _ROTARY_BASE ** -(torch.arange(num, dtype=torch.float64) / num)
 
 
-@register
+@register_flow
 class STARFlow(Flow):
     """A flow of images with a text: shallow blocks, and a deep one that reads the text and is sampled first.
 

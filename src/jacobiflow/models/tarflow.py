@@ -21,7 +21,7 @@ from jacobiflow.models.checkpoints.original import OriginalShapes, one_or_all, r
 from jacobiflow.models.config import BlockShape, Order, PatchConfig, check_heads, check_sizes, size_of_block
 from jacobiflow.models.flow import Flow
 from jacobiflow.models.labels import embed_classes
-from jacobiflow.models.registry import register
+from jacobiflow.models.registry import register_flow
 from jacobiflow.models.transformer.attention import AttentionBlock, LayerWeights
 from jacobiflow.models.transformer.block import TransformerBlock
 from jacobiflow.utils.checks import check_flag, check_kind, format_value
@@ -180,7 +180,7 @@ def _widen(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
-@register
+@register_flow
 class TarFlow(Flow):
     """Stack of causal affine blocks over tokens, or over the patches of an image.
 

@@ -1,4 +1,4 @@
-"""Exact recurrences in C++."""
+"""Exact inverses of blocks and masked flows in C++."""
 
 from jacobiflow.native.library import SWITCH, describe, library_name, load_library, usable_library
 

@@ -15,24 +15,24 @@ from torch import Tensor
 from jacobiflow.native.boundary import (
     ChainArgs,
     GradientArgs,
-    Library,
     Transform,
     UnsupportedError,
     address_of,
     addresses_of,
+    check_tensor,
     is_plain,
-    require,
 )
-from jacobiflow.native.library import load_library
+from jacobiflow.native.library import Library, compiled_library
 from jacobiflow.native.masked import ChainTransform
 from jacobiflow.utils.autograd import check_first_derivative, is_batched
 
-_MOST_BYTES = 24 << 20  # of activations that are kept for a backward pass; to compute more of them again is faster
-_TILE_VECTORS = 4  # to which rows are padded, as `Tiles` of masked.h has them
+_MAX_ACTIVATION_BYTES = 24 << 20  # memory for the backward pass; above, computing activations again is faster
+_PLAIN_TENSORS = frozenset((Tensor, torch.nn.Parameter))
+_TILE_VECTORS = 4  # vectors of a tile, to which rows are padded, see `Tiles` in masked.h
 
 
 class Result(NamedTuple):
-    """Rows of a chain; `failed` are those that are not finite or overflowed on the way, `None` if no row did."""
+    """Rows of a chain. `failed` marks rows that are not finite or overflowed on the way, and is `None` without any."""
 
     values: Float[Tensor, "b d"]
     log_det: Float[Tensor, "*bd"] | None
@@ -42,14 +42,23 @@ class Result(NamedTuple):
 InPyTorch = Callable[
     [Float[Tensor, "b d"], Float[Tensor, "#b c"] | None, Sequence[Tensor]], tuple[Tensor, Tensor | None]
 ]
-"""Rows, context, tensors -> values and log-determinants of a chain, with a graph."""
+"""Computes values and log-determinants of a chain, with a graph, from rows, context and tensors."""
+
+
+class _Addresses(NamedTuple):
+    """The addresses of a chain's tensors, with their sizes in bytes."""
+
+    table: ctypes.Array[ctypes.c_void_p]
+    addresses: list[int]
+    sizes: list[int]
+    dtype: torch.dtype
 
 
 class TransformChain:
-    """Transforms, one after the other, and the inverse of the whole.
+    """A composition of transforms, and its inverse.
 
     Args:
-        transforms: In the order of the forward direction, each with whether the chain has its inverse.
+        transforms: The transforms in forward order, each with True if the chain has its inverse.
 
     Attributes:
         features: D.
@@ -71,14 +80,32 @@ class TransformChain:
             entry.first_tensor, entry.is_reversed = len(self.shapes), is_inverse
             self.shapes += part.shapes
         self._sizes: tuple[int, int] | None = None
+        self._latest_addresses: _Addresses | None = None
 
     def sizes(self, native: Library) -> tuple[int, int]:
-        """Returns how many numbers its packed weights have, and its activations for each row."""
+        """Returns the size of its packed weights, and of its activations for each row, in numbers."""
         if self._sizes is None:
             table, count = ctypes.addressof(self.table), len(self.table)
             arguments = ChainArgs(table, count=count, features=self.features, context_features=self.context)
             self._sizes = native.chain_sizes(arguments)
         return self._sizes
+
+    def _addresses_of(self, tensors: Sequence[Tensor], dtype: torch.dtype) -> ctypes.Array[ctypes.c_void_p]:
+        """Returns the addresses of the tensors: those of the latest call, if all of them are where they were."""
+        latest = self._latest_addresses
+        try:
+            if (
+                latest is not None and latest.dtype is dtype and _PLAIN_TENSORS.issuperset(map(type, tensors))
+                and all(map(Tensor.is_contiguous, tensors)) and list(map(Tensor.data_ptr, tensors)) == latest.addresses
+                and [tensor.nbytes for tensor in tensors] == latest.sizes
+            ):  # fmt: skip
+                return latest.table
+        except RuntimeError as error:
+            raise UnsupportedError("a tensor that is not dense") from error
+        table = addresses_of(tensors, self.shapes, dtype)
+        sizes = [tensor.nbytes for tensor in tensors]
+        self._latest_addresses = _Addresses(table, list(map(Tensor.data_ptr, tensors)), sizes, dtype)
+        return table
 
     def evaluate(
         self,
@@ -89,19 +116,22 @@ class TransformChain:
         log_det: str | None,
         in_pytorch: InPyTorch | None = None,
     ) -> Result | None:
-        """Computes the chain or its inverse; `None` if native code does not take these, or has no memory or threads.
+        """Computes the chain or its inverse.
 
-        The results have gradients if anything requires one. Then no row may fail, or the result is `None`.
+        The results have gradients if an input requires one. The result is then `None` if a row fails.
 
         Args:
-            tensors: Those of all transforms, of the dtype of `x`.
+            tensors: The tensors of all transforms, in the dtype of `x`.
             x: Rows, float32 or float64, on a CPU.
             context: A row for each row of `x`, or one for all.
-            is_inverse: Whether to invert.
+            is_inverse: Inverts the chain.
             log_det: "rows" for the sum over features, "features" for each feature of a single transform, or `None`.
             in_pytorch: Computes the same for second derivatives, which raise an error without it.
+
+        Returns:
+            The result, or `None` if native code does not take the inputs, or lacks memory or threads.
         """
-        native, dtype = load_library(), x.dtype
+        native, dtype = compiled_library(), x.dtype
         width = 0 if context is None else context.shape[1]
         if native is None or dtype not in (torch.float32, torch.float64) or not is_plain(x, dtype):
             return None
@@ -113,7 +143,7 @@ class TransformChain:
         needed = [t is not None and t.requires_grad for t in inputs] if torch.is_grad_enabled() else []
         call = _Call(self, native, is_inverse, log_det == "features", needed, in_pytorch, tensors)
         try:
-            addresses = addresses_of(tensors, self.shapes, dtype)
+            addresses = self._addresses_of(tensors, dtype)
             memory = x.new_empty(call.memory_size(x)) if any(needed) else None
             result = call.evaluate(x, context, addresses, log_det is not None, memory)
         except UnsupportedError:
@@ -126,12 +156,12 @@ class TransformChain:
         return Result(values, log_dets[0] if log_dets else None, None)
 
 
-@dataclass
+@dataclass(slots=True)
 class _Call:
     """A call of native code, and what its backward pass needs beside tensors.
 
     Attributes:
-        needed: Which of its inputs, x, the context and the tensors, require a gradient; empty if none does.
+        needed: True for each of x, the context and the tensors that requires a gradient. It may be empty without any.
     """
 
     chain: TransformChain
@@ -146,69 +176,63 @@ class _Call:
         self, x: Tensor, context: Tensor | None, tensors: ctypes.Array[ctypes.c_void_p], has_log_det: bool,
         memory: Tensor | None = None,
     ) -> Result | None:  # fmt: skip
-        """Computes values, log-determinants, and in `memory` what `differentiate` needs; `None` if out of memory."""
-        out, failed = x.new_empty(x.shape), x.new_empty(x.shape[0], dtype=torch.bool)
-        log_det = x.new_empty(x.shape if self.is_by_feature else x.shape[0]) if has_log_det else None
+        """Computes the result, and in `memory` what `differentiate` needs. Returns `None` without enough memory."""
+        rows, features = x.shape
+        out, failed = x.new_empty(rows, features), ctypes.create_string_buffer(rows)
+        log_det = (x.new_empty(rows, features) if self.is_by_feature else x.new_empty(rows)) if has_log_det else None
         arguments, _inputs = self._arguments(x, context, memory)
         arguments.tensors, arguments.out = ctypes.addressof(tensors), out.data_ptr()
-        arguments.log_det, arguments.failed = address_of(log_det), failed.data_ptr()
+        arguments.log_det, arguments.failed = address_of(log_det), ctypes.addressof(failed)
         count = self.native.evaluate_chain(arguments, x.dtype)
-        return None if count < 0 else Result(out, log_det, failed if count else None)
+        return (
+            None if count < 0 else Result(out, log_det, torch.frombuffer(failed, dtype=torch.bool) if count else None)
+        )
 
     def memory_size(self, x: Tensor) -> int:
         """Returns the size of memory for packed weights, and for the activations of all rows unless they are many."""
         packed, activations = self.chain.sizes(self.native)
         tile = _TILE_VECTORS * self.native.lanes * 4 // x.itemsize
         size = activations * -(-x.shape[0] // tile) * tile
-        return packed + (size if size * x.itemsize <= _MOST_BYTES else 0)
+        return packed + (size if size * x.itemsize <= _MAX_ACTIVATION_BYTES else 0)
 
     def differentiate(
-        self,
-        memory: Tensor,
-        x: Tensor,
-        context: Tensor | None,
-        cotangents: Sequence[Tensor | None],
+        self, memory: Tensor, x: Tensor, context: Tensor | None, cotangents: Sequence[Tensor | None],
         wanted: Sequence[bool],
-    ) -> list[Tensor | None]:
+    ) -> list[Tensor | None]:  # fmt: skip
         """Returns the gradients of x, the context and the tensors, `None` for those that are not wanted."""
-        # What was saved may have been somewhere else meanwhile, see torch.autograd.graph.saved_tensors_hooks.
-        size, dtype = (x.shape[0], self.chain.features), x.dtype
-        memory, x = require(memory, (self.memory_size(x),), dtype), require(x, size, dtype)
-        of_values, of_log_det = (
-            None if c is None else require(c, size[: c.ndim], dtype) for c in (*cotangents, None)[:2]
+        shape, dtype = (x.shape[0], self.chain.features), x.dtype
+        # A hook on saved tensors, see torch.autograd.graph.saved_tensors_hooks, may have returned anything.
+        memory, x = check_tensor(memory, (self.memory_size(x),), dtype), check_tensor(x, shape, dtype)
+        grad_out, grad_log_det = (
+            None if c is None else check_tensor(c, shape[: c.ndim], dtype) for c in (*cotangents, None)[:2]
         )
-        wants_x, wants_context, *wants = wanted
-        of_tensors = [
-            x.new_empty(shape) if wants else None for shape, wants in zip(self.chain.shapes, wants, strict=True)
-        ]
-        table = (ctypes.c_void_p * len(of_tensors))(*[None if g is None else g.data_ptr() for g in of_tensors])
-        of_x = x.new_empty(x.shape) if wants_x else None
-        of_context = x.new_empty(x.shape[0], context.shape[1]) if wants_context and context is not None else None
+        wants_x, wants_context, *wants_tensors = wanted
+        grad_x = x.new_empty(shape) if wants_x else None
+        grad_context = None if context is None or not wants_context else x.new_empty(len(x), context.shape[1])
+        grads = [x.new_empty(s) if w else None for s, w in zip(self.chain.shapes, wants_tensors, strict=True)]
+        table = (ctypes.c_void_p * len(grads))(*map(address_of, grads))
         arguments, _inputs = self._arguments(x, context, memory)
-        is_done = self.native.differentiate_chain(
-            GradientArgs(
-                ctypes.addressof(arguments), address_of(of_values), address_of(of_log_det), ctypes.addressof(table),
-                address_of(of_x), address_of(of_context),
-            ),
-            x.dtype,
+        gradient_arguments = GradientArgs(
+            ctypes.addressof(arguments), address_of(grad_out), address_of(grad_log_det), ctypes.addressof(table),
+            address_of(grad_x), address_of(grad_context),
         )  # fmt: skip
-        if not is_done:
+        if not self.native.differentiate_chain(gradient_arguments, dtype):
             raise RuntimeError("no memory or threads for the gradients of a flow; use a smaller batch")
-        if of_context is not None and context is not None and context.shape[0] < x.shape[0]:
-            of_context = of_context.sum(dim=0, keepdim=True)
-        return [of_x, of_context, *of_tensors]
+        if grad_context is not None and context is not None and len(context) < len(x):
+            grad_context = grad_context.sum(dim=0, keepdim=True)
+        return [grad_x, grad_context, *grads]
 
     def differentiate_in_pytorch(
         self, x: Tensor, context: Tensor | None, cotangents: Sequence[Tensor | None], wanted: Sequence[bool]
     ) -> list[Tensor | None]:
-        """Returns the same with a graph, or for a batch of cotangents."""
+        """Does the same as `differentiate` with a graph, or for a batch of cotangents."""
         if self.in_pytorch is None:
             check_first_derivative("an inverse", "write the loss with the forward direction instead")
             raise RuntimeError(
                 "is_grads_batched=True: an inverse takes one cotangent at a time; set JACOBIFLOW_NATIVE=0"
             )
         with torch.enable_grad():
-            # Aliases, as x may depend on a tensor, too, and that part of the derivative is not asked for.
+            # Aliases leave out the part of a derivative by which x itself depends on a tensor.
             aliases: Any = [None if t is None else t.view_as(t) for t in (x, context, *self.tensors)]
             outputs = self.in_pytorch(aliases[0], aliases[1], aliases[2:])
         pairs = [(o, c) for o, c in zip(outputs, cotangents, strict=False) if o is not None and c is not None]
@@ -222,17 +246,17 @@ class _Call:
         return [next(gradients) if is_wanted else None for is_wanted in wanted]
 
     def _arguments(self, x: Tensor, context: Tensor | None, memory: Tensor | None) -> tuple[ChainArgs, Any]:
-        """The arguments of a call without results, and the tensors that they point to."""
-        if x.stride(1) != 1:
-            x = x.contiguous()
-        if context is not None and context.stride(1) != 1:
-            context = context.contiguous()
+        """Returns the arguments of a call without results, and the tensors that they point to."""
         rows, features = x.shape
+        x, in_stride = _with_row_stride(x)
+        context_stride = 0
+        if context is not None:
+            context, stride = _with_row_stride(context)
+            context_stride = stride if len(context) > 1 else 0
         arguments = ChainArgs(
             ctypes.addressof(self.chain.table), None, address_of(x), address_of(context), None, None, None, None, None,
-            rows, x.stride(0), 0 if context is None or context.shape[0] == 1 else context.stride(0),
-            len(self.chain.table), features, self.chain.context, self.is_inverse, self.is_by_feature,
-            torch.get_num_threads(),
+            rows, in_stride, context_stride, len(self.chain.table), features, self.chain.context, self.is_inverse,
+            self.is_by_feature, torch.get_num_threads(),
         )  # fmt: skip
         if memory is not None:
             packed, _ = self.chain.sizes(self.native)
@@ -242,8 +266,14 @@ class _Call:
         return arguments, (x, context)
 
 
+def _with_row_stride(x: Tensor) -> tuple[Tensor, int]:
+    """Returns the tensor, or a copy if its columns do not follow each other, and its stride between rows."""
+    row_stride, column_stride = x.stride()
+    return (x, row_stride) if column_stride == 1 else (x.contiguous(), x.shape[1])
+
+
 class _Gradients(torch.autograd.Function):
-    """Gives results of native code the gradients that they have in the inputs that require one."""
+    """Connects results of native code to the inputs that require a gradient."""
 
     @staticmethod
     def forward(
@@ -258,7 +288,7 @@ class _Gradients(torch.autograd.Function):
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Any, ...]:
         memory, x, context = ctx.saved_tensors
         call = ctx.call
-        before = 1 + sum(call.needed[:2])  # the nodes of `memory`, x and the context
+        before = 1 + sum(call.needed[:2])  # nodes of `memory`, x and the context come first
         wants_tensors = any(_is_wanted(node) for node, _ in ctx.next_functions[before:])
         wanted = [needs and (i < 2 or wants_tensors) for i, needs in enumerate(call.needed)]
         if torch.is_grad_enabled() or any(c is not None and is_batched(c) for c in cotangents):
@@ -269,7 +299,7 @@ class _Gradients(torch.autograd.Function):
 
 
 def _is_wanted(node: Any) -> bool:
-    """Tells if a gradient is used: torch.autograd.grad(log_prob, x) uses none of the weights, which require one."""
+    """Returns True if a gradient is used. torch.autograd.grad(log_prob, x) uses no gradient of the weights."""
     try:
         return bool(torch._C._will_engine_execute_node(node))
     except (AttributeError, RuntimeError):  # an older PyTorch; a leaf whose gradient is used

@@ -1,6 +1,6 @@
-"""Compiles the native sources: for this machine, or for every kind of processor that a wheel serves.
+"""Compiles the C++ sources for this machine, or for all kinds of processor that a wheel supports.
 
-It imports nothing of the package: the hook that builds a wheel runs it before anything is installed.
+It imports nothing of the package, because the hook that builds a wheel runs it before anything is installed.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-FOLDER = Path(__file__).parent / "src"
-# By processor, the best first: the instructions that a library of a wheel needs, under the names that they have in
-# /proc/cpuinfo and, after -m, as flags of a compiler.
+SOURCES = Path(__file__).parent / "src"
+# The libraries of a wheel for each processor, the fastest first, and the instructions that each needs. Their names are
+# those of /proc/cpuinfo, which a compiler takes after -m.
 TARGETS: dict[str, dict[str, tuple[str, ...]]] = {
     "x86_64": {
         "avx512": ("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx2", "fma"),
@@ -27,7 +27,7 @@ TARGETS: dict[str, dict[str, tuple[str, ...]]] = {
     "aarch64": {"neon": ()},
     "arm64": {"neon": ()},
 }
-# With -mtune=generic the loops are some percent slower, on AMD's processors too.
+# With -mtune=generic the loops are some percent slower, also on processors of AMD.
 _TUNING = {"x86_64": ("-mtune=skylake",)}
 FLAGS = (
     "-std=c++17", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-fvisibility-inlines-hidden",
@@ -36,14 +36,19 @@ FLAGS = (
 
 
 def compile_library(path: Path, target: tuple[str, ...] | None = None) -> None:
-    """Compiles the sources to a shared library; `target` are flags, by default for all of this machine's instructions.
+    """Compiles the sources to a shared library.
 
-    Raises OSError without a compiler, and `subprocess.SubprocessError` if the compiler fails.
+    Args:
+        target: Flags of the processor. By default, all of this machine's instructions are used.
+
+    Raises:
+        OSError: If there is no compiler.
+        subprocess.SubprocessError: If the compiler fails.
     """
     if target is None:
         target = ("-mcpu=native" if platform.machine() in ("arm64", "aarch64") else "-march=native",)
     command = (_compiler(), *FLAGS, *target)
-    sources = sorted(FOLDER.glob("*.cpp"))
+    sources = sorted(SOURCES.glob("*.cpp"))
     with TemporaryDirectory(prefix="jacobiflow-") as folder, ThreadPoolExecutor(len(sources)) as pool:
         objects = [Path(folder, f"{source.stem}.o") for source in sources]
         commands = [
@@ -54,7 +59,7 @@ def compile_library(path: Path, target: tuple[str, ...] | None = None) -> None:
 
 
 def compile_targets(folder: Path) -> list[Path]:
-    """Compiles the library for each target of this machine's processor, to the files that `best` looks for."""
+    """Compiles the library for each target of this machine's processor, to the files of `find_compiled`."""
     machine = platform.machine()
     targets, tuning = TARGETS.get(machine, {}), _TUNING.get(machine, ())
     paths = [_path(folder, name) for name in targets]
@@ -63,8 +68,8 @@ def compile_targets(folder: Path) -> list[Path]:
     return paths
 
 
-def best(folder: Path, machine: str, instructions: Container[str]) -> Path | None:
-    """Returns the file in `folder` for the best target that a processor can run; `None` if there is no such file."""
+def find_compiled(folder: Path, machine: str, instructions: Container[str]) -> Path | None:
+    """Returns the file in `folder` for the fastest target that a processor can run, or `None`."""
     for name, needed in TARGETS.get(machine, {}).items():
         path = _path(folder, name)
         if all(instruction in instructions for instruction in needed) and path.is_file():
@@ -75,13 +80,13 @@ def best(folder: Path, machine: str, instructions: Container[str]) -> Path | Non
 def fingerprint() -> str:
     """Returns a hash of the sources and flags."""
     digest = hashlib.sha256(" ".join(FLAGS).encode())
-    for path in sorted((*FOLDER.glob("*.cpp"), *FOLDER.glob("*.h"))):
+    for path in sorted((*SOURCES.glob("*.cpp"), *SOURCES.glob("*.h"))):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:32]
 
 
 def _path(folder: Path, target: str) -> Path:
-    """The file of a target, under a name that other sources do not have."""
+    """Returns the file of a target. Its name depends on the sources."""
     return folder / f"{target}-{fingerprint()}.so"
 
 

@@ -1,7 +1,11 @@
-"""The native library: from the wheel, from the user's cache folder, or compiled at first use."""
+"""The native library and its functions; no other module calls C.
+
+The library comes from the wheel or the user's cache folder, or is compiled at first use.
+"""
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import os
 import platform
@@ -14,38 +18,135 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from jacobiflow.native import compiler
-from jacobiflow.native.boundary import Library, is_plain, is_traced
+from jacobiflow.native.boundary import (
+    WEIGHT_FORMATS,
+    ChainArgs,
+    GradientArgs,
+    TransformerArgs,
+    UnsupportedError,
+    Weight,
+    address_of,
+    check_tensor,
+    is_plain,
+    is_traced,
+)
 from jacobiflow.utils.files import cache_folder, sha256, write_atomically
 
-SWITCH = "JACOBIFLOW_NATIVE"  # environment variable: 0 leaves all recurrences to PyTorch
-SHIPPED = Path(__file__).parent / "lib"  # of a wheel, made by hatch_build.py
+SWITCH = "JACOBIFLOW_NATIVE"  # environment variable; 0 turns native code off
+SHIPPED = Path(__file__).parent / "lib"  # libraries of a wheel, made by hatch_build.py
 _CPU = Path("/proc/cpuinfo")
 
 
-def load_library() -> Library | None:
-    """Returns the native library; `None` if it cannot be compiled here, or the environment has JACOBIFLOW_NATIVE=0.
+class Library:
+    """The compiled library in a file, and its functions. Raises OSError if it cannot be loaded.
 
-    A wheel brings it for several kinds of processor. Elsewhere the first call compiles it, which takes some seconds,
-    and stores it in the user's cache folder.
+    Attributes:
+        path: The file.
+        lanes: The number of float32 in a vector of its processor.
+        has_fast_halves: Reading weights in 16-bit floating-point dtypes takes no longer than in float32.
     """
-    return None if _is_off() else _loaded()[0]
+
+    def __init__(self, path: Path) -> None:
+        self.path, self._native = path, ctypes.CDLL(str(path))
+        number, address = ctypes.c_int32, ctypes.c_void_p
+        self._native.jacobiflow_pack.argtypes = (address, number, number, number, address, number)
+        self._native.jacobiflow_solve_transformer.argtypes = (address, number)
+        for function in (self._native.jacobiflow_masked, self._native.jacobiflow_masked_gradients):
+            function.argtypes, function.restype = (address, number), ctypes.c_int64
+        self._native.jacobiflow_masked_sizes.argtypes = (address, address)
+        self.lanes: int = self._native.jacobiflow_lanes()
+        self.has_fast_halves = self.lanes > 4 or platform.machine() in ("aarch64", "arm64")
+        self._use_threads_of_pytorch()
+
+    def padded(self, size: int, dtype: torch.dtype) -> int:
+        """Returns the size rounded up to whole vectors of a dtype."""
+        count = 4 * self.lanes // dtype.itemsize
+        return -(-size // count) * count
+
+    def pad(self, values: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """Returns values of this shape, with zeros up to whole vectors of the last dimension."""
+        values, missing = check_tensor(values, shape, dtype), self.padded(shape[-1], dtype) - shape[-1]
+        return F.pad(values, (0, missing)) if missing else values
+
+    def weight(
+        self, matrix: Tensor, shape: tuple[int, ...], dtype: torch.dtype, scales: Tensor | None, is_packed: bool
+    ) -> tuple[Weight, list[Tensor | None]]:
+        """Returns a weight for sums in `dtype`, and the tensors that it points to. A packed weight is a copy."""
+        if matrix.dtype not in WEIGHT_FORMATS or torch.promote_types(matrix.dtype, torch.float32) != dtype:
+            raise UnsupportedError(f"a weight of {matrix.dtype} for sums in {dtype}")
+        matrix = check_tensor(matrix, shape, matrix.dtype)
+        if is_packed:
+            matrix = self._pack(matrix)
+        scales = None if scales is None else self.pad(scales, shape[:1], torch.float32)
+        weight = Weight(address_of(matrix), address_of(scales), WEIGHT_FORMATS[matrix.dtype], is_packed)
+        return weight, [matrix, scales]
+
+    def _pack(self, weight: Tensor) -> Tensor:
+        (outputs, inputs), threads = weight.shape, torch.get_num_threads()
+        out = weight.new_empty(self.padded(outputs, torch.promote_types(weight.dtype, torch.float32)), inputs)
+        arguments = (address_of(weight), outputs, inputs, WEIGHT_FORMATS[weight.dtype], address_of(out))
+        if self._native.jacobiflow_pack(*arguments, threads):  # so many threads are not available
+            self._native.jacobiflow_pack(*arguments, 1)
+        return out
+
+    def solve_transformer(self, arguments: TransformerArgs, dtype: torch.dtype) -> bool:
+        """Solves tokens `start` to `stop` - 1. Returns False without enough memory or threads."""
+        return not self._native.jacobiflow_solve_transformer(ctypes.byref(arguments), dtype is torch.float64)
+
+    def evaluate_chain(self, arguments: ChainArgs, dtype: torch.dtype) -> int:
+        """Computes a chain. Returns the number of rows that are not finite, or -1 without enough memory or threads."""
+        return self._native.jacobiflow_masked(ctypes.byref(arguments), dtype is torch.float64)
+
+    def differentiate_chain(self, arguments: GradientArgs, dtype: torch.dtype) -> bool:
+        """Computes the gradients of a chain. Returns False without enough memory or threads."""
+        return not self._native.jacobiflow_masked_gradients(ctypes.byref(arguments), dtype is torch.float64)
+
+    def chain_sizes(self, arguments: ChainArgs) -> tuple[int, int]:
+        """Returns the size of a chain's packed weights, and of its activations for each row."""
+        sizes = (ctypes.c_int64 * 2)()
+        self._native.jacobiflow_masked_sizes(ctypes.byref(arguments), sizes)
+        return sizes[0], sizes[1]
+
+    def _use_threads_of_pytorch(self) -> None:
+        """Gives the library the OpenMP functions that PyTorch has loaded, if it has any."""
+        if platform.system() == "Linux":
+            pytorch = ctypes.CDLL(torch._C.__file__)  # it also finds functions of the libraries that PyTorch needs
+            names = ("GOMP_parallel", "omp_get_num_threads", "omp_get_thread_num")
+            with suppress(AttributeError):
+                addresses = [ctypes.cast(getattr(pytorch, name), ctypes.c_void_p) for name in names]
+                self._native.jacobiflow_use_openmp((ctypes.c_void_p * len(names))(*addresses))
+
+
+def load_library() -> Library | None:
+    """Returns the native library, or `None` if it cannot be compiled here or the environment has JACOBIFLOW_NATIVE=0.
+
+    A wheel has it for several kinds of processor. Otherwise the first call compiles it, which takes some seconds, and
+    stores it in the user's cache folder.
+    """
+    return None if _is_off() else compiled_library()
+
+
+def compiled_library() -> Library | None:
+    """Returns the native library whatever the environment says, for callers of `load_library` or `usable_library`."""
+    return _load_or_explain()[0]
 
 
 def library_name() -> str | None:
-    """Returns the name of the library's file, which no other version of it has; `None` if there is no library."""
+    """Returns the name of the library's file, which differs between versions, or `None` without a library."""
     native = load_library()
     return None if native is None else native.path.name
 
 
 def describe() -> str:
-    """Returns a line about the native library: its vector width, or why there is none and what to do."""
-    return f"off, by {SWITCH}=0" if _is_off() else _loaded()[1]
+    """Returns a line about the native library: its vector width, or why it is missing and what to do."""
+    return f"off, by {SWITCH}=0" if _is_off() else _load_or_explain()[1]
 
 
 def usable_library(z: Tensor) -> Library | None:
-    """Returns the library if it can solve for `z`: plain, on a CPU, not traced or autocast; else `None`."""
+    """Returns the library if `z` is a plain tensor on a CPU, not traced and without autocast; otherwise `None`."""
     is_float = is_plain(z, torch.float32) or is_plain(z, torch.float64)
     return load_library() if is_float and not is_traced() and not torch.is_autocast_enabled("cpu") else None
 
@@ -55,14 +156,14 @@ def _is_off() -> bool:
 
 
 @functools.cache
-def _loaded() -> tuple[Library | None, str]:
-    """The library, or `None`; and a line about it."""
+def _load_or_explain() -> tuple[Library | None, str]:
+    """Returns the library, or `None`, and a line about it."""
     if platform.system() not in ("Linux", "Darwin"):
         return None, "none: they are for Linux and macOS"
     try:
         native = _find_or_compile()
     except (OSError, subprocess.SubprocessError) as error:
-        # A compiler says what is wrong in the first line of a long message.
+        # The first line of a compiler's long message has the reason.
         reason = str(getattr(error, "stderr", None) or error).strip().partition("\n")[0]
         return None, f"none: {reason}; install a C++ compiler, or name it in CXX, for faster exact loops"
     width = {16: "AVX-512", 8: "AVX2"}.get(native.lanes, "128-bit vectors")
@@ -71,13 +172,13 @@ def _loaded() -> tuple[Library | None, str]:
 
 
 def _find_or_compile() -> Library:
-    """The library of the wheel, else of the cache folder, else compiled and, if possible, stored there."""
+    """Returns the library of the wheel or of the cache folder, or compiles it and, if possible, stores it there."""
     instructions = _instructions()
-    shipped, name = compiler.best(SHIPPED, platform.machine(), instructions), _name(instructions)
+    shipped, name = compiler.find_compiled(SHIPPED, platform.machine(), instructions), _name(instructions)
     folder = _private_folder()
     stored = [] if folder is None else sorted(folder.glob(f"{name}-*.so"))
     for path in (shipped, *stored):
-        with suppress(OSError):  # the system cannot load it, since its own libraries are too old, say
+        with suppress(OSError):  # the system cannot load the file, as its own libraries may be too old
             if path is not None and (path is shipped or path.stem.endswith(_digest(path))):
                 return Library(path)
     with tempfile.TemporaryDirectory(prefix="jacobiflow-", ignore_cleanup_errors=True) as temporary:
@@ -92,12 +193,12 @@ def _find_or_compile() -> Library:
 
 
 def _digest(path: Path) -> str:
-    """The hash that ends the name of a stored library: loading a file that was cut short would kill the process."""
+    """Returns the hash in the name of a stored library. Loading a file that was cut short would kill the process."""
     return sha256(path)[:32]
 
 
 def _private_folder() -> Path | None:
-    """The cache folder for libraries; `None` if there is none that only this user can write to."""
+    """Returns the cache folder for libraries, or `None` if other users can write to it."""
     cache = cache_folder()
     if cache is None:
         return None
@@ -111,7 +212,7 @@ def _private_folder() -> Path | None:
 
 
 def _instructions() -> Collection[str]:
-    """The processor's instructions by Linux's names; empty on other systems."""
+    """Returns the processor's instructions by Linux's names. They are empty on other systems."""
     with suppress(OSError):
         flags = re.search(r"^(?:flags|Features)\s*:(.*)$", _CPU.read_text(), re.MULTILINE)
         return set(flags[1].split()) if flags else set()
@@ -119,6 +220,6 @@ def _instructions() -> Collection[str]:
 
 
 def _name(instructions: Collection[str]) -> str:
-    """A name for what a compiler makes of these sources for this system and processor."""
+    """Returns a name for these sources, compiled for this system and processor."""
     target = (platform.system(), platform.machine(), *sorted(instructions), compiler.fingerprint())
-    return f"recurrences-{sha256(' '.join(target).encode())[:32]}"
+    return f"native-{sha256(' '.join(target).encode())[:32]}"

@@ -1,4 +1,4 @@
-"""Describes masked autoregressive transforms, and those between them, to native code."""
+"""Descriptions of masked autoregressive transforms, and of the transforms between them, for native code."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from jacobiflow.native.boundary import (
 )
 
 _Units = tuple[Sequence[int], Sequence[int]]
-"""The units of a value, as rows of its weight in the order of the steps; and the number that each step can compute."""
+"""The units of a value, as rows of its weight in the order of the steps; and how many are computed by each step."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class ChainTransform:
 
     Attributes:
         structure: The transform for native code.
-        memory: What has to live as long as `structure`.
+        memory: What `structure` points to.
         shapes: The shapes of its tensors.
         features: D, or `None` if it takes any.
         context: The width of the context that its network takes, or `None` if it has no network.
@@ -68,7 +68,7 @@ def normal_transform(features: int) -> ChainTransform:
     """Returns the transform y = x whose log-determinant is the log-density of N(shift, scale^2) at x.
 
     At the end of a chain it makes the log-determinant of the whole the log-density of a flow. Its tensors are the scale
-    and the shift, of one number for each feature.
+    and the shift, with one number for each feature.
     """
     structure = Transform(kind=TransformKind.NORMAL, scale_stride=1, shift_stride=1)
     return ChainTransform(structure, None, ((features,), (features,)), features)
@@ -82,11 +82,23 @@ class MaskedOperation(NamedTuple):
     mask: Bool[Tensor, "o i"] | None = None
 
 
+class Steps(NamedTuple):
+    """The steps in which a transform is inverted.
+
+    Attributes:
+        features: The features, sorted by step.
+        starts: The positions in `features` at which each step starts, and D at the end.
+        inputs: The units of the network's input.
+    """
+
+    features: Sequence[int]
+    starts: Sequence[int]
+    inputs: _Units
+
+
 def masked_transform(
-    starts: Sequence[int],
-    order: Sequence[int],
+    steps: Steps,
     operations: Sequence[MaskedOperation],
-    inputs: _Units,
     shapes: Sequence[tuple[int, ...]],
     parameters: int,
     context: int = 0,
@@ -96,69 +108,69 @@ def masked_transform(
     """Returns a transform with a masked network.
 
     Args:
-        starts: The positions in `order` at which each step starts, and D at the end.
-        order: The features, sorted by step.
-        inputs: The units of the network's input.
         shapes: The shapes of the tensors that operations count.
-        parameters: The parameters of each feature.
+        parameters: The number of parameters of each feature.
         context: The number of context columns in the network's input.
         own_context: The width of the context that operations read beside the input.
         settings: Other fields of `Transform`.
     """
-    features, steps = len(order), len(starts) - 1
+    features, (rows, ready) = len(steps.features), map(_integers, steps.inputs)
+    order, starts = _integers(steps.features), _integers(steps.starts)
     structure = Transform(
-        steps=steps, operation_count=len(operations), features=features, parameters=parameters, context=context,
-        **settings,
+        steps=len(steps.starts) - 1, num_operations=len(operations), features=features, parameters=parameters,
+        context=context, order=ctypes.addressof(order), starts=ctypes.addressof(starts),
+        input_rows=ctypes.addressof(rows), input_ready=ctypes.addressof(ready), **settings,
     )  # fmt: skip
-    _check(_is_permutation(order, features) and starts[0] == 0 and starts[-1] == features)
-    _check(steps > 0 and all(a < b for a, b in pairwise(starts)))
+    _check_steps(steps)
     _check_parameters(structure)
-    _check_network(structure, starts, operations, inputs, shapes, own_context)
-    arrays = [tuple(map(_integers, units)) for units in (*(units for _, units, _ in operations), inputs)]
-    values = [inputs, *(units for _, units, _ in operations)]
-    masks = [
-        None if mask is None or _has_all_inputs(mask, units, values[operation.source]) else mask.contiguous()
-        for operation, units, mask in operations
-    ]
-    table = (Operation * len(operations))(*(operation for operation, *_ in operations))
-    for operation, (rows, ready), mask in zip(table, arrays, masks, strict=False):
-        operation.units, operation.rows, operation.ready = len(rows), ctypes.addressof(rows), ctypes.addressof(ready)
-        operation.mask = address_of(mask)
-    sorted_features, sorted_starts = _integers(order), _integers(starts)
-    structure.operations, structure.order = ctypes.addressof(table), ctypes.addressof(sorted_features)
-    structure.starts = ctypes.addressof(sorted_starts)
-    structure.input_rows, structure.input_ready = map(ctypes.addressof, arrays[-1])
-    memory = (arrays, masks, table, sorted_features, sorted_starts)
-    return ChainTransform(structure, memory, shapes, features, context or own_context)
+    _check_network(structure, steps, operations, shapes, own_context)
+    memory: list[Any] = [order, starts, rows, ready]
+    table = (Operation * len(operations))()
+    values = [steps.inputs, *(units for _, units, _ in operations)]
+    for i, (operation, units, mask) in enumerate(operations):
+        rows, ready = map(_integers, units)
+        mask = None if mask is None or _has_all_inputs(mask, units, values[operation.source]) else mask.contiguous()
+        table[i] = operation
+        table[i].units, table[i].mask = len(rows), address_of(mask)
+        table[i].rows, table[i].ready = ctypes.addressof(rows), ctypes.addressof(ready)
+        memory += [rows, ready, mask]
+    structure.operations = ctypes.addressof(table)
+    return ChainTransform(structure, (table, memory), shapes, features, context or own_context)
+
+
+def _check_steps(steps: Steps) -> None:
+    features, starts, _ = steps
+    _check(_is_permutation(features, len(features)) and starts[0] == 0 and starts[-1] == len(features))
+    _check(len(starts) > 1 and all(a < b for a, b in pairwise(starts)))
 
 
 def _check_parameters(t: Transform) -> None:
-    """Checks that there are as many parameters for each feature as the kind of transform reads."""
+    """Checks that each feature has as many parameters as the kind of transform reads."""
     if t.kind in (TransformKind.RATIONAL_QUADRATIC, TransformKind.RATIONAL_LINEAR):
         derivatives = {
             SplineBoundary.FIXED: t.bins - 1,
             SplineBoundary.FREE: t.bins + 1,
             SplineBoundary.CIRCULAR: t.bins,
-        }[SplineBoundary(t.ends)]
+        }[SplineBoundary(t.boundary)]
         lambdas = t.bins if t.kind == TransformKind.RATIONAL_LINEAR else 0
         _check(t.bins > 0 and t.parameters == 2 * t.bins + derivatives + lambdas)
         _check(max(t.min_width, t.min_height) * t.bins < 1)
-        _check(not lambdas or t.ends == SplineBoundary.FIXED)
+        _check(not lambdas or t.boundary == SplineBoundary.FIXED)
     else:
         without_network = (TransformKind.PERMUTATION, TransformKind.AFFINE, TransformKind.NORMAL)
         _check(t.kind not in without_network and t.parameters == 2)
 
 
 def _check_network(
-    t: Transform, starts: Sequence[int], operations: Sequence[MaskedOperation], inputs: _Units,
-    shapes: Sequence[tuple[int, ...]], own_context: int,
+    t: Transform, steps: Steps, operations: Sequence[MaskedOperation], shapes: Sequence[tuple[int, ...]],
+    own_context: int,
 ) -> None:  # fmt: skip
-    """Checks that each operation reads units and entries of tensors that there are."""
-    values = [inputs, *(units for _, units, _ in operations)]
+    """Checks that each operation reads units and tensor entries that exist."""
+    values = [steps.inputs, *(units for _, units, _ in operations)]
     for rows, ready in values:
         _check(len(ready) == t.steps and min(rows, default=0) >= 0)
         _check(all(a <= b for a, b in pairwise((0, *ready, len(rows)))))
-    rows, ready = inputs
+    rows, ready = steps.inputs
     _check(_is_permutation(rows, t.context + t.features) and ready[0] >= t.context)
     _check(all(0 <= row - t.context_start < t.context for row in rows[: t.context]))
     for position, (operation, (rows, ready), mask) in enumerate(operations):
@@ -184,11 +196,11 @@ def _check_network(
             _check(torch.Size(shapes[operation.bias]).numel() == len(rows))
     last, (rows, ready), _ = operations[-1]
     _check(not last.is_kept and len(rows) == t.features * t.parameters)
-    _check(list(ready) == [start * t.parameters for start in starts[1:]])
+    _check(list(ready) == [start * t.parameters for start in steps.starts[1:]])
 
 
 def _has_all_inputs(mask: Bool[Tensor, "o i"], units: _Units, inputs: _Units) -> bool:
-    """True if each unit reads all inputs that its step can read, so that the steps say what the mask does."""
+    """Returns True if each unit reads all inputs of its step, so that no mask is needed."""
     rows, ready = units
     reads, unit = torch.zeros(len(rows), 1, dtype=torch.int64), 0
     for last, read in zip(ready, inputs[1], strict=True):

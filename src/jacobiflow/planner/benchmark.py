@@ -32,8 +32,8 @@ from jacobiflow.fixed_point import (
 )
 from jacobiflow.native import library_name
 from jacobiflow.planner.fit import BlockTuning
-from jacobiflow.utils.serialization import registered
-from jacobiflow.utils.timing import timed
+from jacobiflow.utils.serialization import registered_pieces
+from jacobiflow.utils.timing import time_call
 
 _LEAST_SWEEPS = 4  # fewest sweeps of a block to the usual tolerances
 _BF16_SWEEPS = 3  # more of them change nothing but bfloat16's rounding
@@ -93,7 +93,7 @@ def time_exact(block: AffineBlock, z: Float[Tensor, "b t c"], labels: Context, b
 def candidates(num_tokens: int, tolerance: float, tuning: BlockTuning | None, exact: Exact) -> list[Solver]:
     """The solvers that race against the exact loop: all tokens at once, and the candidates of every partition."""
     partitions: list[Partition] = [Whole()]
-    for kind in registered(Partition).values():
+    for kind in registered_pieces(Partition).values():
         partitions += [p for p in kind.candidates(num_tokens) if p.stop(0, num_tokens) < num_tokens]
     guess, correction = (Latent(), Plain()) if tuning is None else (tuning.guess, tuning.correction)
     solvers = [Solver(partition, guess, Tolerance(tolerance), correction) for partition in partitions]
@@ -207,7 +207,7 @@ class Race:
             solve_certified, block, z, solver, labels, batch_size=self.batch_size, tolerance=self.tolerance,
             time_limit=time_limit,
         )  # fmt: skip
-        seconds, solution = timed(run, z.device)
+        seconds, solution = time_call(run, z.device)
         sweeps, residual = int(solution.sample_sweeps.max()), float(solution.residual.max())
         return Runner(solver, (seconds,), solution.x, sweeps, residual)
 
@@ -216,7 +216,7 @@ def _timings(run: Callable[[], object], device: torch.device, enough: float = _E
     """Seconds of several calls, or of one if it takes `enough`."""
     seconds: list[float] = []
     while sum(seconds) < enough and len(seconds) < _MOST:
-        seconds.append(timed(run, device)[0])
+        seconds.append(time_call(run, device)[0])
     return seconds
 
 

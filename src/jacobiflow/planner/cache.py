@@ -30,7 +30,7 @@ from jacobiflow.planner.strategy import Strategy
 from jacobiflow.utils.checks import check_count, check_kind, check_number, format_value
 from jacobiflow.utils.files import cache_folder, sha256
 from jacobiflow.utils.progress import Progress
-from jacobiflow.utils.timing import machine
+from jacobiflow.utils.timing import describe_machine
 
 _PACKAGE = Path(__file__).parent.parent
 _BUSY = 0.3  # timings that differ by a larger share are in doubt
@@ -108,7 +108,7 @@ def auto(flow: Flow, batch_size: int, tolerance: float | None = None, progress: 
     """
     check_flow(flow)
     tolerance = DEFAULT_TOLERANCE if tolerance is None else check_number("tolerance", tolerance)
-    batch_size = check_count("batch_size", batch_size, most=MAX_SAMPLES)
+    batch_size = check_count("batch_size", batch_size, maximum=MAX_SAMPLES)
     if tolerance == 0:
         return Strategy.uniform(Solver(Sequential(), stopping=Tolerance(0)), flow.config.num_blocks)
     weights = cached_fingerprint(flow)
@@ -146,7 +146,7 @@ def _read_or_make(flow: Flow, weights: str, batch_size: int, tolerance: float, p
     batch_size = batch_size if exceeds_memory(flow, rounded) else rounded
     tuning = find_tuning(flow)
     conditions = (
-        weights, batch_size, tolerance, *_environment(flow), machine(flow.var.device), _code(),
+        weights, batch_size, tolerance, *_environment(flow), describe_machine(flow.var.device), _code(),
         None if tuning is None else sha256(tuning),
     )  # fmt: skip
     folder = cache_folder()

@@ -12,7 +12,7 @@ import torch
 from jacobiflow.blocks.base import AffineBlock
 from jacobiflow.blocks.context import Context
 from jacobiflow.blocks.guidance import Guidance
-from jacobiflow.calibration.report import find_file
+from jacobiflow.calibration.report import find_file_by_guidance
 from jacobiflow.calibration.statistics import BlockSolution, exact_solutions
 from jacobiflow.errors import InputValueError
 from jacobiflow.fixed_point import Correction, Guess, Plain, Solver, Tolerance, Whole, solve
@@ -40,7 +40,7 @@ class BlockTuning:
 
 
 @dataclass(frozen=True)
-class Tuning(serialization.Document):
+class Tuning(serialization.JsonDocument):
     """A guess and a correction for each block of a flow, fitted by `jacobiflow.tune`.
 
     Attributes:
@@ -105,7 +105,7 @@ def tune(
     """
     check_flow(flow)
     samples = check_count("samples", samples, 2, MAX_SAMPLES)
-    batch_size, seed = check_count("batch_size", batch_size, most=MAX_SAMPLES), check_seed(seed)
+    batch_size, seed = check_count("batch_size", batch_size, maximum=MAX_SAMPLES), check_seed(seed)
     config = flow.config
     blocks = flow.inverse_blocks
     latents = draw_latents(samples, config.num_tokens, config.token_channels, seed, FIRST_CALIBRATION_LATENT)
@@ -130,7 +130,7 @@ def find_tuning(flow: Flow) -> Path | None:
         >>> jf.find_tuning(jf.load("digits-p1")).name
         'tuning.json'
     """
-    return find_file(flow, "tuning", lambda file: Tuning.load(file).guidance)
+    return find_file_by_guidance(flow, "tuning", lambda file: Tuning.load(file).guidance)
 
 
 def _context(flow: Flow, labels: Labels | None, context: ContextLike | None, samples: int) -> Context:
@@ -151,11 +151,10 @@ def _fit(block: AffineBlock, at: BlockSolution, batch_size: int) -> BlockTuning:
         solver = Solver(Whole(), guess, Tolerance(_TOLERANCE), correction)
         return int(solve(block, at.z, solver, at.context, batch_size=batch_size).sample_sweeps.sum())
 
-    guesses = [fit for kind in serialization.registered(Guess).values() if (fit := kind.fit(at.x, at.z)) is not None]
+    kinds = serialization.registered_pieces(Guess).values()
+    guesses = [fit for kind in kinds if (fit := kind.fit(at.x, at.z)) is not None]
     guess = guesses[0] if len(guesses) == 1 else min(guesses, key=lambda guess: sweeps(guess, Plain()))
-    fits = [
-        kind.fit(Problem(block, at.z, at.context), at.x, guess)
-        for kind in serialization.registered(Correction).values()
-    ]
+    kinds = serialization.registered_pieces(Correction).values()
+    fits = [kind.fit(Problem(block, at.z, at.context), at.x, guess) for kind in kinds]
     corrections: Sequence[Correction] = [Plain(), *(fit for fit in fits if fit is not None)]
     return BlockTuning(guess, min(corrections, key=lambda correction: sweeps(guess, correction)))

@@ -22,7 +22,7 @@ from jacobiflow.fixed_point import (
     Whole,
 )
 from jacobiflow.utils.checks import format_value
-from jacobiflow.utils.serialization import registered
+from jacobiflow.utils.serialization import registered_pieces
 
 _FORMS = (
     "auto, sequential, sequential:int16, jacobi, jacobi-J, gs-jacobi:G, gs-jacobi:G-J, window:N, "
@@ -86,7 +86,7 @@ def _added(solver: Solver, name: str) -> Solver:
 def _piece(base: type, text: str) -> Any:
     """The registered piece that "name" or "name:1-2" means, the numbers being its fields, or `None`."""
     name, _, numbers = text.partition(":")
-    cls: Any = {key.lower(): cls for key, cls in registered(base).items()}.get(name)
+    cls: Any = {key.lower(): cls for key, cls in registered_pieces(base).items()}.get(name)
     if cls is None or not re.fullmatch(rf"|{_NUMBER}(-{_NUMBER})*", numbers):
         return None
     values = [int(number) for number in numbers.split("-") if number]

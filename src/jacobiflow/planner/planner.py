@@ -25,7 +25,7 @@ from jacobiflow.planner.fit import SAMPLES, Tuning, find_tuning
 from jacobiflow.planner.strategy import Prediction, Strategy, device_name
 from jacobiflow.utils.checks import check_count, check_flag, check_kind, check_positive
 from jacobiflow.utils.progress import Progress
-from jacobiflow.utils.timing import timed
+from jacobiflow.utils.timing import time_call
 
 _FEWEST = 2  # samples of a race: one may need twice as many sweeps as another
 _SECONDS = 2.0  # least time limit of a race between several solvers
@@ -72,7 +72,7 @@ def plan(
     """
     check_flow(flow)
     check_kind("tuning", tuning, Tuning | None, "a Tuning, as tune returns, or None")
-    batch_size = check_count("batch_size", batch_size, most=MAX_SAMPLES)
+    batch_size = check_count("batch_size", batch_size, maximum=MAX_SAMPLES)
     tolerance = check_positive("tolerance", tolerance, "a positive number; at 0 use strategy 'sequential'")
     check_flag("bf16", bf16)
     if tuning is not None:
@@ -236,9 +236,9 @@ class _Planner:
         exact = self._invert(tokens[:_COMPARED], solve_exactly, "verifying")
         run = partial(self._invert, tokens, solve_block, "verifying")
         for _ in range(_TRIALS):
-            elapsed, x = timed(run, tokens.device)
+            elapsed, x = time_call(run, tokens.device)
             if num == self.batch_size:
-                seconds = elapsed if elapsed <= enough else timed(run, tokens.device)[0]
+                seconds = elapsed if elapsed <= enough else time_call(run, tokens.device)[0]
             difference = (x[: len(exact)] - exact)[exact.isfinite()].abs().nan_to_num(math.inf, math.inf)
             error = max(difference.tolist(), default=math.inf)
             if seconds > enough or math.isinf(error):

@@ -44,7 +44,7 @@ class Prediction:
 
 
 @dataclass(frozen=True)
-class Strategy(serialization.Document):
+class Strategy(serialization.JsonDocument):
     """One `Solver` per block, in encoding order. Strategies are equal if their solvers and their tolerance are.
 
     Attributes:
@@ -76,7 +76,7 @@ class Strategy(serialization.Document):
     @classmethod
     def uniform(cls, solver: Solver, num_blocks: int) -> Strategy:
         """The same solver for every block."""
-        return cls((solver,) * check_count("num_blocks", num_blocks, most=MOST_BLOCKS))
+        return cls((solver,) * check_count("num_blocks", num_blocks, maximum=MOST_BLOCKS))
 
     @classmethod
     def parse(
@@ -118,8 +118,8 @@ class Strategy(serialization.Document):
             raise InputValueError(
                 f"strategy {format_value(text)}: give a report, or num_blocks and num_tokens of the flow"
             )
-        blocks = check_count("num_blocks", num_blocks, most=MOST_BLOCKS)
-        tokens = check_count("num_tokens", num_tokens, most=MOST_TOKENS)
+        blocks = check_count("num_blocks", num_blocks, maximum=MOST_BLOCKS)
+        tokens = check_count("num_tokens", num_tokens, maximum=MOST_TOKENS)
         return cls(notation.parse(text, [Latent()] * blocks, tokens, tolerance))
 
     @classmethod

@@ -12,10 +12,10 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from jacobiflow.data import image_grid
-from jacobiflow.plots.style import INK
+from jacobiflow.plots.style import TEXT_COLOR
 
-_CAPTION, _LETTERS = 40, 28  # pixels: 9 of the latter where a phone shows a sheet of 10 images
-_COLUMNS = 10
+_CAPTION_HEIGHT, _LETTER_HEIGHT = 40, 28  # pixels; readable if a phone shows a sheet of 10 images
+_COLUMNS = 10  # images on a line
 _LEVEL = 2 / 255  # one level of an 8-bit image, whose entries are in [-1, 1]
 
 
@@ -25,8 +25,13 @@ def comparison_sheet(
 ) -> Image.Image:  # fmt: skip
     """Draws `reference`, `images` and their difference (Figure 7 of the paper).
 
-    The largest difference is black. If it is below one level of an 8-bit image, as rounding is, all are white.
-    `names` are the captions of the first two; for `columns` see `rows_sheet`.
+    The largest difference is black. If it is below one level of an 8-bit image, all differences are white.
+
+    Args:
+        reference: Images of the first row.
+        images: Images of the second row.
+        names: Captions of these two rows.
+        columns: Names of the images in a row; see `rows_sheet`.
     """
     difference = (images - reference).abs().masked_fill(images.isnan() & reference.isnan(), 0)
     largest = float(difference.nan_to_num().max())
@@ -37,21 +42,23 @@ def comparison_sheet(
 
 
 def rows_sheet(rows: Sequence[tuple[str, Float[Tensor, "n c h w"]]], columns: Sequence[str] = ()) -> Image.Image:
-    """Draws rows of images, each below its caption, at most 10 images a line (Figure 4 of the paper).
+    """Draws rows of images, each below its caption, at most 10 images on a line (Figure 4 of the paper).
 
-    `columns` are names of the images of a row, written once above all rows if they are the same on every line.
+    Args:
+        rows: Captions and images.
+        columns: Names of the images in a row. They are written above all rows if they are the same on every line.
     """
     grids = [image_grid(images, min(len(images), _COLUMNS)) for _, images in rows]
     parts = []
     if columns and all(name == columns[i % _COLUMNS] for i, name in enumerate(columns)):
-        parts.append(column_names(columns[:_COLUMNS], max(grid.width for grid in grids)))
+        parts.append(column_captions(columns[:_COLUMNS], max(grid.width for grid in grids)))
     for (caption, _), grid in zip(rows, grids, strict=True):
         parts += [_caption(caption), grid]
-    return stacked(parts)
+    return stack_images(parts)
 
 
-def stacked(parts: Sequence[Image.Image]) -> Image.Image:
-    """Returns images one below the other, on white."""
+def stack_images(parts: Sequence[Image.Image]) -> Image.Image:
+    """Places images one below the other, on white."""
     sheet = Image.new("RGB", (max(part.width for part in parts), sum(part.height for part in parts)), "white")
     top = 0
     for part in parts:
@@ -61,22 +68,22 @@ def stacked(parts: Sequence[Image.Image]) -> Image.Image:
 
 
 def _caption(text: str) -> Image.Image:
-    strip = Image.new("RGB", (int(_font(_LETTERS).getlength(text)) + 12, _CAPTION), "white")
-    ImageDraw.Draw(strip).text((4, _CAPTION / 2), text, fill=INK, font=_font(_LETTERS), anchor="lm")
+    strip = Image.new("RGB", (int(_font(_LETTER_HEIGHT).getlength(text)) + 12, _CAPTION_HEIGHT), "white")
+    ImageDraw.Draw(strip).text((4, _CAPTION_HEIGHT / 2), text, fill=TEXT_COLOR, font=_font(_LETTER_HEIGHT), anchor="lm")
     return strip
 
 
-def column_names(names: Sequence[str], width: int) -> Image.Image:
-    """Returns a strip with each name in the middle of its column, in letters that fit."""
-    strip = Image.new("RGB", (width, _CAPTION), "white")
+def column_captions(names: Sequence[str], width: int) -> Image.Image:
+    """Draws each name in the middle of its column, in letters that fit."""
+    strip = Image.new("RGB", (width, _CAPTION_HEIGHT), "white")
     draw, step = ImageDraw.Draw(strip), width / len(names)
-    longest = max(_font(_LETTERS).getlength(name) for name in names)
-    letters = _font(max(int(_LETTERS * min(1.0, (step - 4) / max(longest, 1.0))), 6))
+    longest = max(_font(_LETTER_HEIGHT).getlength(name) for name in names)
+    letters = _font(max(int(_LETTER_HEIGHT * min(1.0, (step - 4) / max(longest, 1.0))), 6))
     for column, name in enumerate(names):
-        draw.text(((column + 0.5) * step, _CAPTION / 2), name, fill=INK, font=letters, anchor="mm")
+        draw.text(((column + 0.5) * step, _CAPTION_HEIGHT / 2), name, fill=TEXT_COLOR, font=letters, anchor="mm")
     return strip
 
 
 def _font(size: int) -> ImageFont.FreeTypeFont:
-    """The font of matplotlib's figures; `size` in pixels."""
+    """Returns the font of matplotlib's figures; `size` in pixels."""
     return ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf", size)

@@ -1,4 +1,4 @@
-"""The style of all pictures: settings, the colour of every sampler, axes, and files."""
+"""Style of all pictures: matplotlib's settings, the colour of every sampler, axes, and files."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from jacobiflow.utils.files import write_atomically
 
 FONT_SIZE = 10  # points, of all text in figures
 DPI = 200
-SHEET: Any = {  # whose type would be matplotlib's, which lists every setting
+RC_PARAMS: Any = {  # matplotlib's own type lists every setting
     "font.size": FONT_SIZE,
     "axes.titlesize": "medium",
     "figure.titlesize": "medium",
@@ -27,12 +27,9 @@ SHEET: Any = {  # whose type would be matplotlib's, which lists every setting
     "legend.frameon": False,
     "lines.linewidth": 1.6,
 }
-styled = matplotlib.rc_context(SHEET)  # decorates a function that draws; the caller's settings stay
+use_style = matplotlib.rc_context(RC_PARAMS)  # decorates a function that draws; keeps the caller's settings
 
-INK, FAINT = "#222222", "#e6e6e6"
-FINAL, WAITING = "#a9b5c4", "#f2f2f2"  # of tokens; those that are being swept have their sampler's colour
-TOUGH, EASY = "#3d4a5c", "#a9b5c4"  # of blocks
-ORDERED = matplotlib.colormaps["viridis"]  # of what comes in an order, such as segments
+TEXT_COLOR, GRID_COLOR = "#222222", "#e6e6e6"
 
 
 class Style(NamedTuple):
@@ -42,9 +39,9 @@ class Style(NamedTuple):
     marker: str
 
 
-# By the start of a sampler's name, in lower case. The colours are of different lightness, for print in grey, and
-# colour-blind readers can tell all of them from each other.
-SAMPLERS = {
+# By the start of a sampler's name, in lower case. The colours differ in lightness, for print in grey, and for
+# colour-blind readers.
+SAMPLER_STYLES = {
     r"auto\b": Style("#00519e", "o"),
     r"original|growing cache|token loop|full passes": Style("#959595", "D"),
     r"sequential": Style("#000000", "s"),
@@ -54,27 +51,27 @@ SAMPLERS = {
     r"selective jacobi": Style("#580656", "X"),
     r"starflow": Style("#57adf3", "*"),
 }
-OTHER = Style("#e5cd07", "p")
+OTHER_STYLE = Style("#e5cd07", "p")
 
 
 def sampler_style(name: str) -> Style:
     """Returns the style of a sampler or strategy, the same in every figure.
 
-    Strategies that differ in settings only, such as "window:32" and "window:64", share a style.
+    Strategies that differ only in their settings, such as "window:32" and "window:64", share a style.
     """
     if name.endswith(".json"):
-        return OTHER
-    return next((style for start, style in SAMPLERS.items() if re.match(start, name.lower())), OTHER)
+        return OTHER_STYLE
+    return next((style for start, style in SAMPLER_STYLES.items() if re.match(start, name.lower())), OTHER_STYLE)
 
 
 def new_figure(height: float) -> Figure:
-    """Returns an empty figure, `height` in inches, so narrow that its text is readable on a phone."""
+    """Returns an empty figure, `height` in inches, narrow enough to be read on a phone."""
     return Figure(figsize=(5.6, height), dpi=DPI, layout="constrained")
 
 
-def clear(axis: Axes) -> None:
+def simplify_axes(axis: Axes) -> None:
     """Removes the frame at the top and the right, and draws a faint grid."""
-    axis.grid(color=FAINT, linewidth=0.6)
+    axis.grid(color=GRID_COLOR, linewidth=0.6)
     axis.set_axisbelow(True)
     axis.spines[["top", "right"]].set_visible(False)
 
@@ -90,7 +87,7 @@ def save_png(image: Image.Image | Figure, path: str | Path) -> None:
     """Writes a PNG; the file appears whole or not at all."""
     data = io.BytesIO()
     if isinstance(image, Figure):
-        with matplotlib.rc_context(SHEET):
+        with matplotlib.rc_context(RC_PARAMS):
             image.savefig(data, format="png", dpi=DPI)
     else:
         image.save(data, "PNG")

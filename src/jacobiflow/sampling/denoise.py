@@ -40,7 +40,7 @@ def denoise(
     """
     check_flow(flow)
     rate = check_rate(flow, rate, "rate")
-    batch_size = check_count("batch_size", batch_size, most=2**31)
+    batch_size = check_count("batch_size", batch_size, maximum=2**31)
     flow.check_data(images, "images")
     context = flow.check_batch(images, labels)
     num_nonfinite = int((~torch.isfinite(images).all(dim=(1, 2, 3))).sum())

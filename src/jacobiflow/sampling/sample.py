@@ -131,7 +131,7 @@ def sample(
     flow, denoise = resolve_settings(flow, settings, checked)
     log_prob = check_log_prob(flow, log_prob, denoise)
     if batch_size is not None:
-        batch_size = min(check_count("batch_size", batch_size, most=MAX_SAMPLES), len(latents))
+        batch_size = min(check_count("batch_size", batch_size, maximum=MAX_SAMPLES), len(latents))
     options = SolveOptions(certify=certify, batch_size=batch_size)
     warn_if_guidance_is_idle(flow, checked)
     plan = choose(flow, strategy, batch_size or len(latents), tolerance=tolerance)

@@ -18,18 +18,21 @@ from jacobiflow.utils.files import parse_json, regular_file, write_atomically
 
 CHECKPOINT = "checkpoint.pt"
 METRICS = "metrics.jsonl"
+_FORMAT_VERSION = 2  # of checkpoint.pt
 _REMEDY = "move it away, or give another folder"
 
 
 @dataclass(frozen=True)
 class TrainMetrics:
-    """Metrics of one optimiser step; the first is step 1.
+    """Metrics of one optimizer step.
 
     Attributes:
+        step: Number of the step, from 1.
         loss: mean(z^2) / 2 - log-det / D of the batch.
-        bits_per_dim: Of the noisy images of the batch, under a standard normal prior.
-        grad_norm: Before clipping.
-        seconds: Of training so far, over all runs.
+        bits_per_dim: Bits per dimension of the noisy images of the batch, under a standard normal prior.
+        grad_norm: Norm of the gradient before clipping.
+        rate: Learning rate.
+        seconds: Seconds of training so far, over all runs.
     """
 
     step: int
@@ -45,26 +48,26 @@ class TrainMetrics:
 
 
 def read_metrics(folder: str | Path) -> list[TrainMetrics]:
-    """Reads the metrics of a training run; none if its folder has no metrics.jsonl.
+    """Reads the metrics of a training run; an empty list if its folder has no metrics.jsonl.
 
-    A last line that a kill cut short is left out.
+    A truncated last line is ignored.
     """
     path = Path(folder) / METRICS
     lines = regular_file(path).read_bytes().splitlines(keepends=True) if path.exists() else []
-    reports = []
+    metrics = []
     for number, line in enumerate(lines, 1):
         try:
-            reports.append(msgspec.convert(parse_json(line), TrainMetrics))
+            metrics.append(msgspec.convert(parse_json(line), TrainMetrics))
         except (InputError, msgspec.ValidationError) as error:
             if number == len(lines) and not line.endswith(b"\n"):
                 break
             raise InputValueError(f"{path}: line {number} is not of this trainer ({error}); {_REMEDY}") from error
-    return reports
+    return metrics
 
 
 @dataclass(frozen=True, eq=False)
 class Checkpoint:
-    """The state of a training run, from which it resumes; `run` describes its flow, settings and images."""
+    """The state from which a training run resumes; `run` describes its flow, settings and images."""
 
     run: dict[str, Any]
     step: Annotated[int, msgspec.Meta(ge=0)]
@@ -77,24 +80,30 @@ class Checkpoint:
     def read(cls, path: Path) -> Checkpoint:
         """Reads a checkpoint. Raises ValueError if the file is broken."""
         try:
-            return msgspec.convert(torch.load(regular_file(path), map_location="cpu", weights_only=True), cls)
-        except Exception as error:  # torch.load documents none, and damage can raise nearly any
+            entries = torch.load(regular_file(path), map_location="cpu", weights_only=True)
+            checkpoint = msgspec.convert(entries, cls)
+        except Exception as error:  # torch.load raises many kinds of exceptions.
             raise InputValueError(f"{path}: not a checkpoint ({first_line(error)}); {_REMEDY}") from error
+        if entries.get("format_version") != _FORMAT_VERSION:
+            raise InputValueError(
+                f"{path}: made by an earlier version of jacobiflow; go on with that version, or {_REMEDY}"
+            )
+        return checkpoint
 
     def write(self, path: Path) -> None:
-        """Writes the file as a whole."""
+        """Writes the file atomically."""
         data = io.BytesIO()
-        torch.save(vars(self), data)
+        torch.save({"format_version": _FORMAT_VERSION, **vars(self)}, data)
         write_atomically(path, data.getvalue())
 
 
 def last_checkpoint(out: Path, run: dict[str, Any]) -> Checkpoint | None:
-    """Returns the checkpoint in a folder of this run, or None if the folder is new or empty."""
+    """Returns the checkpoint of this run; None if its folder is new or empty."""
     path = out / CHECKPOINT
     if not path.exists():
-        others = [entry.name for entry in out.iterdir() if not entry.name.startswith(".")]
-        if others:
-            raise InputValueError(f"{out}: holds {others[0]}, and no {CHECKPOINT}; give a new or empty folder")
+        for entry in out.iterdir():
+            if not entry.name.startswith("."):
+                raise InputValueError(f"{out}: holds {entry.name}, and no {CHECKPOINT}; give a new or empty folder")
         return None
     checkpoint = Checkpoint.read(path)
     names = [name for name in {**checkpoint.run, **run} if checkpoint.run.get(name) != run.get(name)]
@@ -107,10 +116,10 @@ def last_checkpoint(out: Path, run: dict[str, Any]) -> Checkpoint | None:
 
 
 def problems(path: Path) -> Iterator[str]:
-    """Finds problems of the training run in a folder, one line each, with the remedy."""
+    """Yields a line for each problem of the training run in a folder, with the remedy."""
     try:
         step = Checkpoint.read(path / CHECKPOINT).step
-        missing = set(range(1, step + 1)) - {report.step for report in read_metrics(path)}
+        missing = set(range(1, step + 1)) - {metrics.step for metrics in read_metrics(path)}
         if missing:
             yield f"{path / METRICS}: lacks {len(missing):,} of {step:,} steps; training goes on without them"
     except InputError as error:

@@ -1,4 +1,4 @@
-"""Maximum-likelihood training of a flow over images; a run that was stopped resumes as if it had not been."""
+"""Maximum-likelihood training of a flow over images, with checkpoints to resume from."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from jacobiflow.models.checkpoints.folder import check_own_model, write_model
 from jacobiflow.models.flow import Flow
 from jacobiflow.training.folder import CHECKPOINT, METRICS, Checkpoint, TrainMetrics, last_checkpoint, read_metrics
 from jacobiflow.utils.checks import check_count, check_fields, check_kind, check_number, check_positive
-from jacobiflow.utils.files import locked, partials, write_atomically
+from jacobiflow.utils.files import locked, remove_partials, write_atomically
 from jacobiflow.utils.progress import Progress
 
-_MOST_STEPS = 10**9
-_MIN_RATE = 1e-6
-_PRIOR_RATE = 0.1
-_ORDER, _NOISE = 0, 1  # streams of random numbers
-_MAY_CHANGE = frozenset({"steps", "checkpoint_every", "sample_every"})  # in a run that is resumed
+_MAX_STEPS = 10**9
+_MIN_LEARNING_RATE = 1e-6
+_PRIOR_MOMENTUM = 0.1  # Weight of the newest batch in the moving average of z^2.
+_ORDER, _NOISE = 0, 1  # The random streams of the order of the images, and of their noise.
+_MAY_CHANGE = frozenset({"steps", "checkpoint_every", "sample_every"})  # Settings that may differ on resume.
 
 
 @dataclass(frozen=True)
@@ -37,15 +37,19 @@ class TrainConfig:
     """Settings of a training run.
 
     Args:
-        steps: Optimiser steps in all.
-        noise: The noise of the images. Its `std` must be that of the flow's config.
-        learning_rate: Peak rate of AdamW. The rate rises linearly over `warmup` steps, then falls to 1e-6 by a cosine.
-        warmup: Steps of linear warm-up.
-        ema: Decay of the averaged weights.
-        clip: Largest gradient norm.
-        drop_label: Share of labels that are dropped, for classifier-free guidance.
-        bf16: Whether the forward pass is autocast to bfloat16.
-        seed: Fixes the order of the images, their noise and the dropped labels.
+        steps: Optimizer steps in all, those of earlier runs included.
+        noise: The noise of the images. Its `std` must be the `noise_std` of the flow's config.
+        augmentation: Random changes of the images.
+        batch_size: Images in a step.
+        learning_rate: Peak learning rate of AdamW. It is reached after `warmup` steps, then falls to 1e-6 by a cosine.
+        weight_decay: Weight decay of AdamW.
+        warmup: Steps over which the learning rate rises linearly.
+        ema_decay: Decay of the exponential moving average of the weights.
+        max_grad_norm: Gradients with a larger norm are clipped to it.
+        label_dropout: Probability of dropping a label, for classifier-free guidance.
+        bf16: Whether to run the forward pass under autocast to bfloat16.
+        seed: Seed of the order of the images, their noise and the dropped labels.
+        checkpoint_every: Steps between checkpoints.
         sample_every: Steps between calls of `on_sample`.
 
     Example:
@@ -61,9 +65,9 @@ class TrainConfig:
     learning_rate: float = 1e-3
     weight_decay: float = 1e-4
     warmup: int = 200
-    ema: float = 0.999
-    clip: float = 1.0
-    drop_label: float = 0.1
+    ema_decay: float = 0.999
+    max_grad_norm: float = 1.0
+    label_dropout: float = 0.1
     bf16: bool = True
     seed: int = 0
     checkpoint_every: int = 100
@@ -72,21 +76,21 @@ class TrainConfig:
     def __post_init__(self) -> None:
         check_fields(self)
         for name in ("steps", "batch_size", "checkpoint_every", "sample_every"):
-            check_count(name, getattr(self, name), most=_MOST_STEPS)
-        for name, most in (("warmup", _MOST_STEPS), ("seed", 2**63 - 1)):
-            check_count(name, getattr(self, name), least=0, most=most)
-        for name in ("drop_label", "ema"):
-            check_number(name, getattr(self, name), give="a number from 0 to below 1", below=1)
-        for name in ("learning_rate", "clip"):
+            check_count(name, getattr(self, name), maximum=_MAX_STEPS)
+        for name, most in (("warmup", _MAX_STEPS), ("seed", 2**63 - 1)):
+            check_count(name, getattr(self, name), minimum=0, maximum=most)
+        for name in ("label_dropout", "ema_decay"):
+            check_number(name, getattr(self, name), expected="a number from 0 to below 1", below=1)
+        for name in ("learning_rate", "max_grad_norm"):
             check_positive(name, getattr(self, name))
         check_number("weight_decay", self.weight_decay)
 
     def rate(self, step: int) -> float:
-        """Returns the learning rate of `step`, counted from 0."""
+        """Returns the learning rate of a step, counted from 0."""
         if step < self.warmup:
             return self.learning_rate * (step + 1) / self.warmup
         progress = min(1.0, (step - self.warmup) / max(1, self.steps - self.warmup))
-        return _MIN_RATE + 0.5 * (self.learning_rate - _MIN_RATE) * (1 + math.cos(math.pi * progress))
+        return _MIN_LEARNING_RATE + 0.5 * (self.learning_rate - _MIN_LEARNING_RATE) * (1 + math.cos(math.pi * progress))
 
 
 def train(
@@ -99,30 +103,34 @@ def train(
     progress: Progress | None = None,
     contexts: Float[Tensor, "k ..."] | None = None,
 ) -> Flow:
-    """Trains a flow by maximum likelihood, on images with noise.
+    """Trains a flow on noisy images by maximum likelihood.
 
     The loss is mean(z^2) / 2 - log-det / D. A flow without scales also learns its prior variance, as a moving average
     of z^2. The first batch initialises the flow, see `Flow.initialize`. The images, noise and dropped labels of a
-    step depend only on the seed and the step. A model of images with Gaussian noise recommends a denoising step at
-    rate 1, since its samples have that noise.
+    step depend on the seed and the step only. A model of images with Gaussian noise recommends a denoising step at rate
+    1, since its samples have that noise.
 
-    With the same `out` again, training resumes from the checkpoint, and ends with the same weights as without the stop.
-    `steps`, `checkpoint_every` and `sample_every` may then be others; all else must be the same.
+    A second call with the same `out` resumes from the checkpoint. It ends with the weights of a run without a stop.
+    Only `steps`, `checkpoint_every` and `sample_every` may differ.
 
     Args:
         flow: The flow, which is trained in place.
-        out: A new or empty folder, or that of the run. It gets `checkpoint.pt` every `checkpoint_every` steps and when
-            training is interrupted, `metrics.jsonl`, and at the end the model folder of the averaged weights.
-        on_step: Called with the report of every step.
+        data: The images and their labels.
+        config: The settings of the run.
+        out: The folder of the run, which is new or empty at first. Training writes `metrics.jsonl` and `checkpoint.pt`
+            there every `checkpoint_every` steps and on an interruption, and in the end the averaged model.
+        on_step: Called with the metrics of every step.
         on_sample: Called with the averaged flow and the step, every `sample_every` steps.
-        contexts: For a flow whose context is not labels: the context of each label, and last that of dropped ones.
+        progress: Called after every step.
+        contexts: For a flow with another context than labels: one row for each label, and a last row that stands for a
+            dropped label.
 
     Returns:
         The flow with averaged weights.
 
     Raises:
-        ValueError: If the data do not fit the flow, `out` is in use or has other files or another run, or the loss is
-            not finite; the last checkpoint stays.
+        ValueError: If the data do not fit the flow, if another run uses `out`, if `out` holds other files, or if the
+            loss is not finite. The last checkpoint stays.
 
     Example:
         >>> import tempfile
@@ -134,20 +142,20 @@ def train(
         True
     """
     _check(flow, data, config, contexts)
-    out, per_epoch = Path(out), len(data) // config.batch_size
+    out, steps_per_epoch = Path(out), len(data) // config.batch_size
     with locked(out):
-        check_own_model(out)  # refuses files that the model at the end could not replace
+        check_own_model(out)
         run = _Run(flow, config, out, _describe(flow, config, data, contexts), contexts)
         order, epoch = torch.empty(0), -1
         try:
             while run.step < config.steps:
-                if run.step // per_epoch != epoch:
-                    epoch = run.step // per_epoch
+                if run.step // steps_per_epoch != epoch:
+                    epoch = run.step // steps_per_epoch
                     order = torch.randperm(len(data), generator=keyed_generator(config.seed, _ORDER, epoch))
-                first = run.step % per_epoch * config.batch_size
-                report = run.advance(*data.batch(order[first : first + config.batch_size]))
+                first = run.step % steps_per_epoch * config.batch_size
+                metrics = run.advance(*data.batch(order[first : first + config.batch_size]))
                 if on_step is not None:
-                    on_step(report)
+                    on_step(metrics)
                 if progress is not None:
                     progress(run.step, config.steps, "training")
                 if run.step % config.checkpoint_every == 0:
@@ -166,10 +174,10 @@ def _check(flow: Flow, data: ImageDataset, config: TrainConfig, contexts: Tensor
     check_kind("flow", flow, Flow, "a Flow, such as jacobiflow.TarFlow(config)")
     check_kind("data", data, ImageDataset, "an ImageDataset, such as jacobiflow.data.load_images gives")
     check_kind("config", config, TrainConfig, "a TrainConfig")
-    takes, have, shape = flow.config, tuple(data.images.shape[1:]), flow.require_images()
-    if have != shape:
-        raise InputValueError(f"images are {have}, the flow takes {shape}")
-    if takes.num_classes and data.labels is not None:
+    shape = tuple(data.images.shape[1:])
+    if shape != flow.require_images():
+        raise InputValueError(f"images are {shape}, the flow takes {flow.require_images()}")
+    if flow.config.num_classes and data.labels is not None:
         flow.check_labels(data.labels, len(data))
     if contexts is not None and (data.labels is None or int(data.labels.max()) >= len(contexts) - 1):
         raise InputValueError(
@@ -177,12 +185,13 @@ def _check(flow: Flow, data: ImageDataset, config: TrainConfig, contexts: Tensor
         )
     if len(data) < config.batch_size:
         raise InputValueError(f"batch_size={config.batch_size}: there are only {len(data)} images")
-    if config.noise.std != takes.noise_std:
-        raise InputValueError(f"noise of std {config.noise.std}, but the flow's config has noise_std={takes.noise_std}")
+    noise_std = flow.config.noise_std
+    if config.noise.std != noise_std:
+        raise InputValueError(f"noise of std {config.noise.std}, but the flow's config has noise_std={noise_std}")
 
 
 def _describe(flow: Flow, config: TrainConfig, data: ImageDataset, contexts: Tensor | None) -> dict[str, Any]:
-    """Describes what a resumed run must share with the run before: the flow, the settings, and the images."""
+    """Returns the flow, settings and images that must not differ on resume."""
     digest = hashlib.sha256(data.images.contiguous().numpy().data)
     if (flow.config.num_classes or contexts is not None) and data.labels is not None:
         digest.update(data.labels.contiguous().numpy().data)
@@ -194,23 +203,22 @@ def _describe(flow: Flow, config: TrainConfig, data: ImageDataset, contexts: Ten
 
 
 class _Run:
-    """The state of a training run. `is_updating` is true in an update, when no checkpoint may be written."""
+    """The state of a training run. While `is_updating` is true, it is between two steps and must not be saved."""
 
     def __init__(
         self, flow: Flow, config: TrainConfig, out: Path, description: dict[str, Any], contexts: Tensor | None
     ) -> None:
-        self.contexts = contexts
-        self.flow, self.config, self.out, self.description = flow, config, out, description
+        self.flow, self.config, self.out, self.description, self.contexts = flow, config, out, description, contexts
         self.average = type(flow)(flow.config).to(flow.var.device)
         self.average.load_state_dict(flow.state_dict())
         self.average.requires_grad_(False)
-        if config.noise.std:  # samples have the noise of the training images, which one step removes
+        if config.noise.std:
             self.average.recommended = SamplingSettings(denoise=1.0)
         self.optimizer = torch.optim.AdamW(
             flow.parameters(), lr=config.learning_rate, betas=(0.9, 0.95), weight_decay=config.weight_decay
         )
-        self.step, self.saved, self.seconds = 0, -1, 0.0
-        self.metrics: list[str] = []
+        self.step, self.last_saved_step, self.seconds = 0, -1, 0.0
+        self.unsaved_metrics: list[str] = []  # Lines of metrics.jsonl.
         self.is_updating = False
         checkpoint = last_checkpoint(out, description)
         if checkpoint is None:
@@ -219,79 +227,83 @@ class _Run:
             self._resume(checkpoint)
 
     def advance(self, images: Tensor, labels: Tensor | None) -> TrainMetrics:
-        """Does one optimiser step on a batch."""
+        """Takes one optimizer step on a batch."""
         started = time.perf_counter()
-        config, device, rate = self.config, self.flow.var.device, self.config.rate(self.step)
-        generator = keyed_generator(config.seed, _NOISE, self.step)
-        images = augment(images, config.augmentation, generator)
-        images = add_noise(images, config.noise, generator).to(device)
-        labels = labels if self.flow.config.num_classes or self.contexts is not None else None
-        context = None
-        if labels is not None:
-            dropped = torch.rand(labels.shape, generator=generator) < config.drop_label
-            labels = labels.masked_fill(dropped, -1)
-            context = (labels if self.contexts is None else self.contexts[labels]).to(device)
+        images, context = self._prepare(images, labels)
         if self.step == 0:
-            self.is_updating = True  # a resumed run must not initialise twice
+            self.is_updating = True  # A resumed run must not initialise twice.
             self.flow.initialize(images, context)
             self.average.load_state_dict(self.flow.state_dict())
+        rate = self.config.rate(self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.zero_grad(set_to_none=True)
-        with torch.autocast(device.type, torch.bfloat16, enabled=config.bf16):
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=self.config.bf16):
             z, log_det = self.flow.normalize(images, context)
         loss = 0.5 * z.square().mean() - log_det.mean() / z[0].numel()
         loss.backward()
-        norm = nn.utils.clip_grad_norm_(self.flow.parameters(), config.clip)
+        norm = nn.utils.clip_grad_norm_(self.flow.parameters(), self.config.max_grad_norm)
         self.is_updating = True
         self.optimizer.step()
         if self.flow.learns_prior:
-            self.flow.var.lerp_(z.detach().square().mean(dim=0), _PRIOR_RATE)
+            self.flow.var.lerp_(z.detach().square().mean(dim=0), _PRIOR_MOMENTUM)
         self._update_average()
         self.step += 1
-        value = loss.item()
-        if not math.isfinite(value) or not math.isfinite(norm):
+        nats, grad_norm = loss.item(), norm.item()
+        if not math.isfinite(nats) or not math.isfinite(grad_norm):
             raise InputValueError(
-                f"step {self.step}: loss {value}, gradient norm {norm.item()}; start again in another folder, with "
-                "a smaller learning rate"
+                f"step {self.step}: loss {nats}, gradient norm {grad_norm}; start again in another folder, with a "
+                "smaller learning rate"
             )
         self.seconds += time.perf_counter() - started
-        bits = (value + 0.5 * math.log(2 * math.pi)) / math.log(2) + 7
-        report = TrainMetrics(self.step, value, bits, norm.item(), rate, self.seconds)
-        self.metrics.append(report.line())
+        bits = (nats + 0.5 * math.log(2 * math.pi)) / math.log(2) + 7  # The width of one of 256 levels is 2^-7.
+        metrics = TrainMetrics(self.step, nats, bits, grad_norm, rate, self.seconds)
+        self.unsaved_metrics.append(metrics.line())
         self.is_updating = False
-        return report
+        return metrics
+
+    def _prepare(self, images: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Returns the augmented, noisy images of a step and their context."""
+        config, device = self.config, self.flow.var.device
+        generator = keyed_generator(config.seed, _NOISE, self.step)
+        images = augment(images, config.augmentation, generator)
+        images = add_noise(images, config.noise, generator).to(device)
+        if labels is None or not (self.flow.config.num_classes or self.contexts is not None):
+            return images, None
+        is_dropped = torch.rand(labels.shape, generator=generator) < config.label_dropout
+        labels = labels.masked_fill(is_dropped, -1)
+        return images, (labels if self.contexts is None else self.contexts[labels]).to(device)
 
     @torch.no_grad()
     def _update_average(self) -> None:
-        # The decay rises to `ema`, so that the average soon forgets the initial weights.
-        decay = min(self.config.ema, (1 + self.step) / (10 + self.step))
+        # The decay rises to `ema_decay`, so that the average soon forgets the initial weights.
+        decay = min(self.config.ema_decay, (1 + self.step) / (10 + self.step))
         torch._foreach_lerp_(list(self.average.parameters()), list(self.flow.parameters()), 1 - decay)
         self.average.var.copy_(self.flow.var)
 
     def save(self) -> None:
-        """Writes metrics, then the checkpoint, if there was a step since the last one."""
-        if self.step == self.saved:
+        """Writes the metrics, then the checkpoint, unless the last checkpoint is of this step."""
+        if self.step == self.last_saved_step:
             return
-        if self.metrics:
+        if self.unsaved_metrics:
             with (self.out / METRICS).open("a") as log:
-                log.writelines(self.metrics)
-            self.metrics.clear()
+                log.writelines(self.unsaved_metrics)
+            self.unsaved_metrics.clear()
         Checkpoint(
             self.description, self.step, self.seconds, self.flow.state_dict(), self.average.state_dict(),
             self.optimizer.state_dict(),
         ).write(self.out / CHECKPOINT)  # fmt: skip
-        self.saved = self.step
+        self.last_saved_step = self.step
 
     def _resume(self, checkpoint: Checkpoint) -> None:
-        """Goes to where the run stopped, and drops metrics of later steps and files that a kill left incomplete."""
-        reports = read_metrics(self.out)
+        """Restores a checkpoint, and removes metrics of later steps and temporary files of killed processes."""
+        metrics = read_metrics(self.out)
         self.flow.load_state_dict(checkpoint.flow)
         self.average.load_state_dict(checkpoint.average)
         self.optimizer.load_state_dict(checkpoint.optimizer)
-        self.step = self.saved = checkpoint.step
+        self.step = self.last_saved_step = checkpoint.step
         self.seconds = checkpoint.seconds
-        for partial in (*partials(self.out, CHECKPOINT), *partials(self.out, METRICS)):  # others tell of a model
-            partial.unlink()
-        lines = [report.line() for report in reports if report.step <= self.step]
+        for name in (CHECKPOINT, METRICS):
+            remove_partials(self.out, name)
+        lines = [step.line() for step in metrics if step.step <= self.step]
         write_atomically(self.out / METRICS, "".join(lines).encode())

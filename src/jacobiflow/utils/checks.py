@@ -1,7 +1,8 @@
 """Checks of the arguments of public functions, once, at the entry.
 
-An argument of the wrong kind is a TypeError, one of the right kind with a wrong value a ValueError. The message names
-the argument, its value, and what to give. True is not a number. A NumPy scalar is one; checks return Python numbers.
+An argument of the wrong kind is a TypeError; the right kind with a wrong value is a ValueError. The message has the
+argument's name, its value, and what to give. A NumPy scalar is accepted as a number, and returned as Python's. True is
+not a number.
 """
 
 from __future__ import annotations
@@ -23,24 +24,24 @@ from torch import Tensor
 from jacobiflow.errors import InputTypeError, InputValueError
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # float8 has no arithmetic
-_LONGEST = 60  # characters of a value in a message
+_MAX_LENGTH = 60  # characters of a value in a message
 
 
 def format_value(value: Any) -> str:
-    """Returns the `repr` of a value in one line, cut if it is long; for a tensor its shape and dtype."""
+    """Returns the `repr` of a value on one line, cut if it is long; shape and dtype of a tensor."""
     if isinstance(value, Tensor) and value.is_nested:
         return "a nested tensor"
     if isinstance(value, Tensor | np.ndarray):
         kind = "a tensor" if isinstance(value, Tensor) else "an array"
         return f"{kind} {tuple(value.shape)} of {value.dtype}"
     text = " ".join(repr(value).split())
-    return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 3]}..."
+    return text if len(text) <= _MAX_LENGTH else f"{text[: _MAX_LENGTH - 3]}..."
 
 
-def check_kind(name: str, value: Any, kinds: Any, give: str) -> None:
-    """Checks that a value is an instance of `kinds`, and dense if it is a tensor; the message ends with `give`."""
+def check_kind(name: str, value: Any, kinds: Any, expected: str) -> None:
+    """Checks that a value is an instance of `kinds`, which the message calls `expected`; a tensor must be dense."""
     if not isinstance(value, kinds):
-        raise _wrong_kind(name, value, give)
+        raise _wrong_kind(name, value, expected)
     if isinstance(value, Tensor) and (value.is_nested or value.layout != torch.strided or value.is_meta):
         state = "nested" if value.is_nested else "on the meta device" if value.is_meta else "sparse"
         raise InputValueError(f"{name}={format_value(value)}, {state}: give a dense tensor with values")
@@ -51,16 +52,16 @@ def check_flag(name: str, value: Any) -> None:
     check_kind(name, value, bool, "True or False")
 
 
-def check_count(name: str, value: Any, least: int = 1, most: int | None = None) -> int:
-    """Returns a whole number from `least` to `most` as an int."""
-    give = "a positive whole number" if least == 1 else f"a whole number, at least {least}"
-    number = _python(value)
+def check_count(name: str, value: Any, minimum: int = 1, maximum: int | None = None) -> int:
+    """Returns a whole number from `minimum` to `maximum` as an int."""
+    expected = "a positive whole number" if minimum == 1 else f"a whole number, at least {minimum}"
+    number = _to_python(value)
     if type(number) is not int:
-        raise _wrong_kind(name, value, give)
-    if number < least:
-        raise InputValueError(f"{name}={format_value(number)}: give {give}")
-    if most is not None and number > most:
-        raise InputValueError(f"{name}={format_value(number)}: the limit is {most:,}; give less")
+        raise _wrong_kind(name, value, expected)
+    if number < minimum:
+        raise InputValueError(f"{name}={format_value(number)}: give {expected}")
+    if maximum is not None and number > maximum:
+        raise InputValueError(f"{name}={format_value(number)}: the limit is {maximum:,}; give less")
     return number
 
 
@@ -70,25 +71,25 @@ def check_seed(seed: Any) -> int:
 
 
 def check_number(
-    name: str, value: Any, least: float = 0.0, give: str = "0 or a positive number", below: float = math.inf
+    name: str, value: Any, minimum: float = 0.0, expected: str = "0 or a positive number", below: float = math.inf
 ) -> float:
-    """Returns a finite number, at least `least` and below `below`, as an int or a float."""
-    number: float = _python(value)
+    """Returns a finite number, at least `minimum` and below `below`, as an int or a float."""
+    number: float = _to_python(value)
     if type(number) not in (int, float):
-        raise _wrong_kind(name, value, give)
-    if not (least <= number <= sys.float_info.max and number < below):
-        raise InputValueError(f"{name}={format_value(number)}: give {give}")
+        raise _wrong_kind(name, value, expected)
+    if not (minimum <= number <= sys.float_info.max and number < below):
+        raise InputValueError(f"{name}={format_value(number)}: give {expected}")
     return number
 
 
-def check_positive(name: str, value: Any, give: str = "a positive number") -> float:
+def check_positive(name: str, value: Any, expected: str = "a positive number") -> float:
     """Returns a finite number above 0 as an int or a float."""
-    return check_number(name, value, math.ulp(0.0), give)
+    return check_number(name, value, math.ulp(0.0), expected)
 
 
 def check_choice(name: str, value: Any, choices: Sequence[Any]) -> Any:
     """Returns the value if it equals one of `choices`, in kind too."""
-    value = _python(value)
+    value = _to_python(value)
     if not any(type(value) is type(choice) and value == choice for choice in choices):
         raise InputValueError(f"{name}={format_value(value)}: give {' or '.join(map(repr, choices))}")
     return value
@@ -99,29 +100,29 @@ def check_path(name: str, value: Any) -> None:
     check_kind(name, value, str | PathLike, "a path")
 
 
-def check_device(value: Any, here: bool = False) -> torch.device:
-    """Returns a device, of its name or itself; with `here`, one that this machine has."""
+def check_device(value: Any, must_exist: bool = False) -> torch.device:
+    """Returns a device, given itself or its name; with `must_exist`, this machine must have it."""
     check_kind("device", value, str | torch.device, "a device, such as 'cpu' or 'cuda'")
     try:
         device = torch.device(value)
-        if here:
-            torch.empty(0, device=device).sum().item()  # fails where a device holds no values
+        if must_exist:
+            torch.empty(0, device=device).sum().item()  # fails if the device cannot store values
         return device
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise InputValueError(f"device={format_value(str(value))}: no such device here; give 'cpu'") from error
 
 
 def check_floating(name: str, value: Any, shape: tuple[int | str, ...]) -> None:
-    """Checks that a value is a floating-point tensor of a shape, in which a string stands for any positive size."""
-    want = f"a torch.Tensor of floating-point numbers ({', '.join(map(str, shape))})"
-    check_kind(name, value, Tensor, want)
+    """Checks that a value is a floating-point tensor of a shape; a string in `shape` stands for any positive size."""
+    expected = f"a torch.Tensor of floating-point numbers ({', '.join(map(str, shape))})"
+    check_kind(name, value, Tensor, expected)
     if value.dtype not in FLOATS:
-        raise InputTypeError(f"{name}={format_value(value)}: give {want}")
+        raise InputTypeError(f"{name}={format_value(value)}: give {expected}")
     fits = value.ndim == len(shape) and all(
         have == size if isinstance(size, int) else have > 0 for have, size in zip(value.shape, shape, strict=True)
     )
     if not fits:
-        raise InputValueError(f"{name}={format_value(value)}: give {want}")
+        raise InputValueError(f"{name}={format_value(value)}: give {expected}")
 
 
 def check_finite(name: str, value: Tensor) -> None:
@@ -130,11 +131,11 @@ def check_finite(name: str, value: Tensor) -> None:
         raise InputValueError(f"{name}={format_value(value)} holds a NaN or an infinity: give finite values")
 
 
-def check_rows(name: str, value: Any, rows: int, of: str) -> None:
-    """Checks that a value is a tensor with as many rows as there are `of`, such as "images"."""
-    check_kind(name, value, Tensor, f"a torch.Tensor with a row for each of the {rows} {of}")
-    if not value.ndim or len(value) != rows:
-        raise InputValueError(f"{name}={format_value(value)}: give a row for each of the {rows} {of}")
+def check_rows(name: str, value: Any, num: int, what: str) -> None:
+    """Checks that a value is a tensor with `num` rows, one for each of `what`, such as "images"."""
+    check_kind(name, value, Tensor, f"a torch.Tensor with a row for each of the {num} {what}")
+    if not value.ndim or len(value) != num:
+        raise InputValueError(f"{name}={format_value(value)}: give a row for each of the {num} {what}")
 
 
 def check_on(name: str, value: Tensor, device: torch.device) -> None:
@@ -144,31 +145,32 @@ def check_on(name: str, value: Tensor, device: torch.device) -> None:
 
 
 def check_fields(record: Any) -> None:
-    """Converts the fields of a dataclass to their declared types; TypeError if that changes the kind of a value.
+    """Converts the fields of a dataclass to their declared types: an int to a float, a list to a tuple.
 
-    An int becomes a float, and a list a tuple, where one is declared.
+    Raises:
+        TypeError: If a value is of another kind.
     """
     cls: Any = type(record)
     for name, declared in declared_types(cls).items():
         value = getattr(record, name)
         try:
-            object.__setattr__(record, name, msgspec.convert(_python(value), declared))
+            object.__setattr__(record, name, msgspec.convert(_to_python(value), declared))
         except msgspec.ValidationError as error:
-            words = str(declared) if get_args(declared) else declared.__name__
-            raise _wrong_kind(name, value, "a value of type " + re.sub(r"[\w.]*\.(?=\w)", "", words)) from error
+            type_name = str(declared) if get_args(declared) else declared.__name__
+            raise _wrong_kind(name, value, "a value of type " + re.sub(r"[\w.]*\.(?=\w)", "", type_name)) from error
 
 
 def convert_numbers(record: Any) -> None:
-    """Replaces NumPy scalars in the fields of a dataclass, and in tuples in these, by Python numbers."""
+    """Converts NumPy scalars in the fields of a dataclass, and in tuples in them, to Python numbers."""
     for entry in fields(record):
-        object.__setattr__(record, entry.name, _python(getattr(record, entry.name)))
+        object.__setattr__(record, entry.name, _to_python(getattr(record, entry.name)))
 
 
-def _python(value: Any) -> Any:
+def _to_python(value: Any) -> Any:
     """Converts NumPy scalars, and those in a tuple, to Python's."""
     if isinstance(value, np.number):
         return value.item()
-    return tuple(map(_python, value)) if type(value) is tuple else value
+    return tuple(map(_to_python, value)) if type(value) is tuple else value
 
 
 @functools.cache
@@ -178,5 +180,5 @@ def declared_types(cls: type) -> dict[str, Any]:
     return {entry.name: hints[entry.name] for entry in fields(cls)}
 
 
-def _wrong_kind(name: str, value: Any, give: str) -> InputTypeError:
-    return InputTypeError(f"{name}={format_value(value)} of type {type(value).__name__}: give {give}")
+def _wrong_kind(name: str, value: Any, expected: str) -> InputTypeError:
+    return InputTypeError(f"{name}={format_value(value)} of type {type(value).__name__}: give {expected}")

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, in folders that one process at a time writes to."""
+"""Atomic writes, locked folders, and JSON."""
 
 from __future__ import annotations
 
@@ -20,27 +20,26 @@ from jacobiflow.errors import InputValueError
 
 LOCK = ".lock"
 MANIFEST = "manifest.json"
-_INFINITY = re.compile(r'"(?:[^"\\]+|\\.)*"|Infinity|NaN')  # or a text, which may contain these words
+_TEXT_OR_CONSTANT = re.compile(r'"(?:[^"\\]+|\\.)*"|Infinity|NaN')  # A text may contain the words Infinity and NaN.
 
 
 @contextmanager
 def atomic_path(path: str | Path, sync: bool = True) -> Iterator[Path]:
-    """Yields a path beside `path` to write to, and renames it to `path` at the end of the block.
+    """Yields a temporary path beside `path`, and renames it to `path` at the end of the block.
 
-    After an error nothing is left. The partial file, `.NAME.*.partial`, has another name each time, so that no two
-    threads, processes or machines on a shared disk write to the same file. With `sync` the content is on the disk
-    before the rename, so that a loss of power leaves a whole file too.
+    An error removes the temporary file. Its name, `.NAME.*.partial`, is random, so that threads, processes and
+    machines on a shared disk do not collide. With `sync` the file also survives a loss of power.
     """
     path = Path(path)
     partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}.partial")
     try:
         yield partial
         if sync:
-            with partial.open("rb+") as file:  # Windows takes no file that is open for reading only
+            with partial.open("rb+") as file:  # Windows cannot sync a file that is open for reading only.
                 os.fsync(file.fileno())
         os.replace(partial, path)
     except OSError as error:
-        if error.errno is not None and error.filename in (str(partial), None):  # None: the disk is full
+        if error.errno is not None and error.filename in (str(partial), None):  # It is None if the disk is full.
             raise OSError(error.errno, error.strerror, str(path)) from error
         raise
     finally:
@@ -49,24 +48,19 @@ def atomic_path(path: str | Path, sync: bool = True) -> Iterator[Path]:
 
 
 def write_atomically(path: str | Path, data: bytes | bytearray, sync: bool = True) -> None:
-    """Writes `data` to `path` as `atomic_path` does."""
+    """Writes `data` to `path` by `atomic_path`."""
     with atomic_path(path, sync) as partial:
         partial.write_bytes(data)
 
 
-def partials(folder: Path, name: str = "*") -> list[Path]:
-    """Returns the half-written files of `name` in a folder that killed processes have left."""
-    return sorted(folder.glob(f".{name}.{16 * '[0-9a-f]'}.partial"))
-
-
-def remove_partials(folder: Path) -> None:
-    """Removes what `partials` returns."""
-    for path in partials(folder):
+def remove_partials(folder: Path, name: str = "*") -> None:
+    """Removes temporary files of `atomic_path` for `name`, which killed processes have left in a folder."""
+    for path in sorted(folder.glob(f".{name}.{16 * '[0-9a-f]'}.partial")):
         path.unlink(missing_ok=True)
 
 
 def regular_file(path: str | Path) -> Path:
-    """Returns `path`. Raises OSError if it is not a file, but for example a pipe, on which a reader would wait."""
+    """Returns `path`; raises OSError if it is no regular file, since reading a pipe may never end."""
     path = Path(path)
     if not stat.S_ISREG(path.stat().st_mode):
         raise OSError(errno.EINVAL, "Not a regular file", str(path))
@@ -74,10 +68,10 @@ def regular_file(path: str | Path) -> Path:
 
 
 def parse_json(data: bytes) -> Any:
-    """Parses JSON as `json_bytes` writes it. Raises ValueError for anything else, also for NaN and Infinity."""
+    """Parses JSON; raises ValueError for anything else, NaN and Infinity included."""
     try:
-        return json.loads(data, parse_constant=int)  # which refuses NaN and Infinity
-    except (ValueError, RecursionError) as error:  # ValueError: also for a whole number of thousands of digits
+        return json.loads(data, parse_constant=int)  # int("NaN") raises ValueError.
+    except (ValueError, RecursionError) as error:
         raise InputValueError(f"not JSON ({str(error).partition(';')[0]})") from error
 
 
@@ -87,7 +81,7 @@ def read_json(path: str | Path) -> Any:
 
 
 def read_object(path: str | Path) -> dict[str, Any] | None:
-    """Returns the JSON object in a file; None if there is none."""
+    """Returns the JSON object in a file; None if the file cannot be read or is no JSON object."""
     try:
         value = read_json(path)
     except (OSError, ValueError):
@@ -96,23 +90,22 @@ def read_object(path: str | Path) -> dict[str, Any] | None:
 
 
 def write_json(path: str | Path, value: Any, indent: int | None = 1) -> None:
-    """Writes `value` as `json_bytes` returns it."""
+    """Writes `value` as JSON, see `json_bytes`."""
     write_atomically(path, json_bytes(value, indent))
 
 
 def json_bytes(value: Any, indent: int | None = 1) -> bytes:
     """Returns `value` as JSON, on one line if `indent` is None.
 
-    NaN becomes null. Infinity becomes 1e999, which is JSON. `parse_json` reads it as infinity, as Python and browsers
-    do; other parsers may refuse a number of this size.
+    NaN becomes null. Infinity becomes 1e999, which Python and browsers read as infinity.
     """
     text = json.dumps(value, indent=indent, separators=(",", ":") if indent is None else None)
-    words = {"Infinity": "1e999", "NaN": "null"}
-    return (_INFINITY.sub(lambda match: words.get(match[0], match[0]), text) + "\n").encode()
+    constants = {"Infinity": "1e999", "NaN": "null"}
+    return (_TEXT_OR_CONSTANT.sub(lambda match: constants.get(match[0], match[0]), text) + "\n").encode()
 
 
 def cache_folder() -> Path | None:
-    """Returns the folder of this user's cache; None if the user has no home."""
+    """Returns the cache folder of this user; None if the user has no home folder."""
     try:
         return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jacobiflow"
     except RuntimeError:
@@ -120,7 +113,7 @@ def cache_folder() -> Path | None:
 
 
 def sha256(*parts: bytes | bytearray | Path) -> str:
-    """Returns the SHA-256 of bytes and files, one part after another, in hexadecimal."""
+    """Returns the SHA-256 of bytes and files, one after another, in hexadecimal."""
     digest = hashlib.sha256()
     for part in parts:
         digest.update(regular_file(part).read_bytes() if isinstance(part, Path) else part)
@@ -133,9 +126,9 @@ class FolderInUseError(InputValueError):
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Makes a folder, and keeps other processes out of it until the block ends, or this process is killed.
+    """Creates a folder and locks it against other processes until the block ends.
 
-    After an error, a new folder without files is removed.
+    An error removes a new folder without files.
     """
     lock, is_new = FileLock(path / LOCK), not path.exists()
     try:
@@ -151,7 +144,7 @@ def locked(path: Path) -> Iterator[None]:
         yield
     except BaseException:
         if is_new and [entry.name for entry in path.iterdir()] == [LOCK]:
-            with suppress(OSError):  # Windows removes no open file
+            with suppress(OSError):  # Windows cannot remove an open file.
                 (path / LOCK).unlink()
                 path.rmdir()
         raise
@@ -161,15 +154,15 @@ def locked(path: Path) -> Iterator[None]:
 
 @contextmanager
 def output_directory(path: Path, kind: str, files: Sequence[str]) -> Iterator[None]:
-    """Locks a folder that is new, empty or its own: that has a manifest.json of this kind, such as "benchmark"."""
-    check_own(path, kind)  # before there is a lock in it
+    """Locks a folder for output of one `kind`, such as "benchmark", and lists the output files in its manifest.json."""
+    check_own(path, kind)
     with locked(path):
         write_json(path / MANIFEST, {"kind": kind, "files": list(files)})
         yield
 
 
 def check_own(path: Path, kind: str) -> None:
-    """Raises ValueError if a folder has files, hidden ones apart, and no manifest of this kind."""
+    """Raises ValueError if a folder has files that are not hidden, and no manifest of this kind."""
     manifest = read_object(path / MANIFEST) or {}
     if manifest.get("kind") != kind and path.is_dir() and not all(e.name.startswith(".") for e in path.iterdir()):
         raise InputValueError(f"{path}: holds files that this command did not write; give a new or empty folder")

@@ -1,4 +1,4 @@
-"""One protocol for progress: what a function calls while it works, and what a bar implements."""
+"""Protocol of progress callbacks."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import Protocol
 class Progress(Protocol):
     """A callable that long functions call after each step.
 
-    Functions take `progress: Progress | None = None`; `None` is silence.
+    Functions take `progress: Progress | None = None`; `None` reports nothing.
     """
 
     def __call__(self, done: int, total: int, what: str) -> None:
-        """Notes that `done` of `total` steps of `what`, a word or two such as "sampling", are finished."""
+        """Reports that `done` of `total` steps of `what`, such as "sampling", are finished."""
         ...

@@ -1,4 +1,4 @@
-"""JSON and back: dataclasses by the types of their fields, tensors, and classes that are registered under a name."""
+"""Conversion to JSON and back: dataclasses, tensors, and solver pieces by their registered names."""
 
 from __future__ import annotations
 
@@ -24,25 +24,29 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-_STORED = {"float32": "<f4", "float64": "<f8"}  # how a tensor's values are stored, by the name of its entry
+_NUMPY_FORMATS = {"float32": "<f4", "float64": "<f8"}  # of a tensor's bytes, by the name of their entry
 
-_families: dict[type, dict[str, type]] = {}
+_pieces: dict[type, dict[str, type]] = {}  # the registered classes by their names, for each base class
 
 
-def family(base: type[T]) -> type[T]:
-    """Class decorator: the subclasses of `base` may be registered under a name, which their JSON carries as "kind"."""
-    _families[base] = {}
+def piece_base(base: type[T]) -> type[T]:
+    """Class decorator: lets `register_piece` register subclasses of `base`; their JSON has the name as "kind"."""
+    _pieces[base] = {}
     return base
 
 
-def register(name: str) -> Callable[[type[T]], type[T]]:
-    """Class decorator: `name` stands for this class in JSON and in the notation of strategies.
+def register_piece(name: str) -> Callable[[type[T]], type[T]]:
+    """Class decorator: registers a piece of a solver under a name, which JSON and the notation of strategies use.
 
-    The class is a dataclass, and derives from `Partition`, `Guess` or `Correction`. A name can be taken once.
+    The class is a dataclass that derives from `Partition`, `Guess` or `Correction`.
+
+    Raises:
+        TypeError: If the class is another.
+        ValueError: If the name has a space, "+" or ":", or is the name of another class.
 
     Example:
         >>> import dataclasses, jacobiflow as jf
-        >>> @jf.register("halves")
+        >>> @jf.register_piece("halves")
         ... @dataclasses.dataclass(frozen=True)
         ... class Halves(jf.Partition):
         ...     def stop(self, front, num_tokens):
@@ -57,27 +61,28 @@ def register(name: str) -> Callable[[type[T]], type[T]]:
         )
 
     def add(cls: type[T]) -> type[T]:
-        family = _family_of(cls)
-        if family is None or not is_dataclass(cls):
-            bases = ", ".join(base.__name__ for base in _families)
+        pieces = _pieces_beside(cls)
+        if pieces is None or not is_dataclass(cls):
+            bases = ", ".join(base.__name__ for base in _pieces)
             raise InputTypeError(f"{cls.__name__}: make it a dataclass that derives from one of {bases}")
-        owner = family.get(name, cls)
-        # The same class once more is a module that was loaded again.
+        owner = pieces.get(name, cls)
+        # A module that is loaded again registers its classes again.
         if (owner.__module__, owner.__qualname__) != (cls.__module__, cls.__qualname__):
             raise InputValueError(f"{name!r} is the name of {owner.__module__}.{owner.__qualname__}; choose another")
-        family[name] = cls
+        pieces[name] = cls
         return cls
 
     return add
 
 
-def registered(base: type) -> Mapping[str, Any]:
-    """Returns the classes of a family by their names."""
-    return _families[base]
+def registered_pieces(base: type) -> Mapping[str, Any]:
+    """Returns the registered subclasses of `Partition`, `Guess` or `Correction` by their names."""
+    return _pieces[base]
 
 
-def _family_of(cls: type) -> dict[str, type] | None:
-    return next((_families[base] for base in cls.__mro__ if base in _families), None)
+def _pieces_beside(cls: type) -> dict[str, type] | None:
+    """Returns the registered classes with the same base as `cls`; `None` if it is not a piece of a solver."""
+    return next((_pieces[base] for base in cls.__mro__ if base in _pieces), None)
 
 
 def encode(value: Any) -> Any:
@@ -88,7 +93,7 @@ def encode(value: Any) -> Any:
         return math.inf if math.isnan(value) else value
     if isinstance(value, Tensor):
         name = "float64" if value.dtype == torch.float64 else "float32"
-        array = value.detach().to(getattr(torch, name)).cpu().numpy().astype(_STORED[name])
+        array = value.detach().to(getattr(torch, name)).cpu().numpy().astype(_NUMPY_FORMATS[name])
         return {"shape": list(array.shape), name: base64.b64encode(array.tobytes()).decode()}
     if is_dataclass(value) and not isinstance(value, type):
         return _encode_dataclass(value)
@@ -101,27 +106,30 @@ def encode(value: Any) -> Any:
 
 def _encode_dataclass(value: Any) -> dict[str, Any]:
     entries = {entry.name: encode(getattr(value, entry.name)) for entry in fields(value)}
-    family = _family_of(type(value))
-    if family is None:
+    pieces = _pieces_beside(type(value))
+    if pieces is None:
         return entries
-    for name, cls in family.items():
+    for name, cls in pieces.items():
         if cls is type(value):
             return {"kind": name, **entries}
     raise InputValueError(
-        f"{format_value(value)} has no JSON form: register its class under a name (jacobiflow.register)"
+        f"{format_value(value)} has no JSON form: register its class under a name (jacobiflow.register_piece)"
     )
 
 
 def decode(declared: Any, value: Any, where: str = "") -> Any:
     """Returns the object of the type `declared` that `encode` turned into `value`.
 
-    A type is a dataclass, a registered family, a tensor, or made of these. Missing entries take their defaults.
-    A ValueError names an entry that has another type or value, or is no field, after `where`.
+    The type is a dataclass, a base of solver pieces, a tensor, or a container of these. Missing entries take their
+    defaults.
+
+    Raises:
+        ValueError: If an entry is unknown, or has another type or value. The message begins with `where`.
     """
     try:
         result = msgspec.convert(value, declared, dec_hook=_decode_custom, str_keys=True)
     except msgspec.ValidationError as error:
-        cause = error.__cause__  # of `_decode_custom`, or of a class that refuses its values
+        cause = error.__cause__  # from `_decode_custom`, or a class that refuses its values
         if cause is not None and not isinstance(cause, InputError):
             raise cause from None  # a bug of the class
         text, _, place = str(error).partition(" - at ")
@@ -132,13 +140,13 @@ def decode(declared: Any, value: Any, where: str = "") -> Any:
 
 
 def _check_names(value: Any, result: Any, where: str) -> None:
-    """Raises InputValueError for an entry that is no field of its dataclass; msgspec ignores these."""
+    """Raises InputValueError if an entry is not a field of its dataclass; msgspec ignores such entries."""
     if isinstance(value, dict) and is_dataclass(result):
         names = {entry.name for entry in fields(result)}
         for name, entry in value.items():
             if name in names:
                 _check_names(entry, getattr(result, name), f"{where}: {name}" if where else name)
-            elif name != "kind" or _family_of(type(result)) is None:
+            elif name != "kind" or _pieces_beside(type(result)) is None:
                 raise InputValueError(": ".join(part for part in (where, f"{name!r} unknown") if part))
     elif isinstance(value, list) and isinstance(result, list | tuple):
         for index, pair in enumerate(zip(value, result, strict=False)):
@@ -146,10 +154,10 @@ def _check_names(value: Any, result: Any, where: str) -> None:
 
 
 def _decode_custom(declared: Any, value: Any) -> Any:
-    """Decodes registered classes and tensors, which msgspec does not know."""
+    """Decodes solver pieces and tensors, which msgspec does not know."""
     if declared is Tensor or getattr(declared, "array_type", None) is Tensor:
         return _decode_tensor(value)
-    names = _families[declared]
+    names = _pieces[declared]
     name = value.get("kind") if isinstance(value, dict) else None
     if not isinstance(name, str) or name not in names:
         raise InputValueError(f"kind {format_value(name)}: give one of {', '.join(names)}")
@@ -160,7 +168,7 @@ def _decode_tensor(value: Any) -> Tensor:
     try:
         shape = value["shape"]
         (name,) = value.keys() - {"shape"}
-        array = np.frombuffer(base64.b64decode(value[name], validate=True), _STORED[name]).reshape(shape)
+        array = np.frombuffer(base64.b64decode(value[name], validate=True), _NUMPY_FORMATS[name]).reshape(shape)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise InputValueError(f"not an array of float32 or float64 values with its shape ({error})") from error
     if not np.isfinite(array).all():
@@ -169,7 +177,7 @@ def _decode_tensor(value: Any) -> Tensor:
 
 
 def load(path: str | Path, what: str, parse: Callable[[Any], T], remedy: str = "") -> T:
-    """Reads a JSON file, and parses its value; a ValueError begins with `what` and the path, and ends with `remedy`."""
+    """Reads and parses a JSON file; a ValueError begins with `what` and the path, and ends with `remedy`."""
     check_path("path", path)
     try:
         return parse(read_json(path))
@@ -179,10 +187,10 @@ def load(path: str | Path, what: str, parse: Callable[[Any], T], remedy: str = "
         raise InputValueError(f"{what} {path}: {error}{remedy}") from error
 
 
-class Document:
-    """Base of dataclasses that are files: JSON with the fields and a version of the format."""
+class JsonDocument:
+    """Base of dataclasses that are stored as JSON files, with their fields and a version of the format."""
 
-    _name: ClassVar[str]  # in errors
+    _name: ClassVar[str]  # used in error messages
     _version: ClassVar[int] = 1
     _remedy: ClassVar[str] = ""
     _indent: ClassVar[int | None] = None

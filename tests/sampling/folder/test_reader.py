@@ -36,13 +36,13 @@ LOST = ~SAMPLES.images.isfinite().flatten(1).all(dim=1)
 def test_samples_are_read_back(files: Any, labels: Any, tmp_path: Path) -> None:
     written = run(tmp_path, labels=labels, files=files)
     folder = jf.SampleFolder.open(str(tmp_path))
-    assert folder == replace(written, drawn=0)
+    assert folder == replace(written, num_new=0)
     assert folder.problems() == []
     assert 0 < LOST.sum() < 10
     assert np.array_equal(pixels_in(folder), levels(SAMPLES.images))
-    assert torch.equal(folder.lost(), LOST)
-    assert torch.equal(folder.resolved(), SAMPLES.stats[0].used_fallback)
-    assert torch.equal(folder.certificate(), SAMPLES.residual)  # type: ignore[arg-type]
+    assert torch.equal(folder.nonfinite(), LOST)
+    assert torch.equal(folder.used_fallback(), SAMPLES.stats[0].used_fallback)
+    assert torch.equal(folder.residual(), SAMPLES.residual)  # type: ignore[arg-type]
     for i, (start, stop) in enumerate(SPANS):
         part = folder.labels(i)
         assert part is None if labels is None else torch.equal(part, labels[start:stop])  # type: ignore[arg-type]
@@ -55,7 +55,7 @@ def test_an_npz_file_depends_on_no_clock_and_no_version_of_zlib(tmp_path: Path) 
     for i, (start, stop) in enumerate(SPANS):
         path = tmp_path / "shards" / f"{i:05}.npz"
         with np.load(path, allow_pickle=False) as arrays:
-            assert list(arrays) == ["arr_0", "labels", "certificate", "resolved", "lost"]
+            assert list(arrays) == ["arr_0", "labels", "residual", "used_fallback", "nonfinite"]
             assert (arrays["arr_0"].dtype, arrays["labels"].dtype) == ("u1", "i8")
             assert np.array_equal(arrays["arr_0"], levels(SAMPLES.images[start:stop]))
         with zipfile.ZipFile(path) as archive:
@@ -111,7 +111,7 @@ def test_images_that_are_missing_or_of_another_shape_are_one_clear_error(tmp_pat
 
 
 HARM: dict[str, Any] = {
-    "certificate": torch.zeros(5).numpy(), "resolved": None, "lost": np.zeros(4, np.float32),
+    "residual": torch.zeros(5).numpy(), "used_fallback": None, "nonfinite": np.zeros(4, np.float32),
     "labels": np.zeros((4, 1), int), "log_prob": np.zeros(3, np.float32),
 }  # fmt: skip
 
@@ -171,7 +171,7 @@ def test_a_wrong_manifest_is_refused(tmp_path: Path) -> None:
     folder, path = run(tmp_path, flow=tiny_flow().guided(jf.Guidance(0.7, annealed=False))), tmp_path / "manifest.json"
     assert jf.SampleFolder.open(tmp_path).manifest == folder.manifest
     changes: dict[str, dict[str, Any]] = {
-        "format_version: Invalid enum value 2": {"format_version": 2},
+        "format_version: Invalid enum value 3": {"format_version": 3},
         "num: Expected `int` >= 1": {"num": 0},
         "num: Expected `int` <= 100000000": {"num": 10**12},
         "shard_size=1: 1,000,000 shards; give a larger one": {"num": 10**6, "shard_size": 1},
@@ -182,6 +182,9 @@ def test_a_wrong_manifest_is_refused(tmp_path: Path) -> None:
         write_json(path, serialization.encode(folder.manifest) | change)
         with pytest.raises(SampleFolderError, match=rf"manifest\.json: {re.escape(message)}.*; restore it, or give an"):
             jf.SampleFolder.open(tmp_path)
+    write_json(path, {**serialization.encode(folder.manifest), "format_version": 1})
+    with pytest.raises(SampleFolderError, match=r"made by an earlier version of jacobiflow; read its \.npz files with"):
+        run(tmp_path)
     path.unlink()
     with pytest.raises(SampleFolderError, match=r"manifest\.json: cannot be read .*; restore it, or give another"):
         jf.SampleFolder.open(tmp_path)

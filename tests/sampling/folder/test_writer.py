@@ -12,19 +12,17 @@ from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
-from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 from PIL import Image
 from torch import Tensor
 
 import jacobiflow as jf
 from jacobiflow.models.latents import draw_latents
 from jacobiflow.planner import auto
-from jacobiflow.sampling.folder import FirstProcessFailed, Processes, SampleFolderError
+from jacobiflow.sampling.folder import Processes, SampleFolderError
 from jacobiflow.sampling.folder import writer as module
 from tests.helpers.problems import make_flow, to_float32
 from tests.helpers.running import figures
@@ -97,17 +95,17 @@ CASES: dict[str, dict[str, Any]] = {
 def test_every_shard_is_what_sample_draws_of_its_latents(name: str, tmp_path: Path) -> None:
     settings = {"flow": SMALL, "labels": CLASSES, **CASES[name]}
     folder = draw(tmp_path, **settings)
-    assert folder.drawn == 10
+    assert folder.num_new == 10
     want = by_shard(num=10, size=4, batch_size=2, **settings)
     assert np.array_equal(pixels_in(folder), levels(torch.cat([samples.images for samples in want])))
     assert folder.cost().network_calls == sum(samples.network_calls for samples in want)
     if settings.get("certify", True):
-        assert torch.equal(folder.certificate(), torch.cat([samples.residual for samples in want]))  # type: ignore
+        assert torch.equal(folder.residual(), torch.cat([samples.residual for samples in want]))  # type: ignore
     else:
-        assert folder.certificate() is None
-    num_fallback = int(sum(samples.used_fallback.sum() for samples in want))
-    assert folder.outcome().num_fallback == folder.resolved().sum() == num_fallback
-    assert num_fallback > 0 or name != "some solved again"
+        assert folder.residual() is None
+    resolved = int(sum(samples.used_fallback.sum() for samples in want))
+    assert folder.outcome().num_fallback == folder.used_fallback().sum() == resolved
+    assert resolved > 0 or name != "some solved again"
 
 
 def test_sensitivity_is_in_the_shards_and_the_outcome(tmp_path: Path) -> None:
@@ -117,7 +115,7 @@ def test_sensitivity_is_in_the_shards_and_the_outcome(tmp_path: Path) -> None:
     assert (folder.outcome().sensitivity, folder.outcome().num_sensitive) == (float(folder.sensitivity().max()), 0)  # type: ignore
     assert jf.SampleFolder.open(tmp_path).sensitivity() is not None
     (tmp_path / "shards" / "00001.json").unlink()
-    assert draw(tmp_path, sensitivity=True).drawn == 4
+    assert draw(tmp_path, sensitivity=True).num_new == 4
     with pytest.raises(SampleFolderError, match="holds samples of sensitivity True, not False; give another folder"):
         draw(tmp_path)
     assert draw(tmp_path, overwrite=True).sensitivity() is None
@@ -152,10 +150,10 @@ def test_a_run_that_was_stopped_goes_on_after_its_last_shard(reference: Path, tm
         run(tmp_path, progress=interrupt_after(4))
     counts: list[tuple[int, int, str]] = []
     assert jf.SampleFolder.open(tmp_path).manifest.checksums is None
-    assert run(tmp_path, progress=lambda *count: counts.append(count)).drawn == 6
+    assert run(tmp_path, progress=lambda *count: counts.append(count)).num_new == 6
     assert counts == [(4, 10, "samples"), (8, 10, "samples"), (10, 10, "samples")]
     assert facts(tmp_path) == facts(reference)
-    assert run(tmp_path).drawn == 0
+    assert run(tmp_path).num_new == 0
 
 
 def test_a_run_that_was_stopped_before_its_first_shard_may_change(tmp_path: Path) -> None:
@@ -169,11 +167,11 @@ def test_a_run_that_was_stopped_before_its_first_shard_may_change(tmp_path: Path
 
 def test_a_resume_warns_of_damage_and_of_another_machine(out: Path) -> None:
     machine = {"device": "cuda", "threads": 2}
-    assert run(out, machine=machine).drawn == 0  # no warning
+    assert run(out, machine=machine).num_new == 0  # no warning
     flip(out / "shards" / "00001.npz")
     (out / "shards" / "00002.json").unlink()
     with pytest.warns(UserWarning) as caught:
-        assert run(out, machine=machine).drawn == 6
+        assert run(out, machine=machine).num_new == 6
     assert [str(warning.message) for warning in caught] == [
         f"{out}: shards [1] were damaged, and are drawn again",
         f"{out}: begun on another machine or by other versions: equal to rounding, not to the bit",
@@ -183,7 +181,7 @@ def test_a_resume_warns_of_damage_and_of_another_machine(out: Path) -> None:
 
 def test_overwriting_draws_anew(reference: Path, tmp_path: Path) -> None:
     run(tmp_path, 12, files="png", seed=3, plan=lambda: OTHER)
-    assert run(tmp_path, overwrite=True).drawn == 10
+    assert run(tmp_path, overwrite=True).num_new == 10
     assert facts(tmp_path) == facts(reference)
 
 
@@ -200,7 +198,7 @@ def test_the_first_process_waits_for_the_shards_of_the_others(
         if done == 10:
             threading.Timer(0.3, (out / "record").rename, [theirs]).start()
 
-    assert run(out, processes=Processes(0, 2), progress=progress).drawn == 8
+    assert run(out, processes=Processes(0, 2), progress=progress).num_new == 8
     assert counts == [2, 10]  # of a shard of its own, and as many of the other's
     assert facts(out) == facts(reference)
 
@@ -226,7 +224,7 @@ def test_a_damaged_shard_does_not_count_until_it_is_drawn_again(out: Path) -> No
     with pytest.warns(UserWarning, match=r"shards \[1\] were damaged"), pytest.raises(KeyboardInterrupt):
         run(out, progress=interrupt)
     assert jf.SampleFolder.open(out).record(1) is None
-    assert run(out).drawn > 0 and not jf.SampleFolder.open(out).problems()
+    assert run(out).num_new > 0 and not jf.SampleFolder.open(out).problems()
 
 
 def test_other_settings_are_refused_before_anything_is_changed(out: Path) -> None:
@@ -246,7 +244,7 @@ def test_other_settings_are_refused_before_anything_is_changed(out: Path) -> Non
         with pytest.raises(SampleFolderError, match=f"^{re.escape(str(out))}: holds {pattern} {REPLACE}$"):
             run(out, **changed)
         assert everything(out) == before
-    assert run(out, model="another name").drawn == 0
+    assert run(out, model="another name").num_new == 0
     OTHER.save(out / "strategy.json")
     with pytest.raises(SampleFolderError, match=r"strategy\.json: has changed since its run wrote it; restore"):
         run(out)
@@ -296,7 +294,7 @@ def test_no_file_is_replaced_or_removed_through_a_link(name: str, tmp_path: Path
             run(out, files="png", overwrite=overwrite)
     assert everything(tmp_path) == before
     (tmp_path / "link").symlink_to(run(tmp_path / "elsewhere", files="png").path)
-    assert run(tmp_path / "link", files="png", overwrite=True).drawn == 10
+    assert run(tmp_path / "link", files="png", overwrite=True).num_new == 10
 
 
 def test_samples_need_room_on_the_disk(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -397,41 +395,4 @@ def test_two_processes_that_are_killed_write_what_one_does(tmp_path: Path) -> No
     assert warning.startswith("warning: 12 samples: not certified")
     assert others == ["", ""]
     shown = figures(tmp_path / "f.json")
-    assert (shown["processes"], shown["shards"], shown["drawn"]) == (2, NUM, left)
-
-
-def test_the_others_get_the_result_or_the_error_of_the_first_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    sent: list[Any] = []
-    monkeypatch.setattr(dist, "broadcast_object_list", lambda values, src: sent.extend(values))
-    assert Processes(0, 2).run_on_rank_zero(lambda: [7]) == [7]
-    with pytest.raises(SampleFolderError, match="no room"):
-        Processes(0, 2).run_on_rank_zero(lambda: jf.SampleFolder.open("no room"))
-
-    def receive(values: list[Any], src: int) -> None:
-        values[:] = [sent.pop(0), sent.pop(0)]
-
-    monkeypatch.setattr(dist, "broadcast_object_list", receive)
-    assert Processes(1, 2).run_on_rank_zero(lambda: pytest.fail("called twice")) == [7]
-    with pytest.raises(FirstProcessFailed, match=r"^manifest no room"):
-        Processes(1, 2).run_on_rank_zero(lambda: pytest.fail("called twice"))
-
-
-@pytest.mark.parametrize(("num_gpus", "own"), [(4, 1), (1, 0)])
-def test_a_process_alone_and_its_devices(num_gpus: int, own: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    chosen = Mock()
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: num_gpus)
-    monkeypatch.setattr(torch.cuda, "set_device", chosen)
-    with jf.processes() as alone:
-        assert (alone, alone.run_on_rank_zero(lambda: 7)) == (Processes(0, 1, 0), 7)
-    assert [alone.device(name) for name in ("cpu", "cuda", "cuda:3")] == ["cpu", "cuda", "cuda:3"]
-    variables = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-    for name, value in {"TORCHELASTIC_RUN_ID": "test", **variables}.items():
-        monkeypatch.setenv(name, value)
-    with jf.processes() as one:
-        assert one.device("cpu") == "cpu"
-    sixth = Processes(rank=5, count=8, local_rank=1)
-    assert [sixth.device(name) for name in ("cpu", "cuda:3")] == ["cpu", "cuda:3"]
-    chosen.assert_not_called()
-    assert sixth.device("cuda") == f"cuda:{own}"
-    chosen.assert_called_once_with(own)
+    assert (shown["processes"], shown["shards"], shown["num_new"]) == (2, NUM, left)

@@ -18,7 +18,7 @@ from jacobiflow.blocks.permutation import Permutation
 from jacobiflow.blocks.tokens import Tokens
 from jacobiflow.models.transformer.attention import AttentionSpan, LayerWeights, run_layers
 from jacobiflow.models.transformer.cache import TransformerCache
-from jacobiflow.native.transformer import GuidanceTerms, Prefix, Recurrence
+from jacobiflow.native.transformer import CausalTransformer, GuidanceTerms, Prefix
 from jacobiflow.native.weights import copy_bytes
 
 _TOKENS_PER_PASS = 3200
@@ -128,7 +128,7 @@ class TransformerBlock(FlowBlock):
         self, z: Tokens, context: Context = NO_CONTEXT, guidance: Guidance | None = None, int16_weights: bool = False
     ) -> TokensLogDet | None:
         layers = self.layer_weights()
-        recurrence = Recurrence(
+        network = CausalTransformer(
             proj_in=self.proj_in.weight,
             position=self.positions(),
             layers=[layer.named() for layer in layers],
@@ -154,7 +154,7 @@ class TransformerBlock(FlowBlock):
             return Prefix(layers, torch.cat([part.hidden for part in parts]))
 
         prefix = read_prefix if self.prefix_length else None
-        return recurrence.invert(z, self.embed_context(context.values), extrapolation, prefix, int16_weights)
+        return network.invert(z, self.embed_context(context.values), extrapolation, prefix, int16_weights)
 
     def affine(self, x: Tokens, start: int, stop: int, cache: TransformerCache) -> ScaleShift:
         size = max(_TOKENS_PER_PASS // (stop - start), 1)

@@ -2,11 +2,11 @@
 #pragma once
 
 #include "boundary.h"
-#include "lanes.h"
+#include "vector_math.h"
 
 namespace jacobiflow {
 
-// Whether the derivative is computed before the value is lost; otherwise the value tells it.
+// Returns whether the derivative has to be stored. Otherwise the value gives it.
 inline bool needs_slopes(Activation function) {
   switch (function) {
     case Activation::identity:
@@ -17,45 +17,48 @@ inline bool needs_slopes(Activation function) {
   }
 }
 
-// Replaces vectors v of `size` numbers by function(v), and writes the derivatives to `slopes` unless it is null.
+// Writes the activation of `size` numbers to `out`, and its derivatives to `slopes` unless that is null.
 template <typename T>
 void activate(const Operation& o, const T* in, T* out, T* slopes, size_t size) {
-  using L = Lanes<T>;
-  using Vector = typename L::Vector;
-  const T a = (T)o.first, b = (T)o.second;
+  using S = Simd<T>;
+  using Vector = typename S::Vector;
+  const T slope = (T)o.negative_slope, alpha = (T)o.alpha, beta = (T)o.beta, threshold = (T)o.threshold;
   const auto each = [&](const auto& function, const auto& derivative) {
-    for (size_t i = 0; i < size; i += L::count) {
-      const Vector v = L::load(in + i), y = function(v);
-      L::store(out + i, y);
-      if (slopes) L::store(slopes + i, derivative(v, y));
+    for (size_t i = 0; i < size; i += S::lanes) {
+      const Vector v = S::load(in + i), y = function(v);
+      S::store(out + i, y);
+      if (slopes) S::store(slopes + i, derivative(v, y));
     }
   };
   const auto from_value = [](Vector, Vector y) { return y; };
-  const Vector one = L::spread(1);
-  switch (o.function) {
+  const Vector one = S::broadcast(1);
+  switch (o.activation) {
     case Activation::identity: return each([](Vector v) { return v; }, from_value);
-    case Activation::relu: return each([](Vector v) { return L::max(v, 0); }, from_value);
-    case Activation::tanh: return each([](Vector v) { return L::tanh(v); }, from_value);
-    case Activation::sigmoid: return each([](Vector v) { return L::sigmoid(v); }, from_value);
+    case Activation::relu: return each([](Vector v) { return S::max(v, 0); }, from_value);
+    case Activation::tanh: return each([](Vector v) { return S::tanh(v); }, from_value);
+    case Activation::sigmoid: return each([](Vector v) { return S::sigmoid(v); }, from_value);
     case Activation::leaky_relu:
-      return each([&](Vector v) { return v < T(0) ? v * a : v; }, [&](Vector v, Vector) { return v > T(0) ? one : one * a; });
+      return each([&](Vector v) { return v < T(0) ? v * slope : v; },
+                  [&](Vector v, Vector) { return v > T(0) ? one : one * slope; });
     case Activation::elu:
-      return each([&](Vector v) { return v < T(0) ? L::expm1(v) * a : v; },
-                  [&](Vector v, Vector) { return v > T(0) ? one : L::exp(v) * a; });
+      return each([&](Vector v) { return v < T(0) ? S::expm1(v) * alpha : v; },
+                  [&](Vector v, Vector) { return v > T(0) ? one : S::exp(v) * alpha; });
     case Activation::selu: {
-      constexpr T alpha = 1.6732632423543772848, scale = 1.0507009873554804934;
-      return each([](Vector v) { return (v < T(0) ? L::expm1(v) * alpha : v) * scale; },
-                  [&](Vector v, Vector) { return (v > T(0) ? one : L::exp(v) * alpha) * scale; });
+      constexpr T selu_alpha = 1.6732632423543772848, scale = 1.0507009873554804934;
+      return each([](Vector v) { return (v < T(0) ? S::expm1(v) * selu_alpha : v) * scale; },
+                  [&](Vector v, Vector) { return (v > T(0) ? one : S::exp(v) * selu_alpha) * scale; });
     }
     case Activation::silu:
-      return each([](Vector v) { return L::silu(v); },
-                  [](Vector v, Vector y) { return L::sigmoid(v) * (T(1) + v - y); });
+      return each([](Vector v) { return S::silu(v); },
+                  [](Vector v, Vector y) { return S::sigmoid(v) * (T(1) + v - y); });
     case Activation::gelu:
-      return each([](Vector v) { return L::gelu(v); },
-                  [](Vector v, Vector) { return L::normal_cdf(v) + v * L::exp(v * v * T(-0.5)) * T(0.39894228040143267794); });
+      return each([](Vector v) { return S::gelu(v); },
+                  [](Vector v, Vector) {
+                    return S::normal_cdf(v) + v * S::exp(v * v * T(-0.5)) * T(0.39894228040143267794);
+                  });
     case Activation::gelu_tanh: {
       constexpr T c = 0.044715, k = 0.79788456080286535588;
-      const auto curve = [](Vector v) { return L::tanh((v + v * v * v * c) * k); };
+      const auto curve = [](Vector v) { return S::tanh((v + v * v * v * c) * k); };
       return each([&](Vector v) { return v * T(0.5) * (curve(v) + T(1)); },
                   [&](Vector v, Vector) {
                     const Vector t = curve(v);
@@ -63,18 +66,18 @@ void activate(const Operation& o, const T* in, T* out, T* slopes, size_t size) {
                   });
     }
     case Activation::softplus:
-      return each([&](Vector v) { return L::softplus(v, a, b); },
-                  [&](Vector v, Vector) { return v * a > b ? one : L::sigmoid(v * a); });
+      return each([&](Vector v) { return S::softplus(v, beta, threshold); },
+                  [&](Vector v, Vector) { return v * beta > threshold ? one : S::sigmoid(v * beta); });
   }
 }
 
-// Multiplies gradients of function(v) by the derivative, from the values or from what `activate` wrote to `slopes`.
+// Multiplies gradients by the derivative, which the activation's values give, or `slopes` as `activate` has written them.
 template <typename T>
 void multiply_by_slopes(Activation function, const T* values, const T* slopes, T* g, size_t size) {
-  using L = Lanes<T>;
-  using Vector = typename L::Vector;
+  using S = Simd<T>;
+  using Vector = typename S::Vector;
   const auto each = [&](const T* from, const auto& multiply) {
-    for (size_t i = 0; i < size; i += L::count) L::store(g + i, multiply(L::load(from + i), L::load(g + i)));
+    for (size_t i = 0; i < size; i += S::lanes) S::store(g + i, multiply(S::load(from + i), S::load(g + i)));
   };
   switch (function) {
     case Activation::identity: return;

@@ -1,5 +1,5 @@
-// The structures that cross the boundary between Python and C++. C++ trusts them: boundary.py has checked what they point
-// to. When it loads the library it compares its own structures with these, see boundary.cpp.
+// The structures and enumerations that Python and C++ share. boundary.py reads the fields of each structure from this file,
+// so a field has a line of its own. C++ trusts what it gets: boundary.py has checked all shapes, dtypes and addresses.
 #pragma once
 
 #include <cstdint>
@@ -10,17 +10,23 @@ enum class OperationKind : int32_t { linear, activation, sum, add_context, gate_
 
 enum class Activation : int32_t { identity, relu, leaky_relu, elu, selu, tanh, sigmoid, silu, gelu, gelu_tanh, softplus };
 
-// Makes one value of a network from earlier ones. Value 0 is the network's input.
+// Computes one value of a masked network from earlier ones. Value 0 is the network's input.
 struct Operation {
   OperationKind kind;
-  int32_t source, other;        // values
-  int32_t units;                // of the new value
-  int32_t weight, bias;         // indices of the transform's tensors, or -1
-  Activation function;            // applied to the result
-  int32_t is_kept;              // whether later steps read the value
-  double first, second;         // settings of the function
-  const uint8_t* mask;          // of the weight, 0 or 1; null if it has none
-  const int32_t *rows, *ready;  // (units): the unit's row in the weight; (steps): the number of units each step can compute
+  int32_t source;          // index of the value that it reads
+  int32_t other;           // index of the second value that `sum` and `extrapolation` read
+  int32_t units;           // number of units of the new value
+  int32_t weight;          // index in the transform's tensors, or -1
+  int32_t bias;            // index in the transform's tensors, or -1
+  Activation activation;   // applied to the result
+  int32_t is_kept;         // 1 if later steps read the value
+  double negative_slope;   // of leaky_relu
+  double alpha;            // of elu
+  double beta;             // of softplus
+  double threshold;        // of softplus, which is linear above
+  const uint8_t* mask;     // shape of the weight, 0 or 1; null without a mask
+  const int32_t* rows;     // (units): row of each unit in the weight
+  const int32_t* ready;    // (steps): number of units that can be computed at each step
 };
 
 enum class TransformKind : int32_t {
@@ -30,100 +36,160 @@ enum class TransformKind : int32_t {
 
 enum class SplineBoundary : int32_t { fixed, free, circular };
 
-// x -> y, feature by feature. A masked network gives the parameters from the features of earlier steps. `normal` leaves x as
-// it is, and adds its log-density for a normal distribution to the log-determinant: so the base of a flow ends its chain.
+// Transforms x to y, feature by feature. A masked network gives the parameters from the features of earlier steps. `normal`
+// leaves x as it is, and adds its log-density to the log-determinant: the base of a flow ends its chain.
 struct Transform {
   TransformKind kind;
-  int32_t features, steps, parameters, operation_count;
-  int32_t context, context_start;  // number of context columns in the network's input, and the first of them
-  int32_t first_tensor;            // index in the call's tensors of the transform's first one
-  int32_t scale_stride, shift_stride;  // of the two tensors of `affine` and `normal`: 0 for one number, 1 for one per feature
-  int32_t bins;
-  SplineBoundary ends;                       // derivatives at the ends of a spline
-  int32_t is_soft_clipped, has_tails, is_circular;
-  int32_t is_reversed;             // whether the chain has its inverse
-  double first, second;            // settings of affine transforms
-  double low, high, min_width, min_height, min_slope, end_slope, factor, gap, clip;  // of splines
+  int32_t features;           // D
+  int32_t steps;              // number of groups of features that are solved together
+  int32_t parameters;         // number of parameters of each feature
+  int32_t num_operations;     // 0 without a network
+  int32_t context;            // number of context columns in the network's input
+  int32_t context_start;      // the first of these columns
+  int32_t first_tensor;       // index in ChainArgs.tensors of the transform's first tensor
+  int32_t scale_stride;       // of the scale of `affine` and `normal`: 0 for one number, 1 for one per feature
+  int32_t shift_stride;       // the same of the shift
+  int32_t bins;               // number of bins of a spline
+  SplineBoundary boundary;    // derivatives at the ends of a spline: a constant, parameters, or one parameter for both
+  int32_t is_soft_clipped;    // 1 if the parameters of a spline are soft-clipped
+  int32_t has_tails;          // 1 if a spline is the identity outside of [low, high]
+  int32_t is_circular;        // 1 if a spline takes x modulo high - low
+  int32_t is_reversed;        // 1 if the chain has the inverse of the transform
+  double clip;                // soft-clips p to p / (1 + clip |p|); for widths and heights twice as strongly
+  double min_scale;           // added to the scale of softplus_affine and sigmoid_affine
+  double logit_shift;         // added to the logit of the scale of sigmoid_affine
+  double min_log_scale;       // of clamped_affine
+  double max_log_scale;       // of clamped_affine
+  double low;                 // start of a spline
+  double high;                // end of a spline
+  double min_width;           // of a bin, as a fraction of high - low
+  double min_height;          // of a bin, as a fraction of high - low
+  double min_slope;           // added to the derivative at a knot
+  double end_slope;           // derivative at the ends if the boundary is `fixed`
+  double logit_scale;         // multiplies the logits of widths and heights
+  double edge_margin;         // added to the edges of bins in the search of a bin
   const Operation* operations;
-  const int32_t *order, *starts;   // (features): sorted by step; (steps + 1): where each step starts in it
-  const int32_t *input_rows, *input_ready;  // `rows` and `ready` of value 0
+  const int32_t* order;       // (features): features, sorted by step
+  const int32_t* starts;      // (steps + 1): where each step starts in `order`
+  const int32_t* input_rows;  // Operation.rows of value 0
+  const int32_t* input_ready; // Operation.ready of value 0
 };
 
+// A call of a chain of transforms. `packed` and `activations` are for gradients, and have the sizes that
+// jacobiflow_masked_sizes gives.
 struct ChainArgs {
   const Transform* transforms;
-  const void* const* tensors;
-  const void *input, *context;
-  void *out, *log_det;              // (rows, features); null, (rows,), or (rows, features) if `is_by_feature`
-  uint8_t* failed;                  // (rows): 1 for a row that the library has to compute
-  // For gradients, or else null: packed weights, and the values of all rows unless these are to be computed again. Their
-  // sizes are those of `jacobiflow_masked_sizes`.
-  void *packed, *activations;
-  int64_t rows, in_stride, context_stride;  // a stride of 0: the same row for all
-  int32_t count, features, context_features, is_inverse, is_by_feature, threads;
+  const void* const* tensors;  // weights, biases, scales and shifts of all transforms
+  const void* input;           // (rows, features)
+  const void* context;         // (rows, context_features), or null
+  void* out;                   // (rows, features)
+  void* log_det;               // (rows), or (rows, features) if is_by_feature; null if it is not needed
+  uint8_t* failed;             // (rows): 1 for a row that is not finite
+  void* packed;                // packed weights, or null
+  void* activations;           // values of all rows; null if the backward pass computes them again
+  int64_t rows;
+  int64_t in_stride;           // between rows of the input
+  int64_t context_stride;      // between rows of the context; 0 if all rows share one
+  int32_t count;               // number of transforms
+  int32_t features;
+  int32_t context_features;
+  int32_t is_inverse;
+  int32_t is_by_feature;
+  int32_t num_threads;
 };
 
-// Gradients of a loss, from those of a call's results. `chain` is that of the call but without results; null for zeros, or
-// for what is not needed.
+// Gradients of a loss in the inputs of a call, from those in its results. A null gradient of a result is 0, and a null
+// gradient of an input is not needed.
 struct GradientArgs {
-  const ChainArgs* chain;
-  const void *grad_out, *grad_log_det;  // (rows, features); like `log_det`
-  void* const* grad_tensors;            // like `tensors`
-  void *grad_input, *grad_context;      // (rows, features); (rows, context_features)
+  const ChainArgs* chain;      // of the call, without results
+  const void* grad_out;        // (rows, features)
+  const void* grad_log_det;    // shape of log_det
+  void* const* grad_tensors;   // in the order of ChainArgs.tensors
+  void* grad_input;            // (rows, features)
+  void* grad_context;          // (rows, context_features)
 };
 
 enum class WeightFormat : int32_t { float32, float64, bfloat16, float16, int16 };
 
-// A weight (outputs, inputs): in panels of columns, as jacobiflow_pack makes them, or row after row. Output i of int16 is
-// multiplied by scales[i], which is otherwise null.
+// A weight (outputs, inputs): in panels of columns as jacobiflow_pack makes them, or row after row.
 struct Weight {
   const void* values;
-  const float* scales;
+  const float* scales;      // (outputs) of int16, by which each output is multiplied; else null
   WeightFormat format;
-  int32_t is_packed;
+  int32_t is_packed;        // 1 if in panels
 };
 
-// A layer is an attention and a perceptron, h <- h + attend(norm(h)), h <- h + down(gelu(up(norm(h)))). What follows
-// `down_bias` may be null. `condition` (tokens, stride) is added to h before. `query_norm` and `key_norm` are over all heads.
-// With `scale` the layer is Prose's, see flows/prose.py: its input is scale * normalised h + shift, its output is
-// multiplied by `gate` and added to h, and so is that of a second, gated perceptron.
+// A transformer layer: h <- h + proj(attention(norm(h))), then h <- h + down(gelu(up(mlp_norm(h)))). Pointers after
+// `down_bias` may be null. With `scale` the layer is Prose's, see models/prose.py: its input is scale * norm(h) + shift, its
+// output times `gate` is added to h, and so is that of a second, gated perceptron. Tables of tokens have padded rows.
 template <typename T>
 struct LayerArgs {
-  const T *norm, *norm_bias;
-  Weight qkv;
-  const T* qkv_bias;
-  Weight proj;
-  const T *proj_bias, *mlp_norm, *mlp_norm_bias;
-  Weight up;
-  const T* up_bias;
-  Weight down;
-  const T* down_bias;
-  const T *query_norm, *query_norm_bias, *key_norm, *key_norm_bias, *condition;
-  const T *scale, *shift, *gate, *gated_scale, *gated_shift;
-  Weight gated_up, gated_down;
-  const T* gated_gate;
+  const T* norm;             // (channels)
+  const T* norm_bias;        // (channels)
+  Weight qkv;                // (3 channels, channels)
+  const T* qkv_bias;         // (3 channels)
+  Weight proj;               // (channels, channels)
+  const T* proj_bias;        // (channels)
+  const T* mlp_norm;         // (channels)
+  const T* mlp_norm_bias;    // (channels)
+  Weight up;                 // (hidden, channels)
+  const T* up_bias;          // (hidden)
+  Weight down;               // (channels, hidden)
+  const T* down_bias;        // (channels)
+  const T* query_norm;       // (channels), of all heads together
+  const T* query_norm_bias;  // (channels)
+  const T* key_norm;         // (channels), of all heads together
+  const T* key_norm_bias;    // (channels)
+  const T* condition;        // (tokens, channels), added to h first
+  const T* scale;            // (tokens, channels)
+  const T* shift;            // (tokens, channels)
+  const T* gate;             // (tokens, channels)
+  const T* gated_scale;      // (tokens, channels), of the gated perceptron
+  const T* gated_shift;      // (tokens, channels)
+  Weight gated_up;           // (2 hidden, channels)
+  Weight gated_down;         // (channels, hidden)
+  const T* gated_gate;       // (tokens, channels)
 };
 
-// z and x are (samples, tokens, values). The network has `networks` rows per sample: first those with labels, of all
-// samples, then the unconditional ones. `context` is added to the embeddings of a row and a token that are so many numbers
-// apart. A `*_bias` is as long as the padded columns of its weight. `keys_values` is the memory of `attend`, and lives as
-// long as calls go on with the same x. To `log_det` (samples) the log-scales are added.
-//
-// A STARFlow has a prefix: the keys and values (layers, rows, 2, heads, prefix, head) of so many positions before the
-// tokens, and the output of the last layer for the last of them, `prefix_hidden` (rows, channels), from which entry 0 is
-// read. `rotation` (prefix + tokens, head) has the cosine and the sine for each pair of a query's and a key's channels,
-// `final_norm` the weights of an RMS norm. `soft_clip`, if not 0, bounds the outputs softly, and a scale is then
-// softplus(a + log(e - 1)). `by_density` is that rule of guidance.
+// The inverse of a block with a causal transformer. The network has rows = networks * samples rows: first the conditional row
+// of each sample, then, for guidance, the unconditional ones. Biases are padded to whole vectors.
 template <typename T>
-struct RecurrenceArgs {
-  const T *z, *position, *context, *query_scale;
-  Weight proj_in, proj_out;
-  const T *out_bias, *weight_scale, *weight_shift, *prefix_keys_values, *prefix_hidden, *rotation, *final_norm;
-  const LayerArgs<T>* layers;
-  T *x, *keys_values;
-  double* log_det;
-  int32_t samples, networks, tokens, values, channels, hidden, heads, depth, scales, context_row, context_token, prefix,
-      by_density, threads, teams, start, stop;
-  double soft_clip;
+struct TransformerArgs {
+  const T* z;                   // (samples, tokens, values)
+  const T* position;            // (tokens, channels), added to the projection of each token
+  const T* context;             // (rows, tokens, channels) by its strides, added to the embeddings; null without a context
+  const T* query_scale;         // (rows), or null: multiplies the attention's logits
+  Weight proj_in;               // (channels, values)
+  Weight proj_out;              // (values or 2 values, channels)
+  const T* out_bias;            // (outputs of proj_out)
+  const T* guidance_scale;      // (tokens): guidance weights of the log-scales
+  const T* guidance_shift;      // (tokens): guidance weights of the shifts
+  const T* prefix_keys_values;  // (depth, rows, 2, heads, prefix_length, channels / heads)
+  const T* prefix_hidden;       // (rows, channels): last layer's output at the prefix's end, which gives entry 0
+  const T* rotation;            // (prefix_length + tokens, channels / heads): cosine and sine of each pair, or null
+  const T* final_norm;          // (channels): weights of an RMS norm of the last layer's output, or null
+  const LayerArgs<T>* layers;   // (depth)
+  T* x;                         // (samples, tokens, values)
+  T* keys_values;               // memory of KeyValueCache, which lives until all tokens are solved
+  double* log_det;              // (samples), to which the log-scales are added
+  int32_t samples;
+  int32_t networks;             // 1, or 2 with guidance
+  int32_t tokens;
+  int32_t values;               // numbers in a token
+  int32_t channels;
+  int32_t hidden;               // units of a layer's perceptron
+  int32_t heads;
+  int32_t depth;                // number of layers
+  int32_t has_scale;            // 0 if log-scales are 0
+  int32_t context_row_stride;   // in numbers; 0 if all rows share one context
+  int32_t context_token_stride; // in numbers; 0 if all tokens share one context
+  int32_t prefix_length;        // positions before the tokens
+  int32_t is_by_density;        // 1 for guidance by densities
+  int32_t num_threads;
+  int32_t num_teams;            // each has samples of its own
+  int32_t start;                // first token to solve
+  int32_t stop;                 // token after the last one to solve
+  double soft_clip;             // if not 0, outputs o become soft_clip tanh(o / soft_clip), and scales a softplus
 };
 
 }  // namespace jacobiflow

@@ -1,4 +1,4 @@
-// A chain of transforms as native code computes it: its packed weights, and where its values lie in memory.
+// A chain of transforms: its packed weights, and where its values lie in memory.
 #pragma once
 
 #include <atomic>
@@ -6,7 +6,7 @@
 #include <vector>
 
 #include "activations.h"
-#include "products.h"
+#include "gemm.h"
 
 namespace jacobiflow {
 
@@ -24,22 +24,27 @@ class Buffer {
   T* data_;
 };
 
-// Where the numbers of an operation lie. A transform without a network has one of these, for its scale and shift.
+// Where the numbers of an operation lie. A transform without a network has one layout, for its scale and shift.
 struct OperationLayout {
-  int inputs = 0;                 // columns of the weight
-  size_t weight = 0, bias = 0;    // in packed weights: (units, inputs) and (units), sorted by step
-  bool is_stored = false;         // whether a backward pass reads its value
-  size_t value = 0, slopes = 0;   // in a tile's activations, in units: its value, and the derivatives of its function
-  size_t gradient = 0, layer_gradient = 0;  // in a transform's gradients, in units: of its value, of its context layer
-  size_t reads = 0, readers = 0;  // in `ranges`: the end of what each unit reads; the first unit that reads each input
-  bool is_source_read_later = false, is_other_read_later = false;  // by an operation after it
+  int inputs = 0;                     // columns of the weight
+  size_t weight = 0;                  // offset in the packed weights: (units, inputs), sorted by step
+  size_t bias = 0;                    // offset in the packed weights: (units), sorted by step
+  bool is_stored = false;             // the backward pass reads its value
+  size_t value = 0;                   // first unit in a tile's activations
+  size_t slopes = 0;                  // first unit in a tile's activations of the derivatives of its activation
+  size_t gradient = 0;                // first unit in a transform's gradients
+  size_t layer_gradient = 0;          // first unit in a transform's gradients of the layer of the context
+  size_t reads = 0;                   // offset in `ranges`: for each unit, the end of the inputs that it reads
+  size_t readers = 0;                 // offset in `ranges`: for each input, the first unit that reads it
+  bool is_source_read_later = false;  // a later operation reads its source
+  bool is_other_read_later = false;   // a later operation reads its second source
 };
 
 template <typename T>
 class Chain {
  public:
-  using L = Lanes<T>;
-  using Vector = typename L::Vector;
+  using S = Simd<T>;
+  using Vector = typename S::Vector;
 
   explicit Chain(const ChainArgs& call)
       : call(call), shares_context(call.context_features && !call.packed && has_equal_rows()) {
@@ -50,9 +55,9 @@ class Chain {
       tile_units += units(t, 0);
       gradient_units = units(t, 0);
       lengths.push_back(inverts(t) ? 1 : group(t));
-      for (int j = 0; j < t.operation_count; j++) add_layout(t, j);
-      most_gradient_units = std::max(most_gradient_units, gradient_units);
-      if (layout_count(t) > t.operation_count) {
+      for (int j = 0; j < t.num_operations; j++) add_layout(t, j);
+      max_gradient_units = std::max(max_gradient_units, gradient_units);
+      if (layout_count(t) > t.num_operations) {
         layouts.push_back({});
         layouts.back().weight = packed_size;
         layouts.back().bias = packed_size + call.features;
@@ -61,35 +66,36 @@ class Chain {
     }
   }
 
-  // Packs the weights into memory of the caller, or of its own.
+  // Packs the weights, into memory of the caller if it has given some.
   void pack() {
     if (!call.packed) memory.emplace_back(packed_size);
     packed = call.packed ? static_cast<T*>(call.packed) : memory[0].get();
     std::atomic<int> next{0};
-    in_threads((int)std::min<int64_t>(call.threads, 1 + work / 200000), [&](int) {
+    in_threads((int)std::min<int64_t>(call.num_threads, 1 + work / 200000), [&](int) {
       for (int i; (i = next++) < call.count;) {
         const Transform& t = call.transforms[i];
-        for (int j = 0; j < t.operation_count; j++) pack(t, t.operations[j], of(i, j));
-        if (layout_count(t) > t.operation_count) pack_numbers(t, of(i, 0));
+        for (int j = 0; j < t.num_operations; j++) pack(t, t.operations[j], of(i, j));
+        if (layout_count(t) > t.num_operations) pack_numbers(t, of(i, 0));
       }
     });
   }
 
-  // Takes weights that an earlier call has packed.
+  // Uses the weights that an earlier call has packed.
   void use_packed() { packed = static_cast<T*>(call.packed); }
 
   const ChainArgs& call;
   const bool shares_context;
   int64_t work = 0;  // multiplications for each row
-  size_t packed_size = 0, tile_units = 0;
-  size_t most_gradient_units = 0;  // of a transform
-  std::vector<size_t> inputs;  // of each transform: where its input lies in a tile's activations
-  std::vector<int> lengths;    // of each transform: the number of steps that are computed together
+  size_t packed_size = 0;         // in numbers
+  size_t tile_units = 0;          // units of a tile's activations
+  size_t max_gradient_units = 0;  // most units of the gradients of a transform
+  std::vector<size_t> inputs;     // for each transform, the first unit of its input in a tile's activations
+  std::vector<int> lengths;       // for each transform, the number of steps that are computed together
   std::atomic<bool> is_finite{true};
 
-  // The number of layouts of a transform: one without operations has one for its two tensors, if it has any.
+  // Returns the number of layouts of a transform. Without operations it is 1, for its two tensors if it has any.
   static int layout_count(const Transform& t) {
-    return t.kind == TransformKind::permutation ? 0 : std::max(t.operation_count, 1);
+    return t.kind == TransformKind::permutation ? 0 : std::max(t.num_operations, 1);
   }
 
   size_t position(int transform, int operation) const { return first_layout[transform] + operation; }
@@ -98,11 +104,11 @@ class Chain {
 
   bool is_stored(int transform, int value) const { return !value || of(transform, value - 1).is_stored; }
 
-  // Where a value of a transform lies in a tile's activations, and its gradient in the transform's gradients.
+  // Return the first unit of a value in a tile's activations, and of its gradient in the transform's gradients.
   size_t value(int transform, int value) const { return value ? of(transform, value - 1).value : inputs[transform]; }
   size_t gradient(int transform, int value) const { return value ? of(transform, value - 1).gradient : 0; }
 
-  // Of a unit of a layer: the end of the inputs that it reads. Of an input: the first unit that reads it.
+  // Return the end of the inputs that a unit of a layer reads, and the first unit that reads an input.
   int reads(const OperationLayout& layout, int unit) const { return ranges[layout.reads + unit]; }
   int readers(const OperationLayout& layout, int input) const { return ranges[layout.readers + input]; }
 
@@ -111,19 +117,29 @@ class Chain {
 
   int units(const Transform& t, int value) const {
     if (value) return t.operations[value - 1].units;
-    return t.operation_count ? t.context + t.features : t.kind == TransformKind::permutation ? 0 : call.features;
+    return t.num_operations ? t.context + t.features : t.kind == TransformKind::permutation ? 0 : call.features;
   }
 
   static const int32_t* rows(const Transform& t, int value) { return value ? t.operations[value - 1].rows : t.input_rows; }
 
-  // The number of units of a value that can be computed once the features before `step` are solved.
+  // Returns the number of units of a value that can be computed once the features before `step` are solved.
   static int ready(const Transform& t, int value, int step) {
     return step < 0 ? 0 : (value ? t.operations[value - 1].ready : t.input_ready)[step];
   }
 
+  // Returns the most units that `length` steps add.
+  static size_t max_new_units(const Operation& o, int steps, int length) {
+    int max_units = 0;
+    for (int step = 0; step < steps; step += length) {
+      const int last = std::min(step + length, steps) - 1;
+      max_units = std::max(max_units, o.ready[last] - (step ? o.ready[step - 1] : 0));
+    }
+    return max_units;
+  }
+
   bool inverts(const Transform& t) const { return call.is_inverse != t.is_reversed; }
 
-  // The first input of a sum: the bias already has a context that all rows share.
+  // Returns the first input of a sum. A context that all rows share is in the bias already.
   int first_input(const Transform& t, const Operation& o) const { return shares_context && !o.source ? t.context : 0; }
 
  private:
@@ -144,19 +160,19 @@ class Chain {
       layout.weight = packed_size + o.units;
       packed_size += (size_t)o.units * (layout.inputs + 1);
     }
-    const bool reads_context = o.kind == OperationKind::add_context || o.kind == OperationKind::gate_context;
-    const bool tells_slopes = !reads_context && o.function != Activation::identity && !needs_slopes(o.function);
-    layout.is_stored = o.is_kept || tells_slopes || j + 1 == t.operation_count;
-    for (int k = j + 1; k < t.operation_count; k++)
+    const bool is_curved = o.activation != Activation::identity, is_gate = o.kind == OperationKind::gate_context;
+    const bool reads_context = o.kind == OperationKind::add_context || is_gate;
+    const bool tells_slopes = !reads_context && is_curved && !needs_slopes(o.activation);
+    layout.is_stored = o.is_kept || tells_slopes || j + 1 == t.num_operations;
+    for (int k = j + 1; k < t.num_operations; k++)
       layout.is_stored |= t.operations[k].kind == OperationKind::gate_context && t.operations[k].source == j + 1;
     layout.value = tile_units;
     layout.slopes = tile_units += layout.is_stored ? o.units : 0;
-    if (o.kind == OperationKind::gate_context || needs_slopes(o.function) || (reads_context && o.function != Activation::identity))
-      tile_units += o.units;
+    if (is_gate || needs_slopes(o.activation) || (reads_context && is_curved)) tile_units += o.units;
     layout.gradient = gradient_units;
     layout.layer_gradient = gradient_units += o.units;
     if (reads_context) gradient_units += o.units;
-    for (int k = j + 1; k < t.operation_count; k++) {
+    for (int k = j + 1; k < t.num_operations; k++) {
       layout.is_source_read_later |= reads(t.operations[k], o.source);
       layout.is_other_read_later |= reads(t.operations[k], o.other);
     }
@@ -171,15 +187,16 @@ class Chain {
   }
 
   static bool reads(const Operation& o, int value) {
-    return o.source == value || ((o.kind == OperationKind::sum || o.kind == OperationKind::extrapolation) && o.other == value);
+    const bool reads_other = o.kind == OperationKind::sum || o.kind == OperationKind::extrapolation;
+    return o.source == value || (reads_other && o.other == value);
   }
 
-  // The number of steps that the forward direction computes together: enough units to fill the registers.
+  // Returns the number of steps that the forward direction computes together, so that their units fill the registers.
   static int group(const Transform& t) {
-    int fewest = t.features * std::max(t.parameters, 1);
-    for (int i = 0; i < t.operation_count; i++)
-      if (t.operations[i].kind == OperationKind::linear) fewest = std::min(fewest, t.operations[i].units);
-    return std::max(1, std::min(t.steps, 12 * t.steps / std::max(fewest, 1)));
+    int min_units = t.features * std::max(t.parameters, 1);
+    for (int i = 0; i < t.num_operations; i++)
+      if (t.operations[i].kind == OperationKind::linear) min_units = std::min(min_units, t.operations[i].units);
+    return std::max(1, std::min(t.steps, 12 * t.steps / std::max(min_units, 1)));
   }
 
   bool has_equal_rows() const {
@@ -190,16 +207,16 @@ class Chain {
     return true;
   }
 
-  // Null if the operation has none.
+  // Returns null if the operation has no such tensor.
   const T* tensor(const Transform& t, int tensor) const {
     return tensor < 0 ? nullptr : static_cast<const T*>(call.tensors[t.first_tensor + tensor]);
   }
 
-  // The libraries multiply weights by masks, so a weight that is not finite gives NaN even if it is masked. Adds 0, or NaN.
-  static void add_poison(const T* values, int64_t size, Vector& poison) {
+  // Adds 0, or NaN if a value is not finite. The libraries multiply weights by masks, so a masked one gives NaN too.
+  static void add_non_finite(const T* values, int64_t size, Vector& non_finite) {
     int64_t i = 0;
-    for (; i + L::count <= size; i += L::count) poison += L::load(values + i) * T(0);
-    for (; i < size; i++) poison[0] += values[i] * T(0);
+    for (; i + S::lanes <= size; i += S::lanes) non_finite += S::load(values + i) * T(0);
+    for (; i < size; i++) non_finite[0] += values[i] * T(0);
   }
 
   void pack_numbers(const Transform& t, const OperationLayout& layout) {
@@ -215,14 +232,14 @@ class Chain {
     if (o.kind == OperationKind::extrapolation)
       for (int unit = 0; unit < o.units; unit++) packed[layout.bias + unit] = bias[o.rows[unit]];
     if (!weight) return;
-    Vector poison{};
-    if (bias) add_poison(bias, o.units, poison);
+    Vector non_finite{};
+    if (bias) add_non_finite(bias, o.units, non_finite);
     const T* shared = shares_context ? static_cast<const T*>(call.context) : nullptr;
     const int32_t* columns = o.kind == OperationKind::linear ? rows(t, o.source) : nullptr;
     const int context = shared && columns && !o.source ? t.context : 0, all = o.ready[t.steps - 1];
     for (int unit = 0; unit < o.units; unit++) {
       const int64_t row = (int64_t)o.rows[unit] * layout.inputs;
-      add_poison(weight + row, layout.inputs, poison);
+      add_non_finite(weight + row, layout.inputs, non_finite);
       if (unit >= all) continue;
       T total = bias ? bias[o.rows[unit]] : 0;
       T* to = packed + layout.weight + (size_t)unit * layout.inputs;
@@ -231,16 +248,16 @@ class Chain {
         for (int k = 0; shared && k < layout.inputs; k++) total += to[k] * shared[k];
       } else {
         // Units and inputs are multiplied in blocks, whose other entries are 0.
-        const int read = reads(layout, unit), last = std::min(unit + most_units, all) - 1;
-        const int beyond = std::max(reads(layout, last), read + most_units);
+        const int read = reads(layout, unit), last = std::min(unit + max_units, all) - 1;
+        const int beyond = std::max(reads(layout, last), read + max_units);
         gather(weight + row, o.mask ? o.mask + row : nullptr, columns, read, to);
         std::fill(to + read, to + std::min(beyond, layout.inputs), T(0));
         for (int k = 0; k < context; k++) total += to[k] * shared[columns[k] - t.context_start];
       }
       packed[layout.bias + unit] = total;
     }
-    for (int lane = 0; lane < L::count; lane++)
-      if (poison[lane] != 0) is_finite = false;
+    for (int lane = 0; lane < S::lanes; lane++)
+      if (non_finite[lane] != 0) is_finite = false;
   }
 
   static void gather(const T* from, const uint8_t* mask, const int32_t* columns, int count, T* __restrict to) {

@@ -1,4 +1,4 @@
-// What Python calls of masked.h. The code for float and for double is compiled on its own, which takes half the time.
+// Calls from Python: chains of masked transforms. Code for float and for double has files of its own, to compile at once.
 #include "masked.h"
 
 #include <exception>
@@ -10,7 +10,7 @@ extern template int64_t evaluate<double>(const ChainArgs&);
 extern template void differentiate<float>(const GradientArgs&);
 extern template void differentiate<double>(const GradientArgs&);
 
-// Returns run(), or -1 if out of memory or threads.
+// Returns run(), or -1 without enough memory or threads.
 template <typename Run>
 int64_t result_of(const Run& run) {
   try {
@@ -26,12 +26,12 @@ using namespace jacobiflow;
 
 extern "C" {
 
-// Returns the number of rows that failed, or -1 if out of memory or threads.
+// Returns the number of rows that are not finite, or -1 without enough memory or threads.
 int64_t jacobiflow_masked(const ChainArgs* call, int32_t is_double) {
   return result_of([&] { return is_double ? evaluate<double>(*call) : evaluate<float>(*call); });
 }
 
-// Returns 0, or -1 if out of memory or threads.
+// Returns 0, or -1 without enough memory or threads.
 int64_t jacobiflow_masked_gradients(const GradientArgs* args, int32_t is_double) {
   return result_of([&]() -> int64_t {
     is_double ? differentiate<double>(*args) : differentiate<float>(*args);

@@ -1,25 +1,28 @@
-// Chains of masked autoregressive transforms in both directions, exact to rounding, and their gradients. A tile of rows
-// goes through all transforms and all their steps without leaving the cache; a row is a vector lane. Units of a layer are
-// sorted by the first step that can compute them, so that each is computed once.
+// Chains of masked autoregressive transforms in both directions, exact to rounding, and their gradients. A tile of rows goes
+// through all transforms without leaving the cache, and a row is a vector lane. Units of a layer are sorted by the first step
+// that can compute them, so that each is computed once.
 #pragma once
 
 #include <memory>
 #include <tuple>
 
-#include "adjoint.h"
+#include "backward.h"
+#include "forward.h"
 
 namespace jacobiflow {
 
-// Tiles of 4 vectors of rows. The last one has 1 if that is enough.
+// Divides rows into tiles of 4 vectors. The last tile has 1 vector if that is enough.
 template <typename T>
 struct Tiles {
-  static constexpr int rows = 4 * Lanes<T>::count;
+  static constexpr int rows = 4 * Simd<T>::lanes;
   const int64_t all_rows, count;
-  const int threads;
+  const int num_threads;
 
+  // `work` is the number of multiplications for each row. A thread has at least a million of them.
   Tiles(const ChainArgs& call, int64_t work)
       : all_rows(call.rows), count((call.rows + rows - 1) / rows),
-        threads((int)std::max<int64_t>(1, std::min({(int64_t)call.threads, count, 1 + work * call.rows / 1000000}))) {}
+        num_threads((int)std::max<int64_t>(
+            1, std::min({(int64_t)call.num_threads, count, 1 + work * call.rows / 1000000}))) {}
 
   // Calls use(first row of the tile, its number of rows, its vectors as a constant).
   template <typename Use>
@@ -33,26 +36,26 @@ struct Tiles {
   }
 };
 
-// One thread's memory for tiles of each size, made when it is needed.
-template <template <typename, int> class OperationKind, typename T>
+// Makes one thread's tiles of 1 vector and of 4 vectors when they are first needed.
+template <template <typename, int> class TileKind, typename T>
 class EachSize {
  public:
   template <int vectors, typename... Arguments>
-  OperationKind<T, vectors>& get(Arguments&&... arguments) {
-    auto& memory = std::get<std::unique_ptr<OperationKind<T, vectors>>>(sizes);
-    if (!memory) memory = std::make_unique<OperationKind<T, vectors>>(arguments...);
+  TileKind<T, vectors>& get(Arguments&&... arguments) {
+    auto& memory = std::get<std::unique_ptr<TileKind<T, vectors>>>(sizes);
+    if (!memory) memory = std::make_unique<TileKind<T, vectors>>(arguments...);
     return *memory;
   }
 
  private:
-  std::tuple<std::unique_ptr<OperationKind<T, 1>>, std::unique_ptr<OperationKind<T, 4>>> sizes;
+  std::tuple<std::unique_ptr<TileKind<T, 1>>, std::unique_ptr<TileKind<T, 4>>> sizes;
 };
 
-// Calls run(rank) in threads; throws std::bad_alloc if one of them does.
+// Calls run(rank) in threads, and throws std::bad_alloc if one of them does.
 template <typename Run>
-void in_guarded_threads(int size, const Run& run) {
+void in_guarded_threads(int num_threads, const Run& run) {
   std::atomic<bool> has_memory{true};
-  in_threads(size, [&](int rank) {
+  in_threads(num_threads, [&](int rank) {
     try {
       run(rank);
     } catch (const std::bad_alloc&) {
@@ -62,7 +65,7 @@ void in_guarded_threads(int size, const Run& run) {
   if (!has_memory) throw std::bad_alloc();
 }
 
-// Computes all rows; returns the number that failed.
+// Computes all rows, and returns the number of rows that are not finite.
 template <typename T>
 int64_t evaluate(const ChainArgs& call) {
   if (!call.rows) return 0;
@@ -70,38 +73,37 @@ int64_t evaluate(const ChainArgs& call) {
   chain.pack();
   if (!chain.is_finite) {
     std::memset(call.failed, 1, call.rows);
-    std::fill_n(static_cast<T*>(call.out), call.rows * call.features, Lanes<T>::nan);
+    std::fill_n(static_cast<T*>(call.out), call.rows * call.features, Simd<T>::nan);
     return call.rows;
   }
   const Tiles<T> tiles(call, chain.work);
   std::atomic<int64_t> next{0};
-  in_guarded_threads(tiles.threads, [&](int) {
-    EachSize<Tile, T> memory;
+  in_guarded_threads(tiles.num_threads, [&](int) {
+    EachSize<ForwardTile, T> tile_of;
     for (int64_t tile; (tile = next++) < tiles.count;)
       tiles.visit(tile, [&](int64_t first, int count, auto vectors) {
         T* activations = static_cast<T*>(call.activations);
         if (activations) activations += first * chain.tile_units;
-        memory.template get<vectors>(chain, activations != nullptr).run(first, count, activations);
+        tile_of.template get<vectors>(chain, activations != nullptr).run(first, count, activations);
       });
   });
   return std::count(call.failed, call.failed + call.rows, 1);
 }
 
-// Computes gradients from the weights that `evaluate` packed, and from the activations that it stored or, if it stored
-// none, from new ones.
+// Computes gradients from the packed weights of `evaluate`, and from its activations or, if it has stored none, new ones.
 template <typename T>
 void differentiate(const GradientArgs& args) {
   const ChainArgs& call = *args.chain;
   Chain<T> chain(call);
   chain.use_packed();
   const Tiles<T> tiles(call, 3 * chain.work);
-  TensorGradients<T> tensors(chain, args, tiles.threads);
-  in_guarded_threads(tiles.threads, [&](int rank) {  // each has its own tiles, so that sums do not depend on chance
-    EachSize<Tile, T> forward;
-    EachSize<Adjoint, T> backward;
+  TensorGradients<T> tensors(chain, args, tiles.num_threads);
+  in_guarded_threads(tiles.num_threads, [&](int rank) {  // each thread has its own tiles, so that all runs add in one order
+    EachSize<ForwardTile, T> forward;
+    EachSize<BackwardTile, T> backward;
     Buffer<T> recomputed(call.activations ? 0 : chain.tile_units * tiles.rows);
-    const int64_t last = tiles.count * (rank + 1) / tiles.threads;
-    for (int64_t tile = tiles.count * rank / tiles.threads; tile < last; tile++)
+    const int64_t last = tiles.count * (rank + 1) / tiles.num_threads;
+    for (int64_t tile = tiles.count * rank / tiles.num_threads; tile < last; tile++)
       tiles.visit(tile, [&](int64_t first, int count, auto vectors) {
         const T* activations = recomputed.get();
         if (call.activations)

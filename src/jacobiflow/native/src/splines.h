@@ -1,7 +1,7 @@
 // Rational splines of one feature, on vectors of rows, and their gradients.
 #pragma once
 
-#include "elementwise.h"
+#include "affine.h"
 
 namespace jacobiflow {
 
@@ -9,35 +9,35 @@ inline bool is_spline(const Transform& t) {
   return t.kind == TransformKind::rational_quadratic || t.kind == TransformKind::rational_linear;
 }
 
-// A spline of one feature. `memory` is for two vectors for each bin.
+// A spline of one feature. `memory` has room for two vectors per bin.
 template <typename T>
 class Spline {
  public:
-  using L = Lanes<T>;
-  using Vector = typename L::Vector;
-  using Integers = typename L::Integers;
+  using S = Simd<T>;
+  using Vector = typename S::Vector;
+  using Integers = typename S::Integers;
 
   Spline(const Transform& t, const Parameters<T>& p, bool inverts, T* memory)
       : t(t), p(p), inverts(inverts), is_linear(t.kind == TransformKind::rational_linear), widths(memory),
-        heights(memory + (size_t)t.bins * L::count) {}
+        heights(memory + (size_t)t.bins * S::lanes) {}
 
-  // Transforms x, or y if it is inverted. Sets the logarithm of dy/dx if it is wanted; without tails, an input outside
-  // of the spline makes `poison` NaN.
-  Vector apply(Vector in, bool wants_log_slope, Vector& log_slope, Vector& poison) {
+  // Transforms x, or y if the spline is inverted. Sets the logarithm of dy/dx if it is wanted. Without tails, an input outside
+  // of the spline makes `non_finite` NaN.
+  Vector apply(Vector in, bool wants_log_slope, Vector& log_slope, Vector& non_finite) {
     const T low = (T)t.low, size = (T)t.high - low;
-    if (t.is_circular && !inverts) in = L::remainder(in, size) + low;
+    if (t.is_circular && !inverts) in = S::remainder(in, size) + low;
     find_bin(in, inverts);
     Vector out = is_linear ? linear(in, wants_log_slope, log_slope) : quadratic(in, wants_log_slope, log_slope);
     log_slope = is_in ? log_slope : Vector{};
-    if (!t.has_tails) poison = is_in ? poison : L::spread(L::nan);
+    if (!t.has_tails) non_finite = is_in ? non_finite : S::broadcast(S::nan);
     out = is_in ? out : in;
-    return t.is_circular && inverts ? L::remainder(out, size) + low : out;
+    return t.is_circular && inverts ? S::remainder(out, size) + low : out;
   }
 
-  // From the gradients of the result at x, writes those of the parameters and returns that of the input.
+  // Writes the gradients of the parameters to `to`, and returns the gradient of the input. `g` has those of the result at x.
   Vector differentiate(Vector x, Gradients<Vector> g, T* to) {
     const Vector outside = g.value;
-    if (t.is_circular) x = L::remainder(x, (T)t.high - (T)t.low) + (T)t.low;
+    if (t.is_circular) x = S::remainder(x, (T)t.high - (T)t.low) + (T)t.low;
     find_bin(x, false);
     g = {is_in ? g.value : Vector{}, is_in ? g.log_slope : Vector{}};
     BinGradients c{};
@@ -50,12 +50,12 @@ class Spline {
     write_derivative_gradients(c.d0 * to_first, c.d1 * to_second, to + (size_t)2 * t.bins * p.stride);
     if (is_linear)
       for (int k = 0; k < t.bins; k++)
-        L::store(to + (size_t)(3 * t.bins - 1 + k) * p.stride, bin == T(k) ? c.lambda : Vector{});
+        S::store(to + (size_t)(3 * t.bins - 1 + k) * p.stride, bin == T(k) ? c.lambda : Vector{});
     return is_in ? result : outside;
   }
 
  private:
-  // The gradients in the corner of a bin, its size, the derivatives at its ends, and its parameter lambda.
+  // Gradients of the corner of a bin, its size, the derivatives at its ends, and its parameter lambda.
   struct BinGradients {
     Vector x0, y0, width, height, d0, d1, lambda;
   };
@@ -64,27 +64,27 @@ class Spline {
   const Parameters<T> p;
   const bool inverts, is_linear;
   T *const widths, *const heights;
-  // The bin of each row.
+  // The bin of each row: its index, corner, size, parameters, derivatives at the ends, and mean slope.
   Vector bin, x0, y0, width, height, raw0, raw1, raw_lambda, d0, d1, delta, width_sum, height_sum;
   Integers is_in;
 
   static Vector square(Vector v) { return v * v; }
-  Vector soft_clip(Vector raw) const { return L::reciprocal(L::absolute(raw) * (T)t.clip + T(1)); }
-  static Vector softplus_slope(Vector raw) { return raw > T(20) ? L::spread(1) : L::sigmoid(raw); }
+  Vector soft_clip(Vector raw) const { return S::reciprocal(S::abs(raw) * (T)t.clip + T(1)); }
+  static Vector softplus_slope(Vector raw) { return raw > T(20) ? S::broadcast(1) : S::sigmoid(raw); }
 
   void find_bin(Vector in, bool by_height) {
     const int K = t.bins;
-    const T low = (T)t.low, size = (T)t.high - low, gap = (T)t.gap;
+    const T low = (T)t.low, size = (T)t.high - low, gap = (T)t.edge_margin;
     const T min_width = (T)t.min_width, min_height = (T)t.min_height;
     width_sum = exponentials(0, widths), height_sum = exponentials(K, heights);
     const Vector to_width = size * (1 - min_width * K) / width_sum, to_height = size * (1 - min_height * K) / height_sum;
     is_in = (in >= low) & (in <= (T)t.high);
-    Vector x = L::spread(low), y = x;
+    Vector x = S::broadcast(low), y = x;
     Integers is_first = ~Integers{}, is_last{};
     x0 = y0 = x, bin = Vector{};
     for (int k = 0; k < K; k++) {
-      const Vector w = L::load(widths + (size_t)k * L::count) * to_width + size * min_width;
-      const Vector h = L::load(heights + (size_t)k * L::count) * to_height + size * min_height;
+      const Vector w = S::load(widths + (size_t)k * S::lanes) * to_width + size * min_width;
+      const Vector h = S::load(heights + (size_t)k * S::lanes) * to_height + size * min_height;
       const Vector left = derivative(k), right = derivative(k + 1);
       if (k == 0) {
         width = w, height = h, raw0 = left, raw1 = right;
@@ -93,7 +93,7 @@ class Spline {
       } else {
         const Integers here = in >= (by_height ? y : x) + gap;
         x0 = here ? x : x0, y0 = here ? y : y0, width = here ? w : width, height = here ? h : height;
-        raw0 = here ? left : raw0, raw1 = here ? right : raw1, bin = here ? L::spread(k) : bin;
+        raw0 = here ? left : raw0, raw1 = here ? right : raw1, bin = here ? S::broadcast(k) : bin;
         is_first &= ~here;
         if (k == K - 1) is_last = here;
         if (is_linear) raw_lambda = here ? p[3 * K - 1 + k] : raw_lambda;
@@ -103,15 +103,15 @@ class Spline {
     d0 = slope(raw0, is_first), d1 = slope(raw1, is_last), delta = height / width;
   }
 
-  // exp(parameter - the largest one), and the sum. Soft-clipped parameters are small, so nothing is subtracted.
+  // Writes exp(parameter - maximum) and returns the sum. Soft-clipped parameters are small, so nothing is subtracted.
   Vector exponentials(int first, T* out) const {
     const int K = t.bins;
-    const T factor = (T)t.factor, clip = T(2) * (T)t.clip;
-    Vector most = L::spread(-L::infinity), total{};
+    const T factor = (T)t.logit_scale, clip = T(2) * (T)t.clip;
+    Vector most = S::broadcast(-S::infinity), total{};
     if (t.is_soft_clipped) {
       for (int k = 0; k < K; k++) {
-        const Vector raw = p[first + k], e = L::exp_of_small(raw * L::reciprocal(L::absolute(raw) * clip + T(1)));
-        L::store(out + (size_t)k * L::count, e);
+        const Vector raw = p[first + k], e = S::exp_of_small(raw * S::reciprocal(S::abs(raw) * clip + T(1)));
+        S::store(out + (size_t)k * S::lanes, e);
         total += e;
       }
       return total;
@@ -121,17 +121,17 @@ class Spline {
       most = raw > most ? raw : most;
     }
     for (int k = 0; k < K; k++) {
-      const Vector e = L::exp_of_small(p[first + k] * factor - most);
-      L::store(out + (size_t)k * L::count, e);
+      const Vector e = S::exp_of_small(p[first + k] * factor - most);
+      S::store(out + (size_t)k * S::lanes, e);
       total += e;
     }
     return total;
   }
 
-  // The parameter of the derivative at knot k of K + 1, or -1 if an end has none.
+  // Returns the index of the parameter of the derivative at knot k of K + 1, or -1 if an end has a fixed one.
   int derivative_index(int k) const {
-    if (t.ends == SplineBoundary::free) return k;
-    if (t.ends == SplineBoundary::circular) return k % t.bins;
+    if (t.boundary == SplineBoundary::free) return k;
+    if (t.boundary == SplineBoundary::circular) return k % t.bins;
     return k == 0 || k == t.bins ? -1 : k - 1;
   }
 
@@ -141,9 +141,9 @@ class Spline {
   }
 
   Vector slope(Vector raw, Integers is_end) const {
-    const Vector inner = t.is_soft_clipped ? L::exp_of_small(raw * soft_clip(raw))
-                                           : L::softplus(raw, 1, 20) + (T)t.min_slope;
-    return t.ends == SplineBoundary::fixed ? (is_end ? L::spread((T)t.end_slope) : inner) : inner;
+    const Vector inner = t.is_soft_clipped ? S::exp_of_small(raw * soft_clip(raw))
+                                           : S::softplus(raw, 1, 20) + (T)t.min_slope;
+    return t.boundary == SplineBoundary::fixed ? (is_end ? S::broadcast((T)t.end_slope) : inner) : inner;
   }
 
   Vector quadratic(Vector in, bool wants_log_slope, Vector& log_slope) const {
@@ -152,7 +152,7 @@ class Spline {
     if (inverts) {
       const Vector rise = in - y0, b = height * d0 - rise * bend, a = height * (delta - d0) + rise * bend, c = -delta * rise;
       const Vector square = b * b - a * c * T(4);
-      theta = c * T(2) / (-b - L::sqrt(L::max(square, 0)));
+      theta = c * T(2) / (-b - S::sqrt(S::max(square, 0)));
       out = theta * width + x0;
     } else {
       theta = (in - x0) / width;
@@ -160,17 +160,17 @@ class Spline {
     const Vector rest = T(1) - theta, mixed = theta * rest, denominator = delta + bend * mixed;
     if (!inverts) out = y0 + height * (delta * theta * theta + d0 * mixed) / denominator;
     if (wants_log_slope)
-      log_slope = L::log(delta * delta * (d1 * theta * theta + delta * mixed * T(2) + d0 * rest * rest) /
+      log_slope = S::log(delta * delta * (d1 * theta * theta + delta * mixed * T(2) + d0 * rest * rest) /
                          (denominator * denominator));
     return out;
   }
 
-  // y = y0 + height P / Q and dy/dx = delta^2 N / Q^2, as above.
+  // Uses y = y0 + height P / Q and dy/dx = delta^2 N / Q^2, as in `quadratic`.
   Vector differentiate_quadratic(Vector x, Gradients<Vector> g, BinGradients& c) const {
-    const Vector to_theta = L::reciprocal(width), theta = (x - x0) * to_theta, rest = T(1) - theta, mixed = theta * rest;
-    const Vector bend = d0 + d1 - delta * T(2), q = L::reciprocal(delta + bend * mixed);
+    const Vector to_theta = S::reciprocal(width), theta = (x - x0) * to_theta, rest = T(1) - theta, mixed = theta * rest;
+    const Vector bend = d0 + d1 - delta * T(2), q = S::reciprocal(delta + bend * mixed);
     const Vector P = delta * theta * theta + d0 * mixed;
-    const Vector N = d1 * theta * theta + delta * mixed * T(2) + d0 * rest * rest, to_log = L::reciprocal(N);
+    const Vector N = d1 * theta * theta + delta * mixed * T(2) + d0 * rest * rest, to_log = S::reciprocal(N);
     const Vector N_bend = T(2) * (d1 * theta + delta * (rest - theta) - d0 * rest), Q_bend = bend * (rest - theta);
     Vector result;
     if (inverts) {
@@ -179,7 +179,7 @@ class Spline {
     }
     const Vector gP = g.value * height * q, gQ = -q * (gP * P + T(2) * g.log_slope), gN = g.log_slope * to_log;
     const Vector g_delta = gP * theta * theta + gQ * (T(1) - T(2) * mixed) +
-                           T(2) * (gN * mixed + g.log_slope * L::reciprocal(delta));
+                           T(2) * (gN * mixed + g.log_slope * S::reciprocal(delta));
     const Vector g_theta = gP * (T(2) * delta * theta + d0 * (rest - theta)) + gQ * Q_bend + gN * N_bend;
     const Vector gx = g_theta * to_theta;
     c.x0 = -gx, c.y0 = g.value;
@@ -188,10 +188,10 @@ class Spline {
     return inverts ? result : gx;
   }
 
-  // Two ratios of linear functions that meet at (x0 + lambda width, middle).
+  // Joins two ratios of linear functions at (x0 + lambda width, middle).
   Vector linear(Vector in, bool wants_log_slope, Vector& log_slope) const {
-    const Vector lambda = L::sigmoid(raw_lambda) * T(0.95) + T(0.025), rest = T(1) - lambda;
-    const Vector wb = L::sqrt(d0 / d1), wc = (lambda * d0 + rest * wb * d1) / delta, y1 = y0 + height;
+    const Vector lambda = S::sigmoid(raw_lambda) * T(0.95) + T(0.025), rest = T(1) - lambda;
+    const Vector wb = S::sqrt(d0 / d1), wc = (lambda * d0 + rest * wb * d1) / delta, y1 = y0 + height;
     const Vector middle = (rest * y0 + lambda * wb * y1) / (rest + lambda * wb);
     Vector theta, out, denominator;
     Integers is_left;
@@ -209,16 +209,16 @@ class Spline {
     }
     if (wants_log_slope) {
       const Vector numerator = is_left ? wc * lambda * (middle - y0) : wb * wc * rest * (y1 - middle);
-      log_slope = inverts ? -L::log(numerator * width / square(denominator))
-                          : L::log(numerator / (width * square(denominator)));
+      log_slope = inverts ? -S::log(numerator * width / square(denominator))
+                          : S::log(numerator / (width * square(denominator)));
     }
     return out;
   }
 
-  // y = y0 + A / D and dy/dx = N / (width D^2), as above with `rise` for middle - y0.
+  // Uses y = y0 + A / D and dy/dx = N / (width D^2), as in `linear`, with rise = middle - y0.
   Vector differentiate_linear(Vector x, Gradients<Vector> g, BinGradients& c) const {
-    const Vector s = L::sigmoid(raw_lambda), lambda = s * T(0.95) + T(0.025), rest = T(1) - lambda;
-    const Vector wb = L::sqrt(d0 / d1), wc = (lambda * d0 + rest * wb * d1) / delta, share = rest + lambda * wb;
+    const Vector s = S::sigmoid(raw_lambda), lambda = s * T(0.95) + T(0.025), rest = T(1) - lambda;
+    const Vector wb = S::sqrt(d0 / d1), wc = (lambda * d0 + rest * wb * d1) / delta, share = rest + lambda * wb;
     const Vector rise = lambda * wb * height / share;
     const Vector theta = (x - x0) / width, right = T(1) - theta, beyond = theta - lambda;
     const Integers is_left = theta <= lambda;
@@ -248,7 +248,7 @@ class Spline {
     return inverts ? result : gx;
   }
 
-  // The gradients of the parameters of all widths, or heights, from those of the start and size of the row's bin.
+  // Writes the gradients of the parameters of all widths, or heights, from those of the start and size of the row's bin.
   void write_size_gradients(const T* sizes, Vector sum, Vector start, Vector size, T least, Vector g_start, Vector g_size,
                             int first, T* to) const {
     const T total = (T)t.high - (T)t.low, shared = total * (1 - least * t.bins);
@@ -257,21 +257,21 @@ class Spline {
     const T clip = T(2) * (T)t.clip;
     for (int k = 0; k < t.bins; k++) {
       const Vector g = bin > T(k) ? g_start : (bin == T(k) ? g_size : Vector{});
-      Vector to_parameter = L::spread((T)t.factor);
-      if (t.is_soft_clipped) to_parameter = square(L::reciprocal(L::absolute(p[first + k]) * clip + T(1)));
-      const Vector share = L::load(sizes + (size_t)k * L::count) * to_share;
-      L::store(to + (size_t)k * p.stride, shared * share * (g - mean) * to_parameter);
+      Vector to_parameter = S::broadcast((T)t.logit_scale);
+      if (t.is_soft_clipped) to_parameter = square(S::reciprocal(S::abs(p[first + k]) * clip + T(1)));
+      const Vector share = S::load(sizes + (size_t)k * S::lanes) * to_share;
+      S::store(to + (size_t)k * p.stride, shared * share * (g - mean) * to_parameter);
     }
   }
 
-  // The gradients of the parameters of the derivatives, from those at the ends of the row's bin.
+  // Writes the gradients of the parameters of the derivatives, from those at the ends of the row's bin.
   void write_derivative_gradients(Vector first, Vector second, T* to) const {
     for (int k = 0; k <= t.bins; k++) {
       const int index = derivative_index(k);
       if (index < 0) continue;
       Vector g = (bin == T(k) ? first : Vector{}) + (bin == T(k - 1) ? second : Vector{});
-      if (t.ends == SplineBoundary::circular && k == t.bins) g += L::load(to);  // the first knot again
-      L::store(to + (size_t)index * p.stride, g);
+      if (t.boundary == SplineBoundary::circular && k == t.bins) g += S::load(to);  // the first knot again
+      S::store(to + (size_t)index * p.stride, g);
     }
   }
 };

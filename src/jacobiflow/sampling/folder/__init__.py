@@ -1,8 +1,9 @@
-"""Many samples on disk: drawn by several processes, resumed after interruptions."""
+"""Samples on disk, drawn by one or more processes, and resumed after interruptions."""
 
 from jacobiflow.sampling.folder.manifest import Cost, Manifest, SampleFolderError
+from jacobiflow.sampling.folder.processes import FirstProcessFailed, Processes, processes
 from jacobiflow.sampling.folder.reader import SampleFolder
-from jacobiflow.sampling.folder.writer import FirstProcessFailed, Processes, processes, sample_to_folder
+from jacobiflow.sampling.folder.writer import sample_to_folder
 
 __all__ = [
     "Cost",

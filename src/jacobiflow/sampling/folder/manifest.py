@@ -1,4 +1,4 @@
-"""The settings of a run, and the record of a shard."""
+"""The manifest of a folder of samples, and the records and costs of its shards."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from jacobiflow.utils.files import sha256
 
 Count = Annotated[int, msgspec.Meta(ge=1)]
 Files = Literal["npz", "png"]
-# A run that is resumed may have more samples, and go on elsewhere.
+# Entries that may differ on resume.
 _MAY_CHANGE = frozenset({"num", "model", "machine", "checksums"})
-_MOST_SHARDS = 100_000  # in one folder
+_MAX_SHARDS = 100_000
 
 
 class SampleFolderError(InputValueError):
-    """A folder of samples cannot be used as it is; the message names the file and the remedy."""
+    """A folder of samples cannot be used; the message names the file and the remedy."""
 
 
 @dataclass(frozen=True)
@@ -34,17 +34,19 @@ class Manifest:
     """The settings of the run that draws the samples of a folder.
 
     Attributes:
-        shape: Of a sample: (C, H, W) of an image, or (T, C) of tokens.
-        num_tokens: T.
-        context_sha256: Of the labels as little-endian int64, or of the numbers as float32; None without a context.
-        log_prob: Whether the shards have densities.
-        sensitivity: Whether the shards have sensitivities.
-        shard_size: Shard i begins with sample `shard_size * i`.
+        num: Number of samples.
+        shape: Shape of a sample: (C, H, W) for images, (T, C) for tokens.
+        num_tokens: Number of tokens T.
+        context_sha256: Checksum of the labels as little-endian int64, or of a context as float32; None without both.
+        shard_size: Samples in a shard. Shard i begins with sample `shard_size * i`.
         model: The name by which the flow was loaded.
-        dtype: Of the network, or "tf32".
-        strategy_sha256: Of strategy.json.
-        machine: The machine on which the run began, see `jacobiflow.utils.timing.machine`.
-        checksums: SHA-256 of each shard; None until all shards are complete.
+        fingerprint: Checksum of the weights.
+        dtype: The dtype of the network, or "tf32".
+        strategy_sha256: Checksum of strategy.json.
+        log_prob: Whether the shards have densities.
+        machine: The machine on which the run began, see `jacobiflow.utils.timing.describe_machine`.
+        checksums: Checksum of each shard; None until all shards are complete.
+        sensitivity: Whether the shards have sensitivities.
     """
 
     num: Annotated[int, msgspec.Meta(ge=1, le=MAX_SAMPLES)]
@@ -70,13 +72,13 @@ class Manifest:
     checksums: tuple[str, ...] | None = None
     sensitivity: bool = False
     kind: Literal["samples"] = "samples"
-    format_version: Literal[1] = 1
+    format_version: Literal[2] = 2
 
     def __post_init__(self) -> None:
-        if self.num_shards > _MOST_SHARDS:
+        if self.num_shards > _MAX_SHARDS:
             raise InputValueError(
                 f"shard_size={self.shard_size}: {self.num_shards:,} shards; give a larger one, for at most "
-                f"{_MOST_SHARDS:,}"
+                f"{_MAX_SHARDS:,}"
             )
 
     @property
@@ -85,7 +87,7 @@ class Manifest:
         return -(-self.num // self.shard_size)
 
     def span(self, index: int) -> tuple[int, int]:
-        """Returns the first sample of a shard and one past its last."""
+        """Returns the index of the first sample of a shard, and one past its last."""
         start = index * self.shard_size
         return start, min(start + self.shard_size, self.num)
 
@@ -94,7 +96,7 @@ class Manifest:
         return sum(stop - start for start, stop in map(self.span, shards))
 
     def check_resumes(self, other: Manifest, folder: Path) -> None:
-        """Raises SampleFolderError if a run of `other` would draw other samples than this run began."""
+        """Raises SampleFolderError if a run with the settings `other` would draw other samples."""
         remedy = "give another folder, or overwrite=True to replace them"
         if other.num < self.num:
             raise SampleFolderError(
@@ -110,7 +112,15 @@ class Manifest:
 
 @dataclass(frozen=True)
 class Cost:
-    """The cost of drawing samples over all blocks, and of each block; and the number of samples by worst `Status`."""
+    """The cost of drawing samples.
+
+    Attributes:
+        used_fallback: Number of samples that some block solved again token by token.
+        exact: Whether every block of every sample was solved token by token.
+        status: Number of samples by their worst `Status`.
+        sweeps: Sweeps of each block.
+        block_seconds: Seconds of each block.
+    """
 
     seconds: float
     denoise_seconds: float
@@ -140,11 +150,12 @@ class Cost:
 
     @classmethod
     def total(cls, costs: Sequence[Cost]) -> Cost:
-        """Returns the sum of several costs; seconds are those of all processes together."""
+        """Returns the sum of several costs; seconds add up over processes."""
         return cls(*(_total([getattr(cost, entry.name) for cost in costs]) for entry in fields(cls)))
 
 
 def _total(values: list[Any]) -> Any:
+    """Adds numbers, or the entries of dicts and tuples; for booleans returns whether all are true."""
     first = values[0]
     if isinstance(first, dict):
         return {name: sum(value[name] for value in values) for name in first}
@@ -155,7 +166,7 @@ def _total(values: list[Any]) -> Any:
 
 @dataclass(frozen=True)
 class Record:
-    """The record of a shard: `num` samples, the SHA-256 of its .npz file and PNGs one after another, and its cost."""
+    """The record of a shard: number of samples, SHA-256 of its .npz file and PNGs one after another, and cost."""
 
     num: int
     sha256: str
@@ -163,7 +174,7 @@ class Record:
 
 
 def context_sha256(context: Context) -> str | None:
-    """Returns the SHA-256 of labels as little-endian int64, or of numbers as float32."""
+    """Returns the SHA-256 of labels as little-endian int64, or of another context as float32."""
     values = context.values
     if values is None:
         return None

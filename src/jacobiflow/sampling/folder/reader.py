@@ -1,12 +1,12 @@
-"""A folder of samples, in shards, each with its record and its checksum.
+"""A folder of samples, which are stored in shards.
 
 manifest.json          the settings of the run, and in the end the checksum of every shard
 strategy.json          the solvers of the blocks
-shards/00000.npz       8-bit images `arr_0` (n, height, width, channels), for FID tools, or float32 `tokens` (n, T, C);
-                       for each sample its `certificate`, whether it was `resolved` or is `lost`, its label in
-                       `labels`, its log-density in `log_prob`, its `sensitivity`
-shards/00000.json      the shard's record: its checksum and cost; a shard without it does not count
-images/3/00000017.png  an image, if PNGs were asked for: class, and index of the sample
+shards/00000.npz       8-bit images `arr_0` (n, height, width, channels), as FID tools read them, or float32 `tokens`
+                       (n, T, C); for each sample `labels`, `residual`, `used_fallback`, `nonfinite`, `log_prob` and
+                       `sensitivity`
+shards/00000.json      the record of the shard: its checksum and cost. A shard without a record does not count
+images/3/00000017.png  with PNGs: the class, and the index of the sample
 """
 
 from __future__ import annotations
@@ -32,15 +32,24 @@ from jacobiflow.planner import Strategy
 from jacobiflow.sampling.folder.manifest import Cost, Manifest, Record, SampleFolderError
 from jacobiflow.sampling.result import Outcome, Samples, npz_bytes
 from jacobiflow.utils import serialization
-from jacobiflow.utils.files import MANIFEST, regular_file, remove_partials, sha256, write_atomically, write_json
+from jacobiflow.utils.files import (
+    MANIFEST,
+    read_object,
+    regular_file,
+    remove_partials,
+    sha256,
+    write_atomically,
+    write_json,
+)
 
 STRATEGY = "strategy.json"
-# The types of the arrays in a shard. A shard may lack the optional ones.
+# The dtypes of the arrays in a shard.
 _DTYPES = {
-    "arr_0": ("uint8",), "tokens": ("float32",), "labels": ("int64", "int32"), "certificate": ("float32", "float64"),
-    "log_prob": ("float32", "float64"), "sensitivity": ("float32", "float64"), "resolved": ("bool",), "lost": ("bool",),
+    "arr_0": ("uint8",), "tokens": ("float32",), "labels": ("int64", "int32"), "residual": ("float32", "float64"),
+    "log_prob": ("float32", "float64"), "sensitivity": ("float32", "float64"), "used_fallback": ("bool",),
+    "nonfinite": ("bool",),
 }  # fmt: skip
-_OPTIONAL = ("labels", "certificate", "log_prob", "sensitivity")
+_OPTIONAL = ("labels", "residual", "log_prob", "sensitivity")
 _REMEDY = "sample into the folder again with the same settings, which draws what is missing"
 
 
@@ -51,25 +60,30 @@ class SampleFolder:
     Attributes:
         path: The folder.
         manifest: The settings of its run.
-        drawn: The number of samples that the call which returned this object drew.
+        num_new: The number of samples that this call of `sample_to_folder` drew; 0 for an opened folder.
 
     Example:
         >>> import tempfile, jacobiflow as jf
         >>> out = tempfile.mkdtemp()
         >>> _ = jf.sample_to_folder(jf.load("digits-maf"), 4, out)
         >>> folder = jf.SampleFolder.open(out)
-        >>> folder.images(0).shape, folder.certificate().shape
+        >>> folder.images(0).shape, folder.residual().shape
         (torch.Size([4, 1, 8, 8]), torch.Size([4]))
     """
 
     path: Path
     manifest: Manifest
-    drawn: int = 0
+    num_new: int = 0
 
     @classmethod
     def open(cls, path: str | Path) -> SampleFolder:
         """Opens a folder of samples."""
         path = Path(path)
+        if (read_object(path / MANIFEST) or {}).get("format_version") == 1:
+            raise SampleFolderError(
+                f"{path}: made by an earlier version of jacobiflow; read its .npz files with NumPy, or sample "
+                "anew into another folder"
+            )
         try:
             return cls(path, serialization.load(path / MANIFEST, "manifest", partial(serialization.decode, Manifest)))
         except InputError as error:
@@ -80,7 +94,7 @@ class SampleFolder:
         write_json(self.path / MANIFEST, serialization.encode(self.manifest))
 
     def record(self, index: int) -> Record | None:
-        """Returns the record of a shard; None if it is missing, cannot be read, or has another number of samples."""
+        """Returns the record of a shard; None if it is missing, damaged, or of another number of samples."""
         try:
             record = serialization.load(self._record_file(index), "record", partial(serialization.decode, Record))
         except InputError:
@@ -96,7 +110,7 @@ class SampleFolder:
         return records
 
     def verify(self, index: int) -> bool:
-        """True if a shard matches its record, and its record the manifest."""
+        """Tells whether a shard matches its record, and its record the manifest."""
         record, checksums = self.record(index), self.manifest.checksums
         if record is None or (checksums is not None and checksums[index : index + 1] != (record.sha256,)):
             return False
@@ -106,7 +120,7 @@ class SampleFolder:
             return False
 
     def problems(self) -> list[str]:
-        """Returns a line for each file that is missing, or differs from what its run wrote."""
+        """Returns a line for each file that is missing or was changed."""
         problems = []
         try:
             self.strategy()
@@ -137,29 +151,29 @@ class SampleFolder:
             yield self.images(index)
 
     def labels(self, index: int) -> Int[Tensor, " n"] | None:
-        """Returns the labels of a shard's samples; None if they were drawn without. Below 0: an unconditional one."""
+        """Returns the labels of a shard, None without labels. A negative label means unconditional."""
         labels = self._array(index, "labels")
         return None if labels is None else torch.from_numpy(labels)
 
-    def certificate(self) -> Float[Tensor, " n"] | None:
-        """Returns the certificate of every sample; None if they were drawn without."""
-        return self._concatenated("certificate")
+    def residual(self) -> Float[Tensor, " n"] | None:
+        """Returns the largest residual of every sample; None if residuals were not measured."""
+        return self._concatenated("residual")
 
     def log_prob(self) -> Float[Tensor, " n"] | None:
-        """Returns the log-density of every sample in nats; None if they were drawn without."""
+        """Returns the log-density of every sample in nats; None if it was not computed."""
         return self._concatenated("log_prob")
 
     def sensitivity(self) -> Float[Tensor, " n"] | None:
-        """Returns the sensitivity of every sample; None if they were drawn without."""
+        """Returns the sensitivity of every sample to rounding; None if it was not measured."""
         return self._concatenated("sensitivity")
 
-    def resolved(self) -> Bool[Tensor, " n"]:
+    def used_fallback(self) -> Bool[Tensor, " n"]:
         """Returns whether each sample was solved again token by token."""
-        return self._concatenated("resolved")  # type: ignore[return-value]
+        return self._concatenated("used_fallback")  # type: ignore[return-value]
 
-    def lost(self) -> Bool[Tensor, " n"]:
-        """Returns whether each sample is black, or NaN, because its exact inverse overflows."""
-        return self._concatenated("lost")  # type: ignore[return-value]
+    def nonfinite(self) -> Bool[Tensor, " n"]:
+        """Returns whether the exact inverse of each sample overflows; its image is black, its tokens are NaN."""
+        return self._concatenated("nonfinite")  # type: ignore[return-value]
 
     def cost(self) -> Cost:
         """Returns the cost of all shards together."""
@@ -169,7 +183,7 @@ class SampleFolder:
         """Returns the outcome of all samples, as `Samples.outcome` does."""
         cost, manifest = self.cost(), self.manifest
         return Outcome.of(
-            self.certificate(),
+            self.residual(),
             self.sensitivity() if manifest.sensitivity else None,
             num=manifest.num,
             num_nonfinite=cost.status["nonfinite"],
@@ -181,44 +195,44 @@ class SampleFolder:
         )
 
     def strategy(self) -> Strategy:
-        """Returns the strategy of the samples, without its prediction, which holds for one machine and batch size."""
+        """Returns the strategy of the samples, without its prediction."""
         file = self.path / STRATEGY
         if not (file.is_file() and sha256(file) == self.manifest.strategy_sha256):
             raise SampleFolderError(f"{file}: has changed since its run wrote it; restore it, or overwrite the samples")
         return replace(Strategy.load(file), prediction=None)
 
     def write(self, index: int, samples: Samples) -> None:
-        """Writes a shard, lost images black: its samples, then its record."""
+        """Writes a shard: its samples, then its record. An image with a value that is not finite is black."""
         shape = tuple(samples.x.shape[1:])
         if shape != self.manifest.shape:
             raise InputValueError(
                 f"samples of shape {shape}, but the flow's config says {self.manifest.shape}, which a folder stores; "
                 "draw them with jacobiflow.sample"
             )
-        lost = ~torch.isfinite(samples.x).flatten(1).all(dim=1)
+        nonfinite = ~torch.isfinite(samples.x).flatten(1).all(dim=1)
         is_image = len(shape) == 3
-        levels = quantize(samples.x.masked_fill(lost.view(-1, 1, 1, 1), -1.0)) if is_image else samples.x.float()
+        levels = quantize(samples.x.masked_fill(nonfinite.view(-1, 1, 1, 1), -1.0)) if is_image else samples.x.float()
         context = samples.context
         arrays = {
             "arr_0" if is_image else "tokens": levels.permute(0, 2, 3, 1) if is_image else levels,
             "labels": None if context is None or context.is_floating_point() else context,
             "log_prob": samples.log_prob,
-            "certificate": samples.residual,
+            "residual": samples.residual,
             "sensitivity": samples.sensitivity,
-            "resolved": samples.used_fallback,
-            "lost": lost,
+            "used_fallback": samples.used_fallback,
+            "nonfinite": nonfinite,
         }
         (self.path / "shards").mkdir(exist_ok=True)
         write_atomically(self._npz_file(index), npz_bytes(arrays))
         pngs = self._png_files(index)
         for file, pixels in zip(pngs, levels.cpu() if pngs else (), strict=True):
             file.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(file, _to_png(pixels), sync=False)  # a thousand take seconds; a lost one is drawn again
+            write_atomically(file, _to_png(pixels), sync=False)  # Syncing a thousand files takes seconds.
         record = Record(len(levels), sha256(self._npz_file(index), *pngs), Cost.of(samples))
         write_json(self._record_file(index), serialization.encode(record))
 
     def check_no_links(self) -> None:
-        """Raises SampleFolderError if a folder in it is a link, through which files elsewhere would be replaced."""
+        """Raises SampleFolderError if a subfolder is a link, since files elsewhere would be replaced."""
         for folder in (self.path / "shards", self.path / "images", *self.path.glob("images/*")):
             if folder.is_symlink() and folder.is_dir():
                 raise SampleFolderError(
@@ -226,11 +240,11 @@ class SampleFolder:
                 )
 
     def remove_record(self, index: int) -> None:
-        """Removes the record of a shard, which then does not count."""
+        """Removes the record of a shard, so that the shard does not count."""
         self._record_file(index).unlink(missing_ok=True)
 
     def clear(self) -> None:
-        """Removes what the run wrote, except the manifest; records first, without which a run begins anew."""
+        """Removes all files of the run except the manifest, and records first."""
         shards = range(self.manifest.num_shards)
         pngs = [
             file for file in (*self.path.glob("images/*.png"), *self.path.glob("images/*/*.png"))
@@ -239,11 +253,11 @@ class SampleFolder:
         for file in (*map(self._record_file, shards), *map(self._npz_file, shards), *pngs, self.path / STRATEGY):
             file.unlink(missing_ok=True)
         for folder in (*(self.path / "images").glob("*/"), self.path / "images", self.path / "shards"):
-            with suppress(OSError):  # it is not empty
+            with suppress(OSError):  # The folder is not empty.
                 folder.rmdir()
 
     def remove_partials(self) -> None:
-        """Removes half-written files of a process that was killed."""
+        """Removes temporary files of killed processes."""
         for folder in (self.path, self.path / "shards", *self.path.glob("images/**/")):
             remove_partials(folder)
 
@@ -265,7 +279,7 @@ class SampleFolder:
         return [self.path / "images" / label / name for label, name in zip(classes, names, strict=True)]
 
     def _array(self, index: int, name: str, shape: tuple[int, ...] = ()) -> Any:
-        """Reads an array of a shard, with an entry of `shape` for each sample; None if it is optional and missing."""
+        """Reads an array of a shard, with entries of `shape`; returns None if it is optional and missing."""
         file, shape = self._npz_file(index), (self.manifest.num_in([index]), *shape)
         try:
             with np.load(regular_file(file), allow_pickle=False) as arrays:

@@ -1,26 +1,23 @@
-"""Many samples of a flow in a folder, drawn by one process or several: sample i depends on the seed and i only."""
+"""Drawing samples into a folder, by one or more processes."""
 
 from __future__ import annotations
 
 import shutil
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
-from datetime import timedelta
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from math import prod
-from os import environ
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any, get_args
 
 import torch
-import torch.distributed as dist
 
 from jacobiflow.blocks.context import Context
 from jacobiflow.calibration import CalibrationReport
-from jacobiflow.errors import InputValueError, first_line
+from jacobiflow.errors import InputValueError
 from jacobiflow.fixed_point import CertifyMode
 from jacobiflow.fixed_point.options import SolveOptions
 from jacobiflow.models.checkpoints.fingerprint import fingerprint
@@ -29,6 +26,7 @@ from jacobiflow.models.labels import ContextLike, Labels
 from jacobiflow.models.latents import MAX_SAMPLES, draw_latents
 from jacobiflow.planner import Strategy, choose, is_auto
 from jacobiflow.sampling.folder.manifest import Files, Manifest, SampleFolderError, context_sha256
+from jacobiflow.sampling.folder.processes import SINGLE_PROCESS, Processes
 from jacobiflow.sampling.folder.reader import STRATEGY, SampleFolder, pillow
 from jacobiflow.sampling.sample import (
     Outputs,
@@ -49,81 +47,12 @@ from jacobiflow.utils.checks import (
 )
 from jacobiflow.utils.files import MANIFEST, check_own, json_bytes, locked, sha256, write_atomically
 from jacobiflow.utils.progress import Progress
-from jacobiflow.utils.timing import machine
+from jacobiflow.utils.timing import describe_machine
 
-_BATCH = 64
-_SHARD = 1024  # samples, or about as many: what a killed process loses
-_POLL = 0.2  # seconds
-_SAMPLES = "samples"  # what progress counts
-_WAIT = timedelta(hours=12)  # for the first process, which may have a strategy to plan and many checksums to compute
-
-T = TypeVar("T")
-
-
-class FirstProcessFailed(InputValueError):  # noqa: N818  names the process at fault
-    """The first process raised an error with this message, which it shows itself."""
-
-
-@dataclass(frozen=True)
-class Processes:
-    """This process, number `rank` of `count`; `local_rank` is its number on its machine."""
-
-    rank: int = 0
-    count: int = 1
-    local_rank: int = 0
-
-    def run_on_rank_zero(self, work: Callable[[], T]) -> T:
-        """Calls `work` in the first process; returns its result in all of them, or raises FirstProcessFailed."""
-        if self.count == 1:
-            return work()
-        answer: list[Any] = [None, None]  # the result, and the message of an error
-        if self.rank == 0:
-            try:
-                answer[0] = work()
-            except Exception as error:
-                dist.broadcast_object_list([None, str(error) or type(error).__name__], src=0)
-                raise
-        dist.broadcast_object_list(answer, src=0)
-        if answer[1] is not None:
-            raise FirstProcessFailed(answer[1])
-        return answer[0]
-
-    def device(self, name: str) -> str:
-        """Returns the device for this process: "cuda" is the GPU of its local rank, of those that it sees."""
-        if name != "cuda" or self.count == 1 or not torch.cuda.is_available():
-            return name
-        index = self.local_rank % torch.cuda.device_count()  # a launcher may show each process one GPU only
-        torch.cuda.set_device(index)  # else every process would also hold memory of the first GPU
-        return f"cuda:{index}"
-
-
-@contextmanager
-def processes() -> Iterator[Processes]:
-    """Connects the processes that `torchrun` started, for `sample_to_folder`; without it, this process is alone.
-
-    `processes.device("cuda")` is the GPU of this process.
-
-    Example:
-        >>> import jacobiflow as jf
-        >>> with jf.processes() as processes:
-        ...     processes.rank, processes.count
-        (0, 1)
-    """
-    if not dist.is_torchelastic_launched():
-        yield Processes()
-        return
-    try:
-        local_rank = int(environ["LOCAL_RANK"])
-        dist.init_process_group("gloo", timeout=_WAIT)
-    except (KeyError, ValueError, dist.DistError) as error:
-        raise InputValueError(
-            f"torchrun's variables are incomplete or wrong ({first_line(error)}); start the processes by torchrun, "
-            "or unset TORCHELASTIC_RUN_ID for one process"
-        ) from error
-    try:
-        yield Processes(dist.get_rank(), dist.get_world_size(), local_rank)
-    finally:
-        dist.destroy_process_group()
+_BATCH_SIZE = 64  # Default number of samples in a batch.
+_SHARD_SIZE = 1024  # Default number of samples in a shard, about.
+_POLL_SECONDS = 0.2  # Seconds between looks for the shards of other processes.
+_SAMPLES = "samples"  # What progress counts.
 
 
 def sample_to_folder(
@@ -147,45 +76,47 @@ def sample_to_folder(
     report: CalibrationReport | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
-    processes: Processes = Processes(),
+    processes: Processes = SINGLE_PROCESS,
 ) -> SampleFolder:
-    """Draws samples into a folder as `sample` draws them, or resumes a run that was stopped.
+    """Draws samples into a folder, or resumes a run that was stopped.
 
-    The latent of sample i depends on `seed` and i only. A shard has the same bytes whatever the number of processes and
-    interruptions. On another thread count, device or batch size it differs by rounding: at most one 8-bit level, for
-    strategies to a tolerance below half of one (4e-3). A shard counts once its record is written; one that is missing,
-    or does not match its checksum, is drawn again. The strategy is stored in the folder, so "auto" is planned once.
+    The latent of sample i depends on `seed` and i only. The number of processes and interruptions do not change the
+    bytes of a shard. Another thread count, device or batch size changes it by rounding: by at most one 8-bit level, if
+    the tolerance is below half a level (4e-3). Shards that are missing or do not match their checksum are drawn again.
+    The folder stores the strategy, so "auto" is planned once.
+
+    Arguments that are not listed are those of `jacobiflow.sample`.
 
     Args:
-        flow: As `sample` takes it, under guidance or not; so are the arguments that are not listed here.
         num: The number of samples.
-        out: A folder that is new, empty or has samples of the same settings.
-        batch_size: 64 by default, or `num` if that is less.
-        shard_size: Samples per shard, a multiple of `batch_size`; about 1,024 by default.
-        files: "png" for a PNG per sample too, in folders by class.
-        model: A name for the manifest.
-        report: Of `calibrate`: "auto" plans from it, other names take their guesses from it.
-        overwrite: Remove the samples of an earlier run first.
-        processes: The processes that share the work, each of which calls this function; see `jacobiflow.processes`.
+        out: A new or empty folder, or one with samples of the same settings.
+        batch_size: Samples in the network at a time; by default `num`, at most 64.
+        shard_size: Samples in a shard, a multiple of `batch_size`; about 1,024 by default.
+        files: "npz", or "png" for a PNG of each sample too, in folders by class.
+        model: The name of the model in the manifest.
+        report: A report of `calibrate`. "auto" plans from it; other strategies take their guesses from it.
+        overwrite: Whether to remove the samples of an earlier run first.
+        progress: Called with the number of samples that are drawn.
+        processes: The processes that share the work, see `jacobiflow.processes`. Each of them calls this function.
 
     Returns:
-        The folder; complete in the first process. A warning says so if samples are lost, are not certified, or
-        are sensitive to rounding.
+        The folder, which is complete in the first process. A warning tells of samples that overflow, are not
+        certified, or are sensitive to rounding.
 
     Raises:
-        SampleFolderError: If `out` has other samples, or its disk is too small.
-        FolderInUseError: If another run is writing to it.
+        SampleFolderError: If `out` has other samples, or the disk is too small.
+        FolderInUseError: If another run is writing to `out`.
 
     Example:
         >>> import tempfile, jacobiflow as jf
         >>> out = tempfile.mkdtemp()
         >>> folder = jf.sample_to_folder(jf.load("digits-maf"), 8, out, batch_size=4, shard_size=4)
-        >>> folder.manifest.num_shards, folder.drawn
+        >>> folder.manifest.num_shards, folder.num_new
         (2, 8)
-        >>> jf.sample_to_folder(jf.load("digits-maf"), 8, out, batch_size=4, shard_size=4).drawn
+        >>> jf.sample_to_folder(jf.load("digits-maf"), 8, out, batch_size=4, shard_size=4).num_new
         0
     """
-    num, seed = check_count("num", num, most=MAX_SAMPLES), check_seed(seed)
+    num, seed = check_count("num", num, maximum=MAX_SAMPLES), check_seed(seed)
     batch_size, shard_size = _sizes(num, batch_size, shard_size)
     check_flow(flow)
     check_path("out", out)
@@ -195,52 +126,37 @@ def sample_to_folder(
     check_kind("progress", progress, Callable | None, "a function of done, total and what, or None")
     check_kind("processes", processes, Processes, "what `with jacobiflow.processes()` gives")
     tolerance = SolveOptions(tolerance, certify).tolerance
-    config = flow.config
-    if check_choice("files", files, get_args(Files)) == "png":
-        pillow()
-        if flow.image_shape is None:
-            raise InputValueError("files='png': for flows over images; give 'npz'")
-        check_choice("files='png': in_channels", flow.image_shape[0], (1, 3))
+    _check_file_format(flow, files)
     checked = flow.check_one_context(labels, context, num)
     flow, denoise = resolve_settings(flow, settings, checked)
-    log_prob = check_log_prob(flow, log_prob, denoise)
     warn_if_guidance_is_idle(flow, checked)
+    config = flow.config
     manifest = Manifest(
         num=num, shape=flow.image_shape or (config.num_tokens, config.token_channels), num_tokens=config.num_tokens,
         seed=seed, context_sha256=context_sha256(checked), num_classes=config.num_classes, batch_size=batch_size,
         shard_size=shard_size, files=files, model=model, fingerprint=fingerprint(flow), dtype=flow.precision,
         strategy="a Strategy" if isinstance(strategy, Strategy) else str(strategy), strategy_sha256="",
-        guidance=flow.guidance, denoise=float(denoise), tolerance=tolerance, certify=certify,
-        log_prob=log_prob, sensitivity=sensitivity, machine=machine(flow.var.device),
+        guidance=flow.guidance, denoise=float(denoise),
+        tolerance=tolerance, certify=certify,
+        log_prob=check_log_prob(flow, log_prob, denoise), sensitivity=sensitivity,
+        machine=describe_machine(flow.var.device),
     )  # fmt: skip
-    new = SampleFolder(Path(out), manifest)
-    plan = partial(choose, flow, strategy, batch_size, tolerance=tolerance, report=report)
-    is_timed = isinstance(strategy, str) and is_auto(strategy)  # plans by timings differ, so the first one stays
-    with ExitStack() as stack:
-
-        def start() -> tuple[SampleFolder, list[int]]:
-            check_own(new.path, manifest.kind)  # before there is a lock in it
-            new.check_no_links()
-            stack.enter_context(locked(new.path))
-            earlier = SampleFolder.open(new.path) if (new.path / MANIFEST).exists() else None
-            if earlier is None or overwrite or not any(map(earlier.record, range(earlier.manifest.num_shards))):
-                return _begin(new, earlier, plan(), overwrite)
-            return _resume(new, earlier, checked, None if is_timed else plan())
-
-        folder, todo = processes.run_on_rank_zero(start)
+    folder = SampleFolder(Path(out), manifest)
+    plan = partial(choose, flow, strategy, batch_size, tolerance=manifest.tolerance, report=report)
+    keep_strategy = isinstance(strategy, str) and is_auto(strategy)  # Plans by timings differ from run to run.
+    with ExitStack() as lock:
+        folder, todo = processes.run_on_rank_zero(
+            partial(_start_or_resume, folder, checked, plan, keep_strategy, overwrite, lock)
+        )
         if not (folder.path / MANIFEST).exists():
             raise SampleFolderError(
                 f"{folder.path}: process {processes.rank} does not see it; give one on a shared disk"
             )
         _draw_shards(flow, folder, todo, checked, processes, progress)
-        folder = replace(folder, drawn=folder.manifest.num_in(todo))
+        folder = replace(folder, num_new=folder.manifest.num_in(todo))
         if processes.rank > 0:
             return folder
-        for index in todo:
-            while folder.record(index) is None:  # another process draws it; torchrun stops this one if that one fails
-                time.sleep(_POLL)
-        folder = _with(folder, checksums=tuple(record.sha256 for record in folder.records()))
-        folder.save_manifest()
+        folder = _finish(folder, todo)
     outcome = folder.outcome()
     if outcome.has_shortfall:
         warnings.warn(str(outcome), stacklevel=2)
@@ -248,21 +164,42 @@ def sample_to_folder(
 
 
 def _sizes(num: int, batch_size: int | None, shard_size: int | None) -> tuple[int, int]:
-    """Returns the batch size and the shard size, 64 and about 1,024 by default."""
-    batch_size = min(num, _BATCH) if batch_size is None else batch_size
-    batch_size = check_count("batch_size", batch_size, most=MAX_SAMPLES)
-    shard_size = max(_SHARD // batch_size, 1) * batch_size if shard_size is None else shard_size
-    shard_size = check_count("shard_size", shard_size, most=MAX_SAMPLES)
+    """Returns the batch size and the shard size, or their defaults."""
+    batch_size = min(num, _BATCH_SIZE) if batch_size is None else batch_size
+    batch_size = check_count("batch_size", batch_size, maximum=MAX_SAMPLES)
+    shard_size = max(_SHARD_SIZE // batch_size, 1) * batch_size if shard_size is None else shard_size
+    shard_size = check_count("shard_size", shard_size, maximum=MAX_SAMPLES)
     if shard_size % batch_size:
         raise InputValueError(f"shard_size={shard_size}: give a multiple of the batch size, {batch_size}")
     return batch_size, shard_size
 
 
-# Both raise an error before they change anything.
-def _begin(
+def _check_file_format(flow: Flow, files: Any) -> None:
+    if check_choice("files", files, get_args(Files)) == "png":
+        pillow()
+        if flow.image_shape is None:
+            raise InputValueError("files='png': for flows over images; give 'npz'")
+        check_choice("files='png': in_channels", flow.image_shape[0], (1, 3))
+
+
+def _start_or_resume(
+    new: SampleFolder, context: Context, plan: Callable[[], Strategy], keep_strategy: bool, overwrite: bool,
+    lock: ExitStack,
+) -> tuple[SampleFolder, list[int]]:  # fmt: skip
+    """Locks the folder, and returns it with the shards to draw. An error comes before any change."""
+    check_own(new.path, new.manifest.kind)
+    new.check_no_links()
+    lock.enter_context(locked(new.path))
+    earlier = SampleFolder.open(new.path) if (new.path / MANIFEST).exists() else None
+    if earlier is None or overwrite or not any(map(earlier.record, range(earlier.manifest.num_shards))):
+        return _start(new, earlier, plan(), overwrite)
+    return _resume(new, earlier, context, None if keep_strategy else plan())
+
+
+def _start(
     new: SampleFolder, earlier: SampleFolder | None, plan: Strategy, overwrite: bool
 ) -> tuple[SampleFolder, list[int]]:
-    """Starts a run, in place of an earlier one; returns its folder, and the shards to draw."""
+    """Starts a run, and removes the samples of an earlier run."""
     strategy = json_bytes(plan.to_json())
     folder = _with(new, strategy_sha256=sha256(strategy))
     todo = list(range(folder.manifest.num_shards))
@@ -279,7 +216,7 @@ def _begin(
 def _resume(
     new: SampleFolder, earlier: SampleFolder, context: Context, plan: Strategy | None
 ) -> tuple[SampleFolder, list[int]]:
-    """Goes on with an earlier run of the same settings, maybe of fewer samples."""
+    """Resumes an earlier run of the same settings, which may have fewer samples."""
     previous = earlier.manifest
     settings = replace(
         new.manifest,
@@ -287,7 +224,7 @@ def _resume(
         strategy_sha256=previous.strategy_sha256 if plan is None else sha256(json_bytes(plan.to_json())),
     )
     previous.check_resumes(settings, new.path)
-    earlier.strategy()  # refuses a file that was changed
+    earlier.strategy()  # Raises an error if the file was changed.
     folder = _with(
         new, strategy_sha256=previous.strategy_sha256, machine=previous.machine, checksums=previous.checksums
     )
@@ -312,25 +249,40 @@ def _draw_shards(
     flow: Flow, folder: SampleFolder, todo: Sequence[int], context: Context,
     processes: Processes, progress: Progress | None,
 ) -> None:  # fmt: skip
-    """Draws the share of this process."""
+    """Draws the shards of this process: every `count`-th of those to draw."""
     manifest, config, strategy = folder.manifest, flow.config, folder.strategy()
     options = SolveOptions(certify=manifest.certify, batch_size=manifest.batch_size)
     outputs = Outputs(manifest.denoise, manifest.log_prob, manifest.sensitivity)
-    num_present = manifest.num - manifest.num_in(todo)
+    num_done = manifest.num - manifest.num_in(todo)
     if progress is not None and todo:
-        progress(num_present, manifest.num, _SAMPLES)
+        progress(num_done, manifest.num, _SAMPLES)
     for index in todo[processes.rank :: processes.count]:
         start, stop = manifest.span(index)
-        num_drawn = (stop - start) * processes.count  # the other processes draw a shard each in this time
+        num_drawn = (stop - start) * processes.count  # Each of the other processes draws a shard in the same time.
         latents = draw_latents(stop - start, config.num_tokens, config.token_channels, manifest.seed, start)
-        note = None if progress is None else partial(_note, progress, num_present, num_drawn, manifest.num)
+        note = None
+        if progress is not None:
+            note = partial(_add_progress, progress, num_done, num_drawn, manifest.num)
         samples = sample_with_strategy(flow, strategy, latents, context[start:stop], options, outputs, note)
         folder.write(index, samples)
-        num_present += num_drawn
+        num_done += num_drawn
 
 
-def _note(progress: Progress, num_present: int, num_drawn: int, num: int, done: int, total: int, what: str) -> None:
-    progress(min(num_present + num_drawn * done // total, num), num, _SAMPLES)
+def _add_progress(
+    progress: Progress, num_done: int, num_drawn: int, num: int, done: int, total: int, what: str
+) -> None:
+    """Reports the progress of a shard, which is `done / total`, as a number of samples."""
+    progress(min(num_done + num_drawn * done // total, num), num, _SAMPLES)
+
+
+def _finish(folder: SampleFolder, todo: Sequence[int]) -> SampleFolder:
+    """Waits for the shards of other processes, and writes all checksums to the manifest."""
+    for index in todo:
+        while folder.record(index) is None:  # If another process fails, torchrun stops this one.
+            time.sleep(_POLL_SECONDS)
+    folder = _with(folder, checksums=tuple(record.sha256 for record in folder.records()))
+    folder.save_manifest()
+    return folder
 
 
 def _with(folder: SampleFolder, **entries: Any) -> SampleFolder:
@@ -339,12 +291,12 @@ def _with(folder: SampleFolder, **entries: Any) -> SampleFolder:
 
 
 def _check_space(folder: SampleFolder, todo: Sequence[int]) -> None:
-    """Raises SampleFolderError if the missing shards do not fit on the disk."""
-    is_image = len(folder.manifest.shape) == 3
-    need = folder.manifest.num_in(todo) * prod(folder.manifest.shape) * (1 if is_image else 4)  # bytes a value
+    """Raises SampleFolderError if the shards to draw do not fit on the disk."""
+    bytes_per_value = 1 if len(folder.manifest.shape) == 3 else 4
+    needed = folder.manifest.num_in(todo) * prod(folder.manifest.shape) * bytes_per_value
     free = shutil.disk_usage(folder.path).free
-    if need > free:
+    if needed > free:
         raise SampleFolderError(
-            f"{folder.path}: the samples to draw take {need / 1e6:,.1f} MB, {free / 1e6:,.1f} MB are free; make room, "
-            "or give another folder"
+            f"{folder.path}: the samples to draw take {needed / 1e6:,.1f} MB, {free / 1e6:,.1f} MB are free; make "
+            "room, or give another folder"
         )

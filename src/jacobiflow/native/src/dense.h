@@ -5,7 +5,8 @@
 #include <type_traits>
 
 #include "boundary.h"
-#include "lanes.h"
+#include "threads.h"
+#include "vector_math.h"
 
 #if defined(__F16C__)
 #include <immintrin.h>
@@ -18,8 +19,8 @@ namespace jacobiflow {
 enum class BFloat16 : uint16_t {};  // the bits of a number
 enum class Float16 : uint16_t {};
 
-typedef uint16_t Halves __attribute__((vector_size(2 * lanes)));
-typedef int16_t Shorts __attribute__((vector_size(2 * lanes)));
+typedef uint16_t Halves __attribute__((vector_size(2 * float_lanes)));
+typedef int16_t Shorts __attribute__((vector_size(2 * float_lanes)));
 
 // Copies the bytes of a vector.
 template <typename Vector, typename Element>
@@ -29,10 +30,10 @@ inline Vector read(const Element* from) {
   return v;
 }
 
-// A vector of stored numbers in the type of the sums. Every conversion is exact.
-inline Vector widen(const float* from) { return Lanes<float>::load(from); }
+// Converts a vector of stored numbers to the type of the sums. Every conversion is exact.
+inline Vector widen(const float* from) { return Simd<float>::load(from); }
 
-inline Lanes<double>::Vector widen(const double* from) { return Lanes<double>::load(from); }
+inline Simd<double>::Vector widen(const double* from) { return Simd<double>::load(from); }
 
 inline Vector widen(const BFloat16* from) { return (Vector)(__builtin_convertvector(read<Halves>(from), Bits) << 16); }
 
@@ -47,7 +48,7 @@ inline Vector widen(const Float16* from) {
   return (Vector)_mm256_cvtph_ps(read<__m128i>(from));
 #elif defined(__aarch64__)
   return (Vector)vcvt_f32_f16(read<float16x4_t>(from));
-#else  // by the exponents, of which those of subnormal numbers and of infinity are special
+#else  // moves the exponent; subnormal numbers and infinity are special
   const Bits bits = __builtin_convertvector(read<Halves>(from), Bits), size = (bits & 0x7fff) << 13;
   const Bits normal = size + (112u << 23), infinite = size + (224u << 23);
   const Vector subnormal = (Vector)(size + (113u << 23)) - 0x1p-14f;
@@ -57,14 +58,14 @@ inline Vector widen(const Float16* from) {
 }
 
 template <typename T>
-constexpr int panel_columns = Lanes<T>::count * panel_vectors;  // of a weight, which lie side by side
+constexpr int panel_columns = Simd<T>::lanes * panel_vectors;  // columns of a weight that lie side by side
 
 template <typename T>
 inline int padded(int n) {
-  return (n + Lanes<T>::count - 1) / Lanes<T>::count * Lanes<T>::count;
+  return (n + Simd<T>::lanes - 1) / Simd<T>::lanes * Simd<T>::lanes;
 }
 
-// Copies columns [first, first + panel) of weight (outputs, inputs) to a panel (inputs, panel); the last one is narrower.
+// Copies outputs from `first` on of a weight (outputs, inputs) to a panel (inputs, width). The last panel may be narrower.
 template <typename T, typename Element>
 void pack(const Element* weight, int outputs, int inputs, int first, Element* packed) {
   constexpr int chunk = 64;  // inputs at a time, so that cache lines are written whole
@@ -78,22 +79,22 @@ void pack(const Element* weight, int outputs, int inputs, int first, Element* pa
     }
 }
 
-// Sums of `rows` rows and `vectors` vectors of a panel's columns, in registers. With few rows, even and odd inputs have
-// separate sums, so that additions do not wait for each other.
+// Multiplies `rows` rows by `vectors` vectors of a panel's columns, with all sums in registers. With few rows, even and odd
+// inputs have separate sums, so that additions do not wait for each other.
 template <int rows, int vectors, typename T, typename Element>
 inline void multiply_tile(const T* x, int stride, const Element* weight, int width, int inputs,
-                          typename Lanes<T>::Vector* out) {
-  using Vector = typename Lanes<T>::Vector;
-  constexpr int ways = rows <= 2 ? 2 : 1, count = Lanes<T>::count;
-  Vector sums[ways][rows][vectors] = {};
+                          typename Simd<T>::Vector* out) {
+  using Vector = typename Simd<T>::Vector;
+  constexpr int unroll = rows <= 2 ? 2 : 1, count = Simd<T>::lanes;
+  Vector sums[unroll][rows][vectors] = {};
   int k = 0;
-  for (; k + ways <= inputs; k += ways)
-    for (int way = 0; way < ways; way++) {
-      const Element* w = weight + (int64_t)(k + way) * width;
+  for (; k + unroll <= inputs; k += unroll)
+    for (int part = 0; part < unroll; part++) {
+      const Element* w = weight + (int64_t)(k + part) * width;
       Vector columns[vectors];
       for (int v = 0; v < vectors; v++) columns[v] = widen(w + v * count);
       for (int r = 0; r < rows; r++)
-        for (int v = 0; v < vectors; v++) sums[way][r][v] += x[(int64_t)r * stride + k + way] * columns[v];
+        for (int v = 0; v < vectors; v++) sums[part][r][v] += x[(int64_t)r * stride + k + part] * columns[v];
     }
   for (; k < inputs; k++)
     for (int r = 0; r < rows; r++)
@@ -101,47 +102,47 @@ inline void multiply_tile(const T* x, int stride, const Element* weight, int wid
         sums[0][r][v] += x[(int64_t)r * stride + k] * widen(weight + (int64_t)k * width + v * count);
   for (int r = 0; r < rows; r++)
     for (int v = 0; v < vectors; v++)
-      out[r * panel_vectors + v] = ways == 1 ? sums[0][r][v] : sums[0][r][v] + sums[ways - 1][r][v];
+      out[r * panel_vectors + v] = unroll == 1 ? sums[0][r][v] : sums[0][r][v] + sums[unroll - 1][r][v];
 }
 
-// The same from a weight (outputs, inputs) as PyTorch has it, with whole vectors of inputs. The processor fetches weights
-// in time only if it is told: a row is often a page of memory.
+// Does the same for a weight (outputs, inputs) as PyTorch has it, with whole vectors of inputs. It prefetches the weights,
+// because a row is often a page of memory.
 template <int rows, typename T, typename Element>
 inline void multiply_rows(const T* x, int stride, const Element* weight, int inputs, int vectors,
-                          typename Lanes<T>::Vector* out) {
-  using Vector = typename Lanes<T>::Vector;
-  constexpr int ways = rows <= 2 ? 2 : 1, count = Lanes<T>::count, outputs = panel_vectors;
+                          typename Simd<T>::Vector* out) {
+  using Vector = typename Simd<T>::Vector;
+  constexpr int unroll = rows <= 2 ? 2 : 1, count = Simd<T>::lanes, outputs = panel_vectors;
   for (int first = 0; first < vectors * count; first += outputs) {
-    Vector sums[ways][rows][outputs] = {};
+    Vector sums[unroll][rows][outputs] = {};
     const Element* w = weight + (int64_t)first * inputs;
     const Element* ahead = first + 3 * outputs <= vectors * count ? w + (int64_t)2 * outputs * inputs : w;
-    const auto add = [&](int way, int k) {
+    const auto add = [&](int part, int k) {
       Vector columns[outputs];
       for (int o = 0; o < outputs; o++) {
         columns[o] = widen(w + (int64_t)o * inputs + k);
         __builtin_prefetch(ahead + (int64_t)o * inputs + k);
       }
       for (int r = 0; r < rows; r++) {
-        const Vector values = Lanes<T>::load(x + (int64_t)r * stride + k);
-        for (int o = 0; o < outputs; o++) sums[way][r][o] += values * columns[o];
+        const Vector values = Simd<T>::load(x + (int64_t)r * stride + k);
+        for (int o = 0; o < outputs; o++) sums[part][r][o] += values * columns[o];
       }
     };
     int k = 0;
-    for (; k + ways * count <= inputs; k += ways * count)
-      for (int way = 0; way < ways; way++) add(way, k + way * count);
+    for (; k + unroll * count <= inputs; k += unroll * count)
+      for (int part = 0; part < unroll; part++) add(part, k + part * count);
     for (; k < inputs; k += count) add(0, k);
     for (int r = 0; r < rows; r++)
       for (int o = 0; o < outputs; o++) {
-        if (ways > 1) sums[0][r][o] += sums[ways - 1][r][o];
-        out[r * panel_vectors + (first + o) / count][(first + o) % count] = Lanes<T>::sum(sums[0][r][o]);
+        if (unroll > 1) sums[0][r][o] += sums[unroll - 1][r][o];
+        out[r * panel_vectors + (first + o) / count][(first + o) % count] = Simd<T>::sum(sums[0][r][o]);
       }
   }
 }
 
-// Multiplies up to `tile_rows` rows by up to `panel_vectors` vectors of columns. It is not inlined, as its callers are many.
+// Multiplies up to `tile_rows` rows by up to `panel_vectors` vectors of columns. It has many callers, so it is not inlined.
 template <typename T, typename Element>
 [[gnu::noinline]] void multiply(const T* x, int stride, const void* weight, int64_t start, int width, int inputs, int rows,
-                                int vectors, bool is_packed, typename Lanes<T>::Vector* out) {
+                                int vectors, bool is_packed, typename Simd<T>::Vector* out) {
   const auto each = [&](auto number) {
     constexpr int r = decltype(number)::value;
     const Element* w = (const Element*)weight + start;
@@ -165,12 +166,12 @@ template <typename T, typename Element>
   }
 }
 
-// Multiplies x (rows, inputs) by some columns of a weight (outputs, inputs), of which the first is a multiple of a vector's
-// length. Calls use(row, column, vector of sums) for each vector of columns.
+// Multiplies x (rows, inputs) by some outputs of a weight (outputs, inputs), the first of which is a multiple of a vector's
+// length. Calls use(row, output, vector of sums) for each vector of outputs.
 template <typename T, typename Use>
 inline void dense(const T* x, int stride, const Weight& weight, int inputs, int outputs, int rows, Range columns,
                   const Use& use) {
-  constexpr int count = Lanes<T>::count;
+  constexpr int count = Simd<T>::lanes;
   const int tiles = (rows + tile_rows - 1) / tile_rows;
   for (int column = columns.first; column < columns.last;) {
     const int start = column / panel_columns<T> * panel_columns<T>;
@@ -179,7 +180,7 @@ inline void dense(const T* x, int stride, const Weight& weight, int inputs, int 
     const int64_t at = weight.is_packed ? (int64_t)start * inputs + (column - start) : (int64_t)column * inputs;
     for (int i = 0; i < tiles; i++) {
       const int row = (int)((int64_t)rows * i / tiles), height = (int)((int64_t)rows * (i + 1) / tiles) - row;
-      typename Lanes<T>::Vector out[tile_rows * panel_vectors];
+      typename Simd<T>::Vector out[tile_rows * panel_vectors];
       const auto run = [&](auto element) {
         multiply<T, decltype(element)>(x + (int64_t)row * stride, stride, weight.values, at, width, inputs, height, vectors,
                                        weight.is_packed, out);
@@ -198,7 +199,7 @@ inline void dense(const T* x, int stride, const Weight& weight, int inputs, int 
         for (int v = 0; v < vectors; v++) {
           auto& sums = out[r * panel_vectors + v];
           if constexpr (std::is_same<T, float>::value)
-            if (weight.scales) sums *= Lanes<T>::load(weight.scales + column + v * count);
+            if (weight.scales) sums *= Simd<T>::load(weight.scales + column + v * count);
           use(row + r, column + v * count, sums);
         }
     }

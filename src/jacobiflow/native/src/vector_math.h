@@ -1,7 +1,6 @@
-// Elementary functions on vectors of float or double, as wide as the processor's (vector types of GCC and Clang).
-// Measured errors are at most 2.7 units in the last place; 3.6 for softplus with beta other than 1. A NaN stays a NaN.
-// Decimal coefficients are minimax fits in float64, to 2^-25 of a function's value or better: least squares with weights that
-// grow where the error is largest, each coefficient rounded to float before the next ones were fitted.
+// Elementary functions on vectors of float or double, by the vector types of GCC and Clang. Measured errors are at most 2.7
+// units in the last place, and 3.6 for softplus with beta other than 1. A NaN stays a NaN. Decimal coefficients are minimax
+// fits in float64, with an error of at most 2^-25 of the function's value.
 #pragma once
 
 #include <cmath>
@@ -18,14 +17,14 @@
 namespace jacobiflow {
 
 template <typename T>
-struct Lanes {
+struct Simd {
   static constexpr bool is_float = std::is_same<T, float>::value;
-  static constexpr int count = lanes * 4 / sizeof(T);
+  static constexpr int lanes = float_lanes * 4 / sizeof(T);
   using Integer = typename std::conditional<is_float, int32_t, int64_t>::type;
-  typedef T Vector __attribute__((vector_size(4 * lanes)));
-  typedef Integer Integers __attribute__((vector_size(4 * lanes)));
+  typedef T Vector __attribute__((vector_size(4 * float_lanes)));
+  typedef Integer Integers __attribute__((vector_size(4 * float_lanes)));
   using Bit = typename std::make_unsigned<Integer>::type;
-  typedef Bit Bits __attribute__((vector_size(4 * lanes)));  // may overflow
+  typedef Bit Bits __attribute__((vector_size(4 * float_lanes)));  // may overflow
 
   static constexpr int mantissa_bits = is_float ? 23 : 52;
   static constexpr Integer exponent_bias = is_float ? 127 : 1023;
@@ -41,32 +40,32 @@ struct Lanes {
 
   static void store(T* to, Vector v) { std::memcpy(to, &v, sizeof v); }
 
-  static Vector spread(T value) { return value - Vector{}; }
+  static Vector broadcast(T value) { return value - Vector{}; }
 
   static T sum(Vector v) {
     T total = 0;
-    for (int i = 0; i < count; i++) total += v[i];
+    for (int i = 0; i < lanes; i++) total += v[i];
     return total;
   }
 
-  static Vector absolute(Vector v) { return opaque((Vector)((Bits)v & ~sign_bit)); }
+  static Vector abs(Vector v) { return opaque((Vector)((Bits)v & ~sign_bit)); }
 
   static Vector max(Vector v, T bound) {
-    const Vector other = opaque(spread(bound));
+    const Vector other = opaque(broadcast(bound));
     return v < other ? other : v;
   }
 
   static Vector min(Vector v, T bound) {
-    const Vector other = opaque(spread(bound));
+    const Vector other = opaque(broadcast(bound));
     return v > other ? other : v;
   }
 
-  // 1 / v. With AVX-512 an estimate and one step of Newton's method take half the time of a division.
+  // Returns 1 / v. With AVX-512, an estimate and one step of Newton's method take half the time of a division.
   static Vector reciprocal(Vector v) {
 #if defined(__AVX512F__)
     if constexpr (is_float) {
       const Vector estimate = (Vector)_mm512_rcp14_ps((__m512)v), error = T(1) - v * estimate;
-      return estimate * (error > T(-1) ? error : spread(1)) + estimate;  // the error of 0 and infinity is NaN or infinite
+      return estimate * (error > T(-1) ? error : broadcast(1)) + estimate;  // the error of 0 and infinity is NaN or infinite
     }
 #endif
     return T(1) / v;
@@ -78,7 +77,7 @@ struct Lanes {
     return (Vector)_mm512_sqrt_pd((__m512d)v);
 #endif
     Vector root;
-    for (int i = 0; i < count; i++) root[i] = std::sqrt(v[i]);
+    for (int i = 0; i < lanes; i++) root[i] = std::sqrt(v[i]);
     return root;
   }
 
@@ -111,9 +110,9 @@ struct Lanes {
     const Integers tiny = v < smallest;
     const Vector x = tiny ? v * grown : v;
     // x = (1 + f) 2^k with 1 + f between the square roots of 1/2 and of 2.
-    const Bits above = (Bits)x - (Bits)spread(T(0.70710678118654752440));
+    const Bits above = (Bits)x - (Bits)broadcast(T(0.70710678118654752440));
     const Vector f = (Vector)((Bits)x - (above & exponent_mask)) - T(1);
-    const Vector k = to_floating((Integers)above >> mantissa_bits) - (tiny ? spread(grown_bits) : Vector{});
+    const Vector k = to_floating((Integers)above >> mantissa_bits) - (tiny ? broadcast(grown_bits) : Vector{});
     Vector fraction;  // ln(1 + f)
     if constexpr (is_float) {
       const Vector square = f * f;
@@ -121,16 +120,16 @@ struct Lanes {
                                       -0.143077075f, 0.0873875618f}, f, square) + f;
     } else {
       const Vector s = f / (f + T(2)), z = s * s;  // ln(1 + f) = 2 artanh(s)
-      Vector series = spread(T(1) / 23);
+      Vector series = broadcast(T(1) / 23);
       for (int n = 21; n >= 3; n -= 2) series = series * z + T(1) / n;
       fraction = s * z * series * T(2) + s * T(2);
     }
     const Vector result = v < infinity ? k * ln2_high + (k * ln2_low + fraction) : v;
-    return v > T(0) ? result : (v == T(0) ? spread(-infinity) : spread(nan));
+    return v > T(0) ? result : (v == T(0) ? broadcast(-infinity) : broadcast(nan));
   }
 
   static Vector tanh(Vector v) {
-    const Vector size = min(absolute(v), 22);
+    const Vector size = min(abs(v), 22);
     Vector numerator, denominator;
     if constexpr (is_float) {
       // e^(-2 |v|) = power (1 - t) / (1 + t) with t = tanh(h) and |h| <= ln(2) / 4.
@@ -157,7 +156,7 @@ struct Lanes {
   // ln(1 + e^(beta v)) / beta, or v above the threshold, as in PyTorch.
   static Vector softplus(Vector v, T beta, T threshold) {
     const Vector scaled = v * beta;
-    const Vector small = Reduced(-min(absolute(scaled), -lowest_log), grown_bits).exp() * (T(1) / grown);  // e^-|beta v|
+    const Vector small = Reduced(-min(abs(scaled), -lowest_log), grown_bits).exp() * (T(1) / grown);  // e^-|beta v|
     return scaled > threshold ? v : (max(scaled, 0) + log1p(small)) / beta;
   }
 
@@ -165,7 +164,7 @@ struct Lanes {
   static Vector normal_cdf(Vector v) {
     if constexpr (is_float) return jacobiflow::normal_cdf(v);
     Vector out;
-    for (int i = 0; i < count; i++) out[i] = T(0.5) * std::erfc(v[i] * T(-0.70710678118654752440));
+    for (int i = 0; i < lanes; i++) out[i] = T(0.5) * std::erfc(v[i] * T(-0.70710678118654752440));
     return out;
   }
 
@@ -175,10 +174,10 @@ struct Lanes {
   // v / (1 + e^-v).
   static Vector silu(Vector v) { return v * sigmoid(v); }
 
-  // v modulo the period, from 0 up to below it.
+  // v modulo the period, in [0, period).
   static Vector remainder(Vector v, T period) {
     Vector rest;
-    for (int i = 0; i < count; i++) rest[i] = std::fmod(v[i], period);
+    for (int i = 0; i < lanes; i++) rest[i] = std::fmod(v[i], period);
     return rest < T(0) ? rest + period : rest;
   }
 
@@ -192,7 +191,7 @@ struct Lanes {
   static constexpr int grown_bits = is_float ? 24 : 54;
   static constexpr T grown = is_float ? T(16777216) : T(18014398509481984);  // 2^24, 2^54: makes subnormal numbers normal
 
-  // v = n ln 2 + r with |r| <= ln(2) / 2: e^r - 1, and the exponent of 2^(n + more) in the last bits of an integer.
+  // Reduces v to n ln 2 + r with |r| <= ln(2) / 2. Holds e^r - 1, and the exponent of 2^(n + more) in the last bits.
   struct Reduced {
     Bits exponent;
     Vector expm1;
@@ -226,16 +225,16 @@ struct Lanes {
     return log(sum) + (v - (sum - T(1))) / sum;
   }
 
-  // The sum of coefficients[k] x^k, in pairs that do not wait for each other.
+  // Returns the sum of coefficients[k] x^k, in pairs that do not wait for each other.
   template <int size>
   static Vector polynomial(const T (&coefficients)[size], Vector x, Vector square) {
-    Vector total = spread(coefficients[size - 1]);
+    Vector total = broadcast(coefficients[size - 1]);
     if constexpr (size % 2 == 0) total = x * total + coefficients[size - 2];
     for (int k = size - 4 + size % 2; k >= 0; k -= 2) total = total * square + (x * coefficients[k + 1] + coefficients[k]);
     return total;
   }
 
-  // Hides where a value comes from: GCC takes one instruction for a maximum or minimum only if it does not know.
+  // Hides the origin of a value from GCC, which otherwise takes more than one instruction for a maximum or minimum.
   static Vector opaque(Vector v) {
 #if defined(__x86_64__) && !defined(__clang__)
     asm("" : "+v"(v));
@@ -245,7 +244,7 @@ struct Lanes {
 
   static Vector to_floating(Integers n) {
     if constexpr (is_float) return __builtin_convertvector(n, Vector);
-    return (Vector)((Bits)n + (Bits)spread(shift)) - shift;
+    return (Vector)((Bits)n + (Bits)broadcast(shift)) - shift;
   }
 };
 

@@ -1,4 +1,4 @@
-"""Acceleration of the flows that a library makes from now on, and the handle that ends it."""
+"""`LibraryAcceleration`: accelerates the flows that a library makes, and restores the library."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from jacobiflow.adapters.acceleration import Acceleration, Adapter, describe_tol
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-_CONSTRUCTORS = ("__init__", "__setstate__")  # copies and loaded flows come to life in the latter
+_CONSTRUCTORS = ("__init__", "__setstate__")  # __setstate__ makes copies and loaded flows.
 _active: list[LibraryAcceleration] = []
-_originals: dict[type[nn.Module], dict[str, Any]] = {}  # the library's constructors, while others replace them
+_originals: dict[type[nn.Module], dict[str, Any]] = {}  # The library's constructors that are replaced now.
 
 
 class LibraryAcceleration:
     """The acceleration of the flows that a library makes from now on.
 
-    It ends with `restore()` or with its `with` block. Inside another block, flows stay accelerated as that one says. A
-    module has no name until it is part of a flow: print `jf.accelerate(flow)` to see how its transforms are computed.
+    It ends with `restore()` or with its `with` block. Inside another block, flows stay accelerated as that one says.
+    Print `jf.accelerate(flow)` to see how the transforms of one flow are computed.
 
     Attributes:
         tolerance: `None` for exact to rounding, 0 for the library's own bits, or the tolerance at which passes end.
@@ -38,7 +38,7 @@ class LibraryAcceleration:
     def __init__(self, name: str, tolerance: float | None, adapters: Sequence[Adapter]) -> None:
         self.tolerance, self._name, self._adapters = tolerance, name, adapters
         self._count = 0
-        # The class of an accelerated module keeps its acceleration alive, which would keep the module alive.
+        # An acceleration holds its module, so a strong reference would keep every flow alive.
         self._accelerations: WeakSet[Acceleration] = WeakSet()
         _active.append(self)
         _replace_constructors()
@@ -73,20 +73,20 @@ class LibraryAcceleration:
 
 
 def _replace_constructors() -> None:
-    """Replaces the constructors of all classes that are now accelerated, and gives the others theirs back."""
-    kinds = {adapter.transform for library in _active for adapter in library._adapters}
+    """Replaces the constructors of the classes that are accelerated now, and restores those of all others."""
+    kinds = {adapter.target for library in _active for adapter in library._adapters}
     for kind in kinds - _originals.keys():
         _originals[kind] = {name: vars(kind).get(name) for name in _CONSTRUCTORS}
         for name in _CONSTRUCTORS:
-            setattr(kind, name, _accelerating(getattr(kind, name)))
+            setattr(kind, name, _accelerating_constructor(getattr(kind, name)))
     for kind in _originals.keys() - kinds:
         for name, constructor in _originals.pop(kind).items():
             delattr(kind, name)
-            if constructor is not None:  # not inherited
+            if constructor is not None:  # None is an inherited constructor.
                 setattr(kind, name, constructor)
 
 
-def _accelerating(constructor: Callable[..., None]) -> Callable[..., None]:
+def _accelerating_constructor(constructor: Callable[..., None]) -> Callable[..., None]:
     """Returns a constructor that accelerates the module at its end."""
 
     @wraps(constructor)

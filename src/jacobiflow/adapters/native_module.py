@@ -1,0 +1,226 @@
+"""A library's transform, composition or flow, computed by native code."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from threading import Lock, local
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from jacobiflow.adapters.network import MaskedNetwork, Slot, find_order
+from jacobiflow.adapters.snapshot import ModuleSnapshot, check_call
+from jacobiflow.native.boundary import UnsupportedError, is_traced
+from jacobiflow.native.chain import TransformChain
+from jacobiflow.native.masked import (
+    ChainTransform,
+    MaskedOperation,
+    Steps,
+    affine_transform,
+    masked_transform,
+    normal_transform,
+    permutation_transform,
+)
+
+TransformOutput = tuple[Tensor, Tensor | None]
+"""The transformed rows, and the log-determinants of the Jacobian if the caller wants them."""
+
+LibraryCall = Callable[[Float[Tensor, "b d"], Float[Tensor, "b c"] | None], TransformOutput]
+"""Rows, context -> the output by the library's own code."""
+
+
+@dataclass(frozen=True)
+class TransformSpec:
+    """A library's transform as native code takes it.
+
+    Attributes:
+        module: The library's module.
+        transform: The native transform. Its operations refer to `tensors` by index.
+        tensors: Weights, biases, scales and shifts. Their values are read at every call.
+        constants: Masks and indices, which must not change.
+    """
+
+    module: nn.Module
+    transform: ChainTransform
+    tensors: Sequence[Slot] = ()
+    constants: Sequence[Slot] = ()
+
+
+ListTransforms = Callable[[Any, bool], Iterator[tuple[TransformSpec, bool]]]
+"""Module, whether there is a context -> pairs (transform, is_inverted) in forward order.
+
+Raises UnsupportedError if native code does not take one of the transforms.
+"""
+
+
+def masked_spec(module: nn.Module, network: MaskedNetwork, **settings: Any) -> TransformSpec:
+    """Returns an elementwise transform whose parameters a masked network gives; `settings` are its native fields."""
+    order, starts, (inputs, *units) = find_order(network)
+    operations = list(map(MaskedOperation, network.operations, units, network.masks))
+    features, parameters = network.outputs.shape
+    transform = masked_transform(
+        Steps(order, starts, inputs), operations, _shapes(network.tensors), parameters, network.width - features,
+        network.context, context_start=0 if network.features.start else features, **settings,
+    )  # fmt: skip
+    return TransformSpec(module, transform, network.tensors, network.constants)
+
+
+def permutation_spec(module: nn.Module, order: Sequence[int], slot: Slot | None = None) -> TransformSpec:
+    """Returns the transform y_i = x_order[i]; `slot` is the tensor that holds the order."""
+    return TransformSpec(module, permutation_transform(order), constants=() if slot is None else (slot,))
+
+
+def affine_spec(module: nn.Module, scale: Slot, shift: Slot) -> TransformSpec:
+    """Returns the transform y = scale x + shift; both have one number, or one for each feature."""
+    return TransformSpec(module, affine_transform(*_shapes((scale, shift))), (scale, shift))
+
+
+def normal_spec(module: nn.Module, scale: Slot, loc: Slot) -> TransformSpec:
+    """Returns the transform y = x whose log-determinant is the log-density of N(loc, scale^2) at x."""
+    shapes = _shapes((scale, loc))
+    if len(shapes[0]) != 1 or shapes[0] != shapes[1]:
+        raise UnsupportedError("a normal distribution of another shape")
+    return TransformSpec(module, normal_transform(shapes[0][0]), (scale, loc))
+
+
+def _shapes(slots: Sequence[Slot]) -> list[torch.Size]:
+    return [holder[name].shape for holder, name in slots]
+
+
+class NativeModule:
+    """A library's transform, composition or flow as native code takes it, with a context or without one.
+
+    Attributes:
+        snapshot: The module as it was when this was made.
+        obstacle: Why native code does not take the module, or `None` if it does.
+        uses: For each of its transforms, the number of passes and the backend, as `Acceleration` records them.
+    """
+
+    def __init__(self, module: nn.Module, list_transforms: ListTransforms, is_conditional: bool) -> None:
+        self.obstacle: str | None = None
+        self.uses: dict[nn.Module, tuple[int, str]] = {}
+        constants: list[Slot] = []
+        try:
+            for child in module.modules():
+                check_call(child)
+            specs = list(list_transforms(module, is_conditional))
+            self._chain = TransformChain([(spec.transform, is_inverted) for spec, is_inverted in specs])
+            constants = [slot for spec, _ in specs for slot in spec.constants]
+            if any(holder[name].is_inference() for holder, name in constants):
+                raise UnsupportedError("masks of inference mode")  # They do not count their changes.
+        except UnsupportedError as error:
+            self.obstacle, constants = str(error), []
+        else:
+            self._tensors = [slot for spec, _ in specs for slot in spec.tensors]
+            self.uses = {spec.module: (0, "native") for spec, _ in specs}
+        self.snapshot = ModuleSnapshot(module, constants)
+
+    def evaluate(
+        self,
+        x: Float[Tensor, "b d"],
+        context: Float[Tensor, "#b c"] | None,
+        is_inverse: bool,
+        library_call: LibraryCall | None,
+        log_det: str | None = None,
+    ) -> TransformOutput | None:
+        """Computes the module or its inverse; `None` if native code cannot.
+
+        The output has gradients if anything requires one. For `log_det` see `native.chain.TransformChain.evaluate`.
+
+        Args:
+            library_call: Computes the rows that are not finite, or overflow on the way. If there are such rows, the
+                result is `None` without it, or if the output needs gradients.
+        """
+        if self.obstacle is not None:
+            return None
+        tensors: list[Any] = [holder.get(name) for holder, name in self._tensors]
+        in_pytorch = None
+        if library_call is not None and torch.is_grad_enabled():
+            in_pytorch = partial(self._evaluate_in_pytorch, tensors, _versions(tensors), library_call)
+        result = self._chain.evaluate(tensors, x, context, is_inverse, log_det, in_pytorch)
+        if result is None or result.failed is None:
+            return None if result is None else (result.values, result.log_det)
+        if library_call is None:
+            return None
+        rows = result.failed.nonzero().flatten()
+        values, log_dets = library_call(x[rows], None if context is None else context.expand(len(x), -1)[rows])
+        result.values[rows] = values
+        if result.log_det is not None and log_dets is not None:
+            result.log_det[rows] = log_dets
+        return result.values, result.log_det
+
+    def _evaluate_in_pytorch(
+        self, originals: Sequence[Tensor], versions: list[int] | None, library_call: LibraryCall, x: Tensor,
+        context: Tensor | None, tensors: Sequence[Tensor],
+    ) -> TransformOutput:  # fmt: skip
+        """Repeats a call by the library's code, with `tensors` in place of the `originals`."""
+        now = [holder.get(name) for holder, name in self._tensors]
+        if _versions(originals) != versions or any(a is not b for a, b in zip(now, originals, strict=True)):
+            raise RuntimeError(
+                "second derivatives of a flow that jf.accelerate made fast, and whose weights have changed since the "
+                "forward pass; restore() the flow first"
+            )
+        with acceleration_off():
+            try:
+                for (holder, name), tensor in zip(self._tensors, tensors, strict=True):
+                    holder[name] = tensor
+                return library_call(x, None if context is None else context.expand(len(x), -1))
+            finally:
+                for (holder, name), tensor in zip(self._tensors, originals, strict=True):
+                    holder[name] = tensor
+
+
+def _versions(tensors: Sequence[Tensor]) -> list[int] | None:
+    """Returns how often each tensor was changed in place; `None` if a tensor does not count its changes."""
+    try:
+        return [tensor._version for tensor in tensors]
+    except (AttributeError, RuntimeError):  # A tensor is missing, or was made in inference mode.
+        return None
+
+
+_lock = Lock()
+_thread = local()
+
+
+@contextmanager
+def acceleration_off() -> Iterator[None]:
+    """Makes accelerated modules run the library's own code in this thread. Other threads wait for their turn."""
+    with _lock:
+        _thread.is_off = True
+        try:
+            yield
+        finally:
+            _thread.is_off = False
+
+
+def is_acceleration_off() -> bool:
+    """Returns True inside `acceleration_off`."""
+    return getattr(_thread, "is_off", False)
+
+
+def is_plain_call() -> bool:
+    """Returns True if PyTorch would compute values, in the dtype of the arguments, and a graph at most."""
+    return not is_acceleration_off() and not is_traced() and not torch.is_autocast_enabled("cpu")
+
+
+def flatten_batch(
+    x: Float[Tensor, "*batch d"], context: Float[Tensor, "*batch c"] | None
+) -> tuple[Float[Tensor, "b d"], Float[Tensor, "#b c"] | None, torch.Size]:
+    """Returns the rows, one context for each row or for all, and the shape of the batch that both broadcast to."""
+    batch, features = x.shape[:-1], x.shape[-1]
+    if x.ndim == 2 and (context is None or (context.ndim == 2 and context.shape[0] == batch[0])):
+        return x, context, batch
+    if context is None:
+        return x.reshape(-1, features), None, batch
+    batch_of_context, width = context.shape[:-1], context.shape[-1]
+    if batch_of_context != batch and (len(batch_of_context) > len(batch) or batch_of_context.numel() != 1):
+        batch = torch.broadcast_shapes(batch, batch_of_context)  # It is slow, so it is called only if needed.
+        x = x.expand(*batch, features)
+    if batch_of_context.numel() == 1:
+        return x.reshape(-1, features), context.reshape(1, width), batch
+    return x.reshape(-1, features), context.expand(*batch, width).reshape(-1, width), batch

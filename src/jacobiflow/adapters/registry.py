@@ -1,0 +1,34 @@
+"""The libraries whose flows can be accelerated, and their versions."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+
+from packaging.version import Version
+
+from jacobiflow.adapters.acceleration import Adapter
+from jacobiflow.errors import InputValueError
+
+LIBRARIES = {  # Package on PyPI, first supported version, end of the supported versions.
+    "zuko": ("zuko", "1.2", "2"), "nflows": ("nflows", "0.14", "0.15"),
+    "normflows": ("normflows", "1.7", "2"), "pyro": ("pyro-ppl", "1.9", "2"),
+}  # fmt: skip
+BUILDERS = {"sbi": ("nflows", "zuko")}  # Packages that make flows of these libraries.
+
+
+def load_adapters(library: str) -> tuple[Adapter, ...]:
+    """Returns the adapters of a library's classes; raises InputValueError if its version is not supported."""
+    package, first, end = LIBRARIES[library]
+    installed = version(package)
+    if not Version(first).release <= Version(installed).release < Version(end).release:
+        raise InputValueError(f"{library} {installed}: supported are {first} to below {end}; nothing was changed")
+    # These modules import their library, which may not be installed.
+    if library == "zuko":
+        from jacobiflow.adapters.zuko import ADAPTERS
+    elif library == "nflows":
+        from jacobiflow.adapters.nflows import ADAPTERS
+    elif library == "normflows":
+        from jacobiflow.adapters.normflows import ADAPTERS
+    else:
+        from jacobiflow.adapters.pyro import ADAPTERS
+    return ADAPTERS

@@ -1,0 +1,119 @@
+"""Options that several commands share, and the parsing of their values."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from typer import Option
+
+from jacobiflow.errors import InputValueError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from jacobiflow.models.flow import Flow
+
+MAX_BATCH_SIZE = 65_536  # Latents of such a batch take 200 MB for images of 28x28 pixels.
+SOURCES = "digits, fashion-512, emoji-256, fashion-mnist, an .npz file, or a folder of images or IDX files."
+_GUIDANCE = (
+    'Weight of classifier-free guidance, or "4,attn_temperature=1.2"; other keys: annealed=false, on=scale, on=shift, '
+    "rule=density. 0 is off."
+)
+_LABELS = "balanced, random, none, numbers such as 0,1,2 (repeated), or a .txt or .npy file with one per image."
+_PROMPTS = "A prompt for a STARFlow, or a .txt file with one on each line; repeated."
+_ENCODE_TEXT = "The text encoder: FILE.py:FUNCTION, or the hub id or folder of a T5 encoder."
+_TOLERANCE = "Largest residual |g(x) - x| in any block. Default: 1e-3, or a file's own."
+
+Model = Annotated[str, Option(help="A bundled name, a model folder, or a hub id.")]
+Prompts = Annotated[str | None, Option(help=_PROMPTS)]
+EncodeText = Annotated[str | None, Option(help=_ENCODE_TEXT)]
+Images = Annotated[str, Option(help=SOURCES)]
+Labels = Annotated[str, Option(help=_LABELS)]
+Seed = Annotated[int, Option(min=0, max=2**63 - 1, help="Seed of everything random.")]
+Device = Annotated[str, Option(help="auto (a CUDA GPU, else the CPU), cpu, cuda, cuda:1, mps.")]
+Dtype = Annotated[str, Option(help="float32, float64, bfloat16, float16, or tf32 on a GPU.")]
+ReportFile = Annotated[Path | None, Option(help="A report of calibrate: the guess to start from in each block.")]
+Guidance = Annotated[str, Option(help=_GUIDANCE)]
+RecommendedGuidance = Annotated[str | None, Option(help=f"{_GUIDANCE} Default: as recommended by the model.")]
+NoGuidance = Annotated[bool, Option("--plain", help="No guidance.")]
+Tolerance = Annotated[float | None, Option(help=_TOLERANCE)]
+NetworkBatchSize = Annotated[int, Option(min=1, max=MAX_BATCH_SIZE, help="Images in the network at a time.")]
+Json = Annotated[Path | None, Option(help="Also write the results to this file.")]
+
+
+def parse_batch_size(text: str | None) -> int | None:
+    """Returns the number of `--batch-size`; None for "auto" or without the option."""
+    if text is None or text == "auto":
+        return None
+    if not re.fullmatch("[0-9]{1,5}", text) or not 0 < int(text) <= MAX_BATCH_SIZE:
+        raise InputValueError(f"--batch-size {text[:40]}: give a whole number from 1 to {MAX_BATCH_SIZE:,}, or auto")
+    return int(text)
+
+
+def parse_labels(text: str, num: int, flow: Flow, seed: int) -> Tensor | None:
+    """Returns the labels of `num` samples by `--labels`; `seed` is the seed of random labels."""
+    import torch
+
+    from jacobiflow.data import balanced_labels
+    from jacobiflow.models.latents import draw_labels
+
+    if getattr(flow.config, "context_channels", 0):
+        raise InputValueError("this flow needs a context of numbers: draw its samples in Python, by jacobiflow.sample")
+    if text == "none" or (text in ("balanced", "random") and not flow.config.num_classes):
+        return None
+    if text == "balanced":
+        return balanced_labels(num, flow.config.num_classes)
+    if text == "random":
+        return draw_labels(num, flow.config.num_classes, seed)
+    if text.endswith((".txt", ".npy")):
+        return flow.check_labels(_read_labels(Path(text)), num)
+    if not re.fullmatch(r"-?\d{1,9}(,-?\d{1,9})*", text):
+        raise InputValueError(
+            f"--labels {text}: give balanced, random, none, whole numbers with commas between, or a .txt or .npy file"
+        )
+    numbers = torch.tensor([int(part) for part in text.split(",")])
+    flow.check_labels(numbers, len(numbers))  # Checks all numbers, even if there are fewer samples.
+    return numbers[torch.arange(num) % len(numbers)]
+
+
+def parse_prompts(text: str | None, encoder: str | None, num: int, flow: Flow) -> list[str] | None:
+    """Returns the prompts of `num` samples by `--prompts`, and gives the flow the text encoder of `--encode-text`."""
+    if text is None and encoder is not None:
+        raise InputValueError(f"--encode-text {encoder}: give --prompts, too, or leave it out")
+    if text is None:
+        return None
+    if not flow.reads_text:
+        raise InputValueError(f"--prompts {text}: this flow reads no text; leave it out")
+    if encoder is None:
+        raise InputValueError(f"--prompts {text}: give --encode-text, too: {_ENCODE_TEXT}")
+    flow.encode_text = load_encoder(encoder)
+    try:
+        prompts = Path(text).read_text().splitlines() if text.endswith(".txt") else [text]
+    except (OSError, ValueError) as error:
+        raise InputValueError(f"--prompts {text}: cannot be read ({error})") from error
+    if not prompts:
+        raise InputValueError(f"--prompts {text}: is empty; give a prompt on each line")
+    return [prompts[i % len(prompts)] for i in range(num)]
+
+
+def load_encoder(encoder: str) -> Any:
+    """Loads the text encoder of `--encode-text`."""
+    from jacobiflow.evaluation.features import load_function
+    from jacobiflow.models import t5_encoder
+
+    is_function = encoder.rpartition(":")[0].endswith(".py")
+    return load_function(encoder, "a T5 encoder") if is_function else t5_encoder(encoder)
+
+
+def _read_labels(path: Path) -> Any:
+    """Reads whole numbers from a text file or a .npy file."""
+    import numpy as np
+
+    try:
+        if path.suffix == ".npy":
+            return np.load(path).astype(np.int64, casting="safe")  # Refuses uint64, which may be too large.
+        return np.array([int(word) for word in path.read_text().replace(",", " ").split()], np.int64)
+    except (OSError, ValueError, TypeError, EOFError, OverflowError) as error:
+        raise InputValueError(f"--labels {path}: cannot be read as whole numbers ({error})") from error

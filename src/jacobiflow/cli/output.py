@@ -1,0 +1,107 @@
+"""Printing of tables, durations, progress, and errors in one line."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from time import perf_counter
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from jacobiflow.utils.progress import Progress
+
+_MAX_MESSAGE_LENGTH = 300  # Characters.
+
+
+def show_table(columns: Iterable[str], rows: Iterable[Sequence[str]], text: Sequence[int] = (0,)) -> None:
+    """Prints a table. The columns with indices `text` are aligned to the left, and folded if they are too wide."""
+    from rich import box
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    headings = list(columns)
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, show_header=any(headings), padding=0)
+    for i, heading in enumerate(headings):
+        if i in text:
+            table.add_column(heading, overflow="fold")
+        else:
+            table.add_column(heading, justify="right", no_wrap=True, min_width=max(map(len, heading.split())))
+    for row in rows:
+        table.add_row(*map(escape, row))
+    Console().print(table)
+
+
+def format_duration(seconds: float) -> str:
+    """Formats a duration in seconds, minutes or hours.
+
+    Example:
+        >>> format_duration(42), format_duration(600), format_duration(9000)
+        ('42 s', '10 min', '2.5 h')
+    """
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+class ProgressLines:
+    """A `Progress` for logs: once a minute it prints to stderr what is done and how much time is left."""
+
+    def __init__(self) -> None:
+        self._last_line_time = perf_counter()
+        self._starts: dict[str, tuple[int, float]] = {}  # The first step of each kind of work, and its time.
+
+    def __call__(self, done: int, total: int, what: str) -> None:
+        now = perf_counter()
+        first, started = self._starts.setdefault(what, (done, now))
+        if done > first and now - self._last_line_time >= 60:
+            remaining = format_duration((now - started) * (total - done) / (done - first))
+            print(f"{what}: {done:,} of {total:,}, about {remaining} left", file=sys.stderr)
+            self._last_line_time = now
+
+
+@contextmanager
+def progress_bar() -> Iterator[Progress]:
+    """Yields a `Progress` that draws a bar for each kind of work; without a terminal, `ProgressLines`."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bars
+
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield ProgressLines()
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(20), MofNCompleteColumn(), TimeRemainingColumn())
+    with Bars(*columns, console=console, transient=True) as bars:
+        tasks = {}
+
+        def progress(done: int, total: int, what: str) -> None:
+            if what not in tasks:
+                tasks[what] = bars.add_task(what)
+            bars.update(tasks[what], completed=done, total=total)
+
+        yield progress
+
+
+def replace_arguments(message: str, options: Mapping[str, str]) -> str:
+    """Returns a message of the library with options in place of the arguments that it names.
+
+    Example:
+        >>> replace_arguments("num=5: give less, or overwrite=True", {"num": "--num", "overwrite": "--overwrite"})
+        '--num 5: give less, or --overwrite'
+    """
+
+    def to_option(match: re.Match[str]) -> str:
+        name, value = match.groups()
+        is_argument = name in options and (value is not None or "_" in name)
+        return options[name] + (" " if value == "=" else "") if is_argument else match[0]
+
+    return re.sub(r"(?<![\w./-])(\w+)(=True\b|=)?", to_option, message)
+
+
+def one_line(message: str) -> str:
+    """Returns a message in one line. A long one is cut in the middle, since the remedy stands at its end."""
+    line, half = " ".join(message.split()), (_MAX_MESSAGE_LENGTH - len(" ... ")) // 2
+    return line if len(line) <= _MAX_MESSAGE_LENGTH else f"{line[:half]} ... {line[-half:]}"

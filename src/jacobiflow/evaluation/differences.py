@@ -1,0 +1,88 @@
+"""Differences between samples and the exact samples of the same latents."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, UInt8
+from torch import Tensor
+
+from jacobiflow.data import quantize
+from jacobiflow.utils.checks import check_floating, check_kind
+
+
+@dataclass(frozen=True)
+class PairedError:
+    """Largest, mean and root-mean-square difference between the entries of two answers; see `paired_error`."""
+
+    max: float
+    mean: float
+    rms: float
+
+
+def paired_error(actual: Float[Tensor, "n ..."], exact: Float[Tensor, "n ..."]) -> PairedError:
+    """Measures the difference between samples of the same latents, entry by entry.
+
+    An entry that is NaN in only one of them counts as infinite. An entry that is NaN in both counts as 0, because the
+    exact inverse overflows there too.
+    """
+    check_kind("actual", actual, Tensor, "a torch.Tensor of images")
+    check_floating("actual", actual, ("any",) * actual.ndim)
+    check_floating("exact", exact, tuple(actual.shape))
+    both_nan = actual.isnan() & exact.isnan()
+    difference = (actual.double() - exact.double()).abs().masked_fill(both_nan, 0).nan_to_num(torch.inf, torch.inf)
+    return PairedError(float(difference.max()), float(difference.mean()), float(difference.square().mean().sqrt()))
+
+
+@dataclass(frozen=True)
+class PixelDifference:
+    """Difference between two sets of 8-bit images.
+
+    Attributes:
+        share: Share of the values that differ.
+        levels: Largest difference of a value, in levels from 0 to 255.
+    """
+
+    share: float
+    levels: int
+
+
+@dataclass(frozen=True)
+class ImageErrors:
+    """Errors of images against the exact images of the same latents.
+
+    Attributes:
+        num: Number of images.
+        max: Largest difference of an entry, in the images' units ([-1, 1], not clipped).
+        rms: Root-mean-square difference of an entry, in the same units.
+        psnr: 20 log10(2 / rms) in dB; infinity if all are equal, minus infinity if one is not finite.
+        pixels: Difference after rounding to 8 bits.
+    """
+
+    num: int
+    max: float
+    rms: float
+    psnr: float
+    pixels: PixelDifference
+
+
+def image_errors(images: Float[Tensor, "n c h w"], exact: Float[Tensor, "n c h w"]) -> ImageErrors:
+    """Measures the errors of images; entries that are NaN in both count as equal.
+
+    Example:
+        >>> exact = torch.zeros(2, 1, 4, 4)
+        >>> errors = image_errors(exact + 0.02, exact)
+        >>> round(errors.psnr, 3), errors.pixels
+        (40.0, PixelDifference(share=1.0, levels=2))
+    """
+    error = paired_error(images, exact)
+    psnr = 20 * (math.log10(2) - math.log10(error.rms)) if error.rms else math.inf  # images span [-1, 1]
+    return ImageErrors(len(images), error.max, error.rms, psnr, pixel_difference(quantize(images), quantize(exact)))
+
+
+def pixel_difference(images: UInt8[Tensor, "n c h w"], exact: UInt8[Tensor, "n c h w"]) -> PixelDifference:
+    """Measures the difference between 8-bit images."""
+    levels = (images.short() - exact.short()).abs()
+    return PixelDifference(float(levels.ne(0).double().mean()), int(levels.max()))

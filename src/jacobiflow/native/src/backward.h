@@ -1,0 +1,259 @@
+// The backward pass of a chain on a tile of rows: gradients of the rows, their contexts and the tensors.
+#pragma once
+
+#include "tensor_gradients.h"
+
+namespace jacobiflow {
+
+// Computes the gradients of tiles of `vectors` vectors of rows in one thread. They have the layout of the values.
+template <typename T, int vectors>
+class BackwardTile {
+ public:
+  using S = Simd<T>;
+  using Vector = typename S::Vector;
+  static constexpr int rows = S::lanes * vectors;
+
+  BackwardTile(const Chain<T>& chain, const GradientArgs& args, TensorGradients<T>& tensors, int rank)
+      : chain(chain), call(chain.call), args(args), tensors(tensors), sums(tensors.of_thread(rank)),
+        features((size_t)call.features * rows), copy((size_t)call.features * rows),
+        log_det((size_t)(call.is_by_feature ? call.features : 1) * rows), context((size_t)call.context_features * rows),
+        context_gradient((size_t)call.context_features * rows), gradients(chain.max_gradient_units * rows),
+        transposed((size_t)tensors.max_inputs * rows), bins(spline_memory<T>(call)) {}
+
+  // Adds the gradients of rows [first, first + count), whose values the forward direction has left in `activations`.
+  void run(int64_t first, int count, const T* activations) {
+    values = activations;
+    const int by_feature = call.is_by_feature ? call.features : 1;
+    load(args.grad_out, first, call.features, count, features.get());
+    load(args.grad_log_det, first, by_feature, count, log_det.get());
+    if (call.context_features)
+      load_rows(static_cast<const T*>(call.context) + first * call.context_stride, call.context_stride,
+                call.context_features, count, rows, context.get());
+    std::memset(context_gradient.get(), 0, sizeof(T) * call.context_features * rows);
+    for (int i = call.count - 1; i >= 0; i--) {
+      index = call.is_inverse ? call.count - 1 - i : i;
+      const Transform& t = call.transforms[index];
+      inverts = chain.inverts(t);
+      needs_features = i > 0 || args.grad_input || inverts;
+      if (t.kind == TransformKind::permutation)
+        permute(t, !inverts, rows, features.get(), copy.get());
+      else if (!t.num_operations)
+        differentiate_unconditional(t);
+      else
+        masked(t);
+    }
+    if (args.grad_input)
+      store_rows(features.get(), call.features, count, rows, static_cast<T*>(args.grad_input) + first * call.features);
+    if (args.grad_context)
+      store_rows(context_gradient.get(), call.context_features, count, rows,
+                 static_cast<T*>(args.grad_context) + first * call.context_features);
+  }
+
+ private:
+  const Chain<T>& chain;
+  const ChainArgs& call;
+  const GradientArgs& args;
+  TensorGradients<T>& tensors;
+  T* const sums;
+  Buffer<T> features, copy, log_det, context, context_gradient, gradients, transposed, bins;
+  const T* values = nullptr;  // the tile's activations
+  int index = 0;              // index of the current transform
+  bool inverts = false, needs_features = false;
+
+  // Loads (count, columns), or zeros from null. Rows beyond `count` are 0, so that they add nothing to sums.
+  static void load(const void* from, int64_t first, int columns, int count, T* to) {
+    std::memset(to, 0, sizeof(T) * columns * rows);
+    const T* values = static_cast<const T*>(from);
+    for (int column = 0; values && column < columns; column++)
+      for (int row = 0; row < count; row++) to[(size_t)column * rows + row] = values[(first + row) * columns + column];
+  }
+
+  Vector log_det_of(int feature, int v) const {
+    return S::load(log_det.get() + (size_t)(call.is_by_feature ? feature : 0) * rows + v * S::lanes);
+  }
+
+  // Return the values of this transform, the derivatives of activations, and the gradients of both.
+  const T* value_of(int value) const { return values + chain.value(index, value) * rows; }
+  T* gradient_of(int value) { return gradients.get() + chain.gradient(index, value) * rows; }
+  const T* slopes_of(const OperationLayout& layout) const { return values + layout.slopes * rows; }
+  T* context_layer_gradient(const OperationLayout& layout) { return gradients.get() + layout.layer_gradient * rows; }
+
+  void differentiate_unconditional(const Transform& t) {
+    const OperationLayout& layout = chain.of(index, 0);
+    const GradientLayout& to = tensors.of(index, -1);
+    const T *scales = chain.weight(layout), *shifts = chain.bias(layout);
+    for (int f = 0; f < call.features; f++) {
+      const T scale = scales[f], shift = shifts[f];
+      Vector of_scale{}, of_shift{};
+      for (int v = 0; v < vectors; v++) {
+        T* at = features.get() + (size_t)f * rows + v * S::lanes;
+        const Vector x = S::load(value_of(0) + (size_t)f * rows + v * S::lanes);
+        Gradients<Vector> g{S::load(at), log_det_of(f, v)};
+        if (t.kind == TransformKind::normal) {
+          if (inverts) g.log_slope = -g.log_slope;
+          const Vector standard = (x - shift) / scale, change = g.log_slope * standard / scale;
+          S::store(at, g.value - change);
+          of_shift += change;
+          of_scale += change * standard - g.log_slope / scale;
+        } else {
+          const Vector result = inverts ? g.value / scale : g.value * scale;
+          if (inverts) g = {-result, -g.log_slope};
+          S::store(at, result);
+          of_shift += g.value;
+          of_scale += g.value * x + g.log_slope / scale;
+        }
+      }
+      if (to.has_any) {
+        add_to(sums + to.weight + (size_t)f * S::lanes, of_scale);
+        add_to(sums + to.bias + (size_t)f * S::lanes, of_shift);
+      }
+    }
+  }
+
+  static void add_to(T* at, Vector v) { S::store(at, S::load(at) + v); }
+
+  // Goes from the last step to the first. If the transform was inverted, this solves J^T v = g, as J is triangular: the terms
+  // that later features add to the gradient of a feature are known before it is needed.
+  void masked(const Transform& t) {
+    std::memset(gradient_of(0), 0, sizeof(T) * chain.units(t, 0) * rows);
+    const int length = chain.lengths[index];
+    for (int begin = (t.steps - 1) / length * length; begin >= 0; begin -= length) {
+      const int end = std::min(begin + length, t.steps);
+      for (int i = t.starts[begin]; i < t.starts[end]; i++) differentiate_feature(t, i);
+      backpropagate(t, begin, end);
+    }
+    if (!inverts && needs_features)
+      for (int i = 0; i < t.features; i++)
+        for (int v = 0; v < vectors; v++)
+          add_to(features.get() + (size_t)t.order[i] * rows + v * S::lanes,
+                 S::load(gradient_of(0) + (size_t)(t.context + i) * rows + v * S::lanes));
+    if (args.grad_context) add_context_gradients(t);
+    for (int j = 0; j < t.num_operations; j++)
+      if (tensors.of(index, j).has_any) add_weight_gradients(t, j);
+  }
+
+  void differentiate_feature(const Transform& t, int i) {
+    const size_t offset = (size_t)i * t.parameters * rows, input = (size_t)(t.context + i) * rows;
+    for (int v = 0; v < vectors; v++) {
+      T* at = features.get() + (size_t)t.order[i] * rows + v * S::lanes;
+      const Parameters<T> p{value_of(t.num_operations) + offset + v * S::lanes, rows};
+      T* to = gradient_of(t.num_operations) + offset + v * S::lanes;
+      const Vector x = S::load(value_of(0) + input + v * S::lanes);
+      Gradients<Vector> g{S::load(at), log_det_of(t.order[i], v)};
+      if (inverts) g.value += S::load(gradient_of(0) + input + v * S::lanes);
+      S::store(at, is_spline(t) ? Spline<T>(t, p, inverts, bins.get()).differentiate(x, g, to)
+                                : Affine<T>::differentiate(t, p, inverts, x, g, to));
+    }
+  }
+
+  // Computes the gradients of all units of steps [begin, end) from those of the units that read them.
+  void backpropagate(const Transform& t, int begin, int end) {
+    for (int j = t.num_operations - 1; j >= 0; j--) {
+      const Operation& o = t.operations[j];
+      const OperationLayout& layout = chain.of(index, j);
+      const int first = chain.ready(t, j + 1, begin - 1), last = chain.ready(t, j + 1, end - 1);
+      const size_t at = (size_t)first * rows, size = (size_t)(last - first) * rows;
+      T* g = gradient_of(j + 1) + at;
+      const T *slopes = slopes_of(layout) + at, *weights = chain.bias(layout) + first;
+      // Adds terms to the gradients of the same units of a value. Sets them if no later operation reads the value.
+      const auto propagate = [&](int value, bool adds, const auto& term) {
+        T* to = gradient_of(value) + at;
+        for (size_t i = 0; i < size; i += S::lanes)
+          S::store(to + i, term(i, S::load(g + i)) + (adds ? S::load(to + i) : Vector{}));
+      };
+      const auto unchanged = [](size_t, Vector g) { return g; };
+      switch (o.kind) {
+        case OperationKind::linear:
+          multiply_by_slopes(o.activation, value_of(j + 1) + at, slopes, g, size);
+          backpropagate_linear(t, j, begin, end);
+          break;
+        case OperationKind::activation:
+          multiply_by_slopes(o.activation, value_of(j + 1) + at, slopes, g, size);
+          propagate(o.source, layout.is_source_read_later, unchanged);
+          break;
+        case OperationKind::sum:
+          propagate(o.source, layout.is_source_read_later, unchanged);
+          propagate(o.other, layout.is_other_read_later, unchanged);
+          break;
+        case OperationKind::extrapolation:
+          propagate(o.source, layout.is_source_read_later,
+                    [&](size_t i, Vector g) { return g * (weights[i / rows] + T(1)); });
+          propagate(o.other, layout.is_other_read_later, [&](size_t i, Vector g) { return -g * weights[i / rows]; });
+          break;
+        case OperationKind::add_context: {
+          T* of_layer = context_layer_gradient(layout) + at;
+          std::memcpy(of_layer, g, sizeof(T) * size);
+          multiply_by_slopes(o.activation, slopes, slopes, of_layer, size);
+          propagate(o.source, layout.is_source_read_later, unchanged);
+          break;
+        }
+        case OperationKind::gate_context: {
+          T* of_layer = context_layer_gradient(layout) + at;
+          const T* value = value_of(o.source) + at;
+          for (size_t i = 0; i < size; i += S::lanes) S::store(of_layer + i, S::load(g + i) * S::load(value + i));
+          multiply_by_slopes(Activation::sigmoid, slopes, slopes, of_layer, size);
+          propagate(o.source, layout.is_source_read_later, [&](size_t i, Vector g) { return g * S::load(slopes + i); });
+        }
+      }
+    }
+  }
+
+  // Computes weight^T g for the inputs of steps [begin, end).
+  void backpropagate_linear(const Transform& t, int j, int begin, int end) {
+    const Operation& o = t.operations[j];
+    const OperationLayout& layout = chain.of(index, j);
+    int first = chain.ready(t, o.source, begin - 1), last = chain.ready(t, o.source, end - 1);
+    if (!o.source && !args.grad_context) first = std::max(first, t.context);
+    if (!o.source && !needs_features) last = std::min(last, t.context);
+    T* to = gradient_of(o.source) + (size_t)first * rows;
+    const int all = o.ready[t.steps - 1];
+    const bool adds = !o.source || layout.is_source_read_later;
+    multiply<T, vectors>(
+        Matrix<T>{chain.weight(layout), 1, layout.inputs}, first, last,
+        [&](int input, int) { return Range{chain.readers(layout, input), all}; }, gradient_of(j + 1), to,
+        [&](int unit, int v) { return adds ? S::load(to + (size_t)unit * rows + v * S::lanes) : Vector{}; },
+        [](int, Vector sum) { return sum; });
+  }
+
+  void add_context_gradients(const Transform& t) {
+    for (int i = 0; i < t.context; i++)
+      for (int v = 0; v < vectors; v++)
+        add_to(context_gradient.get() + (size_t)(t.input_rows[i] - t.context_start) * rows + v * S::lanes,
+               S::load(gradient_of(0) + (size_t)i * rows + v * S::lanes));
+    for (int j = 0; j < t.num_operations; j++) {
+      const Operation& o = t.operations[j];
+      if (o.weight < 0 || o.kind == OperationKind::linear) continue;
+      const OperationLayout& layout = chain.of(index, j);
+      const Range units{0, o.ready[t.steps - 1]};
+      T* to = context_gradient.get();
+      multiply<T, vectors>(
+          Matrix<T>{chain.weight(layout), 1, layout.inputs}, 0, layout.inputs, [&](int, int) { return units; },
+          context_layer_gradient(layout), to,
+          [&](int unit, int v) { return S::load(to + (size_t)unit * rows + v * S::lanes); },
+          [](int, Vector sum) { return sum; });
+    }
+  }
+
+  void add_weight_gradients(const Transform& t, int j) {
+    const Operation& o = t.operations[j];
+    const OperationLayout& layout = chain.of(index, j);
+    const GradientLayout& s = tensors.of(index, j);
+    const bool is_linear = o.kind == OperationKind::linear;
+    const T* g = is_linear ? gradient_of(j + 1) : context_layer_gradient(layout);
+    const T* in = is_linear ? value_of(o.source) : context.get();
+    transpose<T>(in, is_linear ? chain.ready(t, o.source, t.steps - 1) : layout.inputs, rows, transposed.get(), s.stride);
+    constexpr int count = sum_registers / 4;
+    const int all = o.ready[t.steps - 1];
+    for (int unit = 0; unit < all; unit += count) {
+      const int units = std::min(count, all - unit);
+      const int read = is_linear ? chain.reads(layout, unit + units - 1) : layout.inputs;
+      add_outer_product(g + (size_t)unit * rows, transposed.get(), units, read, rows, s.stride,
+                        sums + s.weight + (size_t)unit * s.stride);
+      for (int u = unit; u < unit + units; u++)
+        for (int v = 0; v < vectors; v++)
+          add_to(sums + s.bias + (size_t)u * S::lanes, S::load(g + (size_t)u * rows + v * S::lanes));
+    }
+  }
+};
+
+}  // namespace jacobiflow

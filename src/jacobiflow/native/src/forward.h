@@ -1,0 +1,292 @@
+// The forward pass of a chain on a tile of rows, in either direction of the transforms.
+#pragma once
+
+#include "tile.h"
+
+namespace jacobiflow {
+
+constexpr int block_steps = 32;
+
+// Computes tiles of `vectors` vectors of rows in one thread.
+template <typename T, int vectors>
+class ForwardTile {
+ public:
+  using S = Simd<T>;
+  using Vector = typename S::Vector;
+  static constexpr int rows = S::lanes * vectors;
+
+  // With `has_activations`, `run` gets memory for the values that the backward pass reads.
+  ForwardTile(const Chain<T>& chain, bool has_activations)
+      : chain(chain), call(chain.call), features((size_t)call.features * rows), copy((size_t)call.features * rows),
+        context((size_t)call.context_features * rows), bins(spline_memory<T>(call)) {
+    std::vector<size_t> sizes, partial_sizes;
+    for (int i = 0; i < call.count; i++) {
+      const Transform& t = call.transforms[i];
+      resize(sizes, 0, has_activations ? 0 : chain.units(t, 0));
+      for (int j = 0; j < t.num_operations; j++) {
+        const Operation& o = t.operations[j];
+        const bool is_elsewhere = has_activations && chain.is_stored(i, j + 1);
+        resize(sizes, j + 1, is_elsewhere ? 0 : o.is_kept ? o.units : chain.max_new_units(o, t.steps, chain.lengths[i]));
+        if (chain.inverts(t) && t.steps > block_steps && o.kind == OperationKind::linear)
+          resize(partial_sizes, j, chain.max_new_units(o, t.steps, block_steps));
+      }
+    }
+    for (size_t size : sizes) values.emplace_back(size * rows);
+    for (size_t size : partial_sizes) partials.emplace_back(size * rows);
+  }
+
+  // Computes rows [first, first + count), at most `rows`. Stores the values that the backward pass reads in `memory`
+  // (units, rows), unless it is null. Writes the results if the call has memory for them.
+  void run(int64_t first, int count, T* memory) {
+    const T *in = static_cast<const T*>(call.input), *contexts = static_cast<const T*>(call.context);
+    activations = memory;
+    for (int v = 0; v < vectors; v++) log_det[v] = rounding[v] = non_finite[v] = Vector{};
+    load_rows(in + first * call.in_stride, call.in_stride, call.features, count, rows, features.get());
+    for (int f = 0; f < call.features; f++) check_finite(features.get() + (size_t)f * rows);
+    if (!chain.shares_context)
+      load_rows(contexts + first * call.context_stride, call.context_stride, call.context_features, count, rows,
+                context.get());
+    for (int i = 0; i < call.count; i++) {
+      index = call.is_inverse ? call.count - 1 - i : i;
+      inverts = chain.inverts(call.transforms[index]);
+      transform(call.transforms[index]);
+    }
+    if (call.out) write(first, count);
+  }
+
+ private:
+  const Chain<T>& chain;
+  const ChainArgs& call;
+  Buffer<T> features, copy, context, bins;
+  std::vector<Buffer<T>> values, partials;
+  Vector log_det[vectors], rounding[vectors];
+  Vector non_finite[vectors];  // NaN in lanes of rows that were not finite, else 0
+  T* activations = nullptr;    // the values that the backward pass reads, or null
+  int index = 0;               // index of the current transform
+  bool inverts = false;
+
+  static void resize(std::vector<size_t>& all, size_t position, size_t size) {
+    if (all.size() <= position) all.resize(position + 1);
+    all[position] = std::max(all[position], size);
+  }
+
+  void check_finite(const T* values) {
+    for (int v = 0; v < vectors; v++) non_finite[v] += S::load(values + v * S::lanes) * T(0);
+  }
+
+  void write(int64_t first, int count) {
+    for (int f = 0; f < call.features; f++) check_finite(features.get() + (size_t)f * rows);
+    store_rows(features.get(), call.features, count, rows, static_cast<T*>(call.out) + first * call.features);
+    for (int v = 0; v < vectors; v++) non_finite[v] += log_det[v] * T(0);
+    for (int row = 0; row < count; row++) {
+      const int v = row / S::lanes, lane = row % S::lanes;
+      call.failed[first + row] = !(non_finite[v][lane] == 0);
+      if (call.log_det && !call.is_by_feature) static_cast<T*>(call.log_det)[first + row] = log_det[v][lane];
+    }
+    if (call.is_by_feature)
+      store_rows(copy.get(), call.features, count, rows, static_cast<T*>(call.log_det) + first * call.features);
+  }
+
+  void transform(const Transform& t) {
+    if (t.kind == TransformKind::permutation)
+      permute(t, inverts, rows, features.get(), copy.get());
+    else if (!t.num_operations)
+      transform_unconditional(t);
+    else
+      masked(t);
+  }
+
+  // Adds to the log-determinant by Kahan's method, because sums over many features lose digits.
+  void add(int v, Vector change) {
+    const Vector term = change - rounding[v], total = log_det[v] + term;
+    rounding[v] = (total - log_det[v]) - term;
+    log_det[v] = total;
+  }
+
+  // Computes y = scale x + shift; or y = x, and adds the log-density of a normal distribution to the log-determinant.
+  void transform_unconditional(const Transform& t) {
+    const OperationLayout& layout = chain.of(index, 0);
+    const T *scales = chain.weight(layout), *shifts = chain.bias(layout);
+    for (int f = 0; f < call.features; f++) {
+      const T scale = scales[f], shift = shifts[f];
+      T* at = features.get() + (size_t)f * rows;
+      const Vector log_scale = S::log(S::abs(S::broadcast(scale)));
+      for (int v = 0; v < vectors; v++, at += S::lanes) {
+        const Vector in = S::load(at), standard = (in - shift) / scale;
+        Vector x = in, out = inverts ? standard : in * scale + shift, change = log_scale;
+        if (t.kind == TransformKind::normal) {
+          out = in, change = standard * standard * T(-0.5) - log_scale - T(0.91893853320467274178);
+        } else if (inverts) {
+          x = out;
+        }
+        if (activations) S::store(activations + (chain.inputs[index] + f) * rows + v * S::lanes, x);
+        S::store(at, out);
+        add(v, inverts ? -change : change);
+      }
+    }
+  }
+
+  // Returns the units of a value of this transform: all of them, or those of the current steps.
+  T* units_of(int value) {
+    return has_stored(value) ? activations + chain.value(index, value) * rows : values[value].get();
+  }
+
+  bool has_stored(int value) const { return activations && chain.is_stored(index, value); }
+  bool has_all_units(const Transform& t, int value) const {
+    return has_stored(value) || !value || t.operations[value - 1].is_kept;
+  }
+
+  void set_context(const Transform& t) {
+    if (t.context && !chain.shares_context)
+      for (int i = 0; i < t.context; i++)
+        std::memcpy(units_of(0) + (size_t)i * rows, context.get() + (size_t)(t.input_rows[i] - t.context_start) * rows,
+                    sizeof(T) * rows);
+  }
+
+  // Computes some steps together, or step by step if the transform is inverted. Every `block_steps` steps of an inverse, one
+  // matrix product adds what all earlier features contribute to later units.
+  void masked(const Transform& t) {
+    set_context(t);
+    for (int i = 0; i < t.features && !inverts; i++)
+      std::memcpy(units_of(0) + (size_t)(t.context + i) * rows, features.get() + (size_t)t.order[i] * rows,
+                  sizeof(T) * rows);
+    const int length = chain.lengths[index];
+    for (int step = 0, begin = 0; step < t.steps; step += length) {
+      const int end = std::min(step + length, t.steps);
+      if (inverts && step && step % block_steps == 0) {
+        begin = step;
+        start_sums(t, begin, std::min(begin + block_steps, t.steps));
+      }
+      compute_units(t, step, end, begin);
+      for (int i = t.starts[step]; i < t.starts[end]; i++) transform_feature(t, i, t.starts[step]);
+    }
+  }
+
+  Matrix<T> matrix(const OperationLayout& layout) const { return {chain.weight(layout), layout.inputs, 1}; }
+
+  // Starts the sums of the units of steps [begin, end) with all inputs of earlier steps.
+  void start_sums(const Transform& t, int begin, int end) {
+    for (int j = 0; j < t.num_operations; j++) {
+      const Operation& o = t.operations[j];
+      if (o.kind != OperationKind::linear) continue;
+      const OperationLayout& layout = chain.of(index, j);
+      const int first = chain.ready(t, j + 1, begin - 1), last = chain.ready(t, j + 1, end - 1);
+      const T* bias = chain.bias(layout) + first;
+      const Range inputs{chain.first_input(t, o), chain.ready(t, o.source, begin - 1)};
+      multiply<T, vectors>(matrix(layout), first, last, [&](int, int) { return inputs; }, units_of(o.source),
+                           partials[j].get(), [&](int unit, int) { return S::broadcast(bias[unit]); },
+                           [](int, Vector sum) { return sum; });
+    }
+  }
+
+  // Computes the units of all values in steps [step, end). If `begin` is not 0, sums start from those of `start_sums`.
+  void compute_units(const Transform& t, int step, int end, int begin) {
+    for (int j = 0; j < t.num_operations; j++) {
+      const Operation& o = t.operations[j];
+      const OperationLayout& layout = chain.of(index, j);
+      const int first = chain.ready(t, j + 1, step - 1), last = chain.ready(t, j + 1, end - 1);
+      if (first == last) continue;
+      const auto new_units = [&](int value) {
+        return units_of(value) + (has_all_units(t, value) ? (size_t)first * rows : 0);
+      };
+      T* out = new_units(j + 1);
+      T* slopes = activations ? activations + (layout.slopes + first) * rows : nullptr;
+      const size_t size = (size_t)(last - first) * rows;
+      switch (o.kind) {
+        case OperationKind::linear:
+          linear(t, j, first, last, begin, out);
+          if (!is_curved(o)) continue;
+          activate(o, out, out, needs_slopes(o.activation) ? slopes : nullptr, size);
+          break;
+        case OperationKind::activation:
+          activate(o, new_units(o.source), out, needs_slopes(o.activation) ? slopes : nullptr, size);
+          break;
+        case OperationKind::sum: {
+          const T *in = new_units(o.source), *other = new_units(o.other);
+          for (size_t i = 0; i < size; i += S::lanes) S::store(out + i, S::load(other + i) + S::load(in + i));
+          break;
+        }
+        case OperationKind::extrapolation: {  // value + w (value - other), with a w for each unit
+          const T *weights = chain.bias(layout) + first, *in = new_units(o.source), *other = new_units(o.other);
+          for (size_t i = 0; i < size; i += S::lanes) {
+            const Vector a = S::load(in + i), b = S::load(other + i);
+            S::store(out + i, a + (a - b) * weights[i / rows]);
+          }
+          break;
+        }
+        default: use_context(o, layout, first, last, new_units(o.source), out, slopes);
+      }
+      if (o.is_kept)
+        for (size_t i = 0; i < size; i += rows) check_finite(out + i);
+    }
+  }
+
+  static bool is_curved(const Operation& o) {
+    return o.activation != Activation::identity && o.activation != Activation::relu;
+  }
+
+  // Computes the sums of a layer, and their ReLU if it has one.
+  void linear(const Transform& t, int j, int first, int last, int begin, T* out) {
+    const Operation& o = t.operations[j];
+    const OperationLayout& layout = chain.of(index, j);
+    const T *bias = chain.bias(layout) + first, *sums = begin ? partials[j].get() : nullptr;
+    const int from = begin ? chain.ready(t, o.source, begin - 1) : chain.first_input(t, o);
+    const size_t skipped = begin ? first - chain.ready(t, j + 1, begin - 1) : 0;
+    multiply<T, vectors>(
+        matrix(layout), first, last, [&](int, int unit) { return Range{from, chain.reads(layout, unit)}; },
+        units_of(o.source), out,
+        [&](int unit, int v) {
+          return sums ? S::load(sums + (skipped + unit) * rows + v * S::lanes) : S::broadcast(bias[unit]);
+        },
+        [&](int v, Vector sum) {
+          if (is_curved(o)) return sum;
+          if (o.activation == Activation::relu) sum = S::max(sum, 0);
+          if (o.is_kept) non_finite[v] += sum * T(0);
+          return sum;
+        });
+  }
+
+  // Adds activation(layer(context)) to a value, or multiplies the value by the layer's sigmoid. Writes the derivatives of the
+  // activation to `slopes`, or its values if these give the derivatives.
+  void use_context(const Operation& o, const OperationLayout& layout, int first, int last, const T* in, T* out, T* slopes) {
+    const bool is_gate = o.kind == OperationKind::gate_context;
+    const T* bias = chain.bias(layout) + first;
+    const Range inputs{0, chain.shares_context ? 0 : layout.inputs};
+    multiply<T, vectors>(matrix(layout), first, last, [&](int, int) { return inputs; }, context.get(), out,
+                         [&](int unit, int) { return S::broadcast(bias[unit]); }, [](int, Vector sum) { return sum; });
+    const size_t size = (size_t)(last - first) * rows;
+    Operation curve = o;
+    if (is_gate) curve.activation = Activation::sigmoid;
+    activate(curve, out, out, needs_slopes(curve.activation) ? slopes : nullptr, size);
+    for (size_t i = 0; i < size; i += S::lanes) {
+      const Vector value = S::load(in + i), change = S::load(out + i);
+      if (slopes && curve.activation != Activation::identity && !needs_slopes(curve.activation)) S::store(slopes + i, change);
+      S::store(out + i, is_gate ? value * change : value + change);
+    }
+  }
+
+  // Transforms the i-th feature in the order of the steps. Without stored activations, the first parameters are those of the
+  // feature `first`.
+  void transform_feature(const Transform& t, int i, int first) {
+    const T* parameters = units_of(t.num_operations) + (size_t)(i - (activations ? 0 : first)) * t.parameters * rows;
+    const size_t feature = (size_t)t.order[i] * rows;
+    for (int v = 0; v < vectors; v++) {
+      T* at = features.get() + feature + v * S::lanes;
+      const Parameters<T> p{parameters + v * S::lanes, rows};
+      Vector change{};
+      const Vector in = S::load(at), out = is_spline(t) ? Spline<T>(t, p, inverts, bins.get())
+                                                        .apply(in, call.log_det, change, non_finite[v])
+                                                  : Affine<T>::apply(t, p, inverts, in, change);
+      S::store(at, out);
+      if (inverts) change = -change;
+      add(v, change);
+      if (call.is_by_feature) S::store(copy.get() + feature + v * S::lanes, change);
+      if (inverts) {
+        S::store(units_of(0) + (size_t)(t.context + i) * rows + v * S::lanes, out);
+        non_finite[v] += out * T(0);
+      }
+    }
+  }
+};
+
+}  // namespace jacobiflow

@@ -1,0 +1,146 @@
+// Matrix products for tiles: values are (units, rows), and a row is a vector lane.
+#pragma once
+
+#include <algorithm>
+#include <utility>
+
+#include "threads.h"
+#include "vector_math.h"
+
+namespace jacobiflow {
+
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int sum_registers = 24;  // of 32, for sums
+#else
+constexpr int sum_registers = 12;  // of 16
+#endif
+
+// Entry (i, k) of a matrix is entries[i * row_stride + k * column_stride].
+template <typename T>
+struct Matrix {
+  const T* entries;
+  int row_stride, column_stride;
+};
+
+// Adds the products of `count` rows of a matrix with inputs [from, to). With few sums the processor would wait for each
+// addition, so inputs are added in several independent sums.
+template <typename T, int count, int vectors>
+void add_products(Matrix<T> m, const T* in, int from, int to, typename Simd<T>::Vector (&sums)[count][vectors]) {
+  using S = Simd<T>;
+  constexpr int rows = S::lanes * vectors, unroll = count * vectors >= 8 ? 1 : count * vectors >= 4 ? 2 : 4;
+  typename S::Vector others[unroll][count][vectors] = {};
+  int k = from;
+  for (; k + unroll <= to; k += unroll)
+    for (int part = 0; part < unroll; part++) {
+      const T *x = in + (size_t)(k + part) * rows, *entries = m.entries + (size_t)(k + part) * m.column_stride;
+      for (int v = 0; v < vectors; v++) {
+        const typename S::Vector values = S::load(x + v * S::lanes);
+        for (int u = 0; u < count; u++) (part ? others[part] : sums)[u][v] += values * entries[(size_t)u * m.row_stride];
+      }
+    }
+  for (; k < to; k++)
+    for (int v = 0; v < vectors; v++)
+      for (int u = 0; u < count; u++)
+        sums[u][v] += S::load(in + (size_t)k * rows + v * S::lanes) *
+                      m.entries[(size_t)u * m.row_stride + (size_t)k * m.column_stride];
+  for (int part = 1; part < unroll; part++)
+    for (int u = 0; u < count; u++)
+      for (int v = 0; v < vectors; v++) sums[u][v] += others[part][u][v];
+}
+
+constexpr int max_units = 8;  // computed together
+
+// Computes units [first, last) as finish(vector, start(unit - first, vector) + products with inputs), and writes unit `first`
+// to the start of `out`. inputs(first, last) returns the range of inputs for units from `first` to `last`.
+template <typename T, int vectors, typename Inputs, typename Start, typename Finish,
+          int count = std::min(sum_registers / vectors, max_units)>
+void multiply(Matrix<T> m, int first, int last, const Inputs& inputs, const T* in, T* out, const Start& start,
+              const Finish& finish, int unit = -1) {
+  using S = Simd<T>;
+  if (unit < 0) unit = first;
+  for (; unit + count <= last; unit += count) {
+    typename S::Vector sums[count][vectors];
+    for (int u = 0; u < count; u++)
+      for (int v = 0; v < vectors; v++) sums[u][v] = start(unit + u - first, v);
+    const Range range = inputs(unit, unit + count - 1);
+    const Matrix<T> block{m.entries + (size_t)unit * m.row_stride, m.row_stride, m.column_stride};
+    add_products<T>(block, in, range.first, range.last, sums);
+    for (int u = 0; u < count; u++)
+      for (int v = 0; v < vectors; v++)
+        S::store(out + ((size_t)(unit + u - first) * vectors + v) * S::lanes, finish(v, sums[u][v]));
+  }
+  if constexpr (count > 1)
+    if (unit < last)
+      multiply<T, vectors, Inputs, Start, Finish, count - 1>(m, first, last, inputs, in, out, start, finish, unit);
+}
+
+// Exchanges lanes between `a` and `b`: those of `a` whose index has the bit `step`, and those of `b` whose index lacks it.
+template <int step, typename Vector, int... i>
+void exchange_lanes(Vector& a, Vector& b, std::integer_sequence<int, i...>) {
+  constexpr int count = sizeof...(i);
+  const Vector low = a, high = b;
+  a = __builtin_shufflevector(low, high, (i & step ? count + i - step : i)...);
+  b = __builtin_shufflevector(low, high, (i & step ? count + i : i + step)...);
+}
+
+// Transposes a square of vectors.
+template <typename T, int step = 1>
+void transpose(typename Simd<T>::Vector (&v)[Simd<T>::lanes]) {
+  constexpr int count = Simd<T>::lanes;
+  for (int k = 0; k < count; k++)
+    if (!(k & step)) exchange_lanes<step>(v[k], v[k + step], std::make_integer_sequence<int, count>());
+  if constexpr (2 * step < count) transpose<T, 2 * step>(v);
+}
+
+// Copies values (units, rows) to (rows, stride), whose columns from `units` on are 0; both sizes are whole vectors.
+template <typename T>
+void transpose(const T* from, int units, int rows, T* to, int stride) {
+  using S = Simd<T>;
+  for (int unit = 0; unit < stride; unit += S::lanes)
+    for (int row = 0; row < rows; row += S::lanes) {
+      typename S::Vector block[S::lanes];
+      for (int i = 0; i < S::lanes; i++)
+        block[i] = unit + i < units ? S::load(from + (size_t)(unit + i) * rows + row) : typename S::Vector{};
+      transpose<T>(block);
+      for (int i = 0; i < S::lanes; i++) S::store(to + (size_t)(row + i) * stride + unit, block[i]);
+    }
+}
+
+// Adds g x (units, columns of x) for g (units, rows) and x (rows, stride) to sums (units, stride).
+template <typename T, int vectors>
+void add_outer_product(const T* g, const T* x, int units, int rows, int stride, T* sums) {
+  using S = Simd<T>;
+  constexpr int count = sum_registers / 4;
+  typename S::Vector s[count][vectors];
+  const T* of[count];
+  for (int u = 0; u < count; u++) {
+    of[u] = g + (size_t)std::min(u, units - 1) * rows;  // the last one again, for sums that are not written
+    for (int v = 0; v < vectors; v++) s[u][v] = S::load(sums + (size_t)std::min(u, units - 1) * stride + v * S::lanes);
+  }
+  for (int row = 0; row < rows; row++) {
+    typename S::Vector values[vectors];
+    for (int v = 0; v < vectors; v++) values[v] = S::load(x + (size_t)row * stride + v * S::lanes);
+    for (int u = 0; u < count; u++)
+      for (int v = 0; v < vectors; v++) s[u][v] += values[v] * of[u][row];
+  }
+  for (int u = 0; u < std::min(count, units); u++)
+    for (int v = 0; v < vectors; v++) S::store(sums + (size_t)u * stride + v * S::lanes, s[u][v]);
+}
+
+// Does the same for the first `columns` columns, 4 vectors at a time.
+template <typename T>
+void add_outer_product(const T* g, const T* x, int units, int columns, int rows, int stride, T* sums) {
+  constexpr int width = 4 * Simd<T>::lanes;
+  for (int column = 0; column < columns; column += width) {
+    const T* from = x + column;
+    T* to = sums + column;
+    switch ((std::min(columns - column, width) + Simd<T>::lanes - 1) / Simd<T>::lanes) {
+      case 1: add_outer_product<T, 1>(g, from, units, rows, stride, to); break;
+      case 2: add_outer_product<T, 2>(g, from, units, rows, stride, to); break;
+      case 3: add_outer_product<T, 3>(g, from, units, rows, stride, to); break;
+      default: add_outer_product<T, 4>(g, from, units, rows, stride, to);
+    }
+  }
+}
+
+}  // namespace jacobiflow
