@@ -176,26 +176,3 @@ def test_a_model_folder_keeps_the_shape(tmp_path: Path) -> None:
         assert loaded.config == flow.config
         assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), flow.parameters(), strict=True))
         assert "jf.sample(flow, 8" in (tmp_path / name / "README.md").read_text()
-
-
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        ({"orders": ((0, 1, 1, 2, 3),)}, "give each of 0 to 4 once"),
-        ({"orders": ((1, 0),)}, "indices of 5 tokens"),
-        ({"orders": ("back",)}, "'identity' or 'flip'"),
-        ({"channels": (8, 8, 8)}, "one for each of 2 blocks"),
-        ({"num_classes": 2, "context_channels": 2}, "either classes or numbers"),
-        ({"orders": ()}, r"orders=\(\): give one or more"),
-        ({"orders": ((0, "a", 2, 3, 4),)}, "give each of 0 to 4 once"),
-        ({"orders": ("flip", None)}, 'order=None.*: give "identity", "flip" or a tuple of indices'),
-        ({"layers_per_block": 10**6}, "2,000,000 layers in 2 blocks: the limit is 1,024; give fewer"),
-        ({"layers_per_block": (1, 10**6)}, "1,000,001 layers in 2 blocks"),
-        ({"num_blocks": 2000}, "2,000 layers in 2,000 blocks"),
-    ],
-)
-def test_a_config_that_cannot_be_is_named(change: dict[str, Any], words: str) -> None:
-    with pytest.raises(jf.InputError, match=words):
-        jf.TokenConfig(
-            **{"num_tokens": 5, "token_channels": 2, "channels": 64, "num_blocks": 2, "layers_per_block": 1} | change
-        )

@@ -105,10 +105,10 @@ def info(
 def _check(path: str) -> dict[str, Any]:
     """Prints the problems of a folder."""
     from jacobiflow import training
-    from jacobiflow.models.checkpoints.folder import CONFIG, WEIGHTS, bundled
+    from jacobiflow.models.checkpoints.folder import CONFIG, WEIGHTS, list_bundled
     from jacobiflow.utils.files import MANIFEST
 
-    folder = bundled().get(path, Path(path))
+    folder = list_bundled().get(path, Path(path))
     kinds = {
         "a model": ((CONFIG, WEIGHTS), _model_problems),
         "samples": ((MANIFEST,), lambda path: jf.SampleFolder.open(path).problems()),

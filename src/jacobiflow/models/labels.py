@@ -28,10 +28,10 @@ def convert_labels(labels: Any, num: int) -> Int[Tensor, " n"]:
     give, tensor = "a class, or a tensor or list (N,) of classes, whole numbers", labels
     if isinstance(labels, Tensor | np.ndarray):
         check_kind("labels", labels, Tensor | np.ndarray, give)
-        check_count("number of labels", math.prod(labels.shape), 0, MAX_SAMPLES)  # before they are copied
+        check_count("number of labels", math.prod(labels.shape), 0, MAX_SAMPLES)
     if not isinstance(labels, Tensor):
         try:
-            tensor = torch.as_tensor(np.array(labels))  # copied: arrays may be read-only or have negative strides
+            tensor = torch.as_tensor(np.array(labels))  # Arrays may be read-only or have negative strides.
         except (TypeError, ValueError) as error:
             raise InputTypeError(f"labels={format_value(labels)}: give {give}") from error
         tensor = tensor if tensor.ndim else tensor.repeat(num)

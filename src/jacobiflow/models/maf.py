@@ -37,7 +37,7 @@ from jacobiflow.native import usable_library
 from jacobiflow.native.boundary import UnsupportedError
 from jacobiflow.utils.checks import check_number
 
-_MIN_SPREAD = 1e-3
+_MIN_STD = 1e-3
 """Activation normalisation leaves the scale of an entry with a smaller standard deviation over the first batch."""
 
 
@@ -111,7 +111,7 @@ class MAFBlock(FlowBlock):
         self.permutation = permutation
         tokens = np.arange(self.num_tokens)
         units = np.arange(self.hidden_features) * (self.num_tokens - 1) // self.hidden_features
-        entries = (tokens - 1).repeat(2)  # entry t reads what a unit of token t - 1 may
+        entries = (tokens - 1).repeat(2)  # Entry t sees what a unit of degree t - 1 sees.
         degrees = [tokens, *[units] * config.hidden_layers, entries]
         self.layers = nn.ModuleList(  # type: ignore[assignment]
             MaskedLinear(seen, by, config.num_classes) for seen, by in pairwise(degrees)
@@ -121,7 +121,7 @@ class MAFBlock(FlowBlock):
 
     def masked_layers(self, labels: Int[Tensor, " b"] | None = None) -> tuple[MaskedLayer, ...]:
         """Returns the masked layers, first to last, for rows of these labels."""
-        return tuple(MaskedLayer(layer.masked_weight(), layer.offset(labels)) for layer in self.layers)
+        return tuple(MaskedLayer(layer.apply_mask(layer.weight), layer.offset(labels)) for layer in self.layers)
 
     def affine_whole(self, x: Tokens, context: Context = NO_CONTEXT) -> ScaleShift:
         return run_masked_layers(x, self.masked_layers(context.values))
@@ -153,7 +153,7 @@ class MAFBlock(FlowBlock):
         return split_outputs(out, x.dtype)
 
     def row_bytes(self) -> int:
-        # Tokens, hidden units, offsets of all layers, and the outputs.
+        # These are tokens, hidden units, offsets of all layers, and the outputs.
         values = 2 * (len(self.layers) - 1) * self.hidden_features + 6 * self.num_tokens
         return values * self.layers[0].weight.element_size()
 
@@ -198,26 +198,26 @@ class MAFBlock(FlowBlock):
             offset = tensors[2 * i + 1].unsqueeze(0)
             if classes is not None:
                 offset = offset + F.linear(classes, tensors[2 * len(self.layers) + i])
-            layers.append(MaskedLayer(layer.masked(tensors[2 * i]), offset))
+            layers.append(MaskedLayer(layer.apply_mask(tensors[2 * i]), offset))
         log_scale, shift = (part.squeeze(-1) for part in run_masked_layers(x.unsqueeze(-1), layers))
         return (x - shift) * torch.exp(-log_scale), -log_scale.sum(dim=1)
 
     def output_weights(self) -> tuple[Float[Tensor, "t h"], Float[Tensor, "t h"]]:
-        weight = self.layers[-1].masked_weight().detach()
+        weight = self.layers[-1].apply_mask(self.layers[-1].weight).detach()
         return weight[0::2], weight[1::2]
 
     @torch.no_grad()
-    def normalize_outputs(self, x: Tokens, labels: Int[Tensor, " b"] | None) -> None:
+    def normalize_outputs(self, x: Tokens, context: Context) -> None:
         """Sets the output biases so that every entry of z has mean 0 and standard deviation 1 over the rows of `x`.
 
         This is activation normalisation (Glow, arXiv 1807.03039). An entry that hardly varies keeps its scale.
         """
-        log_scale, shift = self(x, labels)
+        log_scale, shift = self(x, context)
         inverse = torch.exp(-log_scale)
-        moved = (inverse * (x - shift)).mean(dim=0) / inverse.mean(dim=0)
-        spread = (inverse * (x - shift - moved)).std(dim=0, correction=0)
-        grown = torch.where(spread > _MIN_SPREAD, spread, 1).log()
-        self.layers[-1].bias.add_(torch.stack((grown, moved), dim=1).flatten())
+        added_shift = (inverse * (x - shift)).mean(dim=0) / inverse.mean(dim=0)
+        std = (inverse * (x - shift - added_shift)).std(dim=0, correction=0)
+        added_log_scale = torch.where(std > _MIN_STD, std, 1).log()
+        self.layers[-1].bias.add_(torch.stack((added_log_scale, added_shift), dim=1).flatten())
 
 
 @register_flow
@@ -244,7 +244,7 @@ class MAF(Flow):
     def config_from_options(
         cls, *, in_channels: int, image_size: int, num_classes: int, channels: int, blocks: int, layers: int
     ) -> MAFConfig:
-        """Makes a config; `channels` and `layers` are of the hidden layers."""
+        """Makes a config; `channels` is the width and `layers` the number of the hidden layers."""
         return MAFConfig(in_channels, image_size, channels, blocks, layers, num_classes)
 
     def to_tokens(self, images: Images) -> Tokens:
@@ -271,9 +271,8 @@ class MAF(Flow):
 
     @torch.no_grad()
     def initialize(self, images: Images, labels: Int[Tensor, " n"] | None = None) -> None:
-        def normalize(i: int, x: Tensor) -> ScaleShift:
-            self.blocks[i].normalize_outputs(x, labels)
-            return self.blocks[i](x, labels)
-
-        for _ in self.encode_steps(self.to_tokens(images), parameters=normalize):
-            pass
+        x, context = self.to_tokens(images), Context(labels)
+        for block in self.blocks:
+            x = block.permutation(x)
+            block.normalize_outputs(x, context)
+            x = block.permutation.inverse(block.encode(x, context)[0])

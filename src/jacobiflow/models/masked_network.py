@@ -38,11 +38,7 @@ class MaskedLinear(nn.Module):
         classes = embed_classes(self.class_embed, labels)
         return self.bias.unsqueeze(0) if classes is None else self.bias + classes
 
-    def masked_weight(self) -> Float[Tensor, "o i"]:
-        """Returns the weight times the mask."""
-        return self.masked(self.weight)
-
-    def masked(self, weight: Float[Tensor, "o i"]) -> Float[Tensor, "o i"]:
+    def apply_mask(self, weight: Float[Tensor, "o i"]) -> Float[Tensor, "o i"]:
         """Returns a weight times the mask."""
         inputs, outputs = (torch.from_numpy(d).to(weight.device) for d in (self.in_degrees, self.out_degrees))
         return weight.masked_fill(outputs.unsqueeze(1) < inputs, 0)

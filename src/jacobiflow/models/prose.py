@@ -207,7 +207,7 @@ class Prose(Flow):
             expansion=hidden // channels,
             adaptive=adaptive,
             lookahead="blocks.0.proj_cond.2.weight" in state,
-            orders=tuple(orders) if isinstance(orders, list) else orders,  # type: ignore[arg-type]  # which is checked
+            orders=tuple(orders) if isinstance(orders, list) else orders,  # type: ignore[arg-type]
         )
         state["var"] = torch.ones(0, token_channels)
         return build(cls, config, state, str(path))

@@ -42,7 +42,8 @@ def load(name: str | Path, device: str | torch.device = "cpu", dtype: torch.dtyp
     Args:
         name: A bundled model's name, else a local folder, else a hub id "owner/name". For a folder that has the name of
             a bundled model write "./name", or give a `Path`.
-        dtype: By default as stored, with float16 and bfloat16 widened to float32.
+        device: The device of the weights.
+        dtype: The dtype of the weights; by default as stored, with float16 and bfloat16 widened to float32.
 
     Raises:
         CheckpointError: If there is no such model, or its files do not fit each other.

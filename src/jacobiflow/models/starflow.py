@@ -56,7 +56,7 @@ class STARFlowConfig(PatchConfig):
         head_dim: Channels of an attention head; divides `channels`, and is 20 or a larger multiple of 4.
         expansion: Hidden units of a layer's perceptron, in multiples of `channels`.
         soft_clip: The bound c of c tanh(a / c), for the outputs a of a transformer.
-        noise_std: Gaussian noise of the training images.
+        noise_std: Standard deviation of the training images' Gaussian noise.
 
     Example:
         >>> jf.STARFlowConfig().num_tokens, jf.STARFlowConfig().of_block(5)
@@ -144,9 +144,9 @@ class STARFlowBlock(TransformerBlock):
     def _rotation(self) -> Rotation:
         """Returns the rotations of the prefix and of the tokens. Token t uses the rotary position of t + 1."""
         side, weight = math.isqrt(self.num_tokens), self.proj_in.weight
-        place = torch.arange(self.num_tokens, dtype=torch.float64)
+        token = torch.arange(self.num_tokens, dtype=torch.float64)
+        rows, columns = (F.pad(axis, (self.text_length, 1)) for axis in ((token / side).floor(), token % side))
         text = torch.arange(self.text_length, dtype=torch.float64) * side / max(self.text_length, 1)
-        rows, columns = (F.pad(axis, (self.text_length, 1)) for axis in ((place / side).floor(), place % side))
         texts = F.pad(text, (0, self.num_tokens + 1))
         pairs = self.head_dim // 4 - _TEXT_PAIRS // 2
         angles = torch.cat((_angles(rows, pairs), _angles(columns, pairs), _angles(texts, _TEXT_PAIRS)), dim=1)
@@ -232,7 +232,7 @@ class STARFlow(Flow):
         config = cls.infer_config(state, str(path)) if config is None else config
         cls.check_config(config)
         state = {name: tensor for name, tensor in state.items() if name.partition(".")[0] not in _UNUSED_MODULES}
-        states = torch.zeros(1, 0, config.text_channels) if encode_text is None else _encode(encode_text, [""])
+        states = torch.zeros(1, 0, config.text_channels) if encode_text is None else _call_encoder(encode_text, [""])
         state[f"blocks.{config.num_blocks - 1}.null_text"] = _pad_states("encode_text", states, config)[0]
         flow = build(cls, config, state, str(path))
         flow.encode_text = encode_text
@@ -243,7 +243,7 @@ class STARFlow(Flow):
 
     @staticmethod
     def infer_config(state: Mapping[str, Tensor], source: str, patch_size: int = 1) -> STARFlowConfig:
-        """Reads the config from shapes; what they do not tell is as in the released weights.
+        """Reads the config from shapes, and takes from the released weights what shapes do not tell.
 
         A CheckpointError begins with `source`.
         """
@@ -253,16 +253,15 @@ class STARFlow(Flow):
         _, text_channels = shapes.shape(f"blocks.{len(sizes.layers) - 1}.proj_txt.weight", 2)
         if token_channels % patch_size**2:
             raise CheckpointError(f"{source}: patch_size={patch_size}: its square must divide {token_channels} values")
-        positions = "feat_rope.freqs_cos"  # It has a row for each text token and each image token.
+        rotary = "feat_rope.freqs_cos"  # It has a row for each text token and each image token.
+        text_tokens = shapes.shape(rotary, 2)[0] - num_tokens if rotary in state else STARFlowConfig.text_tokens
         return STARFlowConfig(
             in_channels=token_channels // patch_size**2,
             image_size=math.isqrt(num_tokens) * patch_size,
             patch_size=patch_size,
             channels=sizes.channels,
             layers_per_block=sizes.layers,
-            text_tokens=shapes.shape(positions, 2)[0] - num_tokens
-            if positions in state
-            else STARFlowConfig.text_tokens,
+            text_tokens=text_tokens,
             text_channels=text_channels,
             expansion=sizes.expansion,
         )
@@ -295,7 +294,7 @@ class STARFlow(Flow):
         if isinstance(context, str):
             context = [context] * num
         if not isinstance(context, Tensor):
-            context = self._encode(context)
+            context = self._encode_prompts(context)
         states = _pad_states("context", context, self.config)
         if len(states) != num:
             raise InputValueError(f"context of {len(states)} texts: give {num}, one for each sample")
@@ -315,7 +314,7 @@ class STARFlow(Flow):
                 "or set flow.blocks[-1].null_text"
             )
 
-    def _encode(self, prompts: Any) -> Tensor:
+    def _encode_prompts(self, prompts: Any) -> Float[Tensor, "n l k"]:
         if not isinstance(prompts, Sequence) or not all(isinstance(prompt, str) for prompt in prompts):
             raise InputTypeError(f"context={format_value(prompts)}: give prompts, or the states of texts as a tensor")
         if self.encode_text is None:
@@ -324,14 +323,14 @@ class STARFlow(Flow):
                 "prompts that returns their states"
             )
         unique = list(dict.fromkeys(prompts))
-        states = _encode(self.encode_text, unique)
+        states = _call_encoder(self.encode_text, unique)
         if len(unique) == 1:
             return states.expand(len(prompts), -1, -1)
-        places = {prompt: place for place, prompt in enumerate(unique)}
-        return states[[places[prompt] for prompt in prompts]]
+        rows = {prompt: row for row, prompt in enumerate(unique)}
+        return states[[rows[prompt] for prompt in prompts]]
 
 
-def _encode(encode_text: EncodeText, prompts: list[str]) -> Float[Tensor, "n l k"]:
+def _call_encoder(encode_text: EncodeText, prompts: list[str]) -> Float[Tensor, "n l k"]:
     """Calls a text encoder, and checks its result."""
     states = encode_text(prompts)
     check_floating("result of encode_text", states, (len(prompts), "L", "K"))

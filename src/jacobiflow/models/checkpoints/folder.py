@@ -60,7 +60,7 @@ class ModelFolder:
     @classmethod
     def open(cls, name: str | Path, **hub: Any) -> ModelFolder:
         """Reads the config of a bundled model, a local folder, or a hub id; `hub` is for `snapshot_download`."""
-        path = bundled().get(name, Path(name)) if isinstance(name, str) else name
+        path = list_bundled().get(name, Path(name)) if isinstance(name, str) else name
         if not os.path.isdir(path):
             path = _download(str(name), hub)
         file = path / CONFIG
@@ -100,7 +100,7 @@ class ModelFolder:
 
 
 def _download(name: str, hub: dict[str, Any]) -> Path:
-    names = ", ".join(bundled()) or "none here"
+    names = ", ".join(list_bundled()) or "none here"
     if name.endswith((".pth", ".pt")) and os.path.exists(name):
         raise CheckpointError(
             f"{format_value(name)}: weights of another code; make a model folder of them first: jacobiflow convert "
@@ -126,7 +126,7 @@ def list_reports(path: Path) -> tuple[Path, ...]:
     return tuple(file for pattern in REPORTS for file in sorted(path.glob(pattern)) if file.is_file())
 
 
-def bundled() -> dict[str, Path]:
+def list_bundled() -> dict[str, Path]:
     """Returns the models that come with the package: name to folder."""
     return {file.parent.name: file.parent for file in sorted(MODELS.glob(f"*/{CONFIG}"))}
 

@@ -244,7 +244,7 @@ class TransformerBlock(FlowBlock):
         return scale, shift
 
     def row_bytes(self) -> int:
-        # Keys, values, embedding, residual stream, norm, hidden units twice, and the causal mask.
+        # These are keys, values, embedding, residual stream, norm, hidden units twice, and the causal mask.
         weights, element_size = self.layer_weights(), self.proj_in.weight.element_size()
         hidden, channels = weights[0].up[0].shape
         length = self.prefix_length + self.num_tokens

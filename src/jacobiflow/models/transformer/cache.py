@@ -1,4 +1,4 @@
-"""What a transformer block keeps while its rows are solved."""
+"""The cache of a transformer block."""
 
 from __future__ import annotations
 
