@@ -104,13 +104,12 @@ class LayerWeights(NamedTuple):
 
     def named(self) -> dict[str, Tensor]:
         """Returns the parameters by their names in native code."""
-        entries = self._asdict()
-        pairs = {name: pair for name, pair in entries.items() if type(pair) is tuple}
-        named = {
-            name + end: tensor for name, pair in pairs.items() for end, tensor in zip(("", "_bias"), pair, strict=True)
-        }
-        named |= {} if self.condition is None else {"condition": self.condition}
-        return named | ({} if self.adaptive is None else self.adaptive._asdict())
+        named: dict[str, Tensor] = {} if self.condition is None else {"condition": self.condition}
+        for name in ("norm", "qkv", "proj", "mlp_norm", "up", "down", "query_norm", "key_norm"):
+            parameters = getattr(self, name)
+            if parameters is not None:
+                named[name], named[f"{name}_bias"] = parameters
+        return named if self.adaptive is None else named | self.adaptive._asdict()
 
 
 def cast_tensors(parameters: Any, dtype: torch.dtype) -> Any:
@@ -138,28 +137,28 @@ def run_layers(
         query_scale: One over the attention temperature of each row.
     """
 
-    def run(isolate: bool) -> Tensor:
+    def run(hide_nonfinite: bool) -> Tensor:
         out = h
         for weights, cache in layers:
-            out = _run_layer(out, weights, cache, span, query_scale, isolate)
+            out = _run_layer(out, weights, cache, span, query_scale, hide_nonfinite)
         return out
 
     if h.shape[1] == 1 or torch.is_grad_enabled():
-        return run(isolate=False)
-    if h.device.type == "cpu" and math.isfinite((out := run(isolate=False)).sum(dtype=torch.float32)):
+        return run(hide_nonfinite=False)
+    if h.device.type == "cpu" and math.isfinite((out := run(hide_nonfinite=False)).sum(dtype=torch.float32)):
         return out
-    return run(isolate=True)
+    return run(hide_nonfinite=True)
 
 
 def _run_layer(
     x: Tensor, weights: LayerWeights, cache: Tensor | None, span: AttentionSpan, query_scale: Tensor | None,
-    isolate: bool,
+    hide_nonfinite: bool,
 ) -> Tensor:  # fmt: skip
     adaptive = weights.adaptive
     out = x if weights.condition is None else x + weights.condition[span.positions]
     if adaptive is not None:
         out = _modulate(x, adaptive.scale[span.positions], adaptive.shift[span.positions])
-    out = out + _attend(out, weights, cache, span, query_scale, isolate)
+    out = out + _attend(out, weights, cache, span, query_scale, hide_nonfinite)
     out = out + _feed_forward(out, weights)
     if adaptive is None:
         return out
@@ -179,7 +178,7 @@ def _modulate(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
 
 def _attend(
     x: Tensor, weights: LayerWeights, cache: Tensor | None, span: AttentionSpan, query_scale: Tensor | None,
-    isolate: bool,
+    hide_nonfinite: bool,
 ) -> Tensor:  # fmt: skip
     """Returns the output of self-attention, before the residual sum; writes keys and values to the cache."""
     qkv = _project_qkv(x, weights, span.positions)
@@ -187,13 +186,13 @@ def _attend(
     if query_scale is not None:
         query = query * query_scale
     if cache is None:
-        keys, values = (_replace_nonfinite(key), _replace_nonfinite(value)) if isolate else (key, value)
+        keys, values = (_replace_nonfinite(key), _replace_nonfinite(value)) if hide_nonfinite else (key, value)
         out = F.scaled_dot_product_attention(query, keys, values, is_causal=True)
     else:
-        _write_cache(cache, qkv[:, :, 1:], span, isolate)
+        _write_cache(cache, qkv[:, :, 1:], span, hide_nonfinite)
         keys, values = cache[:, :, :, : span.end].unbind(1)
         out = F.scaled_dot_product_attention(query, keys, values, attn_mask=span.mask, is_causal=span.is_causal)
-    if isolate or x.device.type == "cpu":
+    if hide_nonfinite or x.device.type == "cpu":
         # This is NaN for a token whose own key or value is not finite. Without it kernels for AVX-512 return 0 if all
         # keys of a short span are non-finite.
         out = torch.addcmul(out, key, value, value=0)
@@ -215,22 +214,22 @@ def _project_qkv(x: Tensor, weights: LayerWeights, positions: slice | Tensor) ->
 
 
 def _write_cache(
-    cache: Float[Tensor, "b 2 h t d"], new: Float[Tensor, "b n 2 h d"], span: AttentionSpan, isolate: bool
+    cache: Float[Tensor, "b 2 h t d"], new: Float[Tensor, "b n 2 h d"], span: AttentionSpan, hide_nonfinite: bool
 ) -> None:
     """Writes keys and values to the positions of the span; under autocast they may have another dtype."""
     if not isinstance(span.positions, slice):
-        new = _replace_nonfinite(new) if isolate else new
+        new = _replace_nonfinite(new) if hide_nonfinite else new
         cache[span.rows, :, :, span.positions] = new.to(cache.dtype)
         return
     new, target = new.permute(0, 2, 3, 1, 4), cache[:, :, :, span.positions]
-    if isolate:
+    if hide_nonfinite:
         torch.nan_to_num(new.to(cache.dtype), 0.0, 0.0, 0.0, out=target)
     else:
         target.copy_(new)
 
 
 def _replace_nonfinite(tensor: Tensor) -> Tensor:
-    """Replaces by 0: neither a mask nor a weight of 0 hides infinity, since inf - inf and 0 x inf are NaN."""
+    """Replaces NaN and infinity by 0. A mask or a weight of 0 would not hide them: inf - inf and 0 x inf are NaN."""
     return tensor.nan_to_num(0.0, 0.0, 0.0)
 
 
