@@ -14,7 +14,6 @@ from torch import Tensor
 
 import jacobiflow as jf
 from jacobiflow.blocks.guidance import guided
-from jacobiflow.blocks.tokens import gather_run, scatter_run
 from tests.helpers.oracle import Oracle
 from tests.helpers.problems import latents, make_flow
 
@@ -58,17 +57,6 @@ def test_a_run_after_its_prefix_is_the_full_pass(data: st.DataObject) -> None:
         run = block.affine_at(x[rows], torch.tensor(starts), 3, max(starts) + 3, cache)
     close(run, [torch.stack([p[n, a : a + 3] for n, a in zip([3, 1], starts, strict=True)]) for p in full])
     assert torch.equal(x, copied)
-
-
-def test_runs_are_read_and_written_at_the_start_of_each_sample() -> None:
-    x, starts = torch.arange(1, 25).view(3, 4, 2), [0, 2, 1]
-    for start, firsts in ((torch.tensor(starts), starts), (1, [1, 1, 1])):
-        run = torch.stack([x[b, first : first + 2] for b, first in enumerate(firsts)])
-        assert torch.equal(gather_run(x, start, 2), run)
-        changed = x.clone()
-        scatter_run(changed, -run, start)
-        assert torch.equal(gather_run(changed, start, 2), -run)
-        assert (changed < 0).sum() == run.numel()
 
 
 def test_a_large_batch_is_as_each_of_its_samples() -> None:
