@@ -124,12 +124,12 @@ def sample(
 
 def _auto_batch_size(flow: Flow, num: int, earlier: Path | None) -> int:
     """Returns the batch size of the samples in the folder `earlier`, if any, else the largest that fits in memory."""
-    from jacobiflow.models.memory import fitting_batch
+    from jacobiflow.models.memory import find_batch_size
     from jacobiflow.utils.files import MANIFEST
 
     if earlier is not None and (earlier / MANIFEST).exists():
         return jf.SampleFolder.open(earlier).manifest.batch_size
-    return fitting_batch(flow, min(num, options.MAX_BATCH_SIZE))
+    return find_batch_size(flow, min(num, options.MAX_BATCH_SIZE))
 
 
 @dataclass(frozen=True)
