@@ -185,26 +185,28 @@ class GuidedBlock(AffineBlock):
         return self.block.output_weights()
 
     def _both(self, context: Context, num: int, like: Tensor) -> Context:
-        """The context of both rows of `num` samples."""
+        """Returns the context of both rows of `num` samples."""
         return context.with_unconditional(self.block.unconditional, self.guidance.attn_temperature, num, like)
 
     def _weights(self, like: Tensor) -> ScaleShift:
-        """1 + w of log-scale and shift (T, 1)."""
+        """Returns 1 + w of log-scale and shift, (T, 1) each."""
         log_scale, shift = self.guidance.weights(like)
         return 1 + log_scale.unsqueeze(-1), 1 + shift.unsqueeze(-1)
 
     def _combine(self, both: ScaleShift, weights: ScaleShift, entries: slice | Int[Tensor, "b n"]) -> ScaleShift:
-        """The parameters of `entries`, of which `both` have the conditional and the unconditional row of each sample.
+        """Returns the guided parameters of `entries`; `both` has a conditional and an unconditional row per sample.
 
-        p + w (p - p_unconditional) is 1 + w of the way from p_unconditional to p.
+        The linear rule p + w (p - p_unconditional) interpolates from p_unconditional to p with weight 1 + w.
         """
         (scale, plain_scale), (shift, plain_shift) = (rows.unflatten(0, (-1, 2)).unbind(1) for rows in both)
         of_scale, of_shift = (values[entries].to(scale.dtype) for values in weights)
         if self.guidance.rule == "linear":
             return torch.lerp(plain_scale, scale, of_scale), torch.lerp(plain_shift, shift, of_shift)
-        ratio = torch.exp(2 * (scale - plain_scale).clamp(max=0))  # of the variances
-        precision = torch.lerp(ratio, torch.ones_like(ratio), of_scale).clamp(min=1)  # 1 + w - w ratio
-        mean = (of_scale * shift - (of_scale - 1) * ratio * plain_shift) / precision
+        variance_ratio = torch.exp(2 * (scale - plain_scale).clamp(max=0))
+        precision = torch.lerp(variance_ratio, torch.ones_like(variance_ratio), of_scale).clamp(
+            min=1
+        )  # 1 + w - w variance_ratio
+        mean = (of_scale * shift - (of_scale - 1) * variance_ratio * plain_shift) / precision
         return scale - 0.5 * precision.log(), mean
 
 
@@ -220,5 +222,5 @@ def _twice(x: Tensor) -> Tensor:
 
 
 def _rows_of(samples: Int[Tensor, " m"]) -> Int[Tensor, " m2"]:
-    """The two rows of each of the `samples`."""
+    """Returns the two rows of each of the `samples`."""
     return torch.stack((2 * samples, 2 * samples + 1), dim=1).flatten()

@@ -35,7 +35,8 @@ from jacobiflow.utils.progress import Progress
 
 CurvesBySource = Mapping[LatentSource, Mapping[str, ConvergenceCurve]]  # and by guess
 
-_MIN_SEGMENT_TOKENS = 4  # with fewer tokens in a segment the exact loop is the better plan
+# With fewer tokens in a segment the exact loop is faster.
+_MIN_SEGMENT_TOKENS = 4
 _CURVE_BATCH = 8  # samples that are swept together, until the slowest of them converges
 _GAMMA_SAMPLES = 8  # each sample costs some thirty backward passes for each block
 

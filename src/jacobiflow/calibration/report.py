@@ -231,7 +231,7 @@ class CalibrationReport(serialization.JsonDocument):
 def find_report(flow: Flow) -> Path | None:
     """Finds the report of the flow's guidance: report.json or report-*.json in its model folder.
 
-    Returns a report of another guidance if there is none of this one, report.json first, and `None` without any report.
+    Without a report of this guidance, returns one of another guidance, report.json first; without any report, `None`.
 
     Example:
         >>> jf.find_report(jf.load("digits-p1")).name

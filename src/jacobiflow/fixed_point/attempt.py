@@ -44,7 +44,7 @@ def solve(
     one token, the block's `sequential_inverse` is called instead.
 
     A value that overflows is set back to the guess. A sample that had one when the front passed it ends as
-    `Status.NONFINITE`. A sample whose residual keeps growing under a correction goes on without it.
+    `Status.NONFINITE`. If the residual of a sample keeps growing, its correction is turned off.
 
     Args:
         block: Gives g.

@@ -28,7 +28,7 @@ _SWEEP_FACTOR = 2.0
 _NUM_PROBES = 4
 """Samples whose exact solves measure the rounding of a block."""
 _ROUNDING_FACTOR = 4.0
-"""The relative rounding of one sample is taken to be within this factor of another's."""
+"""Samples of a block are assumed to have relative rounding within this factor of each other."""
 
 
 def certify(

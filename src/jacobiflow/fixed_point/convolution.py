@@ -13,8 +13,10 @@ from torch.nn import functional as F
 
 from jacobiflow.utils.checks import check_finite, check_floating
 
-_NUMBERS = 4_194_304  # at most so many numbers are written out at a time
-FIT_WIDTH = 24  # tokens before one that a fit sees; twice as many brought 3 per cent
+_MAX_REGRESSORS = 4_194_304
+"""The largest number of regressors that are in memory at a time."""
+FIT_WIDTH = 24
+"""Tokens before one that a fitted kernel reads."""
 
 
 class TensorFields:
@@ -53,12 +55,12 @@ class Convolution(TensorFields):
         A product of matrices takes a third of the time of `conv1d` for a few tokens.
         """
         weights, width = self._weights(x), len(self.kernel)
-        rows = max(_NUMBERS // (x.shape[1] * len(weights)), 1)
+        rows = max(_MAX_REGRESSORS // (x.shape[1] * len(weights)), 1)
 
         def convolved(part: Tensor, added: Tensor) -> Tensor:
             return torch.addmm(added.flatten(0, 1), rows_before(part, width, delay), weights)
 
-        with torch.autocast(x.device.type, enabled=False):  # which is for networks: tokens keep their dtype
+        with torch.autocast(x.device.type, enabled=False):  # autocast is for networks; tokens keep their dtype
             return torch.cat([*map(convolved, x.split(rows), add.split(rows))]).view(x.shape)
 
     def _weights(self, x: Tensor) -> Float[Tensor, "f c"]:

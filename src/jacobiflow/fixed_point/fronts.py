@@ -12,7 +12,7 @@ from torch import Tensor
 _GROWTH_FACTOR = 4.0
 """A residual above this multiple of the smallest one so far counts as growing."""
 _MAX_GROWING_SWEEPS = 3
-"""Sweeps in a row with a growing residual after which a sample goes on without the correction."""
+"""After this many sweeps in a row with a growing residual, the correction of a sample is turned off."""
 
 
 class SweepChanges(NamedTuple):
@@ -74,7 +74,7 @@ class Fronts:
         return Fronts(*(getattr(self, entry.name)[:num] for entry in fields(self)))
 
     def correction_fails(self, start: int | Tensor, residual: Float[Tensor, "b n"]) -> Bool[Tensor, " b"]:
-        """Returns the samples that go on without the correction, since their residuals keep growing.
+        """Returns the samples whose correction is turned off, since their residuals keep growing.
 
         The runs begin at `start`. A new token's residual does not tell whether the correction works.
         """

@@ -20,7 +20,8 @@ from jacobiflow.fixed_point.convolution import (
 )
 from jacobiflow.utils.serialization import piece_base, register_piece
 
-_RIDGE = 1e-3  # of the latents' variance
+_RIDGE = 1e-3
+"""The ridge penalty, relative to the variance of the latents."""
 
 
 @piece_base

@@ -9,7 +9,8 @@ from jacobiflow.errors import InputValueError
 from jacobiflow.utils.checks import check_count, convert_numbers
 from jacobiflow.utils.serialization import piece_base, register_piece
 
-_SMALLEST = 32  # tokens in a window that is tried: hardly a plan had fewer
+_MIN_WINDOW = 32
+"""Tokens in the smallest window that `plan` tries."""
 
 
 @piece_base
@@ -32,7 +33,7 @@ class Partition(ABC):
         """Raises ValueError if the partition does not fit a sequence of `num_tokens`."""
 
     def token_by_token(self, num_tokens: int) -> bool:
-        """Tells if every run is one token, so that a solve is the recurrence."""
+        """Tells if every run is one token, so that tokens are solved one after the other."""
         return all(self.stop(token, num_tokens) == token + 1 for token in range(num_tokens))
 
     @classmethod
@@ -63,7 +64,7 @@ class SlidingRun(Partition):
 @register_piece("sequential")
 @dataclass(frozen=True)
 class Sequential(Partition):
-    """One token at a time, exact: the recurrence x_t = g(x)_t, or the block's `exact_inverse` in one call.
+    """One token at a time, exact: x_t = g(x)_t, by the block's `sequential_inverse` if it has one.
 
     Example:
         >>> jf.Sequential().stop(3, 8)
@@ -137,5 +138,5 @@ class Window(SlidingRun):
     @classmethod
     def candidates(cls, num_tokens: int) -> tuple[Partition, ...]:
         """Returns windows of 32, 64, 128 .. tokens, up to half of the sequence, and of all."""
-        sizes = (_SMALLEST << doublings for doublings in range(num_tokens.bit_length()))
+        sizes = (_MIN_WINDOW << doublings for doublings in range(num_tokens.bit_length()))
         return *(cls(size) for size in sizes if size <= num_tokens / 2), cls(num_tokens)

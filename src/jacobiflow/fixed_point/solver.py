@@ -90,7 +90,7 @@ def EarlyStop(ebound: float = 1e-8) -> Stopping:
 
 @dataclass(frozen=True)
 class Solver:
-    """A way to solve a block: four independent pieces, and numbers of 16 bits where they are faster.
+    """A way to solve a block: four independent pieces, and 16-bit numbers if they are faster.
 
     `Solver(Sequential())` is the exact loop, `Solver(Whole())` Jacobi, `Solver(Segments(G), stopping=MaxSweeps(J))`
     the paper's GS-Jacobi, `Solver(Window(n))` a sliding window. With `bf16_sweeps`, so many sweeps of all tokens come

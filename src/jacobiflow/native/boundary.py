@@ -208,6 +208,6 @@ def addresses_of(
             if not address or address % size:
                 raise UnsupportedError("values that are not aligned, or freed")
             table[i] = address
-    except RuntimeError as error:  # of a sparse or nested tensor
+    except RuntimeError as error:  # The tensor is sparse or nested.
         raise UnsupportedError("a tensor that is not dense") from error
     return table

@@ -91,7 +91,7 @@ class TransformChain:
         return self._sizes
 
     def _addresses_of(self, tensors: Sequence[Tensor], dtype: torch.dtype) -> ctypes.Array[ctypes.c_void_p]:
-        """Returns the addresses of the tensors: those of the latest call, if all of them are where they were."""
+        """Returns the addresses of the tensors; the table of the latest call is used again if no tensor has moved."""
         latest = self._latest_addresses
         try:
             if (

@@ -18,7 +18,7 @@ _MAX_INT16 = 2**15 - 1
 
 
 def faster_halves(num_weights: int, rows: int) -> Sequence[torch.dtype]:
-    """Returns the 16-bit dtypes that are faster than float32 for so many weights of a block and rows per team."""
+    """Returns the 16-bit dtypes that are read faster than float32, by a block's weights and the rows of a team."""
     is_bf16_faster = num_weights >= _MIN_BF16_ANY_ROWS or (num_weights >= _MIN_BF16 and rows <= _MAX_BF16_ROWS)
     return _HALVES if is_bf16_faster else _HALVES[:1]
 

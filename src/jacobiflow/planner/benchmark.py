@@ -123,7 +123,7 @@ class RaceState:
         return self.last.get(solver_key(solver), math.inf)
 
     def add_race(self, rows: Sequence[TimedSolve], seconds: float) -> RaceState:
-        """Returns the state after a race of so many seconds, whose `rows` were near the best."""
+        """Returns the state after a race that took `seconds`; `rows` are the solves that were near the best."""
         # Of two rows with the same key the first counts: it is the one that stops on a tolerance.
         last = {solver_key(row.solver): row.seconds for row in reversed(rows)}
         spread = max([self.spread, *(timing_spread(row.timings) for row in rows)])

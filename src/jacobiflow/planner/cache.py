@@ -45,7 +45,7 @@ _planning = threading.RLock()
 def auto(flow: Flow, batch_size: int, tolerance: float | None = None, progress: Progress | None = None) -> Strategy:
     """Returns the plan for a flow, its device, a batch size and a tolerance, made by `jacobiflow.plan` once.
 
-    A plan is made for the next power of two of the batch size, or for the batch size itself if so many samples would
+    A plan is made for the next power of two of the batch size, or for the batch size itself if the power of two would
     not fit in memory. It is kept in memory and in the user's cache folder. If the machine was so busy that its timings
     are in doubt, the plan is used for a minute, in this process only.
 

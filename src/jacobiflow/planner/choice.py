@@ -38,20 +38,20 @@ def choose(
         return auto(flow, batch_size, _auto_tolerance(strategy, tolerance), progress)
     config = flow.config
     if isinstance(strategy, Strategy):
-        chosen = strategy
+        plan = strategy
     elif str(strategy).endswith(".json"):
-        chosen = Strategy.load(strategy)
+        plan = Strategy.load(strategy)
     else:
-        chosen = Strategy.parse(str(strategy), report, num_blocks=config.num_blocks, num_tokens=config.num_tokens)
+        plan = Strategy.parse(str(strategy), report, num_blocks=config.num_blocks, num_tokens=config.num_tokens)
     if tolerance is not None:
-        chosen = chosen.with_tolerance(tolerance)
-        if chosen.tolerance is None and all(solver.stopping.atol is None for solver in chosen.solvers):
+        plan = plan.with_tolerance(tolerance)
+        if plan.tolerance is None and all(solver.stopping.atol is None for solver in plan.solvers):
             raise InputValueError(
                 f"tolerance={tolerance}: strategy {format_value(strategy)} stops after a number of sweeps and ignores "
                 "it; leave the tolerance out, or give a strategy with one"
             )
-    chosen.check(flow, batch_size)
-    return chosen
+    plan.check(flow, batch_size)
+    return plan
 
 
 def _auto_tolerance(name: str, tolerance: float | None) -> float | None:

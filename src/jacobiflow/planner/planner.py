@@ -151,16 +151,16 @@ def rounding_floor(flow: Flow) -> float:
     count.
     """
     exact, context = _latents(flow, 0, _NUM_VERIFIED)
-    swept, floor = exact, 0.0
+    swept_tokens, floor = exact, 0.0
     for i in reversed(range(len(flow.blocks))):
         problem = _block_problem(flow, i, exact, context)
         x = attempt(problem, SEQUENTIAL, UNCERTIFIED).x
         residual, _ = problem.residual(x)
         floor = max([floor, *residual[residual.isfinite()].tolist()])
         sweeps = Solver(stopping=Tolerance(floor))
-        other_x = attempt(_block_problem(flow, i, swept, context), sweeps, UNCERTIFIED).x
-        exact, swept = (flow.blocks[i].permutation.inverse(tokens) for tokens in (x, other_x))
-    return max(floor, float((exact - swept).nan_to_num(0.0, 0.0, 0.0).abs().max()))
+        other_x = attempt(_block_problem(flow, i, swept_tokens, context), sweeps, UNCERTIFIED).x
+        exact, swept_tokens = (flow.blocks[i].permutation.inverse(tokens) for tokens in (x, other_x))
+    return max(floor, float((exact - swept_tokens).nan_to_num(0.0, 0.0, 0.0).abs().max()))
 
 
 def _time_blocks(flow: Flow, batch_size: int, bf16: bool) -> list[BlockTimings]:

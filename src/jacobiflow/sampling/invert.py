@@ -32,7 +32,7 @@ class FlowSolution:
         latents: Standard normal.
         context: Context of the samples.
         x: Tokens in the order of the data; NaN for samples that are not finite.
-        log_det: log|det dx/dz| of all blocks in nats, at this x; NaN where it is not known.
+        log_det: log|det dx/dz| of all blocks in nats, at this x; NaN if it is not known.
         nonfinite: Samples whose exact inverse overflows.
         solutions: The solutions of the blocks, in encoding order.
         intermediates: The tokens before the first block in sampling order, and after each; empty if not asked for.
@@ -74,7 +74,7 @@ def invert_in_groups(
         solutions, intermediates = list[Solution](), [x]
         for i in reversed(range(len(blocks))):
             permutation = flow.blocks[i].permutation
-            # A sample that overflowed goes on as zeros, so that the rest of its group can be solved.
+            # A sample that overflowed is replaced by zeros, so that the rest of its group can be solved.
             problem = Problem(blocks[i], permutation(x).masked_fill(nonfinite.view(-1, 1, 1), 0), rows)
             solution = solve_to_tolerance(problem, strategy.solvers[i], options)
             tokens, block_log_det = _with_gradient(flow, i, problem, solution)

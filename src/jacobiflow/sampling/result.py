@@ -84,7 +84,7 @@ class Outcome:
     ) -> Outcome:
         """Returns the outcome of samples with these residuals and sensitivities; `others` are its other fields."""
         num_sensitive = None
-        if sensitivity is not None:  # that of a sample that is not finite is infinite, and does not count
+        if sensitivity is not None:  # samples that are not finite have an infinite sensitivity, and do not count
             num_sensitive = int((sensitivity > SENSITIVITY_BOUND).sum()) - num_nonfinite
         return cls(
             num=num,
