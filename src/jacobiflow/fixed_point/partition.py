@@ -63,7 +63,7 @@ class SlidingRun(Partition):
 @register_piece("sequential")
 @dataclass(frozen=True)
 class Sequential(Partition):
-    """One token at a time, exact: the recurrence x_t = g(x)_t, or the block's `exact_inverse` in one call.
+    """One token at a time, exact: the recurrence x_t = g(x)_t, or the block's `sequential_inverse` in one call.
 
     Example:
         >>> jf.Sequential().stop(3, 8)
