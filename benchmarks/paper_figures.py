@@ -37,7 +37,7 @@ STARTS = {"images": "latents of images", "noise": "fresh latents"}
 
 
 def draw_figures(flow: Flow, report: CalibrationReport, out: Path, name: str, strategy: str | None = None) -> None:
-    """Writes all figures; `strategy` is compared with the sequential loop, by default the report's own proposal."""
+    """Writes all figures; `strategy` is compared with the exact loop, by default the report's own proposal."""
     out.mkdir(parents=True, exist_ok=True)
     save_png(convergence_figure(report), out / f"{name}-convergence.png")
     if report.segment_curves:
@@ -152,7 +152,7 @@ def captioned(name: str, images: Tensor, exact: Tensor) -> tuple[str, Tensor]:
 def main() -> None:
     arguments = parser(__doc__)
     arguments.add_argument("model", help="a bundled name, or a model folder with a report.json")
-    arguments.add_argument("--strategy", help="compared with the sequential loop; default: the report's own proposal")
+    arguments.add_argument("--strategy", help="compared with the exact loop; default: the report's own proposal")
     arguments.add_argument("--out", type=Path, default=FIGURES)
     options = arguments.parse_args()
     flow = jf.load(options.model)

@@ -138,7 +138,7 @@ def score_samplers(
         write_json(out, result)
 
     def fill(rows: list[Json], names: Sequence[str], num: int) -> None:
-        """Samples and scores the rows that are missing. The original's images are those of the sequential loop."""
+        """Samples and scores the rows that are missing. The original's images are those of the exact loop."""
         exact = None
         for name in names[len(rows) :]:
             exact = experiment.sample(samplers[SEQUENTIAL], num)[0] if exact is None else exact

@@ -51,7 +51,7 @@ export class Solver {
     return out.g.data;
   }
 
-  // Sweeps of `size` tokens behind the front until all are final; a size of 1 is the sequential loop.
+  // Sweeps of `size` tokens behind the front until all are final; a size of 1 is the exact loop.
   async sweep(state, size, tolerance, onSweep) {
     const { num_tokens: length, token_channels: c } = this;
     const { x, z } = state;

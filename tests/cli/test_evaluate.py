@@ -157,7 +157,7 @@ def test_paired_errors_are_to_the_sequential_loop(run: Any, tmp_path: Path) -> N
     assert (found["num"], found["psnr"]) == (num, pytest.approx(20 * math.log10(2 / rms)))
     assert found["pixels"] == pixel_figures(levels(images), levels(exact))
     assert scores["stored"] == pixel_figures(on_disk("guided")[:num], levels(exact))
-    assert f"largest error {largest:.1e} {num} samples, against the sequential loop" in out
+    assert f"largest error {largest:.1e} {num} samples, against the exact loop" in out
     assert scores["sensitivity"] == draw(strategy="sequential", sensitivity=True).outcome.sensitivity
     assert f"sensitivity {scores['sensitivity']:.1e} largest change" in out
 
