@@ -118,7 +118,7 @@ class Pages:
             self.names[str(page.relative_to(root))] = f"live/{page.name}"
         for page in root.glob("[CS]*.md"):  # CHANGELOG, CONTRIBUTING, SECURITY
             self.names[page.name] = page.name.lower()
-        for card in (root / "src/jacobiflow/models").glob("*/README.md"):
+        for card in (root / "src/jacobiflow/bundled").glob("*/README.md"):
             self.names[str(card.relative_to(root))] = f"models/{card.parent.name}.md"
         for page in (*docs.rglob("*.md"), *docs.rglob("*.ipynb")):
             self.names[str(page.relative_to(root))] = str(page.relative_to(docs).with_suffix(".md"))

@@ -132,7 +132,7 @@ CALLS: list[tuple[Callable[..., Any], str, dict[str, Argument]]] = [
     (jf.TarFlow, "config", {"config": (FLOW.config, ({}, MAF.config), ())}),
     (jf.MAF, "config", {"config": (MAF.config, ({}, FLOW.config), ())}),
     (jf.Strategy, "solvers fingerprint tolerance prediction", {}), (jf.Strategy.uniform, "solver num_blocks", {}),
-    (jf.Strategy.parse, "text report num_blocks num_tokens tolerance", {}), (PLAN.with_tolerance, "atol", {}),
+    (jf.Strategy.parse, "text report num_blocks num_tokens tolerance", {}), (PLAN.with_tolerance, "tolerance", {}),
     (jf.Strategy.from_report, "report tolerance per_segment call_cost", {"report": (REPORT, (7, PLAN), ())}),
     *((made.check, "flow", {}) for made in (PLAN, REPORT, TUNING)),
     *((call, "path", {}) for made in (PLAN, REPORT, TUNING) for call in (made.save, made.load)),

@@ -66,7 +66,7 @@ def test_settings_reach_the_library(run: Any, tmp_path: Path) -> None:
     plan = jf.Strategy.parse("jacobi", jf.CalibrationReport.load("report.json"), tolerance=1e-6)
     rows, exact = rows_of(tmp_path), draw(strategy="sequential").images
     assert rows["jacobi"]["error"] == asdict(paired_error(draw(strategy=plan).images, exact))
-    assert 0 < rows["jacobi"]["certificate"] <= 1e-6
+    assert 0 < rows["jacobi"]["residual"] <= 1e-6
 
 
 def test_a_tolerance_is_for_the_strategies_that_have_one(run: Any, refuse: Any, tmp_path: Path) -> None:
@@ -76,7 +76,7 @@ def test_a_tolerance_is_for_the_strategies_that_have_one(run: Any, refuse: Any, 
     line = "bench --model model --batch-size 2 --repeats 1 --strategy"
     assert run(f"{line} window.json --strategy auto --strategy jacobi-2 --tolerance 1e-5 --out {out}").code == 0
     rows = rows_of(out)
-    assert max(rows[name]["certificate"] for name in ("window.json", "auto")) <= 1e-5 < rows["jacobi-2"]["certificate"]
+    assert max(rows[name]["residual"] for name in ("window.json", "auto")) <= 1e-5 < rows["jacobi-2"]["residual"]
     assert run(f"{line} {planned} --no-certify --out {out}").code == 0
-    assert rows_of(out)[str(planned)]["certificate"] is None
+    assert rows_of(out)[str(planned)]["residual"] is None
     refuse(f"{line} {planned} --batch-size 4 --out out-x", "the strategy was planned for batch")

@@ -150,7 +150,8 @@ def transformer(rng: random.Random) -> tuple[Any, str]:
     elif target == "prefix" and case.kind is jf.STARFlow:
         change_prefix(flow.blocks[1], change, rng.random() < 0.5)
     what = f"{name}, {weights}: {target} {change}"
-    ours = answer(lambda: (block.rounded_inverse if weights == "int16" else block.sequential_inverse)(z, context))
+    is_rounded = weights == "int16"
+    ours = answer(lambda: block.sequential_inverse(z, jf.Context(context), int16_weights=is_rounded))
     if ours is None:
         assert change not in LAYOUTS, f"refused: {what}"
     elif ours[0].numel() and (change in LAYOUTS or (change in OTHERS and target != "prefix")):

@@ -1,191 +1,192 @@
-"""Races by a clock that only solves move: who runs, who is abandoned, and who wins."""
+"""Timings of blocks by a clock that only solves move, and the choice of a solver from a table."""
 
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
 
 import jacobiflow as jf
-import jacobiflow.planner.benchmark as race_module
+from jacobiflow.fixed_point.options import SolveOptions
+from jacobiflow.fixed_point.problem import Problem
 from jacobiflow.models.latents import draw_latents
-from jacobiflow.planner.benchmark import Exact, Race, Runner, candidates, time_exact
+from jacobiflow.planner import benchmark
+from jacobiflow.planner.benchmark import BlockTimings, RaceState, TimedSolve, race, solver_key, time_block
 from tests.helpers.invented import TOKENS, Machine, fitted_block, small
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-Z = draw_latents(6, TOKENS, 4)
-LABELS = torch.arange(6) % 3
+Z, CONTEXT = draw_latents(6, TOKENS, 4), jf.Context(torch.arange(6) % 3)
 WHOLE, SHORT, LONG = (jf.Solver(partition) for partition in (jf.Whole(), jf.Window(4), jf.Window(8)))
-LOWERED = replace(WHOLE, bf16_sweeps=3)
-ROUNDED = jf.Solver(jf.Sequential(), int16_weights=True)
-NAMES = {WHOLE: "whole", SHORT: "short", LONG: "long", LOWERED: "lowered", ROUNDED: "rounded"}
+BF16, INT16 = replace(WHOLE, bf16_sweeps=3), jf.Solver(jf.Sequential(), int16_weights=True)
+EIGHT = jf.Solver(stopping=jf.MaxSweeps(8))  # what `WHOLE` leads to if its slowest sample takes 9 sweeps
+TIMINGS, START, LATE = BlockTimings(10.0, 1.0, 0.0), RaceState(1e9), -1.0
 
 
-def name_of(solver: jf.Solver) -> str:
-    return NAMES.get(solver, f"{solver.bf16_sweeps} + {solver.stopping.max_sweeps} sweeps")
+def row(solver: jf.Solver, *seconds: float, sweeps: int = 9, residual: float = 0.0) -> TimedSolve:
+    return TimedSolve(solver, seconds, Z, sweeps, residual)
 
 
-class Track:
-    """Races of two samples against an exact loop of 10 seconds; solves take what `run` is given, in turn."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, batch_size: int = 2, time_limit: float = 1e9) -> None:
-        self.race = Race(Exact(10.0, 1.0, math.inf, 0.0), batch_size, 1e-3, time_limit)
-        self.now, self.sweeps, self.residual = 100.0, (3, 9), 1e-4
-        self.runs, self.seconds = list[str](), dict[str, list[float]]()
-        monkeypatch.setattr(time, "perf_counter", lambda: self.now)
-        monkeypatch.setattr(race_module, "solve_certified", self._solve)
-
-    def _solve(
-        self,
-        block: str,
-        z: Any,
-        solver: jf.Solver,
-        labels: Any,
-        batch_size: int,
-        tolerance: float,
-        time_limit: float | None,
-    ) -> Any:
-        assert (block, batch_size, tolerance) == ("block", self.race.batch_size, 1e-3)
-        self.runs.append(name_of(solver))
-        seconds = self.seconds[name_of(solver)].pop(0)
-        limit = math.inf if time_limit is None else time_limit
-        self.now += min(seconds, limit)
-        if seconds > limit:
-            raise TimeoutError
-        residual = torch.tensor([0.0, self.residual])
-        return SimpleNamespace(x=z, sample_sweeps=torch.tensor(self.sweeps), residual=residual)
-
-    def run(self, solvers: Sequence[jf.Solver], **seconds: float | list[float]) -> Runner | None:
-        """The winner; `sweeps` are the seconds of the solver that makes a number of sweeps, 99 by default."""
-        self.seconds = {name: taken if isinstance(taken, list) else [taken] * 3 for name, taken in seconds.items()}
-        for name in ("0 + 1 sweeps", "0 + 8 sweeps", "3 + 5 sweeps"):
-            self.seconds[name] = self.seconds.get("sweeps", [99.0]).copy()
-        self.runs, self.began = [], self.now
-        return self.race.run("block", Z[:2], LABELS[:2], solvers)  # type: ignore[arg-type]
-
-    def spent(self) -> float:
-        return self.now - self.began
+# ------------------------------------------------------------------------------------------- choices from a table
 
 
-def test_the_fastest_wins_and_slower_ones_are_abandoned(monkeypatch: pytest.MonkeyPatch) -> None:
-    track = Track(monkeypatch)
-    winner = track.run([WHOLE, SHORT, LONG], whole=5.0, short=9.0, long=4.0)
-    assert winner == Runner(LONG, (4.0,), winner.x, 9, winner.residual)
-    assert torch.equal(winner.x, Z[:2])
-    assert track.runs == ["whole", "short", "long", "0 + 8 sweeps"]
-    assert track.spent() == pytest.approx(5 + 1.1 * 5 + 4 + 1.1 * 4)
-    assert track.run([WHOLE], whole=11.5) is None
-    assert track.spent() == pytest.approx(1.1 * 10)
-
-
-def test_rounded_weights_win_up_to_a_fifth_of_the_tolerance(monkeypatch: pytest.MonkeyPatch) -> None:
-    for residual, wins in ((1.9e-4, True), (2.1e-4, False), (math.inf, False)):
-        track = Track(monkeypatch)
-        track.residual = residual
-        winner = track.run([SHORT, ROUNDED], short=9.5, rounded=5.0)
-        assert winner is not None
-        assert name_of(winner.solver) == ("rounded" if wins else "short")
+def test_the_winner_is_the_fastest_by_its_shortest_time() -> None:
+    table = [row(WHOLE, 5.0), row(SHORT, 9.0, 4.0), row(LONG, 4.5)]
+    assert benchmark.find_fastest(table, 10.0) is table[1]
+    assert benchmark.find_fastest(table, 4.0) is benchmark.find_fastest([], 10.0) is None
 
 
 @pytest.mark.parametrize(
-    ("solver", "sweeps", "name"),
-    [(WHOLE, (3, 9), "0 + 8 sweeps"), (LOWERED, (9, 4), "3 + 5 sweeps"), (WHOLE, (1, 1), "0 + 1 sweeps")],
-)
-def test_all_tokens_at_once_also_run_with_the_number_of_sweeps_that_they_took(
-    solver: jf.Solver, sweeps: tuple[int, int], name: str, monkeypatch: pytest.MonkeyPatch
+    ("seconds", "sequential", "limit", "num_near"),
+    [((), 10.0, 11.0, 0), ((9.5, 12.0), 10.0, 10.45, 1), ((4.0, 4.3), 10.0, 4.4, 2), ((4.0, 4.5), 10.0, 4.4, 1),
+     ((10.5,), 10.0, 11.0, 1)],
+)  # fmt: skip
+def test_solvers_are_near_the_best_up_to_a_tenth(
+    seconds: tuple[float, ...], sequential: float, limit: float, num_near: int
 ) -> None:
-    """But for the last one, which changes nothing: sweeps in bfloat16 count, and one sweep is the least."""
-    track = Track(monkeypatch)
-    track.sweeps = sweeps
-    winner = track.run([solver], whole=5.0, lowered=5.0, sweeps=[4.0])
-    assert winner is not None
-    assert name_of(winner.solver) == name == track.runs[-1]
-    assert winner.seconds == 4.0
-
-
-def test_the_exact_loop_takes_its_time_for_every_batch(monkeypatch: pytest.MonkeyPatch) -> None:
-    for batch_size, seconds, wins in ((2, 9.0, True), (2, 10.0, False), (1, 19.0, True), (1, 20.0, False)):
-        winner = Track(monkeypatch, batch_size).run([SHORT], short=seconds)
-        assert (winner is not None) == wins
-
-
-def test_those_near_the_best_are_timed_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Long ones once and short ones twice; the first timing does not count for their spread."""
-    track = Track(monkeypatch)
-    for short, long, runs, spreads, best in (
-        ([4.0, 4.1], [4.3, 3.9], "short long short long", [0.0, 0.0], 3.9),
-        ([0.04, 0.06, 0.066], [0.042, 0.03, 0.036], "short long short short long long", [0.05, 0.1], 0.03),
-        ([4.0], [4.5], "short long", [], 4.0),
-        ([9.5, 9.8], [12.0], "short long short", [0.0], 9.5),  # near the exact loop
-        ([10.5, 9.8], [12.0], "short long short", [0.0], 9.8),
-    ):  # fmt: skip
-        track.race._last, track.race.spreads = {}, []
-        winner = track.run([SHORT, LONG], short=short, long=long)
-        assert " ".join(track.runs) == runs
-        assert track.race.spreads == pytest.approx(spreads)
-        assert winner is not None
-        assert winner.seconds == pytest.approx(best)
+    table = [row(SHORT, each) for each in seconds]
+    assert benchmark.near_limit(table, sequential) == pytest.approx(limit)
+    assert benchmark.select_near(table, sequential) == table[:num_near]
 
 
 @pytest.mark.parametrize(
-    ("seconds", "others"),
-    [(3.9, ["whole"]), (3.2, ["whole"]), (5.1, ["whole"]), (3.0, ["whole", "short"]), (5.3, ["whole", "short"])],
-)
+    ("seconds", "want"),
+    [(3.9, [WHOLE]), (3.2, [WHOLE]), (5.1, [WHOLE]), (3.0, [WHOLE, SHORT]), (5.3, [WHOLE, SHORT]),
+     (None, [WHOLE, SHORT])],
+)  # fmt: skip
 def test_only_those_near_the_leader_run_if_it_takes_its_time_again(
-    seconds: float, others: list[str], monkeypatch: pytest.MonkeyPatch
+    seconds: float | None, want: list[jf.Solver]
 ) -> None:
-    track = Track(monkeypatch)
-    track.run([WHOLE, SHORT, LONG], whole=4.2, short=9.0, long=4.0)
-    track.run([WHOLE, SHORT, LONG], whole=9.0, short=9.0, long=seconds)
-    assert track.runs == ["long", *others]
-    assert track.run([WHOLE, SHORT], whole=9.0, short=9.0) is not None  # a leader that does not run is none
+    """`None`: the leader took too long."""
+    last = {solver_key(WHOLE): 4.2, solver_key(LONG): 4.0}
+    table = [] if seconds is None else [row(LONG, seconds)]
+    assert benchmark.select_rivals([WHOLE, SHORT], table, RaceState(0.0, last)) == want
+    assert not benchmark.select_rivals([WHOLE, SHORT], table, RaceState(LATE, last))
 
 
-def test_a_leader_by_its_number_of_sweeps_leads_the_next_race(monkeypatch: pytest.MonkeyPatch) -> None:
-    track = Track(monkeypatch)
-    track.run([SHORT, WHOLE], short=9.0, whole=5.0, sweeps=[4.0])
-    track.run([SHORT, WHOLE], short=9.0, whole=5.0, sweeps=[4.0])
-    assert track.runs == ["whole", "0 + 8 sweeps"]
+@pytest.mark.parametrize(("solver", "sweeps", "fixed"), [(WHOLE, 9, 8), (BF16, 9, 5), (WHOLE, 1, 1), (SHORT, 9, None)])
+def test_all_tokens_at_once_also_make_the_number_of_sweeps_that_they_took(
+    solver: jf.Solver, sweeps: int, fixed: int | None
+) -> None:
+    """But for the last one, which changes nothing; sweeps in bfloat16 count, and one sweep is the least."""
+    want = [] if fixed is None else [replace(solver, stopping=jf.MaxSweeps(fixed))]
+    assert benchmark.fix_sweeps([row(solver, 5.0, sweeps=sweeps)]) == want
 
 
-def test_after_the_time_limit_only_the_leader_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    track = Track(monkeypatch, time_limit=7.0)
-    track.run([SHORT], short=7.0)
-    track.run([SHORT, LONG], short=2.0, long=1.0)
-    assert track.runs == ["short", "long"]  # the limit itself is in time
-    assert track.run([SHORT, LONG], short=2.0, long=5.0).solver == LONG
-    assert track.runs == ["long"]
-    assert not track.race.is_over
-    assert track.run([SHORT, LONG], short=2.0, long=12.0) is None
-    assert track.race.is_over
-    assert track.run([SHORT, LONG], short=2.0, long=1.0) is None
-    assert track.runs == []
+def test_rounded_weights_are_accurate_up_to_a_fifth_of_the_tolerance() -> None:
+    for residual, accurate in ((1.9e-4, True), (2.1e-4, False), (math.inf, False)):
+        assert benchmark.is_accurate(row(INT16, 5.0, residual=residual), 1e-3) == accurate
+        assert benchmark.is_accurate(row(SHORT, 5.0, residual=residual), 1e-3)
+
+
+def test_a_race_leaves_its_times_their_spread_and_the_seconds_left() -> None:
+    """The first timing does not count for a spread; of two solvers of one kind the time of the first is kept."""
+    state = RaceState(7.0, spread=0.07).add_race([row(WHOLE, 5.0), row(EIGHT, 4.0), row(LONG, 9.0, 4.0, 4.4)], 7.0)
+    assert state.last == {solver_key(WHOLE): 5.0, solver_key(LONG): 4.0}
+    assert (state.seconds_left, state.spread) == (0.0, 0.07)
+    assert state.add_race([row(LONG, 9.0, 4.0, 5.0)], 1.0).spread == pytest.approx(0.125)
+    for left, last, is_over in ((0.0, {}, False), (LATE, state.last, False), (LATE, {}, True)):
+        assert RaceState(left, last).is_over == is_over
+
+
+# ------------------------------------------------------------------------------------------------------ timed races
+
+
+@pytest.fixture
+def solves(monkeypatch: pytest.MonkeyPatch) -> dict[jf.Solver, list[float]]:
+    """Seconds that solvers take, in turn; others take 99."""
+    seconds: dict[jf.Solver, list[float]] = {}
+
+    def time_solve(problem: Problem, solver: jf.Solver, options: SolveOptions) -> TimedSolve:
+        taken = seconds[solver].pop(0) if seconds.get(solver) else 99.0
+        if options.time_limit is not None and taken > options.time_limit:
+            raise TimeoutError
+        return row(solver, taken)
+
+    monkeypatch.setattr(benchmark, "time_solve", time_solve)
+    return seconds
+
+
+def run_race(
+    solvers: list[jf.Solver], batch_size: int = 2, state: RaceState = START
+) -> tuple[TimedSolve | None, RaceState]:
+    """A race of two samples."""
+    problem = Problem(small().blocks[0], Z[:2], CONTEXT[:2])
+    return race(problem, solvers, TIMINGS, SolveOptions(1e-3, batch_size=batch_size), state)
+
+
+def test_slower_solvers_are_abandoned_and_the_leader_runs_first(solves: dict[jf.Solver, list[float]]) -> None:
+    solves |= {WHOLE: [5.0], SHORT: [5.6], LONG: [4.0]}
+    winner, state = run_race([WHOLE, SHORT, LONG])
+    assert winner is not None
+    assert (winner.solver, winner.timings, list(state.last)) == (LONG, (4.0,), [solver_key(LONG)])
+    solves |= {LONG: [4.0], WHOLE: [3.0], SHORT: [3.0]}
+    winner, _ = run_race([WHOLE, SHORT, LONG], state=state)
+    assert winner is not None
+    assert winner.solver == LONG and solves[WHOLE] == solves[SHORT] == [3.0]
+    assert run_race([SHORT], state=RaceState(LATE)) == (None, RaceState(LATE))
+
+
+@pytest.mark.parametrize(
+    ("short", "long", "timings"),
+    [([4.0, 4.1], [4.3, 3.9], (4.3, 3.9)), ([4.0, 1.0], [4.5], (4.0,)), ([9.5, 9.8], [12.0], (9.5, 9.8)),
+     ([0.04, 0.06, 0.066], [0.042, 0.03, 0.036], (0.042, 0.03, 0.036)), ([10.5, 9.8], [12.0], (10.5, 9.8))],
+)  # fmt: skip
+def test_those_near_the_best_are_timed_again(
+    short: list[float], long: list[float], timings: tuple[float, ...], solves: dict[jf.Solver, list[float]]
+) -> None:
+    """Once, or twice if they are short; also those near the exact loop, which takes 10 seconds."""
+    solves |= {SHORT: short, LONG: long}
+    winner, _ = run_race([SHORT, LONG])
+    assert winner is not None
+    assert winner.timings == timings
+
+
+def test_the_exact_loop_takes_its_time_for_every_batch(solves: dict[jf.Solver, list[float]]) -> None:
+    for batch_size, seconds, wins in ((2, 9.0, True), (2, 10.0, False), (1, 19.0, True), (1, 20.0, False)):
+        solves[SHORT] = [seconds] * 2
+        assert (run_race([SHORT], batch_size)[0] is not None) == wins
+
+
+def test_a_fixed_number_of_sweeps_wins_and_leads_the_next_race(solves: dict[jf.Solver, list[float]]) -> None:
+    solves |= {SHORT: [9.0], WHOLE: [5.0], EIGHT: [4.0]}
+    winner, state = run_race([SHORT, WHOLE])
+    assert winner is not None
+    assert (winner.solver, list(state.last)) == (EIGHT, [solver_key(WHOLE)])
+
+
+# ---------------------------------------------------------------------------------------------------- timed blocks
 
 
 def test_the_exact_loop_and_an_evaluation_are_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     """A long call once, a short one six times or until half a second is over; bfloat16 by sweeps of four samples."""
     machine = Machine(1.0, 0.01, low=0.25)
     block = machine.carry(small(), monkeypatch).blocks[1]
-    exact = time_exact(block, Z, jf.Context(LABELS))
-    loop, evaluation, sweep = (
+    timings = time_block(Problem(block, Z, CONTEXT))
+    sequential, evaluation, sweep = (
         machine.seconds(6, *[1] * TOKENS), machine.seconds(6, TOKENS), machine.seconds(4, TOKENS)
     )  # fmt: skip
-    assert machine.now == pytest.approx(loop + evaluation + (3 + 0.25 * (3 + 1)) * sweep, rel=0.002)
-    assert exact == pytest.approx((loop, evaluation, 0.25 * evaluation, 0.0, math.inf), rel=0.05)
-    assert exact.least_iteration == pytest.approx((3 * 0.25 + 2) * evaluation, rel=0.05)
-    assert Exact(1.0, 0.1, math.inf, 0.0).least_iteration == pytest.approx(0.5)
+    assert machine.now == pytest.approx(sequential + evaluation + (3 + 0.25 * (3 + 1)) * sweep, rel=0.002)
+    assert timings == pytest.approx((sequential, evaluation, 0.0, 0.25 * evaluation, math.inf), rel=0.05)
     for call, number in ((0.01, 4), (0.001, 6)):
         machine = Machine(call, low=0.25)
-        exact = time_exact(machine.carry(small(), monkeypatch).blocks[1], Z, jf.Context(LABELS), bf16=False)
-        assert machine.now == pytest.approx(number * exact.loop + 6 * exact.evaluation)
-        assert exact.bf16 == math.inf
+        block = machine.carry(small(), monkeypatch).blocks[1]
+        timings = time_block(Problem(block, Z, CONTEXT), try_bf16=False)
+        assert machine.now == pytest.approx(number * timings.sequential + 6 * timings.evaluation)
+        assert timings.bf16_evaluation == math.inf
+
+
+@pytest.mark.parametrize(
+    ("timings", "least"),
+    [((0.1, 0.0), 0.5), ((1.0, 0.0, 0.25), 0.75 + 2.0), ((1.0, 0.0, math.inf, 1.5), 2.5)],
+)
+def test_other_solvers_take_four_evaluations_or_weights_of_16_bits_and_a_certificate(
+    timings: tuple[float, ...], least: float
+) -> None:
+    assert BlockTimings(least + 0.01, *timings).can_iterate
+    assert not BlockTimings(least - 0.01, *timings).can_iterate
 
 
 def test_bfloat16_is_tried_if_it_can_pay(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -193,7 +194,7 @@ def test_bfloat16_is_tried_if_it_can_pay(monkeypatch: pytest.MonkeyPatch) -> Non
     few = 32 / 13  # seconds of a call for which 16 tokens one by one take three times as long as at once
     for call, low, pays in ((9.0, 0.7, True), (9.0, 0.9, False), (few - 0.01, 0.1, False), (few + 0.01, 0.1, True)):
         block = Machine(call, 0.25, low=low).carry(small(), monkeypatch).blocks[1]
-        assert math.isfinite(time_exact(block, Z[:4], jf.Context(LABELS[:4])).bf16) == pays
+        assert math.isfinite(time_block(Problem(block, Z[:4], CONTEXT[:4])).bf16_evaluation) == pays
 
 
 @jf.register_piece("quarters")
@@ -210,31 +211,35 @@ class Quarters(jf.Partition):
 
 
 def test_candidates_are_of_every_partition_with_the_fitted_pieces() -> None:
-    fitted, slow, fast = fitted_block(), Exact(9.0, 1.0, math.inf, 0.0), Exact(9.0, 1.0, 0.5, 0.0)
-    plain = candidates(196, 1e-4, None, slow)
+    fitted = fitted_block()
+    plain = benchmark.candidates(196, 1e-4, None, TIMINGS)
     assert {solver.partition for solver in plain} == {jf.Whole(), jf.Window(32), jf.Window(64), Quarters()}
     assert {(solver.guess, solver.correction) for solver in plain} == {(jf.Latent(), jf.Plain())}
     assert {solver.stopping for solver in plain} == {jf.Tolerance(1e-4)}
-    both = candidates(196, 1e-4, fitted, fast)
+    both = benchmark.candidates(196, 1e-4, fitted, TIMINGS._replace(bf16_evaluation=0.5))
     assert len(both) == 2 * len(plain)
     assert {solver.bf16_sweeps for solver in both} == {0, 3}
     assert {(solver.guess, solver.correction) for solver in both} == {(fitted.guess, fitted.correction)}
-    for seconds, number in ((7.9, 1), (8.1, 0)):  # a certificate takes one second
-        solvers = candidates(196, 1e-4, fitted, slow._replace(int16=seconds))
+    for seconds, number in ((8.9, 1), (9.1, 0)):  # a certificate takes one second
+        solvers = benchmark.candidates(196, 1e-4, fitted, TIMINGS._replace(int16_sequential=seconds))
         assert [solver for solver in solvers if solver.int16_weights] == [
-            jf.Solver(jf.Sequential(), stopping=jf.Tolerance(1e-4), int16_weights=True)
+            replace(INT16, stopping=jf.Tolerance(1e-4))
         ] * number
 
 
 @pytest.mark.parametrize("batch_size", [2, 4])
 def test_a_winner_has_its_certified_answer_and_its_real_time(batch_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     machine = Machine(1.0, 0.01)
-    block = machine.carry(small(), monkeypatch).blocks[1]
-    exact = time_exact(block, Z[:batch_size], jf.Context(LABELS[:batch_size]))
-    winner = Race(exact, batch_size, 1e-3, time_limit=1e9).run(block, Z[:4], LABELS[:4], [WHOLE, SHORT])
+    problem = Problem(machine.carry(small(), monkeypatch).blocks[1], Z[:4], CONTEXT[:4])
+    timings, options = time_block(problem[:batch_size]), SolveOptions(1e-3, batch_size=batch_size)
+    started = machine.now
+    winner, state = race(problem, [WHOLE, SHORT], timings, options, START)
     assert winner is not None
-    began = machine.now
-    found = jf.solve_certified(block, Z[:4], winner.solver, LABELS[:4], batch_size=batch_size, tolerance=1e-3)
-    assert winner.seconds == pytest.approx(machine.now - began)
-    assert found.residual.max() <= 1e-3
-    assert torch.equal(found.x, winner.x)
+    assert state.seconds_left == pytest.approx(1e9 - (machine.now - started))
+    started = machine.now
+    solution = jf.solve_certified(
+        problem.block, problem.z, winner.solver, problem.context, batch_size=batch_size, tolerance=1e-3
+    )
+    assert winner.seconds == pytest.approx(machine.now - started)
+    assert solution.residual.max() <= 1e-3
+    assert torch.equal(solution.x, winner.x)

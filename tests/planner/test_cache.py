@@ -1,4 +1,4 @@
-"""The strategy that a name, a file or a `Strategy` stands for; what "auto" plans by, and where its plans are kept."""
+"""`auto`: what it plans by, and where its plans are kept."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -15,91 +15,12 @@ import pytest
 import torch
 
 import jacobiflow as jf
-from jacobiflow.fixed_point import Stopping
 from jacobiflow.models.memory import batch_bytes
 from jacobiflow.native import SWITCH
-from jacobiflow.planner import Prediction, cache, choose, is_auto
-from tests.helpers.invented import GUIDANCE, Machine, draw, fitted_block, igm, make_report, make_tuning, small
+from jacobiflow.planner import Prediction, auto, cache
+from tests.helpers.invented import GUIDANCE, draw, fitted_block, make_tuning, small
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-REPORT = make_report([1, 1], [igm(2, 1, 3), igm(2, 3, 1)])  # of `small`; its guesses are zeros, and the mean
-COUNTED = jf.Solver(stopping=jf.MaxSweeps(3))
-
-
-def planned(device: str = "cpu with 1 threads", guidance: jf.Guidance | None = None) -> jf.Strategy:
-    return jf.Strategy((jf.Solver(),) * 2, None, 1e-3, Prediction(device, 16, guidance, 1.0, 2.0, 0.0, 0.0))
-
-
-def test_auto_to_a_tolerance(monkeypatch: pytest.MonkeyPatch) -> None:
-    flow = Machine(1.0).carry(small(), monkeypatch)
-    want = cache.auto(flow.guided(GUIDANCE), 2, 1e-2)
-    assert want.tolerance == 1e-2
-    for name, tolerance in (("auto:1e-2", None), (" AUTO:0.01 ", 1e-2), ("auto", 1e-2)):
-        assert choose(flow.guided(GUIDANCE), name, 2, tolerance=tolerance) is want
-    assert choose(flow, "auto", 2).tolerance == 1e-3
-    for name, tolerance, message in (
-        ("auto:", None, "strategy 'auto:': give auto, or auto:TOLERANCE such as auto:1e-2"),
-        ("auto:nan", None, "tolerance=nan"),
-        ("auto:1e-2", 1e-3, r"'auto:1e-2' with tolerance 0\.001: give the tolerance once"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            choose(flow, name, 2, tolerance=tolerance)
-    assert [name for name in ("auto", "Auto:1", "auto.json", "automatic", "") if is_auto(name)] == ["auto", "Auto:1"]
-
-
-def test_names_take_their_guesses_from_a_report_and_files_keep_their_own(tmp_path: Path) -> None:
-    own = jf.Strategy((jf.Solver(jf.Window(3), jf.Zeros()), COUNTED))
-    own.save(tmp_path / "own.json")
-    for given in (own, tmp_path / "own.json", str(tmp_path / "own.json")):
-        assert choose(small(), given, 8, report=REPORT) == own
-    named = choose(small(), "window:3", 8, report=REPORT)
-    assert [solver.guess for solver in named.solvers] == [jf.Zeros(), REPORT.mean_affine[1]]
-    assert choose(small(), "window:3", 8) == jf.Strategy.parse("window:3", num_blocks=2, num_tokens=16)
-
-
-def test_a_tolerance_replaces_the_tolerances_of_all_solvers() -> None:
-    given = jf.Strategy((jf.Solver(stopping=jf.Tolerance(0.5)), jf.Solver(stopping=Stopping(0.5, 3))))
-    assert choose(small(), given, 1) == given
-    found = choose(small(), given, 1, tolerance=1e-6)
-    assert [solver.stopping for solver in found.solvers] == [Stopping(1e-6), Stopping(1e-6, 3)]
-    for name, tolerance, want in (("jacobi", None, 1e-3), ("jacobi", 0.0, 0.0), ("window:3", 1e-5, 1e-5)):
-        assert choose(small(), name, 1, tolerance=tolerance).solvers[1].stopping == jf.Tolerance(want)
-    for ignores in ("gs-jacobi:3-2", jf.Strategy((COUNTED, COUNTED))):
-        choose(small(), ignores, 1)
-        with pytest.raises(ValueError, match=r"tolerance=0\.01: .* stops after a number of sweeps and ignores it"):
-            choose(small(), ignores, 1, tolerance=1e-2)
-
-
-CHORD = jf.Chord(torch.ones(2, 3, 3))
-REFUSED: list[tuple[Any, dict[str, Any], str]] = [
-    ("plan.txt", {}, "strategy 'plan.txt': unknown"), ("missing.json", {}, "strategy missing.json: cannot be read"),
-    ("jacobi-3", {"report": make_report([1, 1, 1])}, "strategy for 3 blocks, but the flow has 2"),
-    (jf.Strategy.uniform(jf.Solver(jf.Segments(17)), 2), {}, "strategy, block 0: .*only 16 tokens"),
-    (jf.Strategy.uniform(jf.Solver(correction=CHORD), 2), {}, "strategy, block 0: Chord.*tokens have 4"),
-    (jf.Strategy.parse("jacobi", replace(REPORT, fingerprint="0" * 64)), {}, "the strategy was made for another"),
-    (planned(), {"batch_size": 17}, "planned for batches of up to 16, not 17: plan again, or give a smaller batch"),
-    (planned(), {"flow": small().guided(GUIDANCE)}, "planned for guidance None, not 0.4.*plan again"),
-    (planned("Abacus"), {}, "planned for device Abacus, not cpu with 1 threads: plan again"),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize(("strategy", "named", "message"), REFUSED, ids=lambda value: str(value)[:40])
-def test_bad_arguments_are_refused(strategy: Any, named: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        choose(**{"flow": small(), "strategy": strategy, "batch_size": 16, **named})
-
-
-def test_a_plan_is_for_batches_of_its_size_or_less() -> None:
-    for batch_size in (1, 10, 16):
-        assert choose(small(), planned(), batch_size, tolerance=1e-3) == planned()
-    assert choose(small().guided(GUIDANCE), planned(guidance=GUIDANCE), 16) == planned()
-    drawn = draw(small(), planned(), 10)
-    assert drawn.residual is not None
-    assert drawn.residual.max() <= 1e-3
-
-
-# --------------------------------------------------------------------------------------------------------- "auto"
 
 
 @dataclass
@@ -142,16 +63,16 @@ def model(tmp_path: Path) -> Path:
 
 def test_a_plan_is_made_once_for_the_next_power_of_two_and_kept(model: Path, plans: Plans) -> None:
     flow = jf.load(model)
-    first = cache.auto(flow, 3)
+    first = auto(flow, 3)
     (file,) = plans.files
     assert jf.Strategy.load(file) == first
-    assert cache.auto(flow.guided(jf.Guidance(0.0)), 4, 1e-3) == cache.auto(jf.load(model), 3) == first
+    assert auto(flow.guided(jf.Guidance(0.0)), 4, 1e-3) == auto(jf.load(model), 3) == first
     cache._plans.clear()  # as in a new process
-    again = cache.auto(jf.load(model), 4)
+    again = auto(jf.load(model), 4)
     assert (again, again.prediction, again.tolerance) == (first, first.prediction, 1e-3)
     assert (plans.made, plans.files) == (1, [file])
     for batch_size, planned in ((1, 1), (5, 8), (8, 8)):
-        prediction = cache.auto(flow, batch_size).prediction
+        prediction = auto(flow, batch_size).prediction
         assert prediction is not None
         assert prediction.batch_size == planned
     assert plans.made == len(plans.files) == 3
@@ -161,36 +82,36 @@ def test_a_plan_is_made_again_if_its_conditions_change(
     model: Path, plans: Plans, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     flow, wide = jf.load(model), jf.load(model, dtype="float64")
-    cache.auto(flow, 1)
+    auto(flow, 1)
     others: list[Callable[[], Any]] = [
-        lambda: cache.auto(flow, 1, 1e-2),
-        lambda: cache.auto(flow.guided(GUIDANCE), 1),
-        lambda: cache.auto(wide, 1),
+        lambda: auto(flow, 1, 1e-2),
+        lambda: auto(flow.guided(GUIDANCE), 1),
+        lambda: auto(wide, 1),
         lambda: torch.set_float32_matmul_precision("high"),  # TF32, where there is any
         lambda: torch.set_float32_matmul_precision("highest"),  # as before
         lambda: monkeypatch.setattr(cache, "library_name", lambda: "native-code.so"),
     ]
     for other, made in zip(others, (2, 3, 4, 5, 5, 6), strict=True):
         other()
-        assert cache.auto(flow, 1) is cache.auto(flow, 1)
+        assert auto(flow, 1) is auto(flow, 1)
         assert plans.made == len(plans.files) == made
     # Conditions that do not change for a flow in a process.
     for name in ("describe_machine", "_code"):
         monkeypatch.setattr(cache, name, lambda *_: "other")
-        cache.auto(jf.load(model), 1)
+        auto(jf.load(model), 1)
     make_tuning(fitted_block(1), fitted_block(2)).save(model / "tuning.json")
-    cache.auto(jf.load(model), 1)
+    auto(jf.load(model), 1)
     with torch.no_grad():
         flow.blocks[0].proj_out.bias.add_(0.1)  # fine-tuned in place
-    assert cache.auto(flow, 1) is cache.auto(flow, 1)
+    assert auto(flow, 1) is auto(flow, 1)
     assert plans.made == len(plans.files) == 10
 
 
 def test_a_damaged_plan_is_made_anew(model: Path, plans: Plans) -> None:
-    first = cache.auto(jf.load(model), 1)
+    first = auto(jf.load(model), 1)
     (file,) = plans.files
     file.write_text(file.read_text()[:-9])
-    assert cache.auto(jf.load(model), 1) == first == jf.Strategy.load(file)
+    assert auto(jf.load(model), 1) == first == jf.Strategy.load(file)
     assert plans.made == 2
 
 
@@ -201,10 +122,10 @@ def test_a_plan_of_a_busy_machine_is_used_for_a_minute_and_not_written(
     monkeypatch.setattr(cache, "time", SimpleNamespace(monotonic=lambda: clock[0]))
     flow, plans.spread = jf.load(model), 0.31
     for clock[0], made in ((0.0, 1), (30.0, 1), (60.0, 1), (60.5, 2), (121.0, 3)):
-        cache.auto(flow, 1)
+        auto(flow, 1)
         assert (plans.made, plans.files) == (made, [])
     plans.spread = 0.3
-    cache.auto(jf.load(model), 1)
+    auto(jf.load(model), 1)
     assert (plans.made, len(plans.files)) == (4, 1)
 
 
@@ -222,7 +143,7 @@ def test_one_thread_plans_at_a_time(model: Path, plans: Plans, monkeypatch: pyte
     monkeypatch.setattr(cache, "make_plan", make)
     flow = jf.load(model)
     with ThreadPoolExecutor(4) as pool:
-        strategies = list(pool.map(lambda batch_size: cache.auto(flow, batch_size), (1, 1, 8, 8)))
+        strategies = list(pool.map(lambda batch_size: auto(flow, batch_size), (1, 1, 8, 8)))
     assert most == [1, 1]
     assert strategies[0] is strategies[1] and strategies[2] is strategies[3]
 
@@ -231,12 +152,12 @@ def test_a_plan_in_memory_is_found_without_reading_or_hashing_anything(
     model: Path, plans: Plans, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     flow = jf.load(model)
-    first = cache.auto(flow, 3)
+    first = auto(flow, 3)
     for name in ("io.open", "hashlib.sha256", "jacobiflow.models.memory.free_memory"):
         monkeypatch.setattr(name, None)
-    assert cache.auto(flow, 3) is first
+    assert auto(flow, 3) is first
     with pytest.raises(TypeError, match="NoneType"):
-        cache.auto(flow, 4)
+        auto(flow, 4)
 
 
 def test_no_plan_is_made_for_a_batch_that_does_not_fit_in_memory(
@@ -247,7 +168,7 @@ def test_no_plan_is_made_for_a_batch_that_does_not_fit_in_memory(
     assert four is not None
     for room, planned in ((0.5, 3), (0.99, 3), (1.01, 4)):
         monkeypatch.setattr("jacobiflow.models.memory.free_memory", lambda device, room=room: room * four / 0.8)
-        prediction = cache.auto(jf.load(model), 3).prediction
+        prediction = auto(jf.load(model), 3).prediction
         assert prediction is not None
         assert prediction.batch_size == planned
 
@@ -264,14 +185,14 @@ def test_plans_are_in_the_user_s_cache_folder(
     if place == "no home":
         monkeypatch.delenv("HOME")
         monkeypatch.setattr(pytest.importorskip("pwd"), "getpwuid", lambda uid: {}[uid])
-    assert cache.auto(jf.load(model), 1).prediction is not None
+    assert auto(jf.load(model), 1).prediction is not None
     assert (plans.made, plans.files) == (1, [])
     assert len(list(model.glob(".cache/jacobiflow/plans/*.json"))) == (place == "home")
 
 
 def test_a_tolerance_of_0_is_the_loop(model: Path, plans: Plans) -> None:
     loop = jf.Solver(jf.Sequential(), stopping=jf.Tolerance(0))
-    assert cache.auto(jf.load(model), 4, 0) == jf.Strategy.uniform(loop, 2)
+    assert auto(jf.load(model), 4, 0) == jf.Strategy.uniform(loop, 2)
     assert plans.made == 0
 
 
@@ -279,7 +200,7 @@ def test_a_tolerance_that_was_raised_to_the_rounding_is_a_warning_each_time(mode
     flow = jf.load(model)
     for _ in range(2):
         with pytest.warns(UserWarning, match="tolerance 1e-06 is below the rounding"):
-            cache.auto(flow, 1, 1e-6)
+            auto(flow, 1, 1e-6)
     assert plans.made == 1
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import importlib
 import math
 from dataclasses import replace
 from itertools import chain, repeat
@@ -15,14 +14,14 @@ import pytest
 import torch
 
 import jacobiflow as jf
+from jacobiflow.fixed_point.problem import Problem
 from jacobiflow.models.checkpoints.fingerprint import fingerprint
 from jacobiflow.models.latents import FIRST_CALIBRATION_LATENT, draw_latents
-from jacobiflow.planner import BlockTuning
-from jacobiflow.planner.benchmark import Race, Runner
-from jacobiflow.planner.fit import SAMPLES
+from jacobiflow.planner import BlockTuning, planner
+from jacobiflow.planner.benchmark import RaceState, TimedSolve
+from jacobiflow.planner.fit import NUM_SAMPLES
 from tests.helpers.invented import GUIDANCE, TOKENS, Halfway, Machine, draw, make_tuning, small, tuned
 
-PLAN: Any = importlib.import_module("jacobiflow.planner.planner")  # whose name in the package is the function's
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 LATENTS = draw_latents(4, TOKENS, 4, seed=11)
@@ -41,27 +40,27 @@ def test_a_plan_is_within_the_tolerance_and_faster_than_others(
     machine = replace(MACHINES[name])
     flow = machine.carry(small(), monkeypatch).guided(guidance)
     plan = jf.plan(flow, replace(tuned(), guidance=guidance), 4, 2e-3)
-    made = plan.prediction
-    assert made is not None
+    prediction = plan.prediction
+    assert prediction is not None
     assert (plan.tolerance, plan.fingerprint) == (2e-3, fingerprint(small()))
-    assert (made.device, made.batch_size, made.guidance) == ("cpu with 1 threads", 4, guidance)
+    assert (prediction.device, prediction.batch_size, prediction.guidance) == ("cpu with 1 threads", 4, guidance)
 
-    def seconds(strategy: Any) -> tuple[float, jf.Samples]:
-        began = machine.now
-        drawn = draw(flow, strategy, LATENTS)
-        return machine.now - began, drawn
+    def timed_draw(strategy: Any) -> tuple[float, jf.Samples]:
+        started = machine.now
+        samples = draw(flow, strategy, LATENTS)
+        return machine.now - started, samples
 
-    (taken, planned), (loop, exact) = seconds(plan), seconds("sequential")
-    assert planned.residual is not None
-    assert planned.residual.max() <= 2e-3
-    assert (planned.images - exact.images).abs().max() <= 4e-3
-    assert made.sequential_seconds == pytest.approx(loop)
+    (seconds, samples), (loop_seconds, exact) = timed_draw(plan), timed_draw("sequential")
+    assert samples.residual is not None
+    assert samples.residual.max() <= 2e-3
+    assert (samples.images - exact.images).abs().max() <= 4e-3
+    assert prediction.sequential_seconds == pytest.approx(loop_seconds)
     assert is_loop(*plan.solvers) == (name == "dear tokens")
     if name != "dear tokens":
-        assert taken < loop
-        assert made.seconds == pytest.approx(taken, rel=0.5)  # other latents take other numbers of sweeps
-        assert taken <= 1.1 * min(seconds(replace(jf.Strategy.uniform(jf.Solver(p), 2), tolerance=2e-3))[0] for p in (
-            jf.Whole(), jf.Window(4), jf.Window(8)))  # fmt: skip
+        assert seconds < loop_seconds
+        assert prediction.seconds == pytest.approx(seconds, rel=0.5)  # other latents take other numbers of sweeps
+        others = [jf.Strategy.uniform(jf.Solver(p), 2) for p in (jf.Whole(), jf.Window(4), jf.Window(8))]
+        assert seconds <= 1.1 * min(timed_draw(replace(other, tolerance=2e-3))[0] for other in others)
     assert (3 in {solver.bf16_sweeps for solver in plan.solvers}) == (name == "bfloat16")
     assert {s.bf16_sweeps for s in jf.plan(flow, batch_size=4, bf16=False).solvers} == {0}
 
@@ -69,7 +68,7 @@ def test_a_plan_is_within_the_tolerance_and_faster_than_others(
 def test_a_flow_of_one_token_has_a_plan(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also if the exact loop is timed as slow, so that sweeps are tried."""
     seconds = chain([10.0], repeat(1.0))
-    monkeypatch.setattr("jacobiflow.planner.benchmark._timings", lambda run, *_: (run(), [next(seconds)])[1])
+    monkeypatch.setattr("jacobiflow.planner.benchmark._time_repeatedly", lambda run, *_: (run(), [next(seconds)])[1])
     flow = jf.TarFlow(jf.TokenConfig(1, 2, channels=8, num_blocks=2, layers_per_block=1, head_dim=4))
     assert jf.plan(flow, batch_size=3).check(flow) is None
     assert jf.sample(flow, 3, strategy="auto").outcome.has_shortfall is False
@@ -124,54 +123,49 @@ class Winners:
     """Races whose winner in each block, in order of sampling, is known; `None` is the exact loop."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, *winners: tuple[jf.Solver, float] | None) -> None:
-        self.limits, self.winners = list[float](), winners
-        monkeypatch.setattr(PLAN, "Race", self._race)
-        monkeypatch.setattr(Race, "run", self._run)
+        self.states, self.rest = list[RaceState](), iter(winners)
+        monkeypatch.setattr(planner, "race", self._race)
 
-    def _race(self, *arguments: Any) -> Race:
-        self.limits.append(arguments[-1])
-        self.rest = iter(self.winners)
-        return Race(*arguments)
+    def _race(
+        self, problem: Problem, solvers: Any, timings: Any, options: Any, state: RaceState
+    ) -> tuple[TimedSolve | None, RaceState]:
+        self.states.append(state)
+        self.z, winner = problem.z, next(self.rest)
+        return (None if winner is None else TimedSolve(winner[0], (winner[1],), exact_x(problem), 9, 0.0)), state
 
-    def _run(self, block: Any, z: torch.Tensor, labels: Any, solvers: Any) -> Runner | None:
-        winner, self.z = next(self.rest), z
-        if winner is None:
-            return None
-        return Runner(winner[0], (winner[1],), jf.solve(block, z, jf.Solver(jf.Sequential()), labels).x, 9, 0.0)
+
+def exact_x(problem: Problem) -> torch.Tensor:
+    return jf.solve(problem.block, problem.z, jf.Solver(jf.Sequential()), problem.context).x
 
 
 @pytest.mark.parametrize(
-    ("stopping", "error", "tightened"),
-    [
-        (jf.Tolerance(2e-3), 4e-3, [jf.Tolerance(2e-3 / 8), jf.Tolerance(2e-3 / 64)]),
-        (jf.MaxSweeps(2), 4e-3, [jf.MaxSweeps(3), jf.MaxSweeps(4)]),
-        (jf.MaxSweeps(2), 4e-2, [jf.MaxSweeps(4), jf.MaxSweeps(6)]),
-    ],
-)
-def test_sweeps_are_tightened_twice_to_half_of_the_error_allowed(
-    stopping: Any, error: float, tightened: list[Any], monkeypatch: pytest.MonkeyPatch
+    ("stopping", "factor", "tighter"),
+    [(jf.Tolerance(2e-3), 0.125, jf.Tolerance(2.5e-4)), (jf.MaxSweeps(2), 0.125, jf.MaxSweeps(3)),
+     (jf.MaxSweeps(2), 0.0125, jf.MaxSweeps(4))],
+)  # fmt: skip
+def test_solvers_are_tightened_by_their_tolerance_or_by_a_sweep_for_each_power_of_ten(
+    stopping: Any, factor: float, tighter: Any
 ) -> None:
-    """Or by a sweep for each power of ten; then the exact loop is the plan."""
-    flow, solver = Machine(1.0).carry(small(), monkeypatch), jf.Solver(stopping=stopping)
-    Winners(monkeypatch, (solver, 1.0), (solver, 1.0))
-    given, notes = list[Any](), list[tuple[int, int, str]]()
+    assert planner.tighten([jf.Solver(stopping=stopping)], [], factor) == (jf.Solver(stopping=tighter),)
 
-    def solve_certified(block: Any, z: torch.Tensor, solver: jf.Solver, labels: Any, **named: Any) -> Any:
-        given.append(solver.stopping)
-        exact = jf.solve(block, z, jf.Solver(jf.Sequential()), labels).x
-        return SimpleNamespace(x=exact + error * (block is flow.blocks[0]))
 
-    monkeypatch.setattr(PLAN, "solve_certified", solve_certified)
-    plan = jf.plan(flow, batch_size=6, progress=lambda *note: notes.append(note))
-    assert is_loop(*plan.solvers)
-    assert notes == [
-        (1, 2, "timing solvers"),
-        (2, 2, "timing solvers"),
-        *[(1, 2, "verifying"), (2, 2, "verifying")] * 4,
-    ]
-    for want, found in zip([stopping, *tightened], given[::2], strict=True):
-        assert found.max_sweeps == want.max_sweeps
-        assert found.atol is want.atol is None or found.atol == pytest.approx(want.atol, rel=0.05)
+def test_the_worst_block_of_rounded_weights_is_tightened_to_the_exact_loop() -> None:
+    solvers = [jf.Solver(jf.Sequential(), int16_weights=is_rounded) for is_rounded in (True, True, False)]
+    solutions: Any = [SimpleNamespace(residual=torch.tensor([1e-5, residual])) for residual in (1e-4, 2e-4, 9.0)]
+    tightened = planner.tighten(solvers, solutions, 0.5)
+    assert [solver.int16_weights for solver in tightened] == [True, False, False]
+
+
+def test_a_plan_whose_images_stay_off_is_the_exact_loop_after_three_trials(monkeypatch: pytest.MonkeyPatch) -> None:
+    flow, notes = Machine(1.0).carry(small(), monkeypatch), list[tuple[int, int, str]]()
+    Winners(monkeypatch, *[(jf.Solver(), 1.0)] * 2)
+
+    def solve(problem: Problem, solver: jf.Solver, options: Any) -> Any:
+        return SimpleNamespace(x=exact_x(problem) + 4e-3 * options.certify)
+
+    monkeypatch.setattr(planner, "solve_to_tolerance", solve)
+    assert is_loop(*jf.plan(flow, batch_size=6, progress=lambda *note: notes.append(note)).solvers)
+    assert notes == [(block, 2, what) for what in ("timing solvers", *["verifying"] * 4) for block in (1, 2)]
 
 
 def test_a_plan_that_is_no_faster_when_verified_is_the_exact_loop(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -179,19 +173,15 @@ def test_a_plan_that_is_no_faster_when_verified_is_the_exact_loop(monkeypatch: p
     machine = Machine(1.0)
     flow = machine.carry(small(), monkeypatch)
     loop = 2 * machine.seconds(1, *[1] * TOKENS)
-    for batch_size, shares, taken in (
-        (4, [0.9], 0.9),
-        (4, [1.5, 0.96], 0.96),
-        (4, [1.5, 0.98], None),
-        (6, [1.5], 0.25),
-    ):
+    cases = ((4, [0.9], 0.9), (4, [1.5, 0.96], 0.96), (4, [1.5, 0.98], None), (6, [1.5], 0.25))
+    for batch_size, shares, share in cases:
         rest = iter(shares)
         Winners(monkeypatch, *[(jf.Solver(), loop / 8)] * 2)
-        monkeypatch.setattr(PLAN, "time_call", lambda run, device, rest=rest: (next(rest) * loop, run()))
+        monkeypatch.setattr(planner, "time_call", lambda run, device, rest=rest: (next(rest) * loop, run()))
         plan = jf.plan(flow, batch_size=batch_size, tolerance=1e-2)
-        assert is_loop(*plan.solvers) == (taken is None)
+        assert is_loop(*plan.solvers) == (share is None)
         assert plan.prediction is not None
-        assert plan.prediction.seconds == pytest.approx((taken or 1.0) * loop)
+        assert plan.prediction.seconds == pytest.approx((share or 1.0) * loop)
 
 
 def test_the_seconds_of_a_race_are_those_of_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -199,13 +189,13 @@ def test_the_seconds_of_a_race_are_those_of_a_batch(monkeypatch: pytest.MonkeyPa
     machine = Machine(1.0)
     flow = machine.carry(small(), monkeypatch)
     loop, window = machine.seconds(1, *[1] * TOKENS), jf.Solver(jf.Window(4))
-    latents = draw_latents(6, TOKENS, 4, start=FIRST_CALIBRATION_LATENT + SAMPLES)
+    latents = draw_latents(6, TOKENS, 4, start=FIRST_CALIBRATION_LATENT + NUM_SAMPLES)
     for batch_size, seconds, wins in ((6, 0.93 * loop, True), (6, 0.95 * loop, False), (1, 1.86 * loop, True)):
         winners = Winners(monkeypatch, None, (window, seconds))
         plan = jf.plan(flow, batch_size=batch_size, tolerance=1e-2)
         assert [is_loop(solver) for solver in plan.solvers] == [not wins, True]
         z = flow.blocks[1].permutation(flow.prior_tokens(latents[: len(winners.z)]))
-        exact = jf.solve(flow.blocks[1], z, jf.Solver(jf.Sequential()), torch.arange(len(z)) % 3).x
+        exact = exact_x(Problem(flow.blocks[1], z, jf.Context(torch.arange(len(z)) % 3)))
         torch.testing.assert_close(winners.z, flow.blocks[1].permutation(exact))  # where the exact loop won
         assert plan.prediction is not None
         assert batch_size == 1 or plan.prediction.seconds == pytest.approx(loop + (seconds if wins else loop))
@@ -215,31 +205,25 @@ def test_races_take_two_seconds_or_half_of_the_exact_loop_s_time(monkeypatch: py
     for call, limit in ((1.0, 16.0), (0.1, 2.0)):
         winners = Winners(monkeypatch, None, None)
         jf.plan(Machine(call).carry(small(), monkeypatch), batch_size=1)
-        assert winners.limits == pytest.approx([limit])
+        assert [state.seconds_left for state in winners.states] == pytest.approx([limit] * 2)
 
 
 def test_a_plan_is_verified_on_latents_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of up to four samples, after those of a tuning and of the races, which take two at least."""
-    drawn = list[range]()
+    ranges = list[range]()
 
-    def noted(num: int, *sizes: int, start: int) -> torch.Tensor:
-        drawn.append(range(start - FIRST_CALIBRATION_LATENT, start - FIRST_CALIBRATION_LATENT + num))
+    def note_range(num: int, *sizes: int, start: int) -> torch.Tensor:
+        ranges.append(range(start - FIRST_CALIBRATION_LATENT, start - FIRST_CALIBRATION_LATENT + num))
         return draw_latents(num, *sizes, start=start)
 
-    monkeypatch.setattr(PLAN, "draw_latents", noted)
+    monkeypatch.setattr(planner, "draw_latents", note_range)
     for batch_size, raced, verified in ((1, 2, 1), (16, 16, 4)):
-        drawn.clear()
+        ranges.clear()
         Winners(monkeypatch, *[(jf.Solver(), 1.0)] * 2)
         jf.plan(Machine(1.0).carry(small(), monkeypatch), batch_size=batch_size)
-        timing, race, verification = drawn
+        timing, race, verification = ranges
         assert (len(timing), len(race), len(verification)) == (batch_size, raced, verified)
-        assert SAMPLES <= timing.start == race.start < race.stop <= verification.start
-
-
-def test_a_plan_is_for_16_samples_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
-    plan = jf.plan(Machine(0.01).carry(small(), monkeypatch))
-    assert plan.prediction is not None
-    assert (plan.prediction.batch_size, plan.tolerance) == (16, 1e-3)
+        assert NUM_SAMPLES <= timing.start == race.start < race.stop <= verification.start
 
 
 def test_a_plan_has_the_pieces_of_the_tuning_in_the_model_folder(
@@ -265,12 +249,15 @@ def test_a_plan_has_the_pieces_of_the_tuning_in_the_model_folder(
         jf.plan(flow)
 
 
-def test_candidates_are_of_the_flow_s_length(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_plan_is_by_default_for_16_samples_and_its_candidates_are_of_the_flow_s_length(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     lengths: set[int] = set()
     candidates = classmethod(lambda cls, num_tokens: lengths.add(num_tokens) or (cls(8),))
     monkeypatch.setattr(jf.Window, "candidates", candidates)
-    jf.plan(Machine(1.0).carry(small(), monkeypatch), batch_size=2)
-    assert lengths == {TOKENS}
+    plan = jf.plan(Machine(1.0).carry(small(), monkeypatch))
+    assert plan.prediction is not None
+    assert (plan.prediction.batch_size, plan.tolerance, lengths) == (16, 1e-3, {TOKENS})
 
 
 def test_a_sample_that_overflows_does_not_stop_a_plan(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -284,7 +271,7 @@ def test_a_tolerance_below_the_network_s_rounding_is_raised_to_it(monkeypatch: p
     machine = Machine(1.0)
     flow, wide = machine.carry(copy.deepcopy(small()).bfloat16(), monkeypatch), machine.carry(small(), monkeypatch)
     z = draw_latents(4, TOKENS, 4, start=FIRST_CALIBRATION_LATENT)
-    floor, exact = PLAN.rounding_floor(flow), draw(flow, "sequential", z, certify="always")
+    floor, exact = planner.rounding_floor(flow), draw(flow, "sequential", z, certify="always")
     assert exact.residual is not None
     assert float(exact.residual.max()) <= floor < 0.2
     if floor == 0:
@@ -300,19 +287,4 @@ def test_a_tolerance_below_the_network_s_rounding_is_raised_to_it(monkeypatch: p
     with torch.autocast("cpu", torch.bfloat16), pytest.warns(UserWarning, match="below the rounding"):
         jf.plan(wide, batch_size=1, tolerance=1e-6)
     flow.blocks[0].proj_out.bias.data[:4] = 200.0  # whose exact inverse overflows: that tells no rounding
-    assert PLAN.rounding_floor(flow) < math.inf
-
-
-def test_the_worst_block_of_rounded_weights_is_solved_exactly_if_images_are_off(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    flow, solver = Machine(1.0).carry(small(), monkeypatch), jf.Solver(jf.Sequential(), int16_weights=True)
-    Winners(monkeypatch, (solver, 1.0), (solver, 1.0))
-
-    def solve_certified(block: Any, z: torch.Tensor, solver: jf.Solver, labels: Any, **named: Any) -> Any:
-        residual = 1e-4 * (1 + (block is flow.blocks[1])) * solver.int16_weights
-        exact = jf.solve(block, z, jf.Solver(jf.Sequential()), labels).x
-        return SimpleNamespace(x=exact + 6 * residual, residual=torch.tensor([residual]))
-
-    monkeypatch.setattr(PLAN, "solve_certified", solve_certified)
-    assert [solver.int16_weights for solver in jf.plan(flow, batch_size=6).solvers] == [True, False]
+    assert planner.rounding_floor(flow) < math.inf

@@ -37,8 +37,9 @@ def spline_spec(module: Any, library: ModuleType, is_conditional: bool) -> Trans
     low, high = (0.0, 1.0) if module.tails is None else (-float(module.tail_bound), float(module.tail_bound))
     return made_spec(
         module, library, is_conditional, TransformKind.RATIONAL_QUADRATIC, 3 * bins + more_slopes, bins=bins,
-        boundary=boundary, end_slope=1.0, logit_scale=float(width) ** -0.5, low=low, high=high, has_tails=module.tails is not None,
-        min_width=module.min_bin_width, min_height=module.min_bin_height, min_slope=module.min_derivative,
+        boundary=boundary, end_slope=1.0, logit_scale=float(width) ** -0.5, low=low, high=high,
+        has_tails=module.tails is not None, min_width=module.min_bin_width, min_height=module.min_bin_height,
+        min_slope=module.min_derivative,
     )  # fmt: skip
 
 

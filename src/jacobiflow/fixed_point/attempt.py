@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -15,13 +15,18 @@ from jacobiflow.blocks.base import Block, TokensLogDet, no_gradients, supports
 from jacobiflow.blocks.context import Context
 from jacobiflow.blocks.tokens import Tokens
 from jacobiflow.errors import InputValueError
-from jacobiflow.fixed_point.batching import sweep
+from jacobiflow.fixed_point.batching import SweepResult, sweep
 from jacobiflow.fixed_point.cuda_graphs import TokenLoop
+from jacobiflow.fixed_point.guess import WarmStart
 from jacobiflow.fixed_point.options import SolveOptions
+from jacobiflow.fixed_point.partition import Whole
 from jacobiflow.fixed_point.problem import Problem
 from jacobiflow.fixed_point.solution import Solution, Status
-from jacobiflow.fixed_point.solver import Solver
+from jacobiflow.fixed_point.solver import MaxSweeps, Solver
 from jacobiflow.utils.checks import check_kind
+
+SequentialInverse = Callable[[Tokens, Context], TokensLogDet | None]
+"""`sequential_inverse` of a block, or another call of its kind."""
 
 
 def solve(
@@ -70,81 +75,79 @@ def attempt(problem: Problem, solver: Solver, options: SolveOptions) -> Solution
     if solver.bf16_sweeps and not supports(problem.block, "has_bf16"):
         name = type(problem.block).__name__
         raise InputValueError(f"bf16_sweeps={solver.bf16_sweeps}: {name} has no bfloat16 network; give 0")
+    solution = None
     with no_gradients(problem.block):
-        solution = None
-        if len(problem) and solver.partition.token_by_token(problem.num_tokens):
-            solution = _solve_sequentially(problem, solver, options)
-        solution = solution or _solve_by_sweeps(problem, solver, options)
+        for inverse, is_exact in _sequential_inverses(problem, solver):
+            answers = []
+            for _, part in problem.batches(options.batch_size):
+                answers.append(inverse(part.z, part.context))
+                options.check_time()
+            if None not in answers:
+                solution = _sequential_solution(problem, answers, is_exact)
+                break
+        if solution is None:
+            first = None
+            if solver.bf16_sweeps:
+                coarse = replace(solver, partition=Whole(), stopping=MaxSweeps(solver.bf16_sweeps))
+                first = sweep(problem, coarse, options, in_bf16=True)
+                solver = replace(solver, guess=WarmStart(first.x))
+            solution = _sweep_solution(sweep(problem, solver, options), first)
     # Clones made outside inference mode, so that autograd takes the tensors.
     tensors: Any = {name: value.clone() for name, value in vars(solution).items() if isinstance(value, Tensor)}
     return replace(solution, **tensors, seconds=time.perf_counter() - started)
 
 
-def _solve_sequentially(problem: Problem, solver: Solver, options: SolveOptions) -> Solution | None:
-    """The solution by a call that solves all tokens one after the other; `None` if there is no such call here."""
+def _sequential_inverses(problem: Problem, solver: Solver) -> Iterator[tuple[SequentialInverse, bool]]:
+    """Yields calls that solve all tokens one after the other, and whether they are exact; each may have no answer."""
     block: Any = problem.block
+    if not len(problem) or not solver.partition.token_by_token(problem.num_tokens):
+        return
     inverse = getattr(block, "sequential_inverse", None)
-    answer, is_rounded = None, False
     if inverse is not None and solver.int16_weights:
-        answer = _call_in_batches(partial(inverse, int16_weights=True), problem, options)
-        is_rounded = answer is not None
-    if inverse is not None and answer is None:
-        answer = _call_in_batches(inverse, problem, options)
-    if answer is None and problem.z.is_cuda and supports(block, "graph_safe"):
-        answer = _call_in_batches(TokenLoop(block), problem, options)
-    if answer is None:
-        return None
-    x, log_det = answer
-    num_tokens, is_exact = problem.num_tokens, torch.full_like(log_det, not is_rounded, dtype=torch.bool)
+        yield partial(inverse, int16_weights=True), False
+    if inverse is not None:
+        yield inverse, True
+    if problem.z.is_cuda and supports(block, "graph_safe"):
+        yield TokenLoop(block), True
+
+
+def _sequential_solution(problem: Problem, answers: Sequence[Any], is_exact: bool) -> Solution:
+    """The solution of the answers of batches. A call counts as a sweep for each token."""
+    x, log_det = map(torch.cat, zip(*answers, strict=True))
     failed = ~x.isfinite().all(dim=(1, 2))
-    residual = torch.full_like(log_det, torch.inf if is_rounded else 0.0).masked_fill(failed, torch.inf)
-    sweeps = num_tokens * problem.num_batches(options.batch_size)  # the call counts as a sweep for each token
+    residual = torch.full_like(log_det, 0.0 if is_exact else torch.inf)
+    num_tokens = problem.num_tokens
     return Solution(
         x=x,
         status=torch.where(failed, Status.NONFINITE, Status.CONVERGED),
-        residual=residual,
+        residual=residual.masked_fill(failed, torch.inf),
         log_det=log_det,
-        exact=is_exact,
+        exact=torch.full_like(failed, is_exact),
         used_fallback=torch.zeros_like(failed),
         sample_sweeps=torch.full_like(failed, num_tokens, dtype=torch.int64),
-        sweeps=sweeps,
-        network_calls=sweeps,
-        token_evaluations=num_tokens * len(problem),
+        sweeps=num_tokens * len(answers),
+        network_calls=num_tokens * len(answers),
+        token_evaluations=num_tokens * len(x),
         seconds=0.0,
     )
 
 
-def _call_in_batches(
-    inverse: Callable[[Tokens, Context], TokensLogDet | None], problem: Problem, options: SolveOptions
-) -> TokensLogDet | None:
-    """The answers of an inverse, batch by batch; `None` if it has none."""
-    answers = []
-    for _, part in problem.batches(options.batch_size):
-        answer = inverse(part.z, part.context)
-        if answer is None:
-            return None
-        options.check_time()
-        answers.append(answer)
-    x, log_det = zip(*answers, strict=True)
-    return torch.cat(x), torch.cat(log_det)
-
-
-def _solve_by_sweeps(problem: Problem, solver: Solver, options: SolveOptions) -> Solution:
-    """The solution by sweeps, after those in bfloat16 if the solver has any."""
-    result = sweep(problem, solver, options)
+def _sweep_solution(result: SweepResult, first: SweepResult | None) -> Solution:
+    """The solution of sweeps, with the cost of the `first` ones in bfloat16."""
     x, fronts = result.x, result.fronts
     failed = ~x.isfinite().all(dim=(1, 2)) | fronts.nonfinite
     status = torch.where(fronts.hit_max_sweeps, Status.MAX_SWEEPS, Status.CONVERGED)
+    sweeps = result.sweeps + (0 if first is None else first.sweeps)
     return Solution(
         x=x,
         status=status.masked_fill(failed, Status.NONFINITE),
         residual=fronts.residual.masked_fill(failed, torch.inf),
-        log_det=problem.z.new_full((len(problem),), torch.nan),
+        log_det=torch.full_like(fronts.residual, torch.nan),
         exact=fronts.exact,
         used_fallback=torch.zeros_like(failed),
-        sample_sweeps=fronts.sweeps,
-        sweeps=result.sweeps,
-        network_calls=result.sweeps,
-        token_evaluations=result.token_evaluations,
+        sample_sweeps=fronts.sweeps if first is None else fronts.sweeps + first.fronts.sweeps,
+        sweeps=sweeps,
+        network_calls=sweeps,
+        token_evaluations=result.token_evaluations + (0 if first is None else first.token_evaluations),
         seconds=0.0,
     )

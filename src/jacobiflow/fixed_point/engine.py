@@ -28,7 +28,7 @@ class SweepState:
     """The samples that are swept together.
 
     Attributes:
-        problem: Their problem; rows of `z` are replaced as samples finish.
+        z: Inputs of the block (B, T, C).
         x: Iterates (B, T, C).
         guess: Values that replace entries which overflow.
         cache: The block's cache.
@@ -36,22 +36,28 @@ class SweepState:
         sweeps_left: Sweeps that each token (T,) may still have.
         min_front: No front is before this token.
         max_front: No front is after this token.
+        samples: Their indices in the caller's order.
         num_stale: Tokens before a shared front whose keys are a sweep behind.
         sweeps: Sweeps so far.
         token_evaluations: Tokens times samples over these sweeps.
+        update_at: The block's, or CUDA graphs of it for this state's memory.
+        run_size: The size of every run, at the end of the sequence too; `None` for runs that may be shorter there.
     """
 
-    problem: Problem
+    z: Tokens
     x: Tokens
     guess: Tokens
     cache: Any
     fronts: Fronts
     sweeps_left: np.ndarray
+    samples: np.ndarray
     min_front: int = 0
     max_front: int = 0
     num_stale: int = 0
     sweeps: int = 0
     token_evaluations: int = 0
+    update_at: UpdateAt | None = None
+    run_size: int | None = None
 
 
 @dataclass(frozen=True)
@@ -61,15 +67,11 @@ class SweepEngine:
     Attributes:
         block: Gives g.
         num_tokens: T.
-        update_at: Replaces the block's, for example by CUDA graphs of runs of `run_size` tokens.
-        run_size: The size of every run, at the end of the sequence too; `None` for runs that may be shorter there.
     """
 
     block: Any
     solver: Solver
     num_tokens: int
-    update_at: UpdateAt | None = None
-    run_size: int | None = None
 
     @property
     def shares_front(self) -> bool:
@@ -77,17 +79,18 @@ class SweepEngine:
         slides = isinstance(self.solver.partition, SlidingRun) and self.solver.stopping.is_tolerance
         return not (slides and supports(self.block, "per_sample_front"))
 
-    def init(self, problem: Problem, guess: Tokens, in_bf16: bool = False) -> SweepState:
-        """Returns the state of samples at their first token. It owns its tensors."""
-        problem = Problem(problem.block, problem.z.clone(), problem.context.clone())
-        cache = self.block.init_cache(problem.z, problem.context)
+    def init(self, problem: Problem, guess: Tokens, start: int, in_bf16: bool) -> SweepState:
+        """Returns the state of samples at their first token, from the caller's `start` on. It owns its tensors."""
+        z = problem.z.clone()
+        cache = self.block.init_cache(z, problem.context.clone())
         return SweepState(
-            problem=problem,
+            z=z,
             x=guess.clone(),
             guess=guess.clone(),
             cache=self.block.to_bf16(cache) if in_bf16 else cache,
-            fronts=Fronts.initial(len(problem), problem.z),
+            fronts=Fronts.initial(len(problem), z),
             sweeps_left=_max_sweeps_per_token(self.solver, self.num_tokens),
+            samples=np.arange(start, start + len(problem)),
         )
 
     def finished(self, state: SweepState) -> bool:
@@ -117,19 +120,19 @@ class SweepEngine:
 
     def _evaluate(self, state: SweepState) -> tuple[int | Tensor, int, Tensor]:
         """The start of the runs, one number if it is common to all samples; their size; and g there."""
-        front, stale, problem = state.min_front, state.num_stale, state.problem
-        size = self._run_stop(front) - front if self.run_size is None else self.run_size
+        front, stale = state.min_front, state.num_stale
+        size = self._run_stop(front) - front if state.run_size is None else state.run_size
         state.sweeps += 1
-        state.token_evaluations += len(problem) * (size + stale)
+        state.token_evaluations += len(state.x) * (size + stale)
         last_start = self.num_tokens - size
-        if self.run_size is None and front in (state.max_front, last_start):
-            g = self.block.update(state.x, problem.z, front - stale, front + size, state.cache)
+        if state.run_size is None and front in (state.max_front, last_start):
+            g = self.block.update(state.x, state.z, front - stale, front + size, state.cache)
             state.num_stale = 0
             return front, size, g[:, stale:]
         start = state.fronts.front if state.max_front <= last_start else state.fronts.front.clamp(max=last_start)
         end = min(state.max_front + size, self.num_tokens)
-        update_at = self.update_at or self.block.update_at
-        return start, size, update_at(state.x, problem.z, start, size, end, state.cache)
+        update_at = state.update_at or self.block.update_at
+        return start, size, update_at(state.x, state.z, start, size, end, state.cache)
 
     def _run_stop(self, front: int) -> int:
         partition = self.solver.partition

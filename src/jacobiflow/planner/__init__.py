@@ -1,6 +1,7 @@
 """The solver of each block: strategies, their notation, and plans by measurement."""
 
-from jacobiflow.planner.cache import auto, choose
+from jacobiflow.planner.cache import auto
+from jacobiflow.planner.choice import choose
 from jacobiflow.planner.fit import BlockTuning, Tuning, find_tuning, tune
 from jacobiflow.planner.notation import is_auto
 from jacobiflow.planner.planner import plan

@@ -1,115 +1,95 @@
-"""The race between solvers for a block: real solves are timed, and the fastest solver is kept."""
+"""Timed solves of a block, and the choice of its solver from a table of them."""
 
 from __future__ import annotations
 
 import math
 import statistics
 import time
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
 
-from jacobiflow.blocks.base import AffineBlock, supports
-from jacobiflow.blocks.context import Context
-from jacobiflow.fixed_point import (
-    Latent,
-    MaxSweeps,
-    Partition,
-    Plain,
-    Sequential,
-    Solver,
-    Tolerance,
-    Whole,
-    certify,
-    solve,
-    solve_certified,
-)
+from jacobiflow.blocks.base import supports
+from jacobiflow.blocks.tokens import Tokens
+from jacobiflow.fixed_point import Latent, MaxSweeps, Partition, Plain, Sequential, Solver, Tolerance, Whole
+from jacobiflow.fixed_point.attempt import attempt
+from jacobiflow.fixed_point.certificate import solve_to_tolerance
+from jacobiflow.fixed_point.options import SolveOptions
+from jacobiflow.fixed_point.problem import Problem
 from jacobiflow.native import library_name
 from jacobiflow.planner.fit import BlockTuning
 from jacobiflow.utils.serialization import registered_pieces
 from jacobiflow.utils.timing import time_call
 
-_LEAST_SWEEPS = 4  # fewest sweeps of a block to the usual tolerances
-_BF16_SWEEPS = 3  # more of them change nothing but bfloat16's rounding
-_BF16_GAIN = 0.8  # a sweep in bfloat16 that takes a larger share of one in full precision is no gain
-_INT16_RESIDUAL = 0.2  # largest residual of rounded weights, as a share of the tolerance
-_NEAR = 1.1  # times within this factor of the least are measured again
-_CHANGED = 0.23  # a leader whose time changes by a larger share from block to block does not tell about the others
-_SHORT = 0.05  # seconds of a solve that is timed three times, not twice
-_ENOUGH = 0.5  # seconds of timings of the exact loop
-_MOST = 6  # timings of the exact loop
-_FEW = 4  # samples that tell if bfloat16 is faster
+SEQUENTIAL = Solver(Sequential())
+"""The exact loop."""
+UNCERTIFIED = SolveOptions(certify=False)
+"""The options of a solve without certificates."""
+
+_MIN_SWEEPS = 4
+"""Sweeps that a block needs at least to the usual tolerances."""
+_BF16_SWEEPS = 3
+"""Sweeps in bfloat16 that come first; more would change nothing but the rounding of bfloat16."""
+_MAX_BF16_SHARE = 0.8
+"""A sweep in bfloat16 counts as faster below this share of the time of a sweep in full precision."""
+_MAX_INT16_RESIDUAL = 0.2
+"""The largest residual of rounded weights, as a share of the tolerance."""
+_NEAR_FACTOR = 1.1
+"""A solver is near the best up to this multiple of its time. Slower ones are abandoned, near ones timed again."""
+_MAX_LEADER_CHANGE = 0.23
+"""If the leader's time changes by at most this share, other solvers are assumed to compare as in the last race."""
+_SHORT_SECONDS = 0.05
+"""Solves that take fewer seconds are timed three times, not twice."""
+_TIMING_SECONDS = 0.5
+"""Seconds after which calls in a block are not repeated."""
+_MAX_TIMINGS = 6
+"""The largest number of timings of a call."""
+_NUM_BF16_SAMPLES = 4
+"""Samples whose sweeps tell if bfloat16 is faster."""
 
 
-class Exact(NamedTuple):
-    """Seconds of the exact loop and of one network evaluation of all tokens, in one block.
+class BlockTimings(NamedTuple):
+    """Seconds that a batch takes in one block.
 
-    `bf16` is that of an evaluation in bfloat16, infinite if it is not faster. `int16` is that of the loop with weights
-    of 16-bit integers, infinite if the block has none. `spread` is the share by which timings of the same thing differ.
+    Attributes:
+        sequential: By the exact loop.
+        evaluation: By one network evaluation of all tokens.
+        spread: The share by which timings of the same call differ.
+        bf16_evaluation: By an evaluation in bfloat16; infinite if it is not faster.
+        int16_sequential: By the exact loop with weights of 16-bit integers; infinite if the block has no such loop.
     """
 
-    loop: float
+    sequential: float
     evaluation: float
-    bf16: float
     spread: float
-    int16: float = math.inf
+    bf16_evaluation: float = math.inf
+    int16_sequential: float = math.inf
 
     @property
-    def least_iteration(self) -> float:
-        """Seconds that a solve with its certificate takes at least."""
-        sweeps = min(_LEAST_SWEEPS * self.evaluation, _BF16_SWEEPS * self.bf16 + self.evaluation)
-        return min(sweeps, self.int16) + self.evaluation
+    def can_iterate(self) -> bool:
+        """Tells if another solver, with its certificate, can be faster than the exact loop."""
+        sweeps = min(_MIN_SWEEPS * self.evaluation, _BF16_SWEEPS * self.bf16_evaluation + self.evaluation)
+        return self.sequential > min(sweeps, self.int16_sequential) + self.evaluation
 
 
-def time_exact(block: AffineBlock, z: Float[Tensor, "b t c"], labels: Context, bf16: bool = True) -> Exact:
-    """Times the exact loop and network evaluations of a block. Native code is compiled before."""
-    library_name()
-    loop = _timings(lambda: solve(block, z, Solver(Sequential()), labels), z.device)
-    evaluation = _timings(lambda: certify(block, z, z, labels), z.device)
-    int16 = [math.inf]
-    can_pay = min(loop) > 2 * min(evaluation)  # half the bytes save half of the loop at most
-    if can_pay and block.sequential_inverse(z, labels, int16_weights=True) is not None:
-        int16 = _timings(lambda: block.sequential_inverse(z, labels, int16_weights=True), z.device)
-    exact = Exact(min(loop), min(evaluation), math.inf, max(_spread(loop), _spread(evaluation)), min(int16))
-    is_tried = bf16 and z.shape[1] > 1 and supports(block, "has_bf16")  # one token needs no sweeps
-    if not is_tried or exact.loop <= _BF16_SWEEPS * exact.evaluation:
-        return exact
-    few, of_few = z[:_FEW], labels[:_FEW]
+class TimedSolve(NamedTuple):
+    """A solver that was timed in a block.
 
-    def sweep(bf16_sweeps: int) -> float:
-        solver = Solver(stopping=MaxSweeps(1), bf16_sweeps=bf16_sweeps)
-        return min(_timings(lambda: solve(block, few, solver, of_few), z.device, _SHORT))
-
-    share = (sweep(3) - sweep(1)) / (2 * sweep(0))
-    return exact._replace(bf16=share * exact.evaluation) if share < _BF16_GAIN else exact
-
-
-def candidates(num_tokens: int, tolerance: float, tuning: BlockTuning | None, exact: Exact) -> list[Solver]:
-    """The solvers that race against the exact loop: all tokens at once, and the candidates of every partition."""
-    partitions: list[Partition] = [Whole()]
-    for kind in registered_pieces(Partition).values():
-        partitions += [p for p in kind.candidates(num_tokens) if p.stop(0, num_tokens) < num_tokens]
-    guess, correction = (Latent(), Plain()) if tuning is None else (tuning.guess, tuning.correction)
-    solvers = [Solver(partition, guess, Tolerance(tolerance), correction) for partition in partitions]
-    if math.isfinite(exact.bf16):
-        solvers += [replace(solver, bf16_sweeps=_BF16_SWEEPS) for solver in solvers]
-    if exact.int16 + exact.evaluation < exact.loop:
-        solvers.append(Solver(Sequential(), stopping=Tolerance(tolerance), int16_weights=True))
-    return solvers
-
-
-class Runner(NamedTuple):
-    """A solver in the race: its timings, its answers, its sweeps of the slowest sample and its largest residual."""
+    Attributes:
+        solver: The solver.
+        timings: Seconds of each of its solves, certificates included.
+        x: Its answers.
+        sweeps: Sweeps of the slowest sample.
+        residual: The largest residual of a sample.
+    """
 
     solver: Solver
     timings: tuple[float, ...]
-    x: Float[Tensor, "b t c"]
+    x: Tokens
     sweeps: int
     residual: float
 
@@ -119,119 +99,191 @@ class Runner(NamedTuple):
         return min(self.timings)
 
 
-@dataclass
-class Race:
-    """Races for the blocks of a flow that have one shape, one after the other in sampling order.
-
-    A solver is abandoned once it is slower than the best one. The exact loop takes the same time in every block, so it
-    is timed once. If the best one of the block before takes its time again, only those that came near it run. After a
-    limit of time only the best one of the block before runs.
+@dataclass(frozen=True)
+class RaceState:
+    """The results of races so far, in blocks of one shape.
 
     Attributes:
-        exact: Times of the exact loop and of network evaluations.
-        batch_size: Samples that are solved together.
-        tolerance: Largest residual of a solution.
-        time_limit: Seconds for races in which several solvers run.
-        spreads: By how much timings of the same solver differ, as shares.
+        seconds_left: Seconds for races between several solvers. Below 0 only the best solver runs.
+        last: Seconds of the solvers that were near the best in the last race, by their `solver_key`.
+        spread: The largest share by which timings of a solver differed.
     """
 
-    exact: Exact
-    batch_size: int
-    tolerance: float
-    time_limit: float
-    spreads: list[float] = field(default_factory=list)
-    _seconds: float = 0.0
-    _last: dict[Hashable, float] = field(default_factory=dict)  # seconds in the last race, by kind of solver
-
-    def run(
-        self, block: AffineBlock, z: Float[Tensor, "b t c"], labels: Context, solvers: Sequence[Solver]
-    ) -> Runner | None:
-        """Finds the fastest of the `solvers` for a block; `None` if the exact loop is as fast."""
-        if self.is_over:
-            return None
-        began = time.perf_counter()
-        track = partial(self._solve, block, z, labels)
-        loop = self.exact.loop * len(z) / self.batch_size
-        runners: list[Runner] = []
-
-        def limit() -> float:
-            return _NEAR * min([loop, *(runner.seconds for runner in runners)])
-
-        def start(solver: Solver) -> None:
-            with suppress(TimeoutError):
-                runner = track(solver, limit())
-                if not solver.int16_weights or runner.residual <= _INT16_RESIDUAL * self.tolerance:
-                    runners.append(runner)
-
-        def expected(solver: Solver) -> float:
-            return self._last.get(_kind(solver), math.inf)
-
-        leader, *others = sorted(solvers, key=expected)
-        start(leader)
-        if any(math.isclose(runner.seconds, expected(leader), rel_tol=_CHANGED) for runner in runners):
-            others = [solver for solver in others if _kind(solver) in self._last]
-        for solver in () if self._is_late() else others:
-            start(solver)
-        for runner in list(runners):
-            if runner.solver.partition == Whole():
-                start(_counted(runner))
-        near = [runner for runner in runners if runner.seconds <= limit()]
-        if len(near) > 1 or loop < limit():
-            near = [self._again(track, runner) for runner in near]
-        # A solver that only its number of sweeps brought near runs again as well.
-        self._last = {_kind(runner.solver): runner.seconds for runner in reversed(near)}
-        self._seconds += time.perf_counter() - began
-        faster = [runner for runner in near if runner.seconds < loop]
-        return min(faster, key=lambda runner: runner.seconds, default=None)
+    seconds_left: float
+    last: Mapping[Hashable, float] = field(default_factory=dict)
+    spread: float = 0.0
 
     @property
     def is_over(self) -> bool:
-        """True if no solver is left that could run."""
-        return self._is_late() and not self._last
+        """True if no solver is left that may run."""
+        return self.seconds_left < 0 and not self.last
 
-    def _is_late(self) -> bool:
-        return self._seconds > self.time_limit
+    def expected_seconds(self, solver: Solver) -> float:
+        """Returns the seconds of such a solver in the last race; infinite if it was not near the best."""
+        return self.last.get(solver_key(solver), math.inf)
 
-    def _again(self, track: Callable[[Solver, None], Runner], runner: Runner) -> Runner:
-        """The runner with more timings."""
-        others = [track(runner.solver, None).seconds for _ in range(2 if runner.seconds < _SHORT else 1)]
-        runner = runner._replace(timings=(*runner.timings, *others))
-        self.spreads.append(_spread(runner.timings))
-        return runner
-
-    def _solve(
-        self, block: AffineBlock, z: Tensor, labels: Context, solver: Solver, time_limit: float | None
-    ) -> Runner:
-        """A timed solve with certificates, in batches; TimeoutError if it takes longer than the limit."""
-        run = partial(
-            solve_certified, block, z, solver, labels, batch_size=self.batch_size, tolerance=self.tolerance,
-            time_limit=time_limit,
-        )  # fmt: skip
-        seconds, solution = time_call(run, z.device)
-        sweeps, residual = int(solution.sample_sweeps.max()), float(solution.residual.max())
-        return Runner(solver, (seconds,), solution.x, sweeps, residual)
+    def add_race(self, rows: Sequence[TimedSolve], seconds: float) -> RaceState:
+        """Returns the state after a race of so many seconds, whose `rows` were near the best."""
+        # Of two rows with the same key the first counts: it is the one that stops on a tolerance.
+        last = {solver_key(row.solver): row.seconds for row in reversed(rows)}
+        spread = max([self.spread, *(timing_spread(row.timings) for row in rows)])
+        return RaceState(self.seconds_left - seconds, last, spread)
 
 
-def _timings(run: Callable[[], object], device: torch.device, enough: float = _ENOUGH) -> list[float]:
-    """Seconds of several calls, or of one if it takes `enough`."""
-    seconds: list[float] = []
-    while sum(seconds) < enough and len(seconds) < _MOST:
-        seconds.append(time_call(run, device)[0])
-    return seconds
+def time_block(problem: Problem, try_bf16: bool = True) -> BlockTimings:
+    """Times the exact loop and network evaluations of a block."""
+    library_name()  # Compiles native code first, which would else count.
+    block: Any = problem.block
+    device = problem.z.device
+    sequential = _time_repeatedly(partial(attempt, problem, SEQUENTIAL, UNCERTIFIED), device)
+    evaluation = _time_repeatedly(partial(problem.residual, problem.z), device)
+    spread = max(timing_spread(sequential), timing_spread(evaluation))
+    timings = BlockTimings(min(sequential), min(evaluation), spread)
+    # Weights of half the bytes save half of the loop at most, and need an evaluation for their certificate.
+    if timings.sequential > 2 * timings.evaluation:
+        run = partial(block.sequential_inverse, problem.z, problem.context, int16_weights=True)
+        if run() is not None:
+            timings = timings._replace(int16_sequential=min(_time_repeatedly(run, device)))
+    can_pay = timings.sequential > _BF16_SWEEPS * timings.evaluation
+    if try_bf16 and can_pay and problem.num_tokens > 1 and supports(block, "has_bf16"):
+        share = _bf16_share(problem[:_NUM_BF16_SAMPLES])
+        if share < _MAX_BF16_SHARE:
+            timings = timings._replace(bf16_evaluation=share * timings.evaluation)
+    return timings
 
 
-def _spread(timings: Sequence[float]) -> float:
-    """By how much the median is above the least, as a share. The first timing, a warm-up, does not count."""
+def _bf16_share(problem: Problem) -> float:
+    """The time of a sweep in bfloat16, as a share of that of one in full precision."""
+    three, one, none = (
+        min(_time_repeatedly(partial(attempt, problem, solver, UNCERTIFIED), problem.z.device, _SHORT_SECONDS))
+        for solver in (Solver(stopping=MaxSweeps(1), bf16_sweeps=sweeps) for sweeps in (3, 1, 0))
+    )
+    return (three - one) / (2 * none)
+
+
+def candidates(num_tokens: int, tolerance: float, tuning: BlockTuning | None, timings: BlockTimings) -> list[Solver]:
+    """Returns the solvers to time against the exact loop: all tokens at once, and those of every partition."""
+    partitions: list[Partition] = [Whole()]
+    for kind in registered_pieces(Partition).values():
+        partitions += [p for p in kind.candidates(num_tokens) if p.stop(0, num_tokens) < num_tokens]
+    guess, correction = (Latent(), Plain()) if tuning is None else (tuning.guess, tuning.correction)
+    solvers = [Solver(partition, guess, Tolerance(tolerance), correction) for partition in partitions]
+    if math.isfinite(timings.bf16_evaluation):
+        solvers += [replace(solver, bf16_sweeps=_BF16_SWEEPS) for solver in solvers]
+    if timings.int16_sequential + timings.evaluation < timings.sequential:
+        solvers.append(Solver(Sequential(), stopping=Tolerance(tolerance), int16_weights=True))
+    return solvers
+
+
+def race(
+    problem: Problem, solvers: Sequence[Solver], timings: BlockTimings, options: SolveOptions, state: RaceState
+) -> tuple[TimedSolve | None, RaceState]:
+    """Times solvers in a block. Returns the fastest, or `None` if the exact loop is as fast, and the new state.
+
+    The best solver of the last race, in `state`, runs first. If it takes its time again, only those that came near it
+    run. The exact loop takes the same time in every block of one shape, so `timings` are those of any such block.
+    """
+    if state.is_over:
+        return None, state
+    started = time.perf_counter()
+    sequential = timings.sequential * len(problem) / (options.batch_size or len(problem))
+    leader, *others = sorted(solvers, key=state.expected_seconds)
+    table = _add_timed(problem, [leader], [], sequential, options)
+    table = _add_timed(problem, select_rivals(others, table, state), table, sequential, options)
+    table = _add_timed(problem, fix_sweeps(table), table, sequential, options)
+    rows = select_near(table, sequential)
+    if len(rows) > 1 or sequential < near_limit(table, sequential):
+        rows = [_time_again(problem, row, options) for row in rows]
+    return find_fastest(rows, sequential), state.add_race(rows, time.perf_counter() - started)
+
+
+def time_solve(problem: Problem, solver: Solver, options: SolveOptions) -> TimedSolve:
+    """Times a solve with certificates. Raises TimeoutError after the time limit of the options."""
+    seconds, solution = time_call(partial(solve_to_tolerance, problem, solver, options), problem.z.device)
+    return TimedSolve(solver, (seconds,), solution.x, int(solution.sample_sweeps.max()), float(solution.residual.max()))
+
+
+def near_limit(table: Iterable[TimedSolve], sequential: float) -> float:
+    """Returns the seconds up to which a solver is near the best. `sequential` are those of the exact loop."""
+    return _NEAR_FACTOR * min([sequential, *(row.seconds for row in table)])
+
+
+def select_near(table: Sequence[TimedSolve], sequential: float) -> list[TimedSolve]:
+    """Returns the solvers that are near the best."""
+    return [row for row in table if row.seconds <= near_limit(table, sequential)]
+
+
+def find_fastest(table: Iterable[TimedSolve], sequential: float) -> TimedSolve | None:
+    """Returns the fastest solver; `None` if none is faster than the exact loop."""
+    faster = [row for row in table if row.seconds < sequential]
+    return min(faster, key=lambda row: row.seconds, default=None)
+
+
+def select_rivals(others: Sequence[Solver], table: Sequence[TimedSolve], state: RaceState) -> Sequence[Solver]:
+    """Returns the solvers to time after the leader of the last race, whose row `table` has unless it was too slow.
+
+    If the leader takes its time again, these are the solvers that came near it. After the time limit there are none.
+    """
+    if state.seconds_left < 0:
+        return ()
+    is_repeated = any(
+        math.isclose(row.seconds, state.expected_seconds(row.solver), rel_tol=_MAX_LEADER_CHANGE) for row in table
+    )
+    return [solver for solver in others if solver_key(solver) in state.last] if is_repeated else others
+
+
+def fix_sweeps(table: Iterable[TimedSolve]) -> list[Solver]:
+    """Returns solvers of all tokens at once that make a fixed number of sweeps: as many as the slowest sample took.
+
+    The last sweep is left out, since it only confirms that the samples converged.
+    """
+    return [
+        replace(row.solver, stopping=MaxSweeps(max(row.sweeps - row.solver.bf16_sweeps - 1, 1)))
+        for row in table
+        if row.solver.partition == Whole()
+    ]
+
+
+def is_accurate(row: TimedSolve, tolerance: float) -> bool:
+    """Tells if rounded weights are far enough below the tolerance; other solvers always are."""
+    return not row.solver.int16_weights or row.residual <= _MAX_INT16_RESIDUAL * tolerance
+
+
+def solver_key(solver: Solver) -> Hashable:
+    """Returns the part of a solver that solvers of different blocks have in common."""
+    return solver.partition, solver.bf16_sweeps, solver.int16_weights
+
+
+def timing_spread(timings: Sequence[float]) -> float:
+    """Returns the share by which the median is above the least. The first timing, a warm-up, does not count."""
     later = timings[1:] or timings
     return statistics.median(later) / min(later) - 1
 
 
-def _kind(solver: Solver) -> Hashable:
-    """The part of a solver that the solvers of different blocks share."""
-    return solver.partition, solver.bf16_sweeps, solver.int16_weights
+def _add_timed(
+    problem: Problem, solvers: Iterable[Solver], table: list[TimedSolve], sequential: float, options: SolveOptions
+) -> list[TimedSolve]:
+    """The table with a row for each solver that is near the best, and accurate."""
+    assert options.tolerance is not None
+    for solver in solvers:
+        with suppress(TimeoutError):
+            row = time_solve(problem, solver, replace(options, time_limit=near_limit(table, sequential)))
+            if is_accurate(row, options.tolerance):
+                table = [*table, row]
+    return table
 
 
-def _counted(runner: Runner) -> Solver:
-    """The solver that makes as many sweeps as the samples of a race needed, without the last one, which only tells."""
-    solver = runner.solver
-    return replace(solver, stopping=MaxSweeps(max(runner.sweeps - solver.bf16_sweeps - 1, 1)))
+def _time_again(problem: Problem, row: TimedSolve, options: SolveOptions) -> TimedSolve:
+    repeats = 2 if row.seconds < _SHORT_SECONDS else 1
+    others = [time_solve(problem, row.solver, options).seconds for _ in range(repeats)]
+    return row._replace(timings=(*row.timings, *others))
+
+
+def _time_repeatedly(
+    run: Callable[[], object], device: torch.device, max_seconds: float = _TIMING_SECONDS
+) -> list[float]:
+    """Seconds of several calls, or of one if it takes `max_seconds`."""
+    seconds: list[float] = []
+    while sum(seconds) < max_seconds and len(seconds) < _MAX_TIMINGS:
+        seconds.append(time_call(run, device)[0])
+    return seconds

@@ -9,13 +9,15 @@ from typing import Any
 
 import torch
 
-from jacobiflow.blocks.base import AffineBlock
 from jacobiflow.blocks.context import Context
 from jacobiflow.blocks.guidance import Guidance
+from jacobiflow.blocks.tokens import Tokens
 from jacobiflow.calibration.report import find_file_by_guidance
-from jacobiflow.calibration.statistics import BlockSolution, exact_solutions
+from jacobiflow.calibration.statistics import exact_solutions
 from jacobiflow.errors import InputValueError
-from jacobiflow.fixed_point import Correction, Guess, Plain, Solver, Tolerance, Whole, solve
+from jacobiflow.fixed_point import Correction, Guess, Plain, Solver, Whole
+from jacobiflow.fixed_point.attempt import attempt
+from jacobiflow.fixed_point.options import SolveOptions
 from jacobiflow.fixed_point.problem import Problem
 from jacobiflow.models.checkpoints.fingerprint import check_fingerprint, fingerprint
 from jacobiflow.models.config import ContextLike, Labels, as_labels
@@ -25,15 +27,13 @@ from jacobiflow.utils import serialization
 from jacobiflow.utils.checks import check_count, check_seed
 from jacobiflow.utils.progress import Progress
 
-SAMPLES = 16
+NUM_SAMPLES = 16
 """Fresh latents that a tuning is fitted to, by default."""
-
-_TOLERANCE = 1e-3  # to which guesses and corrections are compared
 
 
 @dataclass(frozen=True)
 class BlockTuning:
-    """The guess and the correction that are fitted to a block."""
+    """A guess and a correction that are fitted to a block."""
 
     guess: Guess
     correction: Correction
@@ -44,11 +44,11 @@ class Tuning(serialization.JsonDocument):
     """A guess and a correction for each block of a flow, fitted by `jacobiflow.tune`.
 
     Attributes:
-        fingerprint: Of the flow's weights, see `check`.
+        fingerprint: The fingerprint of the flow's weights, see `check`.
         num_tokens: T.
         guidance: The guidance that the blocks were solved under.
-        samples: Number of latents.
-        seed: Of the latents.
+        samples: The number of latents.
+        seed: The seed of the latents.
         blocks: A `BlockTuning` per block, in encoding order.
 
     Example:
@@ -67,18 +67,19 @@ class Tuning(serialization.JsonDocument):
     blocks: tuple[BlockTuning, ...]
 
     def check(self, flow: Flow) -> None:
-        """Raises ValueError if the tuning is of another flow."""
+        """Checks that the tuning is of this flow.
+
+        Raises:
+            ValueError: If it is of another.
+        """
         check_flow(flow)
         check_fingerprint(self.fingerprint, flow, "the tuning is of", "tune this one")
         if len(self.blocks) != flow.config.num_blocks:
             raise InputValueError(f"tuning of {len(self.blocks)} blocks, but the flow has {flow.config.num_blocks}")
-        for block in self.blocks:
-            block.guess.check(flow.config.num_tokens, flow.config.token_channels)
-            block.correction.check(flow.config.token_channels)
 
 
 def tune(
-    flow: Flow, labels: Labels | None = None, *, context: ContextLike | None = None, samples: int = SAMPLES,
+    flow: Flow, labels: Labels | None = None, *, context: ContextLike | None = None, samples: int = NUM_SAMPLES,
     batch_size: int = 64, seed: int = 0, progress: Progress | None = None,
 ) -> Tuning:  # fmt: skip
     """Fits a guess and a correction to each block, to its exact solutions at fresh latents.
@@ -106,22 +107,21 @@ def tune(
     check_flow(flow)
     samples = check_count("samples", samples, 2, MOST_SAMPLES)
     batch_size, seed = check_count("batch_size", batch_size, maximum=MOST_SAMPLES), check_seed(seed)
-    config = flow.config
-    blocks = flow.inverse_blocks
+    config, blocks = flow.config, flow.inverse_blocks
     latents = draw_latents(samples, config.num_tokens, config.token_channels, seed, FIRST_CALIBRATION_LATENT)
     solutions = exact_solutions(flow, latents, _context(flow, labels, context, samples), batch_size, progress)
     fitted = []
-    for i, at in enumerate(solutions):
-        fitted.append(_fit(blocks[i], at, batch_size))
+    for i, solution in enumerate(solutions):
+        fitted.append(_fit(Problem(blocks[i], solution.z, solution.context), solution.x, batch_size))
         if progress is not None:
             progress(i + 1, len(blocks), "tuning")
     return Tuning(fingerprint(flow), config.num_tokens, flow.guidance, samples, seed, tuple(fitted))
 
 
 def find_tuning(flow: Flow) -> Path | None:
-    """Finds the tuning, tuning.json or tuning-*.json in the flow's model folder, of its guidance.
+    """Returns the file of a tuning in the flow's model folder, tuning.json or tuning-*.json; `None` if it has none.
 
-    Without one of this guidance it is that of another, tuning.json first; without any it is `None`.
+    A tuning of the flow's guidance comes first, then tuning.json.
 
     Raises:
         ValueError: If a tuning is broken.
@@ -146,15 +146,16 @@ def _context(flow: Flow, labels: Labels | None, context: ContextLike | None, sam
     return checked.to(flow.var.device)[torch.arange(samples, device=flow.var.device) % num]
 
 
-def _fit(block: AffineBlock, at: BlockSolution, batch_size: int) -> BlockTuning:
+def _fit(problem: Problem, x: Tokens, batch_size: int) -> BlockTuning:
+    """The guess and the correction with the fewest sweeps, fitted to the solution `x`."""
+    options = SolveOptions(certify=False, batch_size=batch_size)
+
     def sweeps(guess: Guess, correction: Correction) -> int:
-        solver = Solver(Whole(), guess, Tolerance(_TOLERANCE), correction)
-        return int(solve(block, at.z, solver, at.context, batch_size=batch_size).sample_sweeps.sum())
+        return int(attempt(problem, Solver(Whole(), guess, correction=correction), options).sample_sweeps.sum())
 
     kinds = serialization.registered_pieces(Guess).values()
-    guesses = [fit for kind in kinds if (fit := kind.fit(at.x, at.z)) is not None]
+    guesses = [fitted for kind in kinds if (fitted := kind.fit(x, problem.z)) is not None]
     guess = guesses[0] if len(guesses) == 1 else min(guesses, key=lambda guess: sweeps(guess, Plain()))
-    kinds = serialization.registered_pieces(Correction).values()
-    fits = [kind.fit(Problem(block, at.z, at.context), at.x, guess) for kind in kinds]
-    corrections: Sequence[Correction] = [Plain(), *(fit for fit in fits if fit is not None)]
+    fits = [kind.fit(problem, x, guess) for kind in serialization.registered_pieces(Correction).values()]
+    corrections: Sequence[Correction] = [Plain(), *(fitted for fitted in fits if fitted is not None)]
     return BlockTuning(guess, min(corrections, key=lambda correction: sweeps(guess, correction)))

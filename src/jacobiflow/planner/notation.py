@@ -28,19 +28,27 @@ _FORMS = (
     "auto, sequential, sequential:int16, jacobi, jacobi-J, gs-jacobi:G, gs-jacobi:G-J, window:N, "
     "or [Stack-GS-J-Else] such as [7-8-32-10]"
 )
+"""The names of strategies, as a message lists them."""
 _NUMBER = "[0-9]{1,9}"
+"""A regular expression for a number."""
 _NUMBERS = f"{_NUMBER}(?:/{_NUMBER})*"
+"""A regular expression for numbers with slashes between."""
 _SWEEPS = f"{_NUMBER}(?:[,/]{_NUMBER})*"
+"""A regular expression for numbers of sweeps, with commas between those of segments."""
 
 
 def parse(text: str, guesses: Sequence[Guess], num_tokens: int, tolerance: float) -> tuple[Solver, ...]:
-    """The solvers that `text` names, one per block; `guesses` are for blocks without one. See `Strategy.parse`."""
+    """Returns the solvers that `text` names, one per block; `guesses` are for blocks without one.
+
+    See `Strategy.parse`.
+    """
     name, *pieces = text.strip().lower().split("+")
     try:
-        solvers = _stack(name, len(guesses)) if name.startswith("[") else [_named(name, tolerance)] * len(guesses)
-        solvers = [replace(solvers[i], guess=guess) for i, guess in enumerate(guesses)]
+        is_stack = name.startswith("[")
+        solvers = _parse_stack(name, len(guesses)) if is_stack else [_parse_name(name, tolerance)] * len(guesses)
+        solvers = [replace(solver, guess=guess) for solver, guess in zip(solvers, guesses, strict=True)]
         for piece in pieces:
-            solvers = [_added(solver, piece) for solver in solvers]
+            solvers = [_add_piece(solver, piece) for solver in solvers]
         for solver in solvers:
             solver.partition.check(num_tokens)
     except ValueError as error:
@@ -53,8 +61,12 @@ def is_auto(name: str) -> bool:
     return name.strip().lower().split(":")[0] == "auto"
 
 
-def _named(name: str, tolerance: float) -> Solver:
+def _parse_name(name: str, tolerance: float) -> Solver:
     """The solver that a name gives every block."""
+    if is_auto(name):
+        raise InputValueError("is planned for a flow, a device and a batch: give it to sample, or use plan")
+    if name == "sequential:int16":
+        return Solver(Sequential(), stopping=Tolerance(tolerance), int16_weights=True)
     partition: Partition | None
     sweeps = None
     if match := re.fullmatch(rf"jacobi(?:-({_NUMBER}))?", name):
@@ -63,42 +75,35 @@ def _named(name: str, tolerance: float) -> Solver:
         partition, sweeps = Segments(int(match[1])), match[2]
     elif name == "original":
         partition = Sequential()
-    elif name == "sequential:int16":
-        return Solver(Sequential(), stopping=Tolerance(tolerance), int16_weights=True)
     else:
-        partition = _piece(Partition, name)
-    if is_auto(name):
-        raise InputValueError("is planned for a flow, a device and a batch: give it to sample, or use plan")
+        partition = _parse_piece(Partition, name)
     if partition is None:
         raise InputValueError(f"unknown; give {_FORMS}")
-    return Solver(partition, stopping=Tolerance(tolerance) if sweeps is None else _counted(sweeps))
+    return Solver(partition, stopping=Tolerance(tolerance) if sweeps is None else _parse_sweeps(sweeps))
 
 
-def _added(solver: Solver, name: str) -> Solver:
+def _add_piece(solver: Solver, name: str) -> Solver:
     """The solver with a registered guess or correction."""
-    if (guess := _piece(Guess, name)) is not None:
+    if (guess := _parse_piece(Guess, name)) is not None:
         return replace(solver, guess=guess)
-    if (correction := _piece(Correction, name)) is not None:
+    if (correction := _parse_piece(Correction, name)) is not None:
         return replace(solver, correction=correction)
     raise InputValueError(f"{format_value(name)}: unknown; add the name of a guess or a correction")
 
 
-def _piece(base: type, text: str) -> Any:
+def _parse_piece(base: type, text: str) -> Any:
     """The registered piece that "name" or "name:1-2" means, the numbers being its fields, or `None`."""
     name, _, numbers = text.partition(":")
     cls: Any = {key.lower(): cls for key, cls in registered_pieces(base).items()}.get(name)
     if cls is None or not re.fullmatch(rf"|{_NUMBER}(-{_NUMBER})*", numbers):
         return None
     values = [int(number) for number in numbers.split("-") if number]
-    needed = [entry for entry in fields(cls) if entry.default is MISSING and entry.default_factory is MISSING]
-    if not len(needed) <= len(values) <= len(fields(cls)) or any(
-        entry.type not in ("int", int) for entry in fields(cls)
-    ):
-        return None
-    return cls(*values)
+    required = [entry for entry in fields(cls) if entry.default is MISSING and entry.default_factory is MISSING]
+    is_whole = all(entry.type in ("int", int) for entry in fields(cls))
+    return cls(*values) if is_whole and len(required) <= len(values) <= len(fields(cls)) else None
 
 
-def _stack(text: str, num_blocks: int) -> list[Solver]:
+def _parse_stack(text: str, num_blocks: int) -> list[Solver]:
     """The solvers of the paper's notation."""
     match = re.fullmatch(rf"\[({_NUMBERS})-({_NUMBERS})-({_SWEEPS})-({_NUMBER})\]", text)
     if match is None:
@@ -112,14 +117,14 @@ def _stack(text: str, num_blocks: int) -> list[Solver]:
     for name, values in (("GS", counts), ("J", sweeps)):
         if len(values) not in (1, len(stack)):
             raise InputValueError(f"{name} {'/'.join(values)}: give one number, or one for each of Stack {match[1]}")
-    solvers = [Solver(Whole(), stopping=_counted(match[4]))] * num_blocks
+    solvers = [Solver(Whole(), stopping=_parse_sweeps(match[4]))] * num_blocks
     for i, block in enumerate(stack):
         partition = Segments(int(counts[i % len(counts)]))
-        solvers[block] = Solver(partition, stopping=_counted(sweeps[i % len(sweeps)]))
+        solvers[block] = Solver(partition, stopping=_parse_sweeps(sweeps[i % len(sweeps)]))
     return solvers
 
 
-def _counted(numbers: str) -> Stopping:
+def _parse_sweeps(numbers: str) -> Stopping:
     """One number of sweeps, or one for each segment with commas between, and the paper's early stop."""
     counts = [int(number) for number in numbers.split(",")]
     return MaxSweeps(counts[0] if len(counts) == 1 else counts) | EarlyStop()

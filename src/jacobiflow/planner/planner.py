@@ -4,40 +4,52 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Hashable, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import dataclass, replace
+from collections.abc import Hashable, Sequence
+from dataclasses import replace
 from functools import partial
+from typing import NamedTuple
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
 
-from jacobiflow.blocks.base import AffineBlock, FlowBlock
+from jacobiflow.blocks.base import FlowBlock
 from jacobiflow.blocks.context import Context
-from jacobiflow.fixed_point import MaxSweeps, Sequential, Solver, Tolerance, certify, solve, solve_certified
-from jacobiflow.fixed_point.options import DEFAULT_TOLERANCE
+from jacobiflow.blocks.guidance import guided
+from jacobiflow.blocks.tokens import Tokens
+from jacobiflow.fixed_point import MaxSweeps, Solution, Solver, Tolerance
+from jacobiflow.fixed_point.attempt import attempt
+from jacobiflow.fixed_point.certificate import solve_to_tolerance
+from jacobiflow.fixed_point.options import DEFAULT_TOLERANCE, SolveOptions
+from jacobiflow.fixed_point.problem import Problem
 from jacobiflow.models.checkpoints.fingerprint import fingerprint
 from jacobiflow.models.flow import Flow, check_flow, precision
 from jacobiflow.models.latents import FIRST_CALIBRATION_LATENT, MOST_SAMPLES, draw_latents
-from jacobiflow.planner.benchmark import Exact, Race, candidates, time_exact
-from jacobiflow.planner.fit import SAMPLES, Tuning, find_tuning
+from jacobiflow.planner.benchmark import SEQUENTIAL, UNCERTIFIED, BlockTimings, RaceState, candidates, race, time_block
+from jacobiflow.planner.fit import NUM_SAMPLES, Tuning, find_tuning
 from jacobiflow.planner.strategy import Prediction, Strategy, device_name
 from jacobiflow.utils.checks import check_count, check_flag, check_kind, check_positive
 from jacobiflow.utils.progress import Progress
 from jacobiflow.utils.timing import time_call
 
-_FEWEST = 2  # samples of a race: one may need twice as many sweeps as another
-_SECONDS = 2.0  # least time limit of a race between several solvers
-_VERIFIED = 4  # samples that a plan is verified on; and from which rounding is measured, since one may have none
-_COMPARED = 2  # verified samples whose images are compared with exact ones
-_EXACT = 0.01  # share of the tolerance to which sweeps count as exact
-_GAIN = 0.97  # largest share of the exact loop's time that a plan may take
-_TRIALS = 3  # tolerances that a verification tries
-_TIGHTER = 0.5  # safety factor of a tolerance that is tightened
-_ROUNDING_MARGIN = 2.0  # the rounding of a few samples is taken to be within this factor of a batch's
-_COARSE = ("bfloat16", "float16", "tf32")  # networks of other dtypes round so little that it is not measured
-_LOOP = Solver(Sequential())
+_MIN_RACED = 2
+"""The least number of samples in a race: one sample may need twice as many sweeps as another."""
+_MIN_RACE_SECONDS = 2.0
+"""The least time limit, in seconds, of races between several solvers."""
+_NUM_VERIFIED = 4
+"""Samples that a plan is verified on, and whose rounding is measured; a single one may have none."""
+_NUM_COMPARED = 2
+"""Verified samples whose images are compared with exact ones."""
+_EXACT_FACTOR = 0.01
+"""Sweeps to this share of the tolerance count as exact."""
+_MAX_TIME_SHARE = 0.97
+"""The largest share of the exact loop's time that a plan may take."""
+_NUM_TRIALS = 3
+"""The number of tolerances that a verification tries."""
+_SAFETY_FACTOR = 0.5
+"""A tolerance is tightened to this share of the one that would be just enough."""
+_ROUNDING_MARGIN = 2.0
+"""The rounding of a few samples is taken to be within this factor of a batch's."""
+_ROUNDED_DTYPES = ("bfloat16", "float16", "tf32")
+"""Networks of other dtypes round so little that their rounding is not measured."""
 
 
 def plan(
@@ -48,8 +60,8 @@ def plan(
 
     In each block the exact loop races against all tokens at once and the candidates of the registered partitions, each
     with sweeps in bfloat16 first if these are faster, and with the guess and the correction of a tuning. The plan is
-    then run on latents of its own: its images are within the tolerance of those of the exact loop. If no iteration can
-    be faster than the exact loop, that is the plan at once.
+    then run on other latents: its images are within the tolerance of those of the exact loop. If no iteration can be
+    faster than the exact loop, the exact loop is the plan at once.
 
     A network in bfloat16 or float16, or with TF32 products, rounds coarsely. A tolerance below its rounding is raised
     to it, with a warning; `Strategy.tolerance` is the raised one.
@@ -82,24 +94,47 @@ def plan(
     return strategy
 
 
+class _Draft(NamedTuple):
+    """A plan in the making: a solver per block, the seconds of a batch, the spread of timings, the error of images."""
+
+    solvers: tuple[Solver, ...]
+    seconds: float
+    spread: float
+    error: float = 0.0
+
+
 def make_plan(
-    flow: Flow, tuning: Tuning | None, batch_size: int, tolerance: float,
-    bf16: bool, progress: Progress | None,
-) -> Strategy:  # fmt: skip
-    """`plan` without its checks and its warning."""
+    flow: Flow, tuning: Tuning | None, batch_size: int, tolerance: float, bf16: bool, progress: Progress | None
+) -> Strategy:
+    """Makes a plan as `plan` does, without its checks and its warning."""
     if tuning is None and (file := find_tuning(flow)) is not None:
         tuning = Tuning.load(file)
         if tuning.fingerprint != fingerprint(flow):
             warnings.warn("the tuning in the flow's folder is of other weights, and is not used", stacklevel=3)
             tuning = None
-    if precision(flow) in _COARSE or torch.is_autocast_enabled(flow.var.device.type):
+    if precision(flow) in _ROUNDED_DTYPES or torch.is_autocast_enabled(flow.var.device.type):
         tolerance = max(tolerance, _ROUNDING_MARGIN * rounding_floor(flow))
-    return _Planner(flow, tuning, batch_size, tolerance, bf16, progress).plan()
+    timings = _time_blocks(flow, batch_size, bf16)
+    sequential_seconds = sum(each.sequential for each in timings)
+    draft = _Draft((SEQUENTIAL,) * len(timings), sequential_seconds, max(each.spread for each in timings))
+    if any(each.can_iterate for each in timings):
+        raced = _race_blocks(flow, tuning, timings, batch_size, tolerance, progress)
+        draft = _verify(flow, raced, timings, batch_size, tolerance, progress) or draft._replace(spread=raced.spread)
+    prediction = Prediction(
+        device=device_name(flow.var.device),
+        batch_size=batch_size,
+        guidance=flow.guidance,
+        seconds=draft.seconds,
+        sequential_seconds=sequential_seconds,
+        error=draft.error,
+        spread=draft.spread,
+    )
+    return Strategy(draft.solvers, fingerprint(flow), float(tolerance), prediction)
 
 
 def warn_if_raised(strategy: Strategy, tolerance: float) -> None:
     """Warns the caller's caller if a plan solves to a larger tolerance than it was asked for."""
-    is_exact = all(solver == _LOOP for solver in strategy.solvers)
+    is_exact = all(solver == SEQUENTIAL for solver in strategy.solvers)
     if strategy.tolerance is not None and strategy.tolerance > tolerance and not is_exact:
         warnings.warn(
             f"tolerance {tolerance:g} is below the rounding of this flow's network: planned for "
@@ -111,169 +146,152 @@ def warn_if_raised(strategy: Strategy, tolerance: float) -> None:
 def rounding_floor(flow: Flow) -> float:
     """Measures the rounding of a network, below which no tolerance can be reached.
 
-    The larger of the largest residual |g(x) - x| of the exact loop's answers, over the blocks, and the largest
-    difference between its images and those of sweeps that stop at this residual. Samples that overflow do not count.
+    It is the largest residual |g(x) - x| of the exact loop's answers in any block. If sweeps that stop at this residual
+    leave images that differ more from those of the exact loop, it is that difference. Samples that overflow do not
+    count.
     """
-    tokens, labels = _latents(flow, 0, _VERIFIED)
-    blocks, largest = flow.inverse_blocks, 0.0
-
-    def solve_block(i: int, z: Tensor) -> Tensor:
-        nonlocal largest
-        z, other = _or_zero(z).chunk(2)
-        exact = solve(blocks[i], z, _LOOP, labels).x
-        residual = certify(blocks[i], z, exact, labels)
-        largest = max([largest, *residual[residual.isfinite()].tolist()])
-        return torch.cat((exact, solve(blocks[i], other, Solver(stopping=Tolerance(largest)), labels).x))
-
-    exact, iterated = flow.map_blocks_reversed(tokens.repeat(2, 1, 1), solve_block).chunk(2)
-    return max(largest, float(_or_zero(exact - iterated).abs().max()))
+    exact, context = _latents(flow, 0, _NUM_VERIFIED)
+    swept, floor = exact, 0.0
+    for i in reversed(range(len(flow.blocks))):
+        problem = _block_problem(flow, i, exact, context)
+        x = attempt(problem, SEQUENTIAL, UNCERTIFIED).x
+        residual, _ = problem.residual(x)
+        floor = max([floor, *residual[residual.isfinite()].tolist()])
+        sweeps = Solver(stopping=Tolerance(floor))
+        other_x = attempt(_block_problem(flow, i, swept, context), sweeps, UNCERTIFIED).x
+        exact, swept = (flow.blocks[i].permutation.inverse(tokens) for tokens in (x, other_x))
+    return max(floor, float((exact - swept).nan_to_num(0.0, 0.0, 0.0).abs().max()))
 
 
-def _latents(flow: Flow, first: int, num: int) -> tuple[Float[Tensor, "n t c"], Context]:
+def _time_blocks(flow: Flow, batch_size: int, bf16: bool) -> list[BlockTimings]:
+    """The timings of each block; blocks of one shape are timed once."""
+    tokens, context = _latents(flow, NUM_SAMPLES, batch_size)
+    timings: dict[Hashable, BlockTimings] = {}
+    for block in reversed(flow.blocks):
+        if _shape(block) not in timings:
+            timings[_shape(block)] = time_block(Problem(guided(block, flow.guidance), tokens, context), bf16)
+    return [timings[_shape(block)] for block in flow.blocks]
+
+
+def _race_blocks(
+    flow: Flow, tuning: Tuning | None, timings: Sequence[BlockTimings], batch_size: int, tolerance: float,
+    progress: Progress | None,
+) -> _Draft:  # fmt: skip
+    """The fastest solver of each block. Blocks of one shape share the time limit of their races."""
+    options = SolveOptions(tolerance, batch_size=batch_size)
+    # A tuning has not seen these latents, and `sample` does not draw them.
+    x, context = _latents(flow, NUM_SAMPLES, max(batch_size, _MIN_RACED))
+    solvers, seconds = [SEQUENTIAL] * len(timings), 0.0
+    shapes = [_shape(block) for block in flow.blocks]
+    limit = max(_MIN_RACE_SECONDS, sum(each.sequential for each in timings) / 2)
+    states = {shape: RaceState(limit) for shape, each in zip(shapes, timings, strict=True) if each.can_iterate}
+    for i in reversed(range(len(timings))):
+        problem, winner = _block_problem(flow, i, x, context), None
+        if shapes[i] in states:
+            fitted = None if tuning is None else tuning.blocks[i]
+            solvers_to_race = candidates(problem.num_tokens, tolerance, fitted, timings[i])
+            winner, states[shapes[i]] = race(problem, solvers_to_race, timings[i], options, states[shapes[i]])
+        if winner is not None:
+            solvers[i], answer = winner.solver, winner.x
+            seconds += winner.seconds * batch_size / len(problem)
+        else:
+            seconds += timings[i].sequential
+            are_over = all(state.is_over for state in states.values())
+            answer = problem.z if are_over else attempt(problem, SEQUENTIAL, replace(options, certify=False)).x
+        x = flow.blocks[i].permutation.inverse(answer)
+        if progress is not None:
+            progress(len(timings) - i, len(timings), "timing solvers")
+    spread = max([*(each.spread for each in timings), *(state.spread for state in states.values())])
+    return _Draft(tuple(solvers), seconds, spread)
+
+
+def _verify(
+    flow: Flow, draft: _Draft, timings: Sequence[BlockTimings], batch_size: int, tolerance: float,
+    progress: Progress | None,
+) -> _Draft | None:  # fmt: skip
+    """The draft, tightened until samples are within the tolerance, with its error; `None` if it is then too slow."""
+    limits = [each.sequential for each in timings]
+    max_seconds, num = _MAX_TIME_SHARE * sum(limits), min(batch_size, _NUM_VERIFIED)
+    if draft.seconds > max_seconds:
+        return None
+    # The races have not seen these latents.
+    tokens, context = _latents(flow, NUM_SAMPLES + _MIN_RACED + batch_size, num)
+    few = tokens[:_NUM_COMPARED], context[:_NUM_COMPARED]
+    stopping = Tolerance(_EXACT_FACTOR * tolerance)
+    closer = [replace(solver, stopping=stopping, bf16_sweeps=0) for solver in draft.solvers]
+    exact, _ = _solve_blocks(flow, closer, *few, UNCERTIFIED, progress, limits)
+    for _ in range(_NUM_TRIALS):
+        run = partial(_solve_blocks, flow, draft.solvers, tokens, context, SolveOptions(tolerance), progress)
+        seconds, (x, solutions) = time_call(run, tokens.device)
+        if num == batch_size:
+            if seconds > max_seconds:  # The machine may have been busy.
+                seconds, _ = time_call(run, tokens.device)
+            draft = draft._replace(seconds=seconds)
+        draft = draft._replace(error=_max_error(x[: len(exact)], exact))
+        if draft.seconds > max_seconds or math.isinf(draft.error):
+            return None
+        if draft.error <= tolerance:
+            return draft
+        draft = draft._replace(solvers=tighten(draft.solvers, solutions, _SAFETY_FACTOR * tolerance / draft.error))
+    return None
+
+
+def _solve_blocks(
+    flow: Flow, solvers: Sequence[Solver], x: Tokens, context: Context, options: SolveOptions,
+    progress: Progress | None, time_limits: Sequence[float] | None = None,
+) -> tuple[Tokens, list[Solution]]:  # fmt: skip
+    """The inverse of tokens, and the solution of each block. After its time limit the exact loop solves a block."""
+    solutions = list[Solution]()
+    for i in reversed(range(len(solvers))):
+        problem, limit = _block_problem(flow, i, x, context), None if time_limits is None else time_limits[i]
+        try:
+            solution = solve_to_tolerance(problem, solvers[i], replace(options, time_limit=limit))
+        except TimeoutError:
+            solution = solve_to_tolerance(problem, SEQUENTIAL, options)
+        solutions.insert(0, solution)
+        x = flow.blocks[i].permutation.inverse(solution.x)
+        if progress is not None:
+            progress(len(solvers) - i, len(solvers), "verifying")
+    return x, solutions
+
+
+def _max_error(x: Tokens, exact: Tokens) -> float:
+    """The largest difference from exact tokens, as far as these are finite; infinite if there is none."""
+    difference = (x - exact)[exact.isfinite()].abs().nan_to_num(math.inf, math.inf)
+    return max(difference.tolist(), default=math.inf)
+
+
+def tighten(solvers: Sequence[Solver], solutions: Sequence[Solution], factor: float) -> tuple[Solver, ...]:
+    """Returns solvers that come nearer: to `factor` times their tolerance, or with a sweep more per power of ten.
+
+    Of the blocks with rounded weights, the one with the largest residual is solved by the exact loop.
+    """
+    rounded = [i for i, solver in enumerate(solvers) if solver.int16_weights]
+    worst = max(rounded, key=lambda i: float(solutions[i].residual.max()), default=None)
+    return tuple(SEQUENTIAL if i == worst else _tighten_one(solver, factor) for i, solver in enumerate(solvers))
+
+
+def _tighten_one(solver: Solver, factor: float) -> Solver:
+    atol, count = solver.stopping.atol, solver.stopping.max_sweeps
+    if atol is not None:
+        return replace(solver, stopping=Tolerance(factor * atol))
+    assert isinstance(count, int)
+    return replace(solver, stopping=MaxSweeps(count + math.ceil(-math.log10(factor))))
+
+
+def _block_problem(flow: Flow, i: int, x: Tokens, context: Context) -> Problem:
+    """The problem of block i at tokens in the order of the data. Values that overflowed go on as zeros."""
+    z = flow.blocks[i].permutation(x).nan_to_num(0.0, 0.0, 0.0)
+    return Problem(guided(flow.blocks[i], flow.guidance), z, context)
+
+
+def _latents(flow: Flow, first: int, num: int) -> tuple[Tokens, Context]:
     """Tokens at which the last block is inverted, in the order of the data, and a context."""
     config = flow.config
     latents = draw_latents(num, config.num_tokens, config.token_channels, start=FIRST_CALIBRATION_LATENT + first)
     return flow.prior_tokens(latents), flow.example_context(num).to(flow.var.device)
 
 
-def _or_zero(x: Tensor) -> Tensor:
-    """Zeros in place of values that overflowed, so that a plan can go on."""
-    return torch.where(x.isfinite(), x, torch.zeros_like(x))
-
-
-@dataclass
-class _Planner:
-    flow: Flow
-    tuning: Tuning | None
-    batch_size: int
-    tolerance: float
-    bf16: bool
-    progress: Progress | None
-
-    def plan(self) -> Strategy:
-        size, latents = self.batch_size, _latents(self.flow, SAMPLES, self.batch_size)
-        by_shape: dict[Hashable, Exact] = {}
-        for block, inverse in zip(reversed(self.flow.blocks), reversed(self.flow.inverse_blocks), strict=True):
-            if _shape(block) not in by_shape:
-                by_shape[_shape(block)] = time_exact(inverse, *latents, self.bf16)
-        loops = [by_shape[_shape(block)].loop for block in self.flow.blocks]
-        loop_seconds, spread, plan = sum(loops), max(exact.spread for exact in by_shape.values()), None
-        limit = max(_SECONDS, loop_seconds / 2)
-        races = {
-            shape: Race(exact, size, self.tolerance, limit)
-            for shape, exact in by_shape.items()
-            if exact.loop > exact.least_iteration
-        }
-        if races:
-            plan = self._verified(*self._race(races, loops), loops)
-            spread = max([spread, *(value for race in races.values() for value in race.spreads)])
-        solvers, seconds, error = plan or ([_LOOP] * len(loops), loop_seconds, 0.0)
-        prediction = Prediction(
-            device=device_name(self.flow.var.device),
-            batch_size=size,
-            guidance=self.flow.guidance,
-            seconds=seconds,
-            sequential_seconds=loop_seconds,
-            error=error,
-            spread=spread,
-        )
-        return Strategy(tuple(solvers), fingerprint(self.flow), float(self.tolerance), prediction)
-
-    def _race(self, races: Mapping[Hashable, Race], loops: Sequence[float]) -> tuple[list[Solver], float]:
-        """The winner of each block, and their seconds for a batch. Blocks of a shape share a race.
-
-        `loops` are the seconds of the exact loop in each block.
-        """
-        # A tuning has not seen these latents, and `sample` does not draw them.
-        tokens, labels = _latents(self.flow, SAMPLES, max(self.batch_size, _FEWEST))
-        solvers, seconds = [_LOOP] * len(self.flow.blocks), 0.0
-
-        def solve_block(i: int, block: AffineBlock, z: Tensor) -> Tensor:
-            nonlocal seconds
-            fitted = None if self.tuning is None else self.tuning.blocks[i]
-            race, winner = races.get(_shape(self.flow.blocks[i])), None
-            if race is not None:
-                entrants = candidates(self.flow.config.num_tokens, self.tolerance, fitted, race.exact)
-                winner = race.run(block, z, labels, entrants)
-            if winner is None:
-                seconds += loops[i]
-                are_over = all(other.is_over for other in races.values())
-                return z if are_over else solve(block, z, _LOOP, labels, batch_size=self.batch_size).x
-            solvers[i] = winner.solver
-            seconds += winner.seconds * self.batch_size / len(z)
-            return winner.x
-
-        self._invert(tokens, solve_block, "timing solvers")
-        return solvers, seconds
-
-    def _verified(
-        self, solvers: list[Solver], seconds: float, loops: Sequence[float]
-    ) -> tuple[list[Solver], float, float] | None:
-        """The solvers, tightened until samples are within the tolerance, their seconds, and the error of the samples.
-
-        `None` if they take too long for that, or are no nearer. On latents of their own; `loops` are the seconds of the
-        exact loop in each block.
-        """
-        enough, num = _GAIN * sum(loops), min(self.batch_size, _VERIFIED)
-        if seconds > enough:
-            return None
-        tokens, labels = _latents(self.flow, SAMPLES + _FEWEST + self.batch_size, num)
-        few = labels[:_COMPARED]
-
-        def solve_exactly(i: int, block: AffineBlock, z: Tensor) -> Tensor:
-            closer = replace(solvers[i], stopping=Tolerance(_EXACT * self.tolerance), bf16_sweeps=0)
-            with suppress(TimeoutError):
-                return solve(block, z, closer, few, time_limit=loops[i]).x
-            return solve(block, z, _LOOP, few).x
-
-        def solve_block(i: int, block: AffineBlock, z: Tensor) -> Tensor:
-            solution = solve_certified(block, z, solvers[i], labels, tolerance=self.tolerance)
-            if solvers[i].int16_weights:
-                residuals[i] = float(solution.residual.max())
-            return solution.x
-
-        residuals = [0.0] * len(solvers)
-        exact = self._invert(tokens[:_COMPARED], solve_exactly, "verifying")
-        run = partial(self._invert, tokens, solve_block, "verifying")
-        for _ in range(_TRIALS):
-            elapsed, x = time_call(run, tokens.device)
-            if num == self.batch_size:
-                seconds = elapsed if elapsed <= enough else time_call(run, tokens.device)[0]
-            difference = (x[: len(exact)] - exact)[exact.isfinite()].abs().nan_to_num(math.inf, math.inf)
-            error = max(difference.tolist(), default=math.inf)
-            if seconds > enough or math.isinf(error):
-                return None
-            if error <= self.tolerance:
-                return solvers, seconds, error
-            factor = _TIGHTER * self.tolerance / error
-            rounded = [i for i, solver in enumerate(solvers) if solver.int16_weights]
-            worst = max(rounded, key=lambda i: residuals[i], default=None)
-            solvers = [_LOOP if i == worst else _tighter(solver, factor) for i, solver in enumerate(solvers)]
-        return None
-
-    def _invert(
-        self, tokens: Float[Tensor, "n t c"], solve_block: Callable[[int, AffineBlock, Tensor], Tensor], what: str
-    ) -> Float[Tensor, "n t c"]:
-        blocks = self.flow.inverse_blocks
-
-        def solve_and_note(i: int, z: Tensor) -> Tensor:
-            x = solve_block(i, blocks[i], _or_zero(z))
-            if self.progress is not None:
-                self.progress(len(blocks) - i, len(blocks), what)
-            return x
-
-        return self.flow.map_blocks_reversed(tokens, solve_and_note)
-
-
 def _shape(block: FlowBlock) -> Hashable:
     """The shapes of the parameters: blocks that share them take the same time."""
     return tuple(parameter.shape for parameter in block.parameters())
-
-
-def _tighter(solver: Solver, factor: float) -> Solver:
-    """The solver with a share of its tolerance, or with more sweeps."""
-    atol, count = solver.stopping.atol, solver.stopping.max_sweeps
-    if atol is not None:
-        return replace(solver, stopping=Tolerance(factor * atol))
-    assert isinstance(count, int)
-    return replace(solver, stopping=MaxSweeps(count + math.ceil(-math.log10(factor))))

@@ -17,7 +17,10 @@ from jacobiflow.planner import notation
 from jacobiflow.utils import serialization
 from jacobiflow.utils.checks import check_count, check_fields, check_kind, check_number, format_value
 
-MOST_BLOCKS, MOST_TOKENS = 1_000, 2**16  # limits of a strategy
+_MAX_BLOCKS = 1_000
+"""The largest number of blocks of a strategy."""
+_MAX_TOKENS = 2**16
+"""The largest number of tokens of a strategy that is parsed."""
 
 
 @dataclass(frozen=True)
@@ -25,13 +28,13 @@ class Prediction:
     """The conditions of a plan, and the time that it should take.
 
     Attributes:
-        device: Its name, and a CPU's threads.
+        device: The name of the device, and a CPU's threads.
         batch_size: Samples that are solved together.
         guidance: The guidance to sample with.
-        seconds: For a batch, as it was tried, certificates included.
-        sequential_seconds: For a batch by the exact loop.
-        error: Largest of an image against the exact inverse.
-        spread: Share by which timings of the same thing differed.
+        seconds: Measured seconds for a batch, certificates included.
+        sequential_seconds: Seconds for a batch by the exact loop.
+        error: The largest difference between an image and that of the exact inverse.
+        spread: The share by which timings of the same thing differed.
     """
 
     device: str
@@ -68,15 +71,15 @@ class Strategy(serialization.JsonDocument):
 
     def __post_init__(self) -> None:
         check_fields(self)
-        if not 0 < len(self.solvers) <= MOST_BLOCKS:
-            raise InputValueError(f"solvers: {len(self.solvers)} of them; give one per block, at most {MOST_BLOCKS:,}")
+        if not 0 < len(self.solvers) <= _MAX_BLOCKS:
+            raise InputValueError(f"solvers: {len(self.solvers)} of them; give one per block, at most {_MAX_BLOCKS:,}")
         if self.tolerance is not None:
             check_number("tolerance", self.tolerance)
 
     @classmethod
     def uniform(cls, solver: Solver, num_blocks: int) -> Strategy:
-        """The same solver for every block."""
-        return cls((solver,) * check_count("num_blocks", num_blocks, maximum=MOST_BLOCKS))
+        """Returns the strategy that solves every block by the same solver."""
+        return cls((solver,) * check_count("num_blocks", num_blocks, maximum=_MAX_BLOCKS))
 
     @classmethod
     def parse(
@@ -101,7 +104,7 @@ class Strategy(serialization.JsonDocument):
                 is `Latent`.
             num_blocks: L; needed without a report.
             num_tokens: T; needed without a report.
-            tolerance: Of solvers that stop on one.
+            tolerance: The tolerance of solvers that stop on one.
 
         Example:
             >>> strategy = jf.Strategy.parse("[1-4-9-6]", num_blocks=2, num_tokens=64)
@@ -118,8 +121,8 @@ class Strategy(serialization.JsonDocument):
             raise InputValueError(
                 f"strategy {format_value(text)}: give a report, or num_blocks and num_tokens of the flow"
             )
-        blocks = check_count("num_blocks", num_blocks, maximum=MOST_BLOCKS)
-        tokens = check_count("num_tokens", num_tokens, maximum=MOST_TOKENS)
+        blocks = check_count("num_blocks", num_blocks, maximum=_MAX_BLOCKS)
+        tokens = check_count("num_tokens", num_tokens, maximum=_MAX_TOKENS)
         return cls(notation.parse(text, [Latent()] * blocks, tokens, tolerance))
 
     @classmethod
@@ -137,25 +140,27 @@ class Strategy(serialization.JsonDocument):
         return cls.parse(notation, report)
 
     def __str__(self) -> str:
-        """A line for each block."""
+        """Lists the solvers, a line for each block."""
         return "\n".join(f"block {i}: {solver}" for i, solver in enumerate(self.solvers))
 
-    def residual_bound(self, num_tokens: int) -> float | None:
-        """The residual that every block of `num_tokens` tokens is solved to; `None` if one only has a number of sweeps.
+    def certified_tolerance(self, num_tokens: int) -> float | None:
+        """Returns the largest residual of a certified sample of `num_tokens` tokens in any block.
 
-        A block that is solved token by token is exact, and needs no tolerance.
+        It is the strategy's own tolerance, else the largest of its solvers. A block that is solved token by token is
+        exact, and needs none. It is `None` if another block only has a number of sweeps.
         """
         if self.tolerance is not None:
             return self.tolerance
-        iterated = [s.stopping.atol for s in self.solvers if not s.is_exact(num_tokens)]
-        return None if None in iterated else max((atol for atol in iterated if atol is not None), default=0.0)
+        tolerances = [solver.stopping.atol for solver in self.solvers if not solver.is_exact(num_tokens)]
+        return None if None in tolerances else max((atol for atol in tolerances if atol is not None), default=0.0)
 
-    def with_tolerance(self, atol: float) -> Strategy:
-        """This strategy with `atol` in place of every tolerance that it has; sweep counts stay.
+    def with_tolerance(self, tolerance: float) -> Strategy:
+        """Returns the strategy with `tolerance` in place of every tolerance that it has; numbers of sweeps stay.
 
-        Raises ValueError if the strategy was planned for another tolerance.
+        Raises:
+            ValueError: If the strategy was planned for another tolerance.
         """
-        atol = check_number("tolerance", atol)
+        atol = check_number("tolerance", tolerance)
         if self.tolerance is not None:
             if atol != self.tolerance:
                 raise InputValueError(f"tolerance={atol}: the strategy was planned for {self.tolerance:g}; plan again")
@@ -166,10 +171,12 @@ class Strategy(serialization.JsonDocument):
         return replace(self, solvers=tuple(solvers))
 
     def check(self, flow: Flow, batch_size: int = 1) -> None:
-        """Raises ValueError if the strategy does not fit the flow, or was planned for other conditions.
+        """Checks that the strategy fits the flow, and was planned for its conditions.
 
-        That is for other weights, another device, other guidance or fewer samples. A smaller batch is solved as well,
-        if not as fast as one that was planned for.
+        A batch may be smaller than the one that was planned for; it then takes longer than it could.
+
+        Raises:
+            ValueError: If the strategy is for other weights, another device, other guidance or fewer samples.
         """
         check_flow(flow)
         config = flow.config
@@ -184,12 +191,12 @@ class Strategy(serialization.JsonDocument):
             check_fingerprint(self.fingerprint, flow, "the strategy was made for")
         if self.prediction is None:
             return
-        for name, planned, have in (
+        for name, planned, actual in (
             ("device", self.prediction.device, device_name(flow.var.device)),
             ("guidance", self.prediction.guidance, flow.guidance),
         ):
-            if planned != have:
-                raise InputValueError(f"the strategy was planned for {name} {planned}, not {have}: plan again")
+            if planned != actual:
+                raise InputValueError(f"the strategy was planned for {name} {planned}, not {actual}: plan again")
         if batch_size > self.prediction.batch_size:
             raise InputValueError(
                 f"the strategy was planned for batches of up to {self.prediction.batch_size}, not {batch_size}: plan "
@@ -198,7 +205,7 @@ class Strategy(serialization.JsonDocument):
 
 
 def device_name(device: torch.device) -> str:
-    """The device's name, and for a CPU the number of threads."""
+    """Returns the name of a device, and for a CPU the number of threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{device.type} with {torch.get_num_threads()} threads"

@@ -183,7 +183,7 @@ def sample_with_strategy(
         log_prob=torch.cat(log_probs) if outputs.log_prob else None,
         stats=stats,
         residual=torch.stack([block.residual for block in stats]).amax(dim=0) if options.certify else None,
-        tolerance=strategy.residual_bound(flow.config.num_tokens),
+        tolerance=strategy.certified_tolerance(flow.config.num_tokens),
         intermediates=tuple(intermediates) if outputs.intermediates else None,
         seconds=seconds,
         denoise_seconds=time.perf_counter() - started,

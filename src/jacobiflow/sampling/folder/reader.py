@@ -187,7 +187,7 @@ class SampleFolder:
             self.sensitivity() if manifest.sensitivity else None,
             num=manifest.num,
             num_nonfinite=cost.status["nonfinite"],
-            tolerance=self.strategy().residual_bound(manifest.num_tokens),
+            tolerance=self.strategy().certified_tolerance(manifest.num_tokens),
             is_exact=cost.exact,
             num_fallback=cost.used_fallback,
             num_above=cost.status["rounding"],
