@@ -133,10 +133,10 @@ def test_certificates_are_those_of_the_shards(run: Any, tmp_path: Path) -> None:
     assert sorted(os.listdir(tmp_path / "new" / "out")) == [".lock", "evaluation.json", "manifest.json"]
 
 
-def test_lost_samples_are_reported(run: Any, tmp_path: Path) -> None:
+def test_samples_that_are_not_finite_are_reported(run: Any, tmp_path: Path) -> None:
     scores, out = evaluated(run, tmp_path, "overflowing --samples lost --features none")
     assert (scores["nonfinite"], scores["residuals"]) == (NUM, {"median": math.inf, "max": math.inf})
-    assert f"{NUM} lost, since the exact inverse overflows too" in out
+    assert f"{NUM} not finite, since the exact inverse overflows too" in out
     assert not on_disk("lost").any()
     equal = {"share": 0, "levels": 0}
     assert scores["paired"] == {"num": NUM, "max": 0, "rms": 0, "psnr": math.inf, "pixels": equal}
