@@ -23,8 +23,8 @@ from benchmarks.common import FIGURES, RESULTS, Json, complete, parser
 from benchmarks.render import result
 from examples.boltzmann import MODEL, Coordinates, frames
 from examples.molecule import PHI, PSI, torsion
-from jacobiflow.models.flow import Flow, log_normal
-from jacobiflow.models.latents import draw_latents
+from jacobiflow.models.flow import Flow
+from jacobiflow.models.latents import draw_latents, log_normal
 from jacobiflow.plots import save_png
 from jacobiflow.plots.style import new_figure, simplify_axes, use_style
 

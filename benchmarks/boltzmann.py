@@ -21,9 +21,9 @@ import jacobiflow as jf
 from benchmarks.common import IN_PYTORCH, RESULTS, Json, complete, parser, to_json, without_native
 from examples.boltzmann import MODEL
 from jacobiflow.comparison.baselines import CachedNetwork
-from jacobiflow.models.flow import Flow, log_normal
-from jacobiflow.models.latents import draw_latents
-from jacobiflow.models.transformer.block import TarFlowBlock
+from jacobiflow.models.flow import Flow
+from jacobiflow.models.latents import draw_latents, log_normal
+from jacobiflow.models.tarflow import TarFlowBlock
 from jacobiflow.utils.timing import time_call, time_interleaved
 
 SIZES: dict[str, tuple[int, int, int, int, int]] = {  # tokens, values, channels, blocks, layers

@@ -14,7 +14,7 @@ import jacobiflow as jf
 from benchmarks.common import FIGURES, RESULTS, Json, latents, parser, to_json
 from jacobiflow.comparison.baselines import original_sampler
 from jacobiflow.data import balanced_labels
-from jacobiflow.models.checkpoints.folder import bundled
+from jacobiflow.models.checkpoints.folder import list_bundled
 from jacobiflow.models.memory import keep_freed_memory
 from jacobiflow.plots import rows_sheet, save_png
 from jacobiflow.utils.files import write_json
@@ -52,9 +52,9 @@ def draw_samples(name: str) -> None:
 
 def main() -> None:
     parser(__doc__).parse_args()
-    for name in bundled():
+    for name in list_bundled():
         draw_samples(name)
-    models = {name: measure(name) for name in bundled()}
+    models = {name: measure(name) for name in list_bundled()}
     head = {"command": "python -m benchmarks.model_speed", "machine": describe_machine(), "repeats": ROUNDS}
     write_json(RESULTS / "model-speed.json", {**head, "models": models})
 

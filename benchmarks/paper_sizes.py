@@ -22,7 +22,7 @@ from benchmarks.common import MODELS, RESULTS, Json, complete, latents, parser, 
 from benchmarks.regimes import BATCH_SIZES, EXACT_LOOP, ROUNDS, TRAINED, exact_loop, shape_of
 from jacobiflow.comparison.baselines import GROWING_CACHE, CachedNetwork
 from jacobiflow.models.memory import keep_freed_memory
-from jacobiflow.models.transformer.block import TarFlowBlock
+from jacobiflow.models.tarflow import TarFlowBlock
 from jacobiflow.utils.files import write_json
 from jacobiflow.utils.timing import time_interleaved
 

@@ -21,7 +21,7 @@ import jacobiflow as jf
 from benchmarks.common import RESULTS, Json, complete, latents, parser, random_flow, to_json, without_native
 from jacobiflow import native
 from jacobiflow.models.memory import keep_freed_memory
-from jacobiflow.models.transformer.block import TarFlowBlock
+from jacobiflow.models.tarflow import TarFlowBlock
 from jacobiflow.utils.timing import time_interleaved
 
 OUT = RESULTS / "regimes.json"

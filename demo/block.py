@@ -7,7 +7,7 @@ import onnx
 from onnx import TensorProto
 
 from demo.graphs import Graph, Shape, SharedWeights
-from jacobiflow.models.config import TarFlowConfig
+from jacobiflow.models.tarflow import TarFlowConfig
 
 UNREAD = float(np.finfo(np.float32).min)  # added to the logit of a token that is not read
 

@@ -9,8 +9,7 @@ import onnx
 
 from demo.block import UNREAD
 from demo.graphs import Graph, SharedWeights
-from jacobiflow.models.config import TarFlowConfig
-from jacobiflow.models.tarflow import TarFlow
+from jacobiflow.models.tarflow import TarFlow, TarFlowConfig
 
 
 def denoising_graph(flow: TarFlow, weights: SharedWeights) -> onnx.ModelProto:

@@ -25,7 +25,7 @@ from tests.helpers.running import run_line
 from tests.helpers.stand_ins import write_inception, write_t5
 
 ROOT = Path(__file__).resolve().parent.parent
-CARDS = sorted((ROOT / "src/jacobiflow/models").glob("*/README.md"))
+CARDS = sorted((ROOT / "src/jacobiflow/bundled").glob("*/README.md"))
 PAGES = {page.stem if page not in CARDS else page.parent.name: page.read_text()
          for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *CARDS)}  # fmt: skip
 HELP = {f"--help of {name}": command.help or "" for name, command in get_command(app).commands.items()}  # type: ignore[attr-defined]

@@ -21,10 +21,9 @@ from jacobiflow.data import Noise, digits, noisy_images
 from jacobiflow.evaluation import bits_per_dim
 from jacobiflow.fixed_point import WarmStart
 from jacobiflow.fixed_point.cuda_graphs import capture
-from jacobiflow.models.flow import precision
 from jacobiflow.models.latents import draw_latents
-from jacobiflow.models.memory import batch_bytes, fitting_batch
-from jacobiflow.models.transformer.block import TarFlowBlock
+from jacobiflow.models.memory import batch_bytes, find_batch_size
+from jacobiflow.models.tarflow import TarFlowBlock
 from jacobiflow.sampling.denoise import denoise_checked
 from jacobiflow.sampling.folder import SampleFolder
 from jacobiflow.training import TrainConfig, train
@@ -149,10 +148,10 @@ def test_a_path_gives_the_numbers_of_the_cpu(path: str, tmp_path: Path, monkeypa
 def test_tf32_is_a_precision_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "high")
     flow = jf.load("digits-p1")
-    assert precision(flow) == "float32"
+    assert flow.precision == "float32"
     with FakeDevice():
-        assert precision(flow.to("cuda")) == "tf32"
-        assert precision(flow.to("cuda", dtype=torch.bfloat16)) == "bfloat16"
+        assert flow.to("cuda").precision == "tf32"
+        assert flow.to("cuda", dtype=torch.bfloat16).precision == "bfloat16"
 
 
 def count(
@@ -269,12 +268,12 @@ def test_a_batch_takes_at_most_the_estimated_memory(partition: jf.Partition, gui
         assert 0.5 * 16 * needed < counts.peak <= 16 * needed
         for free, num in ((needed * 1.25 * 7.9, 4), (needed * 1.25 * 3000, 100)):  # four fifths of it are used
             with patch.object(torch.cuda, "mem_get_info", lambda device, free=free: (int(free), 0)):
-                assert fitting_batch(flow.guided(guidance), 100) == num
+                assert find_batch_size(flow.guided(guidance), 100) == num
         with (
             patch.object(torch.cuda, "mem_get_info", lambda device: (needed, 0)),
             pytest.raises(ValueError, match=r"a sample needs 0\.0 GiB beside the weights, and 0\.0 GiB are free"),
         ):
-            fitting_batch(flow.guided(guidance), 100)
+            find_batch_size(flow.guided(guidance), 100)
 
 
 @pytest.mark.parametrize("partition", [jf.Whole(), jf.Window(512), jf.Segments(4)])

@@ -19,7 +19,7 @@ import pytest
 import torch
 
 from jacobiflow.cli import main
-from jacobiflow.models import flow as flows
+from jacobiflow.models import registry
 
 TUTORIALS = Path(__file__).resolve().parent.parent / "docs" / "tutorials"
 # These replace the numbers in the cell that is tagged "parameters".
@@ -55,7 +55,7 @@ def words(text: str) -> list[str]:
 def isolated(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """No window is opened, and random numbers and registered flows are as before."""
     plt.switch_backend("Agg")
-    monkeypatch.setattr(flows, "FLOWS", dict(flows.FLOWS))
+    monkeypatch.setattr(registry, "FLOWS", dict(registry.FLOWS))
     monkeypatch.setattr(plt, "show", lambda: plt.close("all"))
     with torch.random.fork_rng():
         yield

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from importlib import import_module
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
@@ -15,11 +14,14 @@ __version__ = "0.1.0"
 def __getattr__(name: str) -> Any:
     """Imports the public names, and with them PyTorch, when the first is used."""
     if name == "__all__" or not (name.startswith("_") or find_spec(f"jacobiflow.{name}")):  # no submodule
-        api = import_module("jacobiflow.api")
+        from jacobiflow import api
+
         if name in ("__all__", *api.__all__):
             return getattr(api, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *import_module("jacobiflow.api").__all__])
+    from jacobiflow import api
+
+    return sorted([*globals(), *api.__all__])

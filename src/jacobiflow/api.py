@@ -32,12 +32,12 @@ from jacobiflow.fixed_point import (
     solve_certified,
 )
 from jacobiflow.fixed_point.problem import Problem
-from jacobiflow.models.config import PRESETS, MAFConfig, Preset, TarFlowConfig, TokenConfig
-from jacobiflow.models.flow import load
-from jacobiflow.models.maf import MAF
+from jacobiflow.models.maf import MAF, MAFConfig
+from jacobiflow.models.presets import PRESETS, Preset
 from jacobiflow.models.prose import Prose, ProseConfig
+from jacobiflow.models.registry import load
 from jacobiflow.models.starflow import STARFlow, STARFlowConfig
-from jacobiflow.models.tarflow import TarFlow
+from jacobiflow.models.tarflow import TarFlow, TarFlowConfig, TokenConfig
 from jacobiflow.planner import Strategy, Tuning, find_tuning, plan, tune
 from jacobiflow.sampling.denoise import denoise
 from jacobiflow.sampling.folder import SampleFolder, processes, sample_to_folder

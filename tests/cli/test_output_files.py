@@ -9,12 +9,12 @@ import pytest
 
 import jacobiflow as jf
 from jacobiflow.cli.output_files import check_output
-from jacobiflow.models.checkpoints.folder import bundled
+from jacobiflow.models.checkpoints.folder import list_bundled
 
 
 def test_an_output_is_no_file_of_a_bundled_model() -> None:
     """As the commands take it: by its name."""
-    for name, folder in bundled().items():
+    for name, folder in list_bundled().items():
         for option, inputs in (("--out", ()), ("--json", (name,))):
             with pytest.raises(jf.InputError, match=rf"^{option} .*model\.safetensors: .*reads.*; give another file$"):
                 check_output(option, folder / "model.safetensors", name, *inputs)

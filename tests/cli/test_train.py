@@ -15,7 +15,7 @@ import jacobiflow as jf
 from jacobiflow.cli.plan import plan
 from jacobiflow.cli.train import train as command
 from jacobiflow.data import Augmentation, Noise, image_grid
-from jacobiflow.models.flow import FLOWS
+from jacobiflow.models.registry import FLOWS
 from jacobiflow.training import TrainConfig
 from tests.helpers.running import figures
 from tests.helpers.scoring import levels

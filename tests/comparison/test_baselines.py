@@ -11,7 +11,7 @@ import jacobiflow as jf
 from jacobiflow.comparison.baselines import original_sampler
 from jacobiflow.comparison.compare import compare_samplers
 from jacobiflow.models.flow import Flow
-from jacobiflow.models.transformer.block import TarFlowBlock
+from jacobiflow.models.tarflow import TarFlowBlock
 from tests.helpers import oracle
 from tests.helpers.oracle import Guide, MAFOracle, StarOracle
 from tests.helpers.problems import latents, make_flow, make_identity, make_maf, make_star, texts

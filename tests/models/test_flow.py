@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
-from dataclasses import field, make_dataclass
 from functools import partial
 from typing import Any
 
@@ -14,11 +13,7 @@ import torch
 from torch import Tensor
 
 import jacobiflow as jf
-from examples.extending.recurrent_flow import RecurrentFlow
-from jacobiflow.models import Flow, register_flow
-from jacobiflow.models.config import check_sizes
-from jacobiflow.models.flow import FLOWS as REGISTERED
-from jacobiflow.models.flow import state_dtype
+from jacobiflow.models import Flow
 from tests.helpers.oracle import MAFOracle, Oracle, StarOracle
 from tests.helpers.problems import latents, make_flow, make_maf, make_star, texts
 
@@ -77,7 +72,7 @@ def test_encoding_is_the_oracle_s_with_the_determinant_of_the_dense_jacobian_and
 def test_a_network_in_bfloat16_keeps_tokens_in_float32(name: str) -> None:
     wide = FLOWS[name]()
     low = copy.deepcopy(wide).bfloat16()
-    assert (state_dtype(wide), state_dtype(low)) == (torch.float64, torch.float32)
+    assert (wide.state_dtype, low.state_dtype) == (torch.float64, torch.float32)
     images, labels = images_of(wide), labels_of(wide)
     wide.load_state_dict(low.state_dict())  # the rounded weights
     for batch in (images.float(), images.bfloat16()):
@@ -95,22 +90,3 @@ def test_tokens_start_in_the_dtype_of_the_state_and_the_scale_of_the_prior() -> 
         tokens = copy.deepcopy(flow).to(dtype).prior_tokens(z)
         assert tokens.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
         assert (tokens - z * flow.var.sqrt()).abs().max() < error
-
-
-@pytest.mark.parametrize("kind", ["int", int], ids=["annotation as text", "annotation"])
-def test_the_sizes_of_a_config_are_checked(kind: Any) -> None:
-    sizes = {"num_blocks": -3, "num_classes": 0, "noise_std": 0.0, "num_tokens": 4, "token_channels": 1}
-    config = make_dataclass("Config", [(name, kind, field(default=size)) for name, size in sizes.items()])
-    with pytest.raises(ValueError, match="num_blocks=-3"):
-        check_sizes(config())
-
-
-def test_a_name_has_one_flow() -> None:
-    assert [REGISTERED[name] for name in ("tarflow", "maf", "recurrent")] == [jf.TarFlow, jf.MAF, RecurrentFlow]
-    with pytest.raises(ValueError, match=r"'recurrent': taken by .*RecurrentFlow"):
-        register_flow(type("Other", (RecurrentFlow,), {}))
-    again = type("RecurrentFlow", (RecurrentFlow,), {"__module__": RecurrentFlow.__module__})  # its module reloaded
-    assert register_flow(again) is again is REGISTERED["recurrent"]
-    assert register_flow(RecurrentFlow) is RecurrentFlow is REGISTERED["recurrent"]
-    with pytest.raises(TypeError, match="give a class that derives from Flow"):
-        register_flow(jf.TarFlowConfig)  # type: ignore[type-var]

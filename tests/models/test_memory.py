@@ -69,8 +69,8 @@ def test_the_exact_loop_copies_a_block_s_weights_unless_they_are_large(dtype: to
 def test_the_machine_and_every_group_limit_the_free_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cpu, own = torch.device("cpu"), tmp_path / "own"
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=9000))
-    monkeypatch.setattr(memory, "_GROUPS", tmp_path)
-    monkeypatch.setattr(memory, "_OWN_GROUP", own)
+    monkeypatch.setattr(memory, "_CGROUP_ROOT", tmp_path)
+    monkeypatch.setattr(memory, "_CGROUP_OF_PROCESS", own)
     assert memory.free_memory(cpu) == 9000
     own.write_text("4:memory:/other\n0::/job/step\n")
 

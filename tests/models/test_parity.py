@@ -19,8 +19,7 @@ from torch import Tensor
 
 import jacobiflow as jf
 from jacobiflow.comparison.baselines import original_sampler
-from jacobiflow.models.config import TarFlowConfig
-from jacobiflow.models.tarflow import TarFlow
+from jacobiflow.models.tarflow import TarFlow, TarFlowConfig
 
 ROUNDING = 1e-4  # measured: 2e-6 of the largest value
 # A solver that stops at a residual of 1e-3 differs by 5e-4 of the largest value; guidance left out, without its

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from copy import deepcopy
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -124,21 +123,6 @@ def test_a_text_that_does_not_fit_is_named() -> None:
             jf.sample(flow, 2, context=["a", "b"])
     with pytest.raises(ValueError, match="guidance: the states of the empty text"):
         flow.guided(GUIDANCE)
-
-
-@pytest.mark.parametrize(
-    ("name", "value", "words"),
-    [
-        ("head_dim", 16, "give 20 or"),
-        ("layers_per_block", (1, 0), "layers_per_block=0"),
-        ("layers_per_block", (), r"layers_per_block=\(\): give a tuple with a number for each block"),
-        ("layers_per_block", (1, 10**6), "the limit is 1,024"),
-        ("image_size", 10**6, "num_tokens=250000000000: the limit is"),
-    ],
-)
-def test_a_config_that_cannot_be_is_named(name: str, value: Any, words: str) -> None:
-    with pytest.raises(ValueError, match=words):
-        replace(make_star().config, **{name: value})
 
 
 def original(flow: jf.STARFlow) -> dict[str, Tensor]:

@@ -14,7 +14,6 @@ from torch import Tensor
 
 import jacobiflow as jf
 from jacobiflow.blocks.guidance import guided
-from jacobiflow.blocks.tokens import gather_run, scatter_run
 from tests.helpers.oracle import Oracle
 from tests.helpers.problems import latents, make_flow
 
@@ -58,17 +57,6 @@ def test_a_run_after_its_prefix_is_the_full_pass(data: st.DataObject) -> None:
         run = block.affine_at(x[rows], torch.tensor(starts), 3, max(starts) + 3, cache)
     close(run, [torch.stack([p[n, a : a + 3] for n, a in zip([3, 1], starts, strict=True)]) for p in full])
     assert torch.equal(x, copied)
-
-
-def test_runs_are_read_and_written_at_the_start_of_each_sample() -> None:
-    x, starts = torch.arange(1, 25).view(3, 4, 2), [0, 2, 1]
-    for start, firsts in ((torch.tensor(starts), starts), (1, [1, 1, 1])):
-        run = torch.stack([x[b, first : first + 2] for b, first in enumerate(firsts)])
-        assert torch.equal(gather_run(x, start, 2), run)
-        changed = x.clone()
-        scatter_run(changed, -run, start)
-        assert torch.equal(gather_run(changed, start, 2), -run)
-        assert (changed < 0).sum() == run.numel()
 
 
 def test_a_large_batch_is_as_each_of_its_samples() -> None:
@@ -137,17 +125,3 @@ def test_a_config_from_the_options_of_training() -> None:
     assert config == replace(CONFIG, layers_per_block=3, num_classes=10, nvp=False)
     assert jf.TarFlow.config_from_options(**{**sizes, "channels": 64}).noise_std == 0.1
     assert [jf.TarFlow(replace(CONFIG, nvp=nvp)).learns_prior for nvp in (True, False)] == [False, True]
-
-
-def test_presets_are_those_of_the_paper_s_tables() -> None:
-    shapes = {}
-    for name, preset in jf.PRESETS.items():
-        config = preset.config
-        assert (config.num_blocks, config.layers_per_block, config.nvp, config.head_dim) == (8, 8, True, 64)
-        shapes[name] = config.num_tokens, config.token_channels, config.channels, config.num_classes, preset.strategy
-    assert shapes == {
-        "img128cond": (1024, 48, 1024, 1000, "[6-8-32-10]"),
-        "img64uncond": (1024, 12, 768, 0, "[0/6-8-32-20]"),
-        "afhq": (1024, 192, 768, 3, "[7-8-32-10]"),
-        "img64cond": (256, 48, 1024, 1000, "[0/7-16/8-10/13-6]"),
-    }

@@ -26,9 +26,9 @@ from jacobiflow.calibration.store import MeasurementStore
 from jacobiflow.errors import InputTypeError, InputValueError
 from jacobiflow.fixed_point import Segments
 from jacobiflow.models.checkpoints.fingerprint import fingerprint
-from jacobiflow.models.config import ContextLike, Labels
-from jacobiflow.models.flow import Flow, check_flow, precision
-from jacobiflow.models.latents import FIRST_CALIBRATION_LATENT, MOST_SAMPLES, draw_latents
+from jacobiflow.models.flow import Flow, check_flow
+from jacobiflow.models.labels import ContextLike, Labels
+from jacobiflow.models.latents import FIRST_CALIBRATION_LATENT, MAX_SAMPLES, draw_latents
 from jacobiflow.utils.checks import check_choice, check_count, check_flag, check_path, check_seed
 from jacobiflow.utils.files import output_directory
 from jacobiflow.utils.progress import Progress
@@ -91,8 +91,8 @@ def calibrate(
     """
     check_flow(flow)
     norm = check_choice("norm", norm, NORMS)
-    num_samples = check_count("num_convergence_samples", num_convergence_samples, maximum=MOST_SAMPLES)
-    batch_size = check_count("batch_size", batch_size, maximum=MOST_SAMPLES)
+    num_samples = check_count("num_convergence_samples", num_convergence_samples, maximum=MAX_SAMPLES)
+    batch_size = check_count("batch_size", batch_size, maximum=MAX_SAMPLES)
     segments, seed = check_count("segments", segments), check_seed(seed)
     Segments(segments).check(flow.config.num_tokens)
     check_flag("per_class", per_class)
@@ -141,7 +141,7 @@ def _checksum(statistics: CalibrationStatistics, settings: CalibrationSettings) 
     if statistics.context.values is not None:
         digest.update(statistics.context.values.cpu().numpy().tobytes())
     flow = statistics.flow
-    others = (fingerprint(flow), precision(flow), settings, statistics.classes, statistics.batch_size)
+    others = (fingerprint(flow), flow.precision, settings, statistics.classes, statistics.batch_size)
     digest.update(repr(others).encode())
     return digest.hexdigest()
 

@@ -21,7 +21,7 @@ from jacobiflow.calibration.report import GUESS_NAMES, guesses_by_name
 from jacobiflow.calibration.store import MeasurementStore
 from jacobiflow.errors import InputValueError
 from jacobiflow.fixed_point import MeanAffine, Sequential, Solver, solve
-from jacobiflow.models.flow import Flow, Step, state_dtype
+from jacobiflow.models.flow import Flow, Step
 from jacobiflow.utils.checks import check_finite
 from jacobiflow.utils.progress import Progress
 
@@ -228,7 +228,7 @@ class CalibrationStatistics:
         """Yields tokens in raster order, and the context, of the images at `index`, on the flow's device."""
         batches = index.split(self.batch_size)
         for i, batch in enumerate(batches):
-            tokens = self.flow.to_tokens(self.read(batch).to(self.flow.var.device, state_dtype(self.flow)))
+            tokens = self.flow.to_tokens(self.read(batch).to(self.flow.var.device, self.flow.state_dtype))
             yield tokens, self.context_at(batch)
             if self.progress is not None:
                 self.progress(i + 1, len(batches), what)

@@ -37,21 +37,20 @@ def convert(
 
     Example: jacobiflow convert afhq_model_8_768_8_8_0.07.pth --patch-size 8 --noise-std 0.07 --out afhq
     """
-    from jacobiflow.models import starflow
-    from jacobiflow.models.checkpoints import original
+    from jacobiflow.models.checkpoints.original import read_original
     from jacobiflow.utils.files import check_own
 
     check_own(out, "model")
-    state = original.read_original(file)
+    state = read_original(file)
     encoder = None if encode_text is None else options.load_encoder(encode_text)
     flow: jf.STARFlow | jf.TarFlow
     config: jf.STARFlowConfig | jf.TarFlowConfig | jf.TokenConfig
     if "blocks.0.sos_embed" in state:
-        config = starflow.infer_config(state, str(file), patch_size or 1)
+        config = jf.STARFlow.infer_config(state, str(file), patch_size or 1)
         config = config if noise_std is None else replace(config, noise_std=noise_std)
         flow = jf.STARFlow.from_original(file, config, encoder)
     else:
-        config = original.infer_config(state, str(file), patch_size)
+        config = jf.TarFlow.infer_config(state, str(file), patch_size)
         if encoder is not None:
             raise InputValueError(f"--encode-text {encode_text}: for a STARFlow; leave it out")
         if isinstance(config, jf.TarFlowConfig):
@@ -106,10 +105,10 @@ def info(
 def _check(path: str) -> dict[str, Any]:
     """Prints the problems of a folder."""
     from jacobiflow import training
-    from jacobiflow.models.checkpoints.folder import CONFIG, WEIGHTS, bundled
+    from jacobiflow.models.checkpoints.folder import CONFIG, WEIGHTS, list_bundled
     from jacobiflow.utils.files import MANIFEST
 
-    folder = bundled().get(path, Path(path))
+    folder = list_bundled().get(path, Path(path))
     kinds = {
         "a model": ((CONFIG, WEIGHTS), _model_problems),
         "samples": ((MANIFEST,), lambda path: jf.SampleFolder.open(path).problems()),

@@ -31,7 +31,7 @@ def check_output(
         inputs: Files and folders that the command reads. `FILE.py:FUNCTION` stands for the file.
         outputs: Other files and folders that the command writes.
     """
-    from jacobiflow.models.checkpoints.folder import bundled
+    from jacobiflow.models.checkpoints.folder import list_bundled
 
     if path is None:
         return
@@ -39,10 +39,10 @@ def check_output(
     if target.is_dir():
         raise InputValueError(f"{option} {path}: is a folder; give a file")
     for source in map(str, filter(None, inputs)):
-        file = bundled().get(source, Path(re.sub(r"(?<=\.py):\w+$", "", source)))
+        file = list_bundled().get(source, Path(re.sub(r"(?<=\.py):\w+$", "", source)))
         if os.path.exists(file) and target.is_relative_to(file.resolve()):
             raise InputValueError(f"{option} {path}: is in {source}, which this command reads; give another file")
-    model_folders = [] if model is None else [bundled().get(model, Path(model))]
+    model_folders = [] if model is None else [list_bundled().get(model, Path(model))]
     for other in (each.resolve() for each in (*model_folders, *outputs) if each is not None):
         first_parts = target.relative_to(other).parts[:1] if target.is_relative_to(other) else ()
         is_reserved = any(fnmatch(part, name) for part in first_parts for name in _RESERVED_NAMES)

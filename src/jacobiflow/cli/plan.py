@@ -30,7 +30,9 @@ def plan(
     batch_size: Annotated[
         str, Option(help="Images solved together, or auto: as many as fit in free memory, at most 1,024.")
     ] = "16",
-    tolerance: Annotated[float, Option(help="Largest residual in any block, and largest error of a sample.")] = 1e-3,
+    tolerance: Annotated[
+        float | None, Option(help="Largest residual in any block, and largest error of a sample. Default: 1e-3.")
+    ] = None,
     guidance: options.RecommendedGuidance = None,
     plain: options.NoGuidance = False,
     device: options.Device = "auto",
@@ -43,15 +45,17 @@ def plan(
 
     Example: jacobiflow plan --model fashion-p2 --batch-size 4 --out out/plan.json
     """
-    from jacobiflow.models.memory import batch_bytes, fitting_batch
+    from jacobiflow.fixed_point.options import DEFAULT_TOLERANCE
+    from jacobiflow.models.memory import batch_bytes, find_batch_size
 
     output_files.check_output("--out", out, model, outputs=output_files.tuning_files_beside(out) if tune else ())
     if out.suffix != ".json":
         raise InputValueError(f"--out {out}: give a file that ends in .json")
     size = options.parse_batch_size(batch_size)
     flow, origin = loading.guide(loading.load_model(model, device, dtype), guidance, plain, has_context=True)
-    size = size or fitting_batch(flow, _MAX_AUTO_BATCH_SIZE)
+    size = size or find_batch_size(flow, _MAX_AUTO_BATCH_SIZE)
     tuning = _tune(flow, model, out) if tune else jf.find_tuning(flow)
+    tolerance = DEFAULT_TOLERANCE if tolerance is None else tolerance
     strategy = jf.plan(flow, None if tuning is None else jf.Tuning.load(tuning), size, tolerance)
     prediction = strategy.prediction
     assert prediction is not None

@@ -28,6 +28,8 @@ _SHEET_IMAGES = 100
 _OURS = "ours"
 _BATCH_SIZE = "Images solved together, or auto: as many as fit in memory. Default: all, at most 64."
 _DENOISE = "Rate of one denoising step; 0 is off. Default: as recommended by the model."
+_CERTIFY = "Measure each sample's residual, and solve it again if it is above the tolerance."
+_CERTIFY_ALWAYS = "Measure blocks that were solved token by token, too."
 _SENSITIVITY = "Measure how much rounding changes each sample, by a second solve."
 _STRATEGIES = (
     "auto (planned for this model, machine and batch size), sequential, sequential:int16, jacobi, jacobi-J, "
@@ -51,8 +53,8 @@ def sample(
     guidance: options.RecommendedGuidance = None,
     denoise: Annotated[float | None, Option(help=_DENOISE)] = None,
     plain: Annotated[bool, Option("--plain", help="No guidance and no denoising.")] = False,
-    certify: Annotated[bool, Option(help="Measure each sample's residual, and solve again above the tolerance.")] = True,
-    certify_always: Annotated[bool, Option("--certify-always", help="Measure blocks that were solved token by token, too.")] = False,
+    certify: Annotated[bool, Option(help=_CERTIFY)] = True,
+    certify_always: Annotated[bool, Option("--certify-always", help=_CERTIFY_ALWAYS)] = False,
     sensitivity: Annotated[bool, Option("--sensitivity", help=_SENSITIVITY)] = False,
     compare: Annotated[bool, Option("--compare", help="Compare with the original sampler on the first batch.")] = False,
     device: options.Device = "auto",
@@ -124,12 +126,12 @@ def sample(
 
 def _auto_batch_size(flow: Flow, num: int, earlier: Path | None) -> int:
     """Returns the batch size of the samples in the folder `earlier`, if any, else the largest that fits in memory."""
-    from jacobiflow.models.memory import fitting_batch
+    from jacobiflow.models.memory import find_batch_size
     from jacobiflow.utils.files import MANIFEST
 
     if earlier is not None and (earlier / MANIFEST).exists():
         return jf.SampleFolder.open(earlier).manifest.batch_size
-    return fitting_batch(flow, min(num, options.MAX_BATCH_SIZE))
+    return find_batch_size(flow, min(num, options.MAX_BATCH_SIZE))
 
 
 @dataclass(frozen=True)

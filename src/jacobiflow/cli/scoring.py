@@ -20,7 +20,7 @@ from jacobiflow.evaluation.distances import MIN_IMAGES
 from jacobiflow.evaluation.features import FeatureFunction, require_eval_extra
 from jacobiflow.models import latents
 from jacobiflow.models.checkpoints.fingerprint import cached_fingerprint
-from jacobiflow.models.flow import Flow, precision
+from jacobiflow.models.flow import Flow
 from jacobiflow.utils import files
 from jacobiflow.utils.progress import Progress
 
@@ -132,7 +132,7 @@ def digest(
     paths: tuple[Path | None, ...],
 ) -> str:  # fmt: skip
     """Returns a checksum of all inputs of the scores: settings, weights, samples, images and files."""
-    network = (cached_fingerprint(flow), repr(flow.config), precision(flow), flow.var.device.type)
+    network = (cached_fingerprint(flow), repr(flow.config), flow.precision, flow.var.device.type)
     manifest = None if folder is None else folder.path / files.MANIFEST
     tensors = [tensor for each in images if each is not None for tensor in (each.images, each.labels)]
     return files.sha256(

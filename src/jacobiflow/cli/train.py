@@ -64,7 +64,7 @@ def train(
 
     from jacobiflow import plots, training
     from jacobiflow.data import Augmentation, load_images
-    from jacobiflow.models.flow import FLOWS
+    from jacobiflow.models.registry import FLOWS
     from jacobiflow.utils import timing
     from jacobiflow.utils.checks import check_device
 
@@ -119,7 +119,8 @@ def train(
 
 def _trainable_flows() -> list[str]:
     """Returns the names of the flows that make a config from the options of `train`."""
-    from jacobiflow.models.flow import FLOWS, Flow
+    from jacobiflow.models.flow import Flow
+    from jacobiflow.models.registry import FLOWS
 
     base_method = inspect.getattr_static(Flow, "config_from_options")
     return sorted(

@@ -22,11 +22,11 @@ from torch.nn import functional as F
 
 from jacobiflow.blocks.guidance import Guidance
 from jacobiflow.models.flow import Flow, check_flow
-from jacobiflow.models.maf import MAF, MAFBlock, full_pass
+from jacobiflow.models.maf import MAF, MAFBlock
+from jacobiflow.models.masked_network import run_masked_layers
 from jacobiflow.models.starflow import STARFlow, STARFlowBlock
-from jacobiflow.models.tarflow import TarFlow
+from jacobiflow.models.tarflow import TarFlow, TarFlowBlock
 from jacobiflow.models.transformer.attention import Attention, AttentionBlock, Rotation
-from jacobiflow.models.transformer.block import TarFlowBlock
 from jacobiflow.sampling.result import Samples
 from jacobiflow.sampling.sample import sample
 
@@ -138,9 +138,9 @@ def _solve_by_full_passes(block: MAFBlock, z: Tensor, labels: Tensor | None, gui
     free_layers = None if guidance is None else block.masked_layers()
     weights = None if guidance is None else guidance.weights(z)
     for t in range(z.shape[1]):
-        log_scale, shift = (out[:, t] for out in full_pass(x, layers))
+        log_scale, shift = (out[:, t] for out in run_masked_layers(x, layers))
         if free_layers is not None:
-            free = [out[:, t] for out in full_pass(x, free_layers)]
+            free = [out[:, t] for out in run_masked_layers(x, free_layers)]
             log_scale, shift = _guided(guidance, weights, t, (log_scale, shift), free)
         x[:, t] = z[:, t] * log_scale.exp() + shift
     return x

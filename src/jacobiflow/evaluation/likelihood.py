@@ -10,7 +10,7 @@ from torch import Tensor
 
 from jacobiflow.data import ImageDataset, Noise, noisy_images
 from jacobiflow.errors import InputValueError
-from jacobiflow.models.flow import Flow, state_dtype
+from jacobiflow.models.flow import Flow
 from jacobiflow.utils.progress import Progress
 
 
@@ -67,6 +67,6 @@ def _noisy_batches(
     device = flow.var.device
     for index in torch.arange(len(data)).split(batch_size):
         labels = None if data.labels is None or not flow.config.num_classes else data.labels[index].to(device)
-        yield noisy_images(data, index, noise, seed).to(device, state_dtype(flow)), labels
+        yield noisy_images(data, index, noise, seed).to(device, flow.state_dtype), labels
         if progress is not None:
             progress(int(index[-1]) + 1, len(data), what)

@@ -7,9 +7,10 @@ from jacobiflow.blocks.base import FlowBlock
 from jacobiflow.blocks.context import Context
 from jacobiflow.blocks.permutation import Permutation
 from jacobiflow.models.config import FlowConfig
-from jacobiflow.models.flow import Flow, register_flow
+from jacobiflow.models.flow import Flow
 from jacobiflow.models.maf import MAF
 from jacobiflow.models.prose import Prose
+from jacobiflow.models.registry import register_flow
 from jacobiflow.models.starflow import STARFlow
 from jacobiflow.models.tarflow import TarFlow
 from jacobiflow.models.text_encoder import t5_encoder

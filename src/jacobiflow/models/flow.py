@@ -1,4 +1,4 @@
-"""The base class of flows, a stack of affine blocks over tokens; and the flows by their names."""
+"""The base class of flows: a stack of affine blocks over tokens."""
 
 from __future__ import annotations
 
@@ -7,40 +7,24 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from jacobiflow.blocks.base import AffineBlock, FlowBlock, ScaleShift, TokensLogDet
-from jacobiflow.blocks.context import NO_CONTEXT, Context, check_numbers
+from jacobiflow.blocks.context import NO_CONTEXT, Context
 from jacobiflow.blocks.guidance import GIVE_GUIDANCE, Guidance, SamplingSettings, guided
 from jacobiflow.blocks.permutation import Permutation
 from jacobiflow.blocks.tokens import Tokens
-from jacobiflow.errors import CheckpointError, InputError, InputTypeError, InputValueError
-from jacobiflow.models.checkpoints.folder import (
-    CONFIG,
-    ModelFolder,
-    build,
-    check_dtype,
-    hub_client,
-    reports_in,
-    write_model,
-)
-from jacobiflow.models.config import ContextLike, FlowConfig, Labels, as_labels, describe_unknown
-from jacobiflow.models.latents import FIRST_CALIBRATION_LATENT, draw_latents
-from jacobiflow.utils.checks import (
-    FLOATS,
-    check_device,
-    check_finite,
-    check_floating,
-    check_kind,
-    check_number,
-    check_path,
-    check_rows,
-    format_value,
-)
+from jacobiflow.errors import CheckpointError, InputError, InputValueError
+from jacobiflow.models.checkpoints.folder import CONFIG, ModelFolder, build, check_dtype, list_reports, write_model
+from jacobiflow.models.checkpoints.hub import upload_folder
+from jacobiflow.models.config import FlowConfig
+from jacobiflow.models.labels import ContextLike, Labels, check_class_context, check_labels, check_number_context
+from jacobiflow.models.latents import FIRST_CALIBRATION_LATENT, draw_latents, log_normal
+from jacobiflow.utils.checks import FLOATS, check_floating, check_kind, check_number, check_path
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -66,17 +50,18 @@ class Flow(nn.Module):
     """A stack of affine blocks over tokens (N, T, C), each of which reads them in an order of its own.
 
     By default its data are the tokens. A flow over images also defines `to_tokens`, `from_tokens`, `tokens_log_det` if
-    these change volumes, and `config_from_options`; its config has `in_channels` and `image_size`. A flow is registered
-    by `jacobiflow.models.register_flow`.
+    these change volumes, and `config_from_options`; its config has `in_channels` and `image_size`. The class decorator
+    `jacobiflow.models.register_flow` registers a flow.
 
     Attributes:
-        model_type: Its name in model folders and on the command line.
-        reads_text: Its context is prompts or the states of texts.
-        block_type: The class of its blocks, called with the config and a `Permutation`.
+        model_type: The name of the flow in model folders and on the command line.
+        reads_text: The context is prompts or the states of texts.
+        config_types: The classes of config that the flow takes.
+        block_type: The class of the blocks, called with the config and a `Permutation`.
         var: The prior's variance (T, C).
-        guidance: That of this view, see `guided`.
-        recommended: The settings that suit it best.
-        report_files: The reports and tunings in the model folder that it was read from.
+        guidance: The guidance of this view, see `guided`.
+        recommended: The settings that give the best samples.
+        report_files: The reports and tunings in the model folder that the flow was read from.
     """
 
     model_type: ClassVar[str] = ""
@@ -99,11 +84,11 @@ class Flow(nn.Module):
 
     @classmethod
     def check_config(cls, config: Any) -> None:
-        """Checks that `config` is of a kind that the flow takes."""
+        """Checks that `config` is one of `config_types`."""
         check_kind("config", config, cls.config_types, f"a {' or a '.join(kind.__name__ for kind in cls.config_types)}")
 
     def make_block(self, index: int) -> FlowBlock:
-        """Makes a block; by default they read the tokens alternately as they are and reversed."""
+        """Makes a block; by default blocks read the tokens alternately as they are and reversed."""
         return self.block_type(self.config, Permutation("flip" if index % 2 else "identity"))
 
     @classmethod
@@ -112,8 +97,8 @@ class Flow(nn.Module):
     ) -> FlowConfig:
         """Makes a config from the options of `jacobiflow train`.
 
-        A flow may have more of them as keyword arguments with a default: `patch_size`, `head_dim`, `volume_preserving`,
-        and `noise_std` if it can be trained on images with Gaussian noise.
+        A flow may take more keyword arguments with a default: `patch_size`, `head_dim`, `volume_preserving`, and
+        `noise_std` if it can be trained on images with Gaussian noise.
         """
         raise NotImplementedError
 
@@ -121,14 +106,14 @@ class Flow(nn.Module):
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **hub: Any) -> Self:
         """Loads a bundled model, a folder, or a hub id "owner/name", in eval mode, its parameters with gradients.
 
-        For a hub id `hub` may be `revision`, `token`, `cache_dir`, `force_download`, `local_files_only`.
+        For a hub id, `hub` may be `revision`, `token`, `cache_dir`, `force_download`, `local_files_only`.
         """
         check_path("pretrained_model_name_or_path", pretrained_model_name_or_path)
         folder = ModelFolder.open(pretrained_model_name_or_path, **hub)
         if folder.model_type != cls.model_type:
             raise CheckpointError(f"{folder.path}: a {folder.model_type!r}, not a {cls.__name__}; use jacobiflow.load")
         flow = build(cls, folder.config(cls.config_types), folder.state(), str(folder.path))
-        flow.recommended, flow.report_files = folder.recommended, reports_in(folder.path)
+        flow.recommended, flow.report_files = folder.recommended, list_reports(folder.path)
         try:
             flow.guided(flow.recommended.guidance)
             check_rate(flow, flow.recommended.denoise)
@@ -137,13 +122,15 @@ class Flow(nn.Module):
         return flow
 
     def save_pretrained(self, save_directory: str | Path, *, dtype: torch.dtype | str | None = None) -> None:
-        """Writes a model folder; a model that was there stays until all files are complete.
+        """Writes a model folder, which replaces an older one once all files are complete.
 
         The flow's `recommended` settings go into config.json. Its reports are copied if they are of these weights.
-        `dtype` is by default the flow's own.
+
+        Args:
+            dtype: The dtype of the stored weights; by default the flow's own.
 
         Raises:
-            CheckpointError: If a weight is not finite, or the folder has files under a model's names that are not ours.
+            CheckpointError: If a weight is not finite, or the folder has model files that jacobiflow did not write.
         """
         check_path("save_directory", save_directory)
         write_model(self, Path(save_directory), check_dtype(dtype))
@@ -155,17 +142,16 @@ class Flow(nn.Module):
         """Uploads a model folder, as `save_pretrained` writes it, to the Hugging Face Hub.
 
         Args:
-            repo_id: The repository, "owner/name", which is created if need be.
-            token: By default that of `hf auth login`.
-            upload: For `huggingface_hub.HfApi.upload_folder`, such as `revision`, `create_pr`, `commit_message`.
+            repo_id: The repository, "owner/name", which is created if it does not exist.
+            token: A token of the hub; by default that of `hf auth login`.
+            upload: Arguments of `huggingface_hub.HfApi.upload_folder`, such as `revision` or `commit_message`.
 
-        Returns the address of the commit.
+        Returns:
+            The address of the commit.
         """
-        hub = hub_client().HfApi(token=token)
-        repo_id = hub.create_repo(repo_id, private=private, exist_ok=True).repo_id
         with TemporaryDirectory() as folder:
             write_model(self, Path(folder), check_dtype(dtype), repo_id)
-            return str(hub.upload_folder(repo_id=repo_id, folder_path=folder, **upload))
+            return upload_folder(Path(folder), repo_id, private, token, **upload)
 
     def guided(self, guidance: Guidance | None) -> Self:
         """Returns a view of this flow that is sampled under `guidance`; it shares parameters and buffers.
@@ -187,13 +173,25 @@ class Flow(nn.Module):
 
     @property
     def has_conditions(self) -> bool:
-        """True if its context can be left out: labels or texts, which guidance moves samples towards."""
+        """True if guidance moves samples towards the context: labels or texts, which can be left out."""
         return bool(self.config.num_classes) or self.reads_text
 
     @property
     def learns_prior(self) -> bool:
         """True if training also moves the prior's variance `var`, towards the mean of z^2."""
         return False
+
+    @property
+    def state_dtype(self) -> torch.dtype:
+        """The dtype of tokens and residuals: float64 if the flow's weights are, else float32."""
+        return torch.float64 if self.var.dtype == torch.float64 else torch.float32
+
+    @property
+    def precision(self) -> str:
+        """The name of the flow's dtype, such as "float32"; "tf32" if PyTorch lets a GPU use that."""
+        is_float32 = self.var.is_cuda and self.var.dtype == torch.float32
+        is_tf32 = is_float32 and torch.get_float32_matmul_precision() != "highest"
+        return "tf32" if is_tf32 else str(self.var.dtype).removeprefix("torch.")
 
     @property
     def image_shape(self) -> tuple[int, int, int] | None:
@@ -228,32 +226,14 @@ class Flow(nn.Module):
 
     def check_labels(self, labels: Labels, num: int) -> Int[Tensor, " n"]:
         """Returns `labels`, checked to be classes of this flow for `num` samples, as a tensor."""
-        num_classes = self.config.num_classes
-        if not num_classes:
-            raise InputValueError("labels given, but this flow has no classes: leave them out")
-        tensor = as_labels(labels, num)
-        if len(tensor) != num:
-            raise InputValueError(f"labels={format_value(labels)}: give {num} whole numbers, one for each sample")
-        if (tensor >= num_classes).any():
-            raise InputValueError(describe_unknown(tensor, num_classes))
-        return tensor
+        return check_labels(labels, num, self.config.num_classes)
 
     def check_context(self, context: ContextLike | None, num: int) -> Context:
         """Returns the context of `num` samples: labels, numbers (N, K) or (N, T, K), or nothing; all checked."""
-        if isinstance(context, Context):
-            context = context.values
+        values: Any = context.values if isinstance(context, Context) else context
         if channels := self._context_channels:
-            check_numbers(context, self.config.num_tokens, channels)
-            check_rows("context", context, num, "samples")
-            assert isinstance(context, Tensor)
-            check_finite("context", context)
-            return Context(context)
-        is_numbers = isinstance(context, Tensor) and context.is_floating_point()
-        if is_numbers and not self.config.num_classes:
-            raise InputValueError(
-                f"context={format_value(context)}: this flow's context is labels, or none; leave it out"
-            )
-        return NO_CONTEXT if context is None else Context(self.check_labels(context, num))  # type: ignore[arg-type]
+            return check_number_context(values, num, self.config.num_tokens, channels)
+        return check_class_context(values, num, self.config.num_classes)
 
     def check_one_context(self, labels: Labels | None, context: ContextLike | None, num: int) -> Context:
         """Returns the context of `num` samples, given as either argument; checked."""
@@ -262,16 +242,15 @@ class Flow(nn.Module):
         return self.check_context(labels if context is None else context, num)
 
     def example_context(self, num: int) -> Context:
-        """Returns a context to time the flow with: all classes in turn, or standard normal numbers."""
+        """Returns a context for timing the flow: all classes in turn, or standard normal numbers."""
         if self._context_channels:
             return Context(draw_latents(num, 1, self._context_channels, start=FIRST_CALIBRATION_LATENT).squeeze(1))
         classes = self.config.num_classes
         return Context(torch.arange(num) % classes) if classes else NO_CONTEXT
 
     def check_data(self, x: Data, name: str = "x") -> None:
-        """Checks that `x`, in a message `name`, are floating-point numbers in the shape of this flow's data."""
-        config = self.config
-        shape = self.image_shape or (config.num_tokens, config.token_channels)
+        """Checks that `x` are floating-point numbers in the shape of this flow's data; messages call it `name`."""
+        shape = self.image_shape or (self.config.num_tokens, self.config.token_channels)
         check_floating(name, x, ("N", *shape))
 
     def check_batch(self, x: Data, context: ContextLike | None) -> Context:
@@ -295,9 +274,8 @@ class Flow(nn.Module):
             x = block.permutation.inverse(z)
 
     def prior_tokens(self, latents: Tokens) -> Tokens:
-        """Returns sqrt(var) times standard normal `latents`, in the dtype of `state_dtype`: the start of sampling."""
-        dtype = state_dtype(self)
-        return latents.to(self.var.device, dtype) * self.var.to(dtype).sqrt()
+        """Returns sqrt(var) times standard normal `latents`, in `state_dtype`: the start of sampling."""
+        return latents.to(self.var.device, self.state_dtype) * self.var.to(self.state_dtype).sqrt()
 
     def map_blocks_reversed(self, x: Tokens, solve: Callable[[int, Tensor], Tensor]) -> Tokens:
         """Returns the tokens f_0^-1(... f_{L-1}^-1(x)).
@@ -316,7 +294,7 @@ class Flow(nn.Module):
         numbers (N, K) or (N, T, K), as the flow takes it.
         """
         checked = self.check_batch(x, context)
-        return self._normalize(self.to_tokens(x.to(torch.promote_types(x.dtype, state_dtype(self)))), checked)
+        return self._normalize(self.to_tokens(x.to(torch.promote_types(x.dtype, self.state_dtype))), checked)
 
     def _normalize(self, tokens: Tokens, context: Context) -> TokensLogDet:
         log_det = self.tokens_log_det(tokens)
@@ -349,11 +327,6 @@ class Flow(nn.Module):
         return -self.log_prob(images, labels) / (images[0].numel() * math.log(2)) + 7
 
 
-def log_normal(z: Tokens) -> Float[Tensor, " n"]:
-    """Returns log N(z; 0, I) in nats."""
-    return -0.5 * (z.square() + math.log(2 * math.pi)).sum(dim=(1, 2))
-
-
 def check_flow(flow: Any) -> None:
     """Checks that `flow` is a flow."""
     check_kind("flow", flow, Flow, "a flow, such as jacobiflow.load(...) returns")
@@ -364,72 +337,8 @@ def check_flow(flow: Any) -> None:
 
 
 def check_rate(flow: Flow, rate: float, name: str = "denoise") -> float:
-    """Returns the rate as a Python number; raises ValueError, naming it `name`, if the flow has no noise to remove."""
+    """Returns the rate of denoising as a Python number; raises ValueError if the flow has no noise to remove."""
     rate = check_number(name, rate, expected="0 (off) or a positive rate")
     if rate and not flow.config.noise_std:
         raise InputValueError(f"{name}={rate}: this flow's noise_std is 0, there is no noise to remove; give 0")
     return rate
-
-
-def state_dtype(flow: Flow) -> torch.dtype:
-    """Returns the dtype of tokens and residuals: float64 if the flow's weights are, else float32."""
-    return torch.float64 if flow.var.dtype == torch.float64 else torch.float32
-
-
-def precision(flow: Flow) -> str:
-    """Returns the name of the flow's dtype: "float32", "bfloat16", .. or "tf32", if PyTorch lets a GPU use that."""
-    dtype = flow.var.dtype
-    tf32 = dtype == torch.float32 and flow.var.is_cuda and torch.get_float32_matmul_precision() != "highest"
-    return "tf32" if tf32 else str(dtype).removeprefix("torch.")
-
-
-FlowType = TypeVar("FlowType", bound=type[Flow])
-
-FLOWS: dict[str, type[Flow]] = {}
-"""The registered flows by their names."""
-
-
-def register_flow(flow: FlowType) -> FlowType:
-    """Registers a subclass of `Flow` under its `model_type`; a class decorator.
-
-    Example:
-        >>> @register_flow
-        ... class Wide(jf.MAF):
-        ...     model_type = "wide-maf"
-    """
-    if not isinstance(flow, type) or not issubclass(flow, Flow):
-        raise InputTypeError(f"flow={format_value(flow)}: give a class that derives from Flow")
-    name, owner = flow.model_type, FLOWS.get(flow.model_type, flow)
-    # The same class once more is a module that was loaded again, or a notebook's cell.
-    if (owner.__module__, owner.__qualname__) != (flow.__module__, flow.__qualname__):
-        raise InputValueError(f"model_type {name!r}: taken by {owner.__module__}.{owner.__qualname__}; give another")
-    FLOWS[name] = flow
-    return flow
-
-
-def load(name: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | str | None = None) -> Flow:
-    """Loads a flow for sampling: in eval mode, its parameters without gradients.
-
-    Args:
-        name: A bundled model's name, else a local folder, else a hub id "owner/name". For a folder that has the name of
-            a bundled model write "./name", or give a `Path`.
-        dtype: By default as stored, with float16 and bfloat16 widened to float32.
-
-    Raises:
-        CheckpointError: If there is no such model, or its files do not fit each other.
-
-    Example:
-        >>> flow = jf.load("digits-p1")
-        >>> type(flow).__name__, flow.config.num_tokens
-        ('TarFlow', 64)
-    """
-    check_path("name", name)
-    device, dtype = check_device(device, must_exist=True), check_dtype(dtype)
-    folder = ModelFolder.open(name)
-    if folder.model_type not in FLOWS:
-        raise CheckpointError(
-            f"{folder.path / CONFIG}: model_type {folder.model_type!r}; there are {', '.join(sorted(FLOWS))}: import "
-            "the module that registers another"
-        )
-    flow = FLOWS[folder.model_type].from_pretrained(folder.path)
-    return flow.requires_grad_(False).to(device=device, dtype=dtype)

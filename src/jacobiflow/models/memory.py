@@ -1,4 +1,4 @@
-"""The memory of a process, of a batch, and the largest batch that fits."""
+"""The memory of a process and of a batch, and the largest batch that fits."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from jacobiflow.errors import InputValueError
 from jacobiflow.models.flow import Flow, check_flow
 from jacobiflow.utils.checks import check_count
 
-_GROUPS, _OWN_GROUP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")  # of Linux
-_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # in malloc.h
-_SHARE = 0.8  # of the free memory that a batch may take: what is freed is not all used again
-_STATES = 12  # arrays of tokens that a solve holds at a time
+_CGROUP_ROOT, _CGROUP_OF_PROCESS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of malloc.h
+_USABLE_FRACTION = 0.8  # The part of the free memory that a batch may take; the rest allows for fragmentation.
+_TOKEN_ARRAYS = 12  # The arrays of tokens that a solve holds at a time.
 
 
 def keep_freed_memory() -> None:
     """Lets this process keep the memory that it frees, which can save a quarter of its time on a CPU.
 
-    By default glibc returns freed megabytes to the system, and gets them anew, to be cleared, at the next layer. The
-    command line calls this; the library does not, since it concerns all that the process does.
+    By default glibc returns freed megabytes to the system. The next layer gets them anew, and the system clears them
+    first. The command line calls this function. The library does not, since it affects the whole process.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
@@ -35,37 +35,63 @@ def keep_freed_memory() -> None:
 
 
 def free_memory(device: torch.device) -> int:
-    """Returns the bytes that this process can still take on the device, or on this machine and in its container."""
+    """Returns the bytes that this process can still take on a GPU, or on this machine and in its container."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    return min([psutil.virtual_memory().available, *_free_in_groups()])
+    return min([psutil.virtual_memory().available, *_free_in_cgroups()])
 
 
-def _free_in_groups() -> Iterator[int]:
-    """The bytes left in each control group (version 2) that limits this process: a container, a job."""
+def _free_in_cgroups() -> Iterator[int]:
+    """Yields the bytes left in each control group (version 2) that limits this process: a container, a job."""
     try:
-        group = _GROUPS / _OWN_GROUP.read_text().rpartition("0::/")[2].strip()
+        group = _CGROUP_ROOT / _CGROUP_OF_PROCESS.read_text().rpartition("0::/")[2].strip()
     except OSError:
         return
     for folder in (group, *group.parents):
-        with suppress(OSError, ValueError):  # a group without a limit says "max"
+        with suppress(OSError, ValueError):  # A group without a limit has the text "max".
             limit, used = (int((folder / file).read_text()) for file in ("memory.max", "memory.current"))
             counts = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
-            yield limit - used + int(counts["active_file"]) + int(counts["inactive_file"])  # cached files make room
+            # The system drops cached files when a process needs their memory.
+            yield limit - used + int(counts["active_file"]) + int(counts["inactive_file"])
 
 
 def batch_bytes(flow: Flow, num: int) -> int | None:
-    """Estimates the bytes that `num` samples take at most beside the weights; `None` if the flow does not say.
+    """Estimates the most bytes that `num` samples take beside the weights; `None` if a block's size is not known.
 
-    By the shapes: keys and values, twice under guidance, what a sweep of all tokens makes, the tokens, and the copy of
-    a block's weights that its exact loop makes on a CPU. Blocks are solved one after the other, so the largest counts.
+    The estimate counts keys and values, the activations of a sweep of all tokens, both twice under guidance, and the
+    tokens. On a CPU it adds the copy of a block's weights that the exact loop makes. Blocks are solved one after the
+    other, so the largest block counts.
     """
     sample = _sample_bytes(flow)
-    return None if sample is None else check_count("num", num) * sample + _copy_bytes(flow)
+    return None if sample is None else check_count("num", num) * sample + _weight_copy_bytes(flow)
+
+
+def exceeds_memory(flow: Flow, num: int) -> bool:
+    """Tells if `num` samples need more than four fifths of the free memory; False if their size is not known."""
+    needed = batch_bytes(flow, num)
+    return needed is not None and needed > _USABLE_FRACTION * free_memory(flow.var.device)
+
+
+def find_batch_size(flow: Flow, limit: int) -> int:
+    """Returns the largest power of two of samples that fits in four fifths of the free memory, `limit` at most.
+
+    Raises ValueError if not even one sample fits, or if its size is not known.
+    """
+    sample, free = _sample_bytes(flow), free_memory(flow.var.device)
+    if sample is None:
+        raise InputValueError("batch_size='auto': this flow does not say how much memory it takes; give a number")
+    copied = _weight_copy_bytes(flow)
+    num = (int(_USABLE_FRACTION * free) - copied) // sample
+    if num < 1:
+        needed = (sample + copied) / 2**30
+        raise InputValueError(
+            f"a sample needs {needed:.1f} GiB beside the weights, and {free / 2**30:.1f} GiB are free"
+        )
+    return limit if num >= limit else 1 << (num.bit_length() - 1)
 
 
 def _sample_bytes(flow: Flow) -> int | None:
-    """The bytes of each sample."""
+    """Returns the bytes of each sample."""
     check_flow(flow)
     largest, config = 0, flow.config
     for block, inverse in zip(flow.blocks, flow.inverse_blocks, strict=True):
@@ -73,33 +99,9 @@ def _sample_bytes(flow: Flow) -> int | None:
         if row is None:
             return None
         largest = max(largest, row if inverse is block else 2 * row)
-    return largest + _STATES * config.num_tokens * config.token_channels * max(flow.var.element_size(), 4)
+    return largest + _TOKEN_ARRAYS * config.num_tokens * config.token_channels * max(flow.var.element_size(), 4)
 
 
-def _copy_bytes(flow: Flow) -> int:
-    """The bytes of the largest copy of a block's weights."""
+def _weight_copy_bytes(flow: Flow) -> int:
+    """Returns the bytes of the largest copy of a block's weights."""
     return max(block.copy_bytes() for block in flow.blocks) if flow.var.device.type == "cpu" else 0
-
-
-def exceeds_memory(flow: Flow, num: int) -> bool:
-    """Tells if `num` samples need more than four fifths of the free memory; False if the flow does not say."""
-    needed = batch_bytes(flow, num)
-    return needed is not None and needed > _SHARE * free_memory(flow.var.device)
-
-
-def fitting_batch(flow: Flow, most: int) -> int:
-    """Finds the largest power of two, or else `most`, of samples that fit in four fifths of the free memory.
-
-    Raises ValueError if not even one does, or if the flow does not say how much memory a sample takes.
-    """
-    sample, free = _sample_bytes(flow), free_memory(flow.var.device)
-    if sample is None:
-        raise InputValueError("batch_size='auto': this flow does not say how much memory it takes; give a number")
-    copied = _copy_bytes(flow)
-    num = (int(_SHARE * free) - copied) // sample
-    if num < 1:
-        needed = (sample + copied) / 2**30
-        raise InputValueError(
-            f"a sample needs {needed:.1f} GiB beside the weights, and {free / 2**30:.1f} GiB are free"
-        )
-    return most if num >= most else 1 << (num.bit_length() - 1)

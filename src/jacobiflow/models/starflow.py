@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -20,38 +19,32 @@ from jacobiflow.blocks.guidance import Guidance, SamplingSettings
 from jacobiflow.blocks.permutation import Permutation
 from jacobiflow.errors import CheckpointError, InputTypeError, InputValueError
 from jacobiflow.models.checkpoints.folder import build
-from jacobiflow.models.checkpoints.original import count_groups, read_original, shape_of
-from jacobiflow.models.config import BlockShape, check_heads, check_sizes
-from jacobiflow.models.flow import Flow, register_flow
+from jacobiflow.models.checkpoints.original import OriginalShapes, read_original
+from jacobiflow.models.config import BlockShape, PatchConfig, check_heads, check_sizes, size_of_block
+from jacobiflow.models.flow import Flow
 from jacobiflow.models.latents import FIRST_CALIBRATION_LATENT, draw_latents
+from jacobiflow.models.registry import register_flow
 from jacobiflow.models.text_encoder import EncodeText
 from jacobiflow.models.transformer.attention import AttentionBlock, LayerWeights, Rotation
-from jacobiflow.models.transformer.block import TarFlowCache, TransformerBlock
-from jacobiflow.utils.checks import (
-    FLOATS,
-    check_finite,
-    check_floating,
-    check_kind,
-    check_number,
-    check_positive,
-    format_value,
-)
+from jacobiflow.models.transformer.block import TransformerBlock
+from jacobiflow.models.transformer.cache import TransformerCache
+from jacobiflow.utils.checks import FLOATS, check_finite, check_floating, check_kind, check_positive, format_value
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-_EPSILON = 1e-6  # of the final RMS norm
-_PERIOD = 10_000.0  # of the slowest rotation
-_TEXT_PAIRS = 8  # of channels that the position in the text turns
-_UNIT = math.log(math.e - 1)  # softplus of it is 1
-_DEAD = ("feat_rope", "feat_rope_gen")  # modules of the original with buffers that nothing reads
+_NORM_EPSILON = 1e-6  # Is added to the mean square in the final RMS norm.
+_ROTARY_BASE = 10_000.0  # Pair k of n has the frequency base^(-k / n), in radians per position.
+_TEXT_PAIRS = 8  # Pairs of channels that are rotated by the position in the text.
+_INVERSE_SOFTPLUS_OF_1 = math.log(math.e - 1)
+_UNUSED_MODULES = ("feat_rope", "feat_rope_gen")  # Modules of the original code whose buffers are never read.
 
 
 @dataclass(frozen=True)
-class STARFlowConfig:
+class STARFlowConfig(PatchConfig):
     """Shape of a `STARFlow`. The defaults are those of the released text-to-image weights, of 3.8 billion parameters.
 
-    Its images are what it models, such as the latents of an autoencoder. The last block is the one that reads the text.
+    Its images are the data that it models, such as the latents of an autoencoder. Only the last block reads the text.
 
     Args:
         image_size: Height and width of an image.
@@ -63,7 +56,7 @@ class STARFlowConfig:
         head_dim: Channels of an attention head; divides `channels`, and is 20 or a larger multiple of 4.
         expansion: Hidden units of a layer's perceptron, in multiples of `channels`.
         soft_clip: The bound c of c tanh(a / c), for the outputs a of a transformer.
-        noise_std: Gaussian noise of the training images.
+        noise_std: Standard deviation of the training images' Gaussian noise.
 
     Example:
         >>> jf.STARFlowConfig().num_tokens, jf.STARFlowConfig().of_block(5)
@@ -89,32 +82,20 @@ class STARFlowConfig:
         if not self.layers_per_block:
             raise InputValueError(f"layers_per_block=(): give {give}")
         check_sizes(self)
-        if self.image_size % self.patch_size:
-            raise InputValueError(f"patch_size={self.patch_size} does not divide image_size={self.image_size}")
+        self.check_patches()
         if self.head_dim % 4 or self.head_dim <= 2 * _TEXT_PAIRS:
             raise InputValueError(f"head_dim={self.head_dim}: give 20 or a larger multiple of 4")
         check_heads(self.channels, self.head_dim)
         check_positive("soft_clip", self.soft_clip)
-        check_number("noise_std", self.noise_std, expected="0 or a positive standard deviation")
 
     @property
     def num_blocks(self) -> int:
         """The number of blocks."""
         return len(self.layers_per_block)
 
-    @property
-    def num_tokens(self) -> int:
-        """T, the number of patches."""
-        return (self.image_size // self.patch_size) ** 2
-
-    @property
-    def token_channels(self) -> int:
-        """C, the number of values in one patch."""
-        return self.in_channels * self.patch_size**2
-
     def of_block(self, index: int) -> BlockShape:
         """Returns the shape of a block; the first reads the tokens reversed, the second as they are, and so on."""
-        channels = self.channels if isinstance(self.channels, int) else self.channels[index]
+        channels = size_of_block(self.channels, index)
         return BlockShape(channels, self.layers_per_block[index], "identity" if index % 2 else "flip")
 
 
@@ -131,7 +112,7 @@ class STARFlowBlock(TransformerBlock):
 
     The prefix is the projection of a text, in the last block only, and of a learned start token. With the outputs a and
     b of the transformer, both clipped softly, sigma = softplus(a + log(e - 1)) and u = b. Rotary positions are the row
-    and the column of the entry to come, in causal order, and the position in the text.
+    and the column of the next token, in causal order, and the position in the text.
     """
 
     attn_blocks: Sequence[AttentionBlock]
@@ -140,7 +121,7 @@ class STARFlowBlock(TransformerBlock):
     def __init__(self, config: STARFlowConfig, permutation: Permutation, index: int) -> None:
         channels, layers, _ = config.of_block(index)
         super().__init__(config.num_tokens, True, permutation)
-        self.config, self.soft_clip = config, config.soft_clip
+        self.head_dim, self.soft_clip = config.head_dim, config.soft_clip
         self.is_guided = index == config.num_blocks - 1
         self.text_length = config.text_tokens if self.is_guided else 0
         self.prefix_length = self.text_length + 1
@@ -161,15 +142,14 @@ class STARFlowBlock(TransformerBlock):
         return tuple(layer.weights()._replace(rotation=rotation) for layer in self.attn_blocks)
 
     def _rotation(self) -> Rotation:
-        """The rotations of the prefix and of the tokens: a token is turned by the place of the entry after it."""
-        config, side = self.config, math.isqrt(self.num_tokens)
-        place = torch.arange(self.num_tokens, dtype=torch.float64)
+        """Returns the rotations of the prefix and of the tokens. Token t uses the rotary position of t + 1."""
+        side, weight = math.isqrt(self.num_tokens), self.proj_in.weight
+        token = torch.arange(self.num_tokens, dtype=torch.float64)
+        rows, columns = (F.pad(axis, (self.text_length, 1)) for axis in ((token / side).floor(), token % side))
         text = torch.arange(self.text_length, dtype=torch.float64) * side / max(self.text_length, 1)
-        rows, columns = (F.pad(axis, (self.text_length, 1)) for axis in ((place / side).floor(), place % side))
         texts = F.pad(text, (0, self.num_tokens + 1))
-        pairs = config.head_dim // 4 - _TEXT_PAIRS // 2
+        pairs = self.head_dim // 4 - _TEXT_PAIRS // 2
         angles = torch.cat((_angles(rows, pairs), _angles(columns, pairs), _angles(texts, _TEXT_PAIRS)), dim=1)
-        weight = self.proj_in.weight
         return Rotation(angles.cos().to(weight), angles.sin().to(weight))
 
     def positions(self) -> Float[Tensor, "t c"]:
@@ -193,18 +173,19 @@ class STARFlowBlock(TransformerBlock):
     def final_norm_weight(self) -> Float[Tensor, " c"]:
         return 1 + self.final_norm.weight
 
-    def read_out(self, h: Float[Tensor, "b n c"], cache: TarFlowCache, dtype: torch.dtype) -> ScaleShift:
-        normalised = F.rms_norm(h, h.shape[-1:], cache.final_norm, _EPSILON)
+    def read_out(self, h: Float[Tensor, "b n c"], cache: TransformerCache, dtype: torch.dtype) -> ScaleShift:
+        normalised = F.rms_norm(h, h.shape[-1:], cache.final_norm, _NORM_EPSILON)
         out = F.linear(normalised, *cache.proj_out).to(dtype)
         scale, shift = (self.soft_clip * torch.tanh(out / self.soft_clip)).chunk(2, dim=-1)
-        return F.softplus(scale + _UNIT).log(), shift
+        return F.softplus(scale + _INVERSE_SOFTPLUS_OF_1).log(), shift
 
     def output_weights(self) -> None:
         """Returns `None`: log-scales and shifts are not linear in the last layer."""
 
 
 def _angles(positions: Float[Tensor, " t"], num: int) -> Float[Tensor, "t {num}"]:
-    return positions.unsqueeze(-1) * _PERIOD ** -(torch.arange(num, dtype=torch.float64) / num)
+    """Returns the angles of `num` pairs of channels at each position, in radians."""
+    return positions.unsqueeze(-1) * _ROTARY_BASE ** -(torch.arange(num, dtype=torch.float64) / num)
 
 
 @register_flow
@@ -215,7 +196,7 @@ class STARFlow(Flow):
     with zeros. `None` is the empty text, whose states are in the weights.
 
     Attributes:
-        encode_text: Returns the states of a list of prompts, see `jacobiflow.models.t5_encoder`; for prompts only.
+        encode_text: Returns the states of a list of prompts, see `jacobiflow.models.t5_encoder`; only prompts need it.
 
     Reference: Gu et al., STARFlow: Scaling Latent Normalizing Flows for High-resolution Image Synthesis, arXiv
     2506.06276.
@@ -244,22 +225,46 @@ class STARFlow(Flow):
     ) -> Self:
         """Loads a `.pth` state dict of the STARFlow code, in eval mode; float16 and bfloat16 become float32.
 
-        Without a config it is read from the shapes in the file, for patches of one pixel, heads of 64 channels, and the
-        soft clip and noise of the released weights. The states of the empty text, which guidance needs, are not in the
-        file: `encode_text([""])` gives them.
+        By default the config is read from the shapes in the file, see `infer_config`. The states of the empty text,
+        which guidance needs, are not in the file: `encode_text([""])` gives them.
         """
         state = read_original(path)
-        config = infer_config(state, str(path)) if config is None else config
+        config = cls.infer_config(state, str(path)) if config is None else config
         cls.check_config(config)
-        state = {name: tensor for name, tensor in state.items() if name.partition(".")[0] not in _DEAD}
-        states = torch.zeros(1, 0, config.text_channels) if encode_text is None else _encode(encode_text, [""])
-        state[f"blocks.{config.num_blocks - 1}.null_text"] = _padded("encode_text", states, config)[0]
+        state = {name: tensor for name, tensor in state.items() if name.partition(".")[0] not in _UNUSED_MODULES}
+        states = torch.zeros(1, 0, config.text_channels) if encode_text is None else _call_encoder(encode_text, [""])
+        state[f"blocks.{config.num_blocks - 1}.null_text"] = _pad_states("encode_text", states, config)[0]
         flow = build(cls, config, state, str(path))
         flow.encode_text = encode_text
-        # As in the script of the released weights.
+        # These are the settings of the script of the released weights.
         guidance = None if encode_text is None else Guidance(3.6, annealed=False, rule="density")
         flow.recommended = SamplingSettings(guidance, denoise=1.0)
         return flow
+
+    @staticmethod
+    def infer_config(state: Mapping[str, Tensor], source: str, patch_size: int = 1) -> STARFlowConfig:
+        """Reads the config from shapes, and takes from the released weights what shapes do not tell.
+
+        A CheckpointError begins with `source`.
+        """
+        shapes = OriginalShapes(state, source, "STARFlow")
+        num_tokens, token_channels = shapes.shape("var", 2)
+        sizes = shapes.transformer_sizes()
+        _, text_channels = shapes.shape(f"blocks.{len(sizes.layers) - 1}.proj_txt.weight", 2)
+        if token_channels % patch_size**2:
+            raise CheckpointError(f"{source}: patch_size={patch_size}: its square must divide {token_channels} values")
+        rotary = "feat_rope.freqs_cos"  # It has a row for each text token and each image token.
+        text_tokens = shapes.shape(rotary, 2)[0] - num_tokens if rotary in state else STARFlowConfig.text_tokens
+        return STARFlowConfig(
+            in_channels=token_channels // patch_size**2,
+            image_size=math.isqrt(num_tokens) * patch_size,
+            patch_size=patch_size,
+            channels=sizes.channels,
+            layers_per_block=sizes.layers,
+            text_tokens=text_tokens,
+            text_channels=text_channels,
+            expansion=sizes.expansion,
+        )
 
     def guided(self, guidance: Guidance | None) -> Self:
         if guidance is not None and guidance.weight:
@@ -268,7 +273,7 @@ class STARFlow(Flow):
 
     def to_tokens(self, x: Float[Tensor, "n ..."]) -> Float[Tensor, "n t d"]:
         size = self.config.patch_size
-        patches = x.unflatten(3, (-1, size)).unflatten(2, (-1, size))  # channels, rows, in a row, columns, in a column
+        patches = x.unflatten(3, (-1, size)).unflatten(2, (-1, size))  # (N, C, rows, size, columns, size)
         return patches.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
 
     def from_tokens(self, tokens: Float[Tensor, "n t d"]) -> Float[Tensor, "n ..."]:
@@ -289,8 +294,8 @@ class STARFlow(Flow):
         if isinstance(context, str):
             context = [context] * num
         if not isinstance(context, Tensor):
-            context = self._encode(context)
-        states = _padded("context", context, self.config)
+            context = self._encode_prompts(context)
+        states = _pad_states("context", context, self.config)
         if len(states) != num:
             raise InputValueError(f"context of {len(states)} texts: give {num}, one for each sample")
         return Context(states)
@@ -309,7 +314,7 @@ class STARFlow(Flow):
                 "or set flow.blocks[-1].null_text"
             )
 
-    def _encode(self, prompts: Any) -> Tensor:
+    def _encode_prompts(self, prompts: Any) -> Float[Tensor, "n l k"]:
         if not isinstance(prompts, Sequence) or not all(isinstance(prompt, str) for prompt in prompts):
             raise InputTypeError(f"context={format_value(prompts)}: give prompts, or the states of texts as a tensor")
         if self.encode_text is None:
@@ -318,22 +323,22 @@ class STARFlow(Flow):
                 "prompts that returns their states"
             )
         unique = list(dict.fromkeys(prompts))
-        states = _encode(self.encode_text, unique)
+        states = _call_encoder(self.encode_text, unique)
         if len(unique) == 1:
             return states.expand(len(prompts), -1, -1)
-        places = {prompt: place for place, prompt in enumerate(unique)}
-        return states[[places[prompt] for prompt in prompts]]
+        rows = {prompt: row for row, prompt in enumerate(unique)}
+        return states[[rows[prompt] for prompt in prompts]]
 
 
-def _encode(encode_text: EncodeText, prompts: list[str]) -> Float[Tensor, "n l k"]:
+def _call_encoder(encode_text: EncodeText, prompts: list[str]) -> Float[Tensor, "n l k"]:
     """Calls a text encoder, and checks its result."""
     states = encode_text(prompts)
     check_floating("result of encode_text", states, (len(prompts), "L", "K"))
     return states
 
 
-def _padded(name: str, states: Tensor, config: STARFlowConfig) -> Float[Tensor, "n l k"]:
-    """Returns states of texts, in a message `name`, padded to the model's length with zeros."""
+def _pad_states(name: str, states: Tensor, config: STARFlowConfig) -> Float[Tensor, "n l k"]:
+    """Returns states of texts, padded to the model's length with zeros; messages call them `name`."""
     give = f"states of texts (N, L, {config.text_channels}), L up to {config.text_tokens}"
     check_kind(name, states, Tensor, give)
     if states.dtype not in FLOATS:
@@ -342,26 +347,3 @@ def _padded(name: str, states: Tensor, config: STARFlowConfig) -> Float[Tensor, 
         raise InputValueError(f"{name} of shape {tuple(states.shape)}: give {give}")
     check_finite(name, states)
     return F.pad(states, (0, 0, 0, config.text_tokens - states.shape[1]))
-
-
-def infer_config(state: Mapping[str, Tensor], source: str, patch_size: int = 1) -> STARFlowConfig:
-    """Reads the config of a STARFlow from shapes; what they do not tell is as released."""
-    shape = partial(shape_of, state, source, "STARFlow")
-    blocks = range(count_groups(state, r"blocks\.(\d+)\.proj_in\.weight"))
-    num_tokens, token_channels = shape("var", 2)
-    widths = tuple(shape(f"blocks.{i}.proj_in.weight", 2)[0] for i in blocks)
-    hidden, _ = shape("blocks.0.attn_blocks.0.mlp.main.0.weight", 2)
-    _, text_channels = shape(f"blocks.{len(blocks) - 1}.proj_txt.weight", 2)
-    if token_channels % patch_size**2:
-        raise CheckpointError(f"{source}: patch_size={patch_size}: its square must divide {token_channels} values")
-    rows = "feat_rope.freqs_cos"  # one for each text token and each image token
-    return STARFlowConfig(
-        in_channels=token_channels // patch_size**2,
-        image_size=math.isqrt(num_tokens) * patch_size,
-        patch_size=patch_size,
-        channels=widths[0] if len(set(widths)) == 1 else widths,
-        layers_per_block=tuple(count_groups(state, rf"blocks\.{i}\.attn_blocks\.(\d+)\.") for i in blocks),
-        text_tokens=shape(rows, 2)[0] - num_tokens if rows in state else STARFlowConfig.text_tokens,
-        text_channels=text_channels,
-        expansion=hidden // widths[0],
-    )

@@ -2,26 +2,182 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
+from jacobiflow.blocks.context import check_numbers
 from jacobiflow.blocks.permutation import Permutation
-from jacobiflow.errors import CheckpointError, first_line
+from jacobiflow.errors import CheckpointError, InputValueError, first_line
 from jacobiflow.models.checkpoints.folder import build, check_values
-from jacobiflow.models.checkpoints.original import infer_config, read_original
-from jacobiflow.models.config import TarFlowConfig, TokenConfig
-from jacobiflow.models.flow import Flow, register_flow
-from jacobiflow.models.transformer.block import TarFlowBlock
+from jacobiflow.models.checkpoints.original import OriginalShapes, one_or_all, read_original
+from jacobiflow.models.config import BlockShape, Order, PatchConfig, check_heads, check_sizes, size_of_block
+from jacobiflow.models.flow import Flow
+from jacobiflow.models.labels import embed_classes
+from jacobiflow.models.registry import register_flow
+from jacobiflow.models.transformer.attention import AttentionBlock, LayerWeights
+from jacobiflow.models.transformer.block import TransformerBlock
+from jacobiflow.utils.checks import check_flag, check_kind, format_value
 from jacobiflow.utils.files import atomic_path
 
 if TYPE_CHECKING:
     from typing_extensions import Self
+
+
+@dataclass(frozen=True)
+class TarFlowConfig(PatchConfig):
+    """Shape of a `TarFlow` over images.
+
+    Args:
+        image_size: Height and width of an image, in pixels.
+        patch_size: Height and width of a patch, which is a token; divides `image_size`.
+        channels: Width of the transformers. Each block has one transformer.
+        num_classes: Number of classes; 0 for an unconditional flow.
+        nvp: Whether blocks scale ("non-volume-preserving"). Without it they shift only, and the flow learns the
+            variance of its prior.
+        head_dim: Channels of an attention head; divides `channels`.
+        expansion: Hidden units of a layer's perceptron, in multiples of `channels`.
+        noise_std: Standard deviation of the training images' Gaussian noise, which denoising removes; 0 for uniform
+            dequantisation.
+
+    Example:
+        >>> config = jf.TarFlowConfig(1, 8, 2, channels=64, num_blocks=4, layers_per_block=2)
+        >>> config.num_tokens, config.token_channels
+        (16, 4)
+    """
+
+    in_channels: int
+    image_size: int
+    patch_size: int
+    channels: int
+    num_blocks: int
+    layers_per_block: int
+    num_classes: int = 0
+    nvp: bool = True
+    head_dim: int = 64
+    expansion: int = 4
+    noise_std: float = 0.0
+    context_channels: ClassVar[int] = 0
+
+    def __post_init__(self) -> None:
+        check_sizes(self)
+        self.check_patches()
+        check_heads(self.channels, self.head_dim)
+        check_flag("nvp", self.nvp)
+
+    def of_block(self, index: int) -> BlockShape:
+        """Returns the shape of a block."""
+        return BlockShape(self.channels, self.layers_per_block, "flip" if index % 2 else "identity")
+
+
+@dataclass(frozen=True)
+class TokenConfig:
+    """Shape of a `TarFlow` over tokens: any sequence of vectors, such as the positions of atoms.
+
+    Args:
+        num_tokens: T, the tokens of a sample.
+        token_channels: C, the values of a token.
+        channels: Width of the transformers; a tuple has one for each block.
+        num_blocks: Affine blocks, each with a transformer.
+        layers_per_block: Layers of a transformer; a tuple has one number for each block.
+        num_classes: 0 for a flow without classes.
+        context_channels: K, if the context is numbers (N, K) for each sample or (N, T, K) for each token; else 0.
+        nvp: Whether blocks scale. Without it they shift only.
+        head_dim: Channels of an attention head; divides `channels`.
+        expansion: Hidden units of a layer's perceptron, in multiples of `channels`.
+        orders: The orders in which the blocks read the tokens, in turn: "identity", "flip", or indices of the tokens.
+
+    Example:
+        >>> config = jf.TokenConfig(22, 3, channels=64, num_blocks=4, layers_per_block=(2, 2, 2, 4))
+        >>> flow = jf.TarFlow(config)
+        >>> flow.encode(torch.zeros(5, 22, 3))[0].shape
+        torch.Size([5, 22, 3])
+    """
+
+    num_tokens: int
+    token_channels: int
+    channels: int | tuple[int, ...]
+    num_blocks: int
+    layers_per_block: int | tuple[int, ...]
+    num_classes: int = 0
+    context_channels: int = 0
+    nvp: bool = True
+    head_dim: int = 64
+    expansion: int = 4
+    orders: tuple[Order, ...] = ("identity", "flip")
+    noise_std: ClassVar[float] = 0.0
+
+    def __post_init__(self) -> None:
+        check_sizes(self)
+        check_flag("nvp", self.nvp)
+        check_heads(self.channels, self.head_dim)
+        if self.num_classes and self.context_channels:
+            raise InputValueError(
+                f"num_classes={self.num_classes}, context_channels={self.context_channels}: the context is either "
+                "classes or numbers; give one of them"
+            )
+        check_kind("orders", self.orders, tuple, 'a tuple of "identity", "flip" or tuples of indices')
+        if not self.orders:
+            raise InputValueError('orders=(): give one or more, such as ("identity", "flip")')
+        for order in self.orders:
+            Permutation(order)
+            if isinstance(order, tuple) and len(order) != self.num_tokens:
+                raise InputValueError(f"orders: {format_value(order)}: give the indices of {self.num_tokens} tokens")
+
+    def of_block(self, index: int) -> BlockShape:
+        """Returns the shape of a block."""
+        channels, layers = (size_of_block(sizes, index) for sizes in (self.channels, self.layers_per_block))
+        return BlockShape(channels, layers, self.orders[index % len(self.orders)])
+
+
+class TarFlowBlock(TransformerBlock):
+    """One causal affine block: z_t = exp(-s(x_<t)) (x_t - u(x_<t)), eq. (1) of the GS-Jacobi paper.
+
+    Its context is labels (B,) if the config has classes. If it has `context_channels`, K, it is numbers (B, K) for each
+    sample, or (B, T, K) for each token in the order of the data, whose projection is added to the tokens' embeddings.
+    """
+
+    attn_blocks: Sequence[AttentionBlock]
+
+    def __init__(self, config: TarFlowConfig | TokenConfig, permutation: Permutation, index: int = 0) -> None:
+        channels, layers, _ = config.of_block(index)
+        super().__init__(config.num_tokens, config.nvp, permutation)
+        self.proj_in = nn.Linear(config.token_channels, channels)
+        self.pos_embed = nn.Parameter(torch.randn(config.num_tokens, channels) * 1e-2)
+        classes, numbers = config.num_classes, config.context_channels
+        self.class_embed = nn.Parameter(torch.randn(classes, 1, channels) * 1e-2) if classes else None
+        self.proj_context = nn.Linear(numbers, channels) if numbers else None
+        self.attn_blocks = nn.ModuleList(  # type: ignore[assignment]
+            AttentionBlock(channels, config.head_dim, config.expansion) for _ in range(layers)
+        )
+        self.proj_out = nn.Linear(channels, config.token_channels * (2 if config.nvp else 1))
+        nn.init.zeros_(self.proj_out.weight)
+
+    def layer_weights(self) -> tuple[LayerWeights, ...]:
+        return tuple(layer.weights() for layer in self.attn_blocks)
+
+    def positions(self) -> Float[Tensor, "t c"]:
+        return self.permutation(_widen(self.pos_embed), dim=0) + self.proj_in.bias
+
+    def embed_context(self, values: Tensor | None) -> Float[Tensor, "#b #t c"] | None:
+        if self.proj_context is None:
+            return embed_classes(None if self.class_embed is None else _widen(self.class_embed), values)
+        check_numbers(values, self.num_tokens, self.proj_context.in_features)
+        weight, bias = map(_widen, self.proj_context.parameters())
+        projected = F.linear(values.to(weight.dtype), weight, bias)  # type: ignore[union-attr]
+        return projected.unsqueeze(1) if projected.ndim == 2 else self.permutation(projected)
+
+
+def _widen(tensor: Tensor) -> Tensor:
+    """Converts a small parameter of a 16-bit network to float32, in which the exact loop computes."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 @register_flow
@@ -63,15 +219,42 @@ class TarFlow(Flow):
     def from_original(cls, path: str | Path, config: TarFlowConfig | TokenConfig | None = None) -> Self:
         """Loads a `.pth` state dict of the TarFlow code, in eval mode; float16 becomes float32.
 
-        The codes that this reads are the original one, SBG's, and forks of them with the same names. Without a config
-        the flow is one over tokens, of the shapes in the file: these do not tell the layout of images, nor the number
-        of heads, which have 64 channels each.
+        It reads files of the original code, of SBG's, and of forks of them with the same names. Without a config the
+        flow is one over tokens, of the shapes in the file. Shapes do not tell the layout of images, nor the number of
+        heads, which have 64 channels each.
         """
         state = read_original(path)
-        config = infer_config(state, str(path)) if config is None else config
+        config = cls.infer_config(state, str(path)) if config is None else config
         cls.check_config(config)
-        state.setdefault("var", torch.ones(config.num_tokens, config.token_channels))  # which SBG's files lack
+        state.setdefault("var", torch.ones(config.num_tokens, config.token_channels))  # Files of SBG lack it.
         return build(cls, config, state, str(path))
+
+    @staticmethod
+    def infer_config(
+        state: Mapping[str, Tensor], source: str, patch_size: int | None = None
+    ) -> TarFlowConfig | TokenConfig:
+        """Reads the config of a flow over tokens from shapes, or of one over square images of patches of `patch_size`.
+
+        `head_dim` is 64. A CheckpointError begins with `source`.
+        """
+        shapes = OriginalShapes(state, source, "TarFlow")
+        num_tokens, _ = shapes.shape("blocks.0.pos_embed", 2)
+        _, token_channels = shapes.shape("blocks.0.proj_in.weight", 2)
+        outputs, _ = shapes.shape("blocks.0.proj_out.weight", 2)
+        sizes = shapes.transformer_sizes()
+        classes, context = "blocks.0.class_embed", "blocks.0.proj_context.weight"
+        config = TokenConfig(
+            num_tokens=num_tokens,
+            token_channels=token_channels,
+            channels=sizes.channels,
+            num_blocks=len(sizes.layers),
+            layers_per_block=one_or_all(sizes.layers),
+            num_classes=shapes.shape(classes, 3)[0] if classes in state else 0,
+            context_channels=shapes.shape(context, 2)[1] if context in state else 0,
+            nvp=outputs == 2 * token_channels,
+            expansion=sizes.expansion,
+        )
+        return config if patch_size is None else _image_config(config, source, patch_size)
 
     def to_original(self, path: str | Path) -> None:
         """Writes a `.pth` state dict that the original TarFlow code loads strictly, causal masks included."""
@@ -106,3 +289,25 @@ class TarFlow(Flow):
             return tokens
         side, size = self.config.image_size, self.config.patch_size
         return F.fold(tokens.transpose(1, 2), (side, side), size, stride=size)
+
+
+def _image_config(config: TokenConfig, source: str, patch_size: int) -> TarFlowConfig:
+    """Returns the config of a flow over square images that has the tokens of `config`."""
+    side, num_tokens, token_channels = math.isqrt(config.num_tokens), config.num_tokens, config.token_channels
+    if side**2 != num_tokens:
+        raise CheckpointError(
+            f"{source}: {num_tokens} tokens, but square images have a square number of them; leave patch_size out for "
+            "a flow over tokens"
+        )
+    if patch_size < 1 or token_channels % patch_size**2:
+        raise CheckpointError(
+            f"{source}: patch_size={patch_size}: its square must divide the {token_channels} values of a token"
+        )
+    if not isinstance(config.channels, int) or not isinstance(config.layers_per_block, int) or config.context_channels:
+        raise CheckpointError(
+            f"{source}: blocks of different sizes, or with a context of numbers; leave patch_size out"
+        )
+    return TarFlowConfig(
+        token_channels // patch_size**2, side * patch_size, patch_size, config.channels, config.num_blocks,
+        config.layers_per_block, config.num_classes, config.nvp, expansion=config.expansion,
+    )  # fmt: skip

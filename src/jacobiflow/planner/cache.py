@@ -19,7 +19,7 @@ from jacobiflow.fixed_point import Sequential, Solver, Tolerance
 from jacobiflow.fixed_point.options import DEFAULT_TOLERANCE
 from jacobiflow.models.checkpoints.fingerprint import cached_fingerprint
 from jacobiflow.models.flow import Flow, check_flow
-from jacobiflow.models.latents import MOST_SAMPLES
+from jacobiflow.models.latents import MAX_SAMPLES
 from jacobiflow.models.memory import exceeds_memory
 from jacobiflow.native import library_name
 from jacobiflow.planner.fit import find_tuning
@@ -55,7 +55,7 @@ def auto(flow: Flow, batch_size: int, tolerance: float | None = None, progress: 
     """
     check_flow(flow)
     tolerance = DEFAULT_TOLERANCE if tolerance is None else check_number("tolerance", tolerance)
-    batch_size = check_count("batch_size", batch_size, maximum=MOST_SAMPLES)
+    batch_size = check_count("batch_size", batch_size, maximum=MAX_SAMPLES)
     if tolerance == 0:
         return Strategy.uniform(Solver(Sequential(), stopping=Tolerance(0)), flow.config.num_blocks)
     weights = cached_fingerprint(flow)

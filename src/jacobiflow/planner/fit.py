@@ -20,9 +20,9 @@ from jacobiflow.fixed_point.attempt import attempt
 from jacobiflow.fixed_point.options import SolveOptions
 from jacobiflow.fixed_point.problem import Problem
 from jacobiflow.models.checkpoints.fingerprint import check_fingerprint, fingerprint
-from jacobiflow.models.config import ContextLike, Labels, as_labels
 from jacobiflow.models.flow import Flow, check_flow
-from jacobiflow.models.latents import FIRST_CALIBRATION_LATENT, MOST_SAMPLES, draw_latents
+from jacobiflow.models.labels import ContextLike, Labels, convert_labels
+from jacobiflow.models.latents import FIRST_CALIBRATION_LATENT, MAX_SAMPLES, draw_latents
 from jacobiflow.utils import serialization
 from jacobiflow.utils.checks import check_count, check_seed
 from jacobiflow.utils.progress import Progress
@@ -105,8 +105,8 @@ def tune(
         5
     """
     check_flow(flow)
-    samples = check_count("samples", samples, 2, MOST_SAMPLES)
-    batch_size, seed = check_count("batch_size", batch_size, maximum=MOST_SAMPLES), check_seed(seed)
+    samples = check_count("samples", samples, 2, MAX_SAMPLES)
+    batch_size, seed = check_count("batch_size", batch_size, maximum=MAX_SAMPLES), check_seed(seed)
     config, blocks = flow.config, flow.inverse_blocks
     latents = draw_latents(samples, config.num_tokens, config.token_channels, seed, FIRST_CALIBRATION_LATENT)
     solutions = exact_solutions(flow, latents, _context(flow, labels, context, samples), batch_size, progress)
@@ -137,7 +137,7 @@ def _context(flow: Flow, labels: Labels | None, context: ContextLike | None, sam
     """The context of each of the samples."""
     if labels is None and context is None:
         return flow.example_context(samples).to(flow.var.device)
-    labels = None if labels is None else as_labels(labels, 1)
+    labels = None if labels is None else convert_labels(labels, 1)
     values: Any = context if labels is None else labels
     num = 1 if isinstance(values, str) else len(values)
     if not num:

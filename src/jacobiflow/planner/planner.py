@@ -21,8 +21,8 @@ from jacobiflow.fixed_point.certificate import solve_to_tolerance
 from jacobiflow.fixed_point.options import DEFAULT_TOLERANCE, SolveOptions
 from jacobiflow.fixed_point.problem import Problem
 from jacobiflow.models.checkpoints.fingerprint import fingerprint
-from jacobiflow.models.flow import Flow, check_flow, precision
-from jacobiflow.models.latents import FIRST_CALIBRATION_LATENT, MOST_SAMPLES, draw_latents
+from jacobiflow.models.flow import Flow, check_flow
+from jacobiflow.models.latents import FIRST_CALIBRATION_LATENT, MAX_SAMPLES, draw_latents
 from jacobiflow.planner.benchmark import SEQUENTIAL, UNCERTIFIED, BlockTimings, RaceState, candidates, race, time_block
 from jacobiflow.planner.fit import NUM_SAMPLES, Tuning, find_tuning
 from jacobiflow.planner.strategy import Prediction, Strategy, device_name
@@ -84,7 +84,7 @@ def plan(
     """
     check_flow(flow)
     check_kind("tuning", tuning, Tuning | None, "a Tuning, as tune returns, or None")
-    batch_size = check_count("batch_size", batch_size, maximum=MOST_SAMPLES)
+    batch_size = check_count("batch_size", batch_size, maximum=MAX_SAMPLES)
     tolerance = check_positive("tolerance", tolerance, "a positive number; at 0 use strategy 'sequential'")
     check_flag("bf16", bf16)
     if tuning is not None:
@@ -112,7 +112,7 @@ def make_plan(
         if tuning.fingerprint != fingerprint(flow):
             warnings.warn("the tuning in the flow's folder is of other weights, and is not used", stacklevel=3)
             tuning = None
-    if precision(flow) in _ROUNDED_DTYPES or torch.is_autocast_enabled(flow.var.device.type):
+    if flow.precision in _ROUNDED_DTYPES or torch.is_autocast_enabled(flow.var.device.type):
         tolerance = max(tolerance, _ROUNDING_MARGIN * rounding_floor(flow))
     timings = _time_blocks(flow, batch_size, bf16)
     sequential_seconds = sum(each.sequential for each in timings)

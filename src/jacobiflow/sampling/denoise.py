@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from jacobiflow.blocks.context import Context
-from jacobiflow.models.config import Labels
 from jacobiflow.models.flow import Flow, check_flow, check_rate
+from jacobiflow.models.labels import Labels
 from jacobiflow.utils.checks import check_count
 
 _MAX_BACKWARD_BYTES = 4 << 30

@@ -16,7 +16,8 @@ from jacobiflow.fixed_point.implicit import with_gradient
 from jacobiflow.fixed_point.options import SolveOptions
 from jacobiflow.fixed_point.problem import Problem
 from jacobiflow.fixed_point.solution import Solution, Status
-from jacobiflow.models.flow import Flow, log_normal
+from jacobiflow.models.flow import Flow
+from jacobiflow.models.latents import log_normal
 from jacobiflow.planner import Strategy
 
 _BATCHES_PER_GROUP = 16

@@ -19,9 +19,9 @@ from jacobiflow.blocks.guidance import SamplingSettings
 from jacobiflow.blocks.tokens import Tokens
 from jacobiflow.errors import InputValueError
 from jacobiflow.fixed_point.options import CertifyMode, SolveOptions
-from jacobiflow.models.config import ContextLike, Labels
-from jacobiflow.models.flow import Flow, check_flow, check_rate, precision, state_dtype
-from jacobiflow.models.latents import MOST_SAMPLES, draw_latents
+from jacobiflow.models.flow import Flow, check_flow, check_rate
+from jacobiflow.models.labels import ContextLike, Labels
+from jacobiflow.models.latents import MAX_SAMPLES, draw_latents
 from jacobiflow.planner import Strategy, choose
 from jacobiflow.sampling.denoise import denoise_checked
 from jacobiflow.sampling.invert import FlowSolution, invert_in_groups, log_prob_of, num_groups
@@ -131,7 +131,7 @@ def sample(
     flow, denoise = resolve_settings(flow, settings, checked)
     log_prob = check_log_prob(flow, log_prob, denoise)
     if batch_size is not None:
-        batch_size = min(check_count("batch_size", batch_size, maximum=MOST_SAMPLES), len(latents))
+        batch_size = min(check_count("batch_size", batch_size, maximum=MAX_SAMPLES), len(latents))
     options = SolveOptions(certify=certify, batch_size=batch_size)
     warn_if_guidance_is_idle(flow, checked)
     plan = choose(flow, strategy, batch_size or len(latents), tolerance=tolerance)
@@ -151,7 +151,7 @@ def sample_with_strategy(
 
     The strategy's tolerance takes the place of that of the options. The samples have gradients if they are enabled.
     """
-    latents, context = latents.to(flow.var.device, state_dtype(flow)), context.to(flow.var.device)
+    latents, context = latents.to(flow.var.device, flow.state_dtype), context.to(flow.var.device)
     options = replace(options, tolerance=strategy.tolerance)
     batch_size = options.batch_size or len(latents)
     total = num_groups(len(latents), batch_size) * len(flow.blocks) * (1 + outputs.sensitivity)
@@ -188,7 +188,7 @@ def sample_with_strategy(
         seconds=seconds,
         denoise_seconds=time.perf_counter() - started,
         sensitivity=torch.cat(sensitivities) if outputs.sensitivity else None,
-        dtype=precision(flow),
+        dtype=flow.precision,
     )
 
 

@@ -15,7 +15,7 @@ from jacobiflow.fixed_point import Sequential, Solver
 from jacobiflow.fixed_point.certificate import solve_to_tolerance
 from jacobiflow.fixed_point.options import SolveOptions
 from jacobiflow.fixed_point.problem import Problem
-from jacobiflow.models.flow import Flow, precision, state_dtype
+from jacobiflow.models.flow import Flow
 from jacobiflow.models.latents import FIRST_CALIBRATION_LATENT, draw_latents
 from jacobiflow.planner import Strategy
 from jacobiflow.sampling.invert import FlowSolution, invert_in_groups
@@ -38,14 +38,14 @@ def measure_sensitivity(
     (other,) = invert_in_groups(flow, strategy, latents, solution.context, options, on_block=on_block)
     change = _largest_change(flow, other.x, solution.x)
     rows = (change > FLOAT64_BOUND) & solution.is_exact() & ~solution.nonfinite
-    if rows.any() and state_dtype(flow) != torch.float64:
+    if rows.any() and flow.state_dtype != torch.float64:
         change[rows] = _largest_change(flow, _solve_in_float64(flow, solution, rows, options), solution.x[rows])
     return change
 
 
 def _round_once(flow: Flow, latents: Tokens) -> Tokens:
     """The latents after one rounding of the flow's dtype, up or down by the same pattern in each sample."""
-    eps = 2**-10 if precision(flow) == "tf32" else torch.finfo(flow.var.dtype).eps
+    eps = 2**-10 if flow.precision == "tf32" else torch.finfo(flow.var.dtype).eps
     _, num_tokens, channels = latents.shape
     signs = draw_latents(1, num_tokens, channels, start=FIRST_CALIBRATION_LATENT).sign().to(latents)
     return latents + eps * signs * latents.abs().clamp(min=1)  # latents near 0 are changed, too

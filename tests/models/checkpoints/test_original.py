@@ -16,9 +16,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import jacobiflow as jf
-from jacobiflow.models.checkpoints.original import infer_config, read_original
-from jacobiflow.models.config import TarFlowConfig, TokenConfig
-from jacobiflow.models.tarflow import TarFlow
+from jacobiflow.models.checkpoints.original import read_original
+from jacobiflow.models.tarflow import TarFlow, TarFlowConfig, TokenConfig
 from tests.helpers.checkpoints import SMALL, assert_same, error_of, make
 
 ORIGINAL = replace(SMALL, channels=64, head_dim=64, expansion=4)
@@ -158,11 +157,11 @@ def test_shapes_say_the_config(data: st.DataObject) -> None:
     config = TarFlowConfig(*sizes, nvp=bool(nvp), expansion=expansion)
     with torch.device("meta"):
         state = TarFlow(config).state_dict()
-    assert infer_config(state, "x.pth", patch_size) == config
+    assert TarFlow.infer_config(state, "x.pth", patch_size) == config
     tokens = TokenConfig(
         side**2, config.token_channels, heads * 64, blocks, layers, num_classes, nvp=bool(nvp), expansion=expansion
     )
-    assert infer_config(state, "x.pth") == tokens
+    assert TarFlow.infer_config(state, "x.pth") == tokens
 
 
 def test_the_file_of_sbg_becomes_a_flow_over_tokens(tmp_path: Path) -> None:
@@ -180,7 +179,9 @@ def test_the_file_of_sbg_becomes_a_flow_over_tokens(tmp_path: Path) -> None:
 def test_shapes_of_no_tarflow(pth: Path) -> None:
     torch.save(original_state(make(ORIGINAL)), pth)
     state = read_original(pth)
-    assert "patch_size=3: its square must divide the 4 values" in error_of(infer_config, state, "x", 3)
+    assert "patch_size=3: its square must divide the 4 values" in error_of(TarFlow.infer_config, state, "x", 3)
     five = state | {"blocks.0.pos_embed": torch.ones(5, 64)}
-    assert "5 tokens, but square images have a square number" in error_of(infer_config, five, "x", 2)
-    assert "not the state dict of a TarFlow, which has 'blocks.0.pos_embed'" in error_of(infer_config, {}, "x", 2)
+    assert "5 tokens, but square images have a square number" in error_of(TarFlow.infer_config, five, "x", 2)
+    assert "not the state dict of a TarFlow, which has 'blocks.0.pos_embed'" in error_of(
+        TarFlow.infer_config, {}, "x", 2
+    )

@@ -41,11 +41,11 @@ def cached_fingerprint(flow: Any) -> str:
 
     PyTorch counts changes by optimizers, `load_state_dict` and in-place operations, not those through `.data` or NumPy.
     """
-    cached = _cache.get(flow.blocks)  # which the views of a flow share
+    cached = _cache.get(flow.blocks)  # The views of a flow share its blocks.
     try:
         if cached is None or not cached.is_current():
             cached = _cache[flow.blocks] = _Snapshot(flow)
-    except RuntimeError:  # PyTorch counts no changes of tensors that were made in inference mode
+    except RuntimeError:  # PyTorch counts no changes of tensors that were made in inference mode.
         return fingerprint(flow)
     return cached.fingerprint
 
@@ -55,23 +55,23 @@ class _Snapshot:
 
     def __init__(self, flow: nn.Module) -> None:
         modules = list(flow.modules())
-        # Without the flow's own dictionary of modules: its blocks are the key of the cache, and must not stay alive.
-        places: list[dict[str, Any]] = [module._modules for module in modules[1:]]
-        places += [place for module in modules for place in (module._parameters, module._buffers)]
-        self._places = [place for place in places if place]
+        # The flow's own dictionary of modules is left out. It holds the blocks, which are a weak key of the cache.
+        dicts: list[dict[str, Any]] = [module._modules for module in modules[1:]]
+        dicts += [each for module in modules for each in (module._parameters, module._buffers)]
+        self._dicts = [each for each in dicts if each]
         self._parts = self._read()
         self._tensors = [part for part in self._parts if isinstance(part, Tensor)]
         self._versions = list(map(_version, self._tensors))
         self.fingerprint = fingerprint(flow)
 
     def is_current(self) -> bool:
-        """Tells if the flow is as it was; without loops in Python, since every call of `auto` asks."""
+        """Tells if the flow has not changed; it has no Python loop, since every call of `auto` needs it."""
         parts = self._read()
         is_same = len(parts) == len(self._parts) and all(map(is_, parts, self._parts))
         return is_same and list(map(_version, self._tensors)) == self._versions
 
     def _read(self) -> list[Any]:
-        return list(chain.from_iterable(map(dict.values, self._places)))
+        return list(chain.from_iterable(map(dict.values, self._dicts)))
 
 
 _version = attrgetter("_version")

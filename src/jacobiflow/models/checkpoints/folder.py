@@ -1,4 +1,4 @@
-"""Model folders: `config.json`, `model.safetensors`, a card, reports (`report.json`) and tunings (`tuning.json`)."""
+"""Model folders: `config.json`, `model.safetensors`, a card, reports and tunings."""
 
 from __future__ import annotations
 
@@ -17,7 +17,9 @@ from torch import Tensor, nn
 
 from jacobiflow.blocks.guidance import SamplingSettings
 from jacobiflow.errors import CheckpointError, InputError, InputValueError, first_line
+from jacobiflow.models.checkpoints.card import format_model_card
 from jacobiflow.models.checkpoints.fingerprint import fingerprint
+from jacobiflow.models.checkpoints.hub import import_hub
 from jacobiflow.models.config import FlowConfig
 from jacobiflow.utils import serialization
 from jacobiflow.utils.checks import FLOATS, check_kind, format_value
@@ -32,7 +34,7 @@ from jacobiflow.utils.files import (
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
-REPORTS = ("report.json", "report-*.json", "tuning.json", "tuning-*.json")  # a guidance has a name of its own
+REPORTS = ("report.json", "report-*.json", "tuning.json", "tuning-*.json")  # Each guidance has files of its own.
 README = "README.md"
 FORMAT_VERSION = 1
 MODELS = Path(__file__).parents[2] / "bundled"
@@ -44,7 +46,11 @@ AnyModule = TypeVar("AnyModule", bound=nn.Module)
 
 @dataclass(frozen=True)
 class ModelFolder:
-    """A model folder and its config.json; `fields` are the entries of the flow's config."""
+    """A model folder and its config.json.
+
+    Attributes:
+        fields: The entries of the flow's config.
+    """
 
     path: Path
     model_type: str
@@ -54,7 +60,7 @@ class ModelFolder:
     @classmethod
     def open(cls, name: str | Path, **hub: Any) -> ModelFolder:
         """Reads the config of a bundled model, a local folder, or a hub id; `hub` is for `snapshot_download`."""
-        path = bundled().get(name, Path(name)) if isinstance(name, str) else name
+        path = list_bundled().get(name, Path(name)) if isinstance(name, str) else name
         if not os.path.isdir(path):
             path = _download(str(name), hub)
         file = path / CONFIG
@@ -93,12 +99,34 @@ class ModelFolder:
             raise CheckpointError(f"{file}: missing or damaged ({first_line(error)}); copy it again") from error
 
 
-def reports_in(path: Path) -> tuple[Path, ...]:
+def _download(name: str, hub: dict[str, Any]) -> Path:
+    names = ", ".join(list_bundled()) or "none here"
+    if name.endswith((".pth", ".pt")) and os.path.exists(name):
+        raise CheckpointError(
+            f"{format_value(name)}: weights of another code; make a model folder of them first: jacobiflow convert "
+            f"{name} --out FOLDER, or from_original in Python"
+        )
+    if os.path.exists(name) or not _HUB_ID.fullmatch(name):
+        raise CheckpointError(
+            f"{format_value(name)}: no such model; give a bundled name ({names}), a folder with {CONFIG} and "
+            f"{WEIGHTS}, or a hub id 'owner/name'"
+        )
+    client = import_hub()
+    try:
+        return Path(client.snapshot_download(name, allow_patterns=[CONFIG, WEIGHTS, *REPORTS], **hub))
+    except Exception as error:  # The exceptions of its HTTP client differ by version.
+        raise CheckpointError(
+            f"{format_value(name)} is neither a bundled name ({names}) nor a folder here, and the hub did not provide "
+            f"it ({type(error).__name__}: {first_line(error)}); check the id and the connection"
+        ) from error
+
+
+def list_reports(path: Path) -> tuple[Path, ...]:
     """Lists the reports and tunings in a model folder: report.json first."""
     return tuple(file for pattern in REPORTS for file in sorted(path.glob(pattern)) if file.is_file())
 
 
-def bundled() -> dict[str, Path]:
+def list_bundled() -> dict[str, Path]:
     """Returns the models that come with the package: name to folder."""
     return {file.parent.name: file.parent for file in sorted(MODELS.glob(f"*/{CONFIG}"))}
 
@@ -106,7 +134,7 @@ def bundled() -> dict[str, Path]:
 def check_own_model(path: Path) -> None:
     """Raises CheckpointError if a folder has files under a model's names, but no config.json of this library."""
     if "format_version" not in (read_object(path / CONFIG) or {}):
-        for file in (path / CONFIG, path / WEIGHTS, *reports_in(path)):
+        for file in (path / CONFIG, path / WEIGHTS, *list_reports(path)):
             if file.exists():
                 raise CheckpointError(
                     f"{file}: not of a model that jacobiflow wrote; move it away, or give another folder"
@@ -116,7 +144,7 @@ def check_own_model(path: Path) -> None:
 def write_model(flow: Any, path: Path, dtype: torch.dtype | None = None, title: str = "") -> None:
     """Writes a model folder, as `Flow.save_pretrained` documents it.
 
-    The card, if there is no README.md, has `title`, by default the folder's name.
+    If there is no README.md, it writes a model card with `title`, by default the folder's name.
     """
     check_kind("recommended", flow.recommended, SamplingSettings, "SamplingSettings")
     state = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in flow.state_dict().items()}
@@ -142,103 +170,22 @@ def write_model(flow: Any, path: Path, dtype: torch.dtype | None = None, title: 
         for name, content in reports.items():
             write_atomically(path / name, content)
         if not os.path.lexists(path / README):
-            write_atomically(path / README, model_card(flow, title or path.name).encode())
+            write_atomically(path / README, format_model_card(flow, title or path.name).encode())
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be written ({first_line(error)})") from error
 
 
-def model_card(flow: Any, name: str) -> str:
-    """Returns a model card in Markdown, with front matter for the Hugging Face Hub."""
-    config, classes = flow.config, flow.config.num_classes
-    conditional = f", class-conditional over {classes} classes" if classes else ""
-    parameters = sum(parameter.numel() for parameter in flow.parameters())
-    if flow.image_shape is None:
-        task, data, channels = "other", "sequences of tokens", getattr(config, "context_channels", 0)
-        context = f", context=torch.zeros(8, {channels})" if channels else ""
-        code = f"""\
-out = jf.sample(flow, 8{context})
-print(tuple(out.tokens.shape))  # {(8, config.num_tokens, config.token_channels)}
-print(out.log_prob)  # densities in nats"""
-    else:
-        _, size, _ = flow.image_shape
-        task = "text-to-image" if flow.reads_text else "unconditional-image-generation"
-        data = f"{size}x{size} images"
-        context = f"labels = torch.arange(8) % {classes}" if classes else "labels = None"
-        if flow.reads_text:
-            context = f"states = torch.randn(8, {config.text_tokens}, {config.text_channels})  # better those of texts"
-        code = f"""\
-{context}
-out = jf.sample(flow, 8, {"context=states" if flow.reads_text else "labels"})
-print(tuple(out.images.shape))  # {(8, *flow.image_shape)}, nominally in [-1, 1]"""
-    return f"""\
----
-library_name: jacobiflow
-pipeline_tag: {task}
-tags:
-- normalizing-flow
-- {flow.model_type}
----
-
-# {name}
-
-A {type(flow).__name__}, an autoregressive normalizing flow, of {data}{conditional}:
-{parameters:,} parameters, {config.num_blocks} blocks, {config.num_tokens} tokens of {config.token_channels} values.
-[jacobiflow](https://pypi.org/project/jacobiflow/) samples from it in parallel (`pip install jacobiflow`).
-
-```python
-import torch
-import jacobiflow as jf
-
-flow = jf.load("{name}")
-{code}
-```
-"""
-
-
-def _download(name: str, hub: dict[str, Any]) -> Path:
-    names = ", ".join(bundled()) or "none here"
-    if name.endswith((".pth", ".pt")) and os.path.exists(name):
-        raise CheckpointError(
-            f"{format_value(name)}: weights of another code; make a model folder of them first: jacobiflow convert "
-            f"{name} --out FOLDER, or from_original in Python"
-        )
-    if os.path.exists(name) or not _HUB_ID.fullmatch(name):
-        raise CheckpointError(
-            f"{format_value(name)}: no such model; give a bundled name ({names}), a folder with {CONFIG} and "
-            f"{WEIGHTS}, or a hub id 'owner/name'"
-        )
-    client = hub_client()
-    try:
-        return Path(client.snapshot_download(name, allow_patterns=[CONFIG, WEIGHTS, *REPORTS], **hub))
-    except Exception as error:  # the errors of its HTTP client change with its version
-        raise CheckpointError(
-            f"{format_value(name)} is neither a bundled name ({names}) nor a folder here, and the hub did not provide "
-            f"it ({type(error).__name__}: {first_line(error)}); check the id and the connection"
-        ) from error
-
-
-def hub_client() -> Any:
-    """Imports `huggingface_hub`."""
-    try:
-        import huggingface_hub
-    except ImportError as error:
-        raise CheckpointError(
-            "models on the hub need the package huggingface_hub: pip install 'jacobiflow[cli]'"
-        ) from error
-    return huggingface_hub
-
-
 def build(make: Callable[[Any], AnyModule], config: Any, state: dict[str, Tensor], source: str) -> AnyModule:
-    """Builds a module on the meta device, loads a state dict strictly, and returns it in eval mode.
+    """Builds a module with the values of a state dict, which must fit it, in eval mode.
 
-    Its initial values cost nothing, and draw no random numbers. Half precision becomes float32. The tensors are taken
-    out of `state`; a CheckpointError begins with `source`.
+    The module is made on the meta device, so that initial values cost nothing and draw no random numbers. Half
+    precision becomes float32. `state` is emptied. A CheckpointError begins with `source`.
     """
     check_values(state, source)
     with torch.device("meta"):
         module = make(config)
     dtype = reduce(torch.promote_types, (tensor.dtype for tensor in state.values()), torch.float32)
-    # Copied, so that no tensor stays mapped to its file.
+    # Copies, so that no tensor stays mapped to its file.
     copies = {name: state.pop(name).to(dtype, copy=True, memory_format=torch.contiguous_format) for name in list(state)}
     try:
         module.load_state_dict(copies, assign=True)

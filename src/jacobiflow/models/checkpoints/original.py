@@ -1,13 +1,12 @@
-"""The `.pth` state dicts of the TarFlow code and its forks: nearly our names, and a causal mask in each block."""
+"""State dicts (`.pth`) of the TarFlow, Prose and STARFlow codes, whose names are nearly those of this library."""
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from zipfile import is_zipfile
 
 import torch
@@ -15,12 +14,12 @@ from torch import Tensor
 
 from jacobiflow.errors import CheckpointError, first_line
 from jacobiflow.models.checkpoints.folder import check_values
-from jacobiflow.models.config import TarFlowConfig, TokenConfig
 from jacobiflow.utils.checks import FLOATS
 from jacobiflow.utils.files import regular_file
 
 _MASK = re.compile(r"blocks\.\d+\.attn_mask")
-_NAMES = {".mlp.main.3.": ".mlp.main.2.", ".cond_proj.": ".proj_context."}  # SBG has dropout before it; autocast
+# SBG has a dropout layer before the second linear layer.
+_NAMES = {".mlp.main.3.": ".mlp.main.2.", ".cond_proj.": ".proj_context."}
 
 
 def read_original(path: str | Path) -> dict[str, Tensor]:
@@ -30,9 +29,9 @@ def read_original(path: str | Path) -> dict[str, Tensor]:
     """
     remedy = "give a file that torch.save(model.state_dict(), path) wrote"
     try:
-        # Mapped, if the file has the format that can be: only what is used is read.
+        # A file in the zip format is mapped, so that only the tensors in use are read.
         content: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zipfile(regular_file(path)))
-    except Exception as error:  # torch.load names no exceptions, and damage raises nearly any
+    except Exception as error:  # A damaged file raises nearly any exception in torch.load.
         raise CheckpointError(
             f"{path}: missing, damaged, or not only tensors; code in it was not run ({first_line(error)}); {remedy}"
         ) from error
@@ -40,7 +39,7 @@ def read_original(path: str | Path) -> dict[str, Tensor]:
         isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in content.items()
     ):
         raise CheckpointError(f"{path}: not a dict of tensors by their names; {remedy}")
-    state = {_name(name): tensor for name, tensor in content.items()}
+    state = {_convert_name(name): tensor for name, tensor in content.items()}
     check_values(state, str(path), (*FLOATS, torch.bool), checks_values=False)
     masks = {name: state.pop(name) for name in list(state) if _MASK.fullmatch(name)}
     for name, mask in masks.items():
@@ -49,78 +48,57 @@ def read_original(path: str | Path) -> dict[str, Tensor]:
     return state
 
 
-def shape_of(state: Mapping[str, Tensor], source: str, flow: str, name: str, rank: int) -> tuple[int, ...]:
-    """Returns the shape of an entry; a CheckpointError says if it is missing, of another rank or empty."""
-    if name not in state:
-        raise CheckpointError(f"{source}: not the state dict of a {flow}, which has {name!r}")
-    shape = tuple(state[name].shape)
-    if len(shape) != rank or 0 in shape:
-        raise CheckpointError(
-            f"{source}: {name} has shape {shape}; in a {flow} it has {rank} dimensions, none of them 0"
-        )
-    return shape
-
-
-def _name(name: str) -> str:
+def _convert_name(name: str) -> str:
     for theirs, ours in _NAMES.items():
         name = name.replace(theirs, ours)
     return name.removeprefix("module.")
 
 
-def infer_config(
-    state: Mapping[str, Tensor], source: str, patch_size: int | None = None
-) -> TarFlowConfig | TokenConfig:
-    """Reads the config of a flow over tokens from shapes, or of one over square images of patches of `patch_size`.
+class TransformerSizes(NamedTuple):
+    """Sizes of the transformers of a flow: one width for all blocks or one for each, and the layers of each block."""
 
-    `head_dim` is 64. A CheckpointError begins with `source`.
+    channels: int | tuple[int, ...]
+    layers: tuple[int, ...]
+    expansion: int
+
+
+@dataclass(frozen=True)
+class OriginalShapes:
+    """The shapes in a state dict, from which a config is read.
+
+    Attributes:
+        source: The name of the file, for messages.
+        flow: The name of the kind of flow, for messages.
     """
-    shape = partial(shape_of, state, source, "TarFlow")
-    blocks = range(count_groups(state, r"blocks\.(\d+)\.proj_in\.weight"))
-    num_tokens, _ = shape("blocks.0.pos_embed", 2)
-    _, token_channels = shape("blocks.0.proj_in.weight", 2)
-    widths = tuple(shape(f"blocks.{i}.proj_in.weight", 2)[0] for i in blocks)
-    outputs, _ = shape("blocks.0.proj_out.weight", 2)
-    hidden, _ = shape("blocks.0.attn_blocks.0.mlp.main.0.weight", 2)
-    classes, context = "blocks.0.class_embed", "blocks.0.proj_context.weight"
-    config = TokenConfig(
-        num_tokens=num_tokens,
-        token_channels=token_channels,
-        channels=_one_or_all(widths),
-        num_blocks=len(blocks),
-        layers_per_block=_one_or_all(tuple(count_groups(state, rf"blocks\.{i}\.attn_blocks\.(\d+)\.") for i in blocks)),
-        num_classes=shape(classes, 3)[0] if classes in state else 0,
-        context_channels=shape(context, 2)[1] if context in state else 0,
-        nvp=outputs == 2 * token_channels,
-        expansion=hidden // widths[0],
-    )
-    return config if patch_size is None else _of_images(config, source, patch_size)
+
+    state: Mapping[str, Tensor]
+    source: str
+    flow: str
+
+    def shape(self, name: str, rank: int) -> tuple[int, ...]:
+        """Returns the shape of an entry; raises CheckpointError if it is missing, of another rank or empty."""
+        if name not in self.state:
+            raise CheckpointError(f"{self.source}: not the state dict of a {self.flow}, which has {name!r}")
+        shape = tuple(self.state[name].shape)
+        if len(shape) != rank or 0 in shape:
+            raise CheckpointError(
+                f"{self.source}: {name} has shape {shape}; in a {self.flow} it has {rank} dimensions, none of them 0"
+            )
+        return shape
+
+    def count(self, pattern: str) -> int:
+        """Returns the number of different matches of the group in `pattern`."""
+        return len({match[1] for name in self.state if (match := re.match(pattern, name))})
+
+    def transformer_sizes(self) -> TransformerSizes:
+        """Returns the sizes of the transformers."""
+        blocks = range(self.count(r"blocks\.(\d+)\.proj_in\.weight"))
+        widths = tuple(self.shape(f"blocks.{i}.proj_in.weight", 2)[0] for i in blocks)
+        layers = tuple(self.count(rf"blocks\.{i}\.attn_blocks\.(\d+)\.") for i in blocks)
+        hidden, _ = self.shape("blocks.0.attn_blocks.0.mlp.main.0.weight", 2)
+        return TransformerSizes(one_or_all(widths), layers, hidden // widths[0])
 
 
-def _of_images(config: TokenConfig, source: str, patch_size: int) -> TarFlowConfig:
-    side, num_tokens, token_channels = math.isqrt(config.num_tokens), config.num_tokens, config.token_channels
-    if side**2 != num_tokens:
-        raise CheckpointError(
-            f"{source}: {num_tokens} tokens, but square images have a square number of them; leave patch_size out for "
-            "a flow over tokens"
-        )
-    if patch_size < 1 or token_channels % patch_size**2:
-        raise CheckpointError(
-            f"{source}: patch_size={patch_size}: its square must divide the {token_channels} values of a token"
-        )
-    if not isinstance(config.channels, int) or not isinstance(config.layers_per_block, int) or config.context_channels:
-        raise CheckpointError(
-            f"{source}: blocks of different sizes, or with a context of numbers; leave patch_size out"
-        )
-    return TarFlowConfig(
-        token_channels // patch_size**2, side * patch_size, patch_size, config.channels, config.num_blocks,
-        config.layers_per_block, config.num_classes, config.nvp, expansion=config.expansion,
-    )  # fmt: skip
-
-
-def _one_or_all(sizes: tuple[int, ...]) -> int | tuple[int, ...]:
+def one_or_all(sizes: tuple[int, ...]) -> int | tuple[int, ...]:
+    """Returns the size if all are the same, else the tuple."""
     return sizes[0] if len(set(sizes)) == 1 else sizes
-
-
-def count_groups(state: Mapping[str, Tensor], pattern: str) -> int:
-    """Returns the number of different matches of the group in `pattern`."""
-    return len({match[1] for name in state if (match := re.match(pattern, name))})

@@ -1,4 +1,4 @@
-"""Causal attention over a preallocated key-value cache that is passed in, never held by a module."""
+"""Causal attention over a key-value cache that the caller allocates and passes in."""
 
 from __future__ import annotations
 
@@ -16,35 +16,44 @@ from torch.nn.attention.bias import causal_lower_right
 
 @dataclass(frozen=True)
 class AttentionSpan:
-    """The tokens of one pass: their positions, a slice or (B, N), and the additive mask by which they attend."""
+    """The tokens of one pass, and the positions that they attend to.
+
+    Attributes:
+        positions: The positions of the tokens: a slice, or (B, N) with those of each row.
+        end: Tokens attend to positions before `end` only.
+        mask: Is added to the attention logits; `None` if no token has a later one before `end`, or all are tokens.
+        is_causal: The tokens are all the positions before `end`.
+        rows: 0 .. B-1, for positions (B, N).
+    """
 
     positions: slice | Int[Tensor, "b n"]
     end: int
     mask: Tensor | None
-    causal: bool  # they are all the positions before `end`
-    rows: Int[Tensor, "b 1"] | None = None  # 0 .. B-1, for positions (B, N)
+    is_causal: bool
+    rows: Int[Tensor, "b 1"] | None = None
 
     @classmethod
     def of(cls, positions: slice | Int[Tensor, "b n"], end: int, like: Tensor) -> AttentionSpan:
         """Returns a span, with a mask in the dtype and on the device of `like` only if it needs one."""
         if not isinstance(positions, slice):
-            hidden = torch.arange(end, device=like.device) > positions.unsqueeze(-1)
-            mask = torch.zeros_like(hidden, dtype=like.dtype).masked_fill_(hidden, -torch.inf)
+            is_later = torch.arange(end, device=like.device) > positions.unsqueeze(-1)
+            mask = torch.zeros_like(is_later, dtype=like.dtype).masked_fill_(is_later, -torch.inf)
             rows = torch.arange(len(positions), device=like.device).view(-1, 1)
             return cls(positions, end, mask.unsqueeze(1), False, rows)
-        size, causal = end - positions.start, positions.start == 0 and end > 1
-        if size == 1 or causal:
-            return cls(positions, end, None, causal)
-        if like.is_cuda:
-            return cls(positions, end, causal_lower_right(size, end), False)  # which has faster kernels than a mask
+        size, is_causal = end - positions.start, positions.start == 0 and end > 1
+        if size == 1 or is_causal:
+            return cls(positions, end, None, is_causal)
+        if like.is_cuda:  # CUDA has faster kernels for this bias than for a mask.
+            return cls(positions, end, causal_lower_right(size, end), False)
         return cls(positions, end, like.new_full((size, end), -torch.inf).triu_(positions.start + 1), False)
 
 
-Parameters = tuple[Tensor, Tensor]  # weight and bias
+Parameters = tuple[Tensor, Tensor]
+"""A weight and a bias."""
 
 
 class Adaptive(NamedTuple):
-    """The parameters that make a layer Prose's: what multiplies and is added to normalised tokens, by position."""
+    """The adaptive parameters of a layer of Prose: factors and shifts of normalised tokens, by position."""
 
     scale: Float[Tensor, "t c"]
     shift: Float[Tensor, "t c"]
@@ -57,13 +66,13 @@ class Adaptive(NamedTuple):
 
 
 class Rotation(NamedTuple):
-    """Cosines and sines by which rotary position embedding turns each pair of a query's or key's channels."""
+    """Rotary position embedding: the cosine and sine of each pair of a query's or key's channels, by position."""
 
     cos: Float[Tensor, "t d2"]
     sin: Float[Tensor, "t d2"]
 
     def __call__(self, x: Float[Tensor, "b n k h d"], positions: slice | Tensor) -> Float[Tensor, "b n k h d"]:
-        """Turns the vectors of tokens at these positions."""
+        """Rotates the vectors of tokens at these positions."""
         cos, sin = (table[positions].unsqueeze(-2).unsqueeze(-2) for table in self)
         even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
         return torch.stack((even * cos - odd * sin, odd * cos + even * sin), dim=-1).flatten(-2)
@@ -74,8 +83,9 @@ class Rotation(NamedTuple):
 
 
 class LayerWeights(NamedTuple):
-    """The parameters of one transformer layer, read from its modules once: a step over a few tokens is short.
+    """The parameters of one transformer layer.
 
+    They are read from the modules once for many passes, since reading them takes long beside a pass over few tokens.
     `query_norm` and `key_norm` are over all heads together. `condition` is added to the layer's input by position.
     """
 
@@ -94,58 +104,61 @@ class LayerWeights(NamedTuple):
 
     def named(self) -> dict[str, Tensor]:
         """Returns the parameters by their names in native code."""
-        entries = self._asdict()
-        pairs = {name: pair for name, pair in entries.items() if type(pair) is tuple}
-        named = {
-            name + end: tensor for name, pair in pairs.items() for end, tensor in zip(("", "_bias"), pair, strict=True)
-        }
-        named |= {} if self.condition is None else {"condition": self.condition}
-        return named | ({} if self.adaptive is None else self.adaptive._asdict())
+        named: dict[str, Tensor] = {} if self.condition is None else {"condition": self.condition}
+        for name in ("norm", "qkv", "proj", "mlp_norm", "up", "down", "query_norm", "key_norm"):
+            parameters = getattr(self, name)
+            if parameters is not None:
+                named[name], named[f"{name}_bias"] = parameters
+        return named if self.adaptive is None else named | self.adaptive._asdict()
 
 
-def cast(parameters: Any, dtype: torch.dtype) -> Any:
+def cast_tensors(parameters: Any, dtype: torch.dtype) -> Any:
     """Converts the tensors in a tuple of tensors and tuples to `dtype`."""
     if isinstance(parameters, Tensor):
         return parameters.to(dtype)
     if not isinstance(parameters, tuple):
         return parameters
-    parts = [cast(part, dtype) for part in parameters]
+    parts = [cast_tensors(part, dtype) for part in parameters]
     return type(parameters)(*parts) if hasattr(parameters, "_fields") else tuple(parts)
 
 
-def transformer(
+def run_layers(
     h: Float[Tensor, "b n c"], layers: Sequence[tuple[LayerWeights, Float[Tensor, "b 2 h t d"] | None]],
     span: AttentionSpan, query_scale: Float[Tensor, "b 1 1 1"] | None,
 ) -> Float[Tensor, "b n c"]:  # fmt: skip
-    """Runs layers on `h`; no token's output depends on later tokens, even if these overflow.
+    """Runs transformer layers on `h`; no token's output depends on later tokens, even if these overflow.
 
-    Keys and values that are not finite are 0 to other tokens, and NaN to their own. A CPU hides them only if the output
-    is not finite, which saves time. A GPU always does, to save a synchronisation. With gradients nothing is hidden.
+    Non-finite keys and values are 0 to other tokens, and make their own token's output NaN. A CPU replaces them only if
+    the output is not finite, which saves time. A GPU always replaces them, which saves a synchronisation. With
+    gradients they are not replaced.
 
-    With caches of `None`, `h` are all tokens. `query_scale` is one over the attention temperature of each row.
+    Args:
+        layers: The parameters and the cache of each layer. If the caches are `None`, `h` are all tokens.
+        query_scale: One over the attention temperature of each row.
     """
 
-    def run(hide: bool) -> Tensor:
+    def run(hide_nonfinite: bool) -> Tensor:
         out = h
         for weights, cache in layers:
-            out = _layer(out, weights, cache, span, query_scale, hide)
+            out = _run_layer(out, weights, cache, span, query_scale, hide_nonfinite)
         return out
 
     if h.shape[1] == 1 or torch.is_grad_enabled():
-        return run(hide=False)
-    if h.device.type == "cpu" and math.isfinite((out := run(hide=False)).sum(dtype=torch.float32)):
+        return run(hide_nonfinite=False)
+    if h.device.type == "cpu" and math.isfinite((out := run(hide_nonfinite=False)).sum(dtype=torch.float32)):
         return out
-    return run(hide=True)
+    return run(hide_nonfinite=True)
 
 
-def _layer(
-    x: Tensor, weights: LayerWeights, cache: Tensor | None, span: AttentionSpan, query_scale: Tensor | None, hide: bool
-) -> Tensor:
+def _run_layer(
+    x: Tensor, weights: LayerWeights, cache: Tensor | None, span: AttentionSpan, query_scale: Tensor | None,
+    hide_nonfinite: bool,
+) -> Tensor:  # fmt: skip
     adaptive = weights.adaptive
     out = x if weights.condition is None else x + weights.condition[span.positions]
     if adaptive is not None:
         out = _modulate(x, adaptive.scale[span.positions], adaptive.shift[span.positions])
-    out = out + _self_attention(out, weights, cache, span, query_scale, hide)
+    out = out + _attend(out, weights, cache, span, query_scale, hide_nonfinite)
     out = out + _feed_forward(out, weights)
     if adaptive is None:
         return out
@@ -159,13 +172,35 @@ def _modulate(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     return scale * F.layer_norm(x, x.shape[-1:]) + shift
 
 
-# Two functions, whose intermediate tensors are freed at their ends, and GELU in place without gradients: what memory is
-# in use stays in the processor's caches, which saves 5 per cent of a sweep.
+# Each function frees its intermediate tensors when it returns, and GELU is in place without gradients. The memory in
+# use then stays in the processor's caches, which saves 5 per cent of a sweep.
 
 
-def _self_attention(
-    x: Tensor, weights: LayerWeights, cache: Tensor | None, span: AttentionSpan, query_scale: Tensor | None, hide: bool
-) -> Tensor:
+def _attend(
+    x: Tensor, weights: LayerWeights, cache: Tensor | None, span: AttentionSpan, query_scale: Tensor | None,
+    hide_nonfinite: bool,
+) -> Tensor:  # fmt: skip
+    """Returns the output of self-attention, before the residual sum; writes keys and values to the cache."""
+    qkv = _project_qkv(x, weights, span.positions)
+    query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+    if query_scale is not None:
+        query = query * query_scale
+    if cache is None:
+        keys, values = (_replace_nonfinite(key), _replace_nonfinite(value)) if hide_nonfinite else (key, value)
+        out = F.scaled_dot_product_attention(query, keys, values, is_causal=True)
+    else:
+        _write_cache(cache, qkv[:, :, 1:], span, hide_nonfinite)
+        keys, values = cache[:, :, :, : span.end].unbind(1)
+        out = F.scaled_dot_product_attention(query, keys, values, attn_mask=span.mask, is_causal=span.is_causal)
+    if hide_nonfinite or x.device.type == "cpu":
+        # This is NaN for a token whose own key or value is not finite. Without it kernels for AVX-512 return 0 if all
+        # keys of a short span are non-finite.
+        out = torch.addcmul(out, key, value, value=0)
+    return F.linear(out.transpose(1, 2).reshape(x.shape), *weights.proj)
+
+
+def _project_qkv(x: Tensor, weights: LayerWeights, positions: slice | Tensor) -> Float[Tensor, "b n 3 h d"]:
+    """Returns queries, keys and values of each head, normalised and rotated if the layer does that."""
     batch, length, channels = x.shape
     qkv = F.linear(F.layer_norm(x, (channels,), *weights.norm), *weights.qkv)
     if weights.query_norm is not None and weights.key_norm is not None:
@@ -174,30 +209,28 @@ def _self_attention(
         qkv = torch.cat((query, F.layer_norm(key, (channels,), *weights.key_norm), value), dim=-1)
     qkv = qkv.view(batch, length, 3, weights.num_heads, -1)
     if weights.rotation is not None:
-        qkv = torch.cat((weights.rotation(qkv[:, :, :2], span.positions), qkv[:, :, 2:]), dim=2)
-    q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-    if query_scale is not None:
-        q = q * query_scale
-    if cache is None:
-        # Neither a mask nor a weight of 0 hides a value that is not finite: inf - inf and 0 x inf are NaN.
-        keys, values = (k.nan_to_num(0.0, 0.0, 0.0), v.nan_to_num(0.0, 0.0, 0.0)) if hide else (k, v)
-        out = F.scaled_dot_product_attention(q, keys, values, is_causal=True)
+        qkv = torch.cat((weights.rotation(qkv[:, :, :2], positions), qkv[:, :, 2:]), dim=2)
+    return qkv
+
+
+def _write_cache(
+    cache: Float[Tensor, "b 2 h t d"], new: Float[Tensor, "b n 2 h d"], span: AttentionSpan, hide_nonfinite: bool
+) -> None:
+    """Writes keys and values to the positions of the span; under autocast they may have another dtype."""
+    if not isinstance(span.positions, slice):
+        new = _replace_nonfinite(new) if hide_nonfinite else new
+        cache[span.rows, :, :, span.positions] = new.to(cache.dtype)
+        return
+    new, target = new.permute(0, 2, 3, 1, 4), cache[:, :, :, span.positions]
+    if hide_nonfinite:
+        torch.nan_to_num(new.to(cache.dtype), 0.0, 0.0, 0.0, out=target)
     else:
-        new = qkv[:, :, 1:]
-        if not isinstance(span.positions, slice):
-            new = new.nan_to_num(0.0, 0.0, 0.0) if hide else new
-            cache[span.rows, :, :, span.positions] = new.to(cache.dtype)  # which autocast may differ from
-        elif hide:
-            new = new.permute(0, 2, 3, 1, 4).to(cache.dtype)
-            torch.nan_to_num(new, 0.0, 0.0, 0.0, out=cache[:, :, :, span.positions])
-        else:
-            cache[:, :, :, span.positions] = new.permute(0, 2, 3, 1, 4)
-        keys, values = cache[:, :, :, : span.end].unbind(1)
-        out = F.scaled_dot_product_attention(q, keys, values, attn_mask=span.mask, is_causal=span.causal)
-    if hide or x.device.type == "cpu":
-        # NaN for a token whose own key or value is not finite. Kernels for AVX-512 give 0 if no key of a short span is.
-        out = torch.addcmul(out, k, v, value=0)
-    return F.linear(out.transpose(1, 2).reshape(batch, length, channels), *weights.proj)
+        target.copy_(new)
+
+
+def _replace_nonfinite(tensor: Tensor) -> Tensor:
+    """Replaces NaN and infinity by 0. A mask or a weight of 0 would not hide them: inf - inf and 0 x inf are NaN."""
+    return tensor.nan_to_num(0.0, 0.0, 0.0)
 
 
 def _feed_forward(x: Tensor, weights: LayerWeights) -> Tensor:
@@ -237,7 +270,7 @@ class AttentionBlock(nn.Module):
         self.mlp = MLP(channels, expansion)
 
     def weights(self) -> LayerWeights:
-        """Returns the parameters as `transformer` takes them."""
+        """Returns the parameters as `run_layers` takes them."""
         attention, mlp = self.attention, self.mlp
         norm, qkv, proj, mlp_norm, up, down = (
             (module.weight, module.bias)

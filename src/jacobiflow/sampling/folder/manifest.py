@@ -13,7 +13,7 @@ from jacobiflow.blocks.context import Context
 from jacobiflow.blocks.guidance import Guidance
 from jacobiflow.errors import InputValueError
 from jacobiflow.fixed_point import CertifyMode, Status
-from jacobiflow.models.latents import MOST_SAMPLES
+from jacobiflow.models.latents import MAX_SAMPLES
 from jacobiflow.sampling.result import Samples
 from jacobiflow.utils.checks import format_value
 from jacobiflow.utils.files import sha256
@@ -49,7 +49,7 @@ class Manifest:
         sensitivity: Whether the shards have sensitivities.
     """
 
-    num: Annotated[int, msgspec.Meta(ge=1, le=MOST_SAMPLES)]
+    num: Annotated[int, msgspec.Meta(ge=1, le=MAX_SAMPLES)]
     shape: tuple[int, ...]
     num_tokens: Count
     seed: int

@@ -21,9 +21,9 @@ from jacobiflow.errors import InputValueError
 from jacobiflow.fixed_point import CertifyMode
 from jacobiflow.fixed_point.options import SolveOptions
 from jacobiflow.models.checkpoints.fingerprint import fingerprint
-from jacobiflow.models.config import ContextLike, Labels
-from jacobiflow.models.flow import Flow, check_flow, precision
-from jacobiflow.models.latents import MOST_SAMPLES, draw_latents
+from jacobiflow.models.flow import Flow, check_flow
+from jacobiflow.models.labels import ContextLike, Labels
+from jacobiflow.models.latents import MAX_SAMPLES, draw_latents
 from jacobiflow.planner import Strategy, choose, is_auto
 from jacobiflow.sampling.folder.manifest import Files, Manifest, SampleFolderError, context_sha256
 from jacobiflow.sampling.folder.processes import SINGLE_PROCESS, Processes
@@ -116,7 +116,7 @@ def sample_to_folder(
         >>> jf.sample_to_folder(jf.load("digits-maf"), 8, out, batch_size=4, shard_size=4).num_new
         0
     """
-    num, seed = check_count("num", num, maximum=MOST_SAMPLES), check_seed(seed)
+    num, seed = check_count("num", num, maximum=MAX_SAMPLES), check_seed(seed)
     batch_size, shard_size = _sizes(num, batch_size, shard_size)
     check_flow(flow)
     check_path("out", out)
@@ -134,7 +134,7 @@ def sample_to_folder(
     manifest = Manifest(
         num=num, shape=flow.image_shape or (config.num_tokens, config.token_channels), num_tokens=config.num_tokens,
         seed=seed, context_sha256=context_sha256(checked), num_classes=config.num_classes, batch_size=batch_size,
-        shard_size=shard_size, files=files, model=model, fingerprint=fingerprint(flow), dtype=precision(flow),
+        shard_size=shard_size, files=files, model=model, fingerprint=fingerprint(flow), dtype=flow.precision,
         strategy="a Strategy" if isinstance(strategy, Strategy) else str(strategy), strategy_sha256="",
         guidance=flow.guidance, denoise=float(denoise),
         tolerance=tolerance, certify=certify,
@@ -166,9 +166,9 @@ def sample_to_folder(
 def _sizes(num: int, batch_size: int | None, shard_size: int | None) -> tuple[int, int]:
     """Returns the batch size and the shard size, or their defaults."""
     batch_size = min(num, _BATCH_SIZE) if batch_size is None else batch_size
-    batch_size = check_count("batch_size", batch_size, maximum=MOST_SAMPLES)
+    batch_size = check_count("batch_size", batch_size, maximum=MAX_SAMPLES)
     shard_size = max(_SHARD_SIZE // batch_size, 1) * batch_size if shard_size is None else shard_size
-    shard_size = check_count("shard_size", shard_size, maximum=MOST_SAMPLES)
+    shard_size = check_count("shard_size", shard_size, maximum=MAX_SAMPLES)
     if shard_size % batch_size:
         raise InputValueError(f"shard_size={shard_size}: give a multiple of the batch size, {batch_size}")
     return batch_size, shard_size

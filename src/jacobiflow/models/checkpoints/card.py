@@ -1,0 +1,53 @@
+"""Model cards."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def format_model_card(flow: Any, name: str) -> str:
+    """Returns a model card in Markdown, with front matter for the Hugging Face Hub."""
+    config, classes = flow.config, flow.config.num_classes
+    conditional = f", class-conditional over {classes} classes" if classes else ""
+    parameters = sum(parameter.numel() for parameter in flow.parameters())
+    if flow.image_shape is None:
+        task, data, channels = "other", "sequences of tokens", getattr(config, "context_channels", 0)
+        context = f", context=torch.zeros(8, {channels})" if channels else ""
+        code = f"""\
+out = jf.sample(flow, 8{context})
+print(tuple(out.tokens.shape))  # {(8, config.num_tokens, config.token_channels)}
+print(out.log_prob)  # densities in nats"""
+    else:
+        _, size, _ = flow.image_shape
+        task = "text-to-image" if flow.reads_text else "unconditional-image-generation"
+        data = f"{size}x{size} images"
+        context = f"labels = torch.arange(8) % {classes}" if classes else "labels = None"
+        if flow.reads_text:
+            context = f"states = torch.randn(8, {config.text_tokens}, {config.text_channels})  # or the states of texts"
+        code = f"""\
+{context}
+out = jf.sample(flow, 8, {"context=states" if flow.reads_text else "labels"})
+print(tuple(out.images.shape))  # {(8, *flow.image_shape)}, nominally in [-1, 1]"""
+    return f"""\
+---
+library_name: jacobiflow
+pipeline_tag: {task}
+tags:
+- normalizing-flow
+- {flow.model_type}
+---
+
+# {name}
+
+A {type(flow).__name__}, an autoregressive normalizing flow, of {data}{conditional}:
+{parameters:,} parameters, {config.num_blocks} blocks, {config.num_tokens} tokens of {config.token_channels} values.
+[jacobiflow](https://pypi.org/project/jacobiflow/) samples from it in parallel (`pip install jacobiflow`).
+
+```python
+import torch
+import jacobiflow as jf
+
+flow = jf.load("{name}")
+{code}
+```
+"""

@@ -1,0 +1,99 @@
+"""Labels and other contexts as users give them: their types and checks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from jacobiflow.blocks.context import NO_CONTEXT, Context, check_numbers
+from jacobiflow.errors import InputTypeError, InputValueError
+from jacobiflow.models.latents import MAX_SAMPLES
+from jacobiflow.utils.checks import check_count, check_finite, check_kind, check_rows, format_value
+
+Labels = int | Sequence[int] | np.ndarray | Tensor
+"""Classes of samples: one for all of them, or a sequence, array or tensor (N,) with one for each."""
+
+ContextLike = Context | Labels | Tensor | str | Sequence[str]
+"""Labels, numbers (N, K) for each sample or (N, T, K) for each token, prompts, or a `Context` of them."""
+
+
+def convert_labels(labels: Any, num: int) -> Int[Tensor, " n"]:
+    """Converts labels to a tensor of int64 or int32; a single class is that of all `num` samples."""
+    give, tensor = "a class, or a tensor or list (N,) of classes, whole numbers", labels
+    if isinstance(labels, Tensor | np.ndarray):
+        check_kind("labels", labels, Tensor | np.ndarray, give)
+        check_count("number of labels", math.prod(labels.shape), 0, MAX_SAMPLES)
+    if not isinstance(labels, Tensor):
+        try:
+            tensor = torch.as_tensor(np.array(labels))  # Arrays may be read-only or have negative strides.
+        except (TypeError, ValueError) as error:
+            raise InputTypeError(f"labels={format_value(labels)}: give {give}") from error
+        tensor = tensor if tensor.ndim else tensor.repeat(num)
+    if tensor.dtype in (torch.uint8, torch.int8, torch.int16):
+        tensor = tensor.long()
+    _check_vector("labels", tensor, give)
+    return tensor
+
+
+def check_labels(labels: Labels, num: int, num_classes: int) -> Int[Tensor, " n"]:
+    """Returns labels as a tensor, checked to be one class for each of `num` samples, or below 0."""
+    if not num_classes:
+        raise InputValueError("labels given, but this flow has no classes: leave them out")
+    tensor = convert_labels(labels, num)
+    if len(tensor) != num:
+        raise InputValueError(f"labels={format_value(labels)}: give {num} whole numbers, one for each sample")
+    if (tensor >= num_classes).any():
+        raise InputValueError(_describe_unknown(tensor, num_classes))
+    return tensor
+
+
+def check_class_context(values: Any, num: int, num_classes: int) -> Context:
+    """Returns the context of labels, checked as by `check_labels`, or of no labels."""
+    if isinstance(values, Tensor) and values.is_floating_point() and not num_classes:
+        raise InputValueError(f"context={format_value(values)}: this flow's context is labels, or none; leave it out")
+    return NO_CONTEXT if values is None else Context(check_labels(values, num, num_classes))
+
+
+def check_number_context(values: Any, num: int, num_tokens: int, channels: int) -> Context:
+    """Returns the context of numbers (N, K) or (N, T, K), checked to be finite and of `num` samples."""
+    check_numbers(values, num_tokens, channels)
+    check_rows("context", values, num, "samples")
+    check_finite("context", values)
+    return Context(values)
+
+
+def embed_classes(table: Float[Tensor, "k ..."] | None, labels: Int[Tensor, " b"] | None) -> Tensor | None:
+    """Looks up the row of a table for each label; the mean over classes for labels below 0 and for `None`.
+
+    On a CPU it raises ValueError for a label that is not a class. On a GPU only `Flow.check_labels` notices.
+    """
+    if table is None:
+        return None
+    mean = table.mean(dim=0, keepdim=True)
+    if labels is None:
+        return mean
+    _check_vector("context", labels, "a torch.Tensor (N,) of whole numbers")
+    try:
+        rows = table[labels.clamp(min=0)]
+    except IndexError:
+        raise InputValueError(f"context: {_describe_unknown(labels, len(table))}") from None
+    return torch.where((labels < 0).view(-1, *[1] * (table.ndim - 1)), mean, rows)
+
+
+def _check_vector(name: str, labels: Any, give: str) -> None:
+    check_kind(name, labels, Tensor, give)
+    if labels.dtype not in (torch.int64, torch.int32):
+        raise InputTypeError(f"{name}={format_value(labels)}: give {give}")
+    if labels.ndim != 1:
+        raise InputValueError(f"{name}={format_value(labels)}: give {give}")
+
+
+def _describe_unknown(labels: Int[Tensor, " n"], num_classes: int) -> str:
+    """Describes which of the labels is not a class."""
+    return f"label {int(labels.max())}: this flow has classes 0 to {num_classes - 1} (below 0: no class)"

@@ -1,0 +1,143 @@
+"""The modules of a Prose flow, under the original's names."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import cast
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from jacobiflow.models.transformer.attention import Adaptive, Attention, AttentionBlock, LayerWeights
+
+NUM_ATOM_TYPES, NUM_RESIDUE_TYPES = 128, 64
+_RESIDUE_PERIOD = 1e3  # Base of the wavelengths that encode residue positions and sequence lengths.
+
+
+class _AdaptiveNorm(nn.Module):
+    """Parameters of sigmoid(W_g n + b_g) * norm(h) + W_b n, with n the normalised condition."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.norm_cond = nn.LayerNorm(channels)
+        self.to_gamma = nn.Sequential(nn.Linear(channels, channels), nn.Sigmoid())
+        self.to_beta = nn.Linear(channels, channels, bias=False)
+
+    def forward(self, condition: Float[Tensor, "t c"]) -> tuple[Float[Tensor, "t c"], Float[Tensor, "t c"]]:
+        normalised = self.norm_cond(condition)
+        return self.to_gamma(normalised), self.to_beta(normalised)
+
+
+class _Gate(nn.Module):
+    """Parameters of sigmoid(W c + b), c the condition."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        linear = nn.Linear(channels, channels)
+        nn.init.zeros_(linear.weight)
+        nn.init.constant_(linear.bias, -2.0)
+        self.to_adaln_zero_gamma = nn.Sequential(linear, nn.Sigmoid())
+
+    def forward(self, condition: Float[Tensor, "t c"]) -> Float[Tensor, "t c"]:
+        return self.to_adaln_zero_gamma(condition)
+
+
+class _NormalizedAttention(Attention):
+    def __init__(self, channels: int, head_dim: int) -> None:
+        super().__init__(channels, head_dim)
+        self.q_layer_norm, self.k_layer_norm = nn.LayerNorm(channels), nn.LayerNorm(channels)
+
+
+class NormalizedAttentionBlock(AttentionBlock):
+    """A layer of a TarFlow with normalised queries and keys."""
+
+    attention: _NormalizedAttention
+
+    def __init__(self, channels: int, head_dim: int, expansion: int) -> None:
+        super().__init__(channels, head_dim, expansion)
+        self.attention = _NormalizedAttention(channels, head_dim)
+
+    def conditioned(self, condition: Float[Tensor, "t c"]) -> LayerWeights:
+        return self.weights()._replace(
+            query_norm=(self.attention.q_layer_norm.weight, self.attention.q_layer_norm.bias),
+            key_norm=(self.attention.k_layer_norm.weight, self.attention.k_layer_norm.bias),
+            condition=condition,
+        )
+
+
+class _AdaptiveAttention(nn.Module):
+    def __init__(self, channels: int, head_dim: int, expansion: int) -> None:
+        super().__init__()
+        self.adaln, self.mha = _AdaptiveNorm(channels), NormalizedAttentionBlock(channels, head_dim, expansion)
+        self.scale_output = _Gate(channels)
+
+
+class _Transition(nn.Module):
+    def __init__(self, channels: int, expansion: int) -> None:
+        super().__init__()
+        hidden = channels * expansion
+        self.swish_linear = nn.ModuleList([nn.Linear(channels, 2 * hidden, bias=False)])
+        self.linear_out = nn.Linear(hidden, channels, bias=False)
+
+
+class _AdaptiveTransition(nn.Module):
+    def __init__(self, channels: int, expansion: int) -> None:
+        super().__init__()
+        self.adaln, self.transition = _AdaptiveNorm(channels), _Transition(channels, expansion)
+        self.scale_output = _Gate(channels)
+
+
+class AdaptiveLayer(nn.Module):
+    """Parameters of a layer, under the original's names: h <- h + gate * A(norm(h)), h <- h + gate' * SwiGLU(norm'(h)).
+
+    A is a whole layer of a TarFlow; the norms and the gates depend on the condition c of each token.
+    """
+
+    def __init__(self, channels: int, head_dim: int, expansion: int) -> None:
+        super().__init__()
+        self.mha, self.transition = (
+            _AdaptiveAttention(channels, head_dim, expansion),
+            _AdaptiveTransition(channels, expansion),
+        )
+
+    def conditioned(self, condition: Float[Tensor, "t c"]) -> LayerWeights:
+        transition = self.transition.transition
+        scale, shift = self.mha.adaln(condition)
+        gated_scale, gated_shift = self.transition.adaln(condition)
+        adaptive = Adaptive(
+            scale=scale,
+            shift=shift,
+            gate=self.mha.scale_output(condition),
+            gated_scale=gated_scale,
+            gated_shift=gated_shift,
+            gated_gate=self.transition.scale_output(condition),
+            gated_up=cast(nn.Linear, transition.swish_linear[0]).weight,
+            gated_down=transition.linear_out.weight,
+        )
+        return self.mha.mha.conditioned(condition)._replace(condition=None, adaptive=adaptive)
+
+
+class AtomEmbedder(nn.Module):
+    """Embeds the atoms of a peptide, under the original's names."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.atom_embed = nn.Embedding(NUM_ATOM_TYPES, channels)
+        self.residue_embed = nn.Embedding(NUM_RESIDUE_TYPES, channels)
+        self.mlp = nn.Sequential(nn.Linear(4 * channels, channels), nn.GELU(), nn.Linear(channels, channels))
+
+    def forward(self, encodings: Mapping[str, Int[Tensor, " t"]]) -> Float[Tensor, "t c"]:
+        atoms, residues = self.atom_embed(encodings["atom_type"]), self.residue_embed(encodings["aa_type"])
+        positions, lengths = (
+            sinusoid(encodings[name], atoms.shape[-1], _RESIDUE_PERIOD).to(atoms) for name in ("aa_pos", "seq_len")
+        )
+        return self.mlp(torch.cat((atoms, residues, positions, lengths), dim=-1))
+
+
+def sinusoid(numbers: Int[Tensor, " t"], channels: int, period: float) -> Float[Tensor, "t c"]:
+    """Returns sin and cos of n period^(-2k / channels) for k = 0, 1, .., in turn."""
+    rates = torch.exp(torch.arange(0, channels, 2, device=numbers.device) * -(math.log(period) / channels))
+    angles = numbers.float().unsqueeze(-1) * rates
+    return torch.stack((angles.sin(), angles.cos()), dim=-1).flatten(-2)
