@@ -58,7 +58,7 @@ class Trajectory:
         images: (K + 1, c, h, w), samples if the block had ended at each state.
         positions: (T,), the place of each token in raster order.
         tolerance: The tolerance of the solve.
-        certificate: The largest |g(x) - x| of the last state; 0 for the exact loop.
+        residual: The largest |g(x) - x| of the last state; 0 for the exact loop.
     """
 
     runs: tuple[tuple[int, int], ...]
@@ -66,7 +66,7 @@ class Trajectory:
     images: Float[Tensor, "k n h w"]
     positions: Int[Tensor, " t"]
     tolerance: float
-    certificate: float
+    residual: float
 
     @cached_property
     def is_final(self) -> Bool[Tensor, "k t"]:
@@ -158,7 +158,7 @@ def save_animation(title: str, trajectories: Mapping[str, Trajectory], path: Pat
         for (name, trajectory), axis, (image, tokens) in zip(trajectories.items(), axes[0], artists, strict=True):
             total, color = len(trajectory.runs), sampler_style(name).color
             call = min(frame, total)
-            end = "exact" if trajectory.certificate == 0 else f"certified {trajectory.certificate:.0e}"
+            end = "exact" if trajectory.residual == 0 else f"certified {trajectory.residual:.0e}"
             text = f"call {call} of {total}\n" if call < total else f"{total} calls,\n{end}"
             axis.set_title(f"{name}\n{text}", color=readable(color))
             image.set_data(_pixels(trajectory, call))

@@ -161,7 +161,7 @@ def measure(key: Json) -> Json:
         if rows <= ERROR_ROWS and features <= ERROR_FEATURES:
             exact = calls(copy.deepcopy(flow).double(), context.double(), rows)[call](inputs.double())
             metrics["error"] = {name: float((each - exact).square().mean().sqrt()) for name, each in results.items()}
-    return {"call": call, **metrics, "ways": sorted(set(handle.backends.values()))}
+    return {"call": call, **metrics, "backends": sorted(set(handle.backends.values()))}
 
 
 def rounds(run: Callable[[], Any]) -> int:

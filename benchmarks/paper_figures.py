@@ -29,7 +29,7 @@ from jacobiflow.plots import comparison_sheet, rows_sheet, sampler_style, save_p
 from jacobiflow.plots.sheets import column_captions, stack_images
 from jacobiflow.plots.style import new_figure, simplify_axes, use_style
 
-IMAGES, TRACED = 10, 4
+IMAGES, SHOWN = 10, 4
 TOLERANCE = 1e-2
 HEIGHT = 4.2  # inches, of figures of a report
 LEAST = 1e-5  # smaller distances are rounding
@@ -37,7 +37,7 @@ STARTS = {"images": "latents of images", "noise": "fresh latents"}
 
 
 def draw_figures(flow: Flow, report: CalibrationReport, out: Path, name: str, strategy: str | None = None) -> None:
-    """Writes all figures; `strategy` is compared with the sequential loop, by default the report's own proposal."""
+    """Writes all figures; `strategy` is compared with the exact loop, by default the report's own proposal."""
     out.mkdir(parents=True, exist_ok=True)
     save_png(convergence_figure(report), out / f"{name}-convergence.png")
     if report.segment_curves:
@@ -48,7 +48,7 @@ def draw_figures(flow: Flow, report: CalibrationReport, out: Path, name: str, st
     denoise = float(flow.config.noise_std > 0)
     sequential = sample(strategy="sequential", settings=jf.SamplingSettings(denoise=denoise), return_intermediates=True)
     steps = sequential.intermediates or ()
-    save_png(trace_sheet([images[:TRACED] for images in steps], denoise > 0), out / f"{name}-sampling.png")
+    save_png(intermediates_sheet([images[:SHOWN] for images in steps], denoise > 0), out / f"{name}-sampling.png")
     exact = steps[-2] if denoise else sequential.images
     columns = [] if labels is None else [f"class {label}" for label in labels.tolist()]
     rows = [
@@ -120,14 +120,14 @@ def label_sweeps(figure: Figure, report: CalibrationReport) -> None:
     figure.legend(*first.get_legend_handles_labels(), loc="outside lower center", ncols=3)
 
 
-def trace_sheet(trace: Sequence[Float[Tensor, "n c h w"]], denoised: bool) -> Image.Image:
-    """Draws `Samples.trace`, a line for each sample: noise, then the image after each block (Figure 3 of the paper).
+def intermediates_sheet(intermediates: Sequence[Float[Tensor, "n c h w"]], denoised: bool) -> Image.Image:
+    """Draws `Samples.intermediates`, a line for each sample (Figure 3 of the paper).
 
-    `denoised` tells if the last image is denoised.
+    The first image is noise, and one follows for each block. `denoised` tells if the last one is denoised.
     """
-    blocks = len(trace) - 1 - denoised
+    blocks = len(intermediates) - 1 - denoised
     captions = ["noise", *(f"block {i}" for i in reversed(range(blocks))), *["denoised"] * denoised]
-    grid = image_grid(torch.stack(list(trace), dim=1).flatten(0, 1), len(trace))
+    grid = image_grid(torch.stack(list(intermediates), dim=1).flatten(0, 1), len(intermediates))
     return stack_images([column_captions(captions, grid.width), grid])
 
 
@@ -152,7 +152,7 @@ def captioned(name: str, images: Tensor, exact: Tensor) -> tuple[str, Tensor]:
 def main() -> None:
     arguments = parser(__doc__)
     arguments.add_argument("model", help="a bundled name, or a model folder with a report.json")
-    arguments.add_argument("--strategy", help="compared with the sequential loop; default: the report's own proposal")
+    arguments.add_argument("--strategy", help="compared with the exact loop; default: the report's own proposal")
     arguments.add_argument("--out", type=Path, default=FIGURES)
     options = arguments.parse_args()
     flow = jf.load(options.model)

@@ -69,16 +69,16 @@ class Experiment(NamedTuple):
     def sample(self, sampler: Sampler, num: int) -> tuple[Tensor, int]:
         """Denoised images of the first `num` latents, and the number of samples that were solved again."""
         images: list[Tensor] = []
-        resolved = 0
+        num_fallback = 0
         for z, labels in zip(
             *(values.split(self.batch_size) for values in latents(self.flow, num, seed=0)), strict=True
         ):
             samples = sampler(z, labels)
-            resolved += int(samples.used_fallback.sum()) if isinstance(samples, jf.Samples) else 0
+            num_fallback += int(samples.used_fallback.sum()) if isinstance(samples, jf.Samples) else 0
             images.append(
                 jf.denoise(self.flow, samples.images, labels, self.denoise) if self.denoise else samples.images
             )
-        return torch.cat(images), resolved
+        return torch.cat(images), num_fallback
 
     def time(self, samplers: Mapping[str, Sampler], repeats: int) -> Json:
         z, labels = latents(self.flow, self.batch_size, seed=0)
@@ -93,7 +93,13 @@ class Experiment(NamedTuple):
         }  # fmt: skip
 
     def score(
-        self, name: str, images: Tensor, exact: Tensor, resolved: int, original_distance: float | None, timings: Json
+        self,
+        name: str,
+        images: Tensor,
+        exact: Tensor,
+        num_fallback: int,
+        original_distance: float | None,
+        timings: Json,
     ) -> Json:
         """The row of `images`; `relative` is the share of its distance above the original's."""
         pixels, exact_pixels = quantize(images), quantize(exact)
@@ -106,7 +112,7 @@ class Experiment(NamedTuple):
             "name": name, "num": len(images), "distance": distance,
             "relative": 0.0 if original_distance is None else distance / original_distance - 1,
             "max": error.max, "rms": error.rms, "pixels": asdict(pixel_difference(pixels, exact_pixels)),
-            "resolved": resolved / len(images), "seconds": seconds,
+            "used_fallback": num_fallback / len(images), "seconds": seconds,
             "rate": (timings["rows"][ORIGINAL]["median"] + denoising) / seconds["median"],
         }  # fmt: skip
 
@@ -132,14 +138,14 @@ def score_samplers(
         write_json(out, result)
 
     def fill(rows: list[Json], names: Sequence[str], num: int) -> None:
-        """Samples and scores the rows that are missing. The original's images are those of the sequential loop."""
+        """Samples and scores the rows that are missing. The original's images are those of the exact loop."""
         exact = None
         for name in names[len(rows) :]:
             exact = experiment.sample(samplers[SEQUENTIAL], num)[0] if exact is None else exact
             is_exact = name in (ORIGINAL, SEQUENTIAL)
-            images, resolved = (exact, 0) if is_exact else experiment.sample(samplers[name], num)
+            images, num_fallback = (exact, 0) if is_exact else experiment.sample(samplers[name], num)
             base = rows[0]["distance"] if rows else None
-            row = experiment.score(name, images, exact, resolved, base, result["timings"])
+            row = experiment.score(name, images, exact, num_fallback, base, result["timings"])
             rows.append(row)
             print(f"{name:40s} {row['distance']:.4f} {row['relative']:+.2%} {row['max']:.1e} {row['rate']:.2f}x")
             write_json(out, result)

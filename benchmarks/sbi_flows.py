@@ -128,7 +128,7 @@ def measure(key: Json) -> Json:
     runs = {name: partial(seeded, call.sample, each) for name, each in posteriors.items()}
     metrics, _ = time_speed_up(runs, ROUNDS)
     shares = {name: share(run, type(estimator)) for name, run in runs.items()}
-    return {**metrics, "share": shares, "ways": sorted(set(handle.backends.values()))}
+    return {**metrics, "share": shares, "backends": sorted(set(handle.backends.values()))}
 
 
 def keys() -> Iterator[Json]:

@@ -31,7 +31,7 @@ BATCHES, ITERATION = (1, 4, 16), "block iteration"
 CERTIFIED = "window:16, certified"
 PROMPTS = ("blue heart", "large green circle", "hand dark skin", "hand light skin", "banana", "sunglasses", "cat")
 SHOWN = 8  # samples of each
-CALIBRATED, TRACED, FOLLOWED = 128, 16, 345
+CALIBRATED, CURVE_SAMPLES, FOLLOWED = 128, 16, 345
 RELEASED = jf.STARFlowConfig(layers_per_block=(2,))  # one block of two layers that reads the text
 WINDOWS = ("window:32", "window:128", "jacobi")
 TOLERANCES = {"float32": 1e-3, "bfloat16": 5e-2}  # a network in bfloat16 comes no nearer than its rounding
@@ -77,7 +77,9 @@ def blocks(key: Json) -> Json:
     index = torch.arange(CALIBRATED) * len(data) // CALIBRATED
     images, _ = data.batch(index)
     noisy = add_noise(images, Noise("gaussian", flow.config.noise_std), torch.Generator().manual_seed(0))
-    report = jf.calibrate(flow, noisy, context=[captions[i] for i in index.tolist()], num_convergence_samples=TRACED)
+    report = jf.calibrate(
+        flow, noisy, context=[captions[i] for i in index.tolist()], num_convergence_samples=CURVE_SAMPLES
+    )
     assert report.components is None  # CRM is not defined
     return {
         "layers": flow.config.layers_per_block,

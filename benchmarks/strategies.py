@@ -77,7 +77,7 @@ def plans_of(report: jf.CalibrationReport) -> dict[str, jf.Strategy]:
 
 
 def measure(flow: jf.TarFlow, report: jf.CalibrationReport, batch: int) -> list[Json]:
-    """A row per strategy: seconds, rate, network calls, and the error against the sequential loop's images."""
+    """A row per strategy: seconds, rate, network calls, and the error against the exact loop's images."""
     z, labels = latents(flow, batch)
     runs: dict[str, Callable[[], Any]] = {
         IN_PYTORCH: without_native()(partial(sample, flow, "sequential", z, labels)),

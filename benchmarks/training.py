@@ -151,7 +151,7 @@ def measure(key: Json) -> Json:
     metrics["profile"] = profile(tasks["accelerated"], metrics["seconds"]["accelerated"]["median"])
     torch.set_num_threads(1)
     metrics["error"] = {name: float(error.abs().max() / exact.abs().max()) for name, error in errors.items()}
-    return {"calls": calls, **metrics, "ways": sorted(set(fast.backends.values()))}
+    return {"calls": calls, **metrics, "backends": sorted(set(fast.backends.values()))}
 
 
 def losses(key: Json) -> Json:

@@ -86,7 +86,7 @@ def write_page(out: Path) -> str:
         calls=len(recording["calls"]),
         exact_calls=f"{recording['exact_calls']:,}",
         window=SOLVER.partition.stop(0, recording["num_tokens"]),
-        certificate=f"{recording['certificate']:.1e}".replace("e-0", "e-"),
+        residual=f"{recording['residual']:.1e}".replace("e-0", "e-"),
         difference=f"{recording['difference'] * 127.5:.2f}",
     )
 

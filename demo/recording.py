@@ -80,7 +80,7 @@ def record(flow: jf.TarFlow) -> dict[str, Any]:
         "orders": [block.permutation.order for block in flow.blocks],
         "calls": calls,
         "exact_calls": exact.network_calls,
-        "certificate": max(residuals),
+        "residual": max(residuals),
         "difference": float((images - exact.images).abs().max()),
         "pixels": base64.b64encode(pixels.numpy().tobytes()).decode(),
     }

@@ -33,7 +33,7 @@ function draw(tokens, isOpen) {
 }
 
 function clear(loop) {
-  for (const name of [".calls", ".seconds", ".certificate"]) cell(loop, name).textContent = "–";
+  for (const name of [".calls", ".seconds", ".residual"]) cell(loop, name).textContent = "–";
   cell(loop, " canvas").getContext("2d").reset();
 }
 
@@ -62,12 +62,12 @@ function connect(worker) {
 }
 
 function report(result) {
-  const { calls, seconds, certificate } = result;
-  if (!(certificate <= model.tolerance)) throw new Error(`${names[loop]}, |g(x) - x| = ${certificate} at this seed`);
+  const { calls, seconds, residual } = result;
+  if (!(residual <= model.tolerance)) throw new Error(`${names[loop]}, |g(x) - x| = ${residual} at this seed`);
   draw(result.image);
   cell(loop, ".calls").textContent = calls.toLocaleString("en");
   cell(loop, ".seconds").textContent = seconds.toFixed(2);
-  cell(loop, ".certificate").textContent = certificate.toExponential(1);
+  cell(loop, ".residual").textContent = residual.toExponential(1);
   results[loop] = result;
 }
 
@@ -85,7 +85,7 @@ async function run() {
   [$("draw").disabled, $("stop").disabled] = [true, false];
   const device = $("device").value;
   results = { device, label: Number($("class").value), seed: Number($("seed").value), threads };
-  window.jacobiflow = results; // latents, tokens and certificates, for a check
+  window.jacobiflow = results; // latents, tokens and residuals, for a check
   Object.keys(names).forEach(clear);
   try {
     say("Fetching the model …");

@@ -51,7 +51,7 @@ export class Solver {
     return out.g.data;
   }
 
-  // Sweeps of `size` tokens behind the front until all are final; a size of 1 is the sequential loop.
+  // Sweeps of `size` tokens behind the front until all are final; a size of 1 is the exact loop.
   async sweep(state, size, tolerance, onSweep) {
     const { num_tokens: length, token_channels: c } = this;
     const { x, z } = state;
@@ -73,7 +73,7 @@ export class Solver {
     }
   }
 
-  // Measures the certificate, the largest |g(x) - x|, by a whole pass that uses only the solution.
+  // Measures the residual, the largest |g(x) - x|, by a pass over all tokens that uses only the solution.
   async certify(state) {
     const started = performance.now(), c = this.token_channels;
     const g = await this.evaluate(state, 1, this.num_tokens); // entry 0 is solved; no keys come before entry 1
@@ -92,7 +92,7 @@ export class Solver {
 
   // Solves all blocks, last block first: the tokens of `latents` under `label`, in raster order, and their cost.
   async solve(latents, label, size, tolerance, onSweep) {
-    let tokens = latents.map((value, i) => value * this.prior_scale[i]), certificate = 0;
+    let tokens = latents.map((value, i) => value * this.prior_scale[i]), residual = 0;
     const cost = { calls: 0, certifySeconds: 0 };
     for (let block = this.sessions.length - 1; block >= 0; block--) {
       const z = this.permuted(tokens, block);
@@ -100,9 +100,9 @@ export class Solver {
       const state = { block, z, x: z.slice(), keys, label, cost };
       await this.solveBlock(state, size, tolerance, onSweep);
       tokens = this.permuted(state.x, block);
-      certificate = Math.max(certificate, state.residual);
+      residual = Math.max(residual, state.residual);
     }
-    return { tokens, certificate, ...cost };
+    return { tokens, residual, ...cost };
   }
 
   // Changes raster order to the causal order of a block, and back.

@@ -24,13 +24,13 @@ def test_trajectories_end_at_the_exact_image(tmp_path: Path) -> None:
     for trajectory in trajectories.values():
         assert len(trajectory.states) == len(trajectory.images) == len(trajectory.runs) + 1
         assert (trajectory.images[-1] - exact).abs().max() < 0.05
-        assert trajectory.certificate <= 1e-4
+        assert trajectory.residual <= 1e-4
         final = trajectory.is_final.numpy()
         assert all(final[k, :k].all() for k in range(len(final))), "Proposition 1: k calls make k tokens right"
         grey = (token_colors(trajectory, 2, "red").reshape(-1, 3) == to_rgb(FINAL_TOKEN)).all(axis=1)
         assert grey[trajectory.positions.numpy()].tolist() == final[2].tolist()
     loop, _, jacobi = trajectories.values()
-    assert loop.runs == tuple((t, t + 1) for t in range(16)) and loop.certificate == 0
+    assert loop.runs == tuple((t, t + 1) for t in range(16)) and loop.residual == 0
     assert jacobi.runs[0] == jacobi.runs[-1] == (0, 16), "first sweep, and the pass that certifies"
     assert np.array_equal(loop.positions, np.arange(16)[::-1]), "block 1 reads in reverse"
 

@@ -1,4 +1,4 @@
-"""Figures of a report and sheets of a trace: the data that they promise, and labels that can be read."""
+"""Figures of a report and sheets of intermediates: the data that they promise, and labels that can be read."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 import jacobiflow as jf
-from benchmarks.paper_figures import convergence_figure, segments_figure, trace_sheet
+from benchmarks.paper_figures import convergence_figure, intermediates_sheet, segments_figure
 from jacobiflow.calibration import CalibrationReport, ConvergenceCurve
 from tests.helpers.pictures import CAPTION, assert_placed, random_images, texts_fit
 
@@ -76,7 +76,7 @@ def test_odd_curves_are_drawn_without_a_warning(report: CalibrationReport) -> No
 def test_a_trace_is_a_line_a_sample_and_a_column_a_block(denoised: bool, blocks: int) -> None:
     columns = 1 + blocks + denoised
     images = random_images(3 * columns).view(columns, 3, 1, 3, 56)
-    pixels = np.asarray(trace_sheet(list(images), denoised))
+    pixels = np.asarray(intermediates_sheet(list(images), denoised))
     assert_placed(pixels[CAPTION:], images.transpose(0, 1).flatten(0, 1), columns, zoom=2)
     dark = (pixels[:CAPTION] < 128).any(axis=(0, 2))
     for left in range(0, columns * 116, 116):

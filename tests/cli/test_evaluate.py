@@ -133,10 +133,10 @@ def test_certificates_are_those_of_the_shards(run: Any, tmp_path: Path) -> None:
     assert sorted(os.listdir(tmp_path / "new" / "out")) == [".lock", "evaluation.json", "manifest.json"]
 
 
-def test_lost_samples_are_reported(run: Any, tmp_path: Path) -> None:
+def test_samples_that_are_not_finite_are_reported(run: Any, tmp_path: Path) -> None:
     scores, out = evaluated(run, tmp_path, "overflowing --samples lost --features none")
     assert (scores["nonfinite"], scores["residuals"]) == (NUM, {"median": math.inf, "max": math.inf})
-    assert f"{NUM} lost, since the exact inverse overflows too" in out
+    assert f"{NUM} not finite, since the exact inverse overflows too" in out
     assert not on_disk("lost").any()
     equal = {"share": 0, "levels": 0}
     assert scores["paired"] == {"num": NUM, "max": 0, "rms": 0, "psnr": math.inf, "pixels": equal}
@@ -157,7 +157,7 @@ def test_paired_errors_are_to_the_sequential_loop(run: Any, tmp_path: Path) -> N
     assert (found["num"], found["psnr"]) == (num, pytest.approx(20 * math.log10(2 / rms)))
     assert found["pixels"] == pixel_figures(levels(images), levels(exact))
     assert scores["stored"] == pixel_figures(on_disk("guided")[:num], levels(exact))
-    assert f"largest error {largest:.1e} {num} samples, against the sequential loop" in out
+    assert f"largest error {largest:.1e} {num} samples, against the exact loop" in out
     assert scores["sensitivity"] == draw(strategy="sequential", sensitivity=True).outcome.sensitivity
     assert f"sensitivity {scores['sensitivity']:.1e} largest change" in out
 

@@ -110,8 +110,8 @@ def test_pictures_are_those_of_python(page: Page, flow: jf.TarFlow) -> None:
         result = page.evaluate(f"({{ ...jacobiflow.{loop}, image: [...jacobiflow.{loop}.image] }})")
         image = flow.from_tokens(torch.tensor(result["image"]).view(latents.shape))
         torch.testing.assert_close(image, expected, rtol=0, atol=1e-3)
-        assert 0 < result["certificate"] <= 3e-5
-        assert f"{result['certificate']:.1e}".replace("e-0", "e-") == page.inner_text(f"#results .{loop}.certificate")
+        assert 0 < result["residual"] <= 3e-5
+        assert f"{result['residual']:.1e}".replace("e-0", "e-") == page.inner_text(f"#results .{loop}.residual")
         calls[loop] = result["calls"]
     assert calls["exact"] == 8 * 196  # 195 tokens, and a certificate
     assert calls["sweeps"] < calls["exact"] / 2
@@ -139,10 +139,10 @@ def test_webgpu_draws_the_pictures_of_python(
         page.click("#draw")
         page.wait_for_selector("#draw:enabled", timeout=120_000)
         assert page.inner_text("#status").startswith("Done")
-        image, certificate = page.evaluate("[[...jacobiflow.sweeps.image], jacobiflow.sweeps.certificate]")
+        image, residual = page.evaluate("[[...jacobiflow.sweeps.image], jacobiflow.sweeps.residual]")
     expected = jf.sample(short, latents=page_latents(flow, SEED), labels=LABEL, strategy="sequential").images
     torch.testing.assert_close(short.to_tokens(expected).flatten(), torch.tensor(image), rtol=0, atol=1e-3)
-    assert 0 < certificate <= 3e-5
+    assert 0 < residual <= 3e-5
 
 
 def test_fits_a_phone_and_can_be_stopped(page: Page) -> None:
@@ -152,7 +152,7 @@ def test_fits_a_phone_and_can_be_stopped(page: Page) -> None:
     page.click("#stop")
     page.wait_for_selector("#draw:enabled")
     assert page.inner_text("#status") == "Stopped."
-    assert page.inner_text("#results .sweeps.certificate") == "–"
+    assert page.inner_text("#results .sweeps.residual") == "–"
 
 
 def test_threads_are_used_if_asked_for(browser: Browser, address: str) -> None:

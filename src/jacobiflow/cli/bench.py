@@ -22,11 +22,11 @@ if TYPE_CHECKING:
 _FIGURE, _TABLE = "bench.png", "bench.json"
 _STRATEGY = (
     "A strategy as in jacobiflow sample; may be repeated. Default: auto and jacobi. The original sampler, the "
-    "sequential loop and an encoding pass are always timed."
+    "exact loop and an encoding pass are always timed."
 )
 _BATCH_SIZE = "Images solved together; may be repeated. Default: 1, 4 and 16."
-_LEGEND = """over: speed-up over the original sampler, and over the sequential loop
-evals/token: network evaluations of a token in a block
+_LEGEND = """over: speed-up over the original sampler, and over the exact loop
+evals/token: token evaluations in a block, for each token of each sample
 residual: the largest |g(x) - x|; exact: every block was solved token by token
 *: not certified: the strategy stops after a fixed number of sweeps"""
 
@@ -49,8 +49,8 @@ def bench(
 ) -> dict[str, Any]:
     """Time strategies and measure their errors.
 
-    The strategies, the original sampler and the sequential loop run in turn on the same latents. Errors are differences
-    from the images of the sequential loop.
+    The strategies, the original sampler and the exact loop run in turn on the same latents. Errors are differences
+    from the images of the exact loop.
 
     Example: jacobiflow bench --model digits-p1 --strategy jacobi --strategy "[2-4-5-6]" --repeats 3
     """

@@ -28,7 +28,7 @@ def calibrate(
     unconditional: Annotated[bool, Option("--unconditional", help="Do not use the images' labels.")] = False,
     norm: Annotated[Literal["2", "fro", "1"], Option(help="Norm of IGM and CRM; 2 is the spectral one.")] = "2",
     segments: Annotated[int, Option(min=1, help="Number of segments of a tough block, each with its metrics.")] = 8,
-    convergence_samples: Annotated[int, Option(min=1, help="Images and latents whose sweeps are measured.")] = 32,
+    convergence_samples: Annotated[int, Option(min=1, help="Number of samples in each convergence curve.")] = 32,
     per_class: Annotated[bool, Option("--per-class", help="Also measure each class by itself (Appendix E).")] = False,
     guidance: options.Guidance = "0",
     batch_size: options.NetworkBatchSize = 64,

@@ -28,6 +28,8 @@ _SHEET_IMAGES = 100
 _OURS = "ours"
 _BATCH_SIZE = "Images solved together, or auto: as many as fit in memory. Default: all, at most 64."
 _DENOISE = "Rate of one denoising step; 0 is off. Default: as recommended by the model."
+_CERTIFY = "Measure each sample's residual, and solve it again if it is above the tolerance."
+_CERTIFY_ALWAYS = "Measure blocks that were solved token by token, too."
 _SENSITIVITY = "Measure how much rounding changes each sample, by a second solve."
 _STRATEGIES = (
     "auto (planned for this model, machine and batch size), sequential, sequential:int16, jacobi, jacobi-J, "
@@ -51,8 +53,8 @@ def sample(
     guidance: options.RecommendedGuidance = None,
     denoise: Annotated[float | None, Option(help=_DENOISE)] = None,
     plain: Annotated[bool, Option("--plain", help="No guidance and no denoising.")] = False,
-    certify: Annotated[bool, Option(help="Measure each sample's residuals; solve again above the tolerance.")] = True,
-    certify_always: Annotated[bool, Option("--certify-always", help="Also measure blocks solved exactly.")] = False,
+    certify: Annotated[bool, Option(help=_CERTIFY)] = True,
+    certify_always: Annotated[bool, Option("--certify-always", help=_CERTIFY_ALWAYS)] = False,
     sensitivity: Annotated[bool, Option("--sensitivity", help=_SENSITIVITY)] = False,
     compare: Annotated[bool, Option("--compare", help="Compare with the original sampler on the first batch.")] = False,
     device: options.Device = "auto",

@@ -89,7 +89,7 @@ def _mirror_half(images: Tensor, extractor: FeatureFunction) -> Tensor:
 
 
 def paired_errors(folder: jf.SampleFolder, flow: Flow, num: int, batch_size: int) -> Callable[[], dict[str, Any]]:
-    """Returns a function that compares the first samples with the sequential loop's at the same latents."""
+    """Returns a function that compares the first samples with the exact loop's at the same latents."""
     manifest, config = folder.manifest, flow.config
     shards = range(-(-num // manifest.shard_size))
     labels = [part for i in shards if (part := folder.labels(i)) is not None]

@@ -1,4 +1,4 @@
-"""Samplers timed in turn on the same latents, beside the original sampler, the sequential loop and an encoding pass."""
+"""Samplers timed in turn on the same latents, beside the original sampler, the exact loop and an encoding pass."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class SamplerResult:
     Attributes:
         strategy: Name of the sampler.
         seconds: Seconds for the whole batch.
-        error: Difference from the x of the sequential loop.
+        error: Difference from the x of the exact loop.
         x: Images or tokens of its first round.
         samples: The samples with this x; `None` for an original sampler, which returns x only.
     """
@@ -41,7 +41,7 @@ class SamplerResult:
 
     @property
     def evaluations_per_token(self) -> float | None:
-        """Token evaluations over samples, blocks and tokens: 1 for the sequential loop."""
+        """Token evaluations over samples, blocks and tokens: 1 for the exact loop."""
         if self.samples is None:
             return None
         num, length, _ = self.samples.latents.shape
@@ -82,7 +82,7 @@ class Comparison:
 
     Attributes:
         batch_size: Samples in the batch.
-        results: The original sampler if the flow has one, the sequential loop, then `candidates`.
+        results: The original sampler if the flow has one, the exact loop, then `candidates`.
         encoding_pass: Time of one encoding of the batch without guidance. No solver is faster, because it must evaluate
             each block at least once.
     """
@@ -98,7 +98,7 @@ class Comparison:
 
     @property
     def baselines(self) -> tuple[str, ...]:
-        """The names of the original sampler and of the sequential loop; one name if they are the same."""
+        """The names of the original sampler and of the exact loop; one name if they are the same."""
         return tuple(dict.fromkeys((self.original, SEQUENTIAL)))
 
     @property
@@ -136,7 +136,7 @@ def compare_samplers(
     warm_up: bool = True,
     progress: Progress | None = None,
 ) -> Comparison:
-    """Times samplers in turn with the original sampler, the sequential loop and an encoding pass.
+    """Times samplers in turn with the original sampler, the exact loop and an encoding pass.
 
     Args:
         flow: The model; its device and its guidance are used.
