@@ -122,11 +122,11 @@ def test_certificates_are_those_of_the_shards(run: Any, tmp_path: Path) -> None:
     values = np.concatenate([shard["residual"] for shard in shards])
     resolved, found = sum(int(shard["used_fallback"].sum()) for shard in shards), scores["residuals"]
     assert found == {"median": sorted(values)[5], "max": values.max()}
-    assert (scores["used_fallback"], scores["nonfinite"]) == (resolved, 0)
+    assert (scores["num_fallback"], scores["num_nonfinite"]) == (resolved, 0)
     assert resolved > 0
     assert f"residual {values.max():.1e} largest; median" in out
     above = int((values > 1e-7).sum())
-    assert 0 < above == scores["above"]
+    assert 0 < above == scores["num_above"]
     assert f"{above} above the tolerance, up to {values.max():.1e}, by the rounding of the network" in out
     scores, out = evaluated(run, tmp_path, "model --samples guided --features none --paired 0")
     assert "residuals" not in scores and "largest; median" not in out  # drawn with --no-certify
@@ -135,7 +135,7 @@ def test_certificates_are_those_of_the_shards(run: Any, tmp_path: Path) -> None:
 
 def test_samples_that_are_not_finite_are_reported(run: Any, tmp_path: Path) -> None:
     scores, out = evaluated(run, tmp_path, "overflowing --samples lost --features none")
-    assert (scores["nonfinite"], scores["residuals"]) == (NUM, {"median": math.inf, "max": math.inf})
+    assert (scores["num_nonfinite"], scores["residuals"]) == (NUM, {"median": math.inf, "max": math.inf})
     assert f"{NUM} not finite, since the exact inverse overflows too" in out
     assert not on_disk("lost").any()
     equal = {"share": 0, "levels": 0}

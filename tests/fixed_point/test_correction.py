@@ -44,7 +44,7 @@ def test_a_chord_adds_its_convolution_of_the_residual(step: tuple[Tensor, Tensor
     residual, finite = torch.where((g - x).isfinite(), g - x, 0), g.isfinite()
     stepped = jf.Chord(kernel)(x, g)
     assert error(stepped[finite], (g + convolved(kernel, residual, delay=1))[finite]) < 1e-12
-    with patch.object(convolution, "_NUMBERS", 1):
+    with patch.object(convolution, "_MAX_REGRESSORS", 1):
         assert error(jf.Chord(kernel)(x, g)[finite], stepped[finite]) < 1e-12
     for tensor, same in zip((x, g), before, strict=True):
         assert tensor.equal(same) or tensor.isnan().any()

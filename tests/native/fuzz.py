@@ -115,7 +115,7 @@ def change_weight(module: nn.Module, change: str, rng: random.Random) -> str:
 
 def change_prefix(block: Any, change: str, is_hidden: bool) -> None:
     """Changes what native code reads as the prefix, which is not what PyTorch reads."""
-    read = block._prefix
+    read = block._make_prefix
 
     def changed(z: Tensor, context: Any) -> Prefix:
         prefix = read(z, context)
@@ -123,7 +123,7 @@ def change_prefix(block: Any, change: str, is_hidden: bool) -> None:
             return replace(prefix, hidden=CHANGES[change](prefix.hidden))
         return replace(prefix, layers=[CHANGES[change](layer) for layer in prefix.layers])
 
-    block._prefix = changed
+    block._make_prefix = changed
 
 
 def transformer(rng: random.Random) -> tuple[Any, str]:

@@ -105,7 +105,7 @@ def evaluate(
             _compute(scores, results, out / _TABLE)
     if folder is not None:
         print(results["outcome"])
-        if results["nonfinite"]:
+        if results["num_nonfinite"]:
             print("samples that overflowed are stored as black images, which count in the scores")
     rows = [[part.format(**results) for part in row] for entry, *row in _ROWS if entry in results]
     show_table(("score", "value", ""), rows, text=(0, 2))
@@ -145,8 +145,8 @@ def _describe(folder: jf.SampleFolder) -> dict[str, Any]:
     """Returns what the folder says of its samples."""
     outcome, residual = folder.outcome(), folder.residual()
     results: dict[str, Any] = {
-        "num": outcome.num, "outcome": str(outcome), "used_fallback": outcome.num_fallback, "above": outcome.num_above,
-        "nonfinite": outcome.num_nonfinite,
+        "num": outcome.num, "outcome": str(outcome), "num_fallback": outcome.num_fallback,
+        "num_above": outcome.num_above, "num_nonfinite": outcome.num_nonfinite,
     }  # fmt: skip
     if residual is not None:
         results["residuals"] = {"median": float(residual.median()), "max": float(residual.max())}

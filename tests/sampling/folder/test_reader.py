@@ -200,8 +200,8 @@ def test_costs_of_shards_add_up(tmp_path: Path) -> None:
         cost, seconds=4.5, denoise_seconds=0.75, network_calls=21, token_evaluations=210, sweeps=(15,),
         block_seconds=(1.5,),
     )  # fmt: skip
-    exact = replace(cost, exact=True)
-    assert (Cost.total([exact, exact]).exact, Cost.total([exact, cost]).exact) == (True, False)
+    exact = replace(cost, is_exact=True)
+    assert (Cost.total([exact, exact]).is_exact, Cost.total([exact, cost]).is_exact) == (True, False)
     assert str(folder.outcome()).startswith(f"10 samples: {10 - num_lost} certified to 0.001")
     (tmp_path / "shards" / "00001.json").unlink()
     with pytest.raises(SampleFolderError, match=r": 1 of 3 shards are missing; sample into the folder again"):

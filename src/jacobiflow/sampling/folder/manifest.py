@@ -115,8 +115,8 @@ class Cost:
     """The cost of drawing samples.
 
     Attributes:
-        used_fallback: Number of samples that some block solved again token by token.
-        exact: Whether every block of every sample was solved token by token.
+        num_fallback: Number of samples that some block solved again token by token.
+        is_exact: Whether every block of every sample was solved token by token.
         status: Number of samples by their worst `Status`.
         sweeps: Sweeps of each block.
         block_seconds: Seconds of each block.
@@ -126,8 +126,8 @@ class Cost:
     denoise_seconds: float
     network_calls: int
     token_evaluations: int
-    used_fallback: int
-    exact: bool
+    num_fallback: int
+    is_exact: bool
     status: dict[str, int]
     sweeps: tuple[int, ...]
     block_seconds: tuple[float, ...]
@@ -141,8 +141,8 @@ class Cost:
             denoise_seconds=samples.denoise_seconds,
             network_calls=samples.network_calls,
             token_evaluations=samples.token_evaluations,
-            used_fallback=int(samples.used_fallback.sum()),
-            exact=bool(samples.exact.all()),
+            num_fallback=int(samples.used_fallback.sum()),
+            is_exact=bool(samples.exact.all()),
             status={state.name.lower(): int((status == state).sum()) for state in Status},
             sweeps=tuple(block.sweeps for block in samples.stats),
             block_seconds=tuple(block.seconds for block in samples.stats),

@@ -188,8 +188,8 @@ class SampleFolder:
             num=manifest.num,
             num_nonfinite=cost.status["nonfinite"],
             tolerance=self.strategy().certified_tolerance(manifest.num_tokens),
-            is_exact=cost.exact,
-            num_fallback=cost.used_fallback,
+            is_exact=cost.is_exact,
+            num_fallback=cost.num_fallback,
             num_above=cost.status["rounding"],
             dtype=manifest.dtype,
         )

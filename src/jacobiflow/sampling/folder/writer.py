@@ -26,7 +26,7 @@ from jacobiflow.models.labels import ContextLike, Labels
 from jacobiflow.models.latents import MAX_SAMPLES, draw_latents
 from jacobiflow.planner import Strategy, choose, is_auto
 from jacobiflow.sampling.folder.manifest import Files, Manifest, SampleFolderError, context_sha256
-from jacobiflow.sampling.folder.processes import SINGLE_PROCESS, Processes
+from jacobiflow.sampling.folder.process_group import SINGLE_PROCESS, Processes
 from jacobiflow.sampling.folder.reader import STRATEGY, SampleFolder, pillow
 from jacobiflow.sampling.sample import (
     Outputs,
