@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -73,7 +74,7 @@ class SweepEngine:
     solver: Solver
     num_tokens: int
 
-    @property
+    @cached_property
     def shares_front(self) -> bool:
         """True if all samples have one front; False if each has its own."""
         slides = isinstance(self.solver.partition, SlidingRun) and self.solver.stopping.is_tolerance

@@ -73,8 +73,9 @@ class TransformerBlock(FlowBlock):
         return log_scale, shift
 
     def affine_whole(self, x: Float[Tensor, "b t c"], context: Context = NO_CONTEXT) -> ScaleShift:
-        cache = replace(self._make_cache(x, context, 0), layers=(), prefix=self.embed_prefix(context.values, len(x)))
-        return self.affine(x, 0, x.shape[1], cache)
+        cache = self._make_cache(x, context, 0)
+        prefix = self.embed_prefix(context.values, len(x))
+        return self.affine(x, 0, x.shape[1], cache if prefix is None else replace(cache, prefix=prefix))
 
     def init_cache(self, z: Float[Tensor, "b t c"], context: Context = NO_CONTEXT) -> TransformerCache:
         check_input(z, self.num_tokens, self.proj_in.in_features)
@@ -86,12 +87,12 @@ class TransformerBlock(FlowBlock):
         return replace(cache, entry0_params=self.read_out(hidden, cache, z.dtype))
 
     def _make_cache(self, z: Tensor, context: Context, length: int) -> TransformerCache:
-        """Returns a cache of `length` positions for the rows of `z`, its keys and values 0."""
+        """Returns a cache of `length` positions for the rows of `z`, its keys and values 0; without them for 0."""
         weights, channels = self.layer_weights(), len(self.proj_in.weight)
         heads = weights[0].num_heads
         shape = (len(z), 2, heads, length, channels // heads)
         return TransformerCache(
-            tuple(self.proj_in.weight.new_zeros(shape) for _ in weights),
+            tuple(self.proj_in.weight.new_zeros(shape) for _ in weights) if length else (),
             weights,
             self.proj_in.weight,
             (self.proj_out.weight, self.proj_out.bias),
