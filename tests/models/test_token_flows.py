@@ -1,4 +1,4 @@
-"""Flows over tokens against the oracle: orders, contexts, depths and widths of blocks, densities and gradients."""
+"""Flows over tokens against the oracle: orders, contexts, depths and widths of blocks, and densities."""
 
 from __future__ import annotations
 
@@ -81,41 +81,6 @@ def test_a_sample_and_its_density_do_not_depend_on_the_batch() -> None:
         alone = jf.sample(flow, context=context[n : n + 1], latents=z[n : n + 1], strategy="jacobi", tolerance=1e-10)
         torch.testing.assert_close(alone.tokens[0], together.tokens[n], rtol=0, atol=1e-8)
         torch.testing.assert_close(alone.log_prob[0], together.log_prob[n], rtol=0, atol=1e-8)
-
-
-@pytest.mark.parametrize("name", ["orders", "rows", "classes", "sizes", "one token"])
-@pytest.mark.parametrize("strategy", ["sequential", "jacobi"])
-def test_gradients_are_those_of_a_solve_with_a_graph(name: str, strategy: str) -> None:
-    """Of the latents, a context of numbers, and the parameters, through x and its density."""
-    flow, context, z = case(name)
-    inputs = [z.requires_grad_(), *flow.parameters()]
-    if context is not None and context.is_floating_point():
-        inputs.append(context.requires_grad_())
-    weights = randn(*z.shape)
-
-    def gradients(x: Tensor, log_prob: Tensor) -> list[Tensor]:
-        return list(torch.autograd.grad((weights * x.sin()).sum() + log_prob.square().sum(), inputs, allow_unused=True))
-
-    x, log_prob = jf.decode(flow, z, context, strategy=strategy, tolerance=1e-13, log_prob=True)
-    unrolled = z
-    for block in reversed(flow.blocks):
-        y, tokens = block.permutation(unrolled), list[Tensor]()
-        for t in range(z.shape[1]):
-            so_far = torch.stack([*tokens, *[torch.zeros_like(y[:, 0])] * (z.shape[1] - t)], dim=1)
-            log_scale, shift = block(so_far, context)
-            tokens.append(y[:, t] * log_scale[:, t].exp() + shift[:, t])
-        unrolled = block.permutation.inverse(torch.stack(tokens, dim=1))
-    for have, want in zip(gradients(x, log_prob), gradients(unrolled, flow.log_prob(unrolled, context)), strict=True):
-        assert (have is None) == (want is None) or (have if want is None else want).abs().max() == 0
-        if have is not None and want is not None:
-            torch.testing.assert_close(have, want, rtol=1e-7, atol=1e-9)
-
-
-def test_second_derivatives_are_refused() -> None:
-    flow, _, z = case("plain")
-    x = jf.decode(flow, z.requires_grad_(), strategy="sequential")
-    with pytest.raises(RuntimeError, match="decode has no second derivatives"):
-        torch.autograd.grad(x.sum(), z, create_graph=True)
 
 
 def test_a_context_that_does_not_fit_is_named() -> None:
