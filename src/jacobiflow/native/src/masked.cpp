@@ -24,6 +24,7 @@ int64_t result_of(const Run& run) {
 
 using namespace jacobiflow;
 
+#pragma GCC visibility push(default)  // the functions that Python calls
 extern "C" {
 
 // Returns the number of rows that are not finite, or -1 without enough memory or threads.
@@ -46,3 +47,4 @@ void jacobiflow_masked_sizes(const ChainArgs* call, int64_t* sizes) {
   sizes[1] = (int64_t)chain.tile_units;
 }
 }
+#pragma GCC visibility pop

@@ -34,6 +34,7 @@ int32_t pack_panels(const void* weight, int outputs, int inputs, void* packed, i
 
 using namespace jacobiflow;
 
+#pragma GCC visibility push(default)  // the functions that Python calls
 extern "C" {
 
 int32_t jacobiflow_lanes() { return float_lanes; }
@@ -60,3 +61,4 @@ int32_t jacobiflow_solve_transformer(const void* args, int32_t is_double) {
   });
 }
 }
+#pragma GCC visibility pop
