@@ -1,7 +1,7 @@
 """Measures how many small faults the tests catch: `python -m benchmarks.mutants`, about an hour on two cores.
 
 For each fault of benchmarks/faults.py the tests of its part run in a copy of the tree until one fails. Writes
-docs/results/mutants.json, which fills docs/reliability.md: the share of killed mutants and the survivors, part by part.
+docs/results/mutants.json, which fills docs/testing.md: the share of killed mutants and the survivors, part by part.
 Interrupted, it goes on, unless sources or tests have changed since.
 """
 

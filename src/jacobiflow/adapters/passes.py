@@ -124,11 +124,11 @@ def _iterate(
     count, is_solved = 0, False
     while count < passes and not is_solved:
         x, outputs, count = outputs[0], step(outputs[0]), count + 1
-        is_solved = _is_close(outputs[0], x, tolerance)
+        is_solved = _has_converged(outputs[0], x, tolerance)
     return outputs, count
 
 
-def _is_close(new: Tensor, old: Tensor, tolerance: float) -> bool:
+def _has_converged(new: Tensor, old: Tensor, tolerance: float) -> bool:
     """Returns True if no entry changed by more than the tolerance, or in any bit if the tolerance is 0."""
     if tolerance > 0:
         return bool(((new - old).abs() <= tolerance).all())
@@ -152,12 +152,12 @@ class _Implicit(torch.autograd.Function):
         check_first_derivative("an accelerated inverse", "restore() the flow first")
         x, *outputs = ctx.saved_tensors
 
-        def is_close(new: Tensor, old: Tensor) -> bool:
+        def has_converged(new: Tensor, old: Tensor) -> bool:
             if is_batched(new):  # Values inside a vmap cannot be read.
                 return False
             return bool(((new - old).abs().amax(dim=-1) <= ctx.tolerance * new.abs().amax(dim=-1)).all())
 
-        return (None, None, None, solve_adjoint(outputs, x, cotangents, ctx.passes, is_close), *cotangents[1:])
+        return (None, None, None, solve_adjoint(outputs, x, cotangents, ctx.passes, has_converged), *cotangents[1:])
 
 
 def multiply_masks(network: Any, masked_linear: type[nn.Module]) -> Any:

@@ -21,13 +21,13 @@ _TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-13}
 
 def solve_adjoint(
     outputs: Sequence[Tensor], x: Tensor, cotangents: Sequence[Tensor | None], max_sweeps: int,
-    is_close: Callable[[Tensor, Tensor], bool],
+    has_converged: Callable[[Tensor, Tensor], bool],
 ) -> Tensor:  # fmt: skip
     """Returns the cotangent v of g(x): v = u + J^T v + (dh/dx)^T w, with J = dg/dx.
 
     `outputs` are g(x), h(x), .. as graphs from `x`, `cotangents` u, w, .. those of the solution x and of the other
     outputs. J is nilpotent, so sweeps from u end after at most as many as the inverse has. They end early when
-    `is_close(v, last v)`. Derivatives in theta are those of `outputs`, with the cotangents v, w, ..
+    `has_converged(v, last v)`. Derivatives in theta are those of `outputs`, with the cotangents v, w, ..
     """
     u = torch.zeros_like(outputs[0]) if cotangents[0] is None else cotangents[0]
     others = [(h, w) for h, w in zip(outputs[1:], cotangents[1:], strict=True) if w is not None and h.requires_grad]
@@ -38,7 +38,7 @@ def solve_adjoint(
             [output for output, _ in pairs], x, [w for _, w in pairs], retain_graph=True, allow_unused=True
         )
         old, v = v, u if change is None else u + change
-        if is_close(v, old):
+        if has_converged(v, old):
             break
     return v
 
@@ -76,7 +76,7 @@ class _Inverse(torch.autograd.Function):
             outputs = ctx.block.sequential_inverse(z, problem.context) if has_gradients else None
             if outputs is None:
                 outputs = problem.evaluate(x)
-                cotangents = solve_adjoint(outputs, x, cotangents, x.shape[1], _is_close), cotangents[1]
+                cotangents = solve_adjoint(outputs, x, cotangents, x.shape[1], _has_converged), cotangents[1]
         pairs = [(o, v) for o, v in zip(outputs, cotangents, strict=True) if o.requires_grad and v is not None]
         needs = ctx.needs_input_grad[3:]
         inputs = list(compress((z, values, *parameters), needs))
@@ -85,6 +85,6 @@ class _Inverse(torch.autograd.Function):
         return (None, None, None, *(next(gradients) if need else None for need in needs))
 
 
-def _is_close(new: Tensor, old: Tensor) -> bool:
+def _has_converged(new: Tensor, old: Tensor) -> bool:
     bound = _TOLERANCE[new.dtype] * new.abs().amax(dim=(1, 2))
-    return not bool(((new - old).abs().amax(dim=(1, 2)) > bound).any())  # a NaN stays one
+    return not bool(((new - old).abs().amax(dim=(1, 2)) > bound).any())  # No sweep removes a NaN.

@@ -29,8 +29,8 @@ TARGETS: dict[str, dict[str, tuple[str, ...]]] = {
 }
 # With -mtune=generic the loops are some percent slower, also on processors of AMD.
 _TUNING = {"x86_64": ("-mtune=skylake",)}
-# Without hidden visibility, the libraries of two targets in one process would share their `inline` and static data, such
-# as the number of lanes.
+# Without hidden visibility, the libraries of two targets in one process would share inline data, such as the number of
+# lanes.
 FLAGS = (
     "-std=c++17", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden",
     "-fvisibility-inlines-hidden", "-pthread", "-fPIC",

@@ -129,9 +129,9 @@ def decode(declared: Any, value: Any, where: str = "") -> Any:
     try:
         result = msgspec.convert(value, declared, dec_hook=_decode_custom, str_keys=True)
     except msgspec.ValidationError as error:
-        cause = error.__cause__  # from `_decode_custom`, or a class that refuses its values
+        cause = error.__cause__  # `_decode_custom` raised it, or a class that refuses its values.
         if cause is not None and not isinstance(cause, InputError):
-            raise cause from None  # a bug of the class
+            raise cause from None  # It is a bug of the class.
         text, _, place = str(error).partition(" - at ")
         place = re.sub(r"[`$]\.?", "", place)  # "`$.blocks[3]`"
         raise InputValueError(": ".join(part for part in (where, place, text) if part)) from cause

@@ -52,14 +52,14 @@ def time_interleaved(
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     results: dict[str, Any] = {}
     rounds = range(-1 if warm_up else 0, repeats)
-    for done, (number, (name, run)) in enumerate(product(rounds, runs.items()), start=1):
+    for count, (number, (name, run)) in enumerate(product(rounds, runs.items()), start=1):
         elapsed, result = time_call(run, device)
         if number >= 0:
             seconds[name].append(elapsed)
         results.setdefault(name, result)
         del result  # frees its memory before the next run
         if progress is not None:
-            progress(done, len(rounds) * len(runs), "timing")
+            progress(count, len(rounds) * len(runs), "timing")
     return {name: Timing(statistics.median(s), min(s), max(s)) for name, s in seconds.items()}, results
 
 
