@@ -5,6 +5,7 @@ from jacobiflow.blocks.base import AffineBlock, Block
 from jacobiflow.blocks.context import Context
 from jacobiflow.blocks.guidance import Guidance, SamplingSettings
 from jacobiflow.calibration import CalibrationReport, calibrate, find_report
+from jacobiflow.distributed import processes
 from jacobiflow.errors import CheckpointError, InputError
 from jacobiflow.fixed_point import (
     CausalLinear,
@@ -40,7 +41,7 @@ from jacobiflow.models.starflow import STARFlow, STARFlowConfig
 from jacobiflow.models.tarflow import TarFlow, TarFlowConfig, TokenConfig
 from jacobiflow.planner import Strategy, Tuning, find_tuning, plan, tune
 from jacobiflow.sampling.denoise import denoise
-from jacobiflow.sampling.folder import SampleFolder, processes, sample_to_folder
+from jacobiflow.sampling.folder import SampleFolder, sample_to_folder
 from jacobiflow.sampling.importance import ImportanceWeights, importance
 from jacobiflow.sampling.result import Samples
 from jacobiflow.sampling.sample import decode, sample

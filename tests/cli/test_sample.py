@@ -19,9 +19,9 @@ from PIL import Image
 import jacobiflow as jf
 from jacobiflow.cli.options import parse_labels
 from jacobiflow.comparison.baselines import original_sampler
+from jacobiflow.distributed import Processes, ProcessFailed
 from jacobiflow.models import memory
 from jacobiflow.models.latents import draw_labels
-from jacobiflow.sampling.folder import FirstProcessFailed, Processes
 from tests.helpers.running import figures
 from tests.helpers.scoring import levels
 
@@ -153,7 +153,7 @@ def test_another_process_asks_the_first_one_and_is_silent(
     monkeypatch.setattr("jacobiflow.api.processes", lambda: nullcontext(Processes(1, 2)))
     monkeypatch.setattr(Processes, "run_on_rank_zero", lambda self, work: 3)  # its batch size, whatever this one sees
     monkeypatch.setattr("jacobiflow.api.sample_to_folder", draw)
-    for error, code in ((None, 0), (FirstProcessFailed("no room"), 2)):
+    for error, code in ((None, 0), (ProcessFailed("no room", is_reported=True), 2)):
         draw.side_effect = error
         result = run(f"sample --model model --num 4 --batch-size auto --out {tmp_path}")
         assert (result.code, result.out, result.err) == (code, "", "")

@@ -72,7 +72,7 @@ def sample(
     Example: jacobiflow sample --model fashion-p2 --num 20 --compare --out out/demo
     """
     from jacobiflow import plots
-    from jacobiflow.sampling.folder import FirstProcessFailed
+    from jacobiflow.distributed import ProcessFailed
     from jacobiflow.utils import timing
 
     if report is not None and strategy.endswith(".json"):
@@ -101,7 +101,7 @@ def sample(
                 progress=None if processes.rank else progress,
             )  # fmt: skip
             seconds = perf_counter() - started
-    except FirstProcessFailed:
+    except ProcessFailed:
         raise Exit(2) from None  # The first process prints the error.
     if processes.rank:
         return None

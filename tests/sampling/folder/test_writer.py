@@ -20,9 +20,10 @@ from PIL import Image
 from torch import Tensor
 
 import jacobiflow as jf
+from jacobiflow.distributed import Processes
 from jacobiflow.models.latents import draw_latents
 from jacobiflow.planner import auto
-from jacobiflow.sampling.folder import Processes, SampleFolderError
+from jacobiflow.sampling.folder import SampleFolderError
 from jacobiflow.sampling.folder import writer as module
 from tests.helpers.problems import make_flow, to_float32
 from tests.helpers.running import figures
@@ -259,7 +260,7 @@ UNFIT: dict[str, dict[str, Any]] = {
     "model=5 of type int: give a name": {"model": 5},
     "overwrite='no' of type str: give True or False": {"overwrite": "no"},
     "progress=5 of type int: give a function": {"progress": 5},
-    "processes=None of type NoneType: give what": {"processes": None},
+    "processes=0 of type int: give what": {"processes": 0},
     "shard_size=1: 200,000 shards; give a larger one": {
         "num": 200_000,
         "labels": None,

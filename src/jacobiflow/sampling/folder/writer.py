@@ -17,6 +17,7 @@ import torch
 
 from jacobiflow.blocks.context import Context
 from jacobiflow.calibration import CalibrationReport
+from jacobiflow.distributed import Processes
 from jacobiflow.errors import InputValueError
 from jacobiflow.fixed_point import CertifyMode
 from jacobiflow.fixed_point.options import SolveOptions
@@ -26,7 +27,6 @@ from jacobiflow.models.labels import ContextLike, Labels
 from jacobiflow.models.latents import MAX_SAMPLES, draw_latents
 from jacobiflow.planner import Strategy, choose, is_auto
 from jacobiflow.sampling.folder.manifest import Files, Manifest, SampleFolderError, context_sha256
-from jacobiflow.sampling.folder.process_group import SINGLE_PROCESS, Processes
 from jacobiflow.sampling.folder.reader import STRATEGY, SampleFolder, pillow
 from jacobiflow.sampling.sample import (
     Outputs,
@@ -76,7 +76,7 @@ def sample_to_folder(
     report: CalibrationReport | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
-    processes: Processes = SINGLE_PROCESS,
+    processes: Processes | None = None,
 ) -> SampleFolder:
     """Draws samples into a folder, or resumes a run that was stopped.
 
@@ -124,6 +124,7 @@ def sample_to_folder(
     check_flag("overwrite", overwrite)
     check_flag("sensitivity", sensitivity)
     check_kind("progress", progress, Callable | None, "a function of done, total and what, or None")
+    processes = Processes() if processes is None else processes
     check_kind("processes", processes, Processes, "what `with jacobiflow.processes()` gives")
     tolerance = SolveOptions(tolerance, certify).tolerance
     _check_file_format(flow, files)

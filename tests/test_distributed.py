@@ -10,7 +10,8 @@ import torch
 import torch.distributed as dist
 
 import jacobiflow as jf
-from jacobiflow.sampling.folder import FirstProcessFailed, Processes, SampleFolderError
+from jacobiflow.distributed import Processes, ProcessFailed
+from jacobiflow.sampling.folder import SampleFolderError
 
 
 def test_the_others_get_the_result_or_the_error_of_the_first_process(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -25,7 +26,7 @@ def test_the_others_get_the_result_or_the_error_of_the_first_process(monkeypatch
 
     monkeypatch.setattr(dist, "broadcast_object_list", receive)
     assert Processes(1, 2).run_on_rank_zero(lambda: pytest.fail("called twice")) == [7]
-    with pytest.raises(FirstProcessFailed, match=r"^manifest no room"):
+    with pytest.raises(ProcessFailed, match=r"^manifest no room"):
         Processes(1, 2).run_on_rank_zero(lambda: pytest.fail("called twice"))
 
 

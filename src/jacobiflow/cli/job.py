@@ -1,0 +1,84 @@
+"""Commands that several processes can share: a config, a function that runs it, and one that prints the result."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import MISSING, asdict, fields, is_dataclass
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_type_hints
+
+from typer import Exit, Option
+
+if TYPE_CHECKING:
+    from jacobiflow.distributed import Processes
+
+Config = TypeVar("Config")
+Result = TypeVar("Result")
+
+
+def as_command(
+    config_type: type[Config], run: Callable[[Config, Processes], Result], show: Callable[[Result], None]
+) -> Callable[..., dict[str, Any] | None]:
+    """Returns the command that makes a config from its options, runs it in every process, and prints the result in one.
+
+    Args:
+        config_type: A dataclass. Its fields become the options, with their defaults. A field that is a dataclass stands
+            for options of its own, whose help is its docstring.
+        run: Does the work of one process. Its docstring is the help of the command.
+        show: Prints the result, a dataclass, in the first process.
+    """
+    from jacobiflow.distributed import ProcessFailed, processes
+
+    def command(**arguments: Any) -> dict[str, Any] | None:
+        config = _build(config_type, arguments)
+        try:
+            with processes() as group:
+                result = run(config, group)
+        except ProcessFailed as error:
+            if error.is_reported:
+                raise Exit(2) from None
+            raise
+        if group.rank > 0:
+            return None
+        show(result)
+        return asdict(result)  # type: ignore[call-overload]
+
+    parameters = sorted(_parameters(config_type), key=lambda parameter: parameter.default is not parameter.empty)
+    command.__doc__ = run.__doc__
+    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    return command
+
+
+def _parameters(config_type: type) -> Iterator[inspect.Parameter]:
+    """Yields a keyword parameter for each field of a config, and for each field of the configs in it."""
+    types, help_texts = get_type_hints(config_type, include_extras=True), _help_texts(config_type)
+    for entry in fields(config_type):
+        kind = types[entry.name]
+        if isinstance(kind, type) and is_dataclass(kind):
+            yield from _parameters(kind)
+            continue
+        if not hasattr(kind, "__metadata__"):
+            kind = Annotated[kind, Option(help=help_texts[entry.name])]
+        default = inspect.Parameter.empty if entry.default is MISSING else entry.default
+        yield inspect.Parameter(entry.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=kind)
+
+
+def _help_texts(config_type: type) -> dict[str, str]:
+    """Returns the descriptions in the `Args:` section of a class's docstring, by the names of the fields."""
+    _, _, section = (inspect.getdoc(config_type) or "").partition("Args:\n")
+    entries = re.findall(r"^ {4}(\w+): (.*(?:\n {8}.*)*)", section.partition("\n\n")[0], re.MULTILINE)
+    return {name: " ".join(text.replace("`", "").split()) for name, text in entries}
+
+
+def _build(config_type: type, arguments: dict[str, Any]) -> Any:
+    """Builds a config from the values of its options, and of those of the configs in it."""
+    types = get_type_hints(config_type)
+    return config_type(
+        **{
+            entry.name: _build(types[entry.name], arguments)
+            if is_dataclass(types[entry.name])
+            else arguments[entry.name]
+            for entry in fields(config_type)
+        }
+    )
