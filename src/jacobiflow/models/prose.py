@@ -127,12 +127,12 @@ class ProseBlock(TransformerBlock):
         view.permutation, view.num_tokens, view.embed_atoms = Permutation(tuple(order)), num_atoms, embed_atoms
         return view
 
-    def layer_weights(self) -> tuple[LayerWeights, ...]:
+    def layer_readers(self) -> list[Callable[[], LayerWeights]]:
         atoms = self.permutation(self.embed_atoms(), dim=0)
         if self.lookahead:
             atoms = torch.cat((atoms, F.pad(atoms[1:], (0, 0, 0, 1))), dim=-1)
         condition = self.proj_cond(atoms)
-        return tuple(layer.conditioned(condition) for layer in self.attn_blocks)
+        return [partial(layer.conditioned, condition) for layer in self.attn_blocks]
 
     def positions(self) -> Float[Tensor, "t c"]:
         table = sinusoid(torch.arange(self.num_tokens), len(self.proj_in.weight), _TOKEN_PERIOD)

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from jacobiflow.models.transformer.attention import Adaptive, Attention, AttentionBlock, LayerWeights
+from jacobiflow.models.transformer.attention import Adaptive, Attention, AttentionBlock, Layer, LayerWeights
 
 NUM_ATOM_TYPES, NUM_RESIDUE_TYPES = 128, 64
 _RESIDUE_PERIOD = 1e3  # Base of the wavelengths that encode residue positions and sequence lengths.
@@ -89,7 +89,7 @@ class _AdaptiveTransition(nn.Module):
         self.scale_output = _Gate(channels)
 
 
-class AdaptiveLayer(nn.Module):
+class AdaptiveLayer(Layer):
     """Parameters of a layer, under the original's names: h <- h + gate * A(norm(h)), h <- h + gate' * SwiGLU(norm'(h)).
 
     A is a whole layer of a TarFlow; the norms and the gates depend on the condition c of each token.

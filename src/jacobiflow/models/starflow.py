@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -137,9 +138,9 @@ class STARFlowBlock(TransformerBlock):
             self.proj_txt = nn.Linear(config.text_channels, channels)
             self.register_buffer("null_text", torch.zeros(config.text_tokens, config.text_channels))
 
-    def layer_weights(self) -> tuple[LayerWeights, ...]:
+    def layer_readers(self) -> list[Callable[[], LayerWeights]]:
         rotation = self._rotation()
-        return tuple(layer.weights()._replace(rotation=rotation) for layer in self.attn_blocks)
+        return [partial(layer.weights, rotation) for layer in self.attn_blocks]
 
     def _rotation(self) -> Rotation:
         """Returns the rotations of the prefix and of the tokens. Token t uses the rotary position of t + 1."""

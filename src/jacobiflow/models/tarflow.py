@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
@@ -160,8 +160,8 @@ class TarFlowBlock(TransformerBlock):
         self.proj_out = nn.Linear(channels, config.token_channels * (2 if config.nvp else 1))
         nn.init.zeros_(self.proj_out.weight)
 
-    def layer_weights(self) -> tuple[LayerWeights, ...]:
-        return tuple(layer.weights() for layer in self.attn_blocks)
+    def layer_readers(self) -> list[Callable[[], LayerWeights]]:
+        return [layer.weights for layer in self.attn_blocks]
 
     def positions(self) -> Float[Tensor, "t c"]:
         return self.permutation(_widen(self.pos_embed), dim=0) + self.proj_in.bias

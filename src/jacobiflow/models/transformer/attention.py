@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -12,6 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention.bias import causal_lower_right
+from torch.utils.checkpoint import checkpoint
 
 
 @dataclass(frozen=True)
@@ -112,6 +113,29 @@ class LayerWeights(NamedTuple):
         return named if self.adaptive is None else named | self.adaptive._asdict()
 
 
+@dataclass(frozen=True)
+class TrainedLayer:
+    """A layer whose parameters are read only while it runs, since until then they may be sharded over processes.
+
+    Attributes:
+        module: The layer, which is called so that the hooks of PyTorch's FSDP run.
+        read: Returns the parameters.
+        recomputes: Whether the backward pass computes the activations of the layer again, which saves their memory.
+    """
+
+    module: Layer
+    read: Callable[[], LayerWeights]
+    recomputes: bool
+
+    def __call__(self, run: Callable[[Tensor, LayerWeights], Tensor], x: Tensor) -> Tensor:
+        def run_layer(x: Tensor) -> Tensor:
+            return run(x, self.read())
+
+        if self.recomputes:
+            return checkpoint(self.module, run_layer, x, use_reentrant=False)
+        return self.module(run_layer, x)
+
+
 def cast_tensors(parameters: Any, dtype: torch.dtype) -> Any:
     """Converts the tensors in a tuple of tensors and tuples to `dtype`."""
     if isinstance(parameters, Tensor):
@@ -123,7 +147,8 @@ def cast_tensors(parameters: Any, dtype: torch.dtype) -> Any:
 
 
 def run_layers(
-    h: Float[Tensor, "b n c"], layers: Sequence[tuple[LayerWeights, Float[Tensor, "b 2 h t d"] | None]],
+    h: Float[Tensor, "b n c"],
+    layers: Sequence[tuple[LayerWeights | TrainedLayer, Float[Tensor, "b 2 h t d"] | None]],
     span: AttentionSpan, query_scale: Float[Tensor, "b 1 1 1"] | None,
 ) -> Float[Tensor, "b n c"]:  # fmt: skip
     """Runs transformer layers on `h`; no token's output depends on later tokens, even if these overflow.
@@ -139,8 +164,11 @@ def run_layers(
 
     def run(hide_nonfinite: bool) -> Tensor:
         out = h
-        for weights, cache in layers:
-            out = _run_layer(out, weights, cache, span, query_scale, hide_nonfinite)
+        for layer, cache in layers:
+            if isinstance(layer, TrainedLayer):
+                out = layer(lambda x, weights: _run_layer(x, weights, None, span, query_scale, hide_nonfinite), out)
+            else:
+                out = _run_layer(out, layer, cache, span, query_scale, hide_nonfinite)
         return out
 
     if h.shape[1] == 1 or torch.is_grad_enabled():
@@ -261,7 +289,14 @@ class MLP(nn.Module):
         )
 
 
-class AttentionBlock(nn.Module):
+class Layer(nn.Module):
+    """The parameters of one layer. Its call runs a function that reads them."""
+
+    def forward(self, run: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        return run(x)
+
+
+class AttentionBlock(Layer):
     """Parameters of one transformer layer, under the original's names."""
 
     def __init__(self, channels: int, head_dim: int, expansion: int) -> None:
@@ -269,11 +304,12 @@ class AttentionBlock(nn.Module):
         self.attention = Attention(channels, head_dim)
         self.mlp = MLP(channels, expansion)
 
-    def weights(self) -> LayerWeights:
+    def weights(self, rotation: Rotation | None = None) -> LayerWeights:
         """Returns the parameters as `run_layers` takes them."""
         attention, mlp = self.attention, self.mlp
         norm, qkv, proj, mlp_norm, up, down = (
             (module.weight, module.bias)
             for module in (attention.norm, attention.qkv, attention.proj, mlp.norm, mlp.main[0], mlp.main[2])
         )
-        return LayerWeights(norm, qkv, proj, mlp_norm, up, down, attention.num_heads)  # type: ignore[arg-type]
+        parameters: Any = (norm, qkv, proj, mlp_norm, up, down)
+        return LayerWeights(*parameters, attention.num_heads, rotation=rotation)

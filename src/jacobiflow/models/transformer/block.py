@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from operator import itemgetter
 
@@ -16,7 +17,7 @@ from jacobiflow.blocks.context import NO_CONTEXT, Context
 from jacobiflow.blocks.guidance import Guidance
 from jacobiflow.blocks.permutation import Permutation
 from jacobiflow.blocks.tokens import Tokens
-from jacobiflow.models.transformer.attention import AttentionSpan, LayerWeights, run_layers
+from jacobiflow.models.transformer.attention import AttentionSpan, Layer, LayerWeights, TrainedLayer, run_layers
 from jacobiflow.models.transformer.cache import TransformerCache
 from jacobiflow.native.transformer import CausalTransformer, GuidanceTerms, Prefix
 from jacobiflow.native.weights import copy_bytes
@@ -37,16 +38,22 @@ class TransformerBlock(FlowBlock):
 
     prefix_length = 0
     soft_clip = 0.0
+    recomputes_layers = False
     proj_in: nn.Linear
     proj_out: nn.Linear
+    attn_blocks: Sequence[Layer]
 
     def __init__(self, num_tokens: int, nvp: bool, permutation: Permutation) -> None:
         super().__init__()
         self.num_tokens, self.nvp, self.permutation = num_tokens, nvp, permutation
 
     @abstractmethod
+    def layer_readers(self) -> list[Callable[[], LayerWeights]]:
+        """Returns for each layer a function that reads its parameters."""
+
     def layer_weights(self) -> tuple[LayerWeights, ...]:
         """Returns the parameters of the layers."""
+        return tuple(read() for read in self.layer_readers())
 
     @abstractmethod
     def positions(self) -> Float[Tensor, "t c"]:
@@ -88,11 +95,18 @@ class TransformerBlock(FlowBlock):
 
     def _make_cache(self, z: Tensor, context: Context, length: int) -> TransformerCache:
         """Returns a cache of `length` positions for the rows of `z`, its keys and values 0; without them for 0."""
-        weights, channels = self.layer_weights(), len(self.proj_in.weight)
-        heads = weights[0].num_heads
-        shape = (len(z), 2, heads, length, channels // heads)
+        layers: tuple[Tensor, ...] = ()
+        weights: tuple[LayerWeights | TrainedLayer, ...]
+        if length or not torch.is_grad_enabled():
+            weights = read = self.layer_weights()
+            heads = read[0].num_heads
+            shape = (len(z), 2, heads, length, len(self.proj_in.weight) // heads)
+            layers = tuple(self.proj_in.weight.new_zeros(shape) for _ in weights) if length else ()
+        else:
+            pairs = zip(self.attn_blocks, self.layer_readers(), strict=True)
+            weights = tuple(TrainedLayer(layer, read, self.recomputes_layers) for layer, read in pairs)
         return TransformerCache(
-            tuple(self.proj_in.weight.new_zeros(shape) for _ in weights) if length else (),
+            layers,
             weights,
             self.proj_in.weight,
             (self.proj_out.weight, self.proj_out.bias),
