@@ -18,8 +18,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.common import ROOT, parser
-from jacobiflow.data import ImageDataset, Split, load_images
-from jacobiflow.data.sources import read_image
+from jacobiflow.data import ImageDataset, Split, load_images, read_image
 from jacobiflow.utils.files import write_atomically
 
 PACKAGE = Path("node_modules/emoji-datasource-google")

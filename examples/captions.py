@@ -18,8 +18,7 @@ from torch import Tensor
 
 import jacobiflow as jf
 from jacobiflow import plots, training
-from jacobiflow.data import ImageDataset, Noise
-from jacobiflow.data.sources import read_image
+from jacobiflow.data import ImageDataset, Noise, read_image
 from jacobiflow.models import Flow
 
 MODEL = Path(__file__).parent / "emoji-star"

@@ -30,6 +30,10 @@ class CheckpointError(InputValueError):
     """
 
 
+class DataError(InputValueError):
+    """Data, or a file or folder of data, cannot be used; the message names it and the remedy."""
+
+
 def first_line(error: Exception) -> str:
     """Returns the first line of an error's message, or its class if it has none."""
     return next(iter(str(error).splitlines()), type(error).__name__)

@@ -174,11 +174,11 @@ def test_a_class_for_each_subfolder_in_order_of_name(tmp_path: Path) -> None:
     data = image_folder(folder, 4)
     assert data.classes == ("a", "b", "c")
     assert data.labels is not None and data.labels.tolist() == [0, 0, 1, 1, 1, 2]
-    assert np.array_equal(data.images.permute(0, 2, 3, 1), pixels[[0, 5, 1, 2, 3, 4]])
+    assert np.array_equal(data.images[:].permute(0, 2, 3, 1), pixels[[0, 5, 1, 2, 3, 4]])
     (folder / "b" / "inner" / "0.bmp").unlink()
     flat = image_folder(folder / "b", 4)  # a folder without classes
     assert (flat.labels, flat.classes) == (None, ())
-    assert np.array_equal(flat.images.permute(0, 2, 3, 1), pixels[1:3])
+    assert np.array_equal(flat.images[:].permute(0, 2, 3, 1), pixels[1:3])
 
 
 @pytest.mark.parametrize("names", [["a/self"], ["a/self", "a/twin"], ["a/b/self"]])
@@ -204,7 +204,7 @@ def test_the_shorter_side_is_resized_and_the_centre_cropped(tmp_path: Path) -> N
     write_image(tmp_path / "0.png", wide)
     write_image(tmp_path / "1.png", tall)
     resized = np.asarray(Image.fromarray(tall).resize((7, 27), Image.Resampling.BICUBIC))
-    assert np.array_equal(image_folder(tmp_path, 7, 1).images[:, 0], [wide[:, 1:8], resized[10:17]])
+    assert np.array_equal(image_folder(tmp_path, 7, 1).images[:][:, 0], [wide[:, 1:8], resized[10:17]])
 
 
 def test_every_mode_becomes_grey_or_colour(tmp_path: Path) -> None:
@@ -216,12 +216,12 @@ def test_every_mode_becomes_grey_or_colour(tmp_path: Path) -> None:
     for i, offset in enumerate((0, 128, -128)):  # 16-bit values that all round to the same level
         wide = (levels * 257 + offset).clip(0, 65535).astype(np.uint16)
         Image.fromarray(wide).save(tmp_path / f"{3 + i}.png")
-    images = image_folder(tmp_path, 16).images.permute(0, 2, 3, 1).numpy()
+    images = image_folder(tmp_path, 16).images[:].permute(0, 2, 3, 1).numpy()
     assert np.array_equal(images[0], np.repeat(grey[..., None], 3, -1))
     assert np.array_equal(images[1], colour)
     assert np.abs(images[2] - (0.2 * clear[..., :3] + 0.8 * 255)).max() <= 1  # blended onto white
     assert np.array_equal(images[3:], np.broadcast_to(levels[..., None], (3, 16, 16, 3)))
-    single = image_folder(tmp_path, 16, 1).images[:, 0].double().numpy()
+    single = image_folder(tmp_path, 16, 1).images[:][:, 0].double().numpy()
     assert np.abs(single[1] - colour @ [0.299, 0.587, 0.114]).max() < 1
     assert np.array_equal(single[3:], np.broadcast_to(levels, (3, 16, 16)))
 

@@ -28,9 +28,10 @@ def as_command(
         run: Does the work of one process. Its docstring is the help of the command.
         show: Prints the result, a dataclass, in the first process.
     """
-    from jacobiflow.distributed import ProcessFailed, processes
 
     def command(**arguments: Any) -> dict[str, Any] | None:
+        from jacobiflow.distributed import ProcessFailed, processes
+
         config = _build(config_type, arguments)
         try:
             with processes() as group:

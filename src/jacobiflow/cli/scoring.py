@@ -37,7 +37,7 @@ def distances(
     """Returns the Fréchet distance to real images; with their features, also kernel distance, precision and recall."""
     if isinstance(extractor, nn.Module):
         extractor.to(flow.var.device)
-    images = [] if real is None else [_mirror_half(real.images, extractor)]
+    images = [] if real is None else [_mirror_half(real.images[:], extractor)]
     real_features = cache(partial(evaluation.extract_features, extractor, images, progress))
     scores: Scores = {}
     if save_stats is not None:
@@ -134,7 +134,7 @@ def digest(
     """Returns a checksum of all inputs of the scores: settings, weights, samples, images and files."""
     network = (cached_fingerprint(flow), repr(flow.config), flow.precision, flow.var.device.type)
     manifest = None if folder is None else folder.path / files.MANIFEST
-    tensors = [tensor for each in images if each is not None for tensor in (each.images, each.labels)]
+    tensors = [tensor for each in images if each is not None for tensor in (each.images[:], each.labels)]
     return files.sha256(
         files.json_bytes([jf.__version__, *settings, *network]),
         *(path for path in (manifest, *paths) if path is not None and path.is_file()),

@@ -1,12 +1,14 @@
-"""Labelled images, and the noise and augmentation of training images."""
+"""Labelled images, and the noise that training adds to them."""
 
-from jacobiflow.data.augmentation import Augmentation, Noise, add_noise, augment, noisy_images
-from jacobiflow.data.dataset import DataError, ImageDataset, balanced_labels, quantize, scale
+from jacobiflow.data.dataset import ImageDataset, balanced_labels, quantize, scale
 from jacobiflow.data.grid import image_grid
+from jacobiflow.data.image_files import ImageFiles, read_image
+from jacobiflow.data.noise import Noise, add_noise, noisy_images
 from jacobiflow.data.sources import Split, available_splits, digits, idx_folder, image_folder, load_images
+from jacobiflow.errors import DataError
 
 __all__ = [
-    "Augmentation", "DataError", "ImageDataset", "Noise", "Split", "add_noise", "augment", "available_splits",
-    "balanced_labels", "digits", "idx_folder", "image_folder", "image_grid", "load_images", "noisy_images", "quantize",
+    "DataError", "ImageDataset", "ImageFiles", "Noise", "Split", "add_noise", "available_splits", "balanced_labels",
+    "digits", "idx_folder", "image_folder", "image_grid", "load_images", "noisy_images", "quantize", "read_image",
     "scale",
 ]  # fmt: skip

@@ -1,27 +1,26 @@
-"""Labelled images in memory."""
+"""Labelled images, in memory or in files."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
+from torch.utils.data import Dataset
 
-from jacobiflow.errors import InputValueError
+from jacobiflow.data.image_files import ImageFiles
+from jacobiflow.errors import DataError
 from jacobiflow.utils.checks import check_kind, format_value
 
 
-class DataError(InputValueError):
-    """Data, or a file or folder of data, cannot be used; the message names it and the remedy."""
-
-
 @dataclass(frozen=True, eq=False)
-class ImageDataset:
-    """Labelled 8-bit images in memory.
+class ImageDataset(Dataset[Any]):
+    """Labelled 8-bit images. Its items are an image and its label, or the image alone.
 
     Args:
-        images: The images, uint8 of shape (N, C, H, W).
+        images: The images, uint8 of shape (N, C, H, W): a tensor, or files that are read when they are indexed.
         labels: The class of each image, int64 of shape (N,) and at least 0; None without classes.
         classes: The names of the classes, such as the subfolders of a folder of images; empty without names.
 
@@ -32,23 +31,26 @@ class ImageDataset:
         (2, [-1.0], [0])
     """
 
-    images: UInt8[Tensor, "n c h w"]
+    images: UInt8[Tensor, "n c h w"] | ImageFiles
     labels: Int[Tensor, " n"] | None
     classes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         images, labels = self.images, self.labels
-        check_kind("images", images, Tensor, "a torch.Tensor of 8-bit images (N, C, H, W)")
+        check_kind("images", images, (Tensor, ImageFiles), "a torch.Tensor of 8-bit images (N, C, H, W)")
         check_kind("labels", labels, (Tensor, type(None)), "a torch.Tensor with one whole number per image, or None")
-        if images.dtype != torch.uint8 or images.ndim != 4 or not images.numel():
+        if isinstance(images, Tensor) and (images.dtype != torch.uint8 or images.ndim != 4 or not images.numel()):
             raise DataError(f"images={format_value(images)}: give torch.uint8 of shape (N, C, H, W), each at least 1")
-        if labels is not None and (labels.dtype != torch.int64 or labels.shape != images.shape[:1] or labels.min() < 0):
+        if labels is not None and (labels.dtype != torch.int64 or labels.shape != (len(images),) or labels.min() < 0):
             raise DataError(
                 f"labels={format_value(labels)}: give torch.int64 of shape ({len(images)},), each at least 0"
             )
 
     def __len__(self) -> int:
         return len(self.images)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.images[index] if self.labels is None else (self.images[index], self.labels[index])
 
     def batch(self, index: Tensor | slice) -> tuple[Float[Tensor, "b c h w"], Int[Tensor, " b"] | None]:
         """Returns images scaled to [-1, 1] and labels at `index`."""

@@ -12,16 +12,16 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 
 import numpy as np
 import torch
-from jaxtyping import UInt8
 from numpy.typing import NDArray
-from torch import Tensor
 
-from jacobiflow.data.dataset import DataError, ImageDataset
+from jacobiflow.data.dataset import ImageDataset
+from jacobiflow.data.image_files import SUFFIXES, ImageFiles
+from jacobiflow.errors import DataError
 from jacobiflow.utils.checks import check_choice, check_count
 from jacobiflow.utils.files import regular_file
 
 if TYPE_CHECKING:
-    from PIL import Image
+    pass
 
 Split: TypeAlias = Literal["train", "test"]
 
@@ -30,7 +30,6 @@ _NAMES = (*_BUNDLED, "fashion-mnist", "digits")
 _SPLITS: dict[str, tuple[Split, ...]] = {"fashion-mnist": ("train", "test"), "digits": ()}
 _IDX_STEMS: dict[Split, str] = {"train": "train", "test": "t10k"}  # First word of the names of IDX files.
 _FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
-_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".pgm", ".ppm", ".tif", ".tiff"})
 _BROKEN = (OSError, EOFError, LookupError, TypeError, ValueError, zlib.error, zipfile.BadZipFile)
 
 
@@ -146,7 +145,7 @@ def _dataset(source: object, images: NDArray[np.uint8], labels: NDArray[np.integ
 
 
 def image_folder(folder: str | Path, size: int, channels: int = 3) -> ImageDataset:
-    """Reads all images below a folder; each subfolder is a class.
+    """Finds all images below a folder; each subfolder is a class. An image is read when it is needed.
 
     The shorter side of an image is resized to `size`, and the centre is cropped. Transparent pixels are blended onto
     white, 16-bit greys are rounded to 8 bits, and an orientation in EXIF is ignored. Links are followed. Hidden files
@@ -158,8 +157,9 @@ def image_folder(folder: str | Path, size: int, channels: int = 3) -> ImageDatas
         channels: 3 for colour, 1 for grey.
 
     Raises:
-        DataError: If there is no image, a class has no image, images lie beside class folders, links lead to the same
-            folder twice, or an image is broken, animated, of 32-bit pixels or smaller than `size`.
+        DataError: If there is no image, a class has no image, images lie beside class folders, or links lead to
+            the same folder twice. Also when an image is read that is broken, animated, of 32-bit pixels or smaller
+            than `size`.
     """
     root = Path(folder)
     size, channels = check_count("size", size), check_choice("channels", channels, (1, 3))
@@ -169,7 +169,7 @@ def image_folder(folder: str | Path, size: int, channels: int = 3) -> ImageDatas
     classes = {path.name: _images_below(path) for path in subfolders}
     files = [*direct, *(file for members in classes.values() for file in members)]
     if not files:
-        raise DataError(f"{root}: no image in it (looked for {', '.join(sorted(_SUFFIXES))})")
+        raise DataError(f"{root}: no image in it (looked for {', '.join(sorted(SUFFIXES))})")
     if direct and len(files) > len(direct):
         raise DataError(f"{root}: {direct[0].name} lies beside class folders; move it into one")
     if direct:
@@ -177,10 +177,8 @@ def image_folder(folder: str | Path, size: int, channels: int = 3) -> ImageDatas
     for name, members in classes.items():
         if not members:
             raise DataError(f"{root / name}: class folder without an image; add some, or remove it")
-    read_image(files[0], size, channels)  # Raises an error for too large a size before memory is allocated.
-    images = torch.empty(len(files), channels, size, size, dtype=torch.uint8)
-    for image, file in zip(images, files, strict=True):
-        image.copy_(read_image(file, size, channels))
+    images = ImageFiles(tuple(files), size, channels)
+    images[0]  # Raises an error for too large a size.
     labels = [label for label, members in enumerate(classes.values()) for _ in members]
     return ImageDataset(images, torch.tensor(labels) if classes else None, tuple(classes))
 
@@ -189,7 +187,7 @@ def _list_folder(folder: Path) -> tuple[list[Path], list[Path]]:
     """Returns the images and the subfolders of a folder, sorted by name."""
     entries = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
     subfolders = [path for path in entries if path.is_dir()]
-    images = [path for path in entries if path.suffix.lower() in _SUFFIXES and path not in subfolders]
+    images = [path for path in entries if path.suffix.lower() in SUFFIXES and path not in subfolders]
     return images, subfolders
 
 
@@ -206,41 +204,3 @@ def _images_below(folder: Path) -> list[Path]:
         files += images
         folders += reversed(subfolders)
     return files
-
-
-def read_image(path: Path, size: int, channels: int) -> UInt8[Tensor, "c h w"]:
-    """Reads an image as `image_folder` does."""
-    from PIL import Image
-
-    try:
-        with Image.open(regular_file(path)) as file:
-            image = _to_opaque(file).convert("L" if channels == 1 else "RGB")
-    except Exception as error:  # Pillow raises many kinds of exceptions for broken files.
-        raise DataError(f"{path}: not a usable image ({error}); replace or remove it") from error
-    shorter = min(image.size)
-    if shorter < size:
-        have = f"{image.width}x{image.height} pixels"
-        raise DataError(f"{path}: {have}, smaller than {size}x{size}; remove it, or enlarge it first")
-    width, height = (round(side * size / shorter) for side in image.size)
-    if shorter > size:
-        image = image.resize((width, height), Image.Resampling.BICUBIC)
-    left, top = (width - size) // 2, (height - size) // 2
-    pixels = np.array(image.crop((left, top, left + size, top + size)))
-    return torch.from_numpy(pixels.reshape(size, size, channels)).permute(2, 0, 1)
-
-
-def _to_opaque(image: Image.Image) -> Image.Image:
-    """Returns an image of 8 bits without transparency; raises ValueError for animations and 32-bit pixels."""
-    from PIL import Image
-
-    frames = getattr(image, "n_frames", 1)
-    if frames > 1 and image.format != "MPO":  # Cameras store a preview as a second frame of MPO.
-        raise ValueError(f"an animation or stack of {frames} frames")
-    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
-        # Pillow would clip 16-bit greys at 255. Older versions of Pillow read them in mode "I".
-        return Image.fromarray(np.rint(np.asarray(image) / 257).astype(np.uint8))
-    if image.mode in ("I", "F"):
-        raise ValueError("32-bit pixels, whose range is unknown")
-    if image.mode in ("LA", "PA", "RGBA") or "transparency" in image.info:
-        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
-    return image

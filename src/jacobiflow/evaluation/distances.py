@@ -10,8 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from jacobiflow.data import DataError
-from jacobiflow.errors import InputValueError
+from jacobiflow.errors import DataError, InputValueError
 from jacobiflow.evaluation.features import InceptionFeatures, load_tensors, require_eval_extra
 from jacobiflow.utils.checks import check_count, check_floating
 from jacobiflow.utils.files import write_atomically

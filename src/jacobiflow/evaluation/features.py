@@ -12,8 +12,7 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
-from jacobiflow.data import DataError
-from jacobiflow.errors import first_line
+from jacobiflow.errors import DataError, first_line
 from jacobiflow.utils.checks import check_floating
 from jacobiflow.utils.files import regular_file
 from jacobiflow.utils.progress import Progress

@@ -1,6 +1,24 @@
 """Maximum-likelihood training."""
 
-from jacobiflow.training.folder import TrainMetrics, problems, read_metrics
-from jacobiflow.training.trainer import TrainConfig, train
+from __future__ import annotations
 
-__all__ = ["TrainConfig", "TrainMetrics", "problems", "read_metrics", "train"]
+from typing import TYPE_CHECKING, Any
+
+from jacobiflow.training.config import TrainConfig
+
+if TYPE_CHECKING:
+    from jacobiflow.training.folder import TrainMetrics, problems, read_metrics
+    from jacobiflow.training.trainer import train
+    from jacobiflow.training.transforms import image_transform
+
+__all__ = ["TrainConfig", "TrainMetrics", "image_transform", "problems", "read_metrics", "train"]
+
+
+def __getattr__(name: str) -> Any:
+    """Imports PyTorch only when it is needed; the command line reads the options from `TrainConfig` alone."""
+    from jacobiflow.training import folder, trainer, transforms
+
+    for module in (folder, trainer, transforms):
+        if name in __all__ and hasattr(module, name):
+            return getattr(module, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

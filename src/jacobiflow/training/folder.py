@@ -1,24 +1,36 @@
-"""The folder of a training run: its checkpoint and its metrics."""
+"""The folder of a training run.
+
+run.json             the flow, the settings and the data, which a resumed run must share
+checkpoint-00000100  the state after that step, by torch.distributed.checkpoint; the last one only
+metrics.jsonl        a line for each step
+config.json, ...     the averaged flow of the last checkpoint, a model folder
+"""
 
 from __future__ import annotations
 
-import io
 import json
-from collections.abc import Iterator
+import shutil
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import msgspec
-import torch
+from torch.distributed.checkpoint.state_dict_loader import load as load_distributed
+from torch.distributed.checkpoint.state_dict_saver import save as save_distributed
 
+from jacobiflow.distributed import Processes
 from jacobiflow.errors import InputError, InputValueError, first_line
 from jacobiflow.utils.checks import format_value
-from jacobiflow.utils.files import parse_json, regular_file, write_atomically
+from jacobiflow.utils.files import parse_json, read_json, regular_file, write_json
 
-CHECKPOINT = "checkpoint.pt"
+RUN = "run.json"
 METRICS = "metrics.jsonl"
-_FORMAT_VERSION = 2  # of checkpoint.pt
+_CHECKPOINT, _ANY_CHECKPOINT = "checkpoint-{:08d}", "checkpoint-" + 8 * "[0-9]"
+_PARTIAL = ".checkpoint.partial"
+_FORMAT_VERSION = 3
 _REMEDY = "move it away, or give another folder"
 
 
@@ -28,23 +40,27 @@ class TrainMetrics:
 
     Attributes:
         step: Number of the step, from 1.
-        loss: mean(z^2) / 2 - log-det / D of the batch.
-        bits_per_dim: Bits per dimension of the noisy images of the batch, under a standard normal prior.
+        loss: mean(z^2) / 2 - log-det / D of the batch, over all processes.
+        bits_per_dim: Bits per dimension of the noisy images of the batch, under a standard normal prior; None for flows
+            over tokens.
         grad_norm: Norm of the gradient before clipping.
         rate: Learning rate.
         seconds: Seconds of training so far, over all runs.
+        held_out_loss: Loss of the averaged flow on held-out data; None between checkpoints.
     """
 
     step: int
     loss: float
-    bits_per_dim: float
+    bits_per_dim: float | None
     grad_norm: float
     rate: float
     seconds: float
+    held_out_loss: float | None = None
 
     def line(self) -> str:
         """Returns the line of `metrics.jsonl`."""
-        return json.dumps({name: round(x, 6) for name, x in asdict(self).items()}) + "\n"
+        values = {name: x if x is None else round(x, 6) for name, x in asdict(self).items()}
+        return json.dumps(values) + "\n"
 
 
 def read_metrics(folder: str | Path) -> list[TrainMetrics]:
@@ -65,60 +81,82 @@ def read_metrics(folder: str | Path) -> list[TrainMetrics]:
     return metrics
 
 
-@dataclass(frozen=True, eq=False)
-class Checkpoint:
-    """The state from which a training run resumes; `run` describes its flow, settings and images."""
+def start_or_resume(out: Path, run: Mapping[str, Any]) -> None:
+    """Writes run.json, or checks that the folder is of the same run.
 
-    run: dict[str, Any]
-    step: Annotated[int, msgspec.Meta(ge=0)]
-    seconds: float
-    flow: dict[str, Any]
-    average: dict[str, Any]
-    optimizer: dict[str, Any]
-
-    @classmethod
-    def read(cls, path: Path) -> Checkpoint:
-        """Reads a checkpoint. Raises ValueError if the file is broken."""
-        try:
-            entries = torch.load(regular_file(path), map_location="cpu", weights_only=True)
-            checkpoint = msgspec.convert(entries, cls)
-        except Exception as error:  # torch.load raises many kinds of exceptions.
-            raise InputValueError(f"{path}: not a checkpoint ({first_line(error)}); {_REMEDY}") from error
-        if entries.get("format_version") != _FORMAT_VERSION:
-            raise InputValueError(
-                f"{path}: made by an earlier version of jacobiflow; go on with that version, or {_REMEDY}"
-            )
-        return checkpoint
-
-    def write(self, path: Path) -> None:
-        """Writes the file atomically."""
-        data = io.BytesIO()
-        torch.save({"format_version": _FORMAT_VERSION, **vars(self)}, data)
-        write_atomically(path, data.getvalue())
-
-
-def last_checkpoint(out: Path, run: dict[str, Any]) -> Checkpoint | None:
-    """Returns the checkpoint of this run; None if its folder is new or empty."""
-    path = out / CHECKPOINT
+    Raises:
+        ValueError: If the folder has other files, or is of another run.
+    """
+    path = out / RUN
     if not path.exists():
-        for entry in out.iterdir():
+        for entry in sorted(out.iterdir()):
             if not entry.name.startswith("."):
-                raise InputValueError(f"{out}: holds {entry.name}, and no {CHECKPOINT}; give a new or empty folder")
-        return None
-    checkpoint = Checkpoint.read(path)
-    names = [name for name in {**checkpoint.run, **run} if checkpoint.run.get(name) != run.get(name)]
+                raise InputValueError(f"{out}: holds {entry.name}, and no {RUN}; give a new or empty folder")
+        write_json(path, {"format_version": _FORMAT_VERSION, **run})
+        return
+    earlier = _read_run(path)
+    run = parse_json(json.dumps(run).encode())  # Tuples become lists, as in the file.
+    names = [name for name in {**earlier, **run} if earlier.get(name) != run.get(name)]
     if names:
-        differences = "; ".join(
-            f"{n}={format_value(checkpoint.run.get(n))}, not {format_value(run.get(n))}" for n in names
-        )
+        differences = "; ".join(f"{n}={format_value(earlier.get(n))}, not {format_value(run.get(n))}" for n in names)
         raise InputValueError(f"{path}: of another run ({differences}); give its settings, or another folder")
-    return checkpoint
+
+
+def _read_run(path: Path) -> dict[str, Any]:
+    try:
+        run = read_json(path)
+        version = run.pop("format_version")
+    except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
+        raise InputValueError(f"{path}: not of this trainer ({first_line(error)}); {_REMEDY}") from error
+    if version != _FORMAT_VERSION:
+        raise InputValueError(f"{path}: of another version of jacobiflow; go on with that version, or {_REMEDY}")
+    return dict(run)
+
+
+def last_checkpoint(out: Path) -> tuple[int, Path] | None:
+    """Returns the step of the last checkpoint, and its folder; None if there is none."""
+    found = sorted(out.glob(_ANY_CHECKPOINT))
+    return (int(found[-1].name[-8:]), found[-1]) if found else None
+
+
+def write_checkpoint(out: Path, step: int, state: dict[str, Any], processes: Processes) -> None:
+    """Writes a checkpoint, to which every process adds its part, and removes earlier ones."""
+    path, partial = out / _CHECKPOINT.format(step), out / _PARTIAL
+    processes.run_on_rank_zero(lambda: shutil.rmtree(partial, ignore_errors=True))
+    with _quiet():
+        save_distributed(state, checkpoint_id=partial)
+
+    def replace_earlier() -> None:
+        partial.rename(path)
+        for earlier in out.glob(_ANY_CHECKPOINT):
+            if earlier != path:
+                shutil.rmtree(earlier)
+
+    processes.run_on_rank_zero(replace_earlier)
+
+
+def read_checkpoint(path: Path, state: dict[str, Any]) -> None:
+    """Reads a checkpoint into the tensors of `state`; every process reads the parts that it holds."""
+    try:
+        with _quiet():
+            load_distributed(state, checkpoint_id=path)
+    except Exception as error:  # It raises many kinds of exceptions for damaged files.
+        raise InputValueError(f"{path}: damaged, or of another flow ({first_line(error)}); {_REMEDY}") from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Hides the warning that a single process saves alone."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield
 
 
 def problems(path: Path) -> Iterator[str]:
     """Yields a line for each problem of the training run in a folder, with the remedy."""
     try:
-        step = Checkpoint.read(path / CHECKPOINT).step
+        _read_run(path / RUN)
+        step, _ = last_checkpoint(path) or (0, path)
         missing = set(range(1, step + 1)) - {metrics.step for metrics in read_metrics(path)}
         if missing:
             yield f"{path / METRICS}: lacks {len(missing):,} of {step:,} steps; training goes on without them"

@@ -1,132 +1,104 @@
-"""Maximum-likelihood training of a flow over images, with checkpoints to resume from."""
+"""Maximum-likelihood training of a flow, by one process or more, with checkpoints to resume from."""
 
 from __future__ import annotations
 
 import hashlib
 import math
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from jacobiflow.blocks.guidance import SamplingSettings
-from jacobiflow.data import Augmentation, ImageDataset, Noise, add_noise, augment
-from jacobiflow.data.augmentation import keyed_generator
+from jacobiflow.data.dataset import ImageDataset
+from jacobiflow.data.noise import Noise
+from jacobiflow.distributed import Processes
 from jacobiflow.errors import InputValueError
 from jacobiflow.models.checkpoints.folder import check_own_model, write_model
-from jacobiflow.models.flow import Flow
-from jacobiflow.training.folder import CHECKPOINT, METRICS, Checkpoint, TrainMetrics, last_checkpoint, read_metrics
-from jacobiflow.utils.checks import check_count, check_fields, check_kind, check_number, check_positive
+from jacobiflow.models.flow import Flow, check_flow
+from jacobiflow.training.board import Board
+from jacobiflow.training.config import MAY_CHANGE, TrainConfig
+from jacobiflow.training.folder import (
+    METRICS,
+    RUN,
+    TrainMetrics,
+    last_checkpoint,
+    read_checkpoint,
+    read_metrics,
+    start_or_resume,
+    write_checkpoint,
+)
+from jacobiflow.training.loading import (
+    Batch,
+    NoisyItems,
+    StepKeys,
+    collate,
+    held_out_items,
+    load_batches,
+    training_items,
+)
+from jacobiflow.training.parallel import ParallelFlow, to_flow
+from jacobiflow.training.signals import StopSignals
+from jacobiflow.utils.checks import check_kind
 from jacobiflow.utils.files import locked, remove_partials, write_atomically
 from jacobiflow.utils.progress import Progress
 
-_MAX_STEPS = 10**9
-_MIN_LEARNING_RATE = 1e-6
 _PRIOR_MOMENTUM = 0.1  # Weight of the newest batch in the moving average of z^2.
-_ORDER, _NOISE = 0, 1  # The random streams of the order of the images, and of their noise.
-_MAY_CHANGE = frozenset({"steps", "checkpoint_every", "sample_every"})  # Settings that may differ on resume.
-
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """Settings of a training run.
-
-    Args:
-        steps: Optimizer steps in all, those of earlier runs included.
-        noise: The noise of the images. Its `std` must be the `noise_std` of the flow's config.
-        augmentation: Random changes of the images.
-        batch_size: Images in a step.
-        learning_rate: Peak learning rate of AdamW. It is reached after `warmup` steps, then falls to 1e-6 by a cosine.
-        weight_decay: Weight decay of AdamW.
-        warmup: Steps over which the learning rate rises linearly.
-        ema_decay: Decay of the exponential moving average of the weights.
-        max_grad_norm: Gradients with a larger norm are clipped to it.
-        label_dropout: Probability of dropping a label, for classifier-free guidance.
-        bf16: Whether to run the forward pass under autocast to bfloat16.
-        seed: Seed of the order of the images, their noise and the dropped labels.
-        checkpoint_every: Steps between checkpoints.
-        sample_every: Steps between calls of `on_sample`.
-
-    Example:
-        >>> config = TrainConfig(steps=110, learning_rate=0.02, warmup=10)
-        >>> config.rate(0), config.rate(9), config.rate(110)
-        (0.002, 0.02, 1e-06)
-    """
-
-    steps: int
-    noise: Noise = field(default_factory=lambda: Noise("gaussian", 0.1))
-    augmentation: Augmentation = field(default_factory=Augmentation)
-    batch_size: int = 64
-    learning_rate: float = 1e-3
-    weight_decay: float = 1e-4
-    warmup: int = 200
-    ema_decay: float = 0.999
-    max_grad_norm: float = 1.0
-    label_dropout: float = 0.1
-    bf16: bool = True
-    seed: int = 0
-    checkpoint_every: int = 100
-    sample_every: int = 500
-
-    def __post_init__(self) -> None:
-        check_fields(self)
-        for name in ("steps", "batch_size", "checkpoint_every", "sample_every"):
-            check_count(name, getattr(self, name), maximum=_MAX_STEPS)
-        for name, most in (("warmup", _MAX_STEPS), ("seed", 2**63 - 1)):
-            check_count(name, getattr(self, name), minimum=0, maximum=most)
-        for name in ("label_dropout", "ema_decay"):
-            check_number(name, getattr(self, name), expected="a number from 0 to below 1", below=1)
-        for name in ("learning_rate", "max_grad_norm"):
-            check_positive(name, getattr(self, name))
-        check_number("weight_decay", self.weight_decay)
-
-    def rate(self, step: int) -> float:
-        """Returns the learning rate of a step, counted from 0."""
-        if step < self.warmup:
-            return self.learning_rate * (step + 1) / self.warmup
-        progress = min(1.0, (step - self.warmup) / max(1, self.steps - self.warmup))
-        return _MIN_LEARNING_RATE + 0.5 * (self.learning_rate - _MIN_LEARNING_RATE) * (1 + math.cos(math.pi * progress))
+_NUM_CHECKED = 16  # Items whose checksum tells data sets apart.
 
 
 def train(
     flow: Flow,
-    data: ImageDataset,
+    data: Any,
     config: TrainConfig,
     out: str | Path,
+    *,
+    held_out: Any = None,
+    transform: Callable[[Any], Tensor] | None = None,
     on_step: Callable[[TrainMetrics], None] | None = None,
     on_sample: Callable[[Flow, int], None] | None = None,
     progress: Progress | None = None,
-    contexts: Float[Tensor, "k ..."] | None = None,
+    processes: Processes | None = None,
 ) -> Flow:
-    """Trains a flow on noisy images by maximum likelihood.
+    """Trains a flow by maximum likelihood.
 
-    The loss is mean(z^2) / 2 - log-det / D. A flow without scales also learns its prior variance, as a moving average
-    of z^2. The first batch initialises the flow, see `Flow.initialize`. The images, noise and dropped labels of a
-    step depend on the seed and the step only. A model of images with Gaussian noise recommends a denoising step at rate
-    1, since its samples have that noise.
+    The loss is mean(z^2) / 2 - log-det / D. Images have Gaussian noise of the standard deviation `noise_std` of the
+    flow's config, or are uniformly dequantised if it is 0; tokens have Gaussian noise or none. A flow without scales
+    also learns its prior variance, as a moving average of z^2. The first batch initialises the flow, see
+    `Flow.initialize`. The data of a step, their noise and dropped labels depend on the seed and the step only: by any
+    number of processes the weights are the same to rounding.
 
-    A second call with the same `out` resumes from the checkpoint. It ends with the weights of a run without a stop.
-    Only `steps`, `checkpoint_every` and `sample_every` may differ.
+    Each checkpoint also writes the averaged flow as a model folder, so that it can be sampled while the run goes on. If
+    the data have Gaussian noise, it recommends a denoising step at rate 1.
+
+    A second call with the same `out` resumes from the checkpoint, by one process or more. By as many as before it ends
+    with the weights of a run without a stop, bit for bit. SIGINT, SIGTERM and SIGUSR1 end the step, write a checkpoint
+    and raise KeyboardInterrupt. A second signal does not wait for the step.
 
     Args:
         flow: The flow, which is trained in place.
-        data: The images and their labels.
+        data: A PyTorch dataset of known length. An item is data alone, or a pair of data and context: a label, or the
+            numbers or states that the flow takes. Data are 8-bit images, which are scaled to [-1, 1], or floats of the
+            shape that the flow takes.
         config: The settings of the run.
-        out: The folder of the run, which is new or empty at first. Training writes `metrics.jsonl` and `checkpoint.pt`
-            there every `checkpoint_every` steps and on an interruption, and in the end the averaged model.
-        on_step: Called with the metrics of every step.
-        on_sample: Called with the averaged flow and the step, every `sample_every` steps.
-        progress: Called after every step.
-        contexts: For a flow with another context than labels: one row for each label, and a last row that stands for a
-            dropped label.
+        out: The folder of the run, which is new or empty at first. It is on a disk that all processes see.
+        held_out: A dataset whose loss under the averaged flow is measured at each checkpoint.
+        transform: Changes the data of an item at random, before noise is added, such as a torchvision transform. It
+            draws from PyTorch's global generator.
+        on_step: Called with the metrics of every step in the first process.
+        on_sample: Called with the averaged flow and the step in the first process, every `sample_every` steps.
+        progress: Called after every step in the first process.
+        processes: The processes that share the work, see `jacobiflow.processes`. Each of them calls this function.
 
     Returns:
-        The flow with averaged weights.
+        The flow with averaged weights. If it is sharded, it is read from `out`.
 
     Raises:
         ValueError: If the data do not fit the flow, if another run uses `out`, if `out` holds other files, or if the
@@ -134,176 +106,207 @@ def train(
 
     Example:
         >>> import tempfile
-        >>> from jacobiflow.data import Noise, digits
+        >>> from jacobiflow.data import digits
         >>> flow = jf.MAF(jf.MAFConfig(1, 8, hidden_features=16, num_blocks=2))
-        >>> config = TrainConfig(steps=2, noise=Noise("uniform"))
         >>> with tempfile.TemporaryDirectory() as out:
-        ...     train(flow, digits(), config, out).config == jf.load(out).config
+        ...     train(flow, digits(), TrainConfig(steps=2), out).config == jf.load(out).config
         True
     """
-    _check(flow, data, config, contexts)
-    out, steps_per_epoch = Path(out), len(data) // config.batch_size
-    with locked(out):
-        check_own_model(out)
-        run = _Run(flow, config, out, _describe(flow, config, data, contexts), contexts)
-        order, epoch = torch.empty(0), -1
-        try:
-            while run.step < config.steps:
-                if run.step // steps_per_epoch != epoch:
-                    epoch = run.step // steps_per_epoch
-                    order = torch.randperm(len(data), generator=keyed_generator(config.seed, _ORDER, epoch))
-                first = run.step % steps_per_epoch * config.batch_size
-                metrics = run.advance(*data.batch(order[first : first + config.batch_size]))
-                if on_step is not None:
-                    on_step(metrics)
-                if progress is not None:
-                    progress(run.step, config.steps, "training")
-                if run.step % config.checkpoint_every == 0:
-                    run.save()
-                if on_sample is not None and run.step % config.sample_every == 0:
-                    on_sample(run.average, run.step)
-        finally:
-            if not run.is_updating:
-                run.save()
-        write_model(run.average, out)
-    return run.average
+    processes = Processes() if processes is None else processes
+    noise = _check(flow, data, config, processes)
+    out = Path(out)
+    items = training_items(data, config, noise, transform)
+    held_out = None if held_out is None else held_out_items(held_out, config, noise)
+    with ExitStack() as stack:
+        run = _describe(flow, config, items)
+        processes.run_on_rank_zero(partial(_prepare_folder, out, run, stack))
+        if not (out / RUN).exists():
+            raise InputValueError(f"{out}: process {processes.rank} does not see it; give one on a shared disk")
+        stop = stack.enter_context(StopSignals())
+        state = _Run(flow, items, held_out, config, out, processes)
+        for metrics in state.steps(stop):
+            if processes.rank == 0 and on_step is not None:
+                on_step(metrics)
+            if processes.rank == 0 and progress is not None:
+                progress(metrics.step, config.steps, "training")
+            if on_sample is not None and metrics.step % config.sample_every == 0:
+                average = state.parallel.averaged_flow()
+                if average is not None:
+                    on_sample(average, metrics.step)
+        state.save()
+        if state.stopped:
+            raise KeyboardInterrupt
+    return type(flow).from_pretrained(out) if state.parallel.is_sharded else state.parallel.average.flow
 
 
-def _check(flow: Flow, data: ImageDataset, config: TrainConfig, contexts: Tensor | None) -> None:
-    """Raises ValueError if the flow, the data and the configuration do not fit each other."""
-    check_kind("flow", flow, Flow, "a Flow, such as jacobiflow.TarFlow(config)")
-    check_kind("data", data, ImageDataset, "an ImageDataset, such as jacobiflow.data.load_images gives")
+def _check(flow: Flow, data: Any, config: TrainConfig, processes: Processes) -> Noise | None:
+    """Raises ValueError if flow, data and settings do not fit each other; returns the noise of the data."""
+    check_flow(flow)
     check_kind("config", config, TrainConfig, "a TrainConfig")
-    shape = tuple(data.images.shape[1:])
-    if shape != flow.require_images():
-        raise InputValueError(f"images are {shape}, the flow takes {flow.require_images()}")
-    if flow.config.num_classes and data.labels is not None:
-        flow.check_labels(data.labels, len(data))
-    if contexts is not None and (data.labels is None or int(data.labels.max()) >= len(contexts) - 1):
-        raise InputValueError(
-            f"contexts: {len(contexts)} rows; give one for each label of the images, and last one for a dropped label"
-        )
+    std = flow.config.noise_std
+    noise = None if flow.image_shape is None and not std else Noise.of_std(std)
     if len(data) < config.batch_size:
-        raise InputValueError(f"batch_size={config.batch_size}: there are only {len(data)} images")
-    noise_std = flow.config.noise_std
-    if config.noise.std != noise_std:
-        raise InputValueError(f"noise of std {config.noise.std}, but the flow's config has noise_std={noise_std}")
+        raise InputValueError(f"batch_size={config.batch_size}: there are only {len(data)} samples")
+    parts = processes.count * config.accumulation
+    if config.batch_size < parts:
+        raise InputValueError(
+            f"batch_size={config.batch_size}: less than a sample for each of {processes.count} processes and "
+            f"{config.accumulation} parts; give at least {parts}"
+        )
+    if isinstance(data, ImageDataset) and data.labels is not None and flow.config.num_classes:
+        flow.check_labels(data.labels, len(data))
+    flow.check_data(collate([NoisyItems(data, None, None, 0.0, 0, 0)[0, 0]])[0], "data")
+    return noise
 
 
-def _describe(flow: Flow, config: TrainConfig, data: ImageDataset, contexts: Tensor | None) -> dict[str, Any]:
-    """Returns the flow, settings and images that must not differ on resume."""
-    digest = hashlib.sha256(data.images.contiguous().numpy().data)
-    if (flow.config.num_classes or contexts is not None) and data.labels is not None:
-        digest.update(data.labels.contiguous().numpy().data)
-    if contexts is not None:
-        digest.update(contexts.contiguous().numpy().data)
-    settings = {name: value for name, value in asdict(config).items() if name not in _MAY_CHANGE}
-    images = f"{len(data):,} with checksum {digest.hexdigest()[:16]}"
-    return {"flow": flow.model_type, **asdict(flow.config), **settings, "images": images}
+def _describe(flow: Flow, config: TrainConfig, items: NoisyItems) -> dict[str, Any]:
+    """Returns the flow, settings and data that must not differ on resume."""
+    plain, num = replace(items, transform=None, noise=None, dropout=0.0), len(items.data)
+    digest = hashlib.sha256()
+    for index in range(0, num, max(num // _NUM_CHECKED, 1)):
+        for tensor in plain[0, index]:
+            digest.update(tensor.contiguous().numpy().data)
+    settings = {name: value for name, value in asdict(config).items() if name not in MAY_CHANGE}
+    transform = repr(items.transform) if isinstance(items.transform, nn.Module) else type(items.transform).__name__
+    data = f"{num:,} samples with checksum {digest.hexdigest()[:16]}"
+    return {"flow": flow.model_type, **asdict(flow.config), **settings, "transform": transform, "data": data}
+
+
+def _prepare_folder(out: Path, run: dict[str, Any], stack: ExitStack) -> None:
+    """Locks the folder until the stack closes, and begins a run there or checks that it resumes one."""
+    stack.enter_context(locked(out))
+    check_own_model(out)
+    start_or_resume(out, run)
+    remove_partials(out)
 
 
 class _Run:
-    """The state of a training run. While `is_updating` is true, it is between two steps and must not be saved."""
+    """The state of a training run.
+
+    Attributes:
+        step: Number of steps that are done.
+        stopped: Whether a signal ended the run before its last step.
+    """
 
     def __init__(
-        self, flow: Flow, config: TrainConfig, out: Path, description: dict[str, Any], contexts: Tensor | None
-    ) -> None:
-        self.flow, self.config, self.out, self.description, self.contexts = flow, config, out, description, contexts
-        self.average = type(flow)(flow.config).to(flow.var.device)
-        self.average.load_state_dict(flow.state_dict())
-        self.average.requires_grad_(False)
-        if config.noise.std:
-            self.average.recommended = SamplingSettings(denoise=1.0)
+        self, flow: Flow, items: NoisyItems, held_out: NoisyItems | None, config: TrainConfig, out: Path,
+        processes: Processes,
+    ) -> None:  # fmt: skip
+        self.items, self.held_out, self.config, self.out, self.processes = items, held_out, config, out, processes
+        checkpoint = last_checkpoint(out)
+        self.step, self.seconds, self.stopped = 0 if checkpoint is None else checkpoint[0], 0.0, False
+        self._saved_step, self._unsaved_lines = self.step if checkpoint else -1, list[str]()
+        if checkpoint is None and type(flow).initialize is not Flow.initialize:
+            keys = StepKeys(len(items.data), range(1), config, Processes()).of_step(0)
+            flow.initialize(*to_flow(Batch(*collate([items[key] for key in keys])), flow))
+        self.parallel = ParallelFlow(flow, config, processes)
+        if flow.config.noise_std:
+            self.parallel.average.flow.recommended = SamplingSettings(denoise=1.0)
         self.optimizer = torch.optim.AdamW(
-            flow.parameters(), lr=config.learning_rate, betas=(0.9, 0.95), weight_decay=config.weight_decay
-        )
-        self.step, self.last_saved_step, self.seconds = 0, -1, 0.0
-        self.unsaved_metrics: list[str] = []  # Lines of metrics.jsonl.
-        self.is_updating = False
-        checkpoint = last_checkpoint(out, description)
+            [{"params": list(self.parallel.loss.parameters()), "initial_lr": config.learning_rate}],
+            lr=config.learning_rate, betas=(0.9, 0.95), weight_decay=config.weight_decay,
+        )  # fmt: skip
         if checkpoint is None:
-            self.save()
+            self.parallel.update_average()
         else:
-            self._resume(checkpoint)
+            self._resume(checkpoint[1])
+        self.scheduler = torch.optim.lr_scheduler.LambdaLR(
+            self.optimizer, lambda step: config.rate(step) / config.learning_rate, last_epoch=self.step - 1
+        )
 
-    def advance(self, images: Tensor, labels: Tensor | None) -> TrainMetrics:
-        """Takes one optimizer step on a batch."""
-        started = time.perf_counter()
-        images, context = self._prepare(images, labels)
-        if self.step == 0:
-            self.is_updating = True  # A resumed run must not initialise twice.
-            self.flow.initialize(images, context)
-            self.average.load_state_dict(self.flow.state_dict())
-        rate = self.config.rate(self.step)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
+    def steps(self, stop: StopSignals) -> Iterator[TrainMetrics]:
+        """Takes the steps that are left, and yields their metrics."""
+        config = self.config
+        keys = StepKeys(len(self.items.data), range(self.step, config.steps), config, self.processes)
+        batches = load_batches(self.items, keys, config.workers)
+        board = Board(self.out, self.step) if self.processes.rank == 0 and self.step < config.steps else None
+        while self.step < config.steps and not self.stopped:
+            metrics = self._advance(batches, stop)
+            is_due = self.step % config.checkpoint_every == 0 or self.step == config.steps
+            if is_due and self.held_out is not None:
+                metrics = replace(metrics, held_out_loss=self._held_out_loss(self.held_out))
+            self._unsaved_lines.append(metrics.line())
+            if board is not None:
+                board.write(metrics)
+            yield metrics
+            if is_due:
+                self.save()
+        if board is not None:
+            board.close()
+
+    def _advance(self, batches: Iterator[Batch], stop: StopSignals) -> TrainMetrics:
+        """Takes one step of the optimizer."""
+        started, config, parallel = time.perf_counter(), self.config, self.parallel
+        flow = parallel.loss.flow
         self.optimizer.zero_grad(set_to_none=True)
-        with torch.autocast(images.device.type, torch.bfloat16, enabled=self.config.bf16):
-            z, log_det = self.flow.normalize(images, context)
-        loss = 0.5 * z.square().mean() - log_det.mean() / z[0].numel()
-        loss.backward()
-        norm = nn.utils.clip_grad_norm_(self.flow.parameters(), self.config.max_grad_norm)
-        self.is_updating = True
+        loss, squares = torch.zeros((), device=flow.var.device), torch.zeros_like(flow.var)
+        for part in range(config.accumulation):
+            losses = parallel.backward(next(batches), is_last_part=part == config.accumulation - 1)
+            loss, squares = loss + losses.loss.detach().sum(), squares + losses.square_sum
+        norm = nn.utils.clip_grad_norm_(parallel.loss.parameters(), config.max_grad_norm)
+        rate = self.scheduler.get_last_lr()[0]
         self.optimizer.step()
-        if self.flow.learns_prior:
-            self.flow.var.lerp_(z.detach().square().mean(dim=0), _PRIOR_MOMENTUM)
-        self._update_average()
+        self.scheduler.step()
+        sums = torch.cat((loss.view(1), loss.new_full((1,), stop.received), squares.flatten()))
+        means = parallel.sum_over_processes(sums) / config.batch_size
+        if flow.learns_prior:
+            flow.var.lerp_(means[2:].view_as(flow.var), _PRIOR_MOMENTUM)
+        parallel.update_average()
         self.step += 1
-        nats, grad_norm = loss.item(), norm.item()
+        self.stopped = bool(means[1])
+        nats, grad_norm = means[0].item(), (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
         if not math.isfinite(nats) or not math.isfinite(grad_norm):
             raise InputValueError(
                 f"step {self.step}: loss {nats}, gradient norm {grad_norm}; start again in another folder, with a "
                 "smaller learning rate"
             )
         self.seconds += time.perf_counter() - started
-        bits = (nats + 0.5 * math.log(2 * math.pi)) / math.log(2) + 7  # The width of one of 256 levels is 2^-7.
-        metrics = TrainMetrics(self.step, nats, bits, grad_norm, rate, self.seconds)
-        self.unsaved_metrics.append(metrics.line())
-        self.is_updating = False
-        return metrics
+        bits = None
+        if flow.image_shape is not None:
+            bits = (nats + 0.5 * math.log(2 * math.pi)) / math.log(2) + 7  # The width of one of 256 levels is 2^-7.
+        return TrainMetrics(self.step, nats, bits, grad_norm, float(rate), self.seconds)
 
-    def _prepare(self, images: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Returns the augmented, noisy images of a step and their context."""
-        config, device = self.config, self.flow.var.device
-        generator = keyed_generator(config.seed, _NOISE, self.step)
-        images = augment(images, config.augmentation, generator)
-        images = add_noise(images, config.noise, generator).to(device)
-        if labels is None or not (self.flow.config.num_classes or self.contexts is not None):
-            return images, None
-        is_dropped = torch.rand(labels.shape, generator=generator) < config.label_dropout
-        labels = labels.masked_fill(is_dropped, -1)
-        return images, (labels if self.contexts is None else self.contexts[labels]).to(device)
-
-    @torch.no_grad()
-    def _update_average(self) -> None:
-        # The decay rises to `ema_decay`, so that the average soon forgets the initial weights.
-        decay = min(self.config.ema_decay, (1 + self.step) / (10 + self.step))
-        torch._foreach_lerp_(list(self.average.parameters()), list(self.flow.parameters()), 1 - decay)
-        self.average.var.copy_(self.flow.var)
+    def _held_out_loss(self, items: NoisyItems) -> float:
+        """Returns the mean loss of the averaged flow on held-out data."""
+        num, processes = len(items.data), self.processes
+        share = -(-num // processes.count)  # Every process runs as many batches, which sharded layers need.
+        keys = [(0, (processes.rank * share + i) % num) for i in range(share)]
+        num_own = max(0, min(share, num - processes.rank * share))
+        size = -(-self.config.batch_size // processes.count)
+        losses = [
+            self.parallel.losses_of_average(batch).loss
+            for batch in load_batches(items, [keys[i : i + size] for i in range(0, share, size)], self.config.workers)
+        ]
+        total = self.parallel.sum_over_processes(torch.cat(losses)[:num_own].sum())
+        return float(total / num)
 
     def save(self) -> None:
-        """Writes the metrics, then the checkpoint, unless the last checkpoint is of this step."""
-        if self.step == self.last_saved_step:
+        """Writes the metrics, the model folder and the checkpoint, unless the last checkpoint is of this step."""
+        if self.step == self._saved_step:
             return
-        if self.unsaved_metrics:
+        average = self.parallel.averaged_flow()
+        if average is not None:
             with (self.out / METRICS).open("a") as log:
-                log.writelines(self.unsaved_metrics)
-            self.unsaved_metrics.clear()
-        Checkpoint(
-            self.description, self.step, self.seconds, self.flow.state_dict(), self.average.state_dict(),
-            self.optimizer.state_dict(),
-        ).write(self.out / CHECKPOINT)  # fmt: skip
-        self.last_saved_step = self.step
+                log.writelines(self._unsaved_lines)
+            write_model(average, self.out)
+        self._unsaved_lines.clear()
+        write_checkpoint(self.out, self.step, self._state(), self.processes)
+        self._saved_step = self.step
 
-    def _resume(self, checkpoint: Checkpoint) -> None:
-        """Restores a checkpoint, and removes metrics of later steps and temporary files of killed processes."""
-        metrics = read_metrics(self.out)
-        self.flow.load_state_dict(checkpoint.flow)
-        self.average.load_state_dict(checkpoint.average)
-        self.optimizer.load_state_dict(checkpoint.optimizer)
-        self.step = self.last_saved_step = checkpoint.step
-        self.seconds = checkpoint.seconds
-        for name in (CHECKPOINT, METRICS):
-            remove_partials(self.out, name)
-        lines = [step.line() for step in metrics if step.step <= self.step]
-        write_atomically(self.out / METRICS, "".join(lines).encode())
+    def _state(self) -> dict[str, Any]:
+        """Returns the tensors of a checkpoint."""
+        optimizer = {name: self.optimizer.state[parameter] for name, parameter in self.parallel.loss.named_parameters()}
+        seconds = torch.tensor(self.seconds, dtype=torch.float64)
+        return {**self.parallel.state(), "optimizer": optimizer, "seconds": seconds}
+
+    def _resume(self, checkpoint: Path) -> None:
+        """Reads a checkpoint, and removes the metrics of later steps."""
+        for parameter in self.parallel.loss.parameters():
+            moments = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
+            self.optimizer.state[parameter] = {"step": torch.tensor(0.0), **moments}
+        state = self._state()
+        read_checkpoint(checkpoint, state)
+        self.seconds = float(state["seconds"])
+        if self.processes.rank == 0:
+            lines = [metrics.line() for metrics in read_metrics(self.out) if metrics.step <= self.step]
+            write_atomically(self.out / METRICS, "".join(lines).encode())

@@ -114,7 +114,7 @@ class LayerWeights(NamedTuple):
 
 
 @dataclass(frozen=True)
-class TrainedLayer:
+class LazyLayer:
     """A layer whose parameters are read only while it runs, since until then they may be sharded over processes.
 
     Attributes:
@@ -131,7 +131,7 @@ class TrainedLayer:
         def run_layer(x: Tensor) -> Tensor:
             return run(x, self.read())
 
-        if self.recomputes:
+        if self.recomputes and torch.is_grad_enabled():
             return checkpoint(self.module, run_layer, x, use_reentrant=False)
         return self.module(run_layer, x)
 
@@ -148,7 +148,7 @@ def cast_tensors(parameters: Any, dtype: torch.dtype) -> Any:
 
 def run_layers(
     h: Float[Tensor, "b n c"],
-    layers: Sequence[tuple[LayerWeights | TrainedLayer, Float[Tensor, "b 2 h t d"] | None]],
+    layers: Sequence[tuple[LayerWeights | LazyLayer, Float[Tensor, "b 2 h t d"] | None]],
     span: AttentionSpan, query_scale: Float[Tensor, "b 1 1 1"] | None,
 ) -> Float[Tensor, "b n c"]:  # fmt: skip
     """Runs transformer layers on `h`; no token's output depends on later tokens, even if these overflow.
@@ -165,7 +165,7 @@ def run_layers(
     def run(hide_nonfinite: bool) -> Tensor:
         out = h
         for layer, cache in layers:
-            if isinstance(layer, TrainedLayer):
+            if isinstance(layer, LazyLayer):
                 out = layer(lambda x, weights: _run_layer(x, weights, None, span, query_scale, hide_nonfinite), out)
             else:
                 out = _run_layer(out, layer, cache, span, query_scale, hide_nonfinite)
@@ -311,5 +311,4 @@ class AttentionBlock(Layer):
             (module.weight, module.bias)
             for module in (attention.norm, attention.qkv, attention.proj, mlp.norm, mlp.main[0], mlp.main[2])
         )
-        parameters: Any = (norm, qkv, proj, mlp_norm, up, down)
-        return LayerWeights(*parameters, attention.num_heads, rotation=rotation)
+        return LayerWeights(norm, qkv, proj, mlp_norm, up, down, attention.num_heads, rotation=rotation)  # type: ignore[arg-type]

@@ -17,7 +17,7 @@ from jacobiflow.blocks.context import NO_CONTEXT, Context
 from jacobiflow.blocks.guidance import Guidance
 from jacobiflow.blocks.permutation import Permutation
 from jacobiflow.blocks.tokens import Tokens
-from jacobiflow.models.transformer.attention import AttentionSpan, Layer, LayerWeights, TrainedLayer, run_layers
+from jacobiflow.models.transformer.attention import AttentionSpan, Layer, LayerWeights, LazyLayer, run_layers
 from jacobiflow.models.transformer.cache import TransformerCache
 from jacobiflow.native.transformer import CausalTransformer, GuidanceTerms, Prefix
 from jacobiflow.native.weights import copy_bytes
@@ -96,15 +96,15 @@ class TransformerBlock(FlowBlock):
     def _make_cache(self, z: Tensor, context: Context, length: int) -> TransformerCache:
         """Returns a cache of `length` positions for the rows of `z`, its keys and values 0; without them for 0."""
         layers: tuple[Tensor, ...] = ()
-        weights: tuple[LayerWeights | TrainedLayer, ...]
-        if length or not torch.is_grad_enabled():
+        weights: tuple[LayerWeights | LazyLayer, ...]
+        if length:
             weights = read = self.layer_weights()
             heads = read[0].num_heads
             shape = (len(z), 2, heads, length, len(self.proj_in.weight) // heads)
-            layers = tuple(self.proj_in.weight.new_zeros(shape) for _ in weights) if length else ()
+            layers = tuple(self.proj_in.weight.new_zeros(shape) for _ in weights)
         else:
             pairs = zip(self.attn_blocks, self.layer_readers(), strict=True)
-            weights = tuple(TrainedLayer(layer, read, self.recomputes_layers) for layer, read in pairs)
+            weights = tuple(LazyLayer(layer, read, self.recomputes_layers) for layer, read in pairs)
         return TransformerCache(
             layers,
             weights,

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from jacobiflow.blocks.base import ScaleShift
 from jacobiflow.blocks.tokens import Tokens
-from jacobiflow.models.transformer.attention import LayerWeights, Parameters, TrainedLayer, cast_tensors
+from jacobiflow.models.transformer.attention import LayerWeights, LazyLayer, Parameters, cast_tensors
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class TransformerCache:
     """
 
     layers: tuple[Float[Tensor, "b 2 h t d"], ...]
-    weights: tuple[LayerWeights | TrainedLayer, ...]
+    weights: tuple[LayerWeights | LazyLayer, ...]
     proj_in: Float[Tensor, "c d"]
     proj_out: Parameters
     embedding: Tokens

@@ -1,0 +1,130 @@
+"""The data of a step: their order, noise and dropped labels, and the share of each process."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import repeat
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from jacobiflow.data.dataset import scale
+from jacobiflow.data.noise import Noise, add_noise, keyed_generator, keyed_randomness
+from jacobiflow.distributed import Processes
+from jacobiflow.training.config import TrainConfig
+
+_ORDER, _TRAINING, _HELD_OUT = 0, 1, 3  # Random streams; evaluation uses stream 2.
+
+Key: TypeAlias = tuple[int, int]
+"""The epoch and the index of an item."""
+
+
+class Batch(NamedTuple):
+    """Data, their context if they have one, and which contexts are dropped."""
+
+    x: Tensor
+    context: Tensor | None
+    is_dropped: Tensor
+
+
+@dataclass(frozen=True)
+class NoisyItems(Dataset[Any]):
+    """The items of a data set as a flow sees them.
+
+    What is random depends on the seed and the key of an item only: not on the process that reads it, nor on those that
+    were read before.
+
+    Args:
+        data: A data set. Its items are data, or pairs of data and context. 8-bit images are scaled to [-1, 1].
+        transform: Changes the data of an item at random; None changes nothing.
+        noise: The noise of the flow's images; None for flows over tokens.
+        dropout: Probability of dropping a context.
+        stream: Number of the random stream.
+    """
+
+    data: Any
+    transform: Callable[[Any], Tensor] | None
+    noise: Noise | None
+    dropout: float
+    seed: int
+    stream: int
+
+    def __getitem__(self, key: Key) -> tuple[Any, ...]:
+        epoch, index = key
+        with keyed_randomness(self.seed, self.stream, epoch, index):
+            item = self.data[index]
+            x, context = item if isinstance(item, tuple | list) else (item, None)
+            x = x if self.transform is None else self.transform(x)
+            x = scale(x) if x.dtype == torch.uint8 else x
+            x = x if self.noise is None else add_noise(x, self.noise)
+            is_dropped = torch.rand(()) < self.dropout
+        return (x, is_dropped) if context is None else (x, is_dropped, torch.as_tensor(context))
+
+
+class StepKeys(Sampler[list[Key]]):
+    """The keys of this process for each part of each step. An epoch reads all items once, in a new order.
+
+    Args:
+        num: Number of items.
+        steps: The steps, counted from 0.
+    """
+
+    def __init__(self, num: int, steps: range, config: TrainConfig, processes: Processes) -> None:
+        self.num, self.steps, self.config, self.processes = num, steps, config, processes
+        self._order = lru_cache(maxsize=1)(self._draw_order)
+
+    def __len__(self) -> int:
+        return len(self.steps) * self.config.accumulation
+
+    def __iter__(self) -> Iterator[list[Key]]:
+        for step in self.steps:
+            share = self.of_step(step)[self.processes.rank :: self.processes.count]
+            for part in range(self.config.accumulation):
+                yield share[part :: self.config.accumulation]
+
+    def of_step(self, step: int) -> list[Key]:
+        """Returns the keys of a step, for all processes."""
+        size = self.config.batch_size
+        epoch, batch = divmod(step, self.num // size)
+        return list(zip(repeat(epoch), self._order(epoch)[batch * size : (batch + 1) * size]))
+
+    def _draw_order(self, epoch: int) -> list[int]:
+        return torch.randperm(self.num, generator=keyed_generator(self.config.seed, _ORDER, epoch)).tolist()
+
+
+def training_items(
+    data: Any, config: TrainConfig, noise: Noise | None, transform: Callable[[Any], Tensor] | None
+) -> NoisyItems:
+    """Returns the items to train on."""
+    return NoisyItems(data, transform, noise, config.label_dropout, config.seed, _TRAINING)
+
+
+def held_out_items(data: Any, config: TrainConfig, noise: Noise | None) -> NoisyItems:
+    """Returns the items of the held-out loss, whose noise is the same every time."""
+    return NoisyItems(data, None, noise, 0.0, config.seed, _HELD_OUT)
+
+
+def load_batches(items: NoisyItems, keys: Sampler[list[Key]] | Sequence[list[Key]], workers: int) -> Iterator[Batch]:
+    """Yields a batch for each list of keys, read by worker processes if there are any."""
+    loader = DataLoader(
+        items, batch_sampler=keys, num_workers=workers, collate_fn=collate, worker_init_fn=_ignore_signals,
+        pin_memory=torch.cuda.is_available(),
+    )  # fmt: skip
+    yield from map(Batch._make, loader)
+
+
+def collate(items: list[tuple[Any, ...]]) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Stacks items as a `Batch`."""
+    x, is_dropped, *contexts = (torch.stack(column) for column in zip(*items, strict=True))
+    return x, contexts[0] if contexts else None, is_dropped
+
+
+def _ignore_signals(worker: int) -> None:
+    """Leaves signals to the training process, which needs its workers until the end of the step."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
