@@ -299,6 +299,7 @@ class _Watch:
 
     def raise_failure(self, error: BaseException) -> None:
         """Raises the failure of another process that caused `error`, or else tells the others of `error`."""
+        self.stop()
         if isinstance(error, ProcessFailed):
             return
         is_lost = isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import signal
+import tempfile
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import cache
@@ -12,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 import jacobiflow as jf
 from jacobiflow.data import ImageDataset, digits
@@ -40,15 +43,27 @@ def fit(out: Path, settings: TrainConfig = SETTINGS, config: jf.TarFlowConfig = 
 
 
 def interrupt_at(*steps: int) -> Callable[[TrainMetrics], None]:
+    """A signal after each of these steps; the step that follows is the last one."""
+
     def on_step(report: TrainMetrics) -> None:
         if report.step in steps:
-            raise KeyboardInterrupt
+            signal.raise_signal(signal.SIGINT)
 
     return on_step
 
 
+def last_step(out: Path) -> int:
+    """The step of the checkpoint in a folder; 0 without one."""
+    (name,) = [path.name for path in out.glob("checkpoint-*")] or ["checkpoint-0"]
+    return int(name.partition("-")[2])
+
+
 def checkpoint(out: Path) -> dict[str, Any]:
-    return torch.load(out / "checkpoint.pt", weights_only=True)
+    """The tensors of the checkpoint, read by PyTorch alone."""
+    (folder,) = out.glob("checkpoint-*")
+    with tempfile.TemporaryDirectory() as temporary:
+        dcp_to_torch_save(folder, Path(temporary) / "file")
+        return {"step": last_step(out), **torch.load(Path(temporary) / "file")}
 
 
 def metrics(out: Path) -> list[dict[str, Any]]:
@@ -75,7 +90,7 @@ def assert_same_run(have: Path, want: Path) -> None:
     assert_same(checkpoint(have), checkpoint(want))
     assert_same(metrics(have), metrics(want))
     assert (have / "model.safetensors").read_bytes() == (want / "model.safetensors").read_bytes()
-    assert sorted(os.listdir(have)) == sorted(os.listdir(want))
+    assert {*os.listdir(have)} == {*os.listdir(want)}
 
 
 def error_of(call: Callable[[], object]) -> str:

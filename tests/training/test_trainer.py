@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import shutil
 import signal
 import threading
 from dataclasses import replace
-from itertools import count
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file as read_file
 from torch import Tensor
 
 import jacobiflow as jf
-from jacobiflow.data import Augmentation, ImageDataset, Noise
-from jacobiflow.training import TrainConfig, TrainMetrics, problems, read_metrics, train
+from jacobiflow.data import ImageDataset
+from jacobiflow.training import TrainConfig, TrainMetrics, image_transform, problems, read_metrics, train
 from tests.helpers.running import run_line
 from tests.helpers.training_runs import (
     CONFIG,
@@ -32,6 +31,7 @@ from tests.helpers.training_runs import (
     fit,
     fresh,
     interrupt_at,
+    last_step,
     some_digits,
 )
 
@@ -52,56 +52,36 @@ def test_a_resumed_run_ends_as_an_undisturbed_one(undisturbed: Path, tmp_path: P
     for step in (1, 8):
         with pytest.raises(KeyboardInterrupt):
             fit(tmp_path, on_step=interrupt_at(step))
-        assert checkpoint(tmp_path)["step"] == step
-        assert not (tmp_path / "model.safetensors").exists()
+        assert last_step(tmp_path) == step + 1
+        assert jf.load(tmp_path).recommended == jf.SamplingSettings(denoise=1.0), "it can be sampled meanwhile"
     fit(tmp_path)
     fit(tmp_path, on_step=interrupt_at(*range(14)))  # no step is left to do
     assert_same_run(tmp_path, undisturbed)
 
 
-@pytest.mark.parametrize(
-    ("kind", "name", "step"),
-    [(jf.TarFlow, "normalize", 7), (json, "dumps", 5)],  # before the update, and after it
-)
-def test_an_interruption_within_a_step_saves_no_half_step(
-    kind: Any, name: str, step: int, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_terminated_command_leaves_a_checkpoint(
+    number: signal.Signals, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    call, calls = getattr(kind, name), count(1)
-
-    def interrupted(*args: Any, **kwargs: Any) -> Any:
-        result = call(*args, **kwargs)
-        if next(calls) == 8:
-            raise KeyboardInterrupt
-        return result
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(kind, name, interrupted)
-        fit(tmp_path)
-    assert checkpoint(tmp_path)["step"] == step
-    fit(tmp_path)
-    assert_same_run(tmp_path, undisturbed)
-
-
-def test_a_terminated_command_leaves_a_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     ended = threading.Event()
 
     def terminate() -> None:
-        while not (tmp_path / "checkpoint.pt").exists():
+        while not (tmp_path / "metrics.jsonl").exists():
             if ended.wait(0.01):
                 return
-        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), number)
 
-    handler = signal.getsignal(signal.SIGTERM)
+    handler = signal.getsignal(number)
     thread = threading.Thread(target=terminate)
     thread.start()
     try:
-        shown = run_line(f"train {SIZE} --no-bf16 --steps 100000 --out {tmp_path}", capsys)
+        shown = run_line(f"train {SIZE} --no-bf16 --steps 100000 --checkpoint-every 5 --out {tmp_path}", capsys)
     finally:
         ended.set()
         thread.join()
     assert (shown.code, shown.err.splitlines()[-1]) == (130, "interrupted")
-    assert signal.getsignal(signal.SIGTERM) is handler
-    assert [report.step for report in read_metrics(tmp_path)] == list(range(1, checkpoint(tmp_path)["step"] + 1))
+    assert signal.getsignal(number) is handler
+    assert [report.step for report in read_metrics(tmp_path)] == list(range(1, last_step(tmp_path) + 1))
 
 
 def test_the_loss_falls_and_the_averaged_flow_is_the_model_folder(tmp_path: Path) -> None:
@@ -142,7 +122,7 @@ def test_every_parameter_is_trained_and_the_average_follows(config: jf.TarFlowCo
         for name, parameter in flow.named_parameters():
             want[name] = decay * want[name] + (1 - decay) * parameter.detach()
 
-    average = train(flow, some_digits(), replace(SETTINGS, ema_decay=0.5, weight_decay=0.0), tmp_path, on_step)
+    average = train(flow, some_digits(), replace(SETTINGS, ema_decay=0.5, weight_decay=0.0), tmp_path, on_step=on_step)
     for name, parameter in average.named_parameters():
         assert torch.allclose(parameter, want[name], atol=1e-6), name
         assert not torch.equal(parameter, before[name]), name
@@ -169,7 +149,7 @@ def test_steps_are_of_new_orders_noise_and_dropped_labels(tmp_path: Path, monkey
     monkeypatch.setattr(jf.TarFlow, "normalize", recorded)
     grey = torch.arange(40, dtype=torch.uint8).view(-1, 1, 1, 1).expand(40, 1, 8, 8).contiguous()
     config = replace(CONFIG, noise_std=1e-3)
-    settings = replace(SETTINGS, steps=60, label_dropout=0.25, noise=Noise("gaussian", 1e-3))
+    settings = replace(SETTINGS, steps=60, label_dropout=0.25)
     average = train(fresh(config), ImageDataset(grey, torch.arange(40) % 10), settings, tmp_path)
     seen, labels = (torch.cat(column) for column in zip(*batches, strict=True))
     orders = seen.view(12, 40)
@@ -183,7 +163,7 @@ def test_steps_are_of_new_orders_noise_and_dropped_labels(tmp_path: Path, monkey
     assert not torch.allclose(average.var, torch.ones(()), atol=0.2)
 
 
-def test_a_label_is_trained_by_its_context_and_a_dropped_one_by_the_last(
+def test_a_text_is_trained_by_its_states_and_a_dropped_one_by_the_empty_text(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     batches: list[tuple[Tensor, Tensor]] = []
@@ -196,17 +176,51 @@ def test_a_label_is_trained_by_its_context_and_a_dropped_one_by_the_last(
     monkeypatch.setattr(jf.STARFlow, "normalize", recorded)
     shape = {"text_tokens": 2, "text_channels": 3, "head_dim": 20, "noise_std": 1e-3}
     flow = jf.STARFlow(jf.STARFlowConfig(1, 8, 4, 20, (1,), **shape))  # type: ignore[arg-type]
+    states = torch.randn(5, 2, 3)
+    flow.blocks[-1].null_text.copy_(states[4])
     grey = torch.arange(40, dtype=torch.uint8).view(-1, 1, 1, 1).expand(40, 1, 8, 8).contiguous()
-    data, contexts = ImageDataset(grey, torch.arange(40) % 4), torch.randn(5, 2, 3)
-    settings = replace(SETTINGS, steps=20, label_dropout=0.25, noise=Noise("gaussian", 1e-3))
-    with pytest.raises(ValueError, match="contexts: 4 rows; give one for each label of the images, and last one for"):
-        train(flow, data, settings, tmp_path, contexts=contexts[:4])
-    train(flow, data, settings, tmp_path, contexts=contexts)
-    seen, states = (torch.cat(column) for column in zip(*batches, strict=True))
-    dropped = (states == contexts[4]).all(dim=(1, 2))
-    assert torch.equal(states[~dropped], contexts[seen[~dropped] % 4])
-    assert dropped.double().mean() == pytest.approx(0.25, abs=4 * math.sqrt(0.25 * 0.75 / len(states)))
-    assert "of another run (images=" in error_of(lambda: train(flow, data, settings, tmp_path, contexts=contexts + 1))
+    data = [(image, states[i % 4]) for i, image in enumerate(grey)]
+    train(flow, data, replace(SETTINGS, steps=20, label_dropout=0.25), tmp_path)
+    seen, given = (torch.cat(column) for column in zip(*batches, strict=True))
+    dropped = (given == states[4]).all(dim=(1, 2))
+    assert torch.equal(given[~dropped], states[seen[~dropped] % 4])
+    assert dropped.double().mean() == pytest.approx(0.25, abs=4 * math.sqrt(0.25 * 0.75 / len(given)))
+
+
+def test_tokens_with_numbers_are_trained_without_noise(tmp_path: Path) -> None:
+    """The flow learns that its data are their context, moved and scaled."""
+    numbers = torch.randn(200, 2)
+    tokens = numbers[:, :1, None] + 0.1 * torch.randn(200, 3, 1, generator=torch.Generator().manual_seed(0))
+    config = jf.TokenConfig(3, 1, 16, num_blocks=2, layers_per_block=1, head_dim=8, context_channels=2)
+    settings = replace(SETTINGS, steps=150, batch_size=50, learning_rate=1e-2)
+    torch.manual_seed(0)
+    flow = train(jf.TarFlow(config), list(zip(tokens, numbers, strict=True)), settings, tmp_path)
+    entropy = 3 * (0.5 * math.log(2 * math.pi * math.e) + math.log(0.1))
+    with torch.no_grad():
+        assert -flow.log_prob(tokens, numbers).mean() < entropy + 2
+    last = read_metrics(tmp_path)[-1]
+    assert last.bits_per_dim is None and flow.recommended == jf.SamplingSettings()
+
+
+def test_the_held_out_loss_is_that_of_the_averaged_flow(tmp_path: Path) -> None:
+    config = replace(CONFIG, nvp=True, noise_std=1e-4)
+    average = fit(tmp_path, SETTINGS, config, held_out=some_digits())
+    images, labels = some_digits().batch(slice(None))
+    with torch.no_grad():
+        z, log_det = average.normalize(images, labels)
+    want = 0.5 * z.square().mean() - log_det.mean() / 64
+    found = [metrics.held_out_loss for metrics in read_metrics(tmp_path)]
+    assert [step for step, loss in enumerate(found, 1) if loss is not None] == [5, 10, 12]
+    assert found[-1] == pytest.approx(float(want), abs=1e-3)
+
+
+@pytest.mark.parametrize("change", [{"accumulation": 3}, {"recompute": True}, {"workers": 2}])
+def test_what_saves_memory_or_time_changes_no_result(change: Any, undisturbed: Path, tmp_path: Path) -> None:
+    fit(tmp_path, replace(SETTINGS, **change))
+    have, want = (read_file(folder / "model.safetensors") for folder in (tmp_path, undisturbed))
+    assert max(float((have[name] - want[name]).abs().max()) for name in want if "qkv.bias" not in name) < 1e-5
+    for have_step, want_step in zip(read_metrics(tmp_path), read_metrics(undisturbed), strict=True):
+        assert have_step.loss == pytest.approx(want_step.loss, abs=2e-6)
 
 
 def test_images_are_augmented_anew_in_every_epoch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -219,14 +233,9 @@ def test_images_are_augmented_anew_in_every_epoch(tmp_path: Path, monkeypatch: p
 
     monkeypatch.setattr(jf.TarFlow, "normalize", recorded)
     image = torch.arange(64, dtype=torch.uint8).view(1, 1, 8, 8)
-    settings = replace(
-        SETTINGS,
-        steps=30,
-        batch_size=1,
-        noise=Noise("gaussian", 1e-4),
-        augmentation=Augmentation(horizontal_flip=True, translate=1),
-    )
-    train(fresh(replace(CONFIG, noise_std=1e-4)), ImageDataset(image, torch.tensor([3])), settings, tmp_path)
+    settings, flow = replace(SETTINGS, steps=30, batch_size=1), fresh(replace(CONFIG, noise_std=1e-4))
+    transform = image_transform((1, 8, 8), horizontal_flip=True, translate=1)
+    train(flow, ImageDataset(image, torch.tensor([3])), settings, tmp_path, transform=transform)
     assert seen > {27, 28, 35, 36}  # of the image, or of its mirror, moved
 
 
@@ -239,20 +248,22 @@ def test_the_learning_rate_warms_up_and_falls_by_a_cosine(undisturbed: Path) -> 
     assert replace(settings, warmup=0).rate(0) == pytest.approx(0.02)
     rates = [report.rate for report in read_metrics(undisturbed)]
     assert rates == pytest.approx([SETTINGS.rate(step) for step in range(12)], abs=1e-6)
-    assert checkpoint(undisturbed)["optimizer"]["param_groups"][0]["lr"] == SETTINGS.rate(11)
 
 
 def test_what_does_not_fit_is_refused_before_anything_is_written(tmp_path: Path) -> None:
     out, data = tmp_path / "out", some_digits()
-    colour, noise = ImageDataset(data.images.expand(-1, 3, -1, -1).contiguous(), data.labels), Noise("gaussian", 0.2)
+    colour = ImageDataset(data.images.expand(-1, 3, -1, -1).contiguous(), data.labels)
     few_classes = replace(CONFIG, num_classes=3)
     for message, call in {
-        "images are (3, 8, 8), the flow takes (1, 8, 8)": lambda: train(fresh(), colour, SETTINGS, out),
-        "batch_size=44: there are only 43 images": lambda: fit(out, replace(SETTINGS, batch_size=44)),
-        "noise of std 0.2, but the flow's config has noise_std=0.1": lambda: fit(out, replace(SETTINGS, noise=noise)),
+        "batch_size=44: there are only 43 samples": lambda: fit(out, replace(SETTINGS, batch_size=44)),
+        "batch_size=8: less than a sample for each of 1 processes and 9 parts; give at least 9": lambda: fit(
+            out, replace(SETTINGS, accumulation=9)
+        ),
         "label 9: this flow has classes 0 to 2 (below 0: no class)": lambda: fit(out, config=few_classes),
     }.items():
         assert error_of(call) == message
+    message = "data=a tensor (1, 3, 8, 8) of torch.float32: give a torch.Tensor of floating-point numbers (N, 1, 8, 8)"
+    assert error_of(lambda: train(fresh(), colour, SETTINGS, out)) == message
     with pytest.raises(TypeError, match="config='x' of type str: give "):
         train(fresh(), data, "x", out)  # type: ignore[arg-type]
     assert not out.exists()
@@ -266,33 +277,27 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(tmp_path: Path)
 def test_a_loss_that_is_not_finite_ends_training_and_keeps_the_last_checkpoint(tmp_path: Path) -> None:
     settings = replace(SETTINGS, steps=50, learning_rate=1e6, max_grad_norm=1e6, warmup=0, checkpoint_every=1)
     message = error_of(lambda: fit(tmp_path, settings))
-    state = checkpoint(tmp_path)
     assert "smaller learning rate" in message
-    assert message.startswith(f"step {state['step'] + 1}: loss ")
-    assert all(torch.isfinite(tensor).all() for tensor in state["flow"].values())
+    assert message.startswith(f"step {last_step(tmp_path) + 1}: loss ")
+    assert all(torch.isfinite(tensor).all() for tensor in checkpoint(tmp_path)["flow"].values())
 
 
 def test_other_labels_and_problems_are_named(undisturbed: Path, tmp_path: Path) -> None:
     run, data = Path(shutil.copytree(undisturbed, tmp_path / "run")), some_digits()
     assert list(problems(run)) == []
     other = ImageDataset(data.images, data.labels.flip(0))
-    assert "of another run (images=" in error_of(lambda: train(fresh(), other, SETTINGS, run))
+    assert "of another run (data=" in error_of(lambda: train(fresh(), other, SETTINGS, run))
     log = run / "metrics.jsonl"
     log.write_text(log.read_text().splitlines()[0] + "\n")
     assert list(problems(run)) == [f"{log}: lacks 11 of 12 steps; training goes on without them"]
     log.write_text("mine\n")
     (problem,) = problems(run)
     assert problem.startswith(f"{log}: line 1 is not of this trainer")
-    state = checkpoint(run)
-    torch.save(state | {"step": -5}, run / "checkpoint.pt")
-    (problem,) = problems(run)
-    assert "not a checkpoint (Expected `int` >= 0" in problem
-    del state["format_version"]
-    torch.save(state, run / "checkpoint.pt")
+    (run / "run.json").write_text('{"format_version": 2}')
     assert error_of(lambda: fit(run)) == (
-        f"{run}/checkpoint.pt: made by an earlier version of jacobiflow; go on with that version, or move it away, or "
-        "give another folder"
+        f"{run}/run.json: of another version of jacobiflow; go on with that version, or move it away, or give another "
+        "folder"
     )
-    (run / "checkpoint.pt").write_bytes(b"mine")
+    (run / "run.json").write_bytes(b"mine")
     (problem,) = problems(run)
-    assert "not a checkpoint" in problem
+    assert "run.json: not of this trainer" in problem

@@ -16,9 +16,10 @@ __all__ = ["TrainConfig", "TrainMetrics", "image_transform", "problems", "read_m
 
 def __getattr__(name: str) -> Any:
     """Imports PyTorch only when it is needed; the command line reads the options from `TrainConfig` alone."""
-    from jacobiflow.training import folder, trainer, transforms
+    if name in __all__:
+        from jacobiflow.training.folder import TrainMetrics, problems, read_metrics
+        from jacobiflow.training.trainer import train
+        from jacobiflow.training.transforms import image_transform
 
-    for module in (folder, trainer, transforms):
-        if name in __all__ and hasattr(module, name):
-            return getattr(module, name)
+        return {each.__name__: each for each in (TrainMetrics, problems, read_metrics, train, image_transform)}[name]
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

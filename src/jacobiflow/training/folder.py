@@ -18,13 +18,14 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict_loader import load as load_distributed
 from torch.distributed.checkpoint.state_dict_saver import save as save_distributed
 
 from jacobiflow.distributed import Processes
 from jacobiflow.errors import InputError, InputValueError, first_line
 from jacobiflow.utils.checks import format_value
-from jacobiflow.utils.files import parse_json, read_json, regular_file, write_json
+from jacobiflow.utils.files import parse_json, read_json, regular_file, remove_partials, write_atomically, write_json
 
 RUN = "run.json"
 METRICS = "metrics.jsonl"
@@ -122,34 +123,52 @@ def last_checkpoint(out: Path) -> tuple[int, Path] | None:
 def write_checkpoint(out: Path, step: int, state: dict[str, Any], processes: Processes) -> None:
     """Writes a checkpoint, to which every process adds its part, and removes earlier ones."""
     path, partial = out / _CHECKPOINT.format(step), out / _PARTIAL
-    processes.run_on_rank_zero(lambda: shutil.rmtree(partial, ignore_errors=True))
-    with _quiet():
+    processes.run_on_rank_zero(lambda: remove_leftovers(out))
+    with _plain_errors():
         save_distributed(state, checkpoint_id=partial)
 
     def replace_earlier() -> None:
         partial.rename(path)
-        for earlier in out.glob(_ANY_CHECKPOINT):
-            if earlier != path:
-                shutil.rmtree(earlier)
+        remove_leftovers(out)
 
     processes.run_on_rank_zero(replace_earlier)
+
+
+def remove_leftovers(out: Path) -> None:
+    """Removes all checkpoints but the last one, and files that killed processes have left."""
+    remove_partials(out)
+    for path in (out / _PARTIAL, *sorted(out.glob(_ANY_CHECKPOINT))[:-1]):
+        if path.exists():
+            shutil.rmtree(path)
+
+
+def trim_metrics(out: Path, step: int) -> None:
+    """Removes the metrics of steps after `step`, which a run that resumes there takes again."""
+    if (out / METRICS).exists():
+        lines = [metrics.line() for metrics in read_metrics(out) if metrics.step <= step]
+        write_atomically(out / METRICS, "".join(lines).encode())
 
 
 def read_checkpoint(path: Path, state: dict[str, Any]) -> None:
     """Reads a checkpoint into the tensors of `state`; every process reads the parts that it holds."""
     try:
-        with _quiet():
+        regular_file(path / ".metadata")
+        with _plain_errors():
             load_distributed(state, checkpoint_id=path)
     except Exception as error:  # It raises many kinds of exceptions for damaged files.
         raise InputValueError(f"{path}: damaged, or of another flow ({first_line(error)}); {_REMEDY}") from error
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Hides the warning that a single process saves alone."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        yield
+def _plain_errors() -> Iterator[None]:
+    """Raises the error of a process in place of PyTorch's list of them, and hides a warning that there is only one."""
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+            yield
+    except CheckpointException as errors:
+        first_error, _ = next(iter(errors.failures.values()))
+        raise first_error from errors
 
 
 def problems(path: Path) -> Iterator[str]:

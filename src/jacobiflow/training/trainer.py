@@ -31,8 +31,9 @@ from jacobiflow.training.folder import (
     TrainMetrics,
     last_checkpoint,
     read_checkpoint,
-    read_metrics,
+    remove_leftovers,
     start_or_resume,
+    trim_metrics,
     write_checkpoint,
 )
 from jacobiflow.training.loading import (
@@ -47,7 +48,7 @@ from jacobiflow.training.loading import (
 from jacobiflow.training.parallel import ParallelFlow, to_flow
 from jacobiflow.training.signals import StopSignals
 from jacobiflow.utils.checks import check_kind
-from jacobiflow.utils.files import locked, remove_partials, write_atomically
+from jacobiflow.utils.files import locked
 from jacobiflow.utils.progress import Progress
 
 _PRIOR_MOMENTUM = 0.1  # Weight of the newest batch in the moving average of z^2.
@@ -177,7 +178,6 @@ def _prepare_folder(out: Path, run: dict[str, Any], stack: ExitStack) -> None:
     stack.enter_context(locked(out))
     check_own_model(out)
     start_or_resume(out, run)
-    remove_partials(out)
 
 
 class _Run:
@@ -195,7 +195,8 @@ class _Run:
         self.items, self.held_out, self.config, self.out, self.processes = items, held_out, config, out, processes
         checkpoint = last_checkpoint(out)
         self.step, self.seconds, self.stopped = 0 if checkpoint is None else checkpoint[0], 0.0, False
-        self._saved_step, self._unsaved_lines = self.step if checkpoint else -1, list[str]()
+        self._checkpoint_step, self._model_step = self.step if checkpoint else -1, -1
+        self._unsaved_lines = list[str]()
         if checkpoint is None and type(flow).initialize is not Flow.initialize:
             keys = StepKeys(len(items.data), range(1), config, Processes()).of_step(0)
             flow.initialize(*to_flow(Batch(*collate([items[key] for key in keys])), flow))
@@ -210,6 +211,8 @@ class _Run:
             self.parallel.update_average()
         else:
             self._resume(checkpoint[1])
+        processes.run_on_rank_zero(partial(trim_metrics, out, self.step))
+        processes.run_on_rank_zero(partial(remove_leftovers, out))
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(
             self.optimizer, lambda step: config.rate(step) / config.learning_rate, last_epoch=self.step - 1
         )
@@ -281,17 +284,19 @@ class _Run:
         return float(total / num)
 
     def save(self) -> None:
-        """Writes the metrics, the model folder and the checkpoint, unless the last checkpoint is of this step."""
-        if self.step == self._saved_step:
-            return
-        average = self.parallel.averaged_flow()
-        if average is not None:
+        """Writes the metrics, the model folder and the checkpoint of this step, unless they are written."""
+        if self.processes.rank == 0 and self._unsaved_lines:
             with (self.out / METRICS).open("a") as log:
                 log.writelines(self._unsaved_lines)
-            write_model(average, self.out)
         self._unsaved_lines.clear()
-        write_checkpoint(self.out, self.step, self._state(), self.processes)
-        self._saved_step = self.step
+        if self._model_step != self.step:
+            average = self.parallel.averaged_flow()
+            if average is not None:
+                write_model(average, self.out)
+            self._model_step = self.step
+        if self._checkpoint_step != self.step:
+            write_checkpoint(self.out, self.step, self._state(), self.processes)
+            self._checkpoint_step = self.step
 
     def _state(self) -> dict[str, Any]:
         """Returns the tensors of a checkpoint."""
@@ -300,13 +305,10 @@ class _Run:
         return {**self.parallel.state(), "optimizer": optimizer, "seconds": seconds}
 
     def _resume(self, checkpoint: Path) -> None:
-        """Reads a checkpoint, and removes the metrics of later steps."""
+        """Reads a checkpoint."""
         for parameter in self.parallel.loss.parameters():
             moments = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
             self.optimizer.state[parameter] = {"step": torch.tensor(0.0), **moments}
         state = self._state()
         read_checkpoint(checkpoint, state)
         self.seconds = float(state["seconds"])
-        if self.processes.rank == 0:
-            lines = [metrics.line() for metrics in read_metrics(self.out) if metrics.step <= self.step]
-            write_atomically(self.out / METRICS, "".join(lines).encode())
