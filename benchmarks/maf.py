@@ -20,7 +20,7 @@ import jacobiflow as jf
 from benchmarks.common import RESULTS, ROOT, Json, parser, read, without_native
 from jacobiflow.comparison.baselines import original_sampler
 from jacobiflow.data import Noise, load_images
-from jacobiflow.data.augmentation import add_noise, keyed_generator
+from jacobiflow.data.noise import add_noise, keyed_generator
 from jacobiflow.models.memory import keep_freed_memory
 from jacobiflow.utils.files import write_json
 from jacobiflow.utils.timing import describe_machine

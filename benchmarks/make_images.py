@@ -62,7 +62,7 @@ def labels_of(data: ImageDataset) -> Tensor:
 
 
 def write_images(data: ImageDataset, out: Path) -> None:
-    archive, images = io.BytesIO(), data.images.numpy()
+    archive, images = io.BytesIO(), data.images[:].numpy()
     grey = images.shape[1] == 1
     np.savez_compressed(
         archive, images=images[:, 0] if grey else images, labels=labels_of(data).numpy().astype(np.uint8)

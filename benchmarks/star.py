@@ -22,7 +22,7 @@ from benchmarks.peers import starflow
 from examples.captions import GUIDANCE, captioned_emoji, load
 from jacobiflow import plots
 from jacobiflow.comparison.baselines import TOKEN_LOOP, original_sampler
-from jacobiflow.data import Noise, add_noise
+from jacobiflow.data import Noise, add_noise, scale
 from jacobiflow.evaluation import paired_error
 from jacobiflow.models.latents import draw_latents
 from jacobiflow.utils.timing import time_interleaved
@@ -73,10 +73,9 @@ def speeds(rounds: int, key: Json) -> Json:
 def blocks(key: Json) -> Json:
     """IGM of each guess and sweeps of each block, over captioned emoji with the noise of the training."""
     flow = load().guided(GUIDANCE if key["blocks"] == "guided" else None)
-    data, captions = captioned_emoji()
-    index = torch.arange(CALIBRATED) * len(data) // CALIBRATED
-    images, _ = data.batch(index)
-    noisy = add_noise(images, Noise("gaussian", flow.config.noise_std), torch.Generator().manual_seed(0))
+    emoji, captions = captioned_emoji()
+    index = torch.arange(CALIBRATED) * len(emoji) // CALIBRATED
+    noisy = add_noise(scale(emoji[index]), Noise("gaussian", flow.config.noise_std), torch.Generator().manual_seed(0))
     report = jf.calibrate(
         flow, noisy, context=[captions[i] for i in index.tolist()], num_convergence_samples=CURVE_SAMPLES
     )
@@ -92,15 +91,15 @@ def blocks(key: Json) -> Json:
 def follows(key: Json) -> Json:
     """The shares of samples whose nearest emoji, or one of the nearest five, is that of their caption."""
     settings = jf.SamplingSettings(GUIDANCE if key["follows"] == "guided" else None, denoise=1.0)
-    data, captions = captioned_emoji()
-    pixels, _ = data.batch(torch.arange(len(data)))
-    index = torch.arange(FOLLOWED) * len(data) // FOLLOWED
+    emoji, captions = captioned_emoji()
+    pixels = scale(emoji)
+    index = torch.arange(FOLLOWED) * len(emoji) // FOLLOWED
     context = [captions[i] for i in index.tolist()]
     out = jf.sample(load(), FOLLOWED, context=context, settings=settings, batch_size=32)
     distances = torch.cdist(out.images.flatten(1).clamp(-1, 1), pixels.flatten(1))
     nearest = distances.topk(5, largest=False).indices == index.unsqueeze(1)
     return {
-        "samples": FOLLOWED, "emoji": len(data), "nearest": float(nearest[:, 0].float().mean()),
+        "samples": FOLLOWED, "emoji": len(emoji), "nearest": float(nearest[:, 0].float().mean()),
         "among_five": float(nearest.any(dim=1).float().mean()), "outcome": str(out.outcome),
     }  # fmt: skip
 

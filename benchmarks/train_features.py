@@ -20,8 +20,9 @@ from safetensors.torch import save
 from benchmarks.common import RESULTS, parser
 from benchmarks.features import ConvolutionalFeatures, statistics_file, weights_file
 from benchmarks.make_images import emoji, labels_of
-from jacobiflow.data import Augmentation, ImageDataset, Split, augment, load_images, quantize, scale
+from jacobiflow.data import ImageDataset, Split, load_images
 from jacobiflow.evaluation import FeatureStatistics, extract_features, frechet_distance
+from jacobiflow.training import image_transform
 from jacobiflow.utils.files import write_atomically, write_json
 from jacobiflow.utils.timing import describe_machine
 
@@ -31,13 +32,13 @@ BATCH, RATE = 128, 4e-3
 def classified(network: ConvolutionalFeatures, _: ImageDataset, test: ImageDataset) -> float:
     """Share of test images whose largest output is their class."""
     with torch.no_grad():
-        classes = torch.cat([network.output(network(part)).argmax(dim=1) for part in test.images.split(500)])
+        classes = torch.cat([network.output(network(part)).argmax(dim=1) for part in test.images[:].split(500)])
     return float((classes == labels_of(test)).double().mean())
 
 
 def nearest(network: ConvolutionalFeatures, train: ImageDataset, test: ImageDataset) -> float:
     """Share of test images whose nearest training image, by the angle between features, is of their class."""
-    train_features, test_features = (F.normalize(extract_features(network, [data.images])) for data in (train, test))
+    train_features, test_features = (F.normalize(extract_features(network, [data.images[:]])) for data in (train, test))
     return float(
         (labels_of(train)[(test_features @ train_features.T).argmax(dim=1)] == labels_of(test)).double().mean()
     )
@@ -48,7 +49,7 @@ class Recipe(NamedTuple):
 
     read: Callable[[Split], ImageDataset]
     epochs: int
-    augmentation: Augmentation
+    transform: Callable[[torch.Tensor], torch.Tensor]
     instances: bool
     accuracy: Callable[[ConvolutionalFeatures, ImageDataset, ImageDataset], float]
 
@@ -57,11 +58,11 @@ RECIPES = {
     "fashion": Recipe(
         partial(load_images, "fashion-mnist", 28, 1),
         12,
-        Augmentation(horizontal_flip=True, translate=2),
+        image_transform((1, 28, 28), horizontal_flip=True, translate=2),
         False,
         classified,
     ),
-    "emoji": Recipe(emoji, 40, Augmentation(horizontal_flip=True, translate=3, hue=10), True, nearest),
+    "emoji": Recipe(emoji, 40, image_transform((3, 32, 32), horizontal_flip=True, translate=3, hue=10), True, nearest),
 }
 
 
@@ -78,7 +79,7 @@ def fit(kind: str, recipe: Recipe, train: ImageDataset, test: ImageDataset) -> C
         network.train()
         order = torch.randperm(len(train), generator=generator)
         for index in order[: per_epoch * BATCH].split(BATCH):
-            images = quantize(augment(scale(train.images[index]), recipe.augmentation, generator))
+            images = torch.stack([recipe.transform(image) for image in train.images[index]])
             optimizer.zero_grad()
             with torch.autocast("cpu", torch.bfloat16):
                 logits = network.output(network(images))
@@ -101,9 +102,9 @@ def main() -> None:
     network = fit(kind, recipe, train, test)
     data = save({name: value.contiguous() for name, value in network.state_dict().items()})
     write_atomically(weights_file(kind), data)
-    features = extract_features(network, [train.images])
+    features = extract_features(network, [train.images[:]])
     real, unseen = (
-        FeatureStatistics.from_features(each) for each in (features, extract_features(network, [test.images]))
+        FeatureStatistics.from_features(each) for each in (features, extract_features(network, [test.images[:]]))
     )
     real.save(statistics_file(kind))
     generator = torch.Generator().manual_seed(0)

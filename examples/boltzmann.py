@@ -17,12 +17,15 @@ import torch
 from jaxtyping import Bool, Float
 from openmm.unit import MOLAR_GAS_CONSTANT_R
 from torch import Tensor
+from torch.utils.data import Dataset
 
 import jacobiflow as jf
 from examples.molecule import ATOMS, BIAS, KELVIN, PHI, PSI, energies, simulation, to_internal, to_positions, torsion
+from jacobiflow import training
 
 MODEL = Path(__file__).parent / "alanine-dipeptide"
 TRAJECTORIES = Path("out/alanine-dipeptide")
+RUN = Path("runs/alanine-dipeptide")
 CONFIG = jf.TokenConfig(num_tokens=22, token_channels=3, channels=64, num_blocks=4, layers_per_block=2, head_dim=16)
 HAS = torch.tensor([[len(earlier) > k for k in range(3)] for _, _, earlier in ATOMS])
 """Which of bond, angle and torsion an atom has: the first three atoms lack six, and noise takes their places."""
@@ -58,9 +61,9 @@ class Coordinates:
         turns = torch.remainder(internal[..., 2] - self.cut, 2 * math.pi) / (2 * math.pi)
         return torch.cat((internal[..., :2], torch.special.ndtri(turns).unsqueeze(-1)), dim=-1)
 
-    def to_tokens(self, internal: Float[Tensor, "n 22 3"], generator: torch.Generator) -> Float[Tensor, "n 22 3"]:
+    def to_tokens(self, internal: Float[Tensor, "n 22 3"]) -> Float[Tensor, "n 22 3"]:
         """Returns the tokens of bonds, angles and torsions, with noise where an atom has none."""
-        noise = torch.randn(internal.shape, generator=generator, dtype=torch.float64)
+        noise = torch.randn(internal.shape, dtype=torch.float64)
         return torch.where(HAS, (self._unscaled(internal) - self.mean) / self.std, noise)
 
     def from_tokens(
@@ -130,35 +133,43 @@ def frames() -> tuple[Float[Tensor, "n 22 3"], Float[Tensor, " n"]]:
     return positions, torch.cat(weights) / len(positions)
 
 
-def train(minutes: float, size: int = 128, rate: float = 3e-3) -> None:
-    """Trains by maximum likelihood on frames drawn by their weights; writes the moving average of the parameters."""
-    torch.manual_seed(0)
-    generator = torch.Generator().manual_seed(0)
+class Frames(Dataset[Tensor]):
+    """Tokens of frames. Each item draws a frame by its weight, and noise where an atom has no coordinate."""
+
+    def __init__(
+        self, internal: Float[Tensor, "n 22 3"], weights: Float[Tensor, " n"], coordinates: Coordinates
+    ) -> None:
+        self.internal, self.bounds, self.coordinates = internal, weights.cumsum(dim=0), coordinates
+
+    def __len__(self) -> int:
+        return len(self.internal)
+
+    def __getitem__(self, index: int) -> Float[Tensor, "22 3"]:
+        row = torch.searchsorted(self.bounds, torch.rand((), dtype=torch.float64) * self.bounds[-1])
+        frame = self.internal[row.clamp(max=len(self.internal) - 1)].unsqueeze(0)
+        return self.coordinates.to_tokens(frame).squeeze(0).float()
+
+
+def train(steps: int) -> None:
+    """Trains by maximum likelihood on frames drawn by their weights; the same command again resumes a stopped run."""
     positions, weights = frames()
     internal = to_internal(positions.double())
     coordinates = Coordinates.fit(internal, weights)
-    bounds, flow = weights.cumsum(dim=0), jf.TarFlow(CONFIG)
-    average = torch.optim.swa_utils.AveragedModel(
-        flow, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.999), use_buffers=True
-    )
-    optimizer = torch.optim.AdamW(flow.parameters(), lr=rate, betas=(0.9, 0.95), weight_decay=1e-4)
-    started, step = time.perf_counter(), 0
-    while (share := (time.perf_counter() - started) / (60 * minutes)) < 1:
-        for group in optimizer.param_groups:
-            group["lr"] = rate * min(1, (step + 1) / 200) * (0.01 + 0.99 * (0.5 + 0.5 * math.cos(math.pi * share)))
-        draws = torch.rand(size, generator=generator, dtype=torch.float64) * bounds[-1]
-        rows = torch.searchsorted(bounds, draws).clamp(max=len(bounds) - 1)
-        loss = -flow.log_prob(coordinates.to_tokens(internal[rows], generator).float()).mean()
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(flow.parameters(), 1.0)
-        optimizer.step()
-        average.update_parameters(flow)
-        step += 1
-        if step % 100 == 0:
-            print(f"step {step}, {share:.0%}: {loss.item():.3f} nats", flush=True)
-            average.module.save_pretrained(MODEL)  # type: ignore[operator]
-            coordinates.save(MODEL / "coordinates.json")
+    torch.manual_seed(0)
+    settings = training.TrainConfig(steps, batch_size=128, learning_rate=3e-3, bf16=False)
+
+    def on_step(metrics: training.TrainMetrics) -> None:
+        if metrics.step % 100 == 0:
+            print(f"step {metrics.step}/{steps}  loss {metrics.loss:.4f}  {metrics.seconds:.0f} s", flush=True)
+
+    with jf.processes() as processes:
+        average = training.train(
+            jf.TarFlow(CONFIG), Frames(internal, weights, coordinates), settings, RUN, on_step=on_step,
+            processes=processes,
+        )  # fmt: skip
+    if processes.rank == 0:
+        average.save_pretrained(MODEL)
+        coordinates.save(MODEL / "coordinates.json")
 
 
 def weigh(num: int, seed: int) -> None:
@@ -184,13 +195,13 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", choices=("simulate", "train", "weigh"))
     parser.add_argument("--nanoseconds", type=int, default=25)
-    parser.add_argument("--minutes", type=float, default=30)
+    parser.add_argument("--steps", type=int, default=10_000)
     parser.add_argument("--num", type=int, default=10_000)
     parser.add_argument("--seed", type=int, default=1)
     options = parser.parse_args()
     if options.command == "simulate":
         simulate(options.nanoseconds, options.seed)
     elif options.command == "train":
-        train(options.minutes)
+        train(options.steps)
     else:
         weigh(options.num, options.seed)

@@ -13,12 +13,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
 from torch import Tensor
+from torch.utils.data import TensorDataset
 
 import jacobiflow as jf
 from jacobiflow import plots, training
-from jacobiflow.data import ImageDataset, Noise, read_image
+from jacobiflow.data import read_image
 from jacobiflow.models import Flow
 
 MODEL = Path(__file__).parent / "emoji-star"
@@ -46,8 +47,8 @@ def encode_text(prompts: list[str]) -> Float[Tensor, "n 12 64"]:
     return states
 
 
-def captioned_emoji(package: Path = PACKAGE) -> tuple[ImageDataset, list[str]]:
-    """Returns emoji on white, labelled by their captions, and the captions, such as "raised hand dark skin"."""
+def captioned_emoji(package: Path = PACKAGE) -> tuple[UInt8[Tensor, "n 3 32 32"], list[str]]:
+    """Returns emoji on white, and their captions, such as "raised hand dark skin"."""
     images, captions = [], []
     index = json.loads((package / "emoji.json").read_bytes())
     for entry in sorted(index, key=lambda entry: (entry["sort_order"], entry["unified"])):
@@ -60,30 +61,42 @@ def captioned_emoji(package: Path = PACKAGE) -> tuple[ImageDataset, list[str]]:
             if image is not None and image["has_img_google"]:
                 images.append(read_image(package / "img" / "google" / "64" / image["image"], CONFIG.image_size, 3))
                 captions.append(name)
-    return ImageDataset(torch.stack(images), torch.arange(len(images))), captions
+    return torch.stack(images), captions
 
 
 def train(steps: int) -> None:
     """Trains the model; the same command again resumes a run that was stopped."""
-    data, captions = captioned_emoji()
+    images, captions = captioned_emoji()
+    states = encode_text(captions)
     torch.manual_seed(0)
     flow = jf.STARFlow(CONFIG)
-    states = encode_text([*captions, ""])
-    flow.blocks[-1].null_text.copy_(states[-1])
-    settings = training.TrainConfig(steps, Noise("gaussian", CONFIG.noise_std), batch_size=32, sample_every=500)
+    flow.blocks[-1].null_text.copy_(encode_text([""])[0])
+    settings = training.TrainConfig(steps, batch_size=32, sample_every=500)
 
-    def on_step(report: training.TrainMetrics) -> None:
-        if report.step % 50 == 0:
-            print(f"step {report.step}/{steps}  {report.bits_per_dim:.3f} bits/dim  {report.seconds:.0f} s", flush=True)
+    def on_step(metrics: training.TrainMetrics) -> None:
+        if metrics.step % 50 == 0:
+            print(
+                f"step {metrics.step}/{steps}  {metrics.bits_per_dim:.3f} bits/dim  {metrics.seconds:.0f} s", flush=True
+            )
 
     def on_sample(average: Flow, step: int) -> None:
         assert isinstance(average, jf.STARFlow)
         average.encode_text = encode_text
         write_sheet(average, captions[:: len(captions) // 20][:20], RUN / f"samples-{step:06d}.png")
 
-    average = training.train(flow, data, settings, RUN, on_step, on_sample, contexts=states)
-    average.recommended = SETTINGS
-    average.save_pretrained(MODEL, dtype=torch.bfloat16)
+    with jf.processes() as processes:
+        average = training.train(
+            flow,
+            TensorDataset(images, states),
+            settings,
+            RUN,
+            on_step=on_step,
+            on_sample=on_sample,
+            processes=processes,
+        )
+    if processes.rank == 0:
+        average.recommended = SETTINGS
+        average.save_pretrained(MODEL, dtype=torch.bfloat16)
 
 
 def load() -> jf.STARFlow:

@@ -182,6 +182,11 @@ class Flow(nn.Module):
         return False
 
     @property
+    def stored(self) -> Flow:
+        """The flow that a model folder stores: itself, or for the view of a peptide the flow of any peptide."""
+        return self
+
+    @property
     def state_dtype(self) -> torch.dtype:
         """The dtype of tokens and residuals: float64 if the flow's weights are, else float32."""
         return torch.float64 if self.var.dtype == torch.float64 else torch.float32

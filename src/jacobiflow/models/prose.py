@@ -160,7 +160,7 @@ def _check_encodings(encodings: dict[str, Tensor]) -> dict[str, Int[Tensor, " t"
             raise InputValueError(f"{name}={tensor.tolist()}: give a whole number for each of {num_atoms} atoms")
         if not 1 <= int(tensor.min()) <= int(tensor.max()) < limit:
             raise InputValueError(f"{name}={tensor.tolist()}: give numbers from 1, which is no padding, to {limit - 1}")
-    return {name: tensor.expand(num_atoms) for name, tensor in encodings.items()}
+    return {name: tensor.expand(num_atoms).clone() for name, tensor in encodings.items()}
 
 
 @register_flow
@@ -182,6 +182,7 @@ class Prose(Flow):
     block_type = ProseBlock
     config: ProseConfig
     blocks: Sequence[ProseBlock]
+    _of_any_peptide: tuple[Prose, ...] = ()
 
     def __init__(self, config: ProseConfig) -> None:
         super().__init__(config)
@@ -212,6 +213,10 @@ class Prose(Flow):
         state["var"] = torch.ones(0, token_channels)
         return build(cls, config, state, str(path))
 
+    @property
+    def stored(self) -> Prose:
+        return self._of_any_peptide[0] if self._of_any_peptide else self
+
     def for_peptide(
         self, encodings: Mapping[str, Sequence[int] | Tensor | int], permutations: Mapping[str, Sequence[int] | Tensor]
     ) -> Self:
@@ -231,6 +236,7 @@ class Prose(Flow):
         tensors = _check_encodings(tensors)
         num_atoms = len(tensors["atom_type"])
         view = copy.copy(self)
+        view._of_any_peptide = (self,)  # A tuple hides it from `nn.Module`, whose submodule it is not.
         view.config = replace(self.config, num_tokens=num_atoms)
         view._modules, view._buffers = dict(self._modules), dict(self._buffers)
         view._non_persistent_buffers_set = set()

@@ -58,12 +58,12 @@ class NoisyItems(Dataset[Any]):
         epoch, index = key
         with keyed_randomness(self.seed, self.stream, epoch, index):
             item = self.data[index]
-            x, context = item if isinstance(item, tuple | list) else (item, None)
+            x, *context = item if isinstance(item, tuple | list) else (item,)
             x = x if self.transform is None else self.transform(x)
             x = scale(x) if x.dtype == torch.uint8 else x
             x = x if self.noise is None else add_noise(x, self.noise)
             is_dropped = torch.rand(()) < self.dropout
-        return (x, is_dropped) if context is None else (x, is_dropped, torch.as_tensor(context))
+        return (x, is_dropped, *map(torch.as_tensor, context))
 
 
 class StepKeys(Sampler[list[Key]]):

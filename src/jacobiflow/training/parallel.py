@@ -123,11 +123,12 @@ class ParallelFlow:
     def averaged_flow(self) -> Flow | None:
         """Returns the averaged flow in the first process, and None in the others; all of them call this.
 
-        If it is sharded, its weights are copied to the memory of the first process, one tensor at a time.
+        If it is sharded, it is the flow that a model folder stores, whose weights are copied to the memory of the first
+        process, one tensor at a time.
         """
         flow = self.average.flow
         if self.is_sharded:
-            state = {}
+            state, flow = {}, flow.stored
             for name, tensor in flow.state_dict().items():
                 whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
                 if self.processes.rank == 0:

@@ -292,7 +292,7 @@ class _Run:
         if self._model_step != self.step:
             average = self.parallel.averaged_flow()
             if average is not None:
-                write_model(average, self.out)
+                write_model(average.stored, self.out)
             self._model_step = self.step
         if self._checkpoint_step != self.step:
             write_checkpoint(self.out, self.step, self._state(), self.processes)
