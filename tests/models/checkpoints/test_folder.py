@@ -193,7 +193,8 @@ def test_the_hub_is_asked_for_the_model_and_its_reports(saved: Path, monkeypatch
     flow = jf.TarFlow.from_pretrained("me/flow", revision="v2")
     assert_same(flow.state_dict(), make().state_dict())
     assert flow.report_files == tuple(saved / name for name in REPORTS)
-    files = ["config.json", "model.safetensors", *folder.REPORTS]
+    weights = ["model.safetensors", "model.safetensors.index.json", "model-*-of-*.safetensors"]
+    files = ["config.json", *weights, *folder.REPORTS]
     download.assert_called_once_with("me/flow", revision="v2", allow_patterns=files)
     monkeypatch.undo()  # a hub that is not reached
     message = error_of(jf.TarFlow.from_pretrained, "me/flow", cache_dir=saved, local_files_only=True)
