@@ -240,9 +240,8 @@ class _SweepMeasurement:
     def _measure_curves(
         self, i: int, source: LatentSource, guess_name: str, num_segments: int
     ) -> tuple[ConvergenceCurve, ...]:
-        block, guess = self.statistics.flow.inverse_block(i), guesses_by_name(self.means.mean_affine[i])[guess_name]
-        distances = [
-            measure_distances(block, x, z, guess, context, num_segments)
-            for x, z, context in self.solutions[source][i].split(min(self.statistics.batch_size, _CURVE_BATCH))
-        ]
+        guess = guesses_by_name(self.means.mean_affine[i])[guess_name]
+        batches = self.solutions[source][i].split(min(self.statistics.batch_size, _CURVE_BATCH))
+        block = self.statistics.flow.inverse_block(i)
+        distances = [measure_distances(block, x, z, guess, context, num_segments) for x, z, context in batches]
         return tuple(map(ConvergenceCurve.from_distances, zip(*distances, strict=True)))

@@ -6,6 +6,7 @@ import ctypes
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import psutil
@@ -136,10 +137,13 @@ def memory_needs(flow: Flow, device: torch.device, dtype: torch.dtype) -> Memory
     blocks, is_cpu = without_values(flow, dtype), device.type == "cpu"
     sizes = [sum(tensor.nbytes for tensor in block.state_dict().values()) for block in blocks]
     copied = [block.copy_bytes() if is_cpu else 0 for block in blocks]
-    pairs = [size + (0 if is_cpu else max(sizes[max(i - 1, 0) : i + 2])) for i, size in enumerate(sizes)]
+    pairs = [first + second for first, second in pairwise(sizes)] or sizes  # A GPU copies the next block in advance.
+    by_blocks = max(map(sum, zip(sizes, copied, strict=True))) if is_cpu else max(pairs)
     sample, free = _largest_sample(flow, blocks, dtype), free_memory(device)
-    needed = (sum(sizes) + max(copied), max(map(sum, zip(pairs, copied, strict=True))))
-    batches = [None if sample is None else _power_of_two(_samples_that_fit(free, each, sample)) for each in needed]
+    batches = [
+        None if sample is None else _power_of_two(_samples_that_fit(free, needed, sample))
+        for needed in (sum(sizes) + max(copied), by_blocks)
+    ]
     keys_values = max(block.cache_bytes() * _rows_per_sample(flow, block) for block in blocks)
     return MemoryNeeds(sum(sizes), max(sizes), max(copied), keys_values, sample, *batches)
 

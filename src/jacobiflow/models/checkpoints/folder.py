@@ -106,21 +106,19 @@ class ModelFolder:
             places = serialization.decode(dict[str, str], entries.get("weight_map"), f"model {index}: weight_map")
         except InputError as error:
             raise CheckpointError(str(error)) from error
-        state = dict[str, Tensor]()
-        for name in sorted(set(places.values())):
+        for name in places.values():
             if not _SHARD.fullmatch(name):
                 raise CheckpointError(
                     f"{index}: names the file {format_value(name)}; name files of this folder, *.safetensors"
                 )
-            tensors = _map_file(self.path / name)
+        files = {name: _map_file(self.path / name) for name in sorted(set(places.values()))}
+        for name, tensors in files.items():
             differing = tensors.keys() ^ {tensor for tensor, place in places.items() if place == name}
             if differing:
                 raise CheckpointError(
-                    f"{self.path / name}: has other tensors than {INDEX} names ({min(differing)!r}); copy both files "
-                    "again"
+                    f"{self.path / name}: has other tensors than {INDEX} names ({min(differing)!r}); copy both again"
                 )
-            state |= tensors
-        return state
+        return {name: tensor for tensors in files.values() for name, tensor in tensors.items()}
 
 
 def _map_file(file: Path) -> dict[str, Tensor]:
