@@ -1,4 +1,4 @@
-"""Measures models larger than a device: `python -m benchmarks.large_models`, about two minutes and 4 GiB.
+"""Measures models larger than a device: `python -m benchmarks.large_models`, about five minutes and 4 GiB.
 
 A STARFlow of the released width with fewer layers and random weights, in a folder of several files in bfloat16: the
 peak memory while it is loaded, and while it is sampled as a whole and by one block at a time. Each is measured in a

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -95,15 +96,16 @@ def test_a_loaded_flow_reads_its_blocks_from_the_files(tmp_path: Path, dtype: st
 
 def test_one_block_is_in_memory_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever is done with the flow: nothing else keeps a copy when the next is made."""
-    start, copies = BlockLoader._start, list[weakref.ref[Any]]()
+    make_copy, copies = BlockLoader._copy, list[weakref.ref[Any]]()
 
-    def start_alone(loader: BlockLoader, index: int) -> None:
+    def copy_alone(loader: BlockLoader, index: int) -> Any:
         gc.collect()
         assert not any(copy() is not None for copy in copies), index
-        start(loader, index)
-        copies.append(weakref.ref(loader.copies[index]))
+        copied = make_copy(loader, index)
+        copies.append(weakref.ref(copied))
+        return copied
 
-    monkeypatch.setattr(BlockLoader, "_start", start_alone)
+    monkeypatch.setattr(BlockLoader, "_copy", copy_alone)
     view = FLOWS["TarFlow"]().requires_grad_(False).offloaded("cpu")
     z, context = of_batch(view)
     images = jf.sample(view, latents=z, context=context, settings=None, sensitivity=True).images
@@ -120,15 +122,24 @@ def test_a_gpu_copies_the_next_block_in_advance(monkeypatch: pytest.MonkeyPatch)
     config = jf.TokenConfig(8, 2, (64, 16, 16, 64), num_blocks=4, layers_per_block=2, head_dim=16)
     flow = jf.TarFlow(config).requires_grad_(False)
     sizes = [sum(parameter.nbytes for parameter in block.parameters()) for block in flow.blocks]
-    start = BlockLoader._start
-    monkeypatch.setattr(BlockLoader, "_start", lambda loader, i: (started.append(i), start(loader, i)))
+    make_copy = BlockLoader._copy
+    monkeypatch.setattr(BlockLoader, "_copy", lambda loader, i: (started.append(i), make_copy(loader, i))[1])
     with FakeDevice() as device, device.counting() as counts:
         view = flow.offloaded("cuda")
         x = jf.sample(view, 2, strategy="sequential", log_prob=False).x
-        assert [i for n, i in enumerate(started) if i not in started[:n]] == [3, 2, 1, 0]
+        assert started == [3, 2, 1, 0]  # each of them once
         assert counts.peak < sizes[0] + sizes[1] + 2**16
         view.log_prob(x)
         assert started[-1] == 3 and set(view.block_loader.copies) == {3}  # type: ignore[union-attr]
         whole = copy.deepcopy(flow).to("cuda")
         assert torch.equal(whole.log_prob(x).cpu(), view.log_prob(x).cpu())
     assert all(parameter.device.type == "cpu" for parameter in flow.parameters())
+
+
+def test_threads_share_an_offloaded_flow() -> None:
+    flow = FLOWS["TarFlow"]().requires_grad_(False)
+    view, (z, context) = flow.offloaded("cpu"), of_batch(flow)
+    want = jf.decode(flow, z, context, strategy="sequential")
+    with ThreadPoolExecutor(4) as threads:
+        for got in threads.map(lambda _: jf.decode(view, z, context, strategy="sequential"), range(8)):
+            assert torch.equal(got, want)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from contextlib import nullcontext
 from itertools import chain
 from typing import Any
 
@@ -41,32 +42,31 @@ class BlockLoader:
 
     def load(self, index: int) -> FlowBlock:
         """Returns the copy of a block. The caller keeps no reference to it when it asks for another block."""
-        num, step = len(self.flow.blocks), index - self._last
-        if step == 0:
-            return self.copies[index]
+        copies, num, step = self.copies, len(self.flow.blocks), index - self._last
+        if step == 0 and index in copies:
+            return copies[index]
         if abs(step) != 1:  # A pass starts: sampling at the last block, encoding at the first.
             step = -1 if index == num - 1 else 1
-        self.copies = {i: block for i, block in self.copies.items() if i == index}  # Frees the others first.
-        self._start(index)
+        # The other copies are freed first. Another thread that samples from this flow has a dictionary of its own.
+        self.copies = copies = {i: block for i, block in copies.items() if i == index}
         self._last = index
+        if index not in copies:
+            copies[index] = self._copy(index)
         if self._stream is not None:
             torch.cuda.current_stream(self.device).wait_stream(self._stream)
             if 0 <= index + step < num:
-                self._start(index + step)
-        return self.copies[index]
+                copies[index + step] = self._copy(index + step)
+        return copies[index]
 
-    def _start(self, index: int) -> None:
-        """Starts to copy a block; on a GPU, once it has done what was asked of it so far, and its memory is free."""
-        if index in self.copies:
-            return
+    def _copy(self, index: int) -> FlowBlock:
+        """Copies a block; on a GPU after all that was asked of it so far, since the memory may still be in use."""
         block = self.flow.blocks[index]
-        if self._stream is None:
-            tensors = copies_of(_tensors(block), self.device, self.dtype)
-        else:
+        if self._stream is not None:
             self._stream.wait_stream(torch.cuda.current_stream(self.device))
-            with torch.cuda.stream(self._stream):
-                tensors = copies_of(_tensors(block), self.device, self.dtype)
-        self.copies[index] = copy.deepcopy(block, self._others | tensors)
+        with nullcontext() if self._stream is None else torch.cuda.stream(self._stream):
+            tensors = copies_of(_tensors(block), self.device, self.dtype)
+        copied: FlowBlock = copy.deepcopy(block, self._others | tensors)
+        return copied
 
     def shapes(self) -> Sequence[FlowBlock]:
         """Returns the blocks without values, in the dtype of the device."""
@@ -85,7 +85,8 @@ def copies_of(tensors: list[Tensor], device: torch.device, dtype: torch.dtype) -
     for tensor in tensors:
         kind = dtype if tensor.is_floating_point() else tensor.dtype
         with torch.inference_mode(False), torch.no_grad():  # A copy made in inference mode could have no gradients.
-            moved = tensor.detach().to(device=device, dtype=kind, non_blocking=True, copy=True)
+            # The device changes the dtype: the processor would do so in memory that is not pinned.
+            moved = tensor.detach().to(device, non_blocking=True).to(kind, copy=True)
             copies[id(tensor)] = nn.Parameter(moved, False) if isinstance(tensor, nn.Parameter) else moved
     return copies
 
