@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from time import perf_counter
 
 import torch
 
@@ -78,28 +77,24 @@ def load(folder: str, dtype: str) -> Json:
     before = _status("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # The peak is what is in memory now.
     with peak_memory() as peak:
-        started = perf_counter()
         flow = jf.load(folder, dtype=dtype)
-        seconds = perf_counter() - started
     weights = sum(tensor.nbytes for tensor in flow.state_dict().values())
     with_files = _status("VmHWM") - before
-    return {"seconds": seconds, "weights": weights, "peak": peak() / weights, "peak_with_files": with_files / weights}
+    return {"weights": weights, "peak": peak() / weights, "peak_with_files": with_files / weights}
 
 
 def sample(folder: str, how: str) -> Json:
-    """Seconds and peak memory of one sample by the exact loop, the loading included."""
+    """Peak memory of one sample by the exact loop, the loading included."""
     native.load_library()
     jf.sample(jf.load("digits-p1"), 1, labels=[0], strategy="sequential")
     z = draw_latents(1, CONFIG.num_tokens, CONFIG.token_channels, seed=1)
     states = draw_latents(1, CONFIG.text_tokens, CONFIG.text_channels, seed=2)
     with peak_memory() as peak:
-        started = perf_counter()
         flow = jf.load(folder, dtype="bfloat16", offload=how == "offloaded")
         x = jf.sample(flow, latents=z, context=states, strategy="sequential", settings=None).x
-        seconds = perf_counter() - started
     needs = memory_needs(flow, torch.device("cpu"), torch.bfloat16)
     return {
-        "seconds": seconds, "weights": needs.weights, "largest_block": needs.largest_block,
+        "weights": needs.weights, "largest_block": needs.largest_block,
         "sample_bytes": needs.sample, "keys_values": needs.keys_values, "peak": peak(),
         "samples": sha256(x.numpy().tobytes()),
     }  # fmt: skip

@@ -136,9 +136,13 @@ class Flow(nn.Module):
         return cls.from_folder(folder)
 
     @classmethod
-    def from_folder(cls, folder: ModelFolder, *place: Any, **how: Any) -> Self:
-        """Loads the flow of an open folder; the other arguments are those of `build`."""
-        flow = build(cls, folder.config(cls.config_types), folder.state(), str(folder.path), *place, **how)
+    def from_folder(
+        cls, folder: ModelFolder, device: torch.device | str = "cpu", dtype: torch.dtype | None = None,
+        maps: bool = False,
+    ) -> Self:  # fmt: skip
+        """Loads the flow of an open folder; `maps` leaves its weights as they are, mapped to their files."""
+        state = folder.state().map_all() if maps else folder.state()
+        flow = build(cls, folder.config(cls.config_types), state, str(folder.path), device, dtype, maps)
         flow.recommended, flow.report_files = folder.recommended, list_reports(folder.path)
         try:
             flow.guided(flow.recommended.guidance)

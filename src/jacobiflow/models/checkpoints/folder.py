@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, fields
 from functools import partial, reduce
@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from jacobiflow.blocks.guidance import SamplingSettings
@@ -96,11 +96,11 @@ class ModelFolder:
             raise CheckpointError(f"{self.path / CONFIG}: {error}") from error
         return config
 
-    def state(self) -> dict[str, Tensor]:
-        """Maps the tensors. Their values are read from the files when they are used."""
+    def state(self) -> TensorFiles:
+        """Returns the tensors, which are read from the files when they are used."""
         index = self.path / INDEX
         if (self.path / WEIGHTS).exists() or not index.exists():
-            return _map_file(self.path / WEIGHTS)
+            return TensorFiles(dict.fromkeys(_names_in(self.path / WEIGHTS), self.path / WEIGHTS))
         try:
             entries = serialization.load(index, "model", partial(serialization.decode, dict[str, Any]))
             places = serialization.decode(dict[str, str], entries.get("weight_map"), f"model {index}: weight_map")
@@ -111,30 +111,54 @@ class ModelFolder:
                 raise CheckpointError(
                     f"{index}: names the file {format_value(name)}; name files of this folder, *.safetensors"
                 )
-        files = {name: _map_file(self.path / name) for name in sorted(set(places.values()))}
-        for name, tensors in files.items():
-            differing = tensors.keys() ^ {tensor for tensor, place in places.items() if place == name}
-            if differing:
+        contents = {name: _names_in(self.path / name) for name in sorted(set(places.values()))}
+        for name, tensors in contents.items():
+            if differing := set(tensors) ^ {tensor for tensor, place in places.items() if place == name}:
                 raise CheckpointError(
                     f"{self.path / name}: has other tensors than {INDEX} names ({min(differing)!r}); copy both again"
                 )
-        return {name: tensor for tensors in files.values() for name, tensor in tensors.items()}
+        return TensorFiles({tensor: self.path / name for tensor, name in places.items()})
 
 
-def _map_file(file: Path) -> dict[str, Tensor]:
-    """Returns the tensors of a file, each in a mapping of its own, which is unmapped with the tensor."""
+def _names_in(file: Path) -> list[str]:
+    """Returns the names of the tensors in a file."""
+    try:
+        with safe_open(regular_file(file), "pt") as content:
+            return sorted(content.keys())
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{file}: missing or damaged ({first_line(error)}); copy it again") from error
 
-    def map_tensor(name: str) -> Tensor:
-        with safe_open(file, "pt") as content:
+
+class TensorFiles(MutableMapping[str, Tensor]):
+    """The tensors of files by their names. Each has a mapping of its file while it is in use.
+
+    Attributes:
+        places: The file of each tensor.
+    """
+
+    def __init__(self, places: dict[str, Path]) -> None:
+        self.places = places
+
+    def __getitem__(self, name: str) -> Tensor:
+        with safe_open(self.places[name], "pt") as content:
             tensor: Tensor = content.get_tensor(name)
             return tensor
 
-    try:
-        with safe_open(regular_file(file), "pt") as content:
-            names = list(content.keys())
-        return {name: map_tensor(name) for name in names}
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{file}: missing or damaged ({first_line(error)}); copy it again") from error
+    def __setitem__(self, name: str, tensor: Tensor) -> None:
+        raise NotImplementedError("these tensors are only read")
+
+    def __delitem__(self, name: str) -> None:
+        del self.places[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.places)
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def map_all(self) -> dict[str, Tensor]:
+        """Returns all tensors, with one mapping for each file."""
+        return {name: tensor for file in set(self.places.values()) for name, tensor in load_file(file).items()}
 
 
 def _download(name: str, hub: dict[str, Any]) -> Path:
@@ -251,7 +275,7 @@ def write_model(
 
 
 def build(
-    make: Callable[[Any], AnyModule], config: Any, state: dict[str, Tensor], source: str,
+    make: Callable[[Any], AnyModule], config: Any, state: MutableMapping[str, Tensor], source: str,
     device: torch.device | str = "cpu", dtype: torch.dtype | None = None, maps: bool = False,
 ) -> AnyModule:  # fmt: skip
     """Builds a module with the values of a state dict, which must fit it, in eval mode.
