@@ -73,6 +73,20 @@ def test_check_of_a_training_run(run: Any, tmp_path: Path) -> None:
     assert (result.code, f"{checkpoint}: not a checkpoint" in result.out) == (2, True)
 
 
+def test_the_memory_of_a_model_is_shown_without_its_weights(run: Any, refuse: Any, tmp_path: Path) -> None:
+    jf.load("emoji-p2").save_pretrained(tmp_path / "model", dtype="bfloat16", max_shard_size=10_000_000)
+    assert run(f"info --check {tmp_path}/model").out == f"{tmp_path}/model: no problem; checked a model\n"
+    for file in (tmp_path / "model").glob("*.safetensors*"):
+        file.unlink()
+    result = run(f"info --model {tmp_path}/model --memory --json {tmp_path}/f")
+    assert (result.code, result.err) == (0, "")
+    sizes = {dtype: figures(tmp_path / "f")[dtype] for dtype in ("float32", "bfloat16")}
+    assert sizes["float32"]["weights"] == 2 * sizes["bfloat16"]["weights"] > 40e6
+    assert f"{sizes['bfloat16']['weights'] / 2**20:.1f} MiB" in result.out
+    assert "guidance: 4,attn_temperature=1.2" in result.out
+    refuse("info --model petz --memory", "'petz': no such model")
+
+
 def test_check_of_a_model_uses_its_reports_and_its_weights(run: Any, refuse: Any, tmp_path: Path) -> None:
     assert run("info --check digits-p1").out == "digits-p1: no problem; checked a model\n"
     flow = jf.load("./plain")

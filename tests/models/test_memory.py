@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import jacobiflow as jf
+from jacobiflow.blocks.context import Context
 from jacobiflow.blocks.guidance import guided
 from jacobiflow.cli import main
 from jacobiflow.models import memory
@@ -64,6 +65,43 @@ def test_the_exact_loop_copies_a_block_s_weights_unless_they_are_large(dtype: to
         assert one is not None and two is not None
         weights = 12 * layers * channels**2 * size * is_copied
         assert weights <= 2 * one - two < weights + 2**16
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("guidance", [None, jf.Guidance(1.0)])
+def test_the_needs_of_a_flow_are_those_of_the_loaded_one(
+    dtype: torch.dtype, guidance: jf.Guidance | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = jf.TokenConfig(64, 4, (32, 64), num_blocks=2, layers_per_block=(1, 3), num_classes=5, head_dim=16)
+    with torch.device("meta"):
+        shapes = jf.TarFlow(config).guided(guidance)
+    flow, cpu = jf.TarFlow(config).to(dtype).guided(guidance), torch.device("cpu")
+    needs = memory.memory_needs(shapes, cpu, dtype)
+    blocks = [sum(tensor.nbytes for tensor in block.state_dict().values()) for block in flow.blocks]
+    assert (needs.weights, needs.largest_block) == (sum(blocks), max(blocks))
+    one, two = (memory.batch_bytes(flow, num) for num in (1, 2))
+    assert one is not None and two is not None and needs.sample is not None
+    assert (needs.sample, needs.copied) == (two - one, 2 * one - two)
+    deep = flow.inverse_blocks[1].init_cache(draw_latents(1, 64, 4), Context(torch.zeros(1, dtype=torch.int64)))
+    layers = deep.layers if guidance is None else deep.inner.layers
+    assert needs.keys_values == sum(layer.nbytes for layer in layers)
+    for num, others in ((4, sum(blocks)), (8, max(blocks))):  # the whole flow, and one block at a time
+        free = int((others + needs.copied + num * needs.sample) / 0.8) + 1
+        monkeypatch.setattr(memory, "free_memory", lambda device, free=free: free)
+        found = memory.memory_needs(flow.offloaded(cpu), cpu, dtype)
+        assert num == (found.batch if num == 4 else found.offloaded_batch)
+
+
+def test_a_gpu_holds_two_blocks_of_an_offloaded_flow(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = jf.TokenConfig(64, 4, 64, num_blocks=3, layers_per_block=(1, 3, 2), head_dim=16)
+    flow, device = jf.TarFlow(config), torch.device("cuda")
+    blocks = [sum(parameter.nbytes for parameter in block.parameters()) for block in flow.blocks]
+    sample = memory.memory_needs(flow, torch.device("cpu"), torch.float32).sample
+    assert sample is not None
+    for field, weights in (("offloaded_batch", blocks[1] + blocks[2]), ("batch", sum(blocks))):
+        monkeypatch.setattr(memory, "free_memory", lambda _, weights=weights: int((weights + 4 * sample) / 0.8) + 1)
+        needs = memory.memory_needs(flow, device, torch.float32)
+        assert (needs.copied, getattr(needs, field)) == (0, 4)
 
 
 def test_the_machine_and_every_group_limit_the_free_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -167,6 +167,10 @@ class FlowBlock(AffineBlock, nn.Module):
         """Returns the bytes of a row while it is solved, its cache and a sweep of all tokens; `None` if not known."""
         return None
 
+    def cache_bytes(self) -> int:
+        """Returns the bytes of the keys and values of a row; 0 for a block without attention."""
+        return 0
+
     def copy_bytes(self) -> int:
         """Returns the bytes of the copy of its weights that `sequential_inverse` makes, at most."""
         return 0

@@ -228,7 +228,7 @@ class _SweepMeasurement:
     def gamma(self, i: int) -> tuple[float, ...]:
         """Measures the norm of block `i`'s error matrix at the first solutions."""
         samples = next(self.solutions[self.sources[0]][i].split(_GAMMA_SAMPLES)).split(self.statistics.batch_size)
-        block = self.statistics.blocks[i]
+        block = self.statistics.flow.inverse_block(i)
         return tuple(torch.cat([gamma_norm(block, x, z, context) for x, z, context in samples]).tolist())
 
     def _curves(self, i: int, source: LatentSource, guess: str, num_segments: int) -> tuple[ConvergenceCurve, ...]:
@@ -240,9 +240,8 @@ class _SweepMeasurement:
     def _measure_curves(
         self, i: int, source: LatentSource, guess_name: str, num_segments: int
     ) -> tuple[ConvergenceCurve, ...]:
-        block, guess = self.statistics.blocks[i], guesses_by_name(self.means.mean_affine[i])[guess_name]
-        distances = [
-            measure_distances(block, x, z, guess, context, num_segments)
-            for x, z, context in self.solutions[source][i].split(min(self.statistics.batch_size, _CURVE_BATCH))
-        ]
+        guess = guesses_by_name(self.means.mean_affine[i])[guess_name]
+        batches = self.solutions[source][i].split(min(self.statistics.batch_size, _CURVE_BATCH))
+        block = self.statistics.flow.inverse_block(i)
+        distances = [measure_distances(block, x, z, guess, context, num_segments) for x, z, context in batches]
         return tuple(map(ConvergenceCurve.from_distances, zip(*distances, strict=True)))

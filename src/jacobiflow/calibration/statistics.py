@@ -55,12 +55,12 @@ def exact_solutions(
     store: MeasurementStore | None = None,
 ) -> list[BlockSolution]:  # fmt: skip
     """Solves each block by the exact loop at standard normal latents. Raises ValueError if one overflows."""
-    store, blocks = store or MeasurementStore(), flow.inverse_blocks
+    store, num = store or MeasurementStore(), flow.config.num_blocks
     tokens, solutions = flow.prior_tokens(latents), list[BlockSolution]()
-    for i in reversed(range(len(blocks))):
+    for i in reversed(range(num)):
         permutation = flow.blocks[i].permutation
         z = permutation(tokens)
-        x = store.load_or_measure(f"exact-{i}", Tensor, partial(_solve_exactly, blocks[i], z, context, batch_size))
+        x = store.load_or_measure(f"exact-{i}", Tensor, partial(_solve_exactly, flow, i, z, context, batch_size))
         overflows = int((~torch.isfinite(x).all(dim=(1, 2))).sum())
         if overflows:
             raise InputValueError(
@@ -70,12 +70,12 @@ def exact_solutions(
         solutions.append(BlockSolution(x.to(z.device), z, context))
         tokens = permutation.inverse(solutions[-1].x)
         if progress is not None:
-            progress(len(solutions), len(blocks), "exact loop")
+            progress(len(solutions), num, "exact loop")
     return solutions[::-1]
 
 
-def _solve_exactly(block: AffineBlock, z: Tensor, context: Context, batch_size: int) -> Tensor:
-    return solve(block, z, Solver(Sequential()), context, batch_size=batch_size).x
+def _solve_exactly(flow: Flow, i: int, z: Tensor, context: Context, batch_size: int) -> Tensor:
+    return solve(flow.inverse_block(i), z, Solver(Sequential()), context, batch_size=batch_size).x
 
 
 class _Means:
@@ -137,7 +137,7 @@ class CalibrationStatistics:
         progress: Progress | None,
     ) -> None:  # fmt: skip
         self.flow, self.images, self.batch_size, self.progress = flow, images, batch_size, progress
-        self.classes, self.blocks = classes, flow.inverse_blocks
+        self.classes = classes
         self.context = context.to(flow.var.device)
         self._groups = (None, *classes)
 
@@ -157,7 +157,7 @@ class CalibrationStatistics:
             for step in self._encode(tokens, context):
                 parameters.add(step.block, torch.stack((step.log_scale, step.shift), dim=1), context.values)
                 scaled.add(step.block, torch.exp(-step.log_scale) * step.x, context.values)
-        blocks = range(len(self.blocks))
+        blocks = range(self.flow.config.num_blocks)
         return ImageMeans(
             tuple(MeanAffine(*parameters.mean(i).float().cpu()) for i in blocks),
             tuple(tuple(scaled.mean(i, group).cpu() for group in self._groups) for i in blocks),
@@ -168,7 +168,7 @@ class CalibrationStatistics:
 
         The metrics of all images are in each norm. Those of a tough block's segments, and of each class, are in `norm`.
         """
-        blocks = [(i, slice(None)) for i in range(len(self.blocks))]
+        blocks = [(i, slice(None)) for i in range(self.flow.config.num_blocks)]
         components = self._components([(i, means.scaled_input[i][0]) for i, _ in blocks], norm)
         tough = tough_blocks([each.crm for each in components or ()])
         residuals = self._mean_residuals(means, tough, num_segments)
@@ -192,7 +192,7 @@ class CalibrationStatistics:
         """Returns the components of CRM for pairs of a block and its mean of Sigma^-1 X, or `None` if not defined."""
         components = []
         for i, matrix in matrices:
-            weights = self.blocks[i].output_weights()
+            weights = self.flow.inverse_block(i).output_weights()
             if weights is None:
                 return None
             scale, shift = (0.0 if weight is None else matrix_norm(weight, norm) for weight in weights)
@@ -207,7 +207,7 @@ class CalibrationStatistics:
             for i, x, _, _, z in self._encode(tokens, context):
                 for count in {1, num_segments} if i in tough else {1}:
                     for name, guess in guesses[i].items():
-                        values = initial_residuals(self.blocks[i], x, z, guess, context, count)
+                        values = initial_residuals(self.flow.inverse_block(i), x, z, guess, context, count)
                         residuals.add((i, name, count), values, context.values)
         return residuals
 
@@ -235,13 +235,13 @@ class CalibrationStatistics:
 
     def _encode(self, x: Tensor, context: Context) -> Iterator[Step]:
         """Yields the steps of the encoding; under guidance, with guided parameters and the z that they encode to."""
-        for step in self.flow.encode_steps(x, context, lambda i, x: _affine(self.flow.blocks[i], x, context)):
+        for step in self.flow.encode_steps(x, context, lambda i, x: _affine(self.flow.block(i), x, context)):
             if not torch.isfinite(step.z).all():
                 raise InputValueError(
                     f"images overflow in block {step.block} when they are encoded; are they in [-1, 1]?"
                 )
             if self.flow.guidance:
-                log_scale, shift = _affine(self.blocks[step.block], step.x, context)
+                log_scale, shift = _affine(self.flow.inverse_block(step.block), step.x, context)
                 step = Step(step.block, step.x, log_scale, shift, (step.x - shift) * torch.exp(-log_scale))
             yield step
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
-from dataclasses import asdict, replace
+from dataclasses import asdict, astuple, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,6 +19,9 @@ _LIBRARIES = ("zuko", "nflows", "normflows", "pyro-ppl", "sbi")  # The libraries
 _MAX_ROUND_TRIP_ERROR = 1e-3  # Largest change of a latent that is decoded and encoded again.
 _NOISE = "Standard deviation of the training images' noise, which denoising removes. Default: 0; STARFlow: 0.3."
 _CHECK = "Instead, check all files of a model folder, a sample folder or a training folder."
+_MEMORY = (
+    "Instead, show the memory that sampling takes, and the batches that fit on a GPU, or on this machine without one."
+)
 
 
 def convert(
@@ -70,12 +73,14 @@ def convert(
 def info(
     model: options.Model = "fashion-p2",
     check: Annotated[str | None, Option(help=_CHECK)] = None,
+    memory: Annotated[bool, Option("--memory", help=_MEMORY)] = False,
 ) -> dict[str, Any]:
     """Show a model and this machine, or check a folder.
 
     Prints the model's shape, size and recommended settings, how its exact loops run here, and versions. Please add the
     file of --json to a report of a problem. With --check, each line is a problem with its remedy, and the exit code is
-    2 if there is one. For samples without a problem it also prints how many are exact and certified.
+    2 if there is one. For samples without a problem it also prints how many are exact and certified. With --memory the
+    weights are not loaded.
 
     Example: jacobiflow info --model digits-p1
     """
@@ -86,6 +91,8 @@ def info(
 
     if check is not None:
         return _check(check)
+    if memory:
+        return _show_memory(model)
     flow = jf.load(model)
     config = flow.config
     model_values = {
@@ -102,15 +109,39 @@ def info(
     return model_values | machine_values
 
 
+def _show_memory(model: str) -> dict[str, Any]:
+    """Prints what a model needs in each dtype, without loading its weights."""
+    import torch
+
+    from jacobiflow.models.memory import free_memory, memory_needs
+    from jacobiflow.models.registry import load_shapes
+
+    flow, device = load_shapes(model), torch.device(loading.pick_device("auto"))
+    free, guidance = free_memory(device), flow.guidance
+    needs = {name: memory_needs(flow, device, getattr(torch, name)) for name in ("float32", "bfloat16")}
+    print(f"{free / 2**30:.3g} GiB are free on {device}; guidance: {guidance or 'none'}; batches are powers of two")
+    labels = ("weights", "largest block", "copy for the exact loop", "keys and values of a sample", "all of a sample")
+    rows = [(label, *(_format_bytes(astuple(each)[i]) for each in needs.values())) for i, label in enumerate(labels)]
+    for label, field in (("batch", "batch"), ("batch, offloaded", "offloaded_batch")):
+        rows.append((label, *(str(getattr(each, field)) for each in needs.values())))
+    show_table(("", *needs), rows)
+    needs_by_name = {name: asdict(each) for name, each in needs.items()}
+    return {"model": model, "device": str(device), "free": free, "guidance": str(guidance or "none"), **needs_by_name}
+
+
+def _format_bytes(size: int | None) -> str:
+    return "-" if size is None else f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"
+
+
 def _check(path: str) -> dict[str, Any]:
     """Prints the problems of a folder."""
     from jacobiflow import training
-    from jacobiflow.models.checkpoints.folder import CONFIG, WEIGHTS, list_bundled
+    from jacobiflow.models.checkpoints.folder import CONFIG, INDEX, WEIGHTS, list_bundled
     from jacobiflow.utils.files import MANIFEST
 
     folder = list_bundled().get(path, Path(path))
     kinds = {
-        "a model": ((CONFIG, WEIGHTS), _model_problems),
+        "a model": ((CONFIG, WEIGHTS, INDEX), _model_problems),
         "samples": ((MANIFEST,), lambda path: jf.SampleFolder.open(path).problems()),
         "a training run": (("checkpoint.pt",), training.problems),
     }

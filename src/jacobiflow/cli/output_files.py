@@ -12,9 +12,9 @@ from jacobiflow.errors import InputValueError
 
 # Names of files that commands read from a model's folder or write to an output folder.
 _RESERVED_NAMES = (
-    "config.json", "model.safetensors", "README.md", "report.json", "report-*.json", "tuning.json", "tuning-*.json",
-    "checkpoint.pt", "metrics.jsonl", "samples*.png", "manifest.json", "strategy.json", "shards", "images",
-    "evaluation.json", "bench.*",
+    "config.json", "model.safetensors", "model.safetensors.index.json", "model-*-of-*.safetensors", "README.md",
+    "report.json", "report-*.json", "tuning.json", "tuning-*.json", "checkpoint.pt", "metrics.jsonl", "samples*.png",
+    "manifest.json", "strategy.json", "shards", "images", "evaluation.json", "bench.*",
 )  # fmt: skip
 
 

@@ -39,7 +39,7 @@ OriginalSampler = Callable[[Flow, Tensor, Tensor | None], Tensor]
 @torch.no_grad()
 def _sample(invert_block: Callable[..., Tensor], flow: Flow, z: Tensor, context: Tensor | None) -> Tensor:
     def solve(i: int, x: Tensor) -> Tensor:
-        return invert_block(flow.blocks[i], x, context, flow.guidance)
+        return invert_block(flow.block(i), x, context, flow.guidance)
 
     return flow.from_tokens(flow.map_blocks_reversed(flow.prior_tokens(z), solve))
 

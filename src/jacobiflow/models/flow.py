@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from jacobiflow.blocks.base import AffineBlock, FlowBlock, ScaleShift, TokensLogDet
 from jacobiflow.blocks.context import NO_CONTEXT, Context
@@ -19,12 +21,29 @@ from jacobiflow.blocks.guidance import GIVE_GUIDANCE, Guidance, SamplingSettings
 from jacobiflow.blocks.permutation import Permutation
 from jacobiflow.blocks.tokens import Tokens
 from jacobiflow.errors import CheckpointError, InputError, InputValueError
-from jacobiflow.models.checkpoints.folder import CONFIG, ModelFolder, build, check_dtype, list_reports, write_model
+from jacobiflow.models.checkpoints.folder import (
+    CONFIG,
+    MAX_SHARD_SIZE,
+    ModelFolder,
+    build,
+    check_dtype,
+    list_reports,
+    write_model,
+)
 from jacobiflow.models.checkpoints.hub import upload_folder
 from jacobiflow.models.config import FlowConfig
 from jacobiflow.models.labels import ContextLike, Labels, check_class_context, check_labels, check_number_context
 from jacobiflow.models.latents import FIRST_CALIBRATION_LATENT, draw_latents, log_normal
-from jacobiflow.utils.checks import FLOATS, check_floating, check_kind, check_number, check_path
+from jacobiflow.models.offload import BlockLoader
+from jacobiflow.utils.checks import (
+    FLOATS,
+    check_count,
+    check_device,
+    check_floating,
+    check_kind,
+    check_number,
+    check_path,
+)
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -62,6 +81,7 @@ class Flow(nn.Module):
         guidance: The guidance of this view, see `guided`.
         recommended: The settings that give the best samples.
         report_files: The reports and tunings in the model folder that the flow was read from.
+        block_loader: Copies the blocks to the device of this view, see `offloaded`; `None` if they are there.
     """
 
     model_type: ClassVar[str] = ""
@@ -74,6 +94,7 @@ class Flow(nn.Module):
     guidance: Guidance | None = None
     recommended: SamplingSettings = SamplingSettings()
     report_files: tuple[Path, ...] = ()
+    block_loader: BlockLoader | None = None
 
     def __init__(self, config: FlowConfig) -> None:
         super().__init__()
@@ -112,7 +133,16 @@ class Flow(nn.Module):
         folder = ModelFolder.open(pretrained_model_name_or_path, **hub)
         if folder.model_type != cls.model_type:
             raise CheckpointError(f"{folder.path}: a {folder.model_type!r}, not a {cls.__name__}; use jacobiflow.load")
-        flow = build(cls, folder.config(cls.config_types), folder.state(), str(folder.path))
+        return cls.from_folder(folder)
+
+    @classmethod
+    def from_folder(
+        cls, folder: ModelFolder, device: torch.device | str = "cpu", dtype: torch.dtype | None = None,
+        maps: bool = False,
+    ) -> Self:  # fmt: skip
+        """Loads the flow of an open folder; `maps` leaves its weights as they are, mapped to their files."""
+        state = folder.state().map_all() if maps else folder.state()
+        flow = build(cls, folder.config(cls.config_types), state, str(folder.path), device, dtype, maps)
         flow.recommended, flow.report_files = folder.recommended, list_reports(folder.path)
         try:
             flow.guided(flow.recommended.guidance)
@@ -121,19 +151,25 @@ class Flow(nn.Module):
             raise CheckpointError(f"{folder.path / CONFIG}: recommended: {error}") from error
         return flow
 
-    def save_pretrained(self, save_directory: str | Path, *, dtype: torch.dtype | str | None = None) -> None:
+    def save_pretrained(
+        self, save_directory: str | Path, *, dtype: torch.dtype | str | None = None,
+        max_shard_size: int = MAX_SHARD_SIZE,
+    ) -> None:  # fmt: skip
         """Writes a model folder, which replaces an older one once all files are complete.
 
         The flow's `recommended` settings go into config.json. Its reports are copied if they are of these weights.
 
         Args:
             dtype: The dtype of the stored weights; by default the flow's own.
+            max_shard_size: The most bytes of weights in a file, unless it is one tensor. More make several files with
+                an index, as the Hugging Face Hub has them.
 
         Raises:
             CheckpointError: If a weight is not finite, or the folder has model files that jacobiflow did not write.
         """
         check_path("save_directory", save_directory)
-        write_model(self, Path(save_directory), check_dtype(dtype))
+        max_shard_size = check_count("max_shard_size", max_shard_size)
+        write_model(self, Path(save_directory), check_dtype(dtype), max_shard_size=max_shard_size)
 
     def push_to_hub(
         self, repo_id: str, *, private: bool | None = None, token: str | None = None,
@@ -163,13 +199,46 @@ class Flow(nn.Module):
             raise InputValueError(f"guidance={guidance}: for classes only, and this flow's context is numbers")
         view = copy.copy(self)
         view.guidance = guidance if guidance is not None and guidance.weight else None
-        view.inverse_blocks  # noqa: B018  raises if a block cannot be guided
+        for block in self.blocks:
+            guided(block, view.guidance)  # Raises if the block cannot be guided.
         return view
+
+    def offloaded(self, device: str | torch.device, dtype: torch.dtype | str | None = None) -> Self:
+        """Returns a view of this flow that computes on `device`, where it has the weights of one block at a time.
+
+        For a flow that is larger than a GPU. All weights stay where they are, and each block is copied before it is
+        used. A GPU copies the next block meanwhile, from pinned memory. Results are those of a flow that is on the
+        device as a whole, bit for bit. Parameters get no gradients.
+
+        Args:
+            device: The device that computes.
+            dtype: The dtype of the copies; by default that of the weights.
+
+        Example:
+            >>> flow = jf.load("digits-p1").offloaded("cpu")
+            >>> jf.sample(flow, 2, labels=[3, 7]).images.shape
+            torch.Size([2, 1, 8, 8])
+        """
+        check_flow(self)
+        place, number = check_device(device, must_exist=True), check_dtype(dtype)
+        view, loader = copy.copy(self), BlockLoader(self, place, number or self.var.dtype)
+        others = {name: loader.copy_other(each) for name, each in self._modules.items() if name != "blocks"}
+        view._modules, view._buffers = others | {"blocks": self.blocks}, loader.copy_other(self._buffers)
+        view.block_loader = loader
+        return view
+
+    def block(self, index: int) -> FlowBlock:
+        """Returns a block for computing, on the flow's device; see `offloaded`."""
+        return self.blocks[index] if self.block_loader is None else self.block_loader.load(index)
+
+    def inverse_block(self, index: int) -> AffineBlock:
+        """Returns the block that sampling inverts: `block(index)` under the guidance of this view."""
+        return guided(self.block(index), self.guidance)
 
     @property
     def inverse_blocks(self) -> list[AffineBlock]:
-        """The blocks that sampling inverts: `blocks`, each under the guidance of this view."""
-        return [guided(block, self.guidance) for block in self.blocks]
+        """All blocks that sampling inverts; see `inverse_block`."""
+        return [self.inverse_block(index) for index in range(self.config.num_blocks)]
 
     @property
     def has_conditions(self) -> bool:
@@ -273,7 +342,7 @@ class Flow(nn.Module):
         """
         for i, block in enumerate(self.blocks):
             x = block.permutation(x)
-            log_scale, shift = block(x, context) if parameters is None else parameters(i, x)
+            log_scale, shift = self.block(i)(x, context) if parameters is None else parameters(i, x)
             z = (x - shift) * torch.exp(-log_scale)
             yield Step(i, x, log_scale, shift, z)
             x = block.permutation.inverse(z)
@@ -303,10 +372,22 @@ class Flow(nn.Module):
 
     def _normalize(self, tokens: Tokens, context: Context) -> TokensLogDet:
         log_det = self.tokens_log_det(tokens)
-        for block in self.blocks:
-            z, log_scale = block.encode(block.permutation(tokens), context)
+        for i, block in enumerate(self.blocks):
+            z, log_scale = self._encode_block(i, block.permutation(tokens), context)
             tokens, log_det = block.permutation.inverse(z), log_det - log_scale
         return tokens, log_det
+
+    def _encode_block(self, index: int, x: Tokens, context: Context) -> TokensLogDet:
+        if self.block_loader is None or not torch.is_grad_enabled():
+            return self.block(index).encode(x, context)
+
+        def encode(x: Tensor, values: Tensor | None) -> TokensLogDet:
+            return self.block(index).encode(x, replace(context, values=values))
+
+        # The backward pass loads the block again, since the graph would hold the weights of all blocks.
+        options: Any = {"use_reentrant": False, "preserve_rng_state": False}
+        result: TokensLogDet = checkpoint(encode, x, context.values, **options)
+        return result
 
     def encode(self, x: Data, context: ContextLike | None = None) -> TokensLogDet:
         """Returns latents z = f(x), standard normal under the model, and log|det df/dx| in nats with the prior."""

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
+from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import psutil
 import torch
 
+from jacobiflow.blocks.base import FlowBlock
+from jacobiflow.blocks.guidance import guided
 from jacobiflow.errors import InputValueError
 from jacobiflow.models.flow import Flow, check_flow
+from jacobiflow.models.offload import without_values
 from jacobiflow.utils.checks import check_count
 
 _CGROUP_ROOT, _CGROUP_OF_PROCESS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
@@ -81,27 +86,94 @@ def find_batch_size(flow: Flow, limit: int) -> int:
     if sample is None:
         raise InputValueError("batch_size='auto': this flow does not say how much memory it takes; give a number")
     copied = _weight_copy_bytes(flow)
-    num = (int(_USABLE_FRACTION * free) - copied) // sample
+    num = _samples_that_fit(free, copied, sample)
     if num < 1:
         needed = (sample + copied) / 2**30
         raise InputValueError(
             f"a sample needs {needed:.1f} GiB beside the weights, and {free / 2**30:.1f} GiB are free"
         )
-    return limit if num >= limit else 1 << (num.bit_length() - 1)
+    return limit if num >= limit else _power_of_two(num)
+
+
+def _samples_that_fit(free: int, needed: int, sample: int) -> int:
+    """Returns the number of samples that fit in four fifths of the free bytes, beside `needed` bytes."""
+    return max((int(_USABLE_FRACTION * free) - needed) // sample, 0)
+
+
+def _power_of_two(num: int) -> int:
+    """Returns the largest power of two up to `num`, or 0."""
+    return 1 << num.bit_length() >> 1
+
+
+@dataclass(frozen=True)
+class MemoryNeeds:
+    """The bytes that a flow takes in one dtype, and the batches that fit in the free memory of a device.
+
+    Attributes:
+        weights: The weights of all blocks.
+        largest_block: The weights of the largest block.
+        copied: The largest copy of a block's weights that the exact loop makes, on a CPU.
+        keys_values: The cache of keys and values of a sample, in the block where it is largest.
+        sample: All that a sample takes beside the weights: the cache, the activations of a sweep, and the tokens.
+        batch: The largest power of two of samples that fits with all weights; 0 if none does.
+        offloaded_batch: The same with one block at a time on the device; two on a GPU, which copies the next one.
+    """
+
+    weights: int
+    largest_block: int
+    copied: int
+    keys_values: int
+    sample: int | None
+    batch: int | None
+    offloaded_batch: int | None
+
+
+def memory_needs(flow: Flow, device: torch.device, dtype: torch.dtype) -> MemoryNeeds:
+    """Computes from shapes what a flow needs to be sampled on a device, by solves of one block after the other.
+
+    The flow's weights may be on any device, also the meta device. Guidance is that of the flow.
+    """
+    check_flow(flow)
+    blocks, is_cpu = without_values(flow, dtype), device.type == "cpu"
+    sizes = [sum(tensor.nbytes for tensor in block.state_dict().values()) for block in blocks]
+    copied = [block.copy_bytes() if is_cpu else 0 for block in blocks]
+    pairs = [first + second for first, second in pairwise(sizes)] or sizes  # A GPU copies the next block in advance.
+    by_blocks = max(map(sum, zip(sizes, copied, strict=True))) if is_cpu else max(pairs)
+    sample, free = _largest_sample(flow, blocks, dtype), free_memory(device)
+    batches = [
+        None if sample is None else _power_of_two(_samples_that_fit(free, needed, sample))
+        for needed in (sum(sizes) + max(copied), by_blocks)
+    ]
+    keys_values = max(block.cache_bytes() * _rows_per_sample(flow, block) for block in blocks)
+    return MemoryNeeds(sum(sizes), max(sizes), max(copied), keys_values, sample, *batches)
 
 
 def _sample_bytes(flow: Flow) -> int | None:
     """Returns the bytes of each sample."""
     check_flow(flow)
-    largest, config = 0, flow.config
-    for block, inverse in zip(flow.blocks, flow.inverse_blocks, strict=True):
+    return _largest_sample(flow, _blocks(flow), flow.var.dtype)
+
+
+def _largest_sample(flow: Flow, blocks: Iterable[FlowBlock], dtype: torch.dtype) -> int | None:
+    largest = 0
+    for block in blocks:
         row = block.row_bytes()
         if row is None:
             return None
-        largest = max(largest, row if inverse is block else 2 * row)
-    return largest + _TOKEN_ARRAYS * config.num_tokens * config.token_channels * max(flow.var.element_size(), 4)
+        largest = max(largest, row * _rows_per_sample(flow, block))
+    return largest + _TOKEN_ARRAYS * flow.config.num_tokens * flow.config.token_channels * max(dtype.itemsize, 4)
+
+
+def _rows_per_sample(flow: Flow, block: FlowBlock) -> int:
+    """Returns 2 for a block that guidance applies to, else 1."""
+    return 1 if guided(block, flow.guidance) is block else 2
 
 
 def _weight_copy_bytes(flow: Flow) -> int:
     """Returns the bytes of the largest copy of a block's weights."""
-    return max(block.copy_bytes() for block in flow.blocks) if flow.var.device.type == "cpu" else 0
+    return max(block.copy_bytes() for block in _blocks(flow)) if flow.var.device.type == "cpu" else 0
+
+
+def _blocks(flow: Flow) -> Iterable[FlowBlock]:
+    """Returns the blocks of a flow, in the dtype in which they compute."""
+    return flow.blocks if flow.block_loader is None else flow.block_loader.shapes()

@@ -8,9 +8,9 @@ from typing import TypeVar
 import torch
 
 from jacobiflow.errors import CheckpointError, InputTypeError, InputValueError
-from jacobiflow.models.checkpoints.folder import CONFIG, ModelFolder, check_dtype
+from jacobiflow.models.checkpoints.folder import CONFIG, ModelFolder, check_dtype, widened_dtype
 from jacobiflow.models.flow import Flow
-from jacobiflow.utils.checks import check_device, check_path, format_value
+from jacobiflow.utils.checks import check_device, check_flag, check_path, format_value
 
 FlowType = TypeVar("FlowType", bound=type[Flow])
 
@@ -36,7 +36,9 @@ def register_flow(flow: FlowType) -> FlowType:
     return flow
 
 
-def load(name: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | str | None = None) -> Flow:
+def load(
+    name: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | str | None = None, offload: bool = False
+) -> Flow:
     """Loads a flow for sampling: in eval mode, its parameters without gradients.
 
     Args:
@@ -44,6 +46,8 @@ def load(name: str | Path, device: str | torch.device = "cpu", dtype: torch.dtyp
             a bundled model write "./name", or give a `Path`.
         device: The device of the weights.
         dtype: The dtype of the weights; by default as stored, with float16 and bfloat16 widened to float32.
+        offload: Brings the weights of one block at a time to the device, see `Flow.offloaded`. For a CPU they are read
+            from the files whenever a block is used; for a GPU they are in the memory of this machine, as stored.
 
     Raises:
         CheckpointError: If there is no such model, or its files do not fit each other.
@@ -55,11 +59,29 @@ def load(name: str | Path, device: str | torch.device = "cpu", dtype: torch.dtyp
     """
     check_path("name", name)
     device, dtype = check_device(device, must_exist=True), check_dtype(dtype)
+    check_flag("offload", offload)
+    folder, kind = _open(name)
+    if offload:
+        stored = kind.from_folder(folder, maps=True).requires_grad_(False)
+        return stored.offloaded(device, dtype or widened_dtype(stored.state_dict().values()))
+    return kind.from_folder(folder, device, dtype).requires_grad_(False)
+
+
+def load_shapes(name: str | Path) -> Flow:
+    """Returns a flow without the values of its weights, on the meta device, under the guidance that it recommends."""
+    folder, kind = _open(name)
+    with torch.device("meta"):
+        flow = kind(folder.config(kind.config_types))
+    flow.guidance = folder.recommended.guidance
+    return flow
+
+
+def _open(name: str | Path) -> tuple[ModelFolder, type[Flow]]:
+    """Returns the folder of a model and the class of its flow."""
     folder = ModelFolder.open(name)
     if folder.model_type not in FLOWS:
         raise CheckpointError(
             f"{folder.path / CONFIG}: model_type {folder.model_type!r}; there are {', '.join(sorted(FLOWS))}: import "
             "the module that registers another"
         )
-    flow = FLOWS[folder.model_type].from_pretrained(folder.path)
-    return flow.requires_grad_(False).to(device=device, dtype=dtype)
+    return folder, FLOWS[folder.model_type]

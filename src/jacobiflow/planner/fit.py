@@ -107,14 +107,14 @@ def tune(
     check_flow(flow)
     samples = check_count("samples", samples, 2, MAX_SAMPLES)
     batch_size, seed = check_count("batch_size", batch_size, maximum=MAX_SAMPLES), check_seed(seed)
-    config, blocks = flow.config, flow.inverse_blocks
+    config = flow.config
     latents = draw_latents(samples, config.num_tokens, config.token_channels, seed, FIRST_CALIBRATION_LATENT)
     solutions = exact_solutions(flow, latents, _context(flow, labels, context, samples), batch_size, progress)
     fitted = []
     for i, solution in enumerate(solutions):
-        fitted.append(_fit(Problem(blocks[i], solution.z, solution.context), solution.x, batch_size))
+        fitted.append(_fit(Problem(flow.inverse_block(i), solution.z, solution.context), solution.x, batch_size))
         if progress is not None:
-            progress(i + 1, len(blocks), "tuning")
+            progress(i + 1, len(solutions), "tuning")
     return Tuning(fingerprint(flow), config.num_tokens, flow.guidance, samples, seed, tuple(fitted))
 
 

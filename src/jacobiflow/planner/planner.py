@@ -13,7 +13,6 @@ import torch
 
 from jacobiflow.blocks.base import FlowBlock
 from jacobiflow.blocks.context import Context
-from jacobiflow.blocks.guidance import guided
 from jacobiflow.blocks.tokens import Tokens
 from jacobiflow.fixed_point import MaxSweeps, Solution, Solver, Tolerance
 from jacobiflow.fixed_point.attempt import attempt
@@ -160,6 +159,7 @@ def rounding_floor(flow: Flow) -> float:
         sweeps = Solver(stopping=Tolerance(floor))
         other_x = attempt(_block_problem(flow, i, swept_tokens, context), sweeps, UNCERTIFIED).x
         exact, swept_tokens = (flow.blocks[i].permutation.inverse(tokens) for tokens in (x, other_x))
+        del problem  # The next block is loaded once this one is free.
     return max(floor, float((exact - swept_tokens).nan_to_num(0.0, 0.0, 0.0).abs().max()))
 
 
@@ -167,9 +167,9 @@ def _time_blocks(flow: Flow, batch_size: int, bf16: bool) -> list[BlockTimings]:
     """The timings of each block; blocks of one shape are timed once."""
     tokens, context = _latents(flow, NUM_SAMPLES, batch_size)
     timings: dict[Hashable, BlockTimings] = {}
-    for block in reversed(flow.blocks):
+    for i, block in reversed(list(enumerate(flow.blocks))):
         if _shape(block) not in timings:
-            timings[_shape(block)] = time_block(Problem(guided(block, flow.guidance), tokens, context), bf16)
+            timings[_shape(block)] = time_block(Problem(flow.inverse_block(i), tokens, context), bf16)
     return [timings[_shape(block)] for block in flow.blocks]
 
 
@@ -199,6 +199,7 @@ def _race_blocks(
             are_over = all(state.is_over for state in states.values())
             answer = problem.z if are_over else attempt(problem, SEQUENTIAL, replace(options, certify=False)).x
         x = flow.blocks[i].permutation.inverse(answer)
+        del problem  # The next block is loaded once this one is free.
         if progress is not None:
             progress(len(timings) - i, len(timings), "timing solvers")
     spread = max([*(each.spread for each in timings), *(state.spread for state in states.values())])
@@ -249,6 +250,7 @@ def _solve_blocks(
         except TimeoutError:
             solution = solve_to_tolerance(problem, SEQUENTIAL, options)
         solutions.insert(0, solution)
+        del problem  # The next block is loaded once this one is free.
         x = flow.blocks[i].permutation.inverse(solution.x)
         if progress is not None:
             progress(len(solvers) - i, len(solvers), "verifying")
@@ -282,7 +284,7 @@ def _tighten_one(solver: Solver, factor: float) -> Solver:
 def _block_problem(flow: Flow, i: int, x: Tokens, context: Context) -> Problem:
     """The problem of block i at tokens in the order of the data. Values that overflowed go on as zeros."""
     z = flow.blocks[i].permutation(x).nan_to_num(0.0, 0.0, 0.0)
-    return Problem(guided(flow.blocks[i], flow.guidance), z, context)
+    return Problem(flow.inverse_block(i), z, context)
 
 
 def _latents(flow: Flow, first: int, num: int) -> tuple[Tokens, Context]:

@@ -12,10 +12,13 @@ from torch.autograd.graph import saved_tensors_hooks
 from jacobiflow.blocks.context import Context
 from jacobiflow.models.flow import Flow, check_flow, check_rate
 from jacobiflow.models.labels import Labels
+from jacobiflow.models.memory import batch_bytes
 from jacobiflow.utils.checks import check_count
 
 _MAX_BACKWARD_BYTES = 4 << 30
 """Bytes that a backward pass may take beside the weights."""
+_ACTIVATIONS_OF_BACKWARD = 8
+"""The most bytes that the backward pass of a block keeps, in multiples of those that its solution takes."""
 
 
 def denoise(
@@ -79,4 +82,7 @@ def _score(flow: Flow, images: Tensor, context: Context) -> tuple[Tensor, int]:
             total = flow.log_prob(x, context.clone()).sum()
         (score,) = torch.autograd.grad(total, x)
     weights = {tensor.untyped_storage()._cdata for tensor in flow.state_dict(keep_vars=True).values()}
-    return score, sum(size for storage, size in sizes.items() if storage not in weights)
+    used = sum(size for storage, size in sizes.items() if storage not in weights)
+    if flow.block_loader is not None:  # The backward pass computes a block's activations again, which the hooks miss.
+        used += _ACTIVATIONS_OF_BACKWARD * (batch_bytes(flow, len(images)) or _MAX_BACKWARD_BYTES)
+    return score, used

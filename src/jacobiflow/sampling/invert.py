@@ -16,6 +16,7 @@ from jacobiflow.fixed_point.implicit import with_gradient
 from jacobiflow.fixed_point.options import SolveOptions
 from jacobiflow.fixed_point.problem import Problem
 from jacobiflow.fixed_point.solution import Solution, Status
+from jacobiflow.fixed_point.solver import Solver
 from jacobiflow.models.flow import Flow
 from jacobiflow.models.latents import log_normal
 from jacobiflow.planner import Strategy
@@ -64,7 +65,6 @@ def invert_in_groups(
 
     The solutions have gradients if they are enabled. `on_block` is called after each block.
     """
-    blocks = flow.inverse_blocks
     size = _BATCHES_PER_GROUP * (options.batch_size or len(latents))
     for start in range(0, len(latents), size):
         group = slice(start, start + size)
@@ -72,12 +72,11 @@ def invert_in_groups(
         x = flow.prior_tokens(z)
         nonfinite, log_det = ~torch.isfinite(x).all(dim=(1, 2)), x.new_zeros(len(x))
         solutions, intermediates = list[Solution](), [x]
-        for i in reversed(range(len(blocks))):
+        for i in reversed(range(flow.config.num_blocks)):
             permutation = flow.blocks[i].permutation
             # A sample that overflowed is replaced by zeros, so that the rest of its group can be solved.
-            problem = Problem(blocks[i], permutation(x).masked_fill(nonfinite.view(-1, 1, 1), 0), rows)
-            solution = solve_to_tolerance(problem, strategy.solvers[i], options)
-            tokens, block_log_det = _with_gradient(flow, i, problem, solution)
+            z_block = permutation(x).masked_fill(nonfinite.view(-1, 1, 1), 0)
+            solution, tokens, block_log_det = _solve_block(flow, i, z_block, rows, strategy.solvers[i], options)
             log_det = log_det + block_log_det
             nonfinite = nonfinite | (solution.status == Status.NONFINITE)
             x = permutation.inverse(tokens.masked_fill(nonfinite.view(-1, 1, 1), torch.nan))
@@ -96,15 +95,19 @@ def invert_in_groups(
         yield FlowSolution(z, rows, x, log_det, nonfinite, tuple(reversed(solutions)), tuple(intermediates))
 
 
-def _with_gradient(flow: Flow, i: int, problem: Problem, solution: Solution) -> tuple[Tensor, Tensor]:
-    """The solution of block i and its log-determinant, with gradients if they are enabled."""
+def _solve_block(
+    flow: Flow, i: int, z: Tokens, context: Context, solver: Solver, options: SolveOptions
+) -> tuple[Solution, Tensor, Tensor]:
+    """Returns the solution of block i, and its x and log-determinant, with gradients if they are enabled."""
+    problem = Problem(flow.inverse_block(i), z, context)
+    solution = solve_to_tolerance(problem, solver, options)
     if not torch.is_grad_enabled():
-        return solution.x, solution.log_det
-    parameters = [each for each in flow.blocks[i].parameters() if each.requires_grad]
-    inputs = (problem.z, problem.context.values)
+        return solution, solution.x, solution.log_det
+    parameters = [each for each in flow.block(i).parameters() if each.requires_grad]
+    inputs = (z, context.values)
     if not parameters and not any(each is not None and each.requires_grad for each in inputs):
-        return solution.x, solution.log_det
-    return with_gradient(problem, parameters, solution.x, solution.log_det)
+        return solution, solution.x, solution.log_det
+    return solution, *with_gradient(problem, parameters, solution.x, solution.log_det)
 
 
 def log_prob_of(flow: Flow, solution: FlowSolution, batch_size: int) -> Float[Tensor, " n"]:

@@ -63,7 +63,7 @@ def _solve_in_float64(
     exact = SolveOptions(certify=False, batch_size=options.batch_size)
 
     def solve_block(i: int, z: Tensor) -> Tensor:
-        block = guided(copy.deepcopy(flow.blocks[i]).double(), flow.guidance)
+        block = guided(copy.deepcopy(flow.block(i)).double(), flow.guidance)
         return solve_to_tolerance(Problem(block, z, solution.context[rows]), Solver(Sequential()), exact).x
 
     return flow.map_blocks_reversed(solution.latents[rows].double() * flow.var.double().sqrt(), solve_block)

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, fields
 from functools import partial, reduce
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
@@ -34,10 +36,14 @@ from jacobiflow.utils.files import (
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"  # Says which of several files has a tensor.
+SHARDS = "model-*-of-*.safetensors"  # The files of an index.
+MAX_SHARD_SIZE = 5 * 10**9  # The bytes of weights in a file from which there are several.
 REPORTS = ("report.json", "report-*.json", "tuning.json", "tuning-*.json")  # Each guidance has files of its own.
 README = "README.md"
 FORMAT_VERSION = 1
 MODELS = Path(__file__).parents[2] / "bundled"
+_SHARD = re.compile(r"[\w-][\w.-]*\.safetensors", re.ASCII)  # It is in the folder of the index.
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 
 AnyConfig = TypeVar("AnyConfig", bound=FlowConfig)
@@ -90,13 +96,69 @@ class ModelFolder:
             raise CheckpointError(f"{self.path / CONFIG}: {error}") from error
         return config
 
-    def state(self) -> dict[str, Tensor]:
-        """Reads the tensors."""
-        file = self.path / WEIGHTS
+    def state(self) -> TensorFiles:
+        """Returns the tensors, which are read from the files when they are used."""
+        index = self.path / INDEX
+        if (self.path / WEIGHTS).exists() or not index.exists():
+            return TensorFiles(dict.fromkeys(_names_in(self.path / WEIGHTS), self.path / WEIGHTS))
         try:
-            return load_file(regular_file(file))
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"{file}: missing or damaged ({first_line(error)}); copy it again") from error
+            entries = serialization.load(index, "model", partial(serialization.decode, dict[str, Any]))
+            places = serialization.decode(dict[str, str], entries.get("weight_map"), f"model {index}: weight_map")
+        except InputError as error:
+            raise CheckpointError(str(error)) from error
+        for name in places.values():
+            if not _SHARD.fullmatch(name):
+                raise CheckpointError(
+                    f"{index}: names the file {format_value(name)}; name files of this folder, *.safetensors"
+                )
+        contents = {name: _names_in(self.path / name) for name in sorted(set(places.values()))}
+        for name, tensors in contents.items():
+            if differing := set(tensors) ^ {tensor for tensor, place in places.items() if place == name}:
+                raise CheckpointError(
+                    f"{self.path / name}: has other tensors than {INDEX} names ({min(differing)!r}); copy both again"
+                )
+        return TensorFiles({tensor: self.path / name for tensor, name in places.items()})
+
+
+def _names_in(file: Path) -> list[str]:
+    """Returns the names of the tensors in a file."""
+    try:
+        with safe_open(regular_file(file), "pt") as content:
+            return sorted(content.keys())
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{file}: missing or damaged ({first_line(error)}); copy it again") from error
+
+
+class TensorFiles(MutableMapping[str, Tensor]):
+    """The tensors of files by their names. Each has a mapping of its file while it is in use.
+
+    Attributes:
+        places: The file of each tensor.
+    """
+
+    def __init__(self, places: dict[str, Path]) -> None:
+        self.places = places
+
+    def __getitem__(self, name: str) -> Tensor:
+        with safe_open(self.places[name], "pt") as content:
+            tensor: Tensor = content.get_tensor(name)
+            return tensor
+
+    def __setitem__(self, name: str, tensor: Tensor) -> None:
+        raise NotImplementedError("these tensors are only read")
+
+    def __delitem__(self, name: str) -> None:
+        del self.places[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.places)
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def map_all(self) -> dict[str, Tensor]:
+        """Returns all tensors, with one mapping for each file."""
+        return {name: tensor for file in set(self.places.values()) for name, tensor in load_file(file).items()}
 
 
 def _download(name: str, hub: dict[str, Any]) -> Path:
@@ -113,7 +175,7 @@ def _download(name: str, hub: dict[str, Any]) -> Path:
         )
     client = import_hub()
     try:
-        return Path(client.snapshot_download(name, allow_patterns=[CONFIG, WEIGHTS, *REPORTS], **hub))
+        return Path(client.snapshot_download(name, allow_patterns=[CONFIG, WEIGHTS, INDEX, SHARDS, *REPORTS], **hub))
     except Exception as error:  # The exceptions of its HTTP client differ by version.
         raise CheckpointError(
             f"{format_value(name)} is neither a bundled name ({names}) nor a folder here, and the hub did not provide "
@@ -126,6 +188,11 @@ def list_reports(path: Path) -> tuple[Path, ...]:
     return tuple(file for pattern in REPORTS for file in sorted(path.glob(pattern)) if file.is_file())
 
 
+def list_weights(path: Path) -> list[Path]:
+    """Lists the files of weights in a model folder, and their index."""
+    return [file for pattern in (WEIGHTS, INDEX, SHARDS) for file in sorted(path.glob(pattern))]
+
+
 def list_bundled() -> dict[str, Path]:
     """Returns the models that come with the package: name to folder."""
     return {file.parent.name: file.parent for file in sorted(MODELS.glob(f"*/{CONFIG}"))}
@@ -134,14 +201,43 @@ def list_bundled() -> dict[str, Path]:
 def check_own_model(path: Path) -> None:
     """Raises CheckpointError if a folder has files under a model's names, but no config.json of this library."""
     if "format_version" not in (read_object(path / CONFIG) or {}):
-        for file in (path / CONFIG, path / WEIGHTS, *list_reports(path)):
+        for file in (path / CONFIG, *list_weights(path), *list_reports(path)):
             if file.exists():
                 raise CheckpointError(
                     f"{file}: not of a model that jacobiflow wrote; move it away, or give another folder"
                 )
 
 
-def write_model(flow: Any, path: Path, dtype: torch.dtype | None = None, title: str = "") -> None:
+def split_tensors(state: Mapping[str, Tensor], max_size: int) -> list[dict[str, Tensor]]:
+    """Splits a state dict, in its order, into parts of at most `max_size` bytes, or of one tensor."""
+    parts, size = [dict[str, Tensor]()], 0
+    for name, tensor in state.items():
+        if parts[-1] and size + tensor.nbytes > max_size:
+            parts.append({})
+            size = 0
+        parts[-1][name] = tensor
+        size += tensor.nbytes
+    return parts
+
+
+def _weight_files(state: Mapping[str, Tensor], max_shard_size: int) -> Iterator[tuple[str, Callable[[], bytes]]]:
+    """Yields the names of the files of weights, and functions that make their contents; the index is the last."""
+    parts = split_tensors(state, max_shard_size)
+    if len(parts) == 1:
+        yield WEIGHTS, partial(save, parts[0], {"format": "pt"})
+        return
+    places = dict[str, str]()
+    for i, part in enumerate(parts, 1):
+        file = f"model-{i:05}-of-{len(parts):05}.safetensors"
+        places |= dict.fromkeys(part, file)
+        yield file, partial(save, part, {"format": "pt"})
+    size = sum(tensor.nbytes for tensor in state.values())
+    yield INDEX, partial(json_bytes, {"metadata": {"total_size": size}, "weight_map": places}, 2)
+
+
+def write_model(
+    flow: Any, path: Path, dtype: torch.dtype | None = None, title: str = "", max_shard_size: int = MAX_SHARD_SIZE
+) -> None:
     """Writes a model folder, as `Flow.save_pretrained` documents it.
 
     If there is no README.md, it writes a model card with `title`, by default the folder's name.
@@ -159,14 +255,17 @@ def write_model(flow: Any, path: Path, dtype: torch.dtype | None = None, title: 
     document = {"model_type": flow.model_type, "format_version": FORMAT_VERSION, **asdict(flow.config)}
     if flow.recommended != SamplingSettings():
         document["recommended"] = serialization.encode(flow.recommended)
+    make_config: Callable[[], bytes] = partial(json_bytes, document, 2)
+    files = [(CONFIG, make_config), *_weight_files(state, max_shard_size)]
     try:
         path.mkdir(parents=True, exist_ok=True)
         remove_partials(path)
-        with atomic_path(path / WEIGHTS) as new_weights, atomic_path(path / CONFIG) as new_config:
-            new_weights.write_bytes(save(state, metadata={"format": "pt"}))
-            new_config.write_bytes(json_bytes(document, indent=2))
-            # A stop between the two renames must not leave old weights with a new config.
-            (path / WEIGHTS).unlink(missing_ok=True)
+        with ExitStack() as renames:  # It renames the config first, and what completes the weights last.
+            for name, make_content in reversed(files):
+                renames.enter_context(atomic_path(path / name)).write_bytes(make_content())
+            # A stop between the renames must not leave old weights with a new config.
+            for file in list_weights(path):
+                file.unlink()
         for name, content in reports.items():
             write_atomically(path / name, content)
         if not os.path.lexists(path / README):
@@ -175,23 +274,41 @@ def write_model(flow: Any, path: Path, dtype: torch.dtype | None = None, title: 
         raise CheckpointError(f"{path}: cannot be written ({first_line(error)})") from error
 
 
-def build(make: Callable[[Any], AnyModule], config: Any, state: dict[str, Tensor], source: str) -> AnyModule:
+def build(
+    make: Callable[[Any], AnyModule], config: Any, state: MutableMapping[str, Tensor], source: str,
+    device: torch.device | str = "cpu", dtype: torch.dtype | None = None, maps: bool = False,
+) -> AnyModule:  # fmt: skip
     """Builds a module with the values of a state dict, which must fit it, in eval mode.
 
-    The module is made on the meta device, so that initial values cost nothing and draw no random numbers. Half
-    precision becomes float32. `state` is emptied. A CheckpointError begins with `source`.
+    The module is made on the meta device, so that initial values cost nothing and draw no random numbers. Tensors are
+    then copied one by one, and removed from `state`: the memory is that of the module and of one tensor.
+
+    Args:
+        source: The beginning of a CheckpointError.
+        dtype: The dtype of the copies; by default that of the state dict, with half precision widened to float32.
+        maps: Takes the tensors as they are, so that they stay mapped to their files.
     """
-    check_values(state, source)
     with torch.device("meta"):
         module = make(config)
-    dtype = reduce(torch.promote_types, (tensor.dtype for tensor in state.values()), torch.float32)
-    # Copies, so that no tensor stays mapped to its file.
-    copies = {name: state.pop(name).to(dtype, copy=True, memory_format=torch.contiguous_format) for name in list(state)}
+    dtype = dtype or widened_dtype(state.values())
+    copies, flaws = dict[str, Tensor](), list[str]()
+    for name in list(state):
+        tensor = state.pop(name)
+        if flaw := _flaw(name, tensor):
+            flaws.append(flaw)
+            continue
+        copies[name] = tensor if maps else tensor.to(device, dtype, copy=True, memory_format=torch.contiguous_format)
+    _raise_flaws(flaws, source)
     try:
         module.load_state_dict(copies, assign=True)
     except RuntimeError as error:
         raise CheckpointError(f"{source}: does not fit the config: {' '.join(str(error).split())}") from None
     return module.eval()
+
+
+def widened_dtype(tensors: Iterable[Tensor]) -> torch.dtype:
+    """Returns the dtype of tensors, with half precision widened to float32."""
+    return reduce(torch.promote_types, (tensor.dtype for tensor in tensors), torch.float32)
 
 
 def check_values(
@@ -201,19 +318,27 @@ def check_values(
 
     If `checks_values` is False, the values are not read from the file.
     """
+    flaws = (_flaw(name, tensor, dtypes, checks_values) for name, tensor in state.items())
+    _raise_flaws([flaw for flaw in flaws if flaw], source)
 
-    def flaw(name: str, tensor: Tensor) -> str:
-        if tensor.is_nested or tensor.layout != torch.strided or tensor.is_meta:
-            return "is not a dense tensor with values"
-        if tensor.dtype not in dtypes:
-            return f"is of {tensor.dtype}"
-        if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
-            return "has more values than the file stores"
-        if checks_values and not tensor.isfinite().all():
-            return "has non-finite values"
-        return "has values that are not positive" if checks_values and name == "var" and not (tensor > 0).all() else ""
 
-    flaws = [f"{name} {text}" for name, tensor in state.items() if (text := flaw(name, tensor))]
+def _flaw(name: str, tensor: Tensor, dtypes: Sequence[torch.dtype] = FLOATS, checks_values: bool = True) -> str:
+    """Returns what is wrong with an entry, or nothing."""
+    if tensor.is_nested or tensor.layout != torch.strided or tensor.is_meta:
+        return f"{name} is not a dense tensor with values"
+    if tensor.dtype not in dtypes:
+        return f"{name} is of {tensor.dtype}"
+    if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+        return f"{name} has more values than the file stores"
+    if not checks_values or not tensor.numel():
+        return ""
+    least, largest = (float(value) for value in tensor.aminmax())  # This makes no copy, and NaN is both.
+    if not math.isfinite(least) or not math.isfinite(largest):
+        return f"{name} has non-finite values"
+    return f"{name} has values that are not positive" if name == "var" and least <= 0 else ""
+
+
+def _raise_flaws(flaws: Sequence[str], source: str) -> None:
     if flaws:
         raise CheckpointError(f"{source}: {'; '.join(flaws)}")
 

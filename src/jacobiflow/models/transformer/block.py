@@ -263,9 +263,13 @@ class TransformerBlock(FlowBlock):
         weights, element_size = self.layer_weights(), self.proj_in.weight.element_size()
         hidden, channels = weights[0].up[0].shape
         length = self.prefix_length + self.num_tokens
-        values = (2 * len(weights) + 1) * channels + 2 * channels + 2 * hidden + length
-        native_keys_values = 2 * len(weights) * channels * max(element_size, 4)
-        return int(length * max(values * element_size, native_keys_values))
+        values = 3 * channels + 2 * hidden + length
+        native_keys_values = 2 * len(weights) * channels * length * max(element_size, 4)
+        return int(max(self.cache_bytes() + length * values * element_size, native_keys_values))
+
+    def cache_bytes(self) -> int:
+        weight = self.proj_in.weight
+        return 2 * len(self.layer_weights()) * weight.nbytes // weight.shape[1] * (self.prefix_length + self.num_tokens)
 
     def copy_bytes(self) -> int:
         projections = self.proj_in.weight.numel() + self.proj_out.weight.numel()

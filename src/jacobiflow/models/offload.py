@@ -1,0 +1,95 @@
+"""Blocks of a flow that is larger than its device, of which one at a time is copied there."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from contextlib import nullcontext
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from jacobiflow.blocks.base import FlowBlock
+
+
+class BlockLoader:
+    """Copies the blocks of a flow to a device, one at a time.
+
+    A copy stays until another block is asked for. On a GPU the next block is copied meanwhile, on another stream.
+
+    Attributes:
+        flow: Holds all blocks.
+        copies: The copies on the device, by the index of the block.
+    """
+
+    def __init__(self, flow: Any, device: torch.device, dtype: torch.dtype) -> None:
+        self.flow, self.device, self.dtype = flow, device, dtype
+        self.copies: dict[int, FlowBlock] = {}
+        blocks = {id(tensor) for tensor in _tensors(flow.blocks)}
+        others = [tensor for tensor in _tensors(flow) if id(tensor) not in blocks]
+        self._others = copies_of(others, device, dtype)
+        self._last = -2  # No block is one step from it.
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        if self._stream is not None:
+            for tensor in _tensors(flow.blocks):
+                tensor.data = tensor.data.pin_memory()  # A GPU reads pinned memory without the processor.
+
+    def copy_other(self, part: Any) -> Any:
+        """Returns a copy of a part of the flow beside its blocks, on the device."""
+        return copy.deepcopy(part, dict(self._others))
+
+    def load(self, index: int) -> FlowBlock:
+        """Returns the copy of a block. The caller keeps no reference to it when it asks for another block."""
+        copies, num, step = self.copies, len(self.flow.blocks), index - self._last
+        if step == 0 and index in copies:
+            return copies[index]
+        if abs(step) != 1:  # A pass starts: sampling at the last block, encoding at the first.
+            step = -1 if index == num - 1 else 1
+        # The other copies are freed first. Another thread that samples from this flow has a dictionary of its own.
+        self.copies = copies = {i: block for i, block in copies.items() if i == index}
+        self._last = index
+        if index not in copies:
+            copies[index] = self._copy(index)
+        if self._stream is not None:
+            torch.cuda.current_stream(self.device).wait_stream(self._stream)
+            if 0 <= index + step < num:
+                copies[index + step] = self._copy(index + step)
+        return copies[index]
+
+    def _copy(self, index: int) -> FlowBlock:
+        """Copies a block; on a GPU after all that was asked of it so far, since the memory may still be in use."""
+        block = self.flow.blocks[index]
+        if self._stream is not None:
+            self._stream.wait_stream(torch.cuda.current_stream(self.device))
+        with nullcontext() if self._stream is None else torch.cuda.stream(self._stream):
+            tensors = copies_of(_tensors(block), self.device, self.dtype)
+        copied: FlowBlock = copy.deepcopy(block, self._others | tensors)
+        return copied
+
+    def shapes(self) -> Sequence[FlowBlock]:
+        """Returns the blocks without values, in the dtype of the device."""
+        return without_values(self.flow, self.dtype)
+
+
+def without_values(flow: Any, dtype: torch.dtype) -> Sequence[FlowBlock]:
+    """Returns the blocks of a flow on the meta device, in a dtype."""
+    blocks: Sequence[FlowBlock] = copy.deepcopy(flow.blocks, copies_of(_tensors(flow), torch.device("meta"), dtype))
+    return blocks
+
+
+def copies_of(tensors: list[Tensor], device: torch.device, dtype: torch.dtype) -> dict[int, Any]:
+    """Returns copies of tensors by their ids, as `copy.deepcopy` takes them. Whole numbers keep their dtype."""
+    copies = dict[int, Any]()
+    for tensor in tensors:
+        kind = dtype if tensor.is_floating_point() else tensor.dtype
+        with torch.inference_mode(False), torch.no_grad():  # A copy made in inference mode could have no gradients.
+            # The device changes the dtype: the processor would do so in memory that is not pinned.
+            moved = tensor.detach().to(device, non_blocking=True).to(kind, copy=True)
+            copies[id(tensor)] = nn.Parameter(moved, False) if isinstance(tensor, nn.Parameter) else moved
+    return copies
+
+
+def _tensors(module: Any) -> list[Tensor]:
+    return list(chain(module.parameters(), module.buffers()))
