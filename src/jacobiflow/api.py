@@ -39,6 +39,7 @@ from jacobiflow.models.prose import Prose, ProseConfig
 from jacobiflow.models.registry import load
 from jacobiflow.models.starflow import STARFlow, STARFlowConfig
 from jacobiflow.models.tarflow import TarFlow, TarFlowConfig, TokenConfig
+from jacobiflow.parts import Part
 from jacobiflow.planner import Strategy, Tuning, find_tuning, plan, tune
 from jacobiflow.sampling.denoise import denoise
 from jacobiflow.sampling.folder import SampleFolder, sample_to_folder
@@ -69,6 +70,7 @@ __all__ = [
     "MAFConfig",
     "MaxSweeps",
     "MeanAffine",
+    "Part",
     "Partition",
     "Plain",
     "Preset",

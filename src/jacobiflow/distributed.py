@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -22,6 +22,7 @@ import torch.distributed as dist
 from jacobiflow.errors import InputValueError, first_line
 
 T = TypeVar("T")
+R = TypeVar("R")
 
 _TIMEOUT = timedelta(hours=12)  # Longest wait for a process that is alive; the first one may plan or verify for hours.
 _START_TIMEOUT = timedelta(minutes=5)  # Longest wait until all processes have started.
@@ -96,6 +97,13 @@ class Processes:
         """Tells every process whether `flag` is true in at least one of them."""
         return max(self.gather(flag))
 
+    def map(self, work: Callable[[T], R], units: Sequence[T]) -> list[R]:
+        """Returns the results of `work` for all units in every process. Each process computes those that it claims."""
+        results = {index: work(units[index]) for index in self.claim(range(len(units)))}
+        for others in self.gather(results):
+            results |= others
+        return [results[index] for index in range(len(units))]
+
     def claim(self, units: Sequence[T]) -> Iterator[T]:
         """Yields the units of work for this process. A free process takes the next unit, so costs may differ.
 
@@ -119,39 +127,6 @@ class Processes:
         index = self.local_rank % torch.cuda.device_count()  # A launcher may show each process only one GPU.
         torch.cuda.set_device(index)  # Without it every process would allocate memory on the first GPU.
         return f"cuda:{index}"
-
-
-@dataclass(frozen=True)
-class Part:
-    """One of several jobs that share work without communication, such as those of a SLURM array.
-
-    Args:
-        index: Number of this part, from 1.
-        count: Number of parts.
-
-    Example:
-        >>> Part.parse("2/3").share(range(8))
-        range(1, 8, 3)
-    """
-
-    index: int = 1
-    count: int = 1
-
-    def __post_init__(self) -> None:
-        if not 1 <= self.index <= self.count:
-            raise InputValueError(f"part {self.index}/{self.count}: give I/N with I from 1 to N")
-
-    @classmethod
-    def parse(cls, text: str) -> Part:
-        """Parses "I/N"."""
-        match = re.fullmatch(r"([0-9]{1,6})/([0-9]{1,6})", text)
-        if match is None:
-            raise InputValueError(f"part {text[:40]}: give I/N, such as 1/8 for the first of eight parts")
-        return cls(int(match[1]), int(match[2]))
-
-    def share(self, units: Sequence[T]) -> Sequence[T]:
-        """Returns every N-th unit, from number I on."""
-        return units[self.index - 1 :: self.count]
 
 
 @contextmanager
@@ -286,6 +261,7 @@ class _Watch:
         self._answers: queue.Queue[ProcessFailed | None] = queue.Queue()
         self._failure: ProcessFailed | None = None
         self._stopped = threading.Event()
+        self._lock = threading.Lock()
 
     def start(self) -> None:
         """Starts the threads."""
@@ -294,13 +270,17 @@ class _Watch:
 
     def stop(self) -> None:
         """Stops the threads."""
-        self._stopped.set()
+        with self._lock:  # After it, the main thread is not interrupted any more.
+            self._stopped.set()
         self._answers.put(None)
 
     def raise_failure(self, error: BaseException) -> None:
         """Raises the failure of another process that caused `error`, or else tells the others of `error`."""
         if isinstance(error, ProcessFailed):
             return
+        with suppress(KeyboardInterrupt):  # The watch may have interrupted this thread just now.
+            self.stop()
+            time.sleep(0.01)
         is_lost = isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
         failure = self._failure or self._announce(_ended("a process") if is_lost else _message(error))
         if not failure.is_reported:
@@ -322,7 +302,10 @@ class _Watch:
             if self._stopped.is_set():
                 return
         self._failure = failure
-        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+        with self._lock:
+            if self._stopped.is_set():
+                return
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
         if not self._stopped.wait(_GRACE):  # The main thread may wait for a process that is gone.
             if not failure.is_reported:
                 print(f"error: {failure}", file=sys.stderr, flush=True)

@@ -74,8 +74,11 @@ def _with_json(command: Callable[..., dict[str, Any] | None]) -> Callable[..., i
     return run
 
 
-for _command in (sample, calibrate, plan, bench, evaluate, train, convert, info):
-    app.command()(_with_json(_command))
+for _name, _command in {
+    "sample": sample, "calibrate": calibrate, "plan": plan, "bench": bench, "evaluate": evaluate, "train": train,
+    "convert": convert, "info": info,
+}.items():  # fmt: skip
+    app.command(_name)(_with_json(_command))
 
 
 def _print_version(is_given: bool) -> None:
