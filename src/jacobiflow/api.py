@@ -5,7 +5,7 @@ from jacobiflow.blocks.base import AffineBlock, Block
 from jacobiflow.blocks.context import Context
 from jacobiflow.blocks.guidance import Guidance, SamplingSettings
 from jacobiflow.calibration import CalibrationReport, calibrate, find_report
-from jacobiflow.distributed import processes
+from jacobiflow.distributed import Part, processes
 from jacobiflow.errors import CheckpointError, InputError
 from jacobiflow.fixed_point import (
     CausalLinear,
@@ -39,7 +39,6 @@ from jacobiflow.models.prose import Prose, ProseConfig
 from jacobiflow.models.registry import load
 from jacobiflow.models.starflow import STARFlow, STARFlowConfig
 from jacobiflow.models.tarflow import TarFlow, TarFlowConfig, TokenConfig
-from jacobiflow.parts import Part
 from jacobiflow.planner import Strategy, Tuning, find_tuning, plan, tune
 from jacobiflow.sampling.denoise import denoise
 from jacobiflow.sampling.folder import SampleFolder, sample_to_folder

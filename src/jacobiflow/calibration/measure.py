@@ -22,7 +22,6 @@ from jacobiflow.calibration.statistics import (
     Images,
     exact_solutions,
 )
-from jacobiflow.calibration.store import MeasurementStore
 from jacobiflow.errors import InputTypeError, InputValueError
 from jacobiflow.fixed_point import Segments
 from jacobiflow.models.checkpoints.fingerprint import fingerprint
@@ -32,6 +31,7 @@ from jacobiflow.models.latents import FIRST_CALIBRATION_LATENT, MAX_SAMPLES, dra
 from jacobiflow.utils.checks import check_choice, check_count, check_flag, check_path, check_seed
 from jacobiflow.utils.files import output_directory
 from jacobiflow.utils.progress import Progress
+from jacobiflow.utils.store import MeasurementStore
 
 CurvesBySource = Mapping[LatentSource, Mapping[str, ConvergenceCurve]]  # and by guess
 

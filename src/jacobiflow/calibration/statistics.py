@@ -18,12 +18,12 @@ from jacobiflow.blocks.context import Context
 from jacobiflow.calibration.convergence import initial_residuals, segment_slices
 from jacobiflow.calibration.metrics import NORMS, Components, Metrics, Norm, matrix_norm, tough_blocks
 from jacobiflow.calibration.report import GUESS_NAMES, guesses_by_name
-from jacobiflow.calibration.store import MeasurementStore
 from jacobiflow.errors import InputValueError
 from jacobiflow.fixed_point import MeanAffine, Sequential, Solver, solve
 from jacobiflow.models.flow import Flow, Step
 from jacobiflow.utils.checks import check_finite
 from jacobiflow.utils.progress import Progress
+from jacobiflow.utils.store import MeasurementStore
 
 Places = Sequence[tuple[int, slice]]  # blocks, with the tokens that are measured
 

@@ -168,8 +168,13 @@ def output_directory(path: Path, kind: str, files: Sequence[str]) -> Iterator[No
     """Locks a folder for output of one `kind`, such as "benchmark", and lists the output files in its manifest.json."""
     check_own(path, kind)
     with locked(path):
-        write_json(path / MANIFEST, {"kind": kind, "files": list(files)})
+        write_manifest(path, kind, files)
         yield
+
+
+def write_manifest(path: Path, kind: str, files: Sequence[str]) -> None:
+    """Lists the output files of one kind in the manifest.json of a folder."""
+    write_json(path / MANIFEST, {"kind": kind, "files": list(files)})
 
 
 def check_own(path: Path, kind: str) -> None:

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 import jacobiflow as jf
-from jacobiflow import parts as module
-from jacobiflow.parts import starting
+from jacobiflow.distributed import parts as module
+from jacobiflow.distributed.parts import starting
 from jacobiflow.sampling.folder import SampleFolderError
 from jacobiflow.utils.files import FolderInUseError, locked
 from tests.helpers.process_groups import Job, run_jobs

@@ -309,5 +309,5 @@ def test_png_is_for_one_channel_or_three_and_needs_pillow(tmp_path: Path, monkey
 
 def test_a_folder_that_a_process_does_not_see_is_refused(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Processes, "run_on_rank_zero", lambda self, work: [work(), (out / "manifest.json").unlink()][0])
-    with pytest.raises(SampleFolderError, match=r": process 1 does not see it; give one on a shared disk$"):
+    with pytest.raises(jf.InputError, match=r": process 1 does not see it; give one on a shared disk$"):
         run(out, processes=Processes(1, 2))

@@ -27,8 +27,8 @@ from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
 from jacobiflow.data import quantize
+from jacobiflow.distributed.parts import Part, find_parts
 from jacobiflow.errors import InputError, InputValueError
-from jacobiflow.parts import Part, find_parts
 from jacobiflow.planner import Strategy
 from jacobiflow.sampling.folder.manifest import Cost, Manifest, Record, SampleFolderError
 from jacobiflow.sampling.result import Outcome, Samples, npz_bytes

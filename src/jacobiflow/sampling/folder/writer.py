@@ -16,7 +16,8 @@ import torch
 
 from jacobiflow.blocks.context import Context
 from jacobiflow.calibration import CalibrationReport
-from jacobiflow.distributed import Processes
+from jacobiflow.distributed import Part, Processes
+from jacobiflow.distributed.parts import finishing, forget_parts, starting
 from jacobiflow.errors import InputValueError
 from jacobiflow.fixed_point import CertifyMode
 from jacobiflow.fixed_point.options import SolveOptions
@@ -24,7 +25,6 @@ from jacobiflow.models.checkpoints.fingerprint import fingerprint
 from jacobiflow.models.flow import Flow, check_flow
 from jacobiflow.models.labels import ContextLike, Labels
 from jacobiflow.models.latents import MAX_SAMPLES, draw_latents
-from jacobiflow.parts import Part, finishing, forget_parts, starting
 from jacobiflow.planner import Strategy, choose, is_auto
 from jacobiflow.sampling.folder.manifest import Files, Manifest, SampleFolderError, context_sha256
 from jacobiflow.sampling.folder.reader import STRATEGY, SampleFolder, pillow
@@ -154,10 +154,7 @@ def sample_to_folder(
     with ExitStack() as locks:
         start = partial(_start_or_resume, folder, checked, plan, keep_strategy, overwrite, part, locks)
         folder, todo = processes.run_on_rank_zero(start)
-        if not (folder.path / MANIFEST).exists():
-            raise SampleFolderError(
-                f"{folder.path}: process {processes.rank} does not see it; give one on a shared disk"
-            )
+        processes.check_sees(folder.path / MANIFEST)
         _draw_shards(flow, folder, todo, checked, processes, progress)
         processes.gather(None)  # The records of all processes are on the disk.
         folder = processes.run_on_rank_zero(partial(_finish, folder))
