@@ -25,8 +25,8 @@ def as_command(
     Args:
         config_type: A dataclass. Its fields become the options, with their defaults. A field that is a dataclass stands
             for options of its own, whose help is its docstring.
-        run: Does the work of one process. It returns the result, a dataclass, in the first process. Its docstring is
-            the help of the command.
+        run: Does the work of one process. It returns the result in the first process: a dataclass, perhaps with a
+            method `to_json`. Its docstring is the help of the command.
         show: Prints the result.
     """
 
@@ -44,7 +44,8 @@ def as_command(
         if result is None or group.rank > 0:
             return None
         show(result)
-        return asdict(result)  # type: ignore[call-overload]
+        to_json = getattr(result, "to_json", None)
+        return asdict(result) if to_json is None else to_json()  # type: ignore[call-overload]
 
     parameters = sorted(_parameters(config_type), key=lambda parameter: parameter.default is not parameter.empty)
     command.__doc__ = run.__doc__

@@ -77,12 +77,15 @@ class Processes:
         """Tells every process whether `flag` is true in at least one of them."""
         return max(self.gather(flag))
 
-    def map(self, work: Callable[[T], R], units: Sequence[T]) -> list[R]:
-        """Returns the results of `work` for all units in every process. Each process computes those that it claims."""
+    def map(self, work: Callable[[T], R], units: Sequence[T]) -> Iterator[R]:
+        """Yields the results of `work` for all units in every process. Each process computes those that it claims."""
+        if self.count == 1:
+            yield from map(work, units)
+            return
         results = {index: work(units[index]) for index in self.claim(range(len(units)))}
         for others in self.gather(results):
             results |= others
-        return [results[index] for index in range(len(units))]
+        yield from (results[index] for index in range(len(units)))
 
     def claim(self, units: Sequence[T]) -> Iterator[T]:
         """Yields the units of work for this process. A free process takes the next unit, so costs may differ.

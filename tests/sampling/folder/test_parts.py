@@ -49,7 +49,7 @@ def test_processes_that_are_killed_end_soon_and_write_what_one_does(want: Any, t
         other = ended[1 - killed]
         assert (other.code, other.out) == (2, "") and other.err.startswith("error: ") and other.err.count("\n") == 1
         assert re.match(lost, other.err.replace("process 0", "a process")), other.err
-        assert other.seconds < 15
+        assert other.seconds - ended[killed].seconds < 10
     assert [ended.code for ended in third["job"]] == [0, 0]
     assert f"wrote samples: {NUM} shards" in third["job"][0].out
     assert (third["job"][1].out, third["job"][1].err) == ("", "")
