@@ -1,4 +1,4 @@
-"""Command lines that several real processes run together, as torchrun starts them; some kill themselves.
+"""Command lines that several real processes run together, as torchrun or srun starts them; some kill themselves.
 
 A driver imports the package once and forks each process, since an import takes seconds.
 """
@@ -25,16 +25,18 @@ class Job:
     """Processes that run one command line.
 
     Attributes:
-        line: The command line.
+        line: The command line; or "python" and a program, in which `rank` is the number of the process.
         ranks: Number of processes.
         kills: The file, counted from 1, at whose renaming a rank kills itself.
         name: Names the files of the outputs.
+        launcher: "torchrun" or "srun".
     """
 
     line: Sequence[str]
     ranks: int = 2
     kills: dict[int, int] | None = None
     name: str = "job"
+    launcher: str = "torchrun"
 
 
 @dataclass(frozen=True)
@@ -104,15 +106,13 @@ def _run_round(number: int, jobs: Any) -> dict[str, list[dict[str, Any]]]:
 def _run_rank(job: Any, rank: int, port: int, stem: str) -> None:
     import itertools
     import signal
+    import traceback
 
     from jacobiflow.cli import main
     from jacobiflow.distributed import Processes
 
     if job["ranks"] > 1:
-        os.environ.update(
-            RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(job["ranks"]), MASTER_ADDR="127.0.0.1",
-            MASTER_PORT=str(port), TORCHELASTIC_RUN_ID="test",
-        )  # fmt: skip
+        os.environ.update(_variables(job["launcher"], rank, job["ranks"], port))
     for stream in ("out", "err"):
         os.dup2(os.open(f"{stream}-{stem}", os.O_CREAT | os.O_WRONLY | os.O_TRUNC), 1 if stream == "out" else 2)
     rename, claim, count = os.replace, Processes.claim, itertools.count(1)
@@ -132,11 +132,29 @@ def _run_rank(job: Any, rank: int, port: int, stem: str) -> None:
     os.replace, Processes.claim = counted, noted  # type: ignore[assignment, method-assign]
     code = 1
     try:
-        code = main(job["line"])
+        if job["line"][0] == "python":
+            exec(job["line"][1], {"rank": rank})
+            code = 0
+        else:
+            code = main(job["line"])
+    except BaseException:
+        traceback.print_exc()
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
+
+
+def _variables(launcher: str, rank: int, count: int, port: int) -> dict[str, str]:
+    """The variables that a launcher sets for a process."""
+    if launcher == "torchrun":
+        names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "TORCHELASTIC_RUN_ID": "test"}
+    else:
+        names = {
+            "SLURM_PROCID": rank, "SLURM_LOCALID": rank, "SLURM_STEP_NUM_TASKS": count, "SLURM_JOB_ID": 7,
+            "SLURM_STEP_ID": 0, "SLURM_STEP_NODELIST": "localhost",
+        }  # fmt: skip
+    return {name: str(value) for name, value in {**names, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}.items()}
 
 
 if __name__ == "__main__":
