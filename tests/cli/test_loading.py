@@ -61,7 +61,7 @@ def test_samples_are_drawn_as_recommended_and_resumed_in_no_other_way(
     text = "--guidance 0.7,attn_temperature=1.4 --denoise 0.9"
     assert f", settings: {text} (recommended by the model; --plain turns it off)\n" in result.out
     entries = figures(tmp_path / "f")
-    assert entries["error"]["max"] < 0.05  # the original sampler was guided and denoised alike
+    assert entries["comparison"]["error"]["max"] < 0.05  # the original sampler was guided and denoised alike
     cost = entries["runs"]["jacobi"]
     rate = 3 / (cost["seconds"] + cost["denoise_seconds"])
     assert cost["samples_per_second"] == pytest.approx(rate)

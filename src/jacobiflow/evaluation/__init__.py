@@ -13,19 +13,7 @@ from jacobiflow.evaluation.features import InceptionFeatures, extract_features, 
 from jacobiflow.evaluation.likelihood import bayes_accuracy, bits_per_dim
 
 __all__ = [
-    "FeatureStatistics",
-    "InceptionFeatures",
-    "PairedError",
-    "PixelDifference",
-    "SampleErrors",
-    "bayes_accuracy",
-    "bits_per_dim",
-    "extract_features",
-    "frechet_distance",
-    "kernel_distance",
-    "load_features",
-    "paired_error",
-    "pixel_difference",
-    "precision_recall",
-    "sample_errors",
+    "FeatureStatistics", "InceptionFeatures", "PairedError", "PixelDifference", "SampleErrors", "bayes_accuracy",
+    "bits_per_dim", "extract_features", "frechet_distance", "kernel_distance", "load_features", "paired_error",
+    "pixel_difference", "precision_recall", "sample_errors",
 ]  # fmt: skip
