@@ -5,7 +5,7 @@ from jacobiflow.blocks.base import AffineBlock, Block
 from jacobiflow.blocks.context import Context
 from jacobiflow.blocks.guidance import Guidance, SamplingSettings
 from jacobiflow.calibration import CalibrationReport, calibrate, find_report
-from jacobiflow.distributed import processes
+from jacobiflow.distributed import Part, processes
 from jacobiflow.errors import CheckpointError, InputError
 from jacobiflow.fixed_point import (
     CausalLinear,
@@ -69,6 +69,7 @@ __all__ = [
     "MAFConfig",
     "MaxSweeps",
     "MeanAffine",
+    "Part",
     "Partition",
     "Plain",
     "Preset",

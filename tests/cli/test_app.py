@@ -70,6 +70,10 @@ REFUSED = {
     f"{SAMPLE} --strategy s.json --report r.json": "--report r.json: s.json has its own guesses",
     f"{SAMPLE} --certify-always --no-certify": "--certify-always: excludes --no-certify; leave one of them out",
     f"{SAMPLE} --out file/out": "file/out",
+    f"{SAMPLE} --part 9/8": "--part 9/8: give I/N with I from 1 to N, such as 1/8 for the first of eight",
+    f"{SAMPLE} --part x": "--part x: give I/N, such as 1/8 for the first of eight parts",
+    f"{SAMPLE} --part 1/2 --compare": "--compare: excludes --part; compare in a run of its own",
+    f"{SAMPLE} --part 1/2 --overwrite": "--overwrite: would remove the samples of other parts; remove the folder first",
     f"{SAMPLE} --json file/f.json": "--json file/f.json: cannot be written",
     f"{SAMPLE} --json model/model.safetensors": "which this command reads; give another file",
     f"{SAMPLE} --strategy window.json --json pets/../window.json": "is in window.json, which this command reads",
@@ -146,13 +150,21 @@ def test_ctrl_c_once_more_does_not_interrupt_the_exit() -> None:
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted\n")
 
 
-@pytest.mark.parametrize("variables", [{"LOCAL_RANK": "0"}, {"LOCAL_RANK": "0", "RANK": "abc"}, {}])
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"LOCAL_RANK": "0"}, "RANK is not set; start the processes by torchrun or srun"),
+        ({"LOCAL_RANK": "0", "RANK": "abc"}, "a variable of torchrun or srun is not a number ("),
+        ({}, "RANK is not set"),
+    ],
+    ids=range(3),
+)
 def test_incomplete_variables_of_torchrun_are_one_line(
-    variables: dict[str, str], refuse: Any, monkeypatch: pytest.MonkeyPatch
+    variables: dict[str, str], message: str, refuse: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name, value in {"TORCHELASTIC_RUN_ID": "test", "WORLD_SIZE": "2", **variables}.items():
         monkeypatch.setenv(name, value)
-    refuse(SAMPLE, "torchrun's variables are incomplete or wrong (")
+    refuse(SAMPLE, message)
 
 
 def test_names_in_square_brackets_are_no_markup_and_a_warning_is_one_line(

@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from PIL import Image
 
@@ -16,6 +17,7 @@ import jacobiflow as jf
 from jacobiflow.evaluation import paired_error
 from jacobiflow.planner import Prediction
 from jacobiflow.utils.timing import describe_machine
+from tests.helpers.process_groups import Job, run_jobs
 from tests.helpers.running import figures
 
 GUIDANCE = jf.Guidance(0.7, annealed=False, on="shift", attn_temperature=0.8)
@@ -80,3 +82,11 @@ def test_a_tolerance_is_for_the_strategies_that_have_one(run: Any, refuse: Any, 
     assert run(f"{line} {planned} --no-certify --out {out}").code == 0
     assert rows_of(out)[str(planned)]["residual"] is None
     refuse(f"{line} {planned} --batch-size 4 --out out-x", "the strategy was planned for batch")
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
+def test_of_two_processes_one_measures(work: Path, tmp_path: Path) -> None:
+    line = f"bench --model {work}/model --strategy jacobi-2 --batch-size 1 --repeats 1 --out out"
+    (ended,) = run_jobs([[Job(line.split())]], tmp_path)
+    assert [each.code for each in ended["job"]] == [0, 0]
+    assert ended["job"][0].out.endswith("wrote out/bench.png and out/bench.json\n") and ended["job"][1].out == ""

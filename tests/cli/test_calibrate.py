@@ -18,6 +18,7 @@ import jacobiflow as jf
 from jacobiflow.calibration import Components, gs_jacobi_notation
 from jacobiflow.data import Noise, load_images, noisy_images
 from jacobiflow.utils.files import write_json
+from tests.helpers.process_groups import Job, run_jobs
 from tests.helpers.running import figures
 from tests.helpers.scoring import levels
 
@@ -128,7 +129,7 @@ def test_interrupted_it_goes_on_to_the_same_report(run: Any, tmp_path: Path, mon
     line = f"calibrate --model plain --images pets --segments 2 --convergence-samples 2 --out {report}"
     with monkeypatch.context() as patch:
         patch.setattr(
-            "jacobiflow.calibration.store.write_json", Mock(wraps=write_json, side_effect=[DEFAULT, KeyboardInterrupt])
+            "jacobiflow.utils.store.write_json", Mock(wraps=write_json, side_effect=[DEFAULT, KeyboardInterrupt])
         )
         result = run(line)
     assert (result.code, result.out, result.err) == (130, "", "interrupted\n")
@@ -181,3 +182,22 @@ def test_huge_numbers_stay_on_their_line_and_crm_may_be_undefined(
     rows = [line.split() for line in screens[1]]
     for i, sweeps in enumerate(report.mean_sweeps("noise", 1e-3)):
         assert [str(i), f"{sweeps:.1f}", f"{np.mean(report.gamma[i]):.2f}"] in rows
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
+def test_two_processes_write_the_report_of_one(work: Path, tmp_path: Path) -> None:
+    """Each does half of the work. Of a kill only the measurements in work are lost."""
+    base = f"calibrate --model {work}/model --images {work}/pets --per-class --segments 4 --convergence-samples 3"
+    one, two, killed = ([*base.split(), "--batch-size", "2", "--out", name] for name in ("one", "two", "killed"))
+    rounds = run_jobs(
+        [[Job(one, 1, name="one")], [Job(two, name="two"), Job(killed, kills={1: 4})], [Job(killed)]], tmp_path
+    )
+    assert [ended.code for ended in rounds[1]["two"] + rounds[2]["job"]] == [0] * 4
+    assert rounds[1]["two"][0].out.replace(" two", " one") == rounds[0]["one"][0].out
+    assert (tmp_path / "two").read_bytes() == (tmp_path / "killed").read_bytes() == (tmp_path / "one").read_bytes()
+    claimed = [ended.claimed for ended in rounds[1]["two"]]
+    assert all(0.25 * sum(claimed) < count < 0.75 * sum(claimed) for count in claimed), claimed
+    other, lost = rounds[1]["job"]
+    assert (lost.code, other.code) == (-9, 2) and other.err.count("\n") == 1
+    assert other.seconds - lost.seconds < 10
+    assert not list(tmp_path.glob("*.partial"))

@@ -26,12 +26,14 @@ from jacobiflow.evaluation import (
     bayes_accuracy,
     bits_per_dim,
     kernel_distance,
+    likelihood,
     precision_recall,
 )
 from jacobiflow.evaluation import features as features_module
 from jacobiflow.sampling.folder import sample_to_folder
 from tests.helpers.fake_device import FakeDevice
 from tests.helpers.problems import make_flow, to_float32
+from tests.helpers.process_groups import Job, run_jobs
 from tests.helpers.running import figures
 from tests.helpers.scoring import difference, frechet, levels, moments, on_disk, pixel_figures
 
@@ -96,7 +98,13 @@ def evaluated(run: Any, out: Path, words: str) -> tuple[dict[str, Any], str]:
     """The scores in evaluation.json, and what was printed, in one line."""
     result = run(f"evaluate --model {words} --out {out}/new/out")
     assert result.code == 0, result.err
-    return figures(out / "new" / "out" / "evaluation.json"), " ".join(result.out.split())
+    return flat(figures(out / "new" / "out" / "evaluation.json")), " ".join(result.out.split())
+
+
+def flat(table: dict[str, Any]) -> dict[str, Any]:
+    """The scores in a table, what it says of the samples, and the other entries; those without a value are left out."""
+    entries = {**table, **(table["samples"] or {}), **table["scores"]}
+    return {name: value for name, value in entries.items() if value is not None}
 
 
 def test_distances_to_images(run: Any, tmp_path: Path) -> None:
@@ -177,7 +185,7 @@ def test_likelihood_is_of_the_first_test_images(
     assert scores[name] == pytest.approx(bits_per_dim(flow, data, noise, seed), rel=1e-6)
     if model == "model":
         assert scores["bayes_accuracy"] == bayes_accuracy(flow, data, noise, seed)
-    assert (scores["samples"], scores["likelihood_images"]) == (None, f"{num} images of test")
+    assert ("samples" in scores, scores["likelihood_images"]) == (False, f"{num} images of test")
 
 
 def write_idx(folder: Path, stem: str, num: int) -> None:
@@ -214,20 +222,24 @@ def test_the_same_command_again_computes_only_what_is_missing(
     with monkeypatch.context() as patch:
         patch.setattr(evaluation, "kernel_distance", Mock(side_effect=KeyboardInterrupt))
         assert run(line).code == 130
-    first = figures(table)
+    first = flat(figures(table))
     assert {"frechet_distance", "paired", "bits_per_dim_noisy"} < set(first) and "precision" not in first
     with monkeypatch.context() as patch:
-        for name in ("frechet_distance", "image_errors", "bits_per_dim", "bayes_accuracy"):
+        for name in ("frechet_distance", "sample_errors"):
             patch.setattr(evaluation, name, Mock(side_effect=AssertionError))
+        patch.setattr(likelihood, "total_bits_per_dim", Mock(side_effect=AssertionError))
+        log.unlink()
         result = run(line)
+    assert log.read_text().split() == ["1"]  # The features were stored; only the function was tried.
     assert "computed by an earlier run: errors, bits per dimension, class accuracy, FID" in " ".join(result.out.split())
-    assert "precision" in figures(table) and first["paired"] == figures(table)["paired"]
+    assert "precision" in flat(figures(table)) and first["paired"] == flat(figures(table))["paired"]
+    assert sorted(os.listdir(table.parent)) == [".lock", "evaluation.json", "manifest.json"]
     log.unlink()
     assert run(line).code == 0
     assert log.read_text().split() == ["1"]  # only the trial of the function
     (tmp_path / "mine.py").write_text((tmp_path / "mine.py").read_text().replace("(1, 3)", "(1, 2)"))
     assert "earlier run" not in run(line).out
-    assert figures(table)["frechet_distance"] != first["frechet_distance"]
+    assert flat(figures(table))["frechet_distance"] != first["frechet_distance"]
 
 
 @pytest.mark.parametrize(
@@ -244,8 +256,9 @@ def test_the_same_command_again_computes_only_what_is_missing(
 def test_what_cannot_work_is_refused_before_anything_is_computed(
     line: str, message: str, refuse: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in ("frechet_distance", "image_errors", "bits_per_dim"):
+    for name in ("frechet_distance", "sample_errors"):
         monkeypatch.setattr(evaluation, name, Mock(side_effect=AssertionError))
+    monkeypatch.setattr(likelihood, "total_bits_per_dim", Mock(side_effect=AssertionError))
     refuse(f"evaluate --model {line} --out out-x", message)
 
 
@@ -293,3 +306,57 @@ def test_inception_is_on_the_device_of_the_model(run: Any, tmp_path: Path, monke
 )
 def test_bad_input_is_one_line_and_leaves_nothing(line: str, message: str, refuse: Any) -> None:
     refuse(f"evaluate --model {line} --out out-x", message)
+
+
+def test_tokens_have_the_scores_that_need_no_images(run: Any, refuse: Any, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    flow = jf.TarFlow(jf.TokenConfig(12, 3, 16, 2, 1, 3, head_dim=16)).eval()
+    for block in flow.blocks:
+        torch.nn.init.normal_(block.proj_out.weight, std=0.1)
+    flow.save_pretrained(tmp_path / "tokens")
+    sample_to_folder(flow, 10, tmp_path / "out", [0] * 10, strategy="jacobi-2", batch_size=2, shard_size=4)
+    words = f"{tmp_path}/tokens --samples {tmp_path}/out --paired 7 --batch-size 3"
+    scores, out = evaluated(run, tmp_path, words)
+    draw = partial(jf.sample, flow, 10, [0] * 10)
+    largest, rms = difference(draw(strategy="jacobi-2").tokens[:7], draw(strategy="sequential").tokens[:7])
+    assert (scores["paired"]["max"], scores["paired"]["rms"]) == pytest.approx((largest, rms), rel=1e-4)
+    assert (scores["paired"]["num"], scores["paired"]["psnr"], "stored" in scores) == (7, None, False)
+    assert scores["sensitivity"] > 0 and "PSNR" not in out
+    message = "this flow is over 12 tokens, and images are asked for"
+    for more in ("--stats wide.pth", "--images test", "--images test --features none"):
+        refuse(f"evaluate --model {words} {more} --out out-x", message)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
+def test_two_processes_and_two_parts_give_the_scores_of_one(work: Path, tmp_path: Path) -> None:
+    """Each does half of the work. One of them is killed, and what it had finished is not done again."""
+    base = f"evaluate --model {work}/model --samples {work}/samples --images {work}/test --paired 9 --batch-size 2"
+    base += f" --features {work}/mine.py:rows --out"
+    jobs = {name: [*base.split(), name] for name in ("one", "two", "killed", "parts")}
+    parts = [[*jobs["parts"], "--part", f"{i}/2"] for i in (1, 2)]
+    rounds = run_jobs(
+        [
+            [Job(jobs["one"], 1, name="one"), Job(parts[1], 1, name="2")], [Job(jobs["two"], name="two")],
+            [Job(jobs["killed"], kills={0: 9}), Job([*parts[0], "--seed", "1"], name="other")],
+            [Job(jobs["killed"]), Job(parts[0], name="1")],
+        ],
+        tmp_path,
+    )  # fmt: skip
+    assert [ended.code for ended in rounds[1]["two"] + rounds[3]["job"] + rounds[3]["1"]] == [0] * 6, rounds
+    want = flat(figures(tmp_path / "one" / "evaluation.json"))
+    units = rounds[0]["one"][0].claimed
+    assert units == 2 + 1 + 5 + 2 * 12
+    assert all(0.25 * units < ended.claimed < 0.75 * units for ended in rounds[1]["two"])
+    for name in ("two", "killed", "parts"):
+        found = flat(figures(tmp_path / name / "evaluation.json"))
+        scores = {name: value for name, value in found["scores"].items() if isinstance(value, float)}
+        assert len(scores) == 8
+        assert scores == pytest.approx({name: want["scores"][name] for name in scores}, rel=1e-6)
+        assert (found["paired"], found["stored"]) == (want["paired"], want["stored"])
+        assert not (tmp_path / name / "units").exists()
+    killed, other = rounds[2]["job"]
+    assert (killed.code, other.code) == (-9, 2) and other.err.count("\n") == 1
+    assert other.seconds - killed.seconds < 10
+    message = "error: parts: other parts have other inputs; give all the same options, or another folder\n"
+    assert [ended.err for ended in rounds[2]["other"]] in ([message, ""], ["", message])
+    assert "the scores follow once other parts have done 16 more units" in rounds[0]["2"][0].out

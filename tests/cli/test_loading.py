@@ -61,10 +61,10 @@ def test_samples_are_drawn_as_recommended_and_resumed_in_no_other_way(
     text = "--guidance 0.7,attn_temperature=1.4 --denoise 0.9"
     assert f", settings: {text} (recommended by the model; --plain turns it off)\n" in result.out
     entries = figures(tmp_path / "f")
-    assert entries["error"]["max"] < 0.05  # the original sampler was guided and denoised alike
-    cost = entries["runs"]["jacobi"]
+    assert entries["comparison"]["error"]["max"] < 0.05  # the original sampler was guided and denoised alike
+    cost = entries["speed"]["cost"]
     rate = 3 / (cost["seconds"] + cost["denoise_seconds"])
-    assert cost["samples_per_second"] == pytest.approx(rate)
+    assert entries["speed"]["samples_per_second"] == pytest.approx(rate)
     assert f", and {cost['denoise_seconds']:.3g} s of denoising: {rate:.3g} samples a second\n" in result.out
     assert " for the first batch, without denoising\n" in result.out
     assert run(f"{line} {text}").code == 0  # the same settings by hand

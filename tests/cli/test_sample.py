@@ -22,6 +22,7 @@ from jacobiflow.comparison.baselines import original_sampler
 from jacobiflow.distributed import Processes, ProcessFailed
 from jacobiflow.models import memory
 from jacobiflow.models.latents import draw_labels
+from jacobiflow.utils.timing import describe_machine
 from tests.helpers.running import figures
 from tests.helpers.scoring import levels
 
@@ -52,14 +53,18 @@ def test_it_writes_what_the_library_draws(strategy: str, run: Any, tmp_path: Pat
 
     entries = figures(tmp_path / "f.json")
     assert (entries["model"], entries["num"], entries["batch_size"], entries["seed"]) == ("model", 5, 3, 4)
-    assert list(entries["runs"]) == [entries["strategy"]] == [strategy]
-    cost = entries["runs"][strategy]
+    assert (entries["strategy"], entries["version"], entries["machine"]) == (
+        strategy,
+        jf.__version__,
+        describe_machine(),
+    )
+    speed, cost = entries["speed"], entries["speed"]["cost"]
     assert (cost["network_calls"], cost["token_evaluations"]) == (want.network_calls, want.token_evaluations)
-    assert cost["samples_per_second"] == pytest.approx(5 / (cost["seconds"] + cost["denoise_seconds"]))
-    assert cost["residual"] == pytest.approx(float(want.residual.max()))
-    rate = f"{cost['samples_per_second']:.3g} samples a second"
-    speed = f"{cost['seconds']:.3g} s by {strategy} on cpu, batch size 3: {rate}"
-    assert f"model: 5 samples, settings: --plain\n{speed}\n" in result.out
+    assert speed["samples_per_second"] == pytest.approx(5 / (cost["seconds"] + cost["denoise_seconds"]))
+    assert speed["residual"] == pytest.approx(float(want.residual.max()))
+    rate = f"{speed['samples_per_second']:.3g} samples a second"
+    line = f"{cost['seconds']:.3g} s by {strategy} on cpu, batch size 3: {rate}"
+    assert f"model: 5 samples, settings: --plain\n{line}\n" in result.out
     assert f"wrote {out}: 1 shard, manifest.json, strategy.json, samples.png\n" in result.out
     assert entries["outcome"] == asdict(want.outcome)
     if strategy == "[1-4-3-5]":
@@ -72,8 +77,8 @@ def test_compare_prints_both_rows_and_the_error(run: Any, tmp_path: Path) -> Non
     strategy, labels = "[1-4-3-5]", torch.tensor([0, 1, 2, 0])
     result = run(f"sample --model model --num 4 --strategy {strategy} --compare --out {tmp_path} --json {tmp_path}/f")
     assert result.code == 0
-    entries = figures(tmp_path / "f")
-    assert list(entries["runs"]) == ["growing cache", strategy]
+    entries = figures(tmp_path / "f")["comparison"]
+    assert entries["original"] == "growing cache"
     samples = jf.sample(jf.load("./model"), 4, labels, strategy=strategy)
     flow = jf.load("./model")
     _, loop = original_sampler(flow)
@@ -81,7 +86,7 @@ def test_compare_prints_both_rows_and_the_error(run: Any, tmp_path: Path) -> Non
     largest, mean = float(error.max()), float(error.mean())
     assert largest > 0
     assert (entries["error"]["max"], entries["error"]["mean"]) == pytest.approx((largest, mean))
-    seconds, speed_up = entries["runs"]["growing cache"]["seconds"], entries["speed_up"]
+    seconds, speed_up = entries["original_seconds"], entries["speed_up"]
     line = f"{speed_up:.1f}x faster than the original sampler, growing cache: "
     line += f"{seconds / speed_up:.3g} s against {seconds:.3g} s for the first batch"
     rounding = jf.sample(flow, 4, labels, strategy=strategy, sensitivity=True).outcome.sensitivity
@@ -105,9 +110,9 @@ def test_guidance_denoising_tolerance_and_report_reach_the_library(run: Any, tmp
     assert jf.SampleFolder.open(tmp_path).strategy() == plan
     entries = figures(tmp_path / "f")
     assert entries["settings"] == settings
-    assert entries["runs"]["jacobi"]["residual"] <= 1e-5
+    assert entries["speed"]["residual"] <= 1e-5
     assert run(f"{line} --no-certify --dtype float64 --overwrite --json {tmp_path}/f").code == 0
-    assert figures(tmp_path / "f")["runs"]["jacobi"]["residual"] is None
+    assert figures(tmp_path / "f")["speed"]["residual"] is None
 
 
 def test_sensitivity_is_in_the_outcome(run: Any, tmp_path: Path) -> None:
@@ -127,7 +132,7 @@ def test_the_same_command_again_has_nothing_to_draw(run: Any, tmp_path: Path) ->
     assert (again.code, again.err) == (0, "")
     assert f"all 10 were in {out} already, and match their checksums; --overwrite draws them again\n" in again.out
     one, two = figures(tmp_path / "1.json"), figures(tmp_path / "2.json")
-    assert one["runs"] == two["runs"]
+    assert one["speed"] == two["speed"]
     assert (one["num_new"], two["num_new"], one["shards"], one["processes"]) == (10, 0, 3, 1)
     with Image.open(out / "samples.png") as sheet:
         assert sheet.size[0] == 10 * (8 * 14 + 4) + 4  # of all shards
@@ -150,7 +155,7 @@ def test_another_process_asks_the_first_one_and_is_silent(
     run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     draw = Mock()
-    monkeypatch.setattr("jacobiflow.api.processes", lambda: nullcontext(Processes(1, 2)))
+    monkeypatch.setattr("jacobiflow.distributed.processes", lambda: nullcontext(Processes(1, 2)))
     monkeypatch.setattr(Processes, "run_on_rank_zero", lambda self, work: 3)  # its batch size, whatever this one sees
     monkeypatch.setattr("jacobiflow.api.sample_to_folder", draw)
     for error, code in ((None, 0), (ProcessFailed("no room", is_reported=True), 2)):

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from jacobiflow.evaluation import (
-    ImageErrors,
     PairedError,
     PixelDifference,
-    image_errors,
+    SampleErrors,
     paired_error,
     pixel_difference,
+    sample_errors,
 )
 from tests.helpers import scoring
 from tests.helpers.scoring import levels, pixel_figures
@@ -43,10 +43,10 @@ def random_images(seed: int) -> Tensor:
     return torch.from_numpy(np.random.default_rng(seed).normal(0, 0.7, (5, 3, 6, 4)).astype(np.float32))
 
 
-def test_image_errors_are_those_of_numpy() -> None:
+def test_sample_errors_are_those_of_numpy() -> None:
     exact = random_images(0)
     images = exact + 0.1 * random_images(1)
-    errors, (largest, rms) = image_errors(images, exact), scoring.difference(images, exact)
+    errors, (largest, rms) = sample_errors(images, exact), scoring.difference(images, exact)
     assert (errors.num, errors.max) == (5, largest)  # values outside [-1, 1] are not clipped
     assert errors.rms == pytest.approx(rms, rel=1e-12)
     assert errors.psnr == pytest.approx(20 * math.log10(2 / rms), rel=1e-12)
@@ -58,13 +58,13 @@ def test_image_errors_are_those_of_numpy() -> None:
 def test_nan_on_both_sides_counts_as_equal_and_on_one_side_as_infinitely_far() -> None:
     exact = random_images(0).double()
     exact[1] = NAN
-    assert image_errors(exact.float(), exact) == ImageErrors(5, 0.0, 0.0, INF, PixelDifference(0.0, 0))
-    errors = image_errors(exact + 0.25, exact)
+    assert sample_errors(exact.float(), exact) == SampleErrors(5, 0.0, 0.0, INF, PixelDifference(0.0, 0))
+    errors = sample_errors(exact + 0.25, exact)
     assert (errors.max, errors.rms) == (pytest.approx(0.25), pytest.approx(0.25 * math.sqrt(4 / 5)))
     for value in (NAN, INF):
         broken = exact.clone()
         broken[2] = value
-        for errors in (image_errors(broken, exact), image_errors(exact, broken)):
+        for errors in (sample_errors(broken, exact), sample_errors(exact, broken)):
             assert (errors.max, errors.rms, errors.psnr) == (INF, INF, -INF)
             shown = broken.nan_to_num(nan=-1.0, posinf=1.0)
             assert asdict(errors.pixels) == pixel_figures(levels(shown), levels(exact))

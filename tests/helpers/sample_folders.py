@@ -64,8 +64,8 @@ def pixels_in(folder: jf.SampleFolder) -> Any:
 
 
 def everything(out: Path) -> dict[str, bytes]:
-    """The files in a folder, without its lock."""
-    files = (path for path in sorted(out.rglob("*")) if path.is_file() and path.name != ".lock")
+    """The files in a folder, without its locks."""
+    files = (path for path in sorted(out.rglob("*")) if path.is_file() and not path.name.startswith(".lock"))
     return {str(path.relative_to(out)): path.read_bytes() for path in files}
 
 

@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
-from contextlib import suppress
-from dataclasses import dataclass
-from functools import cached_property, partial
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
 
 import torch
+from torch import Tensor
 
 from jacobiflow.calibration.convergence import ConvergenceCurve, gamma_norm, measure_distances
 from jacobiflow.calibration.metrics import NORMS, Norm
-from jacobiflow.calibration.report import CalibrationReport, CalibrationSettings, LatentSource, guesses_by_name
+from jacobiflow.calibration.report import (
+    GUESS_NAMES,
+    CalibrationReport,
+    CalibrationSettings,
+    LatentSource,
+    guesses_by_name,
+)
 from jacobiflow.calibration.statistics import (
     BlockSolution,
     CalibrationStatistics,
@@ -22,7 +30,7 @@ from jacobiflow.calibration.statistics import (
     Images,
     exact_solutions,
 )
-from jacobiflow.calibration.store import MeasurementStore
+from jacobiflow.distributed import Processes
 from jacobiflow.errors import InputTypeError, InputValueError
 from jacobiflow.fixed_point import Segments
 from jacobiflow.models.checkpoints.fingerprint import fingerprint
@@ -30,14 +38,16 @@ from jacobiflow.models.flow import Flow, check_flow
 from jacobiflow.models.labels import ContextLike, Labels
 from jacobiflow.models.latents import FIRST_CALIBRATION_LATENT, MAX_SAMPLES, draw_latents
 from jacobiflow.utils.checks import check_choice, check_count, check_flag, check_path, check_seed
-from jacobiflow.utils.files import output_directory
+from jacobiflow.utils.files import MANIFEST, output_directory
 from jacobiflow.utils.progress import Progress
+from jacobiflow.utils.store import MeasurementStore
 
-CurvesBySource = Mapping[LatentSource, Mapping[str, ConvergenceCurve]]  # and by guess
+T = TypeVar("T")
 
 # With fewer tokens in a segment the exact loop is faster.
 _MIN_SEGMENT_TOKENS = 4
 _CURVE_BATCH = 8  # samples that are swept together, until the slowest of them converges
+_GAMMA = "gamma"  # Stands for the norm of the error matrix in place of a guess.
 _GAMMA_SAMPLES = 8  # each sample costs some thirty backward passes for each block
 
 
@@ -55,6 +65,7 @@ def calibrate(
     seed: int = 0,
     progress: Progress | None = None,
     out: str | Path | None = None,
+    processes: Processes | None = None,
 ) -> CalibrationReport:
     """Measures the paper's metrics of each block, and the sweeps that they predict.
 
@@ -80,9 +91,10 @@ def calibrate(
         progress: Is called after each step.
         out: File for the report. If a call is interrupted, the same call continues from the measurements in
             OUT.partial.
+        processes: The processes that share the work, see `jacobiflow.processes`. Each of them calls this function.
 
     Raises:
-        ValueError: If a fresh latent overflows in the exact inverse, or if another process calibrates to `out`.
+        ValueError: If a fresh latent overflows in the exact inverse, or if another run calibrates to `out`.
 
     Example:
         >>> flow = jf.load("digits-p1")
@@ -105,19 +117,27 @@ def calibrate(
     settings = CalibrationSettings(
         len(images), checked.values is not None, norm, flow.guidance, segments, min(num_samples, len(images)), seed
     )
-    statistics = CalibrationStatistics(flow, images, checked, classes, batch_size, progress)
+    processes = Processes() if processes is None else processes
+    statistics = CalibrationStatistics(flow, images, checked, classes, batch_size, progress, processes)
     if out is None:
         return _make_report(statistics, settings, MeasurementStore())
     check_path("out", out)
     if (out := Path(out)).is_dir():
         raise InputValueError(f"out={str(out)!r}: is a folder; give a file")
     folder = Path(f"{out}.partial")
-    store = MeasurementStore(folder, _checksum(statistics, settings))
-    with output_directory(folder, "calibration", ()):
+    with ExitStack() as lock:
+
+        def start() -> str:
+            lock.enter_context(output_directory(folder, "calibration", ()))
+            return _checksum(statistics, settings)
+
+        store = MeasurementStore(folder, processes.run_on_rank_zero(start))
+        processes.check_sees(folder / MANIFEST)
         report = _make_report(statistics, settings, store)
-        report.save(out)
-        with suppress(OSError):  # Windows removes no open file
-            store.remove()
+        if processes.rank == 0:
+            report.save(out)
+            with suppress(OSError):  # Windows removes no open file.
+                store.remove()
     return report
 
 
@@ -150,22 +170,14 @@ def _checksum(statistics: CalibrationStatistics, settings: CalibrationSettings) 
 def _make_report(
     statistics: CalibrationStatistics, settings: CalibrationSettings, store: MeasurementStore
 ) -> CalibrationReport:
-    """Measures what is not in the store."""
+    """Measures what is not in the store, by all processes."""
     config = statistics.flow.config
-    means = store.load_or_measure("means", ImageMeans, statistics.image_means)
+    means = _measure_together(statistics, store, "means", ImageMeans, statistics.image_means)
     measure = partial(statistics.image_metrics, means, settings.segments, settings.norm)
-    metrics = store.load_or_measure("metrics", ImageMetrics, measure)
+    metrics = _measure_together(statistics, store, "metrics", ImageMetrics, measure)
     sweeps = _SweepMeasurement(statistics, settings, store, means, metrics)
-    curves: list[CurvesBySource] = []
-    segment_curves: dict[int, dict[int, tuple[ConvergenceCurve, ...]]] = {}
-    gamma: list[tuple[float, ...]] = []
-    for i in range(config.num_blocks):
-        curves.append(sweeps.whole_block(i))
-        if i in metrics.segment_metrics:
-            segment_curves[i] = sweeps.segments(i, curves[i])
-        gamma.append(store.load_or_measure(f"block-{i}-gamma", tuple[float, ...], partial(sweeps.gamma, i)))
-        if statistics.progress is not None:
-            statistics.progress(i + 1, config.num_blocks, "sweeps")
+    curves = sweeps.measure()
+    blocks = range(config.num_blocks)
     return CalibrationReport(
         fingerprint=fingerprint(statistics.flow),
         num_tokens=config.num_tokens,
@@ -175,10 +187,41 @@ def _make_report(
         segment_metrics=metrics.segment_metrics,
         class_metrics=metrics.class_metrics,
         mean_affine=means.mean_affine,
-        curves={source: tuple(block[source] for block in curves) for source in sweeps.sources},
-        segment_curves=segment_curves,
-        gamma=tuple(gamma),
+        curves={
+            source: tuple({guess: curves[_Unit(i, source, guess)][0] for guess in GUESS_NAMES} for i in blocks)
+            for source in sweeps.sources
+        },
+        segment_curves={
+            i: {unit.num_segments: curves[unit] for unit in sweeps.segment_units(i)} for i in metrics.segment_metrics
+        },
+        gamma=tuple(curves[_Unit(i, sweeps.sources[0], _GAMMA)] for i in blocks),
     )
+
+
+def _measure_together(
+    statistics: CalibrationStatistics, store: MeasurementStore, name: str, declared: type[T], measure: Callable[[], T]
+) -> T:
+    """Returns what is stored, or measures it by all processes; the first one decides, and stores the result."""
+    value = statistics.processes.run_on_rank_zero(partial(store.load, name, declared))
+    if value is None:
+        value = measure()
+        statistics.processes.run_on_rank_zero(partial(store.save, name, value))
+    return value
+
+
+class _Unit(NamedTuple):
+    """A measurement of one process: the curves of a block from a guess, or the norm of its error matrix."""
+
+    block: int
+    source: LatentSource
+    guess: str
+    num_segments: int = 1
+
+    @property
+    def name(self) -> str:
+        """The name in the store."""
+        suffix = _GAMMA if self.guess == _GAMMA else f"{self.source}-{self.guess}-{self.num_segments}"
+        return f"block-{self.block}-{suffix}"
 
 
 @dataclass
@@ -190,58 +233,81 @@ class _SweepMeasurement:
     store: MeasurementStore
     means: ImageMeans
     metrics: ImageMetrics
+    solutions: dict[LatentSource, list[BlockSolution]] = field(default_factory=dict)
 
     @property
     def sources(self) -> tuple[LatentSource, ...]:
         """The sources of the latents; under guidance images have no latents."""
         return ("noise",) if self.settings.guidance else ("images", "noise")
 
-    @cached_property
-    def solutions(self) -> dict[LatentSource, list[BlockSolution]]:
-        """Per source and block, the solutions at its latents. They are computed only if a curve is not stored."""
-        statistics, settings, config = self.statistics, self.settings, self.statistics.flow.config
-        num = settings.num_convergence_samples
-        index = torch.arange(num) * settings.num_images // num
-        latents = draw_latents(num, config.num_tokens, config.token_channels, settings.seed, FIRST_CALIBRATION_LATENT)
-        solutions: dict[LatentSource, list[BlockSolution]] = {}
-        if "images" in self.sources:
-            solutions["images"] = statistics.image_solutions(index)
-        context = statistics.context_at(index)
-        solutions["noise"] = exact_solutions(
-            statistics.flow, latents, context, statistics.batch_size, statistics.progress, self.store
-        )
-        return solutions
+    def measure(self) -> dict[_Unit, Any]:
+        """Measures the curves and the norms of the error matrices, by all processes.
 
-    def whole_block(self, i: int) -> CurvesBySource:
-        """Returns the curves of block `i` from each source and guess."""
-        guesses = guesses_by_name(self.means.mean_affine[i])
-        return {source: {guess: self._curves(i, source, guess, 1)[0] for guess in guesses} for source in self.sources}
+        One process solves the fresh latents. Meanwhile the others measure what starts from images.
+        """
+        blocks = range(self.statistics.flow.config.num_blocks)
+        curves = [_Unit(i, source, guess) for i in blocks for source in self.sources for guess in GUESS_NAMES]
+        segments = [unit for i in self.metrics.segment_metrics for unit in self.segment_units(i)]
+        units = dict.fromkeys([*(_Unit(i, self.sources[0], _GAMMA) for i in blocks), *curves, *segments])
+        first = [unit for unit in units if unit.source == "images"]
+        second = [unit for unit in units if unit.source == "noise"]
+        progress = partial(self._measure_stored, [*first, *second])
+        fresh, *values = self._share([self._fresh_solutions, *(partial(progress, unit) for unit in first)])
+        device = self.statistics.flow.var.device
+        self.solutions["noise"] = [solution.to(device) for solution in fresh]
+        values += self._share([partial(progress, unit) for unit in second])
+        return dict(zip([*first, *second], values, strict=True))
 
-    def segments(self, i: int, whole: CurvesBySource) -> dict[int, tuple[ConvergenceCurve, ...]]:
-        """Returns the curves of a tough block by number of segments, from fresh latents and the best guess by IGM."""
+    def segment_units(self, i: int) -> list[_Unit]:
+        """Returns the units of a tough block by number of segments, from fresh latents and the best guess by IGM."""
         best = self.metrics.metrics[self.settings.norm].best_guess(i)
         most = self.statistics.flow.config.num_tokens // _MIN_SEGMENT_TOKENS
-        numbers = {self.settings.segments, *(2**k for k in range(1, most.bit_length()))} - {1}
-        curves = {1: (whole["noise"][best],)}
-        return curves | {number: self._curves(i, "noise", best, number) for number in sorted(numbers)}
+        numbers = {1, self.settings.segments, *(2**k for k in range(1, most.bit_length()))}
+        return [_Unit(i, "noise", best, number) for number in sorted(numbers)]
 
-    def gamma(self, i: int) -> tuple[float, ...]:
-        """Measures the norm of block `i`'s error matrix at the first solutions."""
-        samples = next(self.solutions[self.sources[0]][i].split(_GAMMA_SAMPLES)).split(self.statistics.batch_size)
-        block = self.statistics.flow.inverse_block(i)
-        return tuple(torch.cat([gamma_norm(block, x, z, context) for x, z, context in samples]).tolist())
+    def _share(self, work: Sequence[Callable[[], Any]]) -> list[Any]:
+        return list(self.statistics.processes.map(lambda call: call(), work))
 
-    def _curves(self, i: int, source: LatentSource, guess: str, num_segments: int) -> tuple[ConvergenceCurve, ...]:
-        """Returns a curve for each segment of block `i`."""
-        measure = partial(self._measure_curves, i, source, guess, num_segments)
-        name = f"block-{i}-{source}-{guess}-{num_segments}"
-        return self.store.load_or_measure(name, tuple[ConvergenceCurve, ...], measure)
+    def _fresh_solutions(self) -> list[BlockSolution]:
+        """Solves the blocks at fresh latents, under the context of the images."""
+        statistics, config = self.statistics, self.statistics.flow.config
+        num, seed = self.settings.num_convergence_samples, self.settings.seed
+        latents = draw_latents(num, config.num_tokens, config.token_channels, seed, FIRST_CALIBRATION_LATENT)
+        context = statistics.context_at(self._index)
+        solutions = exact_solutions(
+            statistics.flow, latents, context, statistics.batch_size, statistics.progress, self.store
+        )
+        if statistics.processes.count == 1:
+            return solutions
+        return [solution.to(torch.device("cpu")) for solution in solutions]  # Processes send values of the CPU.
 
-    def _measure_curves(
-        self, i: int, source: LatentSource, guess_name: str, num_segments: int
-    ) -> tuple[ConvergenceCurve, ...]:
-        guess = guesses_by_name(self.means.mean_affine[i])[guess_name]
-        batches = self.solutions[source][i].split(min(self.statistics.batch_size, _CURVE_BATCH))
-        block = self.statistics.flow.inverse_block(i)
-        distances = [measure_distances(block, x, z, guess, context, num_segments) for x, z, context in batches]
+    @property
+    def _index(self) -> Tensor:
+        """The indices of the images whose sweeps are measured: evenly spaced."""
+        num = self.settings.num_convergence_samples
+        return torch.arange(num) * self.settings.num_images // num
+
+    def _measure_stored(self, units: Sequence[_Unit], unit: _Unit) -> Any:
+        """Returns what is stored of a unit, or measures it."""
+        declared: Any = tuple[float, ...] if unit.guess == _GAMMA else tuple[ConvergenceCurve, ...]
+        value = self.store.load_or_measure(unit.name, declared, partial(self._measure, unit))
+        if self.statistics.progress is not None:
+            self.statistics.progress(units.index(unit) + 1, len(units), "sweeps")
+        return value
+
+    def _measure(self, unit: _Unit) -> tuple[Any, ...]:
+        """Measures the norm of a block's error matrix at the first solutions, or a curve for each of its segments."""
+        if unit.source == "images" and "images" not in self.solutions:
+            self.solutions["images"] = self.statistics.image_solutions(self._index)
+        block = self.statistics.flow.inverse_block(unit.block)
+        solution = self.solutions[unit.source][unit.block]
+        size = self.statistics.batch_size
+        if unit.guess == _GAMMA:
+            samples = next(solution.split(_GAMMA_SAMPLES)).split(size)
+            return tuple(torch.cat([gamma_norm(block, x, z, context) for x, z, context in samples]).tolist())
+        guess = guesses_by_name(self.means.mean_affine[unit.block])[unit.guess]
+        distances = [
+            measure_distances(block, x, z, guess, context, unit.num_segments)
+            for x, z, context in solution.split(min(size, _CURVE_BATCH))
+        ]
         return tuple(map(ConvergenceCurve.from_distances, zip(*distances, strict=True)))

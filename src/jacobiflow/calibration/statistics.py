@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple, Protocol
@@ -18,14 +17,17 @@ from jacobiflow.blocks.context import Context
 from jacobiflow.calibration.convergence import initial_residuals, segment_slices
 from jacobiflow.calibration.metrics import NORMS, Components, Metrics, Norm, matrix_norm, tough_blocks
 from jacobiflow.calibration.report import GUESS_NAMES, guesses_by_name
-from jacobiflow.calibration.store import MeasurementStore
+from jacobiflow.distributed import Processes
 from jacobiflow.errors import InputValueError
 from jacobiflow.fixed_point import MeanAffine, Sequential, Solver, solve
 from jacobiflow.models.flow import Flow, Step
 from jacobiflow.utils.checks import check_finite
 from jacobiflow.utils.progress import Progress
+from jacobiflow.utils.store import MeasurementStore
 
 Places = Sequence[tuple[int, slice]]  # blocks, with the tokens that are measured
+
+_MAX_CHUNKS = 32  # Chunks of the images whose sums are in memory at once, and that processes share.
 
 
 class Images(Protocol):
@@ -42,6 +44,10 @@ class BlockSolution(NamedTuple):
     x: Float[Tensor, "b t c"]
     z: Float[Tensor, "b t c"]
     context: Context
+
+    def to(self, device: torch.device) -> BlockSolution:
+        """Returns the solutions on another device."""
+        return BlockSolution(self.x.to(device), self.z.to(device), self.context.to(device))
 
     def split(self, size: int) -> Iterator[BlockSolution]:
         """Splits the solutions into batches of `size` samples."""
@@ -78,24 +84,43 @@ def _solve_exactly(flow: Flow, i: int, z: Tensor, context: Context, batch_size: 
     return solve(flow.inverse_block(i), z, Solver(Sequential()), context, batch_size=batch_size).x
 
 
+@dataclass(frozen=True)
+class _Sum:
+    """The sum of rows, in float64, and their number."""
+
+    total: Tensor
+    num: int
+
+    def __add__(self, other: _Sum) -> _Sum:
+        return _Sum(self.total + other.total, self.num + other.num)
+
+
 class _Means:
-    """Means, in float64, of rows that come in batches: over all rows (group `None`), and over those of each class."""
+    """Means of rows that come in batches: over all rows (group `None`), and over those of each class."""
 
     def __init__(self, groups: Sequence[int | None]) -> None:
         self._groups = groups
-        self._sums: dict[Any, Tensor | float] = defaultdict(float)
-        self._counts: Counter[Any] = Counter()
+        self._sums: dict[Any, _Sum] = {}
 
     def add(self, key: Any, values: Tensor, labels: Tensor | None) -> None:
-        """Adds rows to the means under `key`."""
-        for group in self._groups:
+        """Adds rows to the means under `key`; without labels only to that over all rows."""
+        for group in self._groups if labels is not None else (None,):
             rows = values if group is None else values[labels == group]
-            self._sums[key, group] = self._sums[key, group] + rows.double().sum(dim=0)
-            self._counts[key, group] += len(rows)
+            if len(rows):
+                self._add((key, group), _Sum(rows.double().sum(dim=0).cpu(), len(rows)))
+
+    def merge(self, other: _Means) -> None:
+        """Adds the rows of other batches."""
+        for place, rows in other._sums.items():
+            self._add(place, rows)
 
     def mean(self, key: Any, group: int | None = None) -> Tensor:
         """Returns the mean of a group's rows under `key`."""
-        return torch.as_tensor(self._sums[key, group]) / self._counts[key, group]
+        rows = self._sums[key, group]
+        return rows.total / rows.num
+
+    def _add(self, place: Any, rows: _Sum) -> None:
+        self._sums[place] = self._sums[place] + rows if place in self._sums else rows
 
 
 @dataclass(frozen=True)
@@ -130,13 +155,15 @@ class CalibrationStatistics:
         classes: Classes that have statistics of their own.
         batch_size: Images in memory at a time.
         progress: Is called after each batch.
+        processes: The processes that share the images. Each of them calls the methods.
     """
 
     def __init__(
         self, flow: Flow, images: Images, context: Context, classes: Sequence[int], batch_size: int,
-        progress: Progress | None,
+        progress: Progress | None, processes: Processes,
     ) -> None:  # fmt: skip
         self.flow, self.images, self.batch_size, self.progress = flow, images, batch_size, progress
+        self.processes = processes
         self.classes = classes
         self.context = context.to(flow.var.device)
         self._groups = (None, *classes)
@@ -152,16 +179,17 @@ class CalibrationStatistics:
 
     def image_means(self) -> ImageMeans:
         """Measures the means over the images, in one pass."""
-        parameters, scaled = _Means([None]), _Means(self._groups)
-        for tokens, context in self._batches(torch.arange(len(self.images)), "mean parameters"):
-            for step in self._encode(tokens, context):
-                parameters.add(step.block, torch.stack((step.log_scale, step.shift), dim=1), context.values)
-                scaled.add(step.block, torch.exp(-step.log_scale) * step.x, context.values)
+        means = self._means(self._add_parameters, "mean parameters")
         blocks = range(self.flow.config.num_blocks)
         return ImageMeans(
-            tuple(MeanAffine(*parameters.mean(i).float().cpu()) for i in blocks),
-            tuple(tuple(scaled.mean(i, group).cpu() for group in self._groups) for i in blocks),
+            tuple(MeanAffine(*means.mean((i, "affine")).float()) for i in blocks),
+            tuple(tuple(means.mean((i, "scaled"), group) for group in self._groups) for i in blocks),
         )
+
+    def _add_parameters(self, means: _Means, tokens: Tensor, context: Context) -> None:
+        for step in self._encode(tokens, context):
+            means.add((step.block, "scaled"), torch.exp(-step.log_scale) * step.x, context.values)
+            means.add((step.block, "affine"), torch.stack((step.log_scale, step.shift), dim=1), None)
 
     def image_metrics(self, means: ImageMeans, num_segments: int, norm: Norm) -> ImageMetrics:
         """Measures IGM and CRM, in a second pass over the images.
@@ -201,19 +229,42 @@ class CalibrationStatistics:
 
     def _mean_residuals(self, means: ImageMeans, tough: Sequence[int], num_segments: int) -> _Means:
         """Averages the residuals of each guess over the images, under (block, guess, number of segments)."""
-        residuals = _Means(self._groups)
         guesses = list(map(guesses_by_name, means.mean_affine))
-        for tokens, context in self._batches(torch.arange(len(self.images)), "metrics"):
+
+        def add(residuals: _Means, tokens: Tensor, context: Context) -> None:
             for i, x, _, _, z in self._encode(tokens, context):
                 for count in {1, num_segments} if i in tough else {1}:
                     for name, guess in guesses[i].items():
                         values = initial_residuals(self.flow.inverse_block(i), x, z, guess, context, count)
                         residuals.add((i, name, count), values, context.values)
-        return residuals
+
+        return self._means(add, "metrics")
+
+    def _means(self, add: Callable[[_Means, Tensor, Context], None], what: str) -> _Means:
+        """Returns means over all images; `add` adds those of a batch to them.
+
+        The sums of chunks of images are added in a fixed order, so that they do not depend on the number of processes.
+        """
+        batches = torch.arange(len(self.images)).split(self.batch_size)
+        size = -(-len(batches) // _MAX_CHUNKS)
+        chunks = [batches[start : start + size] for start in range(0, len(batches), size)]
+
+        def measure(place: int) -> _Means:
+            means = _Means(self._groups)
+            for tokens, context in self._batches(chunks[place]):
+                add(means, tokens, context)
+            if self.progress is not None:
+                self.progress(place + 1, len(chunks), what)
+            return means
+
+        means = _Means(self._groups)
+        for each in self.processes.map(measure, range(len(chunks))):
+            means.merge(each)
+        return means
 
     def image_solutions(self, index: Int[Tensor, " m"]) -> list[BlockSolution]:
         """Encodes the images at `index`: per block X*, and the z that it encodes to."""
-        batches = [list(self._encode(tokens, context)) for tokens, context in self._batches(index, "encoding")]
+        batches = [list(self._encode(*batch)) for batch in self._batches(index.split(self.batch_size))]
         context = self.context_at(index)
         return [
             BlockSolution(torch.cat([step.x for step in steps]), torch.cat([step.z for step in steps]), context)
@@ -224,14 +275,11 @@ class CalibrationStatistics:
         """Returns the context at `index`, on the flow's device."""
         return self.context[index.to(self.flow.var.device)]
 
-    def _batches(self, index: Int[Tensor, " m"], what: str) -> Iterator[tuple[Tensor, Context]]:
-        """Yields tokens in raster order, and the context, of the images at `index`, on the flow's device."""
-        batches = index.split(self.batch_size)
-        for i, batch in enumerate(batches):
-            tokens = self.flow.to_tokens(self.read(batch).to(self.flow.var.device, self.flow.state_dtype))
-            yield tokens, self.context_at(batch)
-            if self.progress is not None:
-                self.progress(i + 1, len(batches), what)
+    def _batches(self, batches: Iterable[Int[Tensor, " b"]]) -> Iterator[tuple[Tensor, Context]]:
+        """Yields tokens in raster order, and the context, of the images at each index, on the flow's device."""
+        for index in batches:
+            tokens = self.flow.to_tokens(self.read(index).to(self.flow.var.device, self.flow.state_dtype))
+            yield tokens, self.context_at(index)
 
     def _encode(self, x: Tensor, context: Context) -> Iterator[Step]:
         """Yields the steps of the encoding; under guidance, with guided parameters and the z that they encode to."""

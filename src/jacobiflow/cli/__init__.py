@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 
@@ -15,6 +16,8 @@ def main(arguments: list[str] | None = None) -> int:
     Installed packages can register their own classes: modules of the entry point group "jacobiflow" are imported before
     a command runs.
     """
+    # PyTorch prints a C++ backtrace when the connection to the store of the processes is lost.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     try:
         from jacobiflow.cli.app import run
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,10 +11,14 @@ from typer import Option
 
 import jacobiflow as jf
 from jacobiflow.cli import loading, options
+from jacobiflow.cli.job import as_command
 from jacobiflow.cli.output import progress_bar, show_table
+from jacobiflow.utils.provenance import Provenance
 
 if TYPE_CHECKING:
+    from jacobiflow.blocks.guidance import Guidance
     from jacobiflow.comparison.compare import Comparison, SamplerResult
+    from jacobiflow.distributed import Processes
     from jacobiflow.models.flow import Flow
     from jacobiflow.utils.progress import Progress
     from jacobiflow.utils.timing import Timing
@@ -31,78 +35,131 @@ residual: the largest |g(x) - x|; exact: every block was solved token by token
 *: not certified: the strategy stops after a fixed number of sweeps"""
 
 
-def bench(
-    model: options.Model = "fashion-p2",
-    strategy: Annotated[list[str] | None, Option(help=_STRATEGY)] = None,
-    batch_size: Annotated[list[int] | None, Option(min=1, max=options.MAX_BATCH_SIZE, help=_BATCH_SIZE)] = None,
-    repeats: Annotated[int, Option(min=1, help="Timed rounds, after a warm-up.")] = 5,
-    tolerance: options.Tolerance = None,
-    report: options.ReportFile = None,
-    labels: options.Labels = "balanced",
-    seed: options.Seed = 0,
-    guidance: options.RecommendedGuidance = None,
-    plain: options.NoGuidance = False,
-    certify: Annotated[bool, Option(help="Certify the samples; the time includes it.")] = True,
-    device: options.Device = "auto",
-    dtype: options.Dtype = "float32",
-    out: Annotated[Path, Option(help="Folder for bench.png, bench.json.")] = Path("out/bench"),
-) -> dict[str, Any]:
+@dataclass(frozen=True)
+class BenchConfig:
+    """Options of `jacobiflow bench`."""
+
+    model: options.Model = "fashion-p2"
+    strategy: Annotated[list[str] | None, Option(help=_STRATEGY)] = None
+    batch_size: Annotated[list[int] | None, Option(min=1, max=options.MAX_BATCH_SIZE, help=_BATCH_SIZE)] = None
+    repeats: Annotated[int, Option(min=1, help="Timed rounds, after a warm-up.")] = 5
+    tolerance: options.Tolerance = None
+    report: options.ReportFile = None
+    labels: options.Labels = "balanced"
+    seed: options.Seed = 0
+    guidance: options.RecommendedGuidance = None
+    plain: options.NoGuidance = False
+    certify: Annotated[bool, Option(help="Certify the samples; the time includes it.")] = True
+    device: options.Device = "auto"
+    dtype: options.Dtype = "float32"
+    out: Annotated[Path, Option(help="Folder for bench.png, bench.json.")] = Path("out/bench")
+
+
+@dataclass(frozen=True)
+class BenchResult(Provenance):
+    """Timings and errors of strategies, one comparison for each batch size."""
+
+    model: str
+    num_tokens: int
+    num_blocks: int
+    dtype: str
+    seed: int
+    labels: str
+    guidance: Guidance | None
+    tolerance: float | None
+    report: str | None
+    certify: bool
+    repeats: int
+    native_loops: str
+    settings: str
+    out: str
+    comparisons: tuple[Comparison, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns all entries, with the rows of the comparisons."""
+        entries = {entry.name: getattr(self, entry.name) for entry in fields(self)}
+        guidance = None if self.guidance is None else asdict(self.guidance)
+        return entries | {"guidance": guidance, "comparisons": [each.to_json() for each in self.comparisons]}
+
+
+def run(config: BenchConfig, processes: Processes) -> BenchResult | None:
     """Time strategies and measure their errors.
 
     The strategies, the original sampler and the exact loop run in turn on the same latents. Errors are differences
-    from the images of the exact loop.
+    from the images of the exact loop. One process works, so that timings are not disturbed; others wait for it.
 
     Example: jacobiflow bench --model digits-p1 --strategy jacobi --strategy "[2-4-5-6]" --repeats 3
     """
     from jacobiflow import native, plots
+    from jacobiflow.utils import files, timing
+
+    if processes.rank > 0:
+        return None
+    device = processes.device(loading.pick_device(config.device))
+    flow = loading.load_model(config.model, device, config.dtype)
+    has_context = config.labels != "none" and not flow.reads_text
+    flow, settings = loading.guide(flow, config.guidance, config.plain, has_context)
+    with progress_bar() as progress:
+        cases = _prepare(config, flow, progress)
+    with files.output_directory(config.out, "benchmark", (_FIGURE, _TABLE)), progress_bar() as progress:
+        comparisons = tuple(case(progress=progress) for case in cases)
+        result = BenchResult(
+            model=config.model, num_tokens=flow.config.num_tokens, num_blocks=flow.config.num_blocks,
+            dtype=config.dtype, seed=config.seed, labels=config.labels, guidance=flow.guidance,
+            tolerance=config.tolerance, report=None if config.report is None else str(config.report),
+            certify=config.certify, repeats=config.repeats, native_loops=native.describe(), settings=settings,
+            out=str(config.out), comparisons=comparisons, machine=timing.describe_machine(flow.var.device),
+        )  # fmt: skip
+        plots.save_png(plots.bench_figure(comparisons), config.out / _FIGURE)
+        files.write_json(config.out / _TABLE, result.to_json())
+    return result
+
+
+def _prepare(config: BenchConfig, flow: Flow, progress: Progress | None) -> list[partial[Comparison]]:
+    """Chooses the strategies, and returns a function for each batch size that times them."""
     from jacobiflow.blocks.context import Context
     from jacobiflow.comparison import baselines, compare
     from jacobiflow.fixed_point.options import SolveOptions
     from jacobiflow.models import latents
     from jacobiflow.sampling import sample
-    from jacobiflow.utils import files, timing
 
-    flow = loading.load_model(model, device, dtype)
-    flow, guidance_line = loading.guide(flow, guidance, plain, labels != "none" and not flow.reads_text)
-    names = [name for name in dict.fromkeys(strategy or ("auto", "jacobi")) if name != baselines.SEQUENTIAL]
-    guesses = loading.load_report(report, flow)
+    strategies = dict.fromkeys(config.strategy or ("auto", "jacobi"))
+    names = [name for name in strategies if name != baselines.SEQUENTIAL]
+    guesses, solve_options = loading.load_report(config.report, flow), SolveOptions(certify=config.certify)
     cases = []
-    with progress_bar() as progress:
-        for size in dict.fromkeys(batch_size or (1, 4, 16)):
-            z = latents.draw_latents(size, flow.config.num_tokens, flow.config.token_channels, seed)
-            classes = options.parse_labels(labels, size, flow, seed)
-            plans = {name: _choose(flow, name, size, tolerance, guesses, progress) for name in names}
-            context, solve_options = Context(classes), SolveOptions(certify=certify)
-            runs = {
-                name: partial(sample.sample_with_strategy, flow, plan, z, context, solve_options)
-                for name, plan in plans.items()
-            }
-            cases.append((z, classes, runs))
-    with files.output_directory(out, "benchmark", (_FIGURE, _TABLE)), progress_bar() as progress:
-        machine = timing.describe_machine(flow.var.device)
-        print(
-            f"{model} on {machine['processor']}, {machine['cores']} cores, {machine['threads']} threads, device "
-            f"{machine['device']}, PyTorch {machine['torch']}\nnative exact loops: {native.describe()}\n{guidance_line}"
-        )
-        comparisons = []
-        for z, classes, runs in cases:
-            comparisons.append(compare.compare_samplers(flow, z, classes, runs, repeats=repeats, progress=progress))
-            _print_comparison(comparisons[-1])
-        print(_LEGEND)
-        results = {
-            "model": model, "num_tokens": flow.config.num_tokens, "num_blocks": flow.config.num_blocks, "dtype": dtype,
-            "seed": seed, "labels": labels, "guidance": None if flow.guidance is None else asdict(flow.guidance),
-            "tolerance": tolerance, "report": None if report is None else str(report), "certify": certify,
-            "repeats": repeats, "machine": machine, "comparisons": [each.to_json() for each in comparisons],
-        }  # fmt: skip
-        plots.save_png(plots.bench_figure(comparisons), out / _FIGURE)
-        files.write_json(out / _TABLE, results)
+    for size in dict.fromkeys(config.batch_size or (1, 4, 16)):
+        z = latents.draw_latents(size, flow.config.num_tokens, flow.config.token_channels, config.seed)
+        classes = options.parse_labels(config.labels, size, flow, config.seed)
+        plans = {name: _choose(flow, name, size, config.tolerance, guesses, progress) for name in names}
+        runs = {
+            name: partial(sample.sample_with_strategy, flow, plan, z, Context(classes), solve_options)
+            for name, plan in plans.items()
+        }
+        cases.append(partial(compare.compare_samplers, flow, z, classes, runs, repeats=config.repeats))
+    return cases
+
+
+def show(result: BenchResult) -> None:
+    """Prints a table for each batch size."""
+    machine = result.machine
+    print(
+        f"{result.model} on {machine['processor']}, {machine['cores']} cores, {machine['threads']} threads, device "
+        f"{machine['device']}, PyTorch {machine['torch']}\nnative exact loops: {result.native_loops}\n{result.settings}"
+    )
+    for comparison in result.comparisons:
+        _print_comparison(comparison)
+    print(_LEGEND)
+    out = Path(result.out)
     print(f"wrote {out / _FIGURE} and {out / _TABLE}")
-    return results
 
 
 def _choose(
-    flow: Flow, name: str, size: int, tolerance: float | None, report: jf.CalibrationReport | None, progress: Progress
+    flow: Flow,
+    name: str,
+    size: int,
+    tolerance: float | None,
+    report: jf.CalibrationReport | None,
+    progress: Progress | None,
 ) -> jf.Strategy:
     """Chooses a strategy, to `tolerance` unless it stops after a number of sweeps."""
     from jacobiflow.planner import choose, is_auto
@@ -146,3 +203,6 @@ def _seconds(timing: Timing) -> tuple[str, str]:
         f"{seconds:.{3 if seconds < 10 else 1}f}" for seconds in (timing.min, timing.median, timing.max)
     )
     return median, f"{least}-{most}"
+
+
+bench = as_command(BenchConfig, run, show)

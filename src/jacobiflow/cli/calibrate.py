@@ -3,76 +3,121 @@
 from __future__ import annotations
 
 import shlex
-from dataclasses import astuple
+from dataclasses import astuple, dataclass, fields
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from typer import Option
 
 import jacobiflow as jf
 from jacobiflow.cli import loading, options, output_files
+from jacobiflow.cli.job import as_command
 from jacobiflow.cli.output import progress_bar, show_table
 from jacobiflow.errors import InputValueError
+from jacobiflow.utils.provenance import Provenance
+
+if TYPE_CHECKING:
+    from jacobiflow.calibration.metrics import Norm
+    from jacobiflow.distributed import Processes
 
 _TOLERANCE = 1e-3  # The tables count sweeps to this tolerance.
 
 
-def calibrate(
-    images: options.Images,
-    out: Annotated[Path, Option(help="File for the report (JSON).")],
-    model: options.Model = "fashion-p2",
-    num: Annotated[int, Option(min=2, help="Number of images, chosen by the seed; all if there are fewer.")] = 512,
-    clean: Annotated[
-        bool, Option("--clean", help="Add no training noise to the images, as the paper's code does.")
-    ] = False,
-    unconditional: Annotated[bool, Option("--unconditional", help="Do not use the images' labels.")] = False,
-    norm: Annotated[Literal["2", "fro", "1"], Option(help="Norm of IGM and CRM; 2 is the spectral one.")] = "2",
-    segments: Annotated[int, Option(min=1, help="Number of segments of a tough block, each with its metrics.")] = 8,
-    convergence_samples: Annotated[int, Option(min=1, help="Number of samples in each convergence curve.")] = 32,
-    per_class: Annotated[bool, Option("--per-class", help="Also measure each class by itself (Appendix E).")] = False,
-    guidance: options.Guidance = "0",
-    batch_size: options.NetworkBatchSize = 64,
-    seed: options.Seed = 0,
-    device: options.Device = "auto",
-    dtype: options.Dtype = "float32",
-) -> dict[str, Any]:
+@dataclass(frozen=True)
+class CalibrateConfig:
+    """Options of `jacobiflow calibrate`."""
+
+    images: options.Images
+    out: Annotated[Path, Option(help="File for the report (JSON).")]
+    model: options.Model = "fashion-p2"
+    num: Annotated[int, Option(min=2, help="Number of images, chosen by the seed; all if there are fewer.")] = 512
+    clean: Annotated[bool, Option("--clean", help="Add no training noise to the images, as the paper's code does.")] = (
+        False
+    )
+    unconditional: Annotated[bool, Option("--unconditional", help="Do not use the images' labels.")] = False
+    norm: Annotated[Literal["2", "fro", "1"], Option(help="Norm of IGM and CRM; 2 is the spectral one.")] = "2"
+    segments: Annotated[int, Option(min=1, help="Number of segments of a tough block, each with its metrics.")] = 8
+    convergence_samples: Annotated[int, Option(min=1, help="Number of samples in each convergence curve.")] = 32
+    per_class: Annotated[bool, Option("--per-class", help="Also measure each class by itself (Appendix E).")] = False
+    guidance: options.Guidance = "0"
+    batch_size: options.NetworkBatchSize = 64
+    seed: options.Seed = 0
+    device: options.Device = "auto"
+    dtype: options.Dtype = "float32"
+
+
+@dataclass(frozen=True)
+class CalibrateResult(Provenance):
+    """A report, and where it is.
+
+    Attributes:
+        out: The file of the report.
+        use: The command that samples with the report.
+    """
+
+    model: str
+    images: str
+    out: str
+    processes: int
+    use: str
+    report: jf.CalibrationReport
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns the metrics in place of the report, which has a file of its own."""
+        entries = {entry.name: getattr(self, entry.name) for entry in fields(self)}
+        metrics: dict[str, Any] = {"igm": self.report.igm}
+        if self.report.components is not None:
+            metrics |= {"crm": self.report.crm, "tough_blocks": self.report.tough_blocks}
+        return entries | metrics | {"mean_sweeps": self.report.mean_sweeps("noise", _TOLERANCE), "report": self.out}
+
+
+def run(config: CalibrateConfig, processes: Processes) -> CalibrateResult:
     """Measure a flow's blocks, as the paper does.
 
     Measures the metrics IGM and CRM and the sweeps that the blocks need, and derives a strategy. The same command again
-    resumes after an interruption, from the results in OUT.partial.
+    resumes after an interruption, from the results in OUT.partial. Several processes share the work, started by
+    torchrun or srun.
 
     Example: jacobiflow calibrate --per-class --images fashion-512 --out out/report.json
     """
     import torch
 
     from jacobiflow.data import load_images, noisy_images
+    from jacobiflow.utils.timing import describe_machine
 
-    output_files.check_output("--out", out, model, images, replaces="report*.json")
-    flow = loading.load_model(model, device, dtype, guidance)
-    is_labelled = bool(flow.config.num_classes) and not unconditional
-    if per_class and not is_labelled:
-        remedy = "leave out --unconditional" if unconditional else "this model has no classes; leave it out"
+    output_files.check_output("--out", config.out, config.model, config.images, replaces="report*.json")
+    device = processes.device(loading.pick_device(config.device))
+    flow = loading.load_model(config.model, device, config.dtype, config.guidance)
+    is_labelled = bool(flow.config.num_classes) and not config.unconditional
+    if config.per_class and not is_labelled:
+        remedy = "leave out --unconditional" if config.unconditional else "this model has no classes; leave it out"
         raise InputValueError(f"--per-class: {remedy}")
-    data = load_images(images, *loading.image_size(flow))
-    indices = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))[:num].sort().values
+    data = load_images(config.images, *loading.image_size(flow))
+    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(config.seed))
+    indices = order[: config.num].sort().values
     pixels, labels = data.batch(indices)
-    if not clean:
-        pixels = noisy_images(data, indices, loading.training_noise(flow), seed)
+    if not config.clean:
+        pixels = noisy_images(data, indices, loading.training_noise(flow), config.seed)
     labels = labels if is_labelled else None
-    with progress_bar() as progress:
+    norm: Norm = 2 if config.norm == "2" else 1 if config.norm == "1" else "fro"
+    with progress_bar(is_shown=processes.rank == 0) as progress:
         report = jf.calibrate(
-            flow, pixels, labels, norm="fro" if norm == "fro" else 2 if norm == "2" else 1,
-            segments=segments, num_convergence_samples=convergence_samples, per_class=per_class, batch_size=batch_size,
-            seed=seed, out=out, progress=progress,
+            flow, pixels, labels, norm=norm, segments=config.segments,
+            num_convergence_samples=config.convergence_samples, per_class=config.per_class,
+            batch_size=config.batch_size, seed=config.seed, out=config.out, progress=progress, processes=processes,
         )  # fmt: skip
-    _print_report(report)
-    use = ["jacobiflow", "sample", "--model", model, "--report", str(out), "--guidance", str(flow.guidance or 0)]
-    use += ["--labels", "none"] * (labels is None)
-    print(f"wrote {out}\nuse it: {shlex.join(use)}")
-    results: dict[str, Any] = {"model": model, "images": images, "report": str(out), "igm": report.igm}
-    if report.components is not None:
-        results |= {"crm": report.crm, "tough_blocks": report.tough_blocks}
-    return results | {"mean_sweeps": report.mean_sweeps("noise", _TOLERANCE)}
+    use = ["jacobiflow", "sample", "--model", config.model, "--report", str(config.out)]
+    use += ["--guidance", str(flow.guidance or 0)] + ["--labels", "none"] * (labels is None)
+    return CalibrateResult(
+        model=config.model, images=config.images, out=str(config.out), processes=processes.count, use=shlex.join(use),
+        report=report, machine=describe_machine(flow.var.device),
+    )  # fmt: skip
+
+
+def show(result: CalibrateResult) -> None:
+    """Prints the report, and how to use it."""
+    _print_report(result.report)
+    print(f"wrote {result.out}\nuse it: {result.use}")
 
 
 def _print_report(report: jf.CalibrationReport) -> None:
@@ -135,3 +180,6 @@ def _format_number(value: float) -> str:
 
 def _format_spread(spread: tuple[float, float] | None) -> str:
     return "" if spread is None else "±".join(map(_format_number, spread))
+
+
+calibrate = as_command(CalibrateConfig, run, show)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import replace
+from collections.abc import Iterator
+from contextlib import ExitStack, suppress
+from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,116 +13,148 @@ from typer import Option
 
 import jacobiflow as jf
 from jacobiflow.cli import loading, options, output_files
+from jacobiflow.cli.job import as_command
 from jacobiflow.cli.output import progress_bar, show_table
-from jacobiflow.errors import InputValueError
+from jacobiflow.errors import InputError, InputValueError
 
 if TYPE_CHECKING:
-    from jacobiflow.cli.scoring import Scores
+    from jacobiflow.cli.scoring import EvaluateResult, FolderSummary, Score, Unit
     from jacobiflow.data import ImageDataset, Split
+    from jacobiflow.distributed import Processes
     from jacobiflow.models.flow import Flow
+    from jacobiflow.utils.store import MeasurementStore
 
 _TABLE = "evaluation.json"
+_UNITS = "units"  # The folder of the results of units, until all scores are known.
 _SPLIT_NAMES = {"train": "training images", "test": "test images"}
 _FEATURES = (
     "inception (FID), or FILE.py:FUNCTION for a function from 8-bit images (N, C, H, W) to features (N, d); or none. "
     "Default: inception, if there are real images."
 )
-# The rows of the table: the entry of the results that a row needs, then its label, value and remark.
+# The rows of the table: the score that a row needs, then its label, value and remark.
 _ROWS = (
-    ("frechet_distance", "FID of {features}", "{frechet_distance:.4f}", "{num:,} samples against {against}"),
-    ("kernel_distance", "kernel distance", "{kernel_distance:.5f}", "+-{kernel_distance_std:.5f} over subsets"),
-    ("precision", "precision", "{precision:.3f}", ""),
-    ("recall", "recall", "{recall:.3f}", ""),
-    ("residuals", "residual", "{residuals[max]:.1e}", "largest; median {residuals[median]:.1e}"),
-    ("paired", "largest error", "{paired[max]:.1e}", "{paired[num]:,} samples, against the exact loop"),
-    ("paired", "RMS error", "{paired[rms]:.1e}", "the same"),
-    ("paired", "PSNR", "{paired[psnr]:.1f} dB", "the same"),
-    ("sensitivity", "sensitivity", "{sensitivity:.1e}", "largest change of the exact loop's samples by rounding"),
-    ("stored", "8-bit pixels", "{stored[share]:.3%}", "of the stored images differ, by {stored[levels]} at most"),
-    ("bits_per_dim", "bits per dimension", "{bits_per_dim:.3f}", "{likelihood_images}, uniformly dequantised"),
-    ("bits_per_dim_noisy", "bits per dimension", "{bits_per_dim_noisy:.3f}",
-     "{likelihood_images}, with the noise of training"),
-    ("bayes_accuracy", "class accuracy", "{bayes_accuracy:.1%}", "by Bayes' rule; the same images"),
+    ("frechet_distance", "FID of {r.features}", "{s.frechet_distance:.4f}", "{f.num:,} samples against {r.against}"),
+    ("kernel_distance", "kernel distance", "{s.kernel_distance:.5f}", "+-{s.kernel_distance_std:.5f} over subsets"),
+    ("precision", "precision", "{s.precision:.3f}", ""),
+    ("recall", "recall", "{s.recall:.3f}", ""),
+    ("residuals", "residual", "{f.residuals.max:.1e}", "largest; median {f.residuals.median:.1e}"),
+    ("paired", "largest error", "{s.paired.max:.1e}", "{s.paired.num:,} samples, against the exact loop"),
+    ("paired", "RMS error", "{s.paired.rms:.1e}", "the same"),
+    ("stored", "PSNR", "{s.paired.psnr:.1f} dB", "the same"),
+    ("sensitivity", "sensitivity", "{s.sensitivity:.1e}", "largest change of the exact loop's samples by rounding"),
+    ("stored", "8-bit pixels", "{s.stored.share:.3%}", "of the stored images differ, by {s.stored.levels} at most"),
+    ("bits_per_dim", "bits per dimension", "{s.bits_per_dim:.3f}", "{r.likelihood_images}, uniformly dequantised"),
+    ("bits_per_dim_noisy", "bits per dimension", "{s.bits_per_dim_noisy:.3f}",
+     "{r.likelihood_images}, with the noise of training"),
+    ("bayes_accuracy", "class accuracy", "{s.bayes_accuracy:.1%}", "by Bayes' rule; the same images"),
 )  # fmt: skip
 
 
-def evaluate(
-    model: options.Model = "fashion-p2",
-    samples: Annotated[Path | None, Option(help="A folder that jacobiflow sample wrote.")] = None,
-    images: Annotated[str | None, Option(help=f"Real images to compare with: {options.SOURCES}")] = None,
-    features: Annotated[str | None, Option(help=_FEATURES)] = None,
-    inception: Annotated[Path | None, Option(help="File of Inception's weights. Default: it is downloaded.")] = None,
-    stats: Annotated[Path | None, Option(help="Statistics to compare with, such as *_fid_stats.pth.")] = None,
-    save_stats: Annotated[Path | None, Option(help="Write the statistics of --images to this file.")] = None,
-    paired: Annotated[int, Option(min=0, help="Samples to compare with the exact loop's.")] = 64,
-    test_images: Annotated[int, Option(min=0, help="Images for likelihoods, of the test split if any.")] = 1000,
-    batch_size: options.NetworkBatchSize = 64,
-    seed: options.Seed = 0,
-    device: options.Device = "auto",
-    dtype: options.Dtype = "float32",
-    out: Annotated[Path, Option(help="Folder for evaluation.json.")] = Path("out/evaluation"),
-) -> dict[str, Any]:
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """Options of `jacobiflow evaluate`."""
+
+    model: options.Model = "fashion-p2"
+    samples: Annotated[Path | None, Option(help="A folder that jacobiflow sample wrote.")] = None
+    images: Annotated[str | None, Option(help=f"Real images to compare with: {options.SOURCES}")] = None
+    features: Annotated[str | None, Option(help=_FEATURES)] = None
+    inception: Annotated[Path | None, Option(help="File of Inception's weights. Default: it is downloaded.")] = None
+    stats: Annotated[Path | None, Option(help="Statistics to compare with, such as *_fid_stats.pth.")] = None
+    save_stats: Annotated[Path | None, Option(help="Write the statistics of --images to this file.")] = None
+    paired: Annotated[int, Option(min=0, help="Samples to compare with the exact loop's.")] = 64
+    test_images: Annotated[int, Option(min=0, help="Images for likelihoods, of the test split if any.")] = 1000
+    batch_size: options.NetworkBatchSize = 64
+    seed: options.Seed = 0
+    device: options.Device = "auto"
+    dtype: options.Dtype = "float32"
+    part: options.Part = None
+    out: Annotated[Path, Option(help="Folder for evaluation.json.")] = Path("out/evaluation")
+
+
+def run(config: EvaluateConfig, processes: Processes) -> EvaluateResult | None:
     """Score a model and its samples.
 
     FID of the samples, their errors and residuals, and the model's likelihood of test images. The same command again
-    resumes after an interruption.
+    resumes after an interruption. Several processes share the work, started by torchrun or srun; jobs of their own
+    share it by --part.
 
     Example: jacobiflow evaluate --model fashion-p2 --samples out/demo --images fashion-mnist
     """
+    from jacobiflow.cli import scoring
+
+    part = jf.Part.parse(config.part)
+    result, scores = _prepare(config, processes)
+    with ExitStack() as locks, progress_bar(is_shown=processes.rank == 0) as progress:
+        result = processes.run_on_rank_zero(partial(_start, config.out, result, part, locks))
+        processes.check_sees(config.out / _TABLE)
+        store = _store(config.out, result.inputs)
+        computed = {*result.computed}
+        if config.save_stats is not None and not config.save_stats.exists():
+            computed.discard(scoring.STATISTICS)
+        scores = [score for score in scores if score.name not in computed]
+        units = list({unit.name: unit for score in scores for unit in score.units}.values())
+        results: dict[str, Any] = {}
+        shared = list(enumerate(part.share(units)))
+        for position, unit in processes.claim(shared):
+            results[unit.name] = store.load_or_measure(unit.name, unit.declared, unit.measure)
+            if progress is not None:
+                progress(position + 1, len(shared), "scores")
+        processes.gather(None)  # The results of all processes are on the disk.
+        if processes.rank > 0:
+            return None
+        return _finish(config.out, result, scores, units, results)
+
+
+def _prepare(config: EvaluateConfig, processes: Processes) -> tuple[EvaluateResult, list[Score]]:
+    """Checks the options, loads what the scores need, and lists the scores; computes none of them."""
     from jacobiflow import evaluation
     from jacobiflow.cli import scoring
-    from jacobiflow.utils import files
+    from jacobiflow.utils import files, timing
 
-    inputs = (images, stats, inception, samples, features)
-    output_files.check_output("--save-stats", save_stats, model, *inputs, outputs=(out,))
-    files.check_own(out, "evaluation")
-    features = _check_options(samples, images, features, stats, save_stats)
-    flow = loading.load_model(model, device, dtype)
-    flow.require_images()
-    folder = None if samples is None else _open_samples(samples, flow)
-    results: dict[str, Any] = {"model": model, "samples": samples and str(samples), "batch_size": batch_size}
-    scores: Scores = {}
-    real = test = None
-    with progress_bar() as progress:
-        if folder is not None:
-            results |= _describe(folder)
-            if paired:
-                scores["errors"] = scoring.paired_errors(folder, flow, min(paired, folder.manifest.num), batch_size)
-        if images is not None and test_images:
-            test, kind = _load_images(images, flow, "test", test_images)
-            results["likelihood_images"] = f"{len(test):,} {kind} of {images}"
-            results |= {"test_images": len(test)} if kind == _SPLIT_NAMES["test"] else {}
-            scores |= scoring.likelihood(flow, test, seed, batch_size, progress)
-        if features != "none" and (folder is not None or save_stats is not None):
-            if images is not None:
-                real, kind = _load_images(images, flow, "train")
-            results |= {"features": features, "against": f"{kind} of {images}" if stats is None else str(stats)}
-            extractor = evaluation.load_features(features, inception)
-            scores |= scoring.distances(flow, extractor, folder, real, stats, save_stats, progress)
-        input_files = (Path(features.rpartition(":")[0]), inception, stats)
-        results["inputs"] = scoring.digest((features, paired, seed), flow, folder, (real, test), input_files)
-        with files.output_directory(out, "evaluation", (_TABLE,)):
-            if save_stats is None or save_stats.exists():
-                results = _earlier_scores(out / _TABLE, results) | results
-            _compute(scores, results, out / _TABLE)
-    if folder is not None:
-        print(results["outcome"])
-        if results["num_nonfinite"]:
-            print("samples that overflowed are stored as black images, which count in the scores")
-    rows = [[part.format(**results) for part in row] for entry, *row in _ROWS if entry in results]
-    show_table(("score", "value", ""), rows, text=(0, 2))
-    print(f"wrote {out / _TABLE}")
-    return results
+    inputs = (config.images, config.stats, config.inception, config.samples, config.features)
+    output_files.check_output("--save-stats", config.save_stats, config.model, *inputs, outputs=(config.out,))
+    files.check_own(config.out, "evaluation")
+    features = _check_options(config)
+    device = processes.device(loading.pick_device(config.device))
+    flow = loading.load_model(config.model, device, config.dtype)
+    folder = None if config.samples is None else _open_samples(config.samples, flow, processes)
+    scores, real, test = list[scoring.Score](), None, None
+    likelihood_images = against = test_images = None
+    if folder is not None and config.paired:
+        num = min(config.paired, folder.manifest.num)
+        scores.append(scoring.paired_errors(folder, flow, num, config.batch_size))
+    if config.images is not None and config.test_images:
+        test, kind = _load_images(config.images, flow, "test", config.test_images)
+        likelihood_images = f"{len(test):,} {kind} of {config.images}"
+        test_images = len(test) if kind == _SPLIT_NAMES["test"] else None
+        scores += scoring.likelihoods(flow, test, config.seed, config.batch_size)
+    if features != "none" and (folder is not None or config.save_stats is not None):
+        flow.require_images()
+        if config.images is not None:
+            real, kind = _load_images(config.images, flow, "train")
+            against = f"{kind} of {config.images}"
+        against = against if config.stats is None else str(config.stats)
+        extractor = evaluation.load_features(features, config.inception)
+        scores += scoring.distances(flow, extractor, folder, real, config.stats, config.save_stats)
+    settings = (features, config.paired, config.seed, config.batch_size)
+    paths = (Path(features.rpartition(":")[0]), config.inception, config.stats)
+    result = scoring.EvaluateResult(
+        model=config.model, samples=None if folder is None else processes.run_on_rank_zero(partial(_describe, folder)),
+        batch_size=config.batch_size, features=features, against=against, likelihood_images=likelihood_images,
+        test_images=test_images, out=str(config.out), part=str(jf.Part.parse(config.part)), scores=scoring.Scores(),
+        inputs=processes.run_on_rank_zero(partial(scoring.digest, settings, flow, folder, (real, test), paths)),
+        machine=timing.describe_machine(flow.var.device),
+    )  # fmt: skip
+    return result, scores
 
 
-def _check_options(
-    samples: Path | None, images: str | None, features: str | None, stats: Path | None, save_stats: Path | None
-) -> str:
+def _check_options(config: EvaluateConfig) -> str:
     """Raises ValueError for options that lack others; returns `--features` or its default."""
-    for option, value in (("--features", features), ("--stats", stats)):
+    samples, images, stats, save_stats = config.samples, config.images, config.stats, config.save_stats
+    for option, value in (("--features", config.features), ("--stats", stats)):
         if samples is None and save_stats is None and value not in (None, "none"):
             raise InputValueError(f"{option} {value}: give --samples, too, or leave it out")
-    features = features or ("none" if images is None and stats is None else "inception")
+    features = config.features or ("none" if images is None and stats is None else "inception")
     if samples is None and images is None:
         raise InputValueError("nothing to evaluate: give --samples, a folder that jacobiflow sample wrote, or --images")
     if save_stats is not None and (images is None or features == "none"):
@@ -130,27 +164,26 @@ def _check_options(
     return features
 
 
-def _open_samples(path: Path, flow: Flow) -> jf.SampleFolder:
+def _open_samples(path: Path, flow: Flow, processes: Processes) -> jf.SampleFolder:
     """Opens a folder of samples; raises ValueError if it is incomplete, or of another flow."""
     from jacobiflow.models.checkpoints.fingerprint import check_fingerprint
 
     folder = jf.SampleFolder.open(path)
     check_fingerprint(folder.manifest.fingerprint, flow, f"--samples {path}: drawn from", "give that one as --model")
-    for problem in folder.problems():
+    for problem in processes.run_on_rank_zero(folder.problems):
         raise InputValueError(problem)
     return folder
 
 
-def _describe(folder: jf.SampleFolder) -> dict[str, Any]:
-    """Returns what the folder says of its samples."""
+def _describe(folder: jf.SampleFolder) -> FolderSummary:
+    from jacobiflow.cli import scoring
+
     outcome, residual = folder.outcome(), folder.residual()
-    results: dict[str, Any] = {
-        "num": outcome.num, "outcome": str(outcome), "num_fallback": outcome.num_fallback,
-        "num_above": outcome.num_above, "num_nonfinite": outcome.num_nonfinite,
-    }  # fmt: skip
-    if residual is not None:
-        results["residuals"] = {"median": float(residual.median()), "max": float(residual.max())}
-    return results
+    residuals = None if residual is None else scoring.Residuals(float(residual.median()), float(residual.max()))
+    return scoring.FolderSummary(
+        str(folder.path), outcome.num, str(outcome), outcome.num_fallback, outcome.num_above, outcome.num_nonfinite,
+        residuals,
+    )  # fmt: skip
 
 
 def _load_images(source: str, flow: Flow, split: Split, num: int | None = None) -> tuple[ImageDataset, str]:
@@ -165,27 +198,90 @@ def _load_images(source: str, flow: Flow, split: Split, num: int | None = None) 
     return replace(images, images=images.images[:num], labels=labels), name
 
 
-def _earlier_scores(table: Path, results: dict[str, Any]) -> dict[str, Any]:
-    """Returns the results of an earlier run with the same inputs, or an empty dict."""
+def _store(out: Path, inputs: str) -> MeasurementStore:
+    from jacobiflow.utils.store import MeasurementStore
+
+    return MeasurementStore(out / _UNITS, inputs)
+
+
+def _start(out: Path, result: EvaluateResult, part: jf.Part, locks: ExitStack) -> EvaluateResult:
+    """Locks the part, and returns the result with the scores of an earlier run of the same inputs."""
+    from jacobiflow.distributed.parts import starting
     from jacobiflow.utils import files
 
-    earlier = files.read_object(table) or {}
-    if earlier.get("inputs") != results["inputs"]:
-        return {}
-    if earlier["batch_size"] != results["batch_size"]:  # The batch size changes errors by rounding.
-        earlier["computed"] = [name for name in earlier["computed"] if name != "errors"]
-    return {name: math.nan if value is None else value for name, value in earlier.items()}
+    files.check_own(out, "evaluation")
+    with starting(out, part, locks) as has_others:
+        earlier = _load(out / _TABLE)
+        if earlier is not None and earlier.inputs == result.inputs:
+            result = replace(result, scores=earlier.scores, computed=earlier.computed, earlier=earlier.computed)
+        elif has_others or (part.count > 1 and (out / _UNITS).exists()):
+            raise InputValueError(f"{out}: other parts have other inputs; give all the same options, or another folder")
+        else:
+            _store(out, "").remove()
+        files.write_manifest(out, "evaluation", (_TABLE,))
+        files.write_json(out / _TABLE, asdict(result))
+    return result
 
 
-def _compute(scores: Scores, results: dict[str, Any], table: Path) -> None:
-    """Computes the scores that the results lack, and writes the results after each score."""
+def _load(table: Path) -> EvaluateResult | None:
+    """Returns the result of an earlier run, if any."""
+    from jacobiflow.cli.scoring import EvaluateResult
+    from jacobiflow.utils import files, serialization
+
+    with suppress(InputError):  # It is of another version.
+        return serialization.decode(EvaluateResult, files.read_object(table))
+    return None
+
+
+def _finish(
+    out: Path, result: EvaluateResult, scores: list[Score], units: list[Unit], results: dict[str, Any]
+) -> EvaluateResult:
+    """Computes the scores, and writes the result after each of them, unless units of other parts are missing."""
+    from jacobiflow.distributed.parts import finishing, forget_parts
     from jacobiflow.utils import files
 
-    computed = results.setdefault("computed", [])
-    if computed:
-        print(f"computed by an earlier run: {', '.join(computed)}")
-    files.write_json(table, results)
-    for name in [name for name in scores if name not in computed]:
-        results |= scores[name]()
-        computed.append(name)
-        files.write_json(table, results)
+    store = _store(out, result.inputs)
+
+    def load(score: Score) -> Iterator[Any]:
+        for unit in score.units:
+            is_own = unit.name in results
+            yield results[unit.name] if is_own else store.load_or_measure(unit.name, unit.declared, unit.measure)
+
+    with finishing(out):
+        missing = [unit for unit in units if unit.name not in results and not store.has(unit.name)]
+        if missing:
+            return replace(result, num_missing=len(missing))
+        for score in scores:
+            new = result.scores.with_scores(score.combine(load(score)))
+            result = replace(result, scores=new, computed=tuple(dict.fromkeys((*result.computed, score.name))))
+            files.write_json(out / _TABLE, asdict(result))
+        store.remove()
+        forget_parts(out)
+    return result
+
+
+def show(result: EvaluateResult) -> None:
+    """Prints the scores as a table."""
+    if result.earlier:
+        print(f"computed by an earlier run: {', '.join(result.earlier)}")
+    if result.num_missing:
+        print(
+            f"part {result.part} is done; the scores follow once other parts have done {result.num_missing} more units"
+        )
+        return
+    samples = result.samples
+    if samples is not None:
+        print(samples.outcome)
+        if samples.num_nonfinite:
+            print("samples that overflowed are stored as black images, which count in the scores")
+    known = {entry.name for entry in fields(result.scores) if getattr(result.scores, entry.name) is not None}
+    if samples is not None and samples.residuals is not None:
+        known.add("residuals")
+    rows = [
+        [text.format(r=result, s=result.scores, f=samples) for text in texts] for name, *texts in _ROWS if name in known
+    ]
+    show_table(("score", "value", ""), rows, text=(0, 2))
+    print(f"wrote {Path(result.out) / _TABLE}")
+
+
+evaluate = as_command(EvaluateConfig, run, show)

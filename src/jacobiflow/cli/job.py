@@ -18,15 +18,16 @@ Result = TypeVar("Result")
 
 
 def as_command(
-    config_type: type[Config], run: Callable[[Config, Processes], Result], show: Callable[[Result], None]
+    config_type: type[Config], run: Callable[[Config, Processes], Result | None], show: Callable[[Result], None]
 ) -> Callable[..., dict[str, Any] | None]:
     """Returns the command that makes a config from its options, runs it in every process, and prints the result in one.
 
     Args:
         config_type: A dataclass. Its fields become the options, with their defaults. A field that is a dataclass stands
             for options of its own, whose help is its docstring.
-        run: Does the work of one process. Its docstring is the help of the command.
-        show: Prints the result, a dataclass, in the first process.
+        run: Does the work of one process. It returns the result in the first process: a dataclass, perhaps with a
+            method `to_json`. Its docstring is the help of the command.
+        show: Prints the result.
     """
 
     def command(**arguments: Any) -> dict[str, Any] | None:
@@ -40,10 +41,11 @@ def as_command(
             if error.is_reported:
                 raise Exit(2) from None
             raise
-        if group.rank > 0:
+        if result is None or group.rank > 0:
             return None
         show(result)
-        return asdict(result)  # type: ignore[call-overload]
+        to_json = getattr(result, "to_json", None)
+        return asdict(result) if to_json is None else to_json()  # type: ignore[call-overload]
 
     parameters = sorted(_parameters(config_type), key=lambda parameter: parameter.default is not parameter.empty)
     command.__doc__ = run.__doc__

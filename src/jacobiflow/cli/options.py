@@ -25,6 +25,7 @@ _LABELS = "balanced, random, none, numbers such as 0,1,2 (repeated), or a .txt o
 _PROMPTS = "A prompt for a STARFlow, or a .txt file with one on each line; repeated."
 _ENCODE_TEXT = "The text encoder: FILE.py:FUNCTION, or the hub id or folder of a T5 encoder."
 _TOLERANCE = "Largest residual |g(x) - x| in any block. Default: 1e-3, or a file's own."
+_PART = "One of N jobs that share the folder without communication: 1/8 is the first of eight. Start all of them."
 
 Model = Annotated[str, Option(help="A bundled name, a model folder, or a hub id.")]
 Prompts = Annotated[str | None, Option(help=_PROMPTS)]
@@ -39,6 +40,7 @@ Guidance = Annotated[str, Option(help=_GUIDANCE)]
 RecommendedGuidance = Annotated[str | None, Option(help=f"{_GUIDANCE} Default: as recommended by the model.")]
 NoGuidance = Annotated[bool, Option("--plain", help="No guidance.")]
 Tolerance = Annotated[float | None, Option(help=_TOLERANCE)]
+Part = Annotated[str | None, Option(help=_PART, metavar="I/N")]
 NetworkBatchSize = Annotated[int, Option(min=1, max=MAX_BATCH_SIZE, help="Images in the network at a time.")]
 Json = Annotated[Path | None, Option(help="Also write the results to this file.")]
 

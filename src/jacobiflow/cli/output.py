@@ -63,8 +63,11 @@ class ProgressLines:
 
 
 @contextmanager
-def progress_bar() -> Iterator[Progress]:
+def progress_bar(is_shown: bool = True) -> Iterator[Progress | None]:
     """Yields a `Progress` that draws a bar for each kind of work; without a terminal, `ProgressLines`."""
+    if not is_shown:
+        yield None
+        return
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
     from rich.progress import Progress as Bars

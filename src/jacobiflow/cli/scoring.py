@@ -1,10 +1,11 @@
-"""The scores of `jacobiflow evaluate`, as functions to call one after another."""
+"""The scores of `jacobiflow evaluate`, each made from units of work that processes share."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import asdict
-from functools import cache, partial
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -14,116 +15,268 @@ from torch import Tensor, nn
 import jacobiflow as jf
 from jacobiflow import data, evaluation
 from jacobiflow.cli.loading import training_noise
-from jacobiflow.data import ImageDataset
+from jacobiflow.data import ImageDataset, ImageFiles
 from jacobiflow.errors import InputValueError
+from jacobiflow.evaluation import FeatureStatistics, PixelDifference, SampleErrors, likelihood
 from jacobiflow.evaluation.distances import MIN_IMAGES
 from jacobiflow.evaluation.features import FeatureFunction, require_eval_extra
 from jacobiflow.models import latents
 from jacobiflow.models.checkpoints.fingerprint import cached_fingerprint
 from jacobiflow.models.flow import Flow
 from jacobiflow.utils import files
-from jacobiflow.utils.progress import Progress
+from jacobiflow.utils.provenance import Provenance
 
-Scores: TypeAlias = dict[str, Callable[[], dict[str, Any]]]
-"""Functions that compute entries of the results, by the name of the score."""
-
+STATISTICS = "statistics"  # The name of the score that only writes the statistics of real images.
 _MAX_PAIRWISE = 10_000  # Images of either set in scores that compare all pairs.
+_UNIT_IMAGES = 1_000  # Real images whose features are one unit of work.
+
+
+@dataclass(frozen=True)
+class Scores:
+    """The scores, None for those that are not computed.
+
+    Attributes:
+        paired: Errors of samples against the exact loop's.
+        stored: Difference of stored images from the exact loop's, in 8 bits.
+        sensitivity: Largest change of the exact loop's samples by rounding.
+        bits_per_dim: With uniform dequantisation; `bits_per_dim_noisy` has the noise of the flow's training.
+    """
+
+    frechet_distance: float | None = None
+    kernel_distance: float | None = None
+    kernel_distance_std: float | None = None
+    precision: float | None = None
+    recall: float | None = None
+    paired: SampleErrors | None = None
+    stored: PixelDifference | None = None
+    sensitivity: float | None = None
+    bits_per_dim: float | None = None
+    bits_per_dim_noisy: float | None = None
+    bayes_accuracy: float | None = None
+
+    def with_scores(self, other: Scores) -> Scores:
+        """Returns these scores, and those that `other` has."""
+        values = {entry.name: getattr(other, entry.name) for entry in fields(other)}
+        return replace(self, **{name: value for name, value in values.items() if value is not None})
+
+
+@dataclass(frozen=True)
+class Residuals:
+    """The median and the largest of the residuals of samples."""
+
+    median: float
+    max: float
+
+
+@dataclass(frozen=True)
+class FolderSummary:
+    """What a folder of samples records of them."""
+
+    path: str
+    num: int
+    outcome: str
+    num_fallback: int
+    num_above: int
+    num_nonfinite: int
+    residuals: Residuals | None
+
+
+@dataclass(frozen=True)
+class EvaluateResult(Provenance):
+    """The scores, and what they are of.
+
+    Attributes:
+        against: What the distances of features compare with.
+        test_images: Number of test images of the likelihoods, if they are of a test split.
+        inputs: Checksum of all inputs of the scores.
+        computed: Names of the scores that are known.
+        earlier: Those of them that an earlier run computed.
+        num_missing: Number of units of work that other parts have not finished.
+    """
+
+    model: str
+    samples: FolderSummary | None
+    batch_size: int
+    features: str
+    against: str | None
+    likelihood_images: str | None
+    test_images: int | None
+    inputs: str
+    out: str
+    part: str
+    scores: Scores
+    computed: tuple[str, ...] = ()
+    earlier: tuple[str, ...] = ()
+    num_missing: int = 0
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A unit of work of one process; its result is stored under the name, as JSON of the type `declared`."""
+
+    name: str
+    declared: Any
+    measure: Callable[[], Any]
+
+
+@dataclass(frozen=True)
+class Score:
+    """Scores that the results of some units give together."""
+
+    name: str
+    units: tuple[Unit, ...]
+    combine: Callable[[Iterator[Any]], Scores]
+
+
+Images: TypeAlias = Callable[[], Tensor]
 
 
 def distances(
     flow: Flow, extractor: FeatureFunction, folder: jf.SampleFolder | None, real: ImageDataset | None,
-    stats: Path | None, save_stats: Path | None, progress: Progress,
-) -> Scores:  # fmt: skip
+    stats: Path | None, save_stats: Path | None,
+) -> list[Score]:  # fmt: skip
     """Returns the Fréchet distance to real images; with their features, also kernel distance, precision and recall."""
     if isinstance(extractor, nn.Module):
         extractor.to(flow.var.device)
-    images = [] if real is None else [_mirror_half(real.images[:], extractor)]
-    real_features = cache(partial(evaluation.extract_features, extractor, images, progress))
-    scores: Scores = {}
+    real_units = () if real is None else _feature_units("real", extractor, _real_batches(real.images, extractor))
+    scores = []
     if save_stats is not None:
-
-        def save_statistics() -> dict[str, Any]:
-            save_stats.parent.mkdir(parents=True, exist_ok=True)
-            inception = extractor if isinstance(extractor, evaluation.InceptionFeatures) else None
-            evaluation.FeatureStatistics.from_features(real_features()).save(save_stats, inception)
-            print(f"wrote {save_stats}: statistics of {len(images[0]):,} images")
-            return {}
-
-        scores["statistics"] = save_statistics
+        inception = extractor if isinstance(extractor, evaluation.InceptionFeatures) else None
+        scores.append(Score(STATISTICS, real_units, partial(_save_statistics, save_stats, inception)))
     if folder is None:
         return scores
-    statistics = None if stats is None else evaluation.FeatureStatistics.load(stats)
-    num, num_real = folder.manifest.num, len(images[0]) if statistics is None else statistics.num
-    if min(num, num_real) < 2:
+    statistics = None if stats is None else FeatureStatistics.load(stats)
+    num, num_real = folder.manifest.num, len(real.images) if statistics is None and real is not None else 2
+    if min(num, num_real if statistics is None else statistics.num) < 2:
         raise InputValueError(f"a distance between {num_real} images and {num} samples: give at least 2 of each")
     # A trial of the function, before hours of work.
     width = evaluation.extract_features(extractor, [folder.images(0)[:1]]).shape[1]
     if statistics is not None and len(statistics.sum) != width:
         raise InputValueError(f"--stats {stats}: of {len(statistics.sum)} features, but --features gives {width}")
-    features = cache(partial(evaluation.extract_features, extractor, folder.batches(), progress, num))
-
-    def frechet_distance() -> dict[str, Any]:
-        reference = evaluation.FeatureStatistics.from_features(real_features()) if statistics is None else statistics
-        ours = evaluation.FeatureStatistics.from_features(features())
-        return {"frechet_distance": evaluation.frechet_distance(reference, ours)}
-
-    def pairwise() -> dict[str, Any]:
-        pair = real_features()[:_MAX_PAIRWISE], features()[:_MAX_PAIRWISE]
-        kernel, std = evaluation.kernel_distance(*pair)
-        precision, recall = evaluation.precision_recall(*pair)
-        return {"kernel_distance": kernel, "kernel_distance_std": std, "precision": precision, "recall": recall}
-
-    scores["FID"] = frechet_distance
-    if images and min(num, len(images[0])) >= MIN_IMAGES:
+    shards = [partial(folder.images, index) for index in range(folder.manifest.num_shards)]
+    units = _feature_units("features", extractor, shards)
+    first = real_units if statistics is None else ()
+    scores.append(Score("FID", (*first, *units), partial(_frechet_distance, statistics, len(first))))
+    if real is not None and min(num, len(real.images)) >= MIN_IMAGES:
         require_eval_extra("the kernel distance")
-        scores["kernel distance, precision and recall"] = pairwise
+        scores.append(
+            Score("kernel distance, precision and recall", (*real_units, *units), partial(_pairwise, len(real_units)))
+        )
     return scores
 
 
-def _mirror_half(images: Tensor, extractor: FeatureFunction) -> Tensor:
-    """Mirrors a random half of the real images for Inception, as the original code of TarFlow does."""
-    if not isinstance(extractor, evaluation.InceptionFeatures):
-        return images
-    is_mirrored = torch.rand(len(images), generator=torch.Generator().manual_seed(0)) < 0.5
-    return torch.where(is_mirrored.view(-1, 1, 1, 1), images.flip(-1), images)
+def _feature_units(kind: str, extractor: FeatureFunction, batches: Iterable[Images]) -> tuple[Unit, ...]:
+    def extract(images: Images) -> Tensor:
+        features = evaluation.extract_features(extractor, [images()])
+        if not torch.isfinite(features).all():
+            raise InputValueError("features that are not finite: check the images and --features")
+        return features
+
+    return tuple(Unit(f"{kind}-{i:05}", Tensor, partial(extract, images)) for i, images in enumerate(batches))
 
 
-def paired_errors(folder: jf.SampleFolder, flow: Flow, num: int, batch_size: int) -> Callable[[], dict[str, Any]]:
-    """Returns a function that compares the first samples with the exact loop's at the same latents."""
-    manifest, config = folder.manifest, flow.config
-    shards = range(-(-num // manifest.shard_size))
-    labels = [part for i in shards if (part := folder.labels(i)) is not None]
-    if manifest.context_sha256 is not None and not labels:
+def _real_batches(images: Tensor | ImageFiles, extractor: FeatureFunction) -> list[Images]:
+    """Returns functions that give real images. As in the original code of TarFlow, half of Inception's are mirrored."""
+    is_mirrored = torch.zeros(len(images), dtype=torch.bool)
+    if isinstance(extractor, evaluation.InceptionFeatures):
+        is_mirrored = torch.rand(len(images), generator=torch.Generator().manual_seed(0)) < 0.5
+
+    def batch(rows: Tensor) -> Tensor:
+        return torch.where(is_mirrored[rows].view(-1, 1, 1, 1), images[rows].flip(-1), images[rows])
+
+    return [partial(batch, rows) for rows in torch.arange(len(images)).split(_UNIT_IMAGES)]
+
+
+def _statistics(features: Iterator[Tensor], num_units: int | None = None) -> FeatureStatistics:
+    """Merges the statistics of the next units."""
+    units = features if num_units is None else (next(features) for _ in range(num_units))
+    return FeatureStatistics.merge(map(FeatureStatistics.from_features, units))
+
+
+def _save_statistics(path: Path, inception: evaluation.InceptionFeatures | None, features: Iterator[Tensor]) -> Scores:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _statistics(features).save(path, inception)
+    return Scores()
+
+
+def _frechet_distance(real: FeatureStatistics | None, num_real_units: int, features: Iterator[Tensor]) -> Scores:
+    reference = _statistics(features, num_real_units) if real is None else real
+    return Scores(frechet_distance=evaluation.frechet_distance(reference, _statistics(features)))
+
+
+def _pairwise(num_real_units: int, features: Iterator[Tensor]) -> Scores:
+    real = torch.cat([next(features) for _ in range(num_real_units)])[:_MAX_PAIRWISE]
+    fake = torch.cat(list(features))[:_MAX_PAIRWISE]
+    kernel, std = evaluation.kernel_distance(real, fake)
+    precision, recall = evaluation.precision_recall(real, fake)
+    return Scores(kernel_distance=kernel, kernel_distance_std=std, precision=precision, recall=recall)
+
+
+def paired_errors(folder: jf.SampleFolder, flow: Flow, num: int, batch_size: int) -> Score:
+    """Returns a score that compares the first samples with the exact loop's at the same latents, batch by batch."""
+    if folder.manifest.context_sha256 is not None and folder.labels(0) is None:
         raise InputValueError("--paired: the samples' texts or numbers are not in the folder; give --paired 0")
-
-    def errors() -> dict[str, Any]:
-        sample = partial(
-            jf.sample, flow, labels=torch.cat(labels)[:num] if labels else None,
-            settings=jf.SamplingSettings(manifest.guidance, manifest.denoise),
-            latents=latents.draw_latents(num, config.num_tokens, config.token_channels, manifest.seed),
-            certify=manifest.certify, batch_size=batch_size,
-        )  # fmt: skip
-        sequential = sample(strategy="sequential", sensitivity=True)
-        exact = sequential.images.cpu()
-        stored = torch.cat([folder.images(i) for i in shards])[:num]
-        return {
-            "paired": asdict(evaluation.image_errors(sample(strategy=folder.strategy()).images.cpu(), exact)),
-            "stored": asdict(evaluation.pixel_difference(stored, data.quantize(exact))),
-            "sensitivity": sequential.outcome.sensitivity,
-        }
-
-    return errors
+    units = tuple(
+        Unit(f"errors-{start:08}", Scores, partial(_batch_errors, folder, flow, start, min(start + batch_size, num)))
+        for start in range(0, num, batch_size)
+    )
+    return Score("errors", units, _merge_errors)
 
 
-def likelihood(flow: Flow, test: ImageDataset, seed: int, batch_size: int, progress: Progress) -> Scores:
+def _batch_errors(folder: jf.SampleFolder, flow: Flow, start: int, stop: int) -> Scores:
+    manifest, config = folder.manifest, flow.config
+    shards = range(start // manifest.shard_size, -(-stop // manifest.shard_size))
+    rows = slice(start - shards.start * manifest.shard_size, stop - shards.start * manifest.shard_size)
+    labels = [part for i in shards if (part := folder.labels(i)) is not None]
+    draw = partial(
+        jf.sample, flow, labels=torch.cat(labels)[rows] if labels else None,
+        settings=jf.SamplingSettings(manifest.guidance, manifest.denoise),
+        latents=latents.draw_latents(stop - start, config.num_tokens, config.token_channels, manifest.seed, start),
+        certify=manifest.certify,
+    )  # fmt: skip
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # The folder's outcome tells of samples that are not finite.
+        sequential = draw(strategy="sequential", sensitivity=True)
+        again = None if flow.image_shape is None else draw(strategy=folder.strategy())
+    exact, sensitivity = sequential.x.cpu(), sequential.outcome.sensitivity
+    if again is None:  # The folder has the tokens as they were drawn, and of images only 8-bit values.
+        tokens = torch.cat([folder.tokens(i) for i in shards])[rows]
+        return Scores(paired=evaluation.sample_errors(tokens, exact.float()), sensitivity=sensitivity)
+    stored = torch.cat([folder.images(i) for i in shards])[rows]
+    return Scores(
+        paired=evaluation.sample_errors(again.images.cpu(), exact),
+        stored=evaluation.pixel_difference(stored, data.quantize(exact)), sensitivity=sensitivity,
+    )  # fmt: skip
+
+
+def _merge_errors(batches: Iterator[Scores]) -> Scores:
+    parts = list(batches)
+    paired = [part.paired for part in parts if part.paired is not None]
+    stored = [(errors.num, part.stored) for errors, part in zip(paired, parts, strict=True) if part.stored is not None]
+    return Scores(
+        paired=SampleErrors.merge(paired),
+        stored=PixelDifference.merge(stored) if stored else None,
+        sensitivity=max((part.sensitivity for part in parts if part.sensitivity is not None), default=None),
+    )
+
+
+def likelihoods(flow: Flow, test: ImageDataset, seed: int, batch_size: int) -> list[Score]:
     """Returns bits per dimension and class accuracy, with the noise of the flow's training."""
     flow.check_context(test.labels, len(test))
-    noise = training_noise(flow)
+    noise, num = training_noise(flow), len(test)
+    batches = torch.arange(num).split(batch_size)
     name = "bits_per_dim" if noise.kind == "uniform" else "bits_per_dim_noisy"
-    arguments = (flow, test, noise, seed, batch_size, progress)
-    scores: Scores = {"bits per dimension": lambda: {name: evaluation.bits_per_dim(*arguments)}}
+
+    def score(title: str, kind: str, field: str, total: Callable[..., float]) -> Score:
+        units = (
+            Unit(f"{kind}-{i:05}", float, partial(total, flow, test, noise, seed, index))
+            for i, index in enumerate(batches)
+        )
+        return Score(title, tuple(units), lambda totals: Scores(**{field: sum(totals) / num}))
+
+    scores = [score("bits per dimension", "bits", name, likelihood.total_bits_per_dim)]
     if test.labels is not None:
-        scores["class accuracy"] = lambda: {"bayes_accuracy": evaluation.bayes_accuracy(*arguments)}
+        scores.append(score("class accuracy", "classes", "bayes_accuracy", likelihood.count_correct_classes))
     return scores
 
 

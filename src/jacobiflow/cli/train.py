@@ -15,10 +15,12 @@ from jacobiflow.cli import loading, options
 from jacobiflow.cli.output import progress_bar
 from jacobiflow.errors import InputValueError
 from jacobiflow.training.config import TrainConfig
+from jacobiflow.utils.provenance import Provenance
 
 if TYPE_CHECKING:
     from jacobiflow.data import ImageDataset
     from jacobiflow.distributed import Processes
+    from jacobiflow.models.config import FlowConfig
     from jacobiflow.models.flow import Flow
     from jacobiflow.training import TrainMetrics
 
@@ -54,14 +56,19 @@ class TrainJob:
 
 
 @dataclass(frozen=True)
-class TrainResult:
-    """What `jacobiflow train` made; `last_step` is None if the metrics were deleted."""
+class TrainResult(Provenance):
+    """What `jacobiflow train` has made.
+
+    Attributes:
+        model: The model folder.
+        flow: The kind of flow.
+        last_step: Metrics of the last step; None if their file was deleted.
+    """
 
     model: str
     flow: str
-    config: Any
+    config: FlowConfig
     last_step: TrainMetrics | None
-    machine: dict[str, Any]
 
 
 def run(job: TrainJob, processes: Processes) -> TrainResult:
@@ -106,7 +113,8 @@ def run(job: TrainJob, processes: Processes) -> TrainResult:
         )  # fmt: skip
     metrics = training.read_metrics(job.out)
     last_step = metrics[-1] if metrics else None  # The user may have deleted the file of a run that is complete.
-    return TrainResult(str(job.out), job.flow, config, last_step, timing.describe_machine(device))
+    machine = timing.describe_machine(device)
+    return TrainResult(str(job.out), job.flow, config, last_step, machine=machine)
 
 
 def show(result: TrainResult) -> None:
@@ -129,7 +137,7 @@ def _held_out_images(job: TrainJob) -> ImageDataset | None:
     return ImageDataset(data.images[:_NUM_HELD_OUT], labels)
 
 
-def _flow_config(job: TrainJob, data: ImageDataset) -> tuple[type[Flow], Any]:
+def _flow_config(job: TrainJob, data: ImageDataset) -> tuple[type[Flow], FlowConfig]:
     """Returns the class of the flow and its config; raises ValueError for an option that this flow does not have."""
     from jacobiflow.models.registry import FLOWS
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float, UInt8
@@ -48,38 +49,60 @@ class PixelDifference:
     share: float
     levels: int
 
+    @classmethod
+    def merge(cls, parts: Sequence[tuple[int, PixelDifference]]) -> PixelDifference:
+        """Returns the difference of all images, from that of parts of them and the number of images in each."""
+        num = sum(count for count, _ in parts)
+        return cls(sum(count * part.share for count, part in parts) / num, max(part.levels for _, part in parts))
+
 
 @dataclass(frozen=True)
-class ImageErrors:
-    """Errors of images against the exact images of the same latents.
+class SampleErrors:
+    """Errors of samples against the exact samples of the same latents.
 
     Attributes:
-        num: Number of images.
-        max: Largest difference of an entry, in the images' units ([-1, 1], not clipped).
+        num: Number of samples.
+        max: Largest difference of an entry, in the samples' units (images: [-1, 1], not clipped).
         rms: Root-mean-square difference of an entry, in the same units.
-        psnr: 20 log10(2 / rms) in dB; infinity if all are equal, minus infinity if one is not finite.
-        pixels: Difference after rounding to 8 bits.
+        psnr: For images 20 log10(2 / rms) in dB; infinity if all are equal, minus infinity if one is not finite.
+        pixels: For images the difference after rounding to 8 bits.
     """
 
     num: int
     max: float
     rms: float
-    psnr: float
-    pixels: PixelDifference
+    psnr: float | None = None
+    pixels: PixelDifference | None = None
+
+    @classmethod
+    def merge(cls, parts: Sequence[SampleErrors]) -> SampleErrors:
+        """Returns the errors of all samples, from those of parts of them."""
+        num = sum(part.num for part in parts)
+        rms = math.sqrt(sum(part.num * part.rms**2 for part in parts) / num)
+        pixels = [(part.num, part.pixels) for part in parts if part.pixels is not None]
+        merged = cls(num, max(part.max for part in parts), rms)
+        return replace(merged, psnr=_psnr(rms), pixels=PixelDifference.merge(pixels)) if pixels else merged
 
 
-def image_errors(images: Float[Tensor, "n c h w"], exact: Float[Tensor, "n c h w"]) -> ImageErrors:
-    """Measures the errors of images; entries that are NaN in both count as equal.
+def sample_errors(samples: Float[Tensor, "n ..."], exact: Float[Tensor, "n ..."]) -> SampleErrors:
+    """Measures the errors of images (N, C, H, W), or of tokens (N, T, C); entries that are NaN in both count as equal.
 
     Example:
         >>> exact = torch.zeros(2, 1, 4, 4)
-        >>> errors = image_errors(exact + 0.02, exact)
+        >>> errors = sample_errors(exact + 0.02, exact)
         >>> round(errors.psnr, 3), errors.pixels
         (40.0, PixelDifference(share=1.0, levels=2))
     """
-    error = paired_error(images, exact)
-    psnr = 20 * (math.log10(2) - math.log10(error.rms)) if error.rms else math.inf  # images span [-1, 1]
-    return ImageErrors(len(images), error.max, error.rms, psnr, pixel_difference(quantize(images), quantize(exact)))
+    error = paired_error(samples, exact)
+    if samples.ndim != 4:
+        return SampleErrors(len(samples), error.max, error.rms)
+    pixels = pixel_difference(quantize(samples), quantize(exact))
+    return SampleErrors(len(samples), error.max, error.rms, _psnr(error.rms), pixels)
+
+
+def _psnr(rms: float) -> float:
+    """Returns the PSNR of images, which span [-1, 1]."""
+    return 20 * (math.log10(2) - math.log10(rms)) if rms else math.inf
 
 
 def pixel_difference(images: UInt8[Tensor, "n c h w"], exact: UInt8[Tensor, "n c h w"]) -> PixelDifference:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import io
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,6 +49,11 @@ class FeatureStatistics:
         """Computes the statistics of features (N, d)."""
         features = features.double()
         return cls(len(features), features.sum(dim=0), features.T @ features)
+
+    @classmethod
+    def merge(cls, parts: Iterable[FeatureStatistics]) -> FeatureStatistics:
+        """Returns the statistics of all images, from those of parts of them."""
+        return functools.reduce(lambda a, b: cls(a.num + b.num, a.sum + b.sum, a.outer + b.outer), parts)
 
     def covariance(self) -> Float[Tensor, "d d"]:
         """Returns the covariance of the features; its denominator is n - 1."""

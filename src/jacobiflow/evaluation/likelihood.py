@@ -14,7 +14,6 @@ from jacobiflow.models.flow import Flow
 from jacobiflow.utils.progress import Progress
 
 
-@torch.no_grad()
 def bits_per_dim(
     flow: Flow, data: ImageDataset, noise: Noise, seed: int = 0, batch_size: int = 64,
     progress: Progress | None = None,
@@ -35,13 +34,16 @@ def bits_per_dim(
         >>> round(bits_per_dim(jf.load("digits-p1"), few, Noise("gaussian", 0.1)), 1)
         6.8
     """
-    total = 0.0
-    for images, labels in _noisy_batches(flow, data, noise, seed, batch_size, progress, "bits per dimension"):
-        total += float(flow.bits_per_dim(images, labels).sum())
-    return total / len(data)
+    batches = _batches(len(data), batch_size, progress, "bits per dimension")
+    return sum(total_bits_per_dim(flow, data, noise, seed, index) for index in batches) / len(data)
 
 
 @torch.no_grad()
+def total_bits_per_dim(flow: Flow, data: ImageDataset, noise: Noise, seed: int, index: Int[Tensor, " b"]) -> float:
+    """Computes the sum of the bits per dimension of the images at `index`, see `bits_per_dim`."""
+    return float(flow.bits_per_dim(*_noisy_batch(flow, data, noise, seed, index)).sum())
+
+
 def bayes_accuracy(
     flow: Flow, data: ImageDataset, noise: Noise, seed: int = 0, batch_size: int = 64,
     progress: Progress | None = None,
@@ -50,23 +52,32 @@ def bayes_accuracy(
 
     Classes are taken to be equally likely. An image has the same noise for all classes, best that of the training.
     """
+    batches = _batches(len(data), batch_size, progress, "class accuracy")
+    return sum(count_correct_classes(flow, data, noise, seed, index) for index in batches) / len(data)
+
+
+@torch.no_grad()
+def count_correct_classes(flow: Flow, data: ImageDataset, noise: Noise, seed: int, index: Int[Tensor, " b"]) -> int:
+    """Counts the images at `index` whose label is the likeliest class, see `bayes_accuracy`."""
     if not flow.config.num_classes or data.labels is None:
         raise InputValueError("class accuracy: needs a class-conditional flow and labelled images")
-    correct = 0
-    for images, labels in _noisy_batches(flow, data, noise, seed, batch_size, progress, "class accuracy"):
-        classes = range(flow.config.num_classes)
-        scores = [flow.log_prob(images, torch.full((len(images),), y, device=images.device)) for y in classes]
-        correct += int(torch.eq(torch.stack(scores).argmax(dim=0), labels).sum())  # type: ignore[arg-type]
-    return correct / len(data)
+    images, labels = _noisy_batch(flow, data, noise, seed, index)
+    classes = range(flow.config.num_classes)
+    scores = [flow.log_prob(images, torch.full((len(images),), y, device=images.device)) for y in classes]
+    return int(torch.eq(torch.stack(scores).argmax(dim=0), labels).sum())  # type: ignore[arg-type]
 
 
-def _noisy_batches(
-    flow: Flow, data: ImageDataset, noise: Noise, seed: int, batch_size: int, progress: Progress | None, what: str
-) -> Iterator[tuple[Float[Tensor, "b c h w"], Int[Tensor, " b"] | None]]:
-    """Yields images with noise, and labels if the flow takes any."""
-    device = flow.var.device
-    for index in torch.arange(len(data)).split(batch_size):
-        labels = None if data.labels is None or not flow.config.num_classes else data.labels[index].to(device)
-        yield noisy_images(data, index, noise, seed).to(device, flow.state_dtype), labels
+def _batches(num: int, batch_size: int, progress: Progress | None, what: str) -> Iterator[Int[Tensor, " b"]]:
+    for index in torch.arange(num).split(batch_size):
+        yield index
         if progress is not None:
-            progress(int(index[-1]) + 1, len(data), what)
+            progress(int(index[-1]) + 1, num, what)
+
+
+def _noisy_batch(
+    flow: Flow, data: ImageDataset, noise: Noise, seed: int, index: Int[Tensor, " b"]
+) -> tuple[Float[Tensor, "b c h w"], Int[Tensor, " b"] | None]:
+    """Returns images with noise, and labels if the flow takes any."""
+    device = flow.var.device
+    labels = None if data.labels is None or not flow.config.num_classes else data.labels[index].to(device)
+    return noisy_images(data, index, noise, seed).to(device, flow.state_dtype), labels

@@ -125,31 +125,42 @@ class FolderInUseError(InputValueError):
 
 
 @contextmanager
-def locked(path: Path) -> Iterator[None]:
+def locked(path: Path, lock: str = LOCK, wait: float = 0, user: str = "another run") -> Iterator[None]:
     """Creates a folder and locks it against other processes until the block ends.
 
     An error removes a new folder without files.
+
+    Args:
+        path: The folder.
+        lock: Name of the file that is locked; it begins with `LOCK`.
+        wait: Seconds to wait for another process that has locked it.
+        user: Who has locked it, for the message.
+
+    Raises:
+        FolderInUseError: If another process keeps it locked.
     """
-    lock, is_new = FileLock(path / LOCK), not path.exists()
+    file, is_new = FileLock(path / lock), not path.exists()
     try:
         path.mkdir(parents=True, exist_ok=True)
-        lock.acquire(timeout=0)
+        file.acquire(timeout=wait, poll_interval=0.2)
     except Timeout as error:
+        waited = f" (waited {wait:,.0f} s)" * (wait > 0)
         raise FolderInUseError(
-            f"{path}: another run is writing to it; wait for it, stop it, or give another folder"
+            f"{path}: {user} is writing to it{waited}; wait for it, stop it, or give another folder"
         ) from error
     except OSError as error:
         raise OSError(f"{path}: cannot be used as a folder ({error.strerror}); give another folder") from error
     try:
         yield
     except BaseException:
-        if is_new and [entry.name for entry in path.iterdir()] == [LOCK]:
+        if is_new and all(entry.name.startswith(LOCK) for entry in path.iterdir()):
             with suppress(OSError):  # Windows cannot remove an open file.
-                (path / LOCK).unlink()
+                for entry in path.iterdir():
+                    entry.unlink()
                 path.rmdir()
         raise
     finally:
-        lock.release()
+        file.release()
 
 
 @contextmanager
@@ -157,8 +168,13 @@ def output_directory(path: Path, kind: str, files: Sequence[str]) -> Iterator[No
     """Locks a folder for output of one `kind`, such as "benchmark", and lists the output files in its manifest.json."""
     check_own(path, kind)
     with locked(path):
-        write_json(path / MANIFEST, {"kind": kind, "files": list(files)})
+        write_manifest(path, kind, files)
         yield
+
+
+def write_manifest(path: Path, kind: str, files: Sequence[str]) -> None:
+    """Lists the output files of one kind in the manifest.json of a folder."""
+    write_json(path / MANIFEST, {"kind": kind, "files": list(files)})
 
 
 def check_own(path: Path, kind: str) -> None:

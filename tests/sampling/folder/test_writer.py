@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
-import subprocess
 import sys
-import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,8 +23,7 @@ from jacobiflow.planner import auto
 from jacobiflow.sampling.folder import SampleFolderError
 from jacobiflow.sampling.folder import writer as module
 from tests.helpers.problems import make_flow, to_float32
-from tests.helpers.running import figures
-from tests.helpers.sample_folders import MACHINE, everything, facts, flip, pixels_in, run, times, tiny_flow
+from tests.helpers.sample_folders import MACHINE, everything, facts, flip, pixels_in, run, tiny_flow
 from tests.helpers.scoring import levels
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -186,24 +182,6 @@ def test_overwriting_draws_anew(reference: Path, tmp_path: Path) -> None:
     assert facts(tmp_path) == facts(reference)
 
 
-def test_the_first_process_waits_for_the_shards_of_the_others(
-    reference: Path, out: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(Processes, "run_on_rank_zero", lambda self, work: work())
-    (out / "shards" / "00000.json").unlink()
-    theirs, counts = out / "shards" / "00001.json", list[int]()
-    theirs.rename(out / "record")
-
-    def progress(done: int, *_: Any) -> None:
-        counts.append(done)
-        if done == 10:
-            threading.Timer(0.3, (out / "record").rename, [theirs]).start()
-
-    assert run(out, processes=Processes(0, 2), progress=progress).num_new == 8
-    assert counts == [2, 10]  # of a shard of its own, and as many of the other's
-    assert facts(out) == facts(reference)
-
-
 # ------------------------------------------------------------------------------------------------------------- refusals
 
 
@@ -261,6 +239,8 @@ UNFIT: dict[str, dict[str, Any]] = {
     "overwrite='no' of type str: give True or False": {"overwrite": "no"},
     "progress=5 of type int: give a function": {"progress": 5},
     "processes=0 of type int: give what": {"processes": 0},
+    "part=2 of type int: give a jacobiflow.Part": {"part": 2},
+    "overwrite=True: would remove the samples of other parts": {"part": jf.Part(1, 2)},
     "shard_size=1: 200,000 shards; give a larger one": {
         "num": 200_000,
         "labels": None,
@@ -329,71 +309,5 @@ def test_png_is_for_one_channel_or_three_and_needs_pillow(tmp_path: Path, monkey
 
 def test_a_folder_that_a_process_does_not_see_is_refused(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Processes, "run_on_rank_zero", lambda self, work: [work(), (out / "manifest.json").unlink()][0])
-    with pytest.raises(SampleFolderError, match=r": process 1 does not see it; give one on a shared disk$"):
+    with pytest.raises(jf.InputError, match=r": process 1 does not see it; give one on a shared disk$"):
         run(out, processes=Processes(1, 2))
-
-
-# ---------------------------------------------------------------------------------------------------- several processes
-
-NUM = 12
-# Forks two processes that find each other as those of torchrun do, twice. In the first run the second process kills
-# itself before its sixth file gets its name: its third shard has images, but no record.
-DRIVER = """
-import itertools, os, shutil, signal, socket, sys
-import jacobiflow as jf
-from jacobiflow.cli import main
-
-jf.sample(jf.load("digits-p1"), 1, strategy="jacobi")  # so that no process pays for first use
-rename = os.replace
-
-def start(rank, port, last):
-    child = os.fork()
-    if child:
-        return child
-    os.environ.update(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
-    os.environ.update(TORCHELASTIC_RUN_ID="test")
-    sys.stdout, sys.stderr = (open(name + rank, "w", buffering=1) for name in ("out", "err"))
-    count = itertools.count(1)
-    os.replace = lambda *names: os.kill(os.getpid(), signal.SIGKILL) if next(count) == last else rename(*names)
-    try:
-        os._exit(main(sys.argv[1:]))
-    finally:
-        os._exit(1)
-
-for last in (6, None):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    first, second = start("0", port, None), start("1", port, last)
-    ended = os.waitpid(second, 0)[1]
-    if last:
-        os.kill(first, signal.SIGKILL)  # as torchrun does
-    print(os.waitstatus_to_exitcode(ended), os.waitstatus_to_exitcode(os.waitpid(first, 0)[1]))
-    shutil.copytree("samples", "killed" if last else "resumed")
-"""
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
-def test_two_processes_that_are_killed_write_what_one_does(tmp_path: Path) -> None:
-    options = ["sample", "--model", "digits-p1", "--plain", "--num", str(NUM), "--strategy", "jacobi-3"]
-    options += ["--batch-size", "1", "--shard-size", "1", "--out", "samples", "--json", "f.json"]
-    driver = subprocess.run(
-        [sys.executable, "-c", DRIVER, *options], env=os.environ | {"OMP_NUM_THREADS": "1"}, cwd=tmp_path,
-        capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-    assert (driver.stdout, driver.stderr) == ("-9 -9\n0 0\n", "")
-    before, after = times(tmp_path / "killed"), times(tmp_path / "resumed")
-    left = NUM - len(before) // 2
-    assert 0 < left <= NUM - 2, "the kill did not hit in the middle"
-    assert before.items() <= after.items(), "a finished shard was drawn again"
-    jf.sample_to_folder(
-        jf.load("digits-p1"), NUM, tmp_path / "want", torch.arange(NUM) % 10, settings=None, strategy="jacobi-3",
-        batch_size=1, shard_size=1, model="digits-p1",
-    )  # fmt: skip
-    assert facts(tmp_path / "samples") == facts(tmp_path / "want")
-    first, warning, *others = ((tmp_path / name).read_text() for name in ("out0", "err0", "out1", "err1"))
-    assert f"wrote samples: {NUM} shards" in first
-    assert warning.startswith("warning: 12 samples: not certified")
-    assert others == ["", ""]
-    shown = figures(tmp_path / "f.json")
-    assert (shown["processes"], shown["shards"], shown["num_new"]) == (2, NUM, left)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import io
 import re
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -27,6 +27,7 @@ from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
 from jacobiflow.data import quantize
+from jacobiflow.distributed.parts import Part, find_parts
 from jacobiflow.errors import InputError, InputValueError
 from jacobiflow.planner import Strategy
 from jacobiflow.sampling.folder.manifest import Cost, Manifest, Record, SampleFolderError
@@ -119,19 +120,38 @@ class SampleFolder:
         except (OSError, SampleFolderError):
             return False
 
+    @property
+    def is_complete(self) -> bool:
+        """Whether the run has drawn all samples. Files may have been removed or damaged since, see `problems`."""
+        return self.manifest.checksums is not None
+
     def problems(self) -> list[str]:
-        """Returns a line for each file that is missing or was changed."""
+        """Returns a line for each file that is missing or was changed, and one for a run that is not complete."""
         problems = []
         try:
             self.strategy()
         except SampleFolderError as error:
             problems.append(str(error))
+        missing = [index for index in range(self.manifest.num_shards) if self.record(index) is None]
+        if missing and not self.is_complete:
+            problems.append(self._describe_missing(missing))
         for index in range(self.manifest.num_shards):
-            if self.record(index) is None:
-                problems.append(f"{self._record_file(index)}: missing or damaged; {_REMEDY}")
+            if index in missing:
+                if self.is_complete:
+                    problems.append(f"{self._record_file(index)}: missing or damaged; {_REMEDY}")
             elif not self.verify(index):
                 problems.append(f"{self._npz_file(index)}: does not match its checksum; {_REMEDY}")
         return problems
+
+    def _describe_missing(self, missing: Sequence[int]) -> str:
+        """Describes what is missing in a run that is not complete, and how to go on."""
+        count, shards = max((part.count for part in find_parts(self.path)), default=1), range(self.manifest.num_shards)
+        unfinished = f"{self.path}: {len(missing)} of {len(shards)} shards are not drawn"
+        if count == 1:
+            return f"{unfinished}; wait for the run, or give the same command again, which draws them"
+        parts = [Part(i + 1, count) for i in range(count)]
+        names = ", ".join(str(part) for part in parts if set(part.share(shards)) & {*missing})
+        return f"{unfinished}, those of part {names}; wait for them, or run them again, or all at once without --part"
 
     def images(self, index: int) -> UInt8[Tensor, "n c h w"]:
         """Returns the 8-bit images of a shard."""

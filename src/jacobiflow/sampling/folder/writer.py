@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import time
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -17,7 +16,8 @@ import torch
 
 from jacobiflow.blocks.context import Context
 from jacobiflow.calibration import CalibrationReport
-from jacobiflow.distributed import Processes
+from jacobiflow.distributed import Part, Processes
+from jacobiflow.distributed.parts import finishing, forget_parts, starting
 from jacobiflow.errors import InputValueError
 from jacobiflow.fixed_point import CertifyMode
 from jacobiflow.fixed_point.options import SolveOptions
@@ -45,13 +45,12 @@ from jacobiflow.utils.checks import (
     check_seed,
     format_value,
 )
-from jacobiflow.utils.files import MANIFEST, check_own, json_bytes, locked, sha256, write_atomically
+from jacobiflow.utils.files import MANIFEST, check_own, json_bytes, sha256, write_atomically
 from jacobiflow.utils.progress import Progress
 from jacobiflow.utils.timing import describe_machine
 
 _BATCH_SIZE = 64  # Default number of samples in a batch.
 _SHARD_SIZE = 1024  # Default number of samples in a shard, about.
-_POLL_SECONDS = 0.2  # Seconds between looks for the shards of other processes.
 _SAMPLES = "samples"  # What progress counts.
 
 
@@ -77,6 +76,7 @@ def sample_to_folder(
     overwrite: bool = False,
     progress: Progress | None = None,
     processes: Processes | None = None,
+    part: Part | None = None,
 ) -> SampleFolder:
     """Draws samples into a folder, or resumes a run that was stopped.
 
@@ -98,14 +98,16 @@ def sample_to_folder(
         overwrite: Whether to remove the samples of an earlier run first.
         progress: Called with the number of samples that are drawn.
         processes: The processes that share the work, see `jacobiflow.processes`. Each of them calls this function.
+        part: One of several jobs that share the work without communication, such as `jacobiflow.Part(1, 8)`. All parts
+            get the same other arguments; the last one to end completes the folder.
 
     Returns:
-        The folder, which is complete in the first process. A warning tells of samples that overflow, are not
+        The folder. It is complete unless other parts are missing. A warning tells of samples that overflow, are not
         certified, or are sensitive to rounding.
 
     Raises:
         SampleFolderError: If `out` has other samples, or the disk is too small.
-        FolderInUseError: If another run is writing to `out`.
+        FolderInUseError: If another run, or the same part, is writing to `out`.
 
     Example:
         >>> import tempfile, jacobiflow as jf
@@ -125,7 +127,11 @@ def sample_to_folder(
     check_flag("sensitivity", sensitivity)
     check_kind("progress", progress, Callable | None, "a function of done, total and what, or None")
     processes = Processes() if processes is None else processes
+    part = Part() if part is None else part
     check_kind("processes", processes, Processes, "what `with jacobiflow.processes()` gives")
+    check_kind("part", part, Part, "a jacobiflow.Part")
+    if overwrite and part.count > 1:
+        raise InputValueError("overwrite=True: would remove the samples of other parts; remove the folder first")
     tolerance = SolveOptions(tolerance, certify).tolerance
     _check_file_format(flow, files)
     checked = flow.check_one_context(labels, context, num)
@@ -145,21 +151,15 @@ def sample_to_folder(
     folder = SampleFolder(Path(out), manifest)
     plan = partial(choose, flow, strategy, batch_size, tolerance=manifest.tolerance, report=report)
     keep_strategy = isinstance(strategy, str) and is_auto(strategy)  # Plans by timings differ from run to run.
-    with ExitStack() as lock:
-        folder, todo = processes.run_on_rank_zero(
-            partial(_start_or_resume, folder, checked, plan, keep_strategy, overwrite, lock)
-        )
-        if not (folder.path / MANIFEST).exists():
-            raise SampleFolderError(
-                f"{folder.path}: process {processes.rank} does not see it; give one on a shared disk"
-            )
+    with ExitStack() as locks:
+        start = partial(_start_or_resume, folder, checked, plan, keep_strategy, overwrite, part, locks)
+        folder, todo = processes.run_on_rank_zero(start)
+        processes.check_sees(folder.path / MANIFEST)
         _draw_shards(flow, folder, todo, checked, processes, progress)
-        folder = replace(folder, num_new=folder.manifest.num_in(todo))
-        if processes.rank > 0:
-            return folder
-        folder = _finish(folder, todo)
-    outcome = folder.outcome()
-    if outcome.has_shortfall:
+        processes.gather(None)  # The records of all processes are on the disk.
+        folder = processes.run_on_rank_zero(partial(_finish, folder))
+    folder = replace(folder, num_new=folder.manifest.num_in(todo))
+    if processes.rank == 0 and folder.is_complete and (outcome := folder.outcome()).has_shortfall:
         warnings.warn(str(outcome), stacklevel=2)
     return folder
 
@@ -185,25 +185,26 @@ def _check_file_format(flow: Flow, files: Any) -> None:
 
 def _start_or_resume(
     new: SampleFolder, context: Context, plan: Callable[[], Strategy], keep_strategy: bool, overwrite: bool,
-    lock: ExitStack,
+    part: Part, locks: ExitStack,
 ) -> tuple[SampleFolder, list[int]]:  # fmt: skip
-    """Locks the folder, and returns it with the shards to draw. An error comes before any change."""
+    """Locks the part, and returns the folder with the shards to draw. An error comes before any change."""
     check_own(new.path, new.manifest.kind)
     new.check_no_links()
-    lock.enter_context(locked(new.path))
-    earlier = SampleFolder.open(new.path) if (new.path / MANIFEST).exists() else None
-    if earlier is None or overwrite or not any(map(earlier.record, range(earlier.manifest.num_shards))):
-        return _start(new, earlier, plan(), overwrite)
-    return _resume(new, earlier, context, None if keep_strategy else plan())
+    with starting(new.path, part, locks) as has_others:
+        earlier = SampleFolder.open(new.path) if (new.path / MANIFEST).exists() else None
+        is_new = earlier is None or overwrite or not any(map(earlier.record, range(earlier.manifest.num_shards)))
+        if earlier is None or (is_new and not has_others):
+            return _start(new, earlier, plan(), overwrite, part)
+        return _resume(new, earlier, context, None if keep_strategy else plan(), part, has_others)
 
 
 def _start(
-    new: SampleFolder, earlier: SampleFolder | None, plan: Strategy, overwrite: bool
+    new: SampleFolder, earlier: SampleFolder | None, plan: Strategy, overwrite: bool, part: Part
 ) -> tuple[SampleFolder, list[int]]:
     """Starts a run, and removes the samples of an earlier run."""
     strategy = json_bytes(plan.to_json())
     folder = _with(new, strategy_sha256=sha256(strategy))
-    todo = list(range(folder.manifest.num_shards))
+    todo = list(part.share(range(folder.manifest.num_shards)))
     if not overwrite:
         _check_space(folder, todo)
     if earlier is not None:
@@ -215,9 +216,9 @@ def _start(
 
 
 def _resume(
-    new: SampleFolder, earlier: SampleFolder, context: Context, plan: Strategy | None
+    new: SampleFolder, earlier: SampleFolder, context: Context, plan: Strategy | None, part: Part, has_others: bool
 ) -> tuple[SampleFolder, list[int]]:
-    """Resumes an earlier run of the same settings, which may have fewer samples."""
+    """Joins other parts, or resumes an earlier run of the same settings, which may have fewer samples."""
     previous = earlier.manifest
     settings = replace(
         new.manifest,
@@ -225,11 +226,13 @@ def _resume(
         strategy_sha256=previous.strategy_sha256 if plan is None else sha256(json_bytes(plan.to_json())),
     )
     previous.check_resumes(settings, new.path)
+    if has_others and settings.num != previous.num:
+        raise SampleFolderError(f"{new.path}: parts of {previous.num:,} samples are running; give num={previous.num}")
     earlier.strategy()  # Raises an error if the file was changed.
     folder = _with(
         new, strategy_sha256=previous.strategy_sha256, machine=previous.machine, checksums=previous.checksums
     )
-    todo = [index for index in range(folder.manifest.num_shards) if not folder.verify(index)]
+    todo = [index for index in part.share(range(folder.manifest.num_shards)) if not folder.verify(index)]
     if todo:
         if damaged := [index for index in todo if folder.record(index) is not None]:
             warnings.warn(f"{new.path}: shards {format_value(damaged)} were damaged, and are drawn again", stacklevel=2)
@@ -238,8 +241,10 @@ def _resume(
             warnings.warn(f"{new.path}: {message}", stacklevel=2)
         _check_space(folder, todo)
         folder = _with(folder, checksums=None)
-        folder.save_manifest()
-    folder.remove_partials()
+        if folder.manifest != previous:
+            folder.save_manifest()
+    if not has_others:  # Temporary files of other parts may be in use.
+        folder.remove_partials()
     for index in todo:
         folder.remove_record(index)
     return folder, todo
@@ -250,39 +255,41 @@ def _draw_shards(
     flow: Flow, folder: SampleFolder, todo: Sequence[int], context: Context,
     processes: Processes, progress: Progress | None,
 ) -> None:  # fmt: skip
-    """Draws the shards of this process: every `count`-th of those to draw."""
+    """Draws the shards that this process claims."""
     manifest, config, strategy = folder.manifest, flow.config, folder.strategy()
     options = SolveOptions(certify=manifest.certify, batch_size=manifest.batch_size)
     outputs = Outputs(manifest.denoise, manifest.log_prob, manifest.sensitivity)
-    num_done = manifest.num - manifest.num_in(todo)
+    num = manifest.num_in(todo)
+    num_kept = manifest.num - num
     if progress is not None and todo:
-        progress(num_done, manifest.num, _SAMPLES)
-    for index in todo[processes.rank :: processes.count]:
+        progress(num_kept, manifest.num, _SAMPLES)
+    for position, index in processes.claim(list(enumerate(todo))):
         start, stop = manifest.span(index)
-        num_drawn = (stop - start) * processes.count  # Each of the other processes draws a shard in the same time.
         latents = draw_latents(stop - start, config.num_tokens, config.token_channels, manifest.seed, start)
         note = None
-        if progress is not None:
-            note = partial(_add_progress, progress, num_done, num_drawn, manifest.num)
+        if progress is not None:  # The shards before this one are drawn, or other processes are drawing them.
+            num_done = num_kept + manifest.num_in(todo[:position])
+            note = partial(_add_progress, progress, num_done, stop - start, manifest.num)
         samples = sample_with_strategy(flow, strategy, latents, context[start:stop], options, outputs, note)
         folder.write(index, samples)
-        num_done += num_drawn
 
 
 def _add_progress(
     progress: Progress, num_done: int, num_drawn: int, num: int, done: int, total: int, what: str
 ) -> None:
     """Reports the progress of a shard, which is `done / total`, as a number of samples."""
-    progress(min(num_done + num_drawn * done // total, num), num, _SAMPLES)
+    progress(num_done + num_drawn * done // total, num, _SAMPLES)
 
 
-def _finish(folder: SampleFolder, todo: Sequence[int]) -> SampleFolder:
-    """Waits for the shards of other processes, and writes all checksums to the manifest."""
-    for index in todo:
-        while folder.record(index) is None:  # If another process fails, torchrun stops this one.
-            time.sleep(_POLL_SECONDS)
-    folder = _with(folder, checksums=tuple(record.sha256 for record in folder.records()))
-    folder.save_manifest()
+def _finish(folder: SampleFolder) -> SampleFolder:
+    """Writes all checksums to the manifest, unless shards of other parts are missing."""
+    with finishing(folder.path):
+        records = [folder.record(index) for index in range(folder.manifest.num_shards)]
+        if None in records:
+            return folder
+        folder = _with(folder, checksums=tuple(record.sha256 for record in records if record is not None))
+        folder.save_manifest()
+        forget_parts(folder.path)
     return folder
 
 

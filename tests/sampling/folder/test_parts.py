@@ -1,0 +1,144 @@
+"""Samples by several processes and by parts: the bytes of one process, whoever is killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import jacobiflow as jf
+from jacobiflow.distributed import parts as module
+from jacobiflow.distributed.parts import starting
+from jacobiflow.sampling.folder import SampleFolderError
+from jacobiflow.utils.files import FolderInUseError, locked
+from tests.helpers.process_groups import Job, run_jobs
+from tests.helpers.running import figures
+from tests.helpers.sample_folders import everything, facts, run
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+NUM = 24
+LINE = f"sample --model digits-p1 --plain --num {NUM} --strategy jacobi-3 --batch-size 1 --shard-size 1 --out".split()
+FORKS = pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
+
+
+@pytest.fixture(scope="module")
+def want(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The folder that one process writes."""
+    out = tmp_path_factory.mktemp("want")
+    jf.sample_to_folder(
+        jf.load("digits-p1"), NUM, out, torch.arange(NUM) % 10, settings=None, strategy="jacobi-3", batch_size=1,
+        shard_size=1, model="digits-p1",
+    )  # fmt: skip
+    return facts(out)
+
+
+@FORKS
+def test_processes_that_are_killed_end_soon_and_write_what_one_does(want: Any, tmp_path: Path) -> None:
+    """Each of them in turn is killed as it writes a file; the last run has nobody to wait for."""
+    line = [*LINE, "samples"]
+    first, second, third = run_jobs([[Job(line, kills={0: 9})], [Job(line, kills={1: 6})], [Job(line)]], tmp_path)
+    lost = re.compile(r"error: \w+ process.* ended without a message, .*; run the same command again, which resumes\n")
+    for killed, ended in ((0, first["job"]), (1, second["job"])):
+        assert ended[killed].code == -9
+        other = ended[1 - killed]
+        assert (other.code, other.out) == (2, "") and other.err.startswith("error: ") and other.err.count("\n") == 1
+        assert re.match(lost, other.err.replace("process 0", "a process")), other.err
+        assert other.seconds - ended[killed].seconds < 10
+    assert [ended.code for ended in third["job"]] == [0, 0]
+    assert f"wrote samples: {NUM} shards" in third["job"][0].out
+    assert (third["job"][1].out, third["job"][1].err) == ("", "")
+    assert facts(tmp_path / "samples") == want
+    claimed = sum(ended.claimed for each in (first, second, third) for ended in each["job"])
+    assert NUM <= claimed <= NUM + 2, "a finished shard was drawn again"
+
+
+@FORKS
+def test_two_processes_and_three_parts_share_the_work(want: Any, tmp_path: Path) -> None:
+    """Parts run one after another, side by side, and by several processes; one of them is killed."""
+    two, parts = Job([*LINE, "two", "--json", "f.json"]), [[*LINE, "parts", "--part", f"{i}/3"] for i in (1, 2, 3)]
+    rounds = run_jobs(
+        [
+            [two], [Job(parts[0], name="1"), Job(parts[1], 1, {0: 7}, name="2")],
+            [Job(["info", "--check", "parts"], 1, name="info"), Job([*LINE, "two", "--seed", "1"], name="other")],
+            [Job(parts[2], 1, name="3"), Job(parts[1], 1, name="2")], [Job(["info", "--check", "parts"], 1)],
+        ],
+        tmp_path,
+    )  # fmt: skip
+    both = rounds[0]["job"]
+    assert [ended.code for ended in both] == [0, 0] and facts(tmp_path / "two") == want
+    assert sum(ended.claimed for ended in both) == NUM
+    assert all(NUM / 4 <= ended.claimed <= 3 * NUM / 4 for ended in both)
+    assert (figures(tmp_path / "f.json")["processes"], figures(tmp_path / "f.json")["num_new"]) == (2, NUM)
+    assert [ended.code for ended in rounds[1]["1"]] == [0, 0] and rounds[1]["2"][0].code == -9
+    assert "part 1/3 has drawn its samples into parts; others are missing, which" in rounds[1]["1"][0].out
+    assert re.match(r"parts: 1\d of 24 shards are not drawn, those of part 2/3, 3/3; wait", rounds[2]["info"][0].out)
+    assert rounds[2]["other"][0].err + rounds[2]["other"][1].err == (
+        "error: two: holds samples of seed 0, not 1; give another folder, or --overwrite to replace them\n"
+    )
+    assert [rounds[3][name][0].code for name in ("2", "3")] == [0, 0]
+    assert rounds[3]["3"][0].claimed == NUM / 3
+    assert facts(tmp_path / "parts") == want
+    assert (rounds[4]["job"][0].code, sorted(os.listdir(tmp_path / "parts"))[0]) == (0, ".lock")
+    assert not list((tmp_path / "parts").glob(".lock-*"))
+
+
+def test_each_part_draws_its_shards_of_the_first_one_s_strategy(tmp_path: Path) -> None:
+    strategies = [jf.Strategy.uniform(jf.Solver(jf.Window(size)), 1) for size in (4, 5, 6)]
+    draw: dict[str, Any] = {"shard_size": 2, "strategy": "auto"}
+    run(tmp_path / "want", plan=lambda: strategies[0], **draw)
+    for index, plan in enumerate(strategies, 1):
+        folder = run(tmp_path / "out", plan=lambda plan=plan: plan, part=jf.Part(index, 3), **draw)
+        assert (folder.num_new, folder.is_complete) == ((4, 4, 2)[index - 1], index == 3)
+    assert facts(tmp_path / "out") == facts(tmp_path / "want")
+    assert run(tmp_path / "out", part=jf.Part(1, 3), **draw).num_new == 0
+
+
+def test_parts_refuse_what_differs_and_the_same_part_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out, settings = tmp_path / "out", {"shard_size": 2}
+    with pytest.raises(KeyboardInterrupt):
+        run(out, part=jf.Part(1, 2), draw=lambda *_: (_ for _ in ()).throw(KeyboardInterrupt), **settings)
+    with starting_part(out, jf.Part(1, 2)):
+        before = everything(out)
+        refusals: list[tuple[dict[str, Any], str]] = [
+            ({"part": jf.Part(1, 2)}, "another run of part 1/2 is writing to it; wait for it, stop it"),
+            ({"part": jf.Part(2, 3)}, "part 1/2 of another run is writing to it; wait for it"),
+            ({}, "part 1/2 of another run is writing to it"),
+            ({"part": jf.Part(2, 2), "seed": 1}, "holds samples of seed 0, not 1"),
+            ({"part": jf.Part(2, 2), "num": 12}, "parts of 10 samples are running; give num=10"),
+        ]
+        for changed, words in refusals:
+            with pytest.raises((SampleFolderError, FolderInUseError), match=words):
+                run(out, **{**settings, **changed})
+            assert everything(out) == before
+        assert run(out, part=jf.Part(2, 2), **settings).num_new == 4
+    with starting_part(out, jf.Part(1, 1)), pytest.raises(FolderInUseError, match="out: another run is writing to it"):
+        run(out, part=jf.Part(1, 2), **settings)
+    monkeypatch.setattr(module, "_MAX_START_SECONDS", 0.4)
+    with locked(out), pytest.raises(FolderInUseError, match=r"another run is writing to it \(waited 0 s\); wait for"):
+        run(out, part=jf.Part(1, 2), **settings)
+    assert run(out, num=12, part=jf.Part(1, 2), **settings).num_new == 6
+    assert run(out, num=12, **settings).num_new == 2
+    assert json.loads((out / "manifest.json").read_text())["num"] == 12
+
+
+class starting_part:  # noqa: N801
+    """A part that runs."""
+
+    def __init__(self, out: Path, part: jf.Part) -> None:
+        self._out, self._part = out, part
+
+    def __enter__(self) -> None:
+        from contextlib import ExitStack
+
+        self._locks = ExitStack()
+        with starting(self._out, self._part, self._locks):
+            pass
+
+    def __exit__(self, *_: Any) -> None:
+        self._locks.close()
