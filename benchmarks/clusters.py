@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -22,7 +23,7 @@ from tempfile import TemporaryDirectory
 
 from safetensors.torch import load_file
 
-from benchmarks.common import RESULTS, Json, complete, parser
+from benchmarks.common import RESULTS, ROOT, Json, complete, parser
 from jacobiflow.training import read_metrics
 
 MOMENTS = 20
@@ -81,14 +82,17 @@ COMMANDS = {
 }
 
 
-def start(line: str, count: int) -> list[subprocess.Popen[str]]:
-    """Starts processes as srun does, without `--kill-on-bad-exit`."""
+def free_port() -> str:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
+        return str(free.getsockname()[1])
+
+
+def start(line: str, count: int) -> list[subprocess.Popen[str]]:
+    """Starts processes as srun does, without `--kill-on-bad-exit`."""
     shared = {
         "SLURM_STEP_NUM_TASKS": str(count), "SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0",
-        "SLURM_STEP_NODELIST": "localhost", "MASTER_PORT": port, "OMP_NUM_THREADS": "1",
+        "SLURM_STEP_NODELIST": "localhost", "MASTER_PORT": free_port(), "OMP_NUM_THREADS": "1",
     }  # fmt: skip
     return [
         subprocess.Popen(
@@ -185,14 +189,99 @@ def train(key: Json, folder: Path) -> Json:
     }
 
 
+# Programs that stand for those of SLURM: `srun` starts two tasks as SLURM does, and sends them its signals.
+PROGRAMS = {
+    "srun": """#!{python}
+import os, signal, subprocess, sys
+command = [word for word in sys.argv[1:] if not word.startswith("--kill-on-bad-exit")]
+count = int(os.environ["TASKS"])
+shared = os.environ | {{
+    "SLURM_STEP_NUM_TASKS": str(count), "SLURM_STEP_ID": "0", "SLURM_STEP_NODELIST": "localhost",
+    "OMP_NUM_THREADS": "1",
+}}
+tasks = [
+    subprocess.Popen(command, env=shared | {{"SLURM_PROCID": str(i), "SLURM_LOCALID": str(i)}}) for i in range(count)
+]
+open("srun.pid", "w").write(str(os.getpid()))
+signal.signal(signal.SIGUSR1, lambda *_: [task.send_signal(signal.SIGUSR1) for task in tasks])
+sys.exit(max(task.wait() for task in tasks))
+""",
+    "scontrol": '#!/bin/sh\necho "$@" >> requeued\n',
+    "jacobiflow": '#!/bin/sh\nexec {python} -m jacobiflow "$@"\n',
+    "torchrun": '#!/bin/sh\nexec {python} -m torch.distributed.run "$@"\n',
+}
+SMALLER = (
+    ("--num 50000", "--num 24 --batch-size 2 --shard-size 2"), ("--model photos", "--model digits-p1"),
+    ("--nproc-per-node 8", "--nproc-per-node 1"), ("node1:29500", "localhost:{port}"),
+    ("--images photos --image-size 32 --image-channels 3", f"{FLOW} --batch-size 12 --no-bf16 --sample-every 100000"),
+    ("--steps 200000", "--steps 400"), ("/16", "/3"),
+)  # fmt: skip
+
+
+def scripts() -> dict[str, str]:
+    """The scripts of the page, made smaller, by their names."""
+    page = (ROOT / "docs/clusters.md").read_text()
+    blocks = re.findall(r"^```(?:sh)?\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)
+    for old, new in SMALLER:
+        blocks = [block.replace(old, new) for block in blocks]
+    _, machines, srun, requeue, array = blocks
+    return {"two machines": machines, "srun": srun, "requeue": requeue, "array": array}
+
+
+def recipe(name: str, folder: Path) -> Json:
+    """Runs a script of the page. The results are those of one process, which this function checks."""
+    programs = folder / "bin"
+    programs.mkdir()
+    for program, text in PROGRAMS.items():
+        (programs / program).write_text(text.format(python=sys.executable))
+        (programs / program).chmod(0o755)
+    script = scripts()[name].replace("{port}", free_port())
+    variables = {"PATH": f"{programs}:{os.environ['PATH']}", "SLURM_JOB_ID": "12", "TASKS": "2"}
+
+    def begin(**others: str) -> subprocess.Popen[str]:
+        port = {"MASTER_PORT": free_port()}
+        return subprocess.Popen(
+            ["bash", "-c", script], cwd=folder, env=os.environ | variables | port | others, text=True
+        )  # fmt: skip
+
+    started = time.perf_counter()
+    if name == "two machines":
+        jobs = [begin(), begin()]
+        assert [job.wait() for job in jobs] == [0, 0]
+    elif name == "array":
+        for part in ("2", "1", "3"):
+            assert begin(SLURM_ARRAY_TASK_ID=part, TASKS="1").wait() == 0
+    elif name == "requeue":
+        job, metrics = begin(), folder / "runs/photos/metrics.jsonl"
+        while not metrics.exists():
+            time.sleep(0.05)
+        os.kill(int((folder / "srun.pid").read_text()), signal.SIGUSR1)
+        job.wait()
+        assert (folder / "requeued").read_text() == "requeue 12\n"
+        assert begin().wait() == 0
+        assert [each.step for each in read_metrics(folder / "runs/photos")] == list(range(1, 401))
+    else:
+        assert begin().wait() == 0
+    seconds = time.perf_counter() - started
+    if name != "requeue":
+        alone = folder / "alone"
+        run(f"sample --model digits-p1 --num 24 --batch-size 2 --shard-size 2 --out {alone}", 1)
+        assert samples(folder / "out/many") == samples(alone)
+    return {"seconds": seconds}
+
+
 def measure(key: Json) -> Json:
     with TemporaryDirectory() as folder:
+        if "recipe" in key:
+            return recipe(key["recipe"], Path(folder))
         if "training" in key:
             return train(key, Path(folder))
         return (compare if "command" in key else kill)(key.get("command") or key["killed"], Path(folder))
 
 
 def keys() -> Iterator[Json]:
+    for name in scripts():
+        yield {"recipe": name}
     for training in ("replicated", "sharded"):
         yield {"training": training}
     for name in COMMANDS:
