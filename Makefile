@@ -9,7 +9,7 @@ INSTALLED := $(VENV)/.installed
 INSTALL := $(BIN)/python -m pip install --quiet --no-compile
 
 .PHONY: setup demo test lint fuzz mutants benchmark regimes calibration flows training evaluation evaluation-in-pytorch emoji \
-	tutorials boltzmann star precision large-models rounding figures docs render clean
+	tutorials boltzmann star precision large-models clusters rounding figures docs render clean
 
 setup: $(INSTALLED)
 
@@ -165,6 +165,11 @@ precision: emoji
 # Measures models larger than a device, a section of docs/devices.md (five minutes on two cores; it goes on if it was stopped).
 large-models: setup
 	$(BIN)/python -m benchmarks.large_models
+	$(RENDER)
+
+# Measures runs of several processes, a section of docs/clusters.md (forty minutes on two cores; it goes on if it was stopped).
+clusters: setup
+	$(BIN)/python -m benchmarks.clusters
 	$(RENDER)
 
 # Measures what rounding does to samples, a table of docs/exactness.md (ten minutes on two idle cores; it goes on if it was stopped).
