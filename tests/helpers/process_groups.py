@@ -160,6 +160,7 @@ def _variables(launcher: str, rank: int, count: int, port: int) -> dict[str, str
 if __name__ == "__main__":
     import torch  # noqa: F401
 
+    import jacobiflow.training.trainer
     from jacobiflow.cli import app  # noqa: F401
 
     jf.sample(jf.load("digits-p1"), 1, strategy="jacobi")  # so that no process pays for first use

@@ -3,120 +3,108 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
-import socket
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
-import torch
 from safetensors.torch import load_file
 
 from jacobiflow.training import read_metrics
+from tests.helpers.process_groups import Ended, Job, run_jobs
 from tests.helpers.training_runs import last_step
 
-SCRIPT = """
-import signal, sys, torch
+pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
+
+PROGRAM = """
+import os, signal, torch
 import jacobiflow as jf
 from jacobiflow.data import digits
 from jacobiflow.training import TrainConfig, train
 
-out, stop, shard = map(eval, sys.argv[1:])
+class Digits(torch.utils.data.Dataset):
+    data, num_read = digits(), 0
 
+    def __len__(self):
+        return 300
 
-def stop_at(metrics):
-    if metrics.step == stop:
+    def __getitem__(self, index):
+        self.num_read += 1
+        if rank == {victim} and self.num_read == 50:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return self.data[index]
+
+def stop(metrics):
+    if metrics.step == {stop}:
         signal.raise_signal(signal.SIGTERM)
 
-
-SIZES = {"num_blocks": 2, "layers_per_block": 2, "num_classes": 10, "nvp": False, "head_dim": 8, "noise_std": 0.1}
+SIZES = {{"num_blocks": 2, "layers_per_block": 2, "num_classes": 10, "nvp": False, "head_dim": 8, "noise_std": 0.1}}
 with jf.processes() as processes:
-    torch.manual_seed(processes.rank)  # The first process's weights count.
+    torch.manual_seed(rank)  # The weights of the first process count.
     flow = jf.TarFlow(jf.TarFlowConfig(1, 8, 4, 16, **SIZES))
     config = TrainConfig(
-        14, batch_size=12, warmup=4, bf16=False, checkpoint_every=5, shard=shard, recompute=True, accumulation=2
+        14, batch_size=12, warmup=4, bf16=False, checkpoint_every=5, shard={shard}, recompute=True, accumulation=2
     )
-    train(flow, digits(), config, out, held_out=digits(), on_step=stop_at, processes=processes)
+    train(flow, Digits(), config, "{out}", held_out=digits(), on_step=stop, processes=processes)
     local = [getattr(each, "_local_tensor", each).numel() for each in flow.parameters()]
-    print(processes.rank, sum(local) / sum(each.numel() for each in flow.parameters()))
+    print(sum(local) / sum(each.numel() for each in flow.parameters()))
 """
 
 
-def start(count: int, out: Path, stop: int = 0, shard: bool = False) -> list[subprocess.Popen[str]]:
-    """Starts the processes as SLURM's srun does."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    shared = {
-        "SLURM_STEP_NUM_TASKS": str(count), "SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0",
-        "SLURM_STEP_NODELIST": "localhost",
-        "MASTER_PORT": port, "OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR",
-    }  # fmt: skip
-    command = [sys.executable, "-c", SCRIPT, repr(str(out)), str(stop), str(shard)]
-    return [
-        subprocess.Popen(
-            command, env=os.environ | shared | {"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)},
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )
-        for rank in range(count)
-    ]  # fmt: skip
+def job(out: str, ranks: int, victim: int = -1, stop: int = -1, shard: bool = False) -> list[Job]:
+    return [Job(["python", PROGRAM.format(out=out, victim=victim, stop=stop, shard=shard)], ranks, None, out, "srun")]
 
 
-def finish(processes: list[subprocess.Popen[str]]) -> list[str]:
-    """Waits for all processes, which must succeed, and returns what they printed."""
-    outputs = [process.communicate(timeout=120) for process in processes]
-    assert [process.returncode for process in processes] == [0] * len(processes), outputs
-    return [output for output, _ in outputs]
-
-
-def assert_equal_runs(have: Path, want: Path) -> None:
-    """Losses equal to rounding, and weights too, but for the biases of keys, on which attention does not depend."""
-    for mine, other in zip(read_metrics(have), read_metrics(want), strict=True):
-        assert mine.loss == pytest.approx(other.loss, abs=1e-5)
-        assert (mine.held_out_loss is None) == (other.held_out_loss is None)
-    assert read_metrics(have)[-1].held_out_loss == pytest.approx(read_metrics(want)[-1].held_out_loss, abs=1e-5)
-    mine, other = (load_file(folder / "model.safetensors") for folder in (have, want))
-    assert max(float((mine[name] - other[name]).abs().max()) for name in other if "qkv.bias" not in name) < 1e-5
+ROUNDS = [
+    job("alone", 1), job("sharded", 2, shard=True),
+    job("resumed by 1", 2, stop=7), job("resumed by 1", 1), job("resumed by 3", 2, stop=7), job("resumed by 3", 3),
+    job("killed 0", 2, victim=0), job("killed 0", 2), job("killed 1", 2, victim=1), job("killed 1", 2),
+]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("alone") / "run"
-    finish(start(1, out))
-    return out
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("runs")
 
 
-def test_two_processes_train_as_one_and_any_number_resumes(alone: Path, tmp_path: Path) -> None:
-    for process in start(2, tmp_path / "two", stop=7):
-        assert "KeyboardInterrupt" in process.communicate(timeout=120)[1]
-    for count in (1, 3):
-        out = Path(shutil.copytree(tmp_path / "two", tmp_path / f"{count}"))
-        assert last_step(out) == 8
-        finish(start(count, out))
-        assert_equal_runs(out, alone)
+@pytest.fixture(scope="module")
+def ended(folder: Path) -> dict[str, list[list[Ended]]]:
+    """How the processes of each run ended, round after round."""
+    found: dict[str, list[list[Ended]]] = {}
+    for jobs in run_jobs(ROUNDS, folder):
+        for name, ranks in jobs.items():
+            found.setdefault(name, []).append(ranks)
+    return found
 
 
-def test_sharded_processes_train_as_one_with_half_of_the_parameters_each(alone: Path, tmp_path: Path) -> None:
-    outputs = finish(start(2, tmp_path / "run", shard=True))
-    assert_equal_runs(tmp_path / "run", alone)
-    for output in outputs:
-        assert float(output.split()[1]) == pytest.approx(0.5, abs=0.02)
+@pytest.mark.parametrize("name", ["sharded", "resumed by 1", "resumed by 3", "killed 0", "killed 1"])
+def test_losses_and_weights_are_those_of_one_process(
+    name: str, folder: Path, ended: dict[str, list[list[Ended]]]
+) -> None:
+    """But for the biases of keys: attention does not depend on them, so that their gradients are rounding."""
+    assert [rank.code for rank in ended[name][-1]] == [0] * len(ended[name][-1]), ended[name][-1]
+    have, want = read_metrics(folder / name), read_metrics(folder / "alone")
+    assert [metrics.loss for metrics in have] == pytest.approx([metrics.loss for metrics in want], abs=1e-5)
+    assert last_step(folder / name) == have[-1].step == 14
+    assert have[-1].held_out_loss == pytest.approx(want[-1].held_out_loss, abs=1e-5)
+    mine, other = (load_file(folder / each / "model.safetensors") for each in (name, "alone"))
+    assert max(float((mine[key] - other[key]).abs().max()) for key in other if "qkv.bias" not in key) < 1e-5
+
+
+def test_a_sharded_process_holds_half_of_the_parameters(ended: dict[str, list[list[Ended]]]) -> None:
+    assert [float(rank.out) for rank in ended["sharded"][0]] == pytest.approx([0.5, 0.5], abs=0.02)
+
+
+def test_a_signal_to_one_process_ends_all_after_the_same_step(ended: dict[str, list[list[Ended]]]) -> None:
+    for name in ("resumed by 1", "resumed by 3"):
+        assert all(rank.code == 1 for rank in ended[name][0])
+        assert sum("KeyboardInterrupt\n" in rank.err for rank in ended[name][0]) >= 1
 
 
 @pytest.mark.parametrize("victim", [0, 1])
-def test_a_killed_process_ends_the_other_and_the_run_resumes(victim: int, alone: Path, tmp_path: Path) -> None:
-    out = tmp_path / "run"
-    processes = start(2, out)
-    while not list(out.glob("checkpoint-*")):
-        time.sleep(0.01)
-    processes[victim].kill()
-    _, errors = processes[1 - victim].communicate(timeout=60)
-    assert processes[1 - victim].returncode != 0 and "ended without a message" in errors
-    assert processes[victim].wait() == -signal.SIGKILL
-    processes[victim].communicate()
-    finish(start(2, out))
-    assert_equal_runs(out, alone)
-    assert torch.isfinite(next(iter(load_file(out / "model.safetensors").values()))).all()
+def test_a_death_ends_the_others_with_one_message(victim: int, ended: dict[str, list[list[Ended]]]) -> None:
+    killed, other = ended[f"killed {victim}"][0][victim], ended[f"killed {victim}"][0][1 - victim]
+    assert (killed.code, other.code) == (-signal.SIGKILL, 1)
+    assert (
+        other.err.count("jacobiflow.distributed.watch.ProcessFailed: ") == 1 and "ended without a message" in other.err
+    )
+    assert other.seconds - killed.seconds < 30
