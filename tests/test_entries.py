@@ -66,6 +66,10 @@ NO_ROWS = (LABELS[:1], LABELS.repeat(2), LABELS.view(1, 2), LABELS[0], *ABSENT_L
 WRONG_LABELS = (*NO_ROWS, [0, 3], [0], 3, *HUGE_LABELS)
 
 
+def colour_transform(translate: int = 0, hue: float = 0.0) -> object:
+    return image_transform((3, 32, 32), translate=translate, hue=hue)
+
+
 def each(names: str, argument: Argument) -> dict[str, Argument]:
     return dict.fromkeys(names.split(), argument)
 
@@ -141,7 +145,7 @@ CALLS: list[tuple[Callable[..., Any], str, dict[str, Argument]]] = [
     (jf.accelerate, "flow tolerance", {"flow": (FLOW, (), ())}),
     (jf.register_piece, "name", {"name": ("new", (7,), ("", "a b", "a+b", "a:1"))}),
     (Noise, "kind std", {}),
-    (partial(image_transform, (3, 32, 32)), "translate hue", {"translate": FROM_0, "hue": NUMBER}),
+    (colour_transform, "translate hue", {"translate": FROM_0, "hue": NUMBER}),
     (TrainConfig, "steps batch_size learning_rate weight_decay warmup ema_decay max_grad_norm label_dropout seed", {
         "steps": COUNT, "warmup": FROM_0, **each("learning_rate max_grad_norm", POSITIVE), "weight_decay": NUMBER,
         "batch_size": UNLIMITED, **each("ema_decay label_dropout", (0.5, NUMBERS, (*NUMBER[2], 1.0)))}),

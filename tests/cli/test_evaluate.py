@@ -91,7 +91,7 @@ def features(pixels: Any) -> Any:
 
 
 def real_features(source: str) -> Any:
-    return features(load_images(source, 28, 1).images.permute(0, 2, 3, 1).numpy())
+    return features(load_images(source, 28, 1).images[:].permute(0, 2, 3, 1).numpy())
 
 
 def evaluated(run: Any, out: Path, words: str) -> tuple[dict[str, Any], str]:

@@ -67,10 +67,10 @@ def test_check_of_samples_names_every_damaged_file(run: Any, tmp_path: Path) -> 
 def test_check_of_a_training_run(run: Any, tmp_path: Path) -> None:
     fit(tmp_path, replace(SETTINGS, steps=1))
     assert run(f"info --check {tmp_path}").out == f"{tmp_path}: no problem; checked a model and a training run\n"
-    checkpoint = tmp_path / "checkpoint.pt"
-    checkpoint.write_bytes(checkpoint.read_bytes()[:-9])
+    file = tmp_path / "run.json"
+    file.write_bytes(file.read_bytes()[:-9])
     result = run(f"info --check {tmp_path}")
-    assert (result.code, f"{checkpoint}: not a checkpoint" in result.out) == (2, True)
+    assert (result.code, f"{file}: not of this trainer" in result.out) == (2, True)
 
 
 def test_the_memory_of_a_model_is_shown_without_its_weights(run: Any, refuse: Any, tmp_path: Path) -> None:

@@ -59,8 +59,8 @@ def test_every_command_takes_pieces_that_are_installed(tmp_path: Path, monkeypat
         del sys.modules[name]
     assert json.loads(Path("resumed.json").read_text())["num_new"] == 2
     evaluated = json.loads(Path("evaluated/evaluation.json").read_text())
-    assert evaluated["residuals"]["max"] <= 1e-4
-    assert evaluated["paired"]["max"] < 1e-2
+    assert evaluated["samples"]["residuals"]["max"] <= 1e-4
+    assert evaluated["scores"]["paired"]["max"] < 1e-2
     row = json.loads(Path("bench/bench.json").read_text())["comparisons"][0]["rows"][2]
     assert row["strategy"] == "fraction:4-2"
     assert row["error"]["max"] < 1e-2

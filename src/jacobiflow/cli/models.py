@@ -143,7 +143,7 @@ def _check(path: str) -> dict[str, Any]:
     kinds = {
         "a model": ((CONFIG, WEIGHTS, INDEX), _model_problems),
         "samples": ((MANIFEST,), lambda path: jf.SampleFolder.open(path).problems()),
-        "a training run": (("checkpoint.pt",), training.problems),
+        "a training run": (("run.json",), training.problems),
     }
     content = [name for name, (files, _) in kinds.items() if any((folder / file).exists() for file in files)]
     if not content:

@@ -74,9 +74,8 @@ class TrainResult(Provenance):
 def run(job: TrainJob, processes: Processes) -> TrainResult:
     """Train a TarFlow or a MAF.
 
-    The same command again resumes a run that was stopped. Several processes share the work:
-    torchrun --nproc-per-node 2 -m -- jacobiflow train ... Ctrl-C, SIGTERM and SIGUSR1 save a checkpoint and end the
-    run.
+    The same command again resumes a run that was stopped. Ctrl-C, SIGTERM and SIGUSR1 save a checkpoint and end the
+    run. Several processes share the work, started by torchrun or srun.
 
     Example: jacobiflow train --images fashion-mnist --out runs/fashion --steps 6000
     """

@@ -27,8 +27,8 @@ def image_transform(
         )
     """
     channels, height, width = image_shape
-    check_count("translate", translate, minimum=0)
-    check_number("hue", hue)
+    translate = check_count("translate", translate, minimum=0)
+    hue = check_number("hue", hue)
     if hue > 180:
         raise InputValueError(f"hue={hue}: give an angle of at most 180 degrees")
     if hue and channels != 3:
