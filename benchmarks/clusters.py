@@ -70,13 +70,15 @@ def numbers(value: Json | list[object] | object, left_out: tuple[str, ...], name
 
 COMMANDS = {
     "sample": Command(
-        "sample --model digits-p1 --num 256 --batch-size 4 --shard-size 4 --strategy jacobi --out {out}", samples
+        "sample --model digits-p1 --num 96 --batch-size 4 --shard-size 4 --strategy jacobi --out {out}", samples
     ),
     "evaluate": Command(
-        "evaluate --model digits-p1 --images digits --test-images 1500 --batch-size 16 --out {out}", scores
+        "evaluate --model digits-p1 --images digits --test-images 500 --batch-size 16 --out {out}", scores
     ),
     "calibrate": Command(
-        "calibrate --model digits-p1 --images digits --num 256 --batch-size 16 --out {out}/report.json", report
+        "calibrate --model digits-p1 --images digits --num 64 --batch-size 16 --convergence-samples 8 "
+        "--out {out}/report.json",
+        report,
     ),
     "train": Command(f"{TRAIN} --checkpoint-every 5 --out {{out}}", losses),
 }
