@@ -6,8 +6,6 @@ import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
@@ -17,33 +15,17 @@ from torch.utils.checkpoint import checkpoint
 
 from jacobiflow.blocks.base import AffineBlock, FlowBlock, ScaleShift, TokensLogDet
 from jacobiflow.blocks.context import NO_CONTEXT, Context
-from jacobiflow.blocks.guidance import GIVE_GUIDANCE, Guidance, SamplingSettings, guided
+from jacobiflow.blocks.guidance import GIVE_GUIDANCE, Guidance, guided
 from jacobiflow.blocks.permutation import Permutation
 from jacobiflow.blocks.tokens import Tokens
-from jacobiflow.errors import CheckpointError, InputError, InputValueError
-from jacobiflow.models.checkpoints.folder import (
-    CONFIG,
-    MAX_SHARD_SIZE,
-    ModelFolder,
-    build,
-    check_dtype,
-    list_reports,
-    write_model,
-)
-from jacobiflow.models.checkpoints.hub import upload_folder
+from jacobiflow.errors import InputValueError
+from jacobiflow.models.checkpoints.pretrained import Pretrained
+from jacobiflow.models.checkpoints.tensors import check_dtype
 from jacobiflow.models.config import FlowConfig
 from jacobiflow.models.labels import ContextLike, Labels, check_class_context, check_labels, check_number_context
 from jacobiflow.models.latents import FIRST_CALIBRATION_LATENT, draw_latents, log_normal
 from jacobiflow.models.offload import BlockLoader
-from jacobiflow.utils.checks import (
-    FLOATS,
-    check_count,
-    check_device,
-    check_floating,
-    check_kind,
-    check_number,
-    check_path,
-)
+from jacobiflow.utils.checks import FLOATS, check_device, check_floating, check_kind, check_number
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -65,7 +47,7 @@ class Step(NamedTuple):
     z: Tokens
 
 
-class Flow(nn.Module):
+class Flow(Pretrained):
     """A stack of affine blocks over tokens (N, T, C), each of which reads them in an order of its own.
 
     By default its data are the tokens. A flow over images also defines `to_tokens`, `from_tokens`, `tokens_log_det` if
@@ -79,8 +61,6 @@ class Flow(nn.Module):
         block_type: The class of the blocks, called with the config and a `Permutation`.
         var: The prior's variance (T, C).
         guidance: The guidance of this view, see `guided`.
-        recommended: The settings that give the best samples.
-        report_files: The reports and tunings in the model folder that the flow was read from.
         block_loader: Copies the blocks to the device of this view, see `offloaded`; `None` if they are there.
     """
 
@@ -92,8 +72,6 @@ class Flow(nn.Module):
     blocks: Sequence[FlowBlock]
     var: Tensor
     guidance: Guidance | None = None
-    recommended: SamplingSettings = SamplingSettings()
-    report_files: tuple[Path, ...] = ()
     block_loader: BlockLoader | None = None
 
     def __init__(self, config: FlowConfig) -> None:
@@ -123,71 +101,9 @@ class Flow(nn.Module):
         """
         raise NotImplementedError
 
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **hub: Any) -> Self:
-        """Loads a bundled model, a folder, or a hub id "owner/name", in eval mode, its parameters with gradients.
-
-        For a hub id, `hub` may be `revision`, `token`, `cache_dir`, `force_download`, `local_files_only`.
-        """
-        check_path("pretrained_model_name_or_path", pretrained_model_name_or_path)
-        folder = ModelFolder.open(pretrained_model_name_or_path, **hub)
-        if folder.model_type != cls.model_type:
-            raise CheckpointError(f"{folder.path}: a {folder.model_type!r}, not a {cls.__name__}; use jacobiflow.load")
-        return cls.from_folder(folder)
-
-    @classmethod
-    def from_folder(
-        cls, folder: ModelFolder, device: torch.device | str = "cpu", dtype: torch.dtype | None = None,
-        maps: bool = False,
-    ) -> Self:  # fmt: skip
-        """Loads the flow of an open folder; `maps` leaves its weights as they are, mapped to their files."""
-        state = folder.state().map_all() if maps else folder.state()
-        flow = build(cls, folder.config(cls.config_types), state, str(folder.path), device, dtype, maps)
-        flow.recommended, flow.report_files = folder.recommended, list_reports(folder.path)
-        try:
-            flow.guided(flow.recommended.guidance)
-            check_rate(flow, flow.recommended.denoise)
-        except InputError as error:
-            raise CheckpointError(f"{folder.path / CONFIG}: recommended: {error}") from error
-        return flow
-
-    def save_pretrained(
-        self, save_directory: str | Path, *, dtype: torch.dtype | str | None = None,
-        max_shard_size: int = MAX_SHARD_SIZE,
-    ) -> None:  # fmt: skip
-        """Writes a model folder, which replaces an older one once all files are complete.
-
-        The flow's `recommended` settings go into config.json. Its reports are copied if they are of these weights.
-
-        Args:
-            dtype: The dtype of the stored weights; by default the flow's own.
-            max_shard_size: The most bytes of weights in a file, unless it is one tensor. More make several files with
-                an index, as the Hugging Face Hub has them.
-
-        Raises:
-            CheckpointError: If a weight is not finite, or the folder has model files that jacobiflow did not write.
-        """
-        check_path("save_directory", save_directory)
-        max_shard_size = check_count("max_shard_size", max_shard_size)
-        write_model(self, Path(save_directory), check_dtype(dtype), max_shard_size=max_shard_size)
-
-    def push_to_hub(
-        self, repo_id: str, *, private: bool | None = None, token: str | None = None,
-        dtype: torch.dtype | str | None = None, **upload: Any,
-    ) -> str:  # fmt: skip
-        """Uploads a model folder, as `save_pretrained` writes it, to the Hugging Face Hub.
-
-        Args:
-            repo_id: The repository, "owner/name", which is created if it does not exist.
-            token: A token of the hub; by default that of `hf auth login`.
-            upload: Arguments of `huggingface_hub.HfApi.upload_folder`, such as `revision` or `commit_message`.
-
-        Returns:
-            The address of the commit.
-        """
-        with TemporaryDirectory() as folder:
-            write_model(self, Path(folder), check_dtype(dtype), repo_id)
-            return upload_folder(Path(folder), repo_id, private, token, **upload)
+    def check_recommended(self) -> None:
+        self.guided(self.recommended.guidance)
+        check_rate(self, self.recommended.denoise)
 
     def guided(self, guidance: Guidance | None) -> Self:
         """Returns a view of this flow that is sampled under `guidance`; it shares parameters and buffers.

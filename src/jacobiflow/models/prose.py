@@ -16,8 +16,8 @@ from torch.nn import functional as F
 
 from jacobiflow.blocks.permutation import Permutation
 from jacobiflow.errors import InputTypeError, InputValueError
-from jacobiflow.models.checkpoints.folder import build
 from jacobiflow.models.checkpoints.original import OriginalShapes, read_original
+from jacobiflow.models.checkpoints.tensors import build
 from jacobiflow.models.config import check_heads, check_sizes
 from jacobiflow.models.flow import Flow
 from jacobiflow.models.prose_layers import (

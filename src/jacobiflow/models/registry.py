@@ -8,7 +8,8 @@ from typing import TypeVar
 import torch
 
 from jacobiflow.errors import CheckpointError, InputTypeError, InputValueError
-from jacobiflow.models.checkpoints.folder import CONFIG, ModelFolder, check_dtype, widened_dtype
+from jacobiflow.models.checkpoints.folder import CONFIG, ModelFolder
+from jacobiflow.models.checkpoints.tensors import check_dtype, widened_dtype
 from jacobiflow.models.flow import Flow
 from jacobiflow.utils.checks import check_device, check_flag, check_path, format_value
 

@@ -19,8 +19,8 @@ from jacobiflow.blocks.context import NO_CONTEXT, Context
 from jacobiflow.blocks.guidance import Guidance, SamplingSettings
 from jacobiflow.blocks.permutation import Permutation
 from jacobiflow.errors import CheckpointError, InputTypeError, InputValueError
-from jacobiflow.models.checkpoints.folder import build
 from jacobiflow.models.checkpoints.original import OriginalShapes, read_original
+from jacobiflow.models.checkpoints.tensors import build
 from jacobiflow.models.config import BlockShape, PatchConfig, check_heads, check_sizes, size_of_block
 from jacobiflow.models.flow import Flow
 from jacobiflow.models.latents import FIRST_CALIBRATION_LATENT, draw_latents

@@ -16,8 +16,8 @@ from torch.nn import functional as F
 from jacobiflow.blocks.context import check_numbers
 from jacobiflow.blocks.permutation import Permutation
 from jacobiflow.errors import CheckpointError, InputValueError, first_line
-from jacobiflow.models.checkpoints.folder import build, check_values
 from jacobiflow.models.checkpoints.original import OriginalShapes, one_or_all, read_original
+from jacobiflow.models.checkpoints.tensors import build, check_values
 from jacobiflow.models.config import BlockShape, Order, PatchConfig, check_heads, check_sizes, size_of_block
 from jacobiflow.models.flow import Flow
 from jacobiflow.models.labels import embed_classes

@@ -2,34 +2,32 @@
 
 from __future__ import annotations
 
-import math
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, fields
-from functools import partial, reduce
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from jacobiflow.blocks.guidance import SamplingSettings
-from jacobiflow.errors import CheckpointError, InputError, InputValueError, first_line
+from jacobiflow.errors import CheckpointError, InputError, first_line
 from jacobiflow.models.checkpoints.card import format_model_card
 from jacobiflow.models.checkpoints.fingerprint import fingerprint
 from jacobiflow.models.checkpoints.hub import import_hub
+from jacobiflow.models.checkpoints.tensors import TensorFiles, check_values, names_in, split_tensors
 from jacobiflow.models.config import FlowConfig
 from jacobiflow.utils import serialization
-from jacobiflow.utils.checks import FLOATS, check_kind, format_value
+from jacobiflow.utils.checks import check_kind, format_value
 from jacobiflow.utils.files import (
     atomic_path,
     json_bytes,
     read_object,
-    regular_file,
     remove_partials,
     write_atomically,
 )
@@ -100,7 +98,7 @@ class ModelFolder:
         """Returns the tensors, which are read from the files when they are used."""
         index = self.path / INDEX
         if (self.path / WEIGHTS).exists() or not index.exists():
-            return TensorFiles(dict.fromkeys(_names_in(self.path / WEIGHTS), self.path / WEIGHTS))
+            return TensorFiles(dict.fromkeys(names_in(self.path / WEIGHTS), self.path / WEIGHTS))
         try:
             entries = serialization.load(index, "model", partial(serialization.decode, dict[str, Any]))
             places = serialization.decode(dict[str, str], entries.get("weight_map"), f"model {index}: weight_map")
@@ -111,54 +109,13 @@ class ModelFolder:
                 raise CheckpointError(
                     f"{index}: names the file {format_value(name)}; name files of this folder, *.safetensors"
                 )
-        contents = {name: _names_in(self.path / name) for name in sorted(set(places.values()))}
+        contents = {name: names_in(self.path / name) for name in sorted(set(places.values()))}
         for name, tensors in contents.items():
             if differing := set(tensors) ^ {tensor for tensor, place in places.items() if place == name}:
                 raise CheckpointError(
                     f"{self.path / name}: has other tensors than {INDEX} names ({min(differing)!r}); copy both again"
                 )
         return TensorFiles({tensor: self.path / name for tensor, name in places.items()})
-
-
-def _names_in(file: Path) -> list[str]:
-    """Returns the names of the tensors in a file."""
-    try:
-        with safe_open(regular_file(file), "pt") as content:
-            return sorted(content.keys())
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{file}: missing or damaged ({first_line(error)}); copy it again") from error
-
-
-class TensorFiles(MutableMapping[str, Tensor]):
-    """The tensors of files by their names. Each has a mapping of its file while it is in use.
-
-    Attributes:
-        places: The file of each tensor.
-    """
-
-    def __init__(self, places: dict[str, Path]) -> None:
-        self.places = places
-
-    def __getitem__(self, name: str) -> Tensor:
-        with safe_open(self.places[name], "pt") as content:
-            tensor: Tensor = content.get_tensor(name)
-            return tensor
-
-    def __setitem__(self, name: str, tensor: Tensor) -> None:
-        raise NotImplementedError("these tensors are only read")
-
-    def __delitem__(self, name: str) -> None:
-        del self.places[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.places)
-
-    def __len__(self) -> int:
-        return len(self.places)
-
-    def map_all(self) -> dict[str, Tensor]:
-        """Returns all tensors, with one mapping for each file."""
-        return {name: tensor for file in set(self.places.values()) for name, tensor in load_file(file).items()}
 
 
 def _download(name: str, hub: dict[str, Any]) -> Path:
@@ -206,18 +163,6 @@ def check_own_model(path: Path) -> None:
                 raise CheckpointError(
                     f"{file}: not of a model that jacobiflow wrote; move it away, or give another folder"
                 )
-
-
-def split_tensors(state: Mapping[str, Tensor], max_size: int) -> list[dict[str, Tensor]]:
-    """Splits a state dict, in its order, into parts of at most `max_size` bytes, or of one tensor."""
-    parts, size = [dict[str, Tensor]()], 0
-    for name, tensor in state.items():
-        if parts[-1] and size + tensor.nbytes > max_size:
-            parts.append({})
-            size = 0
-        parts[-1][name] = tensor
-        size += tensor.nbytes
-    return parts
 
 
 def _weight_files(state: Mapping[str, Tensor], max_shard_size: int) -> Iterator[tuple[str, Callable[[], bytes]]]:
@@ -272,82 +217,3 @@ def write_model(
             write_atomically(path / README, format_model_card(flow, title or path.name).encode())
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be written ({first_line(error)})") from error
-
-
-def build(
-    make: Callable[[Any], AnyModule], config: Any, state: MutableMapping[str, Tensor], source: str,
-    device: torch.device | str = "cpu", dtype: torch.dtype | None = None, maps: bool = False,
-) -> AnyModule:  # fmt: skip
-    """Builds a module with the values of a state dict, which must fit it, in eval mode.
-
-    The module is made on the meta device, so that initial values cost nothing and draw no random numbers. Tensors are
-    then copied one by one, and removed from `state`: the memory is that of the module and of one tensor.
-
-    Args:
-        source: The beginning of a CheckpointError.
-        dtype: The dtype of the copies; by default that of the state dict, with half precision widened to float32.
-        maps: Takes the tensors as they are, so that they stay mapped to their files.
-    """
-    with torch.device("meta"):
-        module = make(config)
-    dtype = dtype or widened_dtype(state.values())
-    copies, flaws = dict[str, Tensor](), list[str]()
-    for name in list(state):
-        tensor = state.pop(name)
-        if flaw := _flaw(name, tensor):
-            flaws.append(flaw)
-            continue
-        copies[name] = tensor if maps else tensor.to(device, dtype, copy=True, memory_format=torch.contiguous_format)
-    _raise_flaws(flaws, source)
-    try:
-        module.load_state_dict(copies, assign=True)
-    except RuntimeError as error:
-        raise CheckpointError(f"{source}: does not fit the config: {' '.join(str(error).split())}") from None
-    return module.eval()
-
-
-def widened_dtype(tensors: Iterable[Tensor]) -> torch.dtype:
-    """Returns the dtype of tensors, with half precision widened to float32."""
-    return reduce(torch.promote_types, (tensor.dtype for tensor in tensors), torch.float32)
-
-
-def check_values(
-    state: Mapping[str, Tensor], source: str, dtypes: Sequence[torch.dtype] = FLOATS, checks_values: bool = True
-) -> None:
-    """Raises CheckpointError if an entry is not a dense tensor of these dtypes, or its values cannot be weights.
-
-    If `checks_values` is False, the values are not read from the file.
-    """
-    flaws = (_flaw(name, tensor, dtypes, checks_values) for name, tensor in state.items())
-    _raise_flaws([flaw for flaw in flaws if flaw], source)
-
-
-def _flaw(name: str, tensor: Tensor, dtypes: Sequence[torch.dtype] = FLOATS, checks_values: bool = True) -> str:
-    """Returns what is wrong with an entry, or nothing."""
-    if tensor.is_nested or tensor.layout != torch.strided or tensor.is_meta:
-        return f"{name} is not a dense tensor with values"
-    if tensor.dtype not in dtypes:
-        return f"{name} is of {tensor.dtype}"
-    if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
-        return f"{name} has more values than the file stores"
-    if not checks_values or not tensor.numel():
-        return ""
-    least, largest = (float(value) for value in tensor.aminmax())  # This makes no copy, and NaN is both.
-    if not math.isfinite(least) or not math.isfinite(largest):
-        return f"{name} has non-finite values"
-    return f"{name} has values that are not positive" if name == "var" and least <= 0 else ""
-
-
-def _raise_flaws(flaws: Sequence[str], source: str) -> None:
-    if flaws:
-        raise CheckpointError(f"{source}: {'; '.join(flaws)}")
-
-
-def check_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
-    """Returns the floating-point dtype of that name, or `None`."""
-    check_kind("dtype", dtype, str | torch.dtype | None, "a dtype, such as torch.float64, its name, or None")
-    number = getattr(torch, dtype, dtype) if isinstance(dtype, str) else dtype
-    if number is None or number in FLOATS:
-        return number
-    names = ", ".join(str(name).removeprefix("torch.") for name in FLOATS)
-    raise InputValueError(f"dtype={dtype!r}: give one of {names}")

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from jacobiflow.errors import CheckpointError, first_line
-from jacobiflow.models.checkpoints.folder import check_values
+from jacobiflow.models.checkpoints.tensors import check_values
 from jacobiflow.utils.checks import FLOATS
 from jacobiflow.utils.files import regular_file
 

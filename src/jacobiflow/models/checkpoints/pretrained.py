@@ -1,0 +1,103 @@
+"""Loading a flow from a model folder or the hub, and saving it, under the method names of Hugging Face."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import nn
+
+from jacobiflow.blocks.guidance import SamplingSettings
+from jacobiflow.errors import CheckpointError, InputError
+from jacobiflow.models.checkpoints.folder import CONFIG, MAX_SHARD_SIZE, ModelFolder, list_reports, write_model
+from jacobiflow.models.checkpoints.hub import upload_folder
+from jacobiflow.models.checkpoints.tensors import build, check_dtype
+from jacobiflow.models.config import FlowConfig
+from jacobiflow.utils.checks import check_count, check_path
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+
+class Pretrained(nn.Module):
+    """Base of flows, which are stored in model folders.
+
+    Attributes:
+        recommended: The settings that give the best samples.
+        report_files: The reports and tunings in the model folder that the flow was read from.
+    """
+
+    model_type: ClassVar[str]
+    config_types: ClassVar[tuple[type[FlowConfig], ...]]
+    recommended: SamplingSettings = SamplingSettings()
+    report_files: tuple[Path, ...] = ()
+
+    def check_recommended(self) -> None:
+        """Raises ValueError if the recommended settings do not fit the flow."""
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **hub: Any) -> Self:
+        """Loads a bundled model, a folder, or a hub id "owner/name", in eval mode, its parameters with gradients.
+
+        For a hub id, `hub` may be `revision`, `token`, `cache_dir`, `force_download`, `local_files_only`.
+        """
+        check_path("pretrained_model_name_or_path", pretrained_model_name_or_path)
+        folder = ModelFolder.open(pretrained_model_name_or_path, **hub)
+        if folder.model_type != cls.model_type:
+            raise CheckpointError(f"{folder.path}: a {folder.model_type!r}, not a {cls.__name__}; use jacobiflow.load")
+        return cls.from_folder(folder)
+
+    @classmethod
+    def from_folder(
+        cls, folder: ModelFolder, device: torch.device | str = "cpu", dtype: torch.dtype | None = None,
+        maps: bool = False,
+    ) -> Self:  # fmt: skip
+        """Loads the flow of an open folder; `maps` leaves its weights as they are, mapped to their files."""
+        state = folder.state().map_all() if maps else folder.state()
+        flow = build(cls, folder.config(cls.config_types), state, str(folder.path), device, dtype, maps)
+        flow.recommended, flow.report_files = folder.recommended, list_reports(folder.path)
+        try:
+            flow.check_recommended()
+        except InputError as error:
+            raise CheckpointError(f"{folder.path / CONFIG}: recommended: {error}") from error
+        return flow
+
+    def save_pretrained(
+        self, save_directory: str | Path, *, dtype: torch.dtype | str | None = None,
+        max_shard_size: int = MAX_SHARD_SIZE,
+    ) -> None:  # fmt: skip
+        """Writes a model folder, which replaces an older one once all files are complete.
+
+        The flow's `recommended` settings go into config.json. Its reports are copied if they are of these weights.
+
+        Args:
+            dtype: The dtype of the stored weights; by default the flow's own.
+            max_shard_size: The most bytes of weights in a file, unless it is one tensor. More make several files with
+                an index, as the Hugging Face Hub has them.
+
+        Raises:
+            CheckpointError: If a weight is not finite, or the folder has model files that jacobiflow did not write.
+        """
+        check_path("save_directory", save_directory)
+        max_shard_size = check_count("max_shard_size", max_shard_size)
+        write_model(self, Path(save_directory), check_dtype(dtype), max_shard_size=max_shard_size)
+
+    def push_to_hub(
+        self, repo_id: str, *, private: bool | None = None, token: str | None = None,
+        dtype: torch.dtype | str | None = None, **upload: Any,
+    ) -> str:  # fmt: skip
+        """Uploads a model folder, as `save_pretrained` writes it, to the Hugging Face Hub.
+
+        Args:
+            repo_id: The repository, "owner/name", which is created if it does not exist.
+            token: A token of the hub; by default that of `hf auth login`.
+            upload: Arguments of `huggingface_hub.HfApi.upload_folder`, such as `revision` or `commit_message`.
+
+        Returns:
+            The address of the commit.
+        """
+        with TemporaryDirectory() as folder:
+            write_model(self, Path(folder), check_dtype(dtype), repo_id)
+            return upload_folder(Path(folder), repo_id, private, token, **upload)

@@ -1,0 +1,152 @@
+"""Tensors of model files: reading them one at a time, checking them, and building a module of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
+from functools import reduce
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from jacobiflow.errors import CheckpointError, InputValueError, first_line
+from jacobiflow.utils.checks import FLOATS, check_kind
+from jacobiflow.utils.files import regular_file
+
+AnyModule = TypeVar("AnyModule", bound=nn.Module)
+
+
+def names_in(file: Path) -> list[str]:
+    """Returns the names of the tensors in a file."""
+    try:
+        with safe_open(regular_file(file), "pt") as content:
+            return sorted(content.keys())
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{file}: missing or damaged ({first_line(error)}); copy it again") from error
+
+
+class TensorFiles(MutableMapping[str, Tensor]):
+    """The tensors of files by their names. Each has a mapping of its file while it is in use.
+
+    Attributes:
+        places: The file of each tensor.
+    """
+
+    def __init__(self, places: dict[str, Path]) -> None:
+        self.places = places
+
+    def __getitem__(self, name: str) -> Tensor:
+        with safe_open(self.places[name], "pt") as content:
+            tensor: Tensor = content.get_tensor(name)
+            return tensor
+
+    def __setitem__(self, name: str, tensor: Tensor) -> None:
+        raise NotImplementedError("these tensors are only read")
+
+    def __delitem__(self, name: str) -> None:
+        del self.places[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.places)
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def map_all(self) -> dict[str, Tensor]:
+        """Returns all tensors, with one mapping for each file."""
+        return {name: tensor for file in set(self.places.values()) for name, tensor in load_file(file).items()}
+
+
+def split_tensors(state: Mapping[str, Tensor], max_size: int) -> list[dict[str, Tensor]]:
+    """Splits a state dict, in its order, into parts of at most `max_size` bytes, or of one tensor."""
+    parts, size = [dict[str, Tensor]()], 0
+    for name, tensor in state.items():
+        if parts[-1] and size + tensor.nbytes > max_size:
+            parts.append({})
+            size = 0
+        parts[-1][name] = tensor
+        size += tensor.nbytes
+    return parts
+
+
+def build(
+    make: Callable[[Any], AnyModule], config: Any, state: MutableMapping[str, Tensor], source: str,
+    device: torch.device | str = "cpu", dtype: torch.dtype | None = None, maps: bool = False,
+) -> AnyModule:  # fmt: skip
+    """Builds a module with the values of a state dict, which must fit it, in eval mode.
+
+    The module is made on the meta device, so that initial values cost nothing and draw no random numbers. Tensors are
+    then copied one by one, and removed from `state`: the memory is that of the module and of one tensor.
+
+    Args:
+        source: The beginning of a CheckpointError.
+        dtype: The dtype of the copies; by default that of the state dict, with half precision widened to float32.
+        maps: Takes the tensors as they are, so that they stay mapped to their files.
+    """
+    with torch.device("meta"):
+        module = make(config)
+    dtype = dtype or widened_dtype(state.values())
+    copies, flaws = dict[str, Tensor](), list[str]()
+    for name in list(state):
+        tensor = state.pop(name)
+        if flaw := _flaw(name, tensor):
+            flaws.append(flaw)
+            continue
+        copies[name] = tensor if maps else tensor.to(device, dtype, copy=True, memory_format=torch.contiguous_format)
+    _raise_flaws(flaws, source)
+    try:
+        module.load_state_dict(copies, assign=True)
+    except RuntimeError as error:
+        raise CheckpointError(f"{source}: does not fit the config: {' '.join(str(error).split())}") from None
+    return module.eval()
+
+
+def widened_dtype(tensors: Iterable[Tensor]) -> torch.dtype:
+    """Returns the dtype of tensors, with half precision widened to float32."""
+    return reduce(torch.promote_types, (tensor.dtype for tensor in tensors), torch.float32)
+
+
+def check_values(
+    state: Mapping[str, Tensor], source: str, dtypes: Sequence[torch.dtype] = FLOATS, checks_values: bool = True
+) -> None:
+    """Raises CheckpointError if an entry is not a dense tensor of these dtypes, or its values cannot be weights.
+
+    If `checks_values` is False, the values are not read from the file.
+    """
+    flaws = (_flaw(name, tensor, dtypes, checks_values) for name, tensor in state.items())
+    _raise_flaws([flaw for flaw in flaws if flaw], source)
+
+
+def _flaw(name: str, tensor: Tensor, dtypes: Sequence[torch.dtype] = FLOATS, checks_values: bool = True) -> str:
+    """Returns what is wrong with an entry, or nothing."""
+    if tensor.is_nested or tensor.layout != torch.strided or tensor.is_meta:
+        return f"{name} is not a dense tensor with values"
+    if tensor.dtype not in dtypes:
+        return f"{name} is of {tensor.dtype}"
+    if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+        return f"{name} has more values than the file stores"
+    if not checks_values or not tensor.numel():
+        return ""
+    least, largest = (float(value) for value in tensor.aminmax())  # This makes no copy, and NaN is both.
+    if not math.isfinite(least) or not math.isfinite(largest):
+        return f"{name} has non-finite values"
+    return f"{name} has values that are not positive" if name == "var" and least <= 0 else ""
+
+
+def _raise_flaws(flaws: Sequence[str], source: str) -> None:
+    if flaws:
+        raise CheckpointError(f"{source}: {'; '.join(flaws)}")
+
+
+def check_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    """Returns the floating-point dtype of that name, or `None`."""
+    check_kind("dtype", dtype, str | torch.dtype | None, "a dtype, such as torch.float64, its name, or None")
+    number = getattr(torch, dtype, dtype) if isinstance(dtype, str) else dtype
+    if number is None or number in FLOATS:
+        return number
+    names = ", ".join(str(name).removeprefix("torch.") for name in FLOATS)
+    raise InputValueError(f"dtype={dtype!r}: give one of {names}")
