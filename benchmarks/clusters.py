@@ -272,10 +272,22 @@ def recipe(name: str, folder: Path) -> Json:
     return {"seconds": seconds}
 
 
+def throughput(folder: Path) -> Json:
+    """Seconds of training by one process and by two, on one core each."""
+    line = "train --images fashion-512 --channels 128 --blocks 4 --layers 2 --no-bf16 --steps 20 --out "
+    seconds = []
+    for count in (1, 2):
+        run(f"{line}{folder}/{count}", count)
+        seconds.append(read_metrics(folder / str(count))[-1].seconds)
+    return {"training_seconds": seconds, "speed_up": seconds[0] / seconds[1]}
+
+
 def measure(key: Json) -> Json:
     with TemporaryDirectory() as folder:
         if "recipe" in key:
             return recipe(key["recipe"], Path(folder))
+        if "throughput" in key:
+            return throughput(Path(folder))
         if "training" in key:
             return train(key, Path(folder))
         return (compare if "command" in key else kill)(key.get("command") or key["killed"], Path(folder))
@@ -288,6 +300,7 @@ def keys() -> Iterator[Json]:
         yield {"training": training}
     for name in COMMANDS:
         yield {"command": name}
+    yield {"throughput": "fashion"}
     for name in COMMANDS:
         yield {"killed": name}
 
