@@ -57,7 +57,7 @@ class TrainJob:
 
 @dataclass(frozen=True)
 class TrainResult(Provenance):
-    """What `jacobiflow train` has made.
+    """A trained model.
 
     Attributes:
         model: The model folder.
@@ -143,18 +143,18 @@ def _flow_config(job: TrainJob, data: ImageDataset) -> tuple[type[Flow], FlowCon
     if job.flow not in _trainable_flows():
         raise InputValueError(f"--flow {job.flow}: give one of {', '.join(_trainable_flows())}")
     flow_class = FLOWS[job.flow]
-    own: dict[str, Any] = {name: getattr(job, name) for name in ("patch_size", "head_dim", "noise_std")}
-    own["volume_preserving"] = job.volume_preserving or None
-    own = {name: value for name, value in own.items() if value is not None}
+    extra: dict[str, Any] = {name: getattr(job, name) for name in ("patch_size", "head_dim", "noise_std")}
+    extra["volume_preserving"] = job.volume_preserving or None
+    extra = {name: value for name, value in extra.items() if value is not None}
     parameters = inspect.signature(flow_class.config_from_options).parameters
-    for name, value in own.items():
+    for name, value in extra.items():
         if name not in parameters:
             option = f"--{name.replace('_', '-')} {value}"
             raise InputValueError(f"{option}: not an option of --flow {job.flow}; leave it out")
     return flow_class, flow_class.config_from_options(
         in_channels=job.image_channels, image_size=job.image_size, channels=job.channels, blocks=job.blocks,
         layers=job.layers, num_classes=0 if job.unconditional or data.labels is None else int(data.labels.max()) + 1,
-        **own,
+        **extra,
     )  # fmt: skip
 
 

@@ -116,8 +116,8 @@ def _read_run(path: Path) -> dict[str, Any]:
 
 def last_checkpoint(out: Path) -> tuple[int, Path] | None:
     """Returns the step of the last checkpoint, and its folder; None if there is none."""
-    found = sorted(out.glob(_ANY_CHECKPOINT))
-    return (int(found[-1].name[-8:]), found[-1]) if found else None
+    paths = sorted(out.glob(_ANY_CHECKPOINT))
+    return (int(paths[-1].name[-8:]), paths[-1]) if paths else None
 
 
 def write_checkpoint(out: Path, step: int, state: dict[str, Any], processes: Processes) -> None:

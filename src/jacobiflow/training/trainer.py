@@ -76,8 +76,8 @@ def train(
     `Flow.initialize`. The data of a step, their noise and dropped labels depend on the seed and the step only: by any
     number of processes the weights are the same to rounding.
 
-    Each checkpoint also writes the averaged flow as a model folder, so that it can be sampled while the run goes on. If
-    the data have Gaussian noise, it recommends a denoising step at rate 1.
+    At each checkpoint the averaged flow is also written as a model folder, which can be sampled while the run goes on.
+    If the data have Gaussian noise, it recommends a denoising step at rate 1.
 
     A second call with the same `out` resumes from the checkpoint, by one process or more. By as many as before it ends
     with the weights of a run without a stop, bit for bit. SIGINT, SIGTERM and SIGUSR1 end the step, write a checkpoint
@@ -121,8 +121,7 @@ def train(
     with ExitStack() as stack:
         run = _describe(flow, config, items)
         processes.run_on_rank_zero(partial(_prepare_folder, out, run, stack))
-        if not (out / RUN).exists():
-            raise InputValueError(f"{out}: process {processes.rank} does not see it; give one on a shared disk")
+        processes.check_sees(out / RUN)
         stop = stack.enter_context(StopSignals())
         state = _Run(flow, items, held_out, config, out, processes)
         for metrics in state.steps(stop):
@@ -135,7 +134,7 @@ def train(
                 if average is not None:
                     on_sample(average, metrics.step)
         state.save()
-        if state.stopped:
+        if state.stopped and state.step < config.steps:
             raise KeyboardInterrupt
     return type(flow).from_pretrained(out) if state.parallel.is_sharded else state.parallel.average.flow
 
@@ -293,6 +292,7 @@ class _Run:
             average = self.parallel.averaged_flow()
             if average is not None:
                 write_model(average.stored, self.out)
+            self.processes.gather(None)  # All processes see the model.
             self._model_step = self.step
         if self._checkpoint_step != self.step:
             write_checkpoint(self.out, self.step, self._state(), self.processes)
