@@ -196,3 +196,13 @@ def test_an_extension_that_cannot_be_imported_gives_one_line(
         "extension broken: cannot import broken_extension (ModuleNotFoundError: No module named 'broken_extension'); "
         "correct or uninstall the package",
     )
+
+
+def test_of_several_processes_the_first_one_prints_a_wrong_option(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    variables = {"STEP_NUM_TASKS": "2", "LOCALID": "0", "JOB_ID": "7", "STEP_ID": "0", "STEP_NODELIST": "localhost"}
+    for name, value in variables.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    for rank, num_lines in (("0", 1), ("1", 0)):
+        monkeypatch.setenv("SLURM_PROCID", rank)
+        result = run("sample --num 0")
+        assert (result.code, len(result.err.splitlines())) == (2, num_lines)

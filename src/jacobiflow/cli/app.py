@@ -123,6 +123,8 @@ def run(arguments: list[str]) -> int:
             print("interrupted", file=sys.stderr)
         return code or 0
     except TyperException as error:
+        if not _is_first_process():  # All processes have the same command line.
+            return _BAD_INPUT
         context = getattr(error, "ctx", None)
         remedy = "" if context is None else f"; see {context.command_path} --help"
         message = error.format_message().rstrip(".") + remedy
@@ -139,6 +141,15 @@ def run(arguments: list[str]) -> int:
         message = "out of memory; give a smaller --batch-size, or smaller numbers"
     _print_line("error", message)
     return _BAD_INPUT
+
+
+def _is_first_process() -> bool:
+    if not {"TORCHELASTIC_RUN_ID", "SLURM_STEP_NUM_TASKS"} & os.environ.keys():
+        return True
+    from jacobiflow.distributed.launch import find_launch
+
+    launch = find_launch(os.environ)
+    return launch is None or launch.rank == 0
 
 
 def _load_extensions() -> None:

@@ -33,10 +33,9 @@ def as_command(
     def command(**arguments: Any) -> dict[str, Any] | None:
         from jacobiflow.distributed import ProcessFailed, processes
 
-        config = _build(config_type, arguments)
         try:
             with processes() as group:
-                result = run(config, group)
+                result = run(_build(config_type, arguments), group)
         except ProcessFailed as error:
             if error.is_reported:
                 raise Exit(2) from None
