@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -43,6 +42,19 @@ class Noise:
         """Returns the noise of a flow whose config has this `noise_std`: Gaussian, or uniform for 0."""
         return cls("gaussian", std) if std else cls("uniform")
 
+    def draw(self, shape: Sequence[int], generator: torch.Generator | None = None) -> Float[Tensor, "*n"]:
+        """Draws normal numbers, or uniform ones in [0, 1), on the CPU."""
+        if self.kind == "gaussian":
+            return torch.randn(shape, generator=generator)
+        # Steps of 2^-16 are exact in float32 beside 255, but 255 + torch.rand() may round to 256.
+        return torch.randint(1 << 16, shape, generator=generator) / (1 << 16)
+
+    def add(self, images: Float[Tensor, "*n"], numbers: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:
+        """Adds the noise of numbers that `draw` gave to images in [-1, 1]."""
+        if self.kind == "gaussian":
+            return images + self.std * numbers
+        return (((images + 1) * 127.5).round() + numbers) / 128 - 1
+
 
 def add_noise(
     images: Float[Tensor, "*n c h w"], noise: Noise, generator: torch.Generator | None = None
@@ -56,12 +68,7 @@ def add_noise(
     """
     check_floating("images", images, ("any",) * max(images.ndim, 3))
     check_kind("noise", noise, Noise, "a Noise, such as Noise('uniform')")
-    if noise.kind == "gaussian":
-        return images + noise.std * torch.randn(images.shape, generator=generator)
-    levels = ((images + 1) * 127.5).round()
-    # Steps of 2^-16 are exact in float32 beside 255, but 255 + torch.rand() may round to 256.
-    offset = torch.randint(1 << 16, images.shape, generator=generator) / (1 << 16)
-    return (levels + offset) / 128 - 1
+    return noise.add(images, noise.draw(images.shape, generator))
 
 
 def noisy_images(data: ImageDataset, index: Int[Tensor, " b"], noise: Noise, seed: int = 0) -> Float[Tensor, "b c h w"]:
@@ -76,21 +83,10 @@ def noisy_images(data: ImageDataset, index: Int[Tensor, " b"], noise: Noise, see
 
 def keyed_generator(seed: int, *key: int) -> torch.Generator:
     """Returns the random generator of a key, independent of those of all other keys."""
-    return torch.Generator().manual_seed(_keyed_seed(seed, key))
+    return torch.Generator().manual_seed(keyed_seed(seed, *key))
 
 
-@contextmanager
-def keyed_randomness(seed: int, *key: int) -> Iterator[None]:
-    """Seeds PyTorch's global generator of the CPU by a key until the block ends."""
-    generator = torch.default_generator  # `torch.manual_seed` would seed GPUs too, which takes a millisecond.
-    state = generator.get_state()
-    generator.manual_seed(_keyed_seed(seed, key))
-    try:
-        yield
-    finally:
-        generator.set_state(state)
-
-
-def _keyed_seed(seed: int, key: tuple[int, ...]) -> int:
+def keyed_seed(seed: int, *key: int) -> int:
+    """Returns the seed of a key, below 2^63."""
     state = np.random.SeedSequence((check_seed(seed), *key)).generate_state(1, np.uint64)[0]
     return int(state >> np.uint64(1))

@@ -14,11 +14,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from jacobiflow.data.dataset import scale
-from jacobiflow.data.noise import Noise, add_noise, keyed_generator, keyed_randomness
+from jacobiflow.data.noise import Noise, keyed_generator, keyed_seed
 from jacobiflow.distributed import Processes
 from jacobiflow.training.config import TrainConfig
 
 _ORDER, _TRAINING, _HELD_OUT = 0, 1, 3  # Random streams; evaluation uses stream 2.
+_STRIDE = 0x9E3779B97F4A7C15  # Between the seeds of two items: 2^64 over the golden ratio, odd.
 
 Key: TypeAlias = tuple[int, int]
 """The epoch and the index of an item."""
@@ -54,16 +55,33 @@ class NoisyItems(Dataset[Any]):
     seed: int
     stream: int
 
-    def __getitem__(self, key: Key) -> tuple[Any, ...]:
-        epoch, index = key
-        with keyed_randomness(self.seed, self.stream, epoch, index):
-            item = self.data[index]
-            x, *context = item if isinstance(item, tuple | list) else (item,)
-            x = x if self.transform is None else self.transform(x)
-            x = scale(x) if x.dtype == torch.uint8 else x
-            x = x if self.noise is None else add_noise(x, self.noise)
-            is_dropped = torch.rand(()) < self.dropout
-        return (x, is_dropped, *map(torch.as_tensor, context))
+    def __getitems__(self, keys: Sequence[Key]) -> Batch:
+        """Returns the items of some keys as a batch."""
+        seeds = {epoch: keyed_seed(self.seed, self.stream, epoch) for epoch in {epoch for epoch, _ in keys}}
+        generator = torch.default_generator
+        state = generator.get_state()
+        try:
+            rows = []
+            for epoch, index in keys:
+                # Only the lower 32 bits of a seed count. Multiples of an odd number differ in them.
+                generator.manual_seed((seeds[epoch] + _STRIDE * index) % 2**63)
+                rows.append(self._read(index))
+            columns = zip(*rows, strict=True)
+            x, numbers, is_dropped, *context = map(torch.stack, columns)
+        finally:
+            generator.set_state(state)
+        x = scale(x) if x.dtype == torch.uint8 else x
+        return Batch(
+            x if self.noise is None else self.noise.add(x, numbers), context[0] if context else None, is_dropped
+        )
+
+    def _read(self, index: int) -> tuple[Tensor, ...]:
+        """Returns the data of an item, the random numbers of its noise, whether its context is dropped, and that."""
+        item = self.data[index]
+        x, *context = item if isinstance(item, tuple | list) else (item,)
+        x = x if self.transform is None else self.transform(x)
+        numbers = torch.empty(()) if self.noise is None else self.noise.draw(x.shape)
+        return x, numbers, torch.rand(()) < self.dropout, *map(torch.as_tensor, context)
 
 
 class StepKeys(Sampler[list[Key]]):
@@ -111,17 +129,15 @@ def held_out_items(data: Any, config: TrainConfig, noise: Noise | None) -> Noisy
 
 def load_batches(items: NoisyItems, keys: Sampler[list[Key]] | Sequence[list[Key]], workers: int) -> Iterator[Batch]:
     """Yields a batch for each list of keys, read by worker processes if there are any."""
-    loader = DataLoader(
-        items, batch_sampler=keys, num_workers=workers, collate_fn=collate, worker_init_fn=_ignore_signals,
-        pin_memory=torch.cuda.is_available(),
+    yield from DataLoader(
+        items, batch_sampler=keys, num_workers=workers, collate_fn=_keep,
+        worker_init_fn=_ignore_signals, pin_memory=torch.cuda.is_available(),
     )  # fmt: skip
-    yield from map(Batch._make, loader)
 
 
-def collate(items: list[tuple[Any, ...]]) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Stacks items as a `Batch`."""
-    x, is_dropped, *contexts = (torch.stack(column) for column in zip(*items, strict=True))
-    return x, contexts[0] if contexts else None, is_dropped
+def _keep(batch: Any) -> Any:
+    """Returns the batch, which `NoisyItems` has made."""
+    return batch
 
 
 def _ignore_signals(worker: int) -> None:

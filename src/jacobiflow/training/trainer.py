@@ -40,7 +40,6 @@ from jacobiflow.training.loading import (
     Batch,
     NoisyItems,
     StepKeys,
-    collate,
     held_out_items,
     load_batches,
     training_items,
@@ -155,7 +154,7 @@ def _check(flow: Flow, data: Any, config: TrainConfig, processes: Processes) -> 
         )
     if isinstance(data, ImageDataset) and data.labels is not None and flow.config.num_classes:
         flow.check_labels(data.labels, len(data))
-    flow.check_data(collate([NoisyItems(data, None, None, 0.0, 0, 0)[0, 0]])[0], "data")
+    flow.check_data(NoisyItems(data, None, None, 0.0, 0, 0).__getitems__([(0, 0)]).x, "data")
     return noise
 
 
@@ -164,8 +163,9 @@ def _describe(flow: Flow, config: TrainConfig, items: NoisyItems) -> dict[str, A
     plain, num = replace(items, transform=None, noise=None, dropout=0.0), len(items.data)
     digest = hashlib.sha256()
     for index in range(0, num, max(num // _NUM_CHECKED, 1)):
-        for tensor in plain[0, index]:
-            digest.update(tensor.contiguous().numpy().data)
+        for tensor in plain.__getitems__([(0, index)]):
+            if tensor is not None:
+                digest.update(tensor.contiguous().numpy().data)
     settings = {name: value for name, value in asdict(config).items() if name not in MAY_CHANGE}
     transform = repr(items.transform) if isinstance(items.transform, nn.Module) else type(items.transform).__name__
     data = f"{num:,} samples with checksum {digest.hexdigest()[:16]}"
@@ -198,7 +198,7 @@ class _Run:
         self._unsaved_lines = list[str]()
         if checkpoint is None and type(flow).initialize is not Flow.initialize:
             keys = StepKeys(len(items.data), range(1), config, Processes()).of_step(0)
-            flow.initialize(*to_flow(Batch(*collate([items[key] for key in keys])), flow))
+            flow.initialize(*to_flow(items.__getitems__(keys), flow))
         self.parallel = ParallelFlow(flow, config, processes)
         if flow.config.noise_std:
             self.parallel.average.flow.recommended = SamplingSettings(denoise=1.0)
