@@ -35,7 +35,7 @@ def program(*lines: str) -> list[str]:
 @FORKS
 def test_three_processes_exchange_values_and_share_units(tmp_path: Path) -> None:
     calls = [
-        "print(p.rank, p.count, p.run_on_rank_zero(lambda: [rank, 7]), p.gather(rank), p.any(rank == 2), p.any(False))",
+        "print(p.rank, p.count, p.run_on_rank_zero(lambda: [rank, 7]), p.gather(rank))",
         "claims = p.gather(list(p.claim('abcdefgh')) + list(p.claim([])) + list(p.claim(range(5))))",
         "print(sorted(map(str, sum(claims, []))), list(p.map(lambda x: x * x, [3, 1, 2])))",
     ]
@@ -45,7 +45,7 @@ def test_three_processes_exchange_values_and_share_units(tmp_path: Path) -> None
         shared = f"{sorted([*'abcdefgh', *'01234'])} [9, 1, 4]\n"
         for rank, each in enumerate(ended["job"]):
             assert (each.code, each.err) == (0, "")
-            assert each.out == f"{rank} 3 [0, 7] [0, 1, 2] True False\n{shared}"
+            assert each.out == f"{rank} 3 [0, 7] [0, 1, 2]\n{shared}"
 
 
 @FORKS
@@ -96,9 +96,7 @@ def test_a_process_alone_and_its_devices(num_gpus: int, own: int, monkeypatch: p
     monkeypatch.setattr(torch.cuda, "device_count", lambda: num_gpus)
     monkeypatch.setattr(torch.cuda, "set_device", chosen)
     with jf.processes() as alone:
-        assert (alone, alone.run_on_rank_zero(lambda: 7), alone.gather(3), alone.any(True)) == (
-            Processes(0, 1, 0), 7, [3], True,
-        )  # fmt: skip
+        assert (alone, alone.run_on_rank_zero(lambda: 7), alone.gather(3)) == (Processes(0, 1, 0), 7, [3])
         assert list(alone.claim("abc")) == ["a", "b", "c"] and list(alone.map(str, [1, 2])) == ["1", "2"]
     assert not torch.distributed.is_initialized()
     assert [alone.device(name) for name in ("cpu", "cuda", "cuda:3")] == ["cpu", "cuda", "cuda:3"]

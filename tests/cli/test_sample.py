@@ -188,3 +188,11 @@ def test_a_bad_file_of_labels_is_one_line(refuse: Any, tmp_path: Path) -> None:
     for name, array in (("floats", np.zeros(4)), ("large", np.array([2**64 - 1] * 4, np.uint64))):
         np.save(tmp_path / f"{name}.npy", array)
         refuse(f"{line}/{name}.npy", "cannot be read as whole numbers")
+
+
+def test_samples_by_blocks_have_the_bytes_of_the_whole_model(run: Any, tmp_path: Path) -> None:
+    line = f"sample --model digits-p1 --num 4 --strategy jacobi --out {tmp_path}"
+    for option in ("/whole", "/blocks --offload"):
+        assert run(line + option).code == 0
+    whole, blocks = (jf.SampleFolder.open(tmp_path / name).manifest for name in ("whole", "blocks"))
+    assert whole.checksums is not None and whole.checksums == blocks.checksums

@@ -23,14 +23,13 @@ from typer.main import get_command, get_group
 
 from jacobiflow import __version__
 from jacobiflow.cli import options, output, output_files
-from jacobiflow.cli import train as training_job
 from jacobiflow.cli.bench import bench
 from jacobiflow.cli.calibrate import calibrate
 from jacobiflow.cli.evaluate import evaluate
-from jacobiflow.cli.job import as_command
 from jacobiflow.cli.models import convert, info
 from jacobiflow.cli.plan import plan
 from jacobiflow.cli.sample import sample
+from jacobiflow.cli.train import train
 from jacobiflow.errors import InputError, InputValueError
 
 _STDOUT_CLOSED, _BAD_INPUT, _INTERRUPTED = 1, 2, 130  # Exit codes; typer returns 130 for a KeyboardInterrupt.
@@ -81,7 +80,7 @@ _commands: dict[str, Callable[..., dict[str, Any] | None]] = {
     "plan": plan,
     "bench": bench,
     "evaluate": evaluate,
-    "train": as_command(training_job.TrainJob, training_job.run, training_job.show),
+    "train": train,
     "convert": convert,
     "info": info,
 }

@@ -82,7 +82,7 @@ def run(config: CalibrateConfig, processes: Processes) -> CalibrateResult:
     """
     import torch
 
-    from jacobiflow.data import load_images, noisy_images
+    from jacobiflow.data import Noise, load_images, noisy_images
     from jacobiflow.utils.timing import describe_machine
 
     output_files.check_output("--out", config.out, config.model, config.images, replaces="report*.json")
@@ -97,7 +97,7 @@ def run(config: CalibrateConfig, processes: Processes) -> CalibrateResult:
     indices = order[: config.num].sort().values
     pixels, labels = data.batch(indices)
     if not config.clean:
-        pixels = noisy_images(data, indices, loading.training_noise(flow), config.seed)
+        pixels = noisy_images(data, indices, Noise.of_std(flow.config.noise_std), config.seed)
     labels = labels if is_labelled else None
     norm: Norm = 2 if config.norm == "2" else 1 if config.norm == "1" else "fro"
     with progress_bar(is_shown=processes.rank == 0) as progress:

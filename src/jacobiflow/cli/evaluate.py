@@ -206,11 +206,11 @@ def _store(out: Path, inputs: str) -> MeasurementStore:
 
 def _start(out: Path, result: EvaluateResult, part: jf.Part, locks: ExitStack) -> EvaluateResult:
     """Locks the part, and returns the result with the scores of an earlier run of the same inputs."""
-    from jacobiflow.distributed.parts import starting
+    from jacobiflow.distributed.parts import start_part
     from jacobiflow.utils import files
 
     files.check_own(out, "evaluation")
-    with starting(out, part, locks) as has_others:
+    with start_part(out, part, locks) as has_others:
         earlier = _load(out / _TABLE)
         if earlier is not None and earlier.inputs == result.inputs:
             result = replace(result, scores=earlier.scores, computed=earlier.computed, earlier=earlier.computed)
@@ -237,7 +237,7 @@ def _finish(
     out: Path, result: EvaluateResult, scores: list[Score], units: list[Unit], results: dict[str, Any]
 ) -> EvaluateResult:
     """Computes the scores, and writes the result after each of them, unless units of other parts are missing."""
-    from jacobiflow.distributed.parts import finishing, forget_parts
+    from jacobiflow.distributed.parts import forget_parts, lock_folder
     from jacobiflow.utils import files
 
     store = _store(out, result.inputs)
@@ -247,7 +247,7 @@ def _finish(
             is_own = unit.name in results
             yield results[unit.name] if is_own else store.load_or_measure(unit.name, unit.declared, unit.measure)
 
-    with finishing(out):
+    with lock_folder(out):
         missing = [unit for unit in units if unit.name not in results and not store.has(unit.name)]
         if missing:
             return replace(result, num_missing=len(missing))

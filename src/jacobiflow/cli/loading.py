@@ -9,15 +9,14 @@ import jacobiflow as jf
 from jacobiflow.errors import InputValueError
 
 if TYPE_CHECKING:
-    from jacobiflow.data import Noise
     from jacobiflow.models.flow import Flow
 
 _PLAIN_EXCLUDES = "--plain: excludes --guidance and --denoise; leave one of them out"
 _RECOMMENDED = " (recommended by the model; --plain turns it off)"
 
 
-def load_model(name: str, device: str, dtype: str, guidance: str = "0") -> Flow:
-    """Loads the flow of `--model`, `--device`, `--dtype` and `--guidance`; tf32 is set for the whole process."""
+def load_model(name: str, device: str, dtype: str, guidance: str = "0", offload: bool = False) -> Flow:
+    """Loads the flow that the options of a command name; `--dtype tf32` is set for the whole process."""
     import torch
 
     device = pick_device(device)
@@ -26,7 +25,7 @@ def load_model(name: str, device: str, dtype: str, guidance: str = "0") -> Flow:
             raise InputValueError(f"--dtype tf32: only a GPU has it, and --device is {device}; give float32")
         torch.set_float32_matmul_precision("high")
         dtype = "float32"
-    return jf.load(name, device, dtype).guided(jf.Guidance.parse(guidance))
+    return jf.load(name, device, dtype, offload).guided(jf.Guidance.parse(guidance))
 
 
 def pick_device(name: str) -> str:
@@ -91,11 +90,3 @@ def load_report(path: Path | None, flow: Flow) -> jf.CalibrationReport | None:
     report = jf.CalibrationReport.load(path)
     report.check(flow)
     return report
-
-
-def training_noise(flow: Flow) -> Noise:
-    """Returns the noise of the flow's training images."""
-    from jacobiflow.data import Noise
-
-    std = flow.config.noise_std
-    return Noise("gaussian", std) if std else Noise("uniform")

@@ -34,6 +34,7 @@ _DENOISE = "Rate of one denoising step; 0 is off. Default: as recommended by the
 _CERTIFY = "Measure each sample's residual, and solve it again if it is above the tolerance."
 _CERTIFY_ALWAYS = "Measure blocks that were solved token by token, too."
 _SENSITIVITY = "Measure how much rounding changes each sample, by a second solve."
+_OFFLOAD = "Keep one block at a time on the device, for a model that is larger than it."
 _STRATEGIES = (
     "auto (planned for this model, machine and batch size), sequential, sequential:int16, jacobi, jacobi-J, "
     "gs-jacobi:G, gs-jacobi:G-J, window:N, the paper's [Stack-GS-J-Else], or a .json file."
@@ -64,6 +65,7 @@ class SampleConfig:
     sensitivity: Annotated[bool, Option("--sensitivity", help=_SENSITIVITY)] = False
     compare: Annotated[bool, Option("--compare", help="Compare with the original sampler on the first batch.")] = False
     device: options.Device = "auto"
+    offload: Annotated[bool, Option("--offload", help=_OFFLOAD)] = False
     dtype: options.Dtype = "float32"
     part: options.Part = None
     overwrite: Annotated[bool, Option("--overwrite", help="Replace the samples in the folder.")] = False
@@ -72,7 +74,7 @@ class SampleConfig:
 
 @dataclass(frozen=True)
 class Speed:
-    """What the samples cost, and how many were drawn in a second of computing."""
+    """The cost of the samples, and how many were drawn in a second of computing."""
 
     cost: Cost
     samples_per_second: float
@@ -93,10 +95,10 @@ class Comparison:
 
 @dataclass(frozen=True)
 class SampleResult(Provenance):
-    """What `jacobiflow sample` has drawn.
+    """The samples that a command has drawn.
 
     Attributes:
-        settings: Guidance and denoising as options, and a note on where they come from.
+        settings: Guidance and denoising as options, and a note if the model recommends them.
         num_new: Number of samples that this command drew.
         speed: The speed of all samples; None if other parts are missing, like `outcome`.
     """
@@ -137,7 +139,7 @@ def run(config: SampleConfig, processes: Processes) -> SampleResult | None:
     size = options.parse_batch_size(config.batch_size)
     part = jf.Part.parse(config.part)
     device = processes.device(loading.pick_device(config.device))
-    flow = loading.load_model(config.model, device, config.dtype)
+    flow = loading.load_model(config.model, device, config.dtype, offload=config.offload)
     if config.compare:
         flow.require_images()
     classes = options.parse_labels(config.labels, config.num, flow, config.seed)

@@ -14,8 +14,7 @@ from torch import Tensor, nn
 
 import jacobiflow as jf
 from jacobiflow import data, evaluation
-from jacobiflow.cli.loading import training_noise
-from jacobiflow.data import ImageDataset, ImageFiles
+from jacobiflow.data import ImageDataset, ImageFiles, Noise
 from jacobiflow.errors import InputValueError
 from jacobiflow.evaluation import FeatureStatistics, PixelDifference, SampleErrors, likelihood
 from jacobiflow.evaluation.distances import MIN_IMAGES
@@ -70,7 +69,7 @@ class Residuals:
 
 @dataclass(frozen=True)
 class FolderSummary:
-    """What a folder of samples records of them."""
+    """The outcome of the samples in a folder."""
 
     path: str
     num: int
@@ -263,7 +262,7 @@ def _merge_errors(batches: Iterator[Scores]) -> Scores:
 def likelihoods(flow: Flow, test: ImageDataset, seed: int, batch_size: int) -> list[Score]:
     """Returns bits per dimension and class accuracy, with the noise of the flow's training."""
     flow.check_context(test.labels, len(test))
-    noise, num = training_noise(flow), len(test)
+    noise, num = Noise.of_std(flow.config.noise_std), len(test)
     batches = torch.arange(num).split(batch_size)
     name = "bits_per_dim" if noise.kind == "uniform" else "bits_per_dim_noisy"
 

@@ -12,6 +12,7 @@ from typer import Option
 
 import jacobiflow as jf
 from jacobiflow.cli import loading, options
+from jacobiflow.cli.job import as_command
 from jacobiflow.cli.output import progress_bar
 from jacobiflow.errors import InputValueError
 from jacobiflow.training.config import TrainConfig
@@ -31,7 +32,7 @@ _NUM_HELD_OUT = 512
 
 
 @dataclass(frozen=True)
-class TrainJob:
+class TrainOptions:
     """The options of `jacobiflow train`."""
 
     images: options.Images
@@ -71,7 +72,7 @@ class TrainResult(Provenance):
     last_step: TrainMetrics | None
 
 
-def run(job: TrainJob, processes: Processes) -> TrainResult:
+def run(config: TrainOptions, processes: Processes) -> TrainResult:
     """Train a TarFlow or a MAF.
 
     The same command again resumes a run that was stopped. Ctrl-C, SIGTERM and SIGUSR1 save a checkpoint and end the
@@ -87,33 +88,33 @@ def run(job: TrainJob, processes: Processes) -> TrainResult:
     from jacobiflow.utils import timing
     from jacobiflow.utils.checks import check_device
 
-    data = load_images(job.images, job.image_size, job.image_channels)
-    flow_class, config = _flow_config(job, data)
-    device = check_device(processes.device(loading.pick_device(job.device)), must_exist=True)
-    torch.manual_seed(job.training.seed)
-    flow = flow_class(config).to(device)
-    transform = image_transform(flow.require_images(), job.horizontal_flip, job.translate, job.hue)
+    data = load_images(config.images, config.image_size, config.image_channels)
+    flow_class, flow_config = _flow_config(config, data)
+    device = check_device(processes.device(loading.pick_device(config.device)), must_exist=True)
+    torch.manual_seed(config.training.seed)
+    flow = flow_class(flow_config).to(device)
+    transform = image_transform(flow.require_images(), config.horizontal_flip, config.translate, config.hue)
 
     def print_metrics(metrics: TrainMetrics) -> None:
         if metrics.step % _PRINT_EVERY == 0 or metrics.held_out_loss is not None:
             held_out = "" if metrics.held_out_loss is None else f"  held out {metrics.held_out_loss:+.4f}"
             values = f"loss {metrics.loss:+.4f}{held_out}  {metrics.bits_per_dim:.3f} bits/dim"
-            print(f"step {metrics.step}/{job.training.steps}  {values}  {metrics.seconds:.0f} s", file=sys.stderr)
+            print(f"step {metrics.step}/{config.training.steps}  {values}  {metrics.seconds:.0f} s", file=sys.stderr)
 
     def save_samples(average: Flow, step: int) -> None:
-        labels = options.parse_labels("balanced", 20, average, job.training.seed)
-        samples = jf.sample(average, num=20, labels=labels, seed=job.training.seed, strategy="sequential")
-        plots.save_png(samples.grid(10), job.out / f"samples-{step:06d}.png")
+        labels = options.parse_labels("balanced", 20, average, config.training.seed)
+        samples = jf.sample(average, num=20, labels=labels, seed=config.training.seed, strategy="sequential")
+        plots.save_png(samples.grid(10), config.out / f"samples-{step:06d}.png")
 
-    with progress_bar() as progress:
+    with progress_bar(is_shown=processes.rank == 0) as progress:
         training.train(
-            flow, data, job.training, job.out, held_out=_held_out_images(job), transform=transform,
+            flow, data, config.training, config.out, held_out=_held_out_images(config), transform=transform,
             on_step=print_metrics, on_sample=save_samples, progress=progress, processes=processes,
         )  # fmt: skip
-    metrics = training.read_metrics(job.out)
+    metrics = training.read_metrics(config.out)
     last_step = metrics[-1] if metrics else None  # The user may have deleted the file of a run that is complete.
     machine = timing.describe_machine(device)
-    return TrainResult(str(job.out), job.flow, config, last_step, machine=machine)
+    return TrainResult(str(config.out), config.flow, flow_config, last_step, machine=machine)
 
 
 def show(result: TrainResult) -> None:
@@ -124,37 +125,37 @@ def show(result: TrainResult) -> None:
     print(f"wrote the model folder {result.model}")
 
 
-def _held_out_images(job: TrainJob) -> ImageDataset | None:
+def _held_out_images(config: TrainOptions) -> ImageDataset | None:
     """Loads the first images of `--held-out`, or of the test split."""
     from jacobiflow.data import ImageDataset, available_splits, load_images
 
-    split = "test" if "test" in available_splits(job.held_out or job.images) else "train"
-    if job.held_out is None and split == "train":
+    split = "test" if "test" in available_splits(config.held_out or config.images) else "train"
+    if config.held_out is None and split == "train":
         return None
-    data = load_images(job.held_out or job.images, job.image_size, job.image_channels, split)  # type: ignore[arg-type]
+    data = load_images(config.held_out or config.images, config.image_size, config.image_channels, split)  # type: ignore[arg-type]
     labels = None if data.labels is None else data.labels[:_NUM_HELD_OUT]
     return ImageDataset(data.images[:_NUM_HELD_OUT], labels)
 
 
-def _flow_config(job: TrainJob, data: ImageDataset) -> tuple[type[Flow], FlowConfig]:
+def _flow_config(config: TrainOptions, data: ImageDataset) -> tuple[type[Flow], FlowConfig]:
     """Returns the class of the flow and its config; raises ValueError for an option that this flow does not have."""
     from jacobiflow.models.registry import FLOWS
 
-    if job.flow not in _trainable_flows():
-        raise InputValueError(f"--flow {job.flow}: give one of {', '.join(_trainable_flows())}")
-    flow_class = FLOWS[job.flow]
-    extra: dict[str, Any] = {name: getattr(job, name) for name in ("patch_size", "head_dim", "noise_std")}
-    extra["volume_preserving"] = job.volume_preserving or None
+    if config.flow not in _trainable_flows():
+        raise InputValueError(f"--flow {config.flow}: give one of {', '.join(_trainable_flows())}")
+    flow_class = FLOWS[config.flow]
+    extra: dict[str, Any] = {name: getattr(config, name) for name in ("patch_size", "head_dim", "noise_std")}
+    extra["volume_preserving"] = config.volume_preserving or None
     extra = {name: value for name, value in extra.items() if value is not None}
     parameters = inspect.signature(flow_class.config_from_options).parameters
     for name, value in extra.items():
         if name not in parameters:
             option = f"--{name.replace('_', '-')} {value}"
-            raise InputValueError(f"{option}: not an option of --flow {job.flow}; leave it out")
+            raise InputValueError(f"{option}: not an option of --flow {config.flow}; leave it out")
+    num_classes = 0 if config.unconditional or data.labels is None else int(data.labels.max()) + 1
     return flow_class, flow_class.config_from_options(
-        in_channels=job.image_channels, image_size=job.image_size, channels=job.channels, blocks=job.blocks,
-        layers=job.layers, num_classes=0 if job.unconditional or data.labels is None else int(data.labels.max()) + 1,
-        **extra,
+        in_channels=config.image_channels, image_size=config.image_size, channels=config.channels,
+        blocks=config.blocks, layers=config.layers, num_classes=num_classes, **extra,
     )  # fmt: skip
 
 
@@ -167,3 +168,6 @@ def _trainable_flows() -> list[str]:
     return sorted(
         name for name, kind in FLOWS.items() if inspect.getattr_static(kind, "config_from_options") is not base_method
     )
+
+
+train = as_command(TrainOptions, run, show)

@@ -73,10 +73,6 @@ class Processes:
         dist.all_gather_object(values, value)
         return values
 
-    def any(self, flag: bool) -> bool:
-        """Tells every process whether `flag` is true in at least one of them."""
-        return max(self.gather(flag))
-
     def map(self, work: Callable[[T], R], units: Sequence[T]) -> Iterator[R]:
         """Yields the results of `work` for all units in every process. Each process computes those that it claims."""
         if self.count == 1:

@@ -61,7 +61,7 @@ class Part:
 
 
 @contextmanager
-def starting(folder: Path, part: Part, locks: ExitStack) -> Iterator[bool]:
+def start_part(folder: Path, part: Part, locks: ExitStack) -> Iterator[bool]:
     """Locks a folder while a part starts, and the part until `locks` is closed; yields whether other parts run.
 
     Raises:
@@ -86,7 +86,7 @@ def starting(folder: Path, part: Part, locks: ExitStack) -> Iterator[bool]:
 
 
 @contextmanager
-def finishing(folder: Path) -> Iterator[None]:
+def lock_folder(folder: Path) -> Iterator[None]:
     """Locks a folder against other parts that start or finish."""
     with locked(folder, wait=_MAX_START_SECONDS):
         yield

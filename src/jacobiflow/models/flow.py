@@ -120,11 +120,11 @@ class Flow(Pretrained):
         return view
 
     def offloaded(self, device: str | torch.device, dtype: torch.dtype | str | None = None) -> Self:
-        """Returns a view of this flow that computes on `device`, where it has the weights of one block at a time.
+        """Returns a view of this flow that computes on `device` with the weights of one block at a time.
 
-        For a flow that is larger than a GPU. All weights stay where they are, and each block is copied before it is
-        used. A GPU copies the next block meanwhile, from pinned memory. Results are those of a flow that is on the
-        device as a whole, bit for bit. Parameters get no gradients.
+        For a flow that is larger than a GPU. The weights stay in their place, and each block is copied to the device
+        before it is used. A GPU copies the next block meanwhile, from pinned memory. Results are those of a flow that
+        is on the device as a whole, bit for bit. Parameters get no gradients.
 
         Args:
             device: The device that computes.

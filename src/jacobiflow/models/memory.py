@@ -113,7 +113,7 @@ class MemoryNeeds:
         weights: The weights of all blocks.
         largest_block: The weights of the largest block.
         copied: The largest copy of a block's weights that the exact loop makes, on a CPU.
-        keys_values: The cache of keys and values of a sample, in the block where it is largest.
+        keys_values: The cache of keys and values of a sample in the block with the largest one.
         sample: All that a sample takes beside the weights: the cache, the activations of a sweep, and the tokens.
         batch: The largest power of two of samples that fits with all weights; 0 if none does.
         offloaded_batch: The same with one block at a time on the device; two on a GPU, which copies the next one.

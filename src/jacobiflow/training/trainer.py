@@ -75,8 +75,8 @@ def train(
     `Flow.initialize`. The data of a step, their noise and dropped labels depend on the seed and the step only: by any
     number of processes the weights are the same to rounding.
 
-    At each checkpoint the averaged flow is also written as a model folder, which can be sampled while the run goes on.
-    If the data have Gaussian noise, it recommends a denoising step at rate 1.
+    Each checkpoint also writes the averaged flow as a model folder, which can be sampled during the run. If the data
+    have Gaussian noise, it recommends a denoising step at rate 1.
 
     A second call with the same `out` resumes from the checkpoint, by one process or more. By as many as before it ends
     with the weights of a run without a stop, bit for bit. SIGINT, SIGTERM and SIGUSR1 end the step, write a checkpoint

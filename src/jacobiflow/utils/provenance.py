@@ -13,7 +13,7 @@ _TIMEOUT = 10  # Seconds after which a call of git, perhaps on a slow disk, is g
 
 @dataclass(frozen=True, kw_only=True)
 class Provenance:
-    """What a result depends on beside its settings: the base of the results of commands.
+    """The code and the machine that a result comes from; the base of the results of commands.
 
     Attributes:
         machine: The machine, see `jacobiflow.utils.timing.describe_machine`.

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-_NUMPY_FORMATS = {"float32": "<f4", "float64": "<f8"}  # of a tensor's bytes, by the name of their entry
+_NUMPY_FORMATS = {"float32": "<f4", "float64": "<f8"}  # NumPy's names of the dtypes in which tensors are stored.
 
 _pieces: dict[type, dict[str, type]] = {}  # the registered classes by their names, for each base class
 

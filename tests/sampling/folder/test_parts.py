@@ -13,7 +13,7 @@ import torch
 
 import jacobiflow as jf
 from jacobiflow.distributed import parts as module
-from jacobiflow.distributed.parts import starting
+from jacobiflow.distributed.parts import start_part
 from jacobiflow.sampling.folder import SampleFolderError
 from jacobiflow.utils.files import FolderInUseError, locked
 from tests.helpers.process_groups import Job, run_jobs
@@ -137,7 +137,7 @@ class starting_part:  # noqa: N801
         from contextlib import ExitStack
 
         self._locks = ExitStack()
-        with starting(self._out, self._part, self._locks):
+        with start_part(self._out, self._part, self._locks):
             pass
 
     def __exit__(self, *_: Any) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import reduce
 from pathlib import Path
 from typing import Any, TypeVar
@@ -29,7 +29,7 @@ def names_in(file: Path) -> list[str]:
         raise CheckpointError(f"{file}: missing or damaged ({first_line(error)}); copy it again") from error
 
 
-class TensorFiles(MutableMapping[str, Tensor]):
+class TensorFiles(Mapping[str, Tensor]):
     """The tensors of files by their names. Each has a mapping of its file while it is in use.
 
     Attributes:
@@ -43,12 +43,6 @@ class TensorFiles(MutableMapping[str, Tensor]):
         with safe_open(self.places[name], "pt") as content:
             tensor: Tensor = content.get_tensor(name)
             return tensor
-
-    def __setitem__(self, name: str, tensor: Tensor) -> None:
-        raise NotImplementedError("these tensors are only read")
-
-    def __delitem__(self, name: str) -> None:
-        del self.places[name]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.places)
@@ -74,13 +68,13 @@ def split_tensors(state: Mapping[str, Tensor], max_size: int) -> list[dict[str, 
 
 
 def build(
-    make: Callable[[Any], AnyModule], config: Any, state: MutableMapping[str, Tensor], source: str,
+    make: Callable[[Any], AnyModule], config: Any, state: dict[str, Tensor] | TensorFiles, source: str,
     device: torch.device | str = "cpu", dtype: torch.dtype | None = None, maps: bool = False,
 ) -> AnyModule:  # fmt: skip
     """Builds a module with the values of a state dict, which must fit it, in eval mode.
 
     The module is made on the meta device, so that initial values cost nothing and draw no random numbers. Tensors are
-    then copied one by one, and removed from `state`: the memory is that of the module and of one tensor.
+    then copied one by one, and removed from a `state` in memory: the memory is that of the module and of one tensor.
 
     Args:
         source: The beginning of a CheckpointError.
@@ -92,7 +86,7 @@ def build(
     dtype = dtype or widened_dtype(state.values())
     copies, flaws = dict[str, Tensor](), list[str]()
     for name in list(state):
-        tensor = state.pop(name)
+        tensor = state.pop(name) if isinstance(state, dict) else state[name]
         if flaw := _flaw(name, tensor):
             flaws.append(flaw)
             continue

@@ -122,7 +122,7 @@ class SampleFolder:
 
     @property
     def is_complete(self) -> bool:
-        """Whether the run has drawn all samples. Files may have been removed or damaged since, see `problems`."""
+        """True if the run has drawn all samples. Files may have been removed or damaged since, see `problems`."""
         return self.manifest.checksums is not None
 
     def problems(self) -> list[str]:

@@ -17,7 +17,7 @@ import torch
 from jacobiflow.blocks.context import Context
 from jacobiflow.calibration import CalibrationReport
 from jacobiflow.distributed import Part, Processes
-from jacobiflow.distributed.parts import finishing, forget_parts, starting
+from jacobiflow.distributed.parts import forget_parts, lock_folder, start_part
 from jacobiflow.errors import InputValueError
 from jacobiflow.fixed_point import CertifyMode
 from jacobiflow.fixed_point.options import SolveOptions
@@ -190,7 +190,7 @@ def _start_or_resume(
     """Locks the part, and returns the folder with the shards to draw. An error comes before any change."""
     check_own(new.path, new.manifest.kind)
     new.check_no_links()
-    with starting(new.path, part, locks) as has_others:
+    with start_part(new.path, part, locks) as has_others:
         earlier = SampleFolder.open(new.path) if (new.path / MANIFEST).exists() else None
         is_new = earlier is None or overwrite or not any(map(earlier.record, range(earlier.manifest.num_shards)))
         if earlier is None or (is_new and not has_others):
@@ -283,7 +283,7 @@ def _add_progress(
 
 def _finish(folder: SampleFolder) -> SampleFolder:
     """Writes all checksums to the manifest, unless shards of other parts are missing."""
-    with finishing(folder.path):
+    with lock_folder(folder.path):
         records = [folder.record(index) for index in range(folder.manifest.num_shards)]
         if None in records:
             return folder
