@@ -44,11 +44,11 @@ fuzz: setup
 # Mutation testing: the share of small faults that the tests catch, docs/results/mutants.json (about an hour on two cores;
 # it goes on where it was stopped).
 mutants: setup
-	$(BIN)/python -m benchmarks.mutants
+	$(BIN)/python -m tools.mutation.mutants
 
 # Measures docs/performance.md and docs/peers.md, the table and the chart of README.md, and the demo's picture (an hour and a half
 # on two idle cores). RENDER fills the pages from the result files.
-RENDER = $(BIN)/python -m benchmarks.render
+RENDER = $(BIN)/python -m tools.docs.render
 benchmark: demo
 	$(BIN)/python -m benchmarks.performance
 	$(BIN)/python -m benchmarks.front_page
@@ -96,7 +96,7 @@ $(CALIBRATED): calibration-%: setup
 	$(TUNE) --model $(BUNDLED) --plain
 	$(CALIBRATE) --guidance 1 --out out/$*-guided.json
 	$(BIN)/python -m benchmarks.calibration $* out/$*-guided.json
-	$(BIN)/python -m benchmarks.paper_figures $* --strategy "$(CUT_$*)"
+	$(BIN)/python -m tools.pictures.paper_figures $* --strategy "$(CUT_$*)"
 	$(BIN)/python -m benchmarks.strategies $*
 
 # Regenerates the tables and the figure of docs/flows.md, docs/libraries.md and docs/sbi.md (an hour on two idle cores,
@@ -112,7 +112,7 @@ flows: setup
 training: setup
 	$(BIN)/python -m benchmarks.training
 	$(BIN)/python -m benchmarks.fits
-	$(BIN)/python -m benchmarks.figures training
+	$(BIN)/python -m tools.pictures.figures training
 	$(RENDER)
 
 # Regenerates the scores of docs/paper.md and docs/evaluation.md (hours on two cores; it goes on where it was stopped).
@@ -141,13 +141,14 @@ render: setup
 
 # Runs the notebooks of docs/tutorials, and keeps their outputs (five minutes on two idle cores).
 tutorials: setup
-	$(BIN)/python -m benchmarks.run_tutorials
+	$(BIN)/python -m tools.docs.tutorials
 
 # Measures docs/boltzmann.md and docs/boltzmann_speed.md (an hour on two idle cores, of which the simulations take two thirds).
 boltzmann: setup
 	$(BIN)/python -m examples.boltzmann simulate --seed 1
 	$(BIN)/python -m examples.boltzmann simulate --seed 2
 	$(BIN)/python -m benchmarks.alanine
+	$(BIN)/python -m tools.pictures.figures alanine
 	$(BIN)/python -m benchmarks.boltzmann
 	$(RENDER)
 
@@ -181,15 +182,15 @@ rounding: setup
 EMOJI := emoji-datasource-google@16.0.0
 emoji: setup
 	npm install --no-save --no-package-lock $(EMOJI)
-	$(BIN)/python -m benchmarks.make_images emoji
+	$(BIN)/python -m tools.models.make_images emoji
 
 # Redraws the figures of the method, and those of the result files.
 figures: setup
-	$(BIN)/python -m benchmarks.figures
+	$(BIN)/python -m tools.pictures.figures
 
 # Builds the site in out/site; fails if a link leads nowhere.
 docs: setup
-	$(BIN)/python -m benchmarks.website
+	$(BIN)/python -m tools.docs.website
 
 clean:
 	rm -rf $(VENV) out build dist

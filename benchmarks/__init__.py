@@ -1,1 +1,1 @@
-"""Measurements that the documentation quotes: `python -m benchmarks.NAME`, each writes a file of docs/results."""
+"""Measurements that the documentation shows: `python -m benchmarks.NAME`; each writes a file of docs/results."""

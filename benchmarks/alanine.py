@@ -1,4 +1,4 @@
-"""Measures the alanine dipeptide example: `python -m benchmarks.alanine`, about eight minutes; then draws its figure.
+"""Measures the alanine dipeptide example: `python -m benchmarks.alanine`, about eight minutes.
 
 It needs the simulations that `python -m examples.boltzmann simulate` writes. Writes docs/results/alanine.json, which
 fills docs/boltzmann.md: free energies along phi of the simulations and of proposals, effective sample sizes, and what
@@ -19,14 +19,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 import jacobiflow as jf
-from benchmarks.common import FIGURES, RESULTS, Json, complete, parser
-from benchmarks.render import result
+from benchmarks.common import RESULTS, Json, complete, parser
 from examples.boltzmann import MODEL, Coordinates, frames
 from examples.molecule import PHI, PSI, torsion
 from jacobiflow.models.flow import Flow
 from jacobiflow.models.latents import draw_latents, log_normal
-from jacobiflow.plots import save_png
-from jacobiflow.plots.style import new_figure, simplify_axes, use_style
 
 BINS, RANGE = 36, (-np.pi, np.pi)
 MOST = 100_000  # proposals, whose maps are drawn
@@ -150,36 +147,6 @@ def _row(
     }
 
 
-@use_style
-def figure() -> Any:
-    """Densities over phi and psi of the simulation, of proposals and of weighted proposals, and free energies."""
-    runs = {run["what"]: run for run in result("alanine")["runs"]}
-    simulation, many = runs["simulations"], runs[f"{MOST:,} proposals"]
-    figure = new_figure(5.6)
-    halves: Any = figure.subfigures(2, 1, height_ratios=(1.05, 1))
-    top, bottom = halves
-    axes = top.subplots(1, 3, sharey=True)
-    panels = {"simulation": simulation, "100,000 proposals": many["unweighted"], "reweighted": many["weighted"]}
-    for axis, title, of_bins in zip(axes, panels, (simulation["map"], *many["maps"]), strict=True):
-        with np.errstate(divide="ignore"):
-            values = -np.log(np.array(of_bins).T * (2 * BINS) ** 2)
-        image = axis.imshow(values, origin="lower", extent=(-180, 180, -180, 180), cmap="viridis", vmin=-5, vmax=6)
-        axis.set(title=title, xlabel="phi, degrees", xticks=(-120, 0, 120), yticks=(-120, 0, 120))
-    axes[0].set_ylabel("psi, degrees")
-    top.colorbar(image, ax=axes, label="F / kT", shrink=0.8)
-    axis = bottom.subplots()
-    centres = np.degrees((np.arange(BINS) + 0.5) * 2 * np.pi / BINS - np.pi)
-    for (label, panel), color, marker in zip(
-        panels.items(), ("#000000", "#fba652", "#00519e"), ("", "v", "o"), strict=True
-    ):
-        values, error = (np.array(panel[name], float) for name in ("free_energy", "error"))  # nan without samples
-        axis.errorbar(centres, values, error, color=color, marker=marker, label=label, markersize=4, capsize=2)
-    axis.set(xlabel="phi, degrees", ylabel="F / kT", xlim=(-180, 180), ylim=(1, 15), xticks=range(-180, 181, 60))
-    axis.legend(loc="upper left")
-    simplify_axes(axis)
-    return figure
-
-
 def main() -> None:
     parser(__doc__).parse_args()
     warnings.simplefilter("ignore")  # samples that are not certified are what is measured
@@ -196,7 +163,6 @@ def main() -> None:
 
     keys = ({"what": what} for what in ("simulations", "10,000 proposals", f"{MOST:,} proposals", "tolerances"))
     complete(RESULTS / "alanine.json", keys, measure, lambda run: print(run["what"]))
-    save_png(figure(), FIGURES / "alanine.png")
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
     jacobiflow evaluate --model fashion-p2 --samples out/many --features benchmarks/features.py:fashion \\
         --stats benchmarks/weights/fashion_fid_stats.pth
 
-`benchmarks/train_features.py` trains the networks.
+`tools/models/train_features.py` trains the networks.
 """
 
 from __future__ import annotations

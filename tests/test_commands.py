@@ -42,7 +42,7 @@ SHORT = {
 def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of what the commands read: weights, images, samples, and the repository's own folders."""
     folder = tmp_path_factory.mktemp("commands")
-    for name in ("benchmarks", "examples", "demo"):
+    for name in ("benchmarks", "examples"):
         (folder / name).symlink_to(ROOT / name)
     torch.manual_seed(0)
     config = jf.TarFlowConfig(1, 32, 8, channels=64, num_blocks=2, layers_per_block=1, num_classes=2, noise_std=0.07)

@@ -15,8 +15,8 @@ import pytest
 from typer.exceptions import TyperException
 from typer.main import get_command
 
-from benchmarks import render
 from jacobiflow.cli.app import app
+from tools.docs import render
 
 ROOT = Path(__file__).resolve().parent.parent
 EXTENDING = ("extending.md", "your_own_flow.md")  # whose examples are files of examples/extending

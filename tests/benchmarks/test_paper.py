@@ -13,11 +13,12 @@ import torch
 from PIL import Image
 
 import jacobiflow as jf
-from benchmarks import paper_sizes, render, strategies
-from benchmarks.paper_figures import draw_figures
+from benchmarks import paper_sizes, strategies
 from benchmarks.paper_sizes import Way
 from jacobiflow.data import image_grid
 from tests.helpers.invented import make_report
+from tools.docs import render
+from tools.pictures.paper_figures import draw_figures
 
 ROOT = Path(__file__).resolve().parents[2]
 CAPTION = 40  # pixels

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 import jacobiflow as jf
-from benchmarks import render
 from benchmarks.peers import GRIDS, PEERS, gs_jacobi_grid
 from tests.helpers import oracle
 from tests.helpers.problems import latents, make_flow
+from tools.docs import render
 
 PLAIN = ["Jacobi-30", "Jacobi-60"]  # the GS-Jacobi paper's Tables 3 and 4 add settings for one or two tough blocks
 LABELS = torch.tensor([0, 2, -1])

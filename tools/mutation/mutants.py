@@ -1,6 +1,6 @@
-"""Measures how many small faults the tests catch: `python -m benchmarks.mutants`, about an hour on two cores.
+"""Measures how many small faults the tests catch: `python -m tools.mutation.mutants`, about an hour on two cores.
 
-For each fault of benchmarks/faults.py the tests of its part run in a copy of the tree until one fails. Writes
+For each fault of tools/mutation/faults.py the tests of its part run in a copy of the tree until one fails. Writes
 docs/results/mutants.json, which fills docs/testing.md: the share of killed mutants and the survivors, part by part.
 Interrupted, it goes on, unless sources or tests have changed since.
 """
@@ -26,8 +26,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from benchmarks.common import RESULTS, ROOT, Json, parser
-from benchmarks.faults import Mutant, draw
 from jacobiflow.utils.files import write_json
+from tools.mutation.faults import Mutant, draw
 
 SEED = 0
 JOBS = 2  # mutants tested at once
@@ -134,7 +134,7 @@ def main() -> None:
     parser(__doc__).parse_args()
     resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
     parts = examine(ROOT, PARTS, ROOT / "out" / "mutants-progress.json")
-    write_json(RESULTS / "mutants.json", {"command": "python -m benchmarks.mutants", "seed": SEED, "parts": parts})
+    write_json(RESULTS / "mutants.json", {"command": "python -m tools.mutation.mutants", "seed": SEED, "parts": parts})
     for name, row in parts.items():
         print(f"{name}: {row['killed']} of {row['total']} mutants killed, {row['share']:.0%}")
 

@@ -14,11 +14,11 @@ from playwright.sync_api import Browser, Page
 pytest.importorskip("zensical", reason="needs Python 3.11")
 
 import jacobiflow as jf
-from benchmarks import website
-from benchmarks.chromium import CHROMIUM, chromium, served
-from demo import live_page
-from demo.recording import LABEL, SEED, SOLVER, page_latents
 from jacobiflow.data import quantize
+from tools.chromium import CHROMIUM, chromium, served
+from tools.docs import website
+from tools.page import live_page
+from tools.page.recording import LABEL, SEED, SOLVER, page_latents
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")
 

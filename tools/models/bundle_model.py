@@ -1,4 +1,4 @@
-"""Puts a trained model into the package: `python -m benchmarks.bundle_model --help`.
+"""Puts a trained model into the package: `python -m tools.models.bundle_model --help`.
 
 Writes config.json, with the recommended settings of docs/results/NAME-search.json, and half-precision weights to
 src/jacobiflow/bundled/NAME; and for its card, metrics to docs/results/NAME.json and the loss curve to docs/figures.
@@ -16,7 +16,6 @@ from matplotlib.figure import Figure
 
 import jacobiflow as jf
 from benchmarks.common import FIGURES, MODELS, RESULTS, Json, parser
-from benchmarks.palette import TOUGH_BLOCK
 from jacobiflow.data import ImageDataset, Noise, Split, available_splits, load_images
 from jacobiflow.evaluation import bayes_accuracy, bits_per_dim
 from jacobiflow.models.flow import Flow
@@ -24,6 +23,7 @@ from jacobiflow.plots import save_png
 from jacobiflow.plots.style import new_figure, simplify_axes, use_style
 from jacobiflow.utils import serialization
 from jacobiflow.utils.files import write_json
+from tools.pictures.palette import TOUGH_BLOCK
 
 ACCURACY_IMAGES = 1000
 

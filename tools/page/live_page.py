@@ -11,15 +11,15 @@ import onnx
 
 import jacobiflow as jf
 from benchmarks.common import ROOT
-from benchmarks.npm import npm_files
-from demo.block import block_graph
-from demo.denoising import denoising_graph
-from demo.graphs import SharedWeights, file_name
-from demo.recording import SOLVER, record
 from jacobiflow.utils.files import write_atomically, write_json
+from tools.npm import npm_files
+from tools.page.block import block_graph
+from tools.page.denoising import denoising_graph
+from tools.page.graphs import SharedWeights, file_name
+from tools.page.recording import SOLVER, record
 
 MODEL = "fashion-p2"
-SOURCE = "demo/page/index.md"
+SOURCE = "tools/page/static/index.md"
 RUNTIME, VERSION = "onnxruntime-web", "1.30.0"
 SHA512 = "q0y+JrrtukXSzsBWEMccVfqX25LRmosXHF+CaRJmg8pZClzcV7svNc4rKY3jL02Vb7QmRMDs1SigqR4CXAfKYQ=="
 FOLDERS = {  # of the files of ONNX Runtime Web, for the CPU and for WebGPU

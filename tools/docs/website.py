@@ -1,4 +1,4 @@
-"""Builds the site into out/site, and checks its pages in Chromium: `python -m benchmarks.website`, or `make docs`.
+"""Builds the site into out/site, and checks its pages in Chromium: `python -m tools.docs.website`, or `make docs`.
 
 The Markdown files of the repository link to each other and to sources as GitHub shows them. In the site a link to
 another page leads to that page, one to a picture or a file of docs/ to a copy of it, and one to anything else to the
@@ -18,10 +18,10 @@ from pathlib import Path
 import tomllib
 from nbconvert import MarkdownExporter
 
-from benchmarks.chromium import CHROMIUM, chromium, served
 from benchmarks.common import ROOT
-from benchmarks.npm import npm_files
-from demo import live_page
+from tools.chromium import CHROMIUM, chromium, served
+from tools.npm import npm_files
+from tools.page import live_page
 
 MERMAID, KATEX = "mermaid.min.js", "katex.min.js"
 _CONFIG = ROOT / "docs/zensical.toml"
@@ -114,7 +114,7 @@ class Pages:
         self.site, self.repository, self.root, docs = site, repository, root, root / "docs"
         self.missing: list[str] = []
         self.names = {"README.md": "index.md"}  # in the site, by path in the repository
-        for page in root.glob("demo/page/*.md"):
+        for page in root.glob("tools/page/static/*.md"):
             self.names[str(page.relative_to(root))] = f"live/{page.name}"
         for page in root.glob("[CS]*.md"):  # CHANGELOG, CONTRIBUTING, SECURITY
             self.names[page.name] = page.name.lower()

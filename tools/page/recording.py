@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 import jacobiflow as jf
-from benchmarks.front import Recorder
 from jacobiflow.data import quantize
 from jacobiflow.fixed_point import solve_certified
+from tools.pictures.front import Recorder
 
 LABEL, SEED = 9, 0  # an ankle boot
 SOLVER = jf.Solver(jf.Window(16), stopping=jf.Tolerance(3e-5))  # images are then within 1e-3 of the exact inverse's

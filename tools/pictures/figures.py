@@ -1,7 +1,7 @@
-"""Draws the figures of the method and of result files: `python -m benchmarks.figures [NAME ...]`.
+"""Draws the figures of the method and of result files: `python -m tools.pictures.figures [NAME ...]`.
 
 overview.png, partitions.png and front.gif show the method; error-against-time.png, regimes.png, masked-flows.png,
-speed.png and training.png show result files.
+speed.png, training.png and alanine.png show result files.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle
 
 import jacobiflow as jf
 from benchmarks.common import FIGURES, parser
-from benchmarks.front import Recorder, readable, record, save_animation
-from benchmarks.palette import EASY_BLOCK, FINAL_TOKEN, ORDERED, TOUGH_BLOCK, WAITING_TOKEN
 from benchmarks.regimes import BF16_PASS, EXACT_LOOP, LOOP_IN_PYTORCH, PASS, in_passes
-from benchmarks.render import format_speed_up, result, strategy
 from jacobiflow.models.latents import draw_latents
 from jacobiflow.plots import sampler_style, save_png
 from jacobiflow.plots.style import TEXT_COLOR, new_figure, plain_ticks, simplify_axes, use_style
+from tools.docs.render import format_speed_up, result, strategy
+from tools.pictures.front import Recorder, readable, record, save_animation
+from tools.pictures.palette import EASY_BLOCK, FINAL_TOKEN, ORDERED, TOUGH_BLOCK, WAITING_TOKEN
 
 SWEPT = sampler_style("gs-jacobi").color
 MODEL = "emoji-p2"
@@ -283,6 +283,37 @@ def training() -> Figure:
     return figure
 
 
+@use_style
+def alanine() -> Figure:
+    """Densities over phi and psi of the simulation, of proposals and of weighted proposals, and free energies."""
+    runs = {run["what"]: run for run in result("alanine")["runs"]}
+    simulation, many = runs["simulations"], runs["100,000 proposals"]
+    figure = new_figure(5.6)
+    halves: Any = figure.subfigures(2, 1, height_ratios=(1.05, 1))
+    top, bottom = halves
+    axes = top.subplots(1, 3, sharey=True)
+    panels = {"simulation": simulation, "100,000 proposals": many["unweighted"], "reweighted": many["weighted"]}
+    for axis, title, of_bins in zip(axes, panels, (simulation["map"], *many["maps"]), strict=True):
+        with np.errstate(divide="ignore"):
+            values = -np.log(np.array(of_bins).T * len(of_bins) ** 2)
+        image = axis.imshow(values, origin="lower", extent=(-180, 180, -180, 180), cmap="viridis", vmin=-5, vmax=6)
+        axis.set(title=title, xlabel="phi, degrees", xticks=(-120, 0, 120), yticks=(-120, 0, 120))
+    axes[0].set_ylabel("psi, degrees")
+    top.colorbar(image, ax=axes, label="F / kT", shrink=0.8)
+    axis = bottom.subplots()
+    bins = len(simulation["free_energy"])
+    centres = (np.arange(bins) + 0.5) * 360 / bins - 180
+    for (label, panel), color, marker in zip(
+        panels.items(), ("#000000", "#fba652", "#00519e"), ("", "v", "o"), strict=True
+    ):
+        values, error = (np.array(panel[name], float) for name in ("free_energy", "error"))  # nan without samples
+        axis.errorbar(centres, values, error, color=color, marker=marker, label=label, markersize=4, capsize=2)
+    axis.set(xlabel="phi, degrees", ylabel="F / kT", xlim=(-180, 180), ylim=(1, 15), xticks=range(-180, 181, 60))
+    axis.legend(loc="upper left")
+    simplify_axes(axis)
+    return figure
+
+
 def seconds_text(seconds: float) -> str:
     return f"{seconds:.{0 if seconds >= 9.95 else 1 if seconds >= 0.95 else 2}f} s"
 
@@ -301,7 +332,7 @@ def main() -> None:
     options = parser(__doc__)
     options.add_argument("names", nargs="*", metavar="NAME", help="such as training; by default all, and front.gif")
     names = options.parse_args().names
-    for draw in (overview, partitions, error_against_time, regimes, masked_flows, speed, training):
+    for draw in (overview, partitions, error_against_time, regimes, masked_flows, speed, training, alanine):
         name = draw.__name__.replace("_", "-")
         if not names or name in names:
             save_png(draw(), FIGURES / f"{name}.png")

@@ -10,8 +10,8 @@ import pytest
 pytest.importorskip("zensical", reason="needs Python 3.11")
 
 import jacobiflow as jf
-from benchmarks.chromium import CHROMIUM, chromium, served
-from benchmarks.website import ROOT, Pages, build, check_pages
+from tools.chromium import CHROMIUM, chromium, served
+from tools.docs.website import ROOT, Pages, build, check_pages
 
 REPOSITORY = "https://github.com/owner/name"
 

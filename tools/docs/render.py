@@ -1,6 +1,6 @@
-"""Fills the marked regions of the pages from result files: `python -m benchmarks.render`, or `make render`.
+"""Fills the marked regions of the pages from result files: `python -m tools.docs.render`, or `make render`.
 
-A region names a template of benchmarks/templates and the results that it shows, or a value:
+A region names a template of tools/docs/templates and the results that it shows, or a value:
 
     <!-- render comparison emoji-p2-comparison --> ... <!-- end -->
     <!-- render = "%.1f" % result("emoji-features").test_accuracy --> ... <!-- end -->

@@ -1,4 +1,4 @@
-"""Runs the notebooks of docs/tutorials/ and stores their outputs: `python -m benchmarks.run_tutorials [NAME ...]`.
+"""Runs the notebooks of docs/tutorials/ and stores their outputs: `python -m tools.docs.tutorials [NAME ...]`.
 
 Each is executed by a kernel of this Python in an empty folder, and written back whole or not at all. Differences from
 run to run without a meaning are left out: warnings, progress bars, colours, versions and execution times of the kernel.

@@ -19,13 +19,13 @@ from PIL import Image
 from torch import Tensor
 
 import jacobiflow as jf
-from benchmarks.palette import FINAL_TOKEN, WAITING_TOKEN
 from jacobiflow.blocks.context import NO_CONTEXT
 from jacobiflow.data import quantize
 from jacobiflow.fixed_point import solve_certified
 from jacobiflow.models.flow import Flow
 from jacobiflow.plots import sampler_style
 from jacobiflow.plots.style import use_style
+from tools.pictures.palette import FINAL_TOKEN, WAITING_TOKEN
 
 ROWS = 64  # states whose images are made together
 FRAMES_A_SECOND, PAUSE = 14, 3  # the seconds of the last frame

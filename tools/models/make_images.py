@@ -1,4 +1,4 @@
-"""Writes the images that ship with the package: `python -m benchmarks.make_images fashion|emoji`.
+"""Writes the images that ship with the package: `python -m tools.models.make_images fashion|emoji`.
 
 For `fashion`, the first 512 training images of Fashion-MNIST (Debian's dataset-fashion-mnist), balanced over classes.
 For `emoji`, 256 people, faces and hands of Google's Noto Emoji (Apache-2.0, from the npm package

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import onnx
 
-from demo.block import UNREAD
-from demo.graphs import Graph, SharedWeights
 from jacobiflow.models.tarflow import TarFlow, TarFlowConfig
+from tools.page.block import UNREAD
+from tools.page.graphs import Graph, SharedWeights
 
 
 def denoising_graph(flow: TarFlow, weights: SharedWeights) -> onnx.ModelProto:

@@ -12,9 +12,9 @@ import torch
 from PIL import Image
 
 from benchmarks.features import fashion, trained, training_statistics
-from benchmarks.make_images import emoji
 from jacobiflow.data import load_images
 from jacobiflow.evaluation import extract_features, load_features
+from tools.models.make_images import emoji
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -1,4 +1,4 @@
-"""benchmarks/mutants.py: faults are where they can change a result, and tests of a small tree kill the right ones."""
+"""Faults are where they can change a result, and tests of a small tree kill the right ones."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.mutants import Part, examine
+from tools.mutation.mutants import Part, examine
 
 HALF = """
 from __future__ import annotations

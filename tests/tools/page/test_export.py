@@ -11,8 +11,8 @@ import onnxruntime
 import torch
 
 import jacobiflow as jf
-from demo.live_page import export
 from tests.helpers.problems import make_flow, to_float32
+from tools.page.live_page import export
 
 TOKENS, CLASSES, CLOSE = 16, 3, {"rtol": 1e-4, "atol": 1e-4}
 GUIDANCE = jf.Guidance(0.7, on="scale", attn_temperature=1.3)

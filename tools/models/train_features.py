@@ -1,4 +1,4 @@
-"""Trains the features of fashion-FID or emoji-FID: `python -m benchmarks.train_features fashion|emoji`.
+"""Trains the features of fashion-FID or emoji-FID: `python -m tools.models.train_features fashion|emoji`.
 
 fashion needs Debian's dataset-fashion-mnist, and a quarter of an hour on two cores; emoji needs `make emoji`, and two
 minutes. Writes weights and statistics of all training images into benchmarks/weights, and
@@ -19,12 +19,12 @@ from safetensors.torch import save
 
 from benchmarks.common import RESULTS, parser
 from benchmarks.features import ConvolutionalFeatures, statistics_file, weights_file
-from benchmarks.make_images import emoji, labels_of
 from jacobiflow.data import ImageDataset, Split, load_images
 from jacobiflow.evaluation import FeatureStatistics, extract_features, frechet_distance
 from jacobiflow.training import image_transform
 from jacobiflow.utils.files import write_atomically, write_json
 from jacobiflow.utils.timing import describe_machine
+from tools.models.make_images import emoji, labels_of
 
 BATCH, RATE = 128, 4e-3
 

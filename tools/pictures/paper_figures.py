@@ -1,4 +1,4 @@
-"""Draws the paper's Figures 2, 3, 4, 5 and 7 for a model: `python -m benchmarks.paper_figures MODEL`.
+"""Draws the paper's Figures 2, 3, 4, 5 and 7 for a model: `python -m tools.pictures.paper_figures MODEL`.
 
 Reads the model's report, as `jacobiflow calibrate` writes it. Samples have no guidance and no certificates. Writes
 MODEL-convergence.png (Figure 2), -sampling.png (3), -guesses.png (4), -segments.png (5) and -comparison.png (7).
@@ -20,7 +20,6 @@ from torch import Tensor
 
 import jacobiflow as jf
 from benchmarks.common import FIGURES, parser
-from benchmarks.palette import ORDERED
 from jacobiflow.calibration import CalibrationReport, gs_jacobi_notation
 from jacobiflow.data import image_grid
 from jacobiflow.fixed_point import Latent, MaxSweeps, Solver, Whole, Zeros
@@ -28,6 +27,7 @@ from jacobiflow.models.flow import Flow
 from jacobiflow.plots import comparison_sheet, rows_sheet, sampler_style, save_png
 from jacobiflow.plots.sheets import column_captions, stack_images
 from jacobiflow.plots.style import new_figure, simplify_axes, use_style
+from tools.pictures.palette import ORDERED
 
 IMAGES, SHOWN = 10, 4
 TOLERANCE = 1e-2

@@ -12,9 +12,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 import jacobiflow as jf
-from benchmarks.paper_figures import convergence_figure, intermediates_sheet, segments_figure
 from jacobiflow.calibration import CalibrationReport, ConvergenceCurve
 from tests.helpers.pictures import CAPTION, assert_placed, random_images, texts_fit
+from tools.pictures.paper_figures import convergence_figure, intermediates_sheet, segments_figure
 
 
 @pytest.fixture(scope="module")

@@ -6,8 +6,8 @@ import numpy as np
 import onnx
 from onnx import TensorProto
 
-from demo.graphs import Graph, Shape, SharedWeights
 from jacobiflow.models.tarflow import TarFlowConfig
+from tools.page.graphs import Graph, Shape, SharedWeights
 
 UNREAD = float(np.finfo(np.float32).min)  # added to the logit of a token that is not read
 

@@ -9,9 +9,9 @@ from matplotlib.colors import to_rgb
 from PIL import Image
 
 import jacobiflow as jf
-from benchmarks.front import record, save_animation, token_colors
-from benchmarks.palette import FINAL_TOKEN
 from tests.helpers.problems import latents, make_flow
+from tools.pictures.front import record, save_animation, token_colors
+from tools.pictures.palette import FINAL_TOKEN
 
 
 def test_trajectories_end_at_the_exact_image(tmp_path: Path) -> None:

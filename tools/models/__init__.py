@@ -1,0 +1,1 @@
+"""The bundled models, their data, and the networks that score them."""

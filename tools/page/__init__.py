@@ -1,0 +1,1 @@
+"""The page that solves in a browser."""
