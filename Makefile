@@ -8,7 +8,7 @@ INSTALLED := $(VENV)/.installed
 # Bytecode is compiled when a module is imported, and of most of what is installed none ever is.
 INSTALL := $(BIN)/python -m pip install --quiet --no-compile
 
-.PHONY: setup demo test lint fuzz mutants benchmark regimes calibration flows training evaluation evaluation-in-pytorch emoji \
+.PHONY: setup demo test lint fuzz mutants measure speed regimes calibration evaluation evaluation-in-pytorch emoji \
 	tutorials boltzmann star precision large-models clusters rounding figures docs render clean
 
 setup: $(INSTALLED)
@@ -46,15 +46,19 @@ fuzz: setup
 mutants: setup
 	$(BIN)/python -m tools.mutation.mutants
 
-# Measures docs/performance.md and docs/peers.md, the table and the chart of README.md, and the demo's picture (an hour and a half
-# on two idle cores). RENDER fills the pages from the result files.
+# Measures all that README, the model cards and the pages show (a day on two idle cores). It goes on if it was stopped, measures
+# again what is of other code, and refuses to go on with the results of another machine. Each part is a target of its own.
 RENDER = $(BIN)/python -m tools.docs.render
-benchmark: demo
-	$(BIN)/python -m benchmarks.performance
-	$(BIN)/python -m benchmarks.front_page
-	$(BIN)/python -m benchmarks.model_speed
-	cp out/demo/samples.png docs/figures/demo.png
+measure: speed calibration evaluation regimes boltzmann star precision large-models clusters rounding
+
+# Measures README, the model cards, and the pages on speed, flows of other libraries and training (two and a half hours on two idle
+# cores).
+speed: setup
+	$(INSTALL) pocomc
+	for name in model_speed masked_flows sbi_flows training fits performance; do \
+		$(BIN)/python -m benchmarks.$$name || exit; done
 	$(RENDER)
+	$(BIN)/python -m tools.pictures.figures
 
 # Measures docs/regimes.md and docs/sizes.md (two hours on two idle cores; it goes on if it was stopped).
 regimes: setup
@@ -85,6 +89,7 @@ calibration: $(CALIBRATED) $(RECOMMENDED)
 	$(BIN)/jacobiflow calibrate --model digits-maf --images digits \
 		--out src/jacobiflow/bundled/digits-maf/report.json
 	$(TUNE) --model src/jacobiflow/bundled/digits-maf --plain
+	$(BIN)/python -m benchmarks.maf
 	$(RENDER)
 
 $(RECOMMENDED): recommended-%: setup
@@ -98,22 +103,6 @@ $(CALIBRATED): calibration-%: setup
 	$(BIN)/python -m benchmarks.calibration $* out/$*-guided.json
 	$(BIN)/python -m tools.pictures.paper_figures $* --strategy "$(CUT_$*)"
 	$(BIN)/python -m benchmarks.strategies $*
-
-# Regenerates the tables and the figure of docs/flows.md, docs/libraries.md and docs/sbi.md (an hour on two idle cores,
-# and three quarters of an hour of training the first time; it goes on where it was stopped).
-flows: setup
-	$(BIN)/python -m benchmarks.masked_flows
-	$(BIN)/python -m benchmarks.sbi_flows
-	$(BIN)/python -m benchmarks.maf
-	$(RENDER)
-
-# Measures docs/training.md, its chart, and the section on training of docs/libraries.md (half an hour on two idle cores; it
-# goes on where it was stopped). One row needs pocomc, which is no tool of this project: pip install pocomc.
-training: setup
-	$(BIN)/python -m benchmarks.training
-	$(BIN)/python -m benchmarks.fits
-	$(BIN)/python -m tools.pictures.figures training
-	$(RENDER)
 
 # Regenerates the scores of docs/paper.md and docs/evaluation.md (hours on two cores; it goes on where it was stopped).
 evaluation: setup
@@ -184,8 +173,10 @@ emoji: setup
 	npm install --no-save --no-package-lock $(EMOJI)
 	$(BIN)/python -m tools.models.make_images emoji
 
-# Redraws the figures of the method, and those of the result files.
-figures: setup
+# Redraws the figures of the method, those of the result files, and the sheets of samples; names results of other code.
+figures: demo render
+	cp out/demo/samples.png docs/figures/demo.png
+	$(BIN)/python -m tools.pictures.sheets
 	$(BIN)/python -m tools.pictures.figures
 
 # Builds the site in out/site; fails if a link leads nowhere.

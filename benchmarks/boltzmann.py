@@ -39,6 +39,7 @@ BATCHES = {
     "138 x 3, 8 x 8 layers of 384": (4,), PROSE: (16,),
 }  # fmt: skip
 ROWS = 256  # of the comparison with float64
+ROUNDS = 3
 BUNDLED = ("fashion-p2", "emoji-p2", "digits-p1", "digits-maf")
 GROWING, ACCELERATED, LOOP, DENSITIES = "growing cache", "accelerated", "loop", "loop, densities"
 
@@ -129,7 +130,7 @@ def errors(flow: Flow, z: Tensor, answers: dict[str, tuple[Tensor, Tensor]]) -> 
     }
 
 
-def measure(rounds: int, key: Json) -> Json:
+def measure(key: Json) -> Json:
     flow = flow_of(key["size"])
     z = draw_latents(key["batch"], flow.config.num_tokens, flow.config.token_channels, seed=1)
     loop = partial(jf.sample, flow, latents=z, strategy="sequential")
@@ -145,7 +146,7 @@ def measure(rounds: int, key: Json) -> Json:
         accelerated = Live(flow)
         jf.accelerate(accelerated)
         runs = {GROWING: partial(Live(flow).reverse, z), ACCELERATED: partial(accelerated.reverse, z), **runs}
-    timings, results = time_interleaved(runs, rounds)
+    timings, results = time_interleaved(runs, ROUNDS)
     ours = results[DENSITIES]
     answers = {DENSITIES: (ours.tokens[:ROWS], ours.log_prob[:ROWS])}
     if GROWING in runs:
@@ -154,7 +155,7 @@ def measure(rounds: int, key: Json) -> Json:
     return {"seconds": to_json(timings), "errors": errors(flow, z[:ROWS], answers)}
 
 
-def gradients(rounds: int, key: Json) -> Json:
+def gradients(key: Json) -> Json:
     """Times the backward passes of `encode` and of `decode` of a flow, in its parameters, at random cotangents."""
     flow = jf.load(MODEL if key["model"] == MODEL.name else key["model"]).requires_grad_()
     num = key["batch"]
@@ -168,7 +169,7 @@ def gradients(rounds: int, key: Json) -> Json:
         "encode": lambda: flow.encode(x, labels)[0],
     }
     seconds: dict[str, list[float]] = {name: [] for name in outputs}
-    for _ in range(rounds + 1):
+    for _ in range(ROUNDS + 1):
         for name, make in outputs.items():
             output = make()
             loss = (output * torch.randn_like(output)).sum()
@@ -178,15 +179,13 @@ def gradients(rounds: int, key: Json) -> Json:
 
 
 def main() -> None:
-    arguments = parser(__doc__)
-    arguments.add_argument("--rounds", type=int, default=3)
-    rounds = arguments.parse_args().rounds
+    parser(__doc__).parse_args()
     keys: list[Json] = [{"size": size, "batch": batch} for size, batches in BATCHES.items() for batch in batches]
     keys += [{"model": model, "batch": 4} for model in (*BUNDLED, MODEL.name)]
     complete(
         RESULTS / "boltzmann.json",
         keys,
-        lambda key: (measure if "size" in key else gradients)(rounds, key),
+        lambda key: (measure if "size" in key else gradients)(key),
         lambda run: print({name: value for name, value in run.items() if name != "errors"}),
     )
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jacobiflow as jf
-from benchmarks.common import IN_PYTORCH, RESULTS, Json
+from benchmarks.common import IN_PYTORCH, RESULTS, Json, origin
 from jacobiflow.calibration import rank_correlation
 from jacobiflow.calibration.report import GUESS_NAMES
 from jacobiflow.utils.files import write_json
@@ -137,7 +137,8 @@ def write_guided(model: str, report: jf.CalibrationReport) -> None:
     """Writes what the page shows of a calibration under guidance."""
     sweeps = {guess: {f"{TOLERANCE:g}": report.mean_sweeps("noise", TOLERANCE, guess)} for guess in GUESS_NAMES}
     write_json(RESULTS / f"{model}-calibration-guided.json", {
-        "model": model, "guess": [report.best_guess(block) for block in range(report.num_blocks)],
+        **origin(jf.calibrate), "command": "make calibration", "model": model,
+        "guess": [report.best_guess(block) for block in range(report.num_blocks)],
         "crm_percent": report.crm_percent, "gamma": [sum(norms) / len(norms) for norms in report.gamma],
         "mean_sweeps": {"noise": sweeps},
     })  # fmt: skip

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -15,13 +17,14 @@ import torch
 from torch import Tensor
 
 import jacobiflow as jf
+from benchmarks.sources import ROOT, code_digest
 from jacobiflow.models.flow import Flow
 from jacobiflow.models.latents import draw_latents
 from jacobiflow.native import SWITCH
 from jacobiflow.utils.files import write_json
+from jacobiflow.utils.provenance import find_commit
 from jacobiflow.utils.timing import Timing, describe_machine, time_interleaved
 
-ROOT = Path(__file__).resolve().parent.parent
 RESULTS, FIGURES = ROOT / "docs" / "results", ROOT / "docs" / "figures"
 MODELS = ROOT / "src" / "jacobiflow" / "bundled"
 IN_PYTORCH = "sequential, in PyTorch"
@@ -68,21 +71,64 @@ def time_speed_up(runs: Mapping[str, Callable[[], Any]], rounds: int) -> tuple[J
     return {"rounds": rounds, "seconds": to_json(timings), "speed_up": ratio}, results
 
 
-def read(out: Path, new: Json) -> Json:
-    """Reads a result file to go on with; `new` if there is none from the machine of `new`."""
-    old = json.loads(out.read_text()) if out.exists() else new
-    return old if old["machine"] == new["machine"] else new
+def origin(measure: Callable[..., Any]) -> Json:
+    """The command and the machine of a benchmark, the commit, and the digest of the code that it measures."""
+    module = module_of(measure)
+    command = {"command": f"python -m {module}", "machine": describe_machine()}
+    return command | {"commit": find_commit(), "code": code_digest(module)}
+
+
+def module_of(function: Callable[..., Any]) -> str:
+    """The module of a function, by its name even if it runs as a script."""
+    name = function.func.__module__ if isinstance(function, partial) else function.__module__
+    return sys.modules["__main__"].__spec__.name if name == "__main__" else name  # type: ignore[union-attr]
+
+
+def read(out: Path, head: Json) -> Json:
+    """Reads a result file to go on with; `head`, its `origin`, if there is none, or one of other code.
+
+    Raises:
+        SystemExit: If the file is of another machine, whose figures must not stand beside those of this one.
+    """
+    old: Json = json.loads(out.read_text()) if out.exists() else head
+    check_machine(out, old, head)
+    return old if old.get("code") == head["code"] else head
+
+
+def check_machine(out: Path, old: Json, head: Json) -> None:
+    if old["machine"] != head["machine"]:
+        raise SystemExit(
+            f"{out} is of {old['machine']}, and this machine is {head['machine']}: remove the file to measure all of it"
+        )
 
 
 def complete(
     out: Path, keys: Iterable[Json], measure: Callable[[Json], Json], show: Callable[[Json], None] = print
 ) -> Json:
-    """Adds a run to the result file for each key that it lacks, writes after each, and returns the content."""
-    result = read(out, {"machine": describe_machine(), "runs": []})
+    """Measures each key of which the result file has no row of the present code, and writes after each row.
+
+    A row is the key, what was measured, the commit, and the digest of the code. Rows of other keys are dropped.
+
+    Returns:
+        The content of the file.
+
+    Raises:
+        SystemExit: If the file is of another machine.
+    """
+    head, keys = origin(measure), [*keys]
+    result = {name: head[name] for name in ("command", "machine")}
+    code = {name: head[name] for name in ("commit", "code")}
+    old: Json = json.loads(out.read_text()) if out.exists() else result
+    check_machine(out, old, head)
+    rows = [_row(old.get("runs", []), key) for key in keys]
     out.parent.mkdir(parents=True, exist_ok=True)
-    for key in keys:
-        if not any(key.items() <= run.items() for run in result["runs"]):
-            result["runs"].append(key | measure(key))
-            write_json(out, result)
-            show(result["runs"][-1])
-    return result
+    for i, key in enumerate(keys):
+        if (rows[i] or {}).get("code") != code["code"]:
+            rows[i] = key | measure(key) | code
+            write_json(out, result | {"runs": [row for row in rows if row is not None]})
+            show(rows[i])
+    return result | {"runs": rows}
+
+
+def _row(runs: Iterable[Json], values: Json) -> Json | None:
+    return next((run for run in runs if values.items() <= run.items()), None)

@@ -17,13 +17,11 @@ import torch
 from torch import Tensor
 
 import jacobiflow as jf
-from benchmarks.common import RESULTS, ROOT, Json, parser, read, without_native
+from benchmarks.common import RESULTS, ROOT, Json, complete, parser, without_native
 from jacobiflow.comparison.baselines import original_sampler
 from jacobiflow.data import Noise, load_images
 from jacobiflow.data.noise import add_noise, keyed_generator
 from jacobiflow.models.memory import keep_freed_memory
-from jacobiflow.utils.files import write_json
-from jacobiflow.utils.timing import describe_machine
 
 OUT, FOLDER = RESULTS / "maf.json", ROOT / "out" / "maf-fashion-mnist"
 TRAINING = "--flow maf --channels 512 --layers 2 --blocks 5 --unconditional --batch-size 128 --steps 3000"
@@ -64,11 +62,11 @@ def inverses_of(flow: jf.MAF) -> dict[str, Inverse]:
     }
 
 
-def measure(name: str, inverse: Inverse, images: Tensor, latents: Tensor) -> Json:
-    """Seconds of the inverse of all batches, and the mean absolute error of a pixel in [0, 1]."""
+def measure(inverse: Inverse, images: Tensor, latents: Tensor, most: int | None) -> Json:
+    """Seconds of the inverse of `most` batches or all, and the mean absolute error of a pixel in [0, 1]."""
     batches = list(zip(latents.split(BATCH), images.flatten(1).split(BATCH), strict=True))
     total = len(batches)
-    batches = batches[:LOOP_BATCHES] if name == FOR_LOOP else batches
+    batches = batches[:most]
     errors, seconds = [], []
     inverse(latents[:8])  # the first call is slower
     for z, x in batches:
@@ -78,7 +76,7 @@ def measure(name: str, inverse: Inverse, images: Tensor, latents: Tensor) -> Jso
         errors.append((pixels - x).abs() / 2)
     error = torch.cat(errors)
     return {
-        "method": name, "batches": len(batches), "seconds": sum(seconds),
+        "batches": len(batches), "seconds": sum(seconds),
         "seconds_of_all": sum(seconds) / len(batches) * total,
         "spread": max(seconds) / min(seconds), "mae": float(error.mean()), "max_error": float(error.max()),
     }  # fmt: skip
@@ -93,15 +91,14 @@ def main() -> None:
     ])  # fmt: skip
     with torch.no_grad():
         latents = torch.cat([flow.encode(batch)[0] for batch in images.split(BATCH)])
-        result = read(OUT, {
-            "command": "python -m benchmarks.maf", "images": len(images), "batch_size": BATCH,
-            "training": TRAINING, "tolerance": TOLERANCE, "machine": describe_machine(), "rows": [],
-        })  # fmt: skip
-        for name, inverse in inverses_of(flow).items():
-            if all(row["method"] != name for row in result["rows"]):
-                result["rows"].append(measure(name, inverse, images, latents))
-                write_json(OUT, result)
-                print(result["rows"][-1], flush=True)
+        inverses = inverses_of(flow)
+        keys = [{"method": name, "images": len(images), "batch_size": BATCH} for name in inverses]
+
+        def measure_method(key: Json) -> Json:
+            most = LOOP_BATCHES if key["method"] == FOR_LOOP else None
+            return measure(inverses[key["method"]], images, latents, most)
+
+        complete(OUT, keys, measure_method)
 
 
 if __name__ == "__main__":

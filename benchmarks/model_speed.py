@@ -1,7 +1,7 @@
-"""Times the bundled models by the original sampler and by `auto`: `python -m benchmarks.model_speed`.
+"""Times the bundled models, from the call to images that a user keeps: `python -m benchmarks.model_speed`, ten minutes.
 
-Writes docs/results/model-speed.json, of batches with the guidance that each model recommends, interleaved; and the
-sheets of samples, docs/figures/NAME-samples.png. Both are shown by the model cards.
+Writes docs/results/model-speed.json, which fills README, docs/performance.md and the model cards. "To images" counts
+denoising, for the original sampler and for `jf.sample` at its defaults; then come the parts.
 """
 
 from __future__ import annotations
@@ -10,55 +10,68 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+from torch import Tensor
+
 import jacobiflow as jf
-from benchmarks.common import FIGURES, RESULTS, Json, latents, parser, to_json
+from benchmarks.common import IN_PYTORCH, RESULTS, Json, complete, latents, parser, to_json, without_native
+from jacobiflow.calibration import gs_jacobi_notation
 from jacobiflow.comparison.baselines import original_sampler
-from jacobiflow.data import balanced_labels
-from jacobiflow.models.checkpoints.folder import list_bundled
+from jacobiflow.evaluation import paired_error
 from jacobiflow.models.memory import keep_freed_memory
-from jacobiflow.plots import rows_sheet, save_png
-from jacobiflow.utils.files import write_json
-from jacobiflow.utils.timing import describe_machine, time_interleaved
+from jacobiflow.utils.timing import time_interleaved
 
-BATCHES, ROUNDS = (1, 16), 3
+BATCHES = {"fashion-p2": (1, 4, 16, 64), "emoji-p2": (1, 16), "digits-p1": (1, 16), "digits-maf": (1, 16)}
+ROUNDS = {1: 7, 4: 5, 16: 3, 64: 3}
+ORIGINAL_TO_IMAGES, AUTO_TO_IMAGES = "original sampler, to images", "auto, to images"
+ORIGINAL, AUTO, EXACT, PAPER, DENOISING = "original sampler", "auto", "exact loop", "GS-Jacobi", "denoising"
+DETAILED = "fashion-p2"  # which other samplers draw from, too
+TOLERANCE = 1e-3  # of the paper's Algorithm 1
 
 
-def measure(name: str) -> Json:
-    flow = jf.load(name)
-    flow, rows = flow.guided(flow.recommended.guidance), []
-    loop_name, loop = original_sampler(flow)
-    for batch in BATCHES:
-        z, labels = latents(flow, batch, seed=0)
-        runs: dict[str, Callable[[], Any]] = {
-            "original": partial(loop, flow, z, labels),
-            "auto": partial(jf.sample, flow, latents=z, labels=labels, settings=None),
+def measure(key: Json) -> Json:
+    """Seconds of a batch at the model's recommended settings, and largest errors against the exact loop in PyTorch."""
+    plain, batch = jf.load(key["model"]), key["batch"]
+    settings, (z, labels) = plain.recommended, latents(plain, batch)
+    context = labels if plain.config.num_classes else None
+    flow = plain.guided(settings.guidance)
+    baseline, original = original_sampler(flow)
+    draw = partial(jf.sample, flow, latents=z, labels=context, settings=None)
+
+    def original_to_images() -> Tensor:
+        images: Tensor = original(flow, z, context)
+        return jf.denoise(plain, images, context, settings.denoise) if settings.denoise else images
+
+    runs: dict[str, Callable[[], Any]] = {
+        ORIGINAL_TO_IMAGES: original_to_images,
+        AUTO_TO_IMAGES: partial(jf.sample, plain, latents=z, labels=context),
+        ORIGINAL: partial(original, flow, z, context),
+        AUTO: draw,
+        IN_PYTORCH: without_native()(partial(draw, strategy="sequential")),
+    }
+    if key["model"] == DETAILED:
+        path = jf.find_report(flow)
+        assert path is not None
+        report = jf.CalibrationReport.load(path)
+        paper = jf.Strategy.parse(gs_jacobi_notation(report, TOLERANCE), report)
+        runs |= {
+            PAPER: without_native()(partial(draw, strategy=paper, certify=False)),
+            EXACT: partial(draw, strategy="sequential"),
         }
-        rows.append({"batch": batch, **to_json(time_interleaved(runs, ROUNDS)[0])})
-    return {"loop": loop_name, "rows": rows}
+    if settings.denoise:
+        runs[DENOISING] = partial(jf.denoise, plain, draw().images, context, settings.denoise)
+    timings, results = time_interleaved(runs, ROUNDS[batch])
+    images = {name: x if isinstance(x, Tensor) else x.images for name, x in results.items()}
+    references = {True: images[ORIGINAL_TO_IMAGES], False: images[IN_PYTORCH]}
+    names = runs.keys() - {DENOISING, ORIGINAL_TO_IMAGES, IN_PYTORCH}
+    errors = {name: paired_error(images[name], references[name == AUTO_TO_IMAGES]).max for name in sorted(names)}
+    return {"original": baseline, "rounds": ROUNDS[batch], "seconds": to_json(timings), "max_error": errors}
 
 
-def draw_samples(name: str) -> None:
-    flow, plain = jf.load(name), jf.SamplingSettings()
-    rows = [("as recommended", flow.recommended, 100)]
-    if flow.recommended != plain:
-        rows.insert(0, ("plain", plain, 10))
-    images = []
-    for caption, settings, count in rows:
-        labels = balanced_labels(count, flow.config.num_classes)
-        samples = jf.sample(flow, count, labels, settings=settings)
-        images.append((caption, samples.images))
-    save_png(rows_sheet(images), FIGURES / f"{name}-samples.png")
-
-
-def main() -> None:
-    parser(__doc__).parse_args()
-    for name in list_bundled():
-        draw_samples(name)
-    models = {name: measure(name) for name in list_bundled()}
-    head = {"command": "python -m benchmarks.model_speed", "machine": describe_machine(), "repeats": ROUNDS}
-    write_json(RESULTS / "model-speed.json", {**head, "models": models})
+def keys() -> list[Json]:
+    return [{"model": model, "batch": batch} for model, batches in BATCHES.items() for batch in batches]
 
 
 if __name__ == "__main__":
+    parser(__doc__).parse_args()
     keep_freed_memory()
-    main()
+    complete(RESULTS / "model-speed.json", keys(), measure)

@@ -18,14 +18,13 @@ from typing import Any
 from torch import Tensor
 
 import jacobiflow as jf
-from benchmarks.common import IN_PYTORCH, MODELS, RESULTS, Json, latents, parser, read, without_native
+from benchmarks.common import IN_PYTORCH, MODELS, RESULTS, Json, latents, origin, parser, read, without_native
 from benchmarks.peers import GRIDS, PEERS, gs_jacobi_grid
 from jacobiflow.comparison.compare import compare_samplers
 from jacobiflow.evaluation import paired_error
 from jacobiflow.models.memory import keep_freed_memory
 from jacobiflow.planner import auto
 from jacobiflow.utils.files import write_json
-from jacobiflow.utils.timing import describe_machine
 
 OUT = RESULTS / "performance.json"
 MODEL = "fashion-p2"
@@ -169,8 +168,7 @@ def main() -> None:
     parser(__doc__).parse_args()
     flow = jf.TarFlow.from_pretrained(MODEL).requires_grad_(False)
     samplers = samplers_of(flow, jf.CalibrationReport.load(MODELS / MODEL / "report.json"))
-    head = {"command": "python -m benchmarks.performance", "model": MODEL, "machine": describe_machine()}
-    result = read(OUT, head | {"grid": {}, "final": {}})
+    result = {"model": MODEL, "grid": {}, "final": {}} | read(OUT, origin(grid))
     for batch in BATCHES:
         key = str(batch)
         smaller = result["grid"].get(SMALLER.get(batch))

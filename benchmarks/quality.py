@@ -7,7 +7,6 @@ docs/paper.md; interrupted, it goes on.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 import jacobiflow as jf
-from benchmarks.common import Json, latents, parser, to_json
+from benchmarks.common import Json, latents, origin, parser, read, to_json
 from benchmarks.features import KINDS, trained, training_statistics
 from benchmarks.peers import GRIDS, PEERS, gs_jacobi_grid
 from jacobiflow.comparison.baselines import SEQUENTIAL, original_sampler
@@ -28,7 +27,7 @@ from jacobiflow.models.flow import Flow
 from jacobiflow.models.memory import keep_freed_memory
 from jacobiflow.planner import choose, is_auto
 from jacobiflow.utils.files import write_json
-from jacobiflow.utils.timing import describe_machine, time_interleaved
+from jacobiflow.utils.timing import time_interleaved
 
 ORIGINAL = "Original"
 AUTOS = ("auto:1e-1", "auto:1e-2", "auto")
@@ -88,7 +87,7 @@ class Experiment(NamedTuple):
             run = partial(jf.denoise, self.flow, results[SEQUENTIAL].images, labels, self.denoise)
             denoising = time_interleaved({"denoise": run}, repeats)[0]["denoise"].median
         return {
-            "machine": describe_machine(), "repeats": repeats, "batch_size": self.batch_size,
+            "repeats": repeats, "batch_size": self.batch_size,
             "denoise_seconds": denoising, "rows": to_json(seconds),
         }  # fmt: skip
 
@@ -124,11 +123,12 @@ def score_samplers(
     """Times and scores all rows, then `final` samples of the best ones; returns the content of the file `out`.
 
     Raises:
-        SystemExit: If `out` is of other settings.
+        SystemExit: If `out` is of other settings or of another machine.
     """
+    head = origin(score_samplers)
     guidance = experiment.flow.guidance
     settings = settings | {"denoise": experiment.denoise, "guidance": None if guidance is None else asdict(guidance)}
-    result = json.loads(out.read_text()) if out.exists() else settings | {"timings": None, "rows": [], "final": None}
+    result = settings | {"timings": None, "rows": [], "final": None} | read(out, head)
     if any(result[key] != value for key, value in settings.items()):
         raise SystemExit(f"{out}: of other settings; give another file, or remove it")
     names = list(dict.fromkeys((ORIGINAL, SEQUENTIAL, *names)))

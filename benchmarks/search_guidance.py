@@ -17,14 +17,13 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 import jacobiflow as jf
-from benchmarks.common import RESULTS, Json, latents, parser, read
+from benchmarks.common import RESULTS, Json, latents, origin, parser, read
 from benchmarks.features import trained, training_statistics
 from jacobiflow.data import digits, quantize, scale
 from jacobiflow.evaluation import FeatureStatistics, extract_features, frechet_distance
 from jacobiflow.models.flow import Flow
 from jacobiflow.utils import serialization
 from jacobiflow.utils.files import write_json
-from jacobiflow.utils.timing import describe_machine
 
 SEED, BATCH = 10, 64
 RATES = (0.0, 0.6, 0.8, 1.0, 1.2, 1.4)
@@ -108,8 +107,8 @@ def main() -> None:
     arguments.add_argument("model", nargs="?", default="fashion-p2", choices=MEASURES)
     model = arguments.parse_args().model
     flow, measure, out = jf.load(model), MEASURES[model](), RESULTS / f"{model}-search.json"
-    result = read(out, {"machine": describe_machine(), "rows": []})
-    rows = result["rows"]
+    result = read(out, origin(point))
+    rows = result.setdefault("rows", [])
 
     def best() -> Json:
         return min(rows, key=lambda row: row[measure.name])
@@ -121,8 +120,8 @@ def main() -> None:
             new = point(flow, measure, weight, temperature)
             rows.extend(new)
             settings = serialization.encode(recommended(rows, measure.name))
-            head = {"model": model, "num": measure.num, "seed": SEED, "machine": result["machine"], "best": best()}
-            write_json(out, {**head, "recommended": settings, "rows": rows})
+            found = {"model": model, "num": measure.num, "seed": SEED, "best": best(), "recommended": settings}
+            write_json(out, result | found | {"rows": rows})
             print(min(new, key=lambda row: row[measure.name]), flush=True)
 
     visit([(weight, 1.0) for weight in WEIGHTS])

@@ -27,7 +27,7 @@ from jacobiflow.evaluation import paired_error
 from jacobiflow.models.latents import draw_latents
 from jacobiflow.utils.timing import time_interleaved
 
-BATCHES, ITERATION = (1, 4, 16), "block iteration"
+BATCHES, ROUNDS, ITERATION = (1, 4, 16), 3, "block iteration"
 CERTIFIED = "window:16, certified"
 PROMPTS = ("blue heart", "large green circle", "hand dark skin", "hand light skin", "banana", "sunglasses", "cat")
 SHOWN = 8  # samples of each
@@ -42,7 +42,7 @@ def prompts_of(num: int) -> list[str]:
     return [captions[i * len(captions) // num] for i in range(num)]
 
 
-def speeds(rounds: int, key: Json) -> Json:
+def speeds(key: Json) -> Json:
     """Seconds of a batch by each sampler, and errors against the exact inverse in float64."""
     flow, batch = load().guided(GUIDANCE), key["batch"]
     config, texts = flow.config, prompts_of(batch)
@@ -59,7 +59,7 @@ def speeds(rounds: int, key: Json) -> Json:
         "auto": partial(jf.sample, flow, latents=z, context=context, settings=None, strategy=plan),
         "encoding pass": lambda: flow.guided(None).encode(torch.zeros(batch, 3, 32, 32), context),
     }
-    timings, results = time_interleaved({name: torch.no_grad()(run) for name, run in runs.items()}, rounds)
+    timings, results = time_interleaved({name: torch.no_grad()(run) for name, run in runs.items()}, ROUNDS)
     wide = copy.deepcopy(flow).double()
     exact = jf.sample(wide, latents=z.double(), context=context, settings=None, strategy="sequential").x
     answers = {name: x if isinstance(x, Tensor) else getattr(x, "x", None) for name, x in results.items()}
@@ -138,9 +138,9 @@ def released(key: Json) -> Json:
     }
 
 
-def measure(rounds: int, key: Json) -> Json:
+def measure(key: Json) -> Json:
     if "batch" in key:
-        return speeds(rounds, key)
+        return speeds(key)
     if "blocks" in key:
         return blocks(key)
     return follows(key) if "follows" in key else released(key)
@@ -155,13 +155,11 @@ def draw_sheet() -> None:
 
 
 def main() -> None:
-    arguments = parser(__doc__)
-    arguments.add_argument("--rounds", type=int, default=3)
-    rounds = arguments.parse_args().rounds
+    parser(__doc__).parse_args()
     keys: list[Json] = [{"batch": batch} for batch in BATCHES]
     keys += [{"blocks": name} for name in ("plain", "guided")] + [{"follows": name} for name in ("plain", "guided")]
     keys += [{"released": dtype, "rows": rows} for dtype in ("float32", "bfloat16") for rows in (1, 4)]
-    complete(RESULTS / "starflow.json", keys, partial(measure, rounds))
+    complete(RESULTS / "starflow.json", keys, measure)
     draw_sheet()
 
 

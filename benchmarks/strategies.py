@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any
 
 import jacobiflow as jf
-from benchmarks.common import IN_PYTORCH, MODELS, RESULTS, Json, latents, parser, without_native
+from benchmarks.common import IN_PYTORCH, MODELS, RESULTS, Json, latents, origin, parser, without_native
 from benchmarks.peers import PEERS
 from benchmarks.performance import WITHOUT_LOOP, images, sample
 from benchmarks.quality import ORIGINAL
@@ -22,7 +22,6 @@ from jacobiflow.comparison.compare import compare_samplers
 from jacobiflow.models.memory import keep_freed_memory
 from jacobiflow.planner import auto
 from jacobiflow.utils.files import write_json
-from jacobiflow.utils.timing import describe_machine
 
 LARGE = 64  # of which the strategies of the paper take too long
 REPEATS = {1: 5, 4: 3, 16: 3, LARGE: 3}
@@ -116,9 +115,7 @@ def main() -> None:
     report = jf.CalibrationReport.load(MODELS / model / "report.json")
     report.check(flow)
     rows = [row for batch in REPEATS for row in measure(flow, report, batch)]
-    command = f"python -m benchmarks.strategies {model}"
-    head = {"command": command, "model": model, "machine": describe_machine()}
-    write_json(RESULTS / f"{model}-strategies.json", head | {"rows": rows})
+    write_json(RESULTS / f"{model}-strategies.json", {**origin(measure), "model": model, "rows": rows})
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ import torch
 import jacobiflow as jf
 from benchmarks import calibration, paper_sizes, regimes
 from benchmarks.common import MODELS, RESULTS, ROOT, Json, parser
+from benchmarks.sources import code_digest
 from jacobiflow.calibration import rank_correlation
 from jacobiflow.calibration.convergence import TOLERANCES
 from jacobiflow.calibration.report import GUESS_NAMES
@@ -38,6 +39,22 @@ SAMPLERS = {
     "sequential, in PyTorch": "exact loop, in PyTorch",
 }
 MEASURES = {"fashion_fid": "fashion-FID", "emoji_fid": "emoji-FID", "pixel_distance": "Fréchet distance of the pixels"}
+
+
+def old_results() -> list[str]:
+    """A line for each result file of a benchmark with rows of other code than the present."""
+    lines = []
+    for path in sorted(RESULTS.glob("*.json")):
+        content = json.loads(path.read_text())
+        module = content.get("command", "").removeprefix("python -m ").split(" ")[0]
+        if module.startswith("tools."):  # the record of a trained model, or of mutants
+            continue
+        rows = content.get("runs", [content])
+        present = code_digest(module) if module.startswith("benchmarks.") else None
+        old = sum(row.get("code") is None or row["code"] != present for row in rows)
+        if old:
+            lines.append(f"{path.relative_to(ROOT)}: {old} of {len(rows)} rows are of other code")
+    return lines
 
 
 def pages() -> list[Path]:
@@ -245,3 +262,4 @@ if __name__ == "__main__":
         text = path.read_text()
         if (rendered := render(text)) != text:
             write_atomically(path, rendered.encode())
+    print("\n".join(old_results()))

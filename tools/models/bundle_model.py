@@ -74,6 +74,7 @@ def main() -> None:
     split: Split = "test" if "test" in available_splits(options.images) else "train"
     test = load_images(options.images, size, channels, split)
     result = {
+        "command": "python -m tools.models.bundle_model",
         "name": options.name,
         "machine": options.machine,
         "steps": metrics[-1]["step"],

@@ -110,7 +110,8 @@ def main() -> None:
     generator = torch.Generator().manual_seed(0)
     half = features[torch.randperm(len(features), generator=generator)[: min(2000, len(features) // 2)]]
     metrics = {
-        "epochs": recipe.epochs, "seconds": perf_counter() - started, "bytes": len(data),
+        "command": "python -m tools.models.train_features", "epochs": recipe.epochs,
+        "seconds": perf_counter() - started, "bytes": len(data),
         "parameters": sum(p.numel() for p in network.parameters()), "features": network.num_features,
         "distance_of_test_images": frechet_distance(real, unseen),
         f"distance_of_{len(half)}_training_images": frechet_distance(real, FeatureStatistics.from_features(half)),

@@ -1,0 +1,28 @@
+"""Draws the sheets of samples of the model cards, docs/figures/NAME-samples.png: `python -m tools.pictures.sheets`."""
+
+from __future__ import annotations
+
+import jacobiflow as jf
+from benchmarks.common import FIGURES, parser
+from jacobiflow.data import balanced_labels
+from jacobiflow.models.checkpoints.folder import list_bundled
+from jacobiflow.plots import rows_sheet, save_png
+
+
+def draw_samples(name: str) -> None:
+    flow, plain = jf.load(name), jf.SamplingSettings()
+    rows = [("as recommended", flow.recommended, 100)]
+    if flow.recommended != plain:
+        rows.insert(0, ("plain", plain, 10))
+    images = []
+    for caption, settings, count in rows:
+        labels = balanced_labels(count, flow.config.num_classes)
+        samples = jf.sample(flow, count, labels, settings=settings)
+        images.append((caption, samples.images))
+    save_png(rows_sheet(images), FIGURES / f"{name}-samples.png")
+
+
+if __name__ == "__main__":
+    parser(__doc__).parse_args()
+    for name in list_bundled():
+        draw_samples(name)
