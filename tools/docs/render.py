@@ -191,6 +191,15 @@ def fitted_sweeps(model: str, blocks: Iterable[int]) -> str:
     return calibration.number_range([means[block] for block in blocks])
 
 
+def sampling_range() -> str:
+    """The range of times faster that zuko's flows draw 10,000 samples, such as "5 to 150"."""
+    flows = {"library": "zuko", "rows": 10_000, "direction": "slow"}
+    runs = [
+        run for run in result("masked-flows")["runs"] if flows.items() <= run.items() and run["flow"] in ("MAF", "NSF")
+    ]
+    return "{:.0f} to {:.0f}".format(*(bound(run["speed_up"] for run in runs) for bound in (min, max)))
+
+
 def boltzmann_range(name: str) -> str:
     """The range of speed-ups of a way to sample over the original sampler, over all models and batches."""
     runs = [run["seconds"] for run in result("boltzmann")["runs"] if "growing cache" in run.get("seconds", {})]
@@ -241,7 +250,7 @@ def _environment() -> jinja2.Environment:
         calibration.segment_sweeps, calibration.sweeps_range, calibration.tough_share, chord_share, duration, fastest,
         fastest_way, fitted_sweeps, format_speed_up, grouped, least_accurate, loop_speed_up, paper_megabytes,
         paper_sizes.counted, paper_sizes.estimates, paper_sizes.runs_of, paper_sizes.tough_blocks, phase_seconds,
-        plain_sweeps, plan, rank_correlation, recommendation, regimes.in_passes, result, sampler, slowest_by_batch,
+        plain_sweeps, plan, rank_correlation, recommendation, regimes.in_passes, result, sampler, sampling_range, slowest_by_batch,
         star_follows, star_speed_up, strategy, sweep_ways, sweeps_win, where,
     )}  # fmt: skip
     environment.globals |= functions | {
