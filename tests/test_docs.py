@@ -87,6 +87,11 @@ def test_numbers_of_a_page_are_those_of_result_files(path):
         assert "://" in target or (path.parent / target).exists(), target
 
 
+@pytest.mark.parametrize("path", render.pages(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_the_times_of_a_page_are_of_one_machine(path):
+    assert len(render.machines(path.read_text())) <= 1
+
+
 def test_every_result_file_is_on_a_page():
     regions = [match["source"] for path in render.pages() for match in render.REGION.finditer(path.read_text())]
     names = set(re.findall(r"[\w-]+", " ".join(regions)))

@@ -57,6 +57,14 @@ def old_results() -> list[str]:
     return lines
 
 
+def machines(page: str) -> set[str]:
+    """The machines on which the times of a page were measured."""
+    sources = " ".join(match["source"] for match in REGION.finditer(page))
+    names = {path.stem for path in RESULTS.glob("*.json")} & set(re.findall(r"[\w-]+", sources))
+    results = [result(name) for name in names if not result(name).get("command", "").startswith("python -m tools.")]
+    return {content["machine"]["processor"] for content in results if '"seconds"' in json.dumps(content)}
+
+
 def pages() -> list[Path]:
     """All pages of the documentation and the model cards."""
     return [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), *sorted(MODELS.glob("*/README.md"))]
@@ -250,7 +258,8 @@ def _environment() -> jinja2.Environment:
         calibration.segment_sweeps, calibration.sweeps_range, calibration.tough_share, chord_share, duration, fastest,
         fastest_way, fitted_sweeps, format_speed_up, grouped, least_accurate, loop_speed_up, paper_megabytes,
         paper_sizes.counted, paper_sizes.estimates, paper_sizes.runs_of, paper_sizes.tough_blocks, phase_seconds,
-        plain_sweeps, plan, rank_correlation, recommendation, regimes.in_passes, result, sampler, sampling_range, slowest_by_batch,
+        plain_sweeps, plan, rank_correlation, recommendation, regimes.in_passes, result, sampler, sampling_range,
+        slowest_by_batch,
         star_follows, star_speed_up, strategy, sweep_ways, sweeps_win, where,
     )}  # fmt: skip
     environment.globals |= functions | {
