@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 from typer.exceptions import TyperException
 from typer.main import get_command, get_group
 
@@ -26,6 +27,7 @@ from jacobiflow.cli import options, output, output_files
 from jacobiflow.cli.bench import bench
 from jacobiflow.cli.calibrate import calibrate
 from jacobiflow.cli.evaluate import evaluate
+from jacobiflow.cli.job import Interrupted
 from jacobiflow.cli.models import convert, info
 from jacobiflow.cli.plan import plan
 from jacobiflow.cli.sample import sample
@@ -43,6 +45,21 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
+
+
+class _Command(TyperCommand):
+    """A command whose `--help` shows its options in groups."""
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        groups: dict[str, list[tuple[str, str]]] = {group: [] for group in ("Arguments", *options.GROUPS)}
+        for parameter in self.get_params(ctx):
+            is_argument = parameter.param_type_name == "argument"
+            group = "Arguments" if is_argument else getattr(parameter, "rich_help_panel", None) or options.GROUPS[-1]
+            groups[group].append(parameter.get_help_record(ctx))
+        for group, records in groups.items():
+            if records:
+                with formatter.section(group):
+                    formatter.write_dl(records)
 
 
 def _with_json(command: Callable[..., dict[str, Any] | None]) -> Callable[..., int]:
@@ -85,7 +102,7 @@ _commands: dict[str, Callable[..., dict[str, Any] | None]] = {
     "info": info,
 }
 for _name, _command in _commands.items():
-    app.command(_name)(_with_json(_command))
+    app.command(_name, cls=_Command)(_with_json(_command))
 
 
 def _print_version(is_given: bool) -> None:
@@ -119,8 +136,12 @@ def run(arguments: list[str]) -> int:
             code = get_command(app)(args=arguments or ["--help"], prog_name="jacobiflow", standalone_mode=False)
             sys.stdout.flush()
         if code == _INTERRUPTED:
-            print("interrupted", file=sys.stderr)
+            raise Interrupted
         return code or 0
+    except Interrupted as error:
+        if _is_first_process():
+            print(": ".join(filter(None, ("interrupted", str(error)))), file=sys.stderr)
+        return _INTERRUPTED
     except TyperException as error:
         if not _is_first_process():  # All processes have the same command line.
             return _BAD_INPUT

@@ -7,12 +7,10 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from typer import Option
-
 import jacobiflow as jf
 from jacobiflow.cli import loading, options
 from jacobiflow.cli.job import as_command
-from jacobiflow.cli.output import progress_bar, show_table
+from jacobiflow.cli.output import format_count, progress_bar, show_table
 from jacobiflow.utils.provenance import Provenance
 
 if TYPE_CHECKING:
@@ -29,8 +27,9 @@ _STRATEGY = (
     "exact loop and an encoding pass are always timed."
 )
 _BATCH_SIZE = "Images solved together; may be repeated. Default: 1, 4 and 16."
-_LEGEND = """over: speed-up over the original sampler, and over the exact loop
-evals/token: token evaluations in a block, for each token of each sample
+_LEGEND = """over: how many times as fast as the sampler of the model's original code, or as the exact loop
+evals/token: evaluations of a block's network, for each token of each sample
+max error: largest difference from the exact loop's samples
 residual: the largest |g(x) - x|; exact: every block was solved token by token
 *: not certified: the strategy stops after a fixed number of sweeps"""
 
@@ -40,19 +39,21 @@ class BenchConfig:
     """Options of `jacobiflow bench`."""
 
     model: options.Model = "fashion-p2"
-    strategy: Annotated[list[str] | None, Option(help=_STRATEGY)] = None
-    batch_size: Annotated[list[int] | None, Option(min=1, max=options.MAX_BATCH_SIZE, help=_BATCH_SIZE)] = None
-    repeats: Annotated[int, Option(min=1, help="Timed rounds, after a warm-up.")] = 5
+    strategy: Annotated[list[str] | None, options.speed_option(help=_STRATEGY)] = None
+    batch_size: Annotated[
+        list[int] | None, options.speed_option(min=1, max=options.MAX_BATCH_SIZE, help=_BATCH_SIZE)
+    ] = None
+    repeats: Annotated[int, options.speed_option(min=1, help="Timed rounds, after a warm-up.")] = 5
     tolerance: options.Tolerance = None
     report: options.ReportFile = None
     labels: options.Labels = "balanced"
     seed: options.Seed = 0
     guidance: options.RecommendedGuidance = None
     plain: options.NoGuidance = False
-    certify: Annotated[bool, Option(help="Certify the samples; the time includes it.")] = True
+    certify: Annotated[bool, options.speed_option(help="Certify the samples; the time includes it.")] = True
     device: options.Device = "auto"
     dtype: options.Dtype = "float32"
-    out: Annotated[Path, Option(help="Folder for bench.png, bench.json.")] = Path("out/bench")
+    out: Annotated[Path, options.output_option(help="Folder for bench.png, bench.json.")] = Path("out/bench")
 
 
 @dataclass(frozen=True)
@@ -143,8 +144,9 @@ def show(result: BenchResult) -> None:
     """Prints a table for each batch size."""
     machine = result.machine
     print(
-        f"{result.model} on {machine['processor']}, {machine['cores']} cores, {machine['threads']} threads, device "
-        f"{machine['device']}, PyTorch {machine['torch']}\nnative exact loops: {result.native_loops}\n{result.settings}"
+        f"{result.model} on {machine['processor']}, {format_count(machine['cores'], 'core')}, "
+        f"{format_count(machine['threads'], 'thread')}, device {machine['device']}, "
+        f"PyTorch {machine['torch']}\nnative exact loops: {result.native_loops}\n{result.settings}"
     )
     for comparison in result.comparisons:
         _print_comparison(comparison)
@@ -170,15 +172,17 @@ def _choose(
 
 
 def _print_comparison(comparison: Comparison) -> None:
+    from jacobiflow.comparison.baselines import SEQUENTIAL
     from jacobiflow.comparison.compare import ENCODING_PASS
 
-    over = ["over\n" + name.replace(" ", "\n") for name in comparison.baselines]
-    columns = ("strategy", "median\nseconds", "min to\nmax", *over, "evals/\ntoken", "max\nerror", "residual")
+    names = {comparison.original: "original sampler", SEQUENTIAL: "exact loop"}
+    over = [f"over the\n{names[name].removesuffix(' sampler')}" for name in comparison.baselines]
+    columns = ("sampler", "median\nseconds", "min to\nmax", *over, "evals/\ntoken", "max\nerror", "residual")
     rows = []
     for row in comparison.results:
         evaluations = row.evaluations_per_token
         rows.append((
-            row.strategy, *_seconds(row.seconds),
+            names.get(row.strategy, row.strategy), *_seconds(row.seconds),
             *(f"{comparison.speed_up(row, name):.2f}" for name in comparison.baselines),
             "" if evaluations is None else f"{evaluations:.2f}",
             f"{row.error.max:.1e}" if row.error.max else "0", _residual(row),

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
-
-from typer import Option
 
 import jacobiflow as jf
 from jacobiflow.cli import loading, options, output_files
@@ -20,6 +19,7 @@ if TYPE_CHECKING:
     from jacobiflow.calibration.metrics import Norm
     from jacobiflow.distributed import Processes
 
+_METRIC_NAMES = {"crm": "CRM", "gamma": "|Gamma|"}
 _TOLERANCE = 1e-3  # The tables count sweeps to this tolerance.
 
 
@@ -28,17 +28,29 @@ class CalibrateConfig:
     """Options of `jacobiflow calibrate`."""
 
     images: options.Images
-    out: Annotated[Path, Option(help="File for the report (JSON).")]
+    out: Annotated[Path, options.output_option(help="File for the report (JSON).")]
     model: options.Model = "fashion-p2"
-    num: Annotated[int, Option(min=2, help="Number of images, chosen by the seed; all if there are fewer.")] = 512
-    clean: Annotated[bool, Option("--clean", help="Add no training noise to the images, as the paper's code does.")] = (
+    num: Annotated[
+        int, options.data_option(min=2, help="Number of images, chosen by the seed; all if there are fewer.")
+    ] = 512
+    clean: Annotated[
+        bool, options.data_option("--clean", help="Add no training noise to the images, as the paper's code does.")
+    ] = False
+    unconditional: Annotated[bool, options.data_option("--unconditional", help="Do not use the images' labels.")] = (
         False
     )
-    unconditional: Annotated[bool, Option("--unconditional", help="Do not use the images' labels.")] = False
-    norm: Annotated[Literal["2", "fro", "1"], Option(help="Norm of IGM and CRM; 2 is the spectral one.")] = "2"
-    segments: Annotated[int, Option(min=1, help="Number of segments of a tough block, each with its metrics.")] = 8
-    convergence_samples: Annotated[int, Option(min=1, help="Number of samples in each convergence curve.")] = 32
-    per_class: Annotated[bool, Option("--per-class", help="Also measure each class by itself (Appendix E).")] = False
+    norm: Annotated[
+        Literal["2", "fro", "1"], options.speed_option(help="Norm of IGM and CRM; 2 is the spectral one.")
+    ] = "2"
+    segments: Annotated[
+        int, options.speed_option(min=1, help="Number of segments of a tough block, each with its metrics.")
+    ] = 8
+    convergence_samples: Annotated[
+        int, options.speed_option(min=1, help="Number of samples in each convergence curve.")
+    ] = 32
+    per_class: Annotated[
+        bool, options.speed_option("--per-class", help="Also measure each class by itself (Appendix E).")
+    ] = False
     guidance: options.Guidance = "0"
     batch_size: options.NetworkBatchSize = 64
     seed: options.Seed = 0
@@ -154,7 +166,9 @@ def _print_report(report: jf.CalibrationReport) -> None:
     if not is_defined:
         print("CRM is not defined: the flow's scale and shift do not end in a linear layer")
     for metric in ("crm", "gamma") if is_defined else ("gamma",):
-        print(f"rank correlation of {metric} with the sweeps: {report.rank_correlation(metric):.2f}")
+        correlation = report.rank_correlation(metric)
+        text = "not defined, since all blocks are alike" if math.isnan(correlation) else f"{correlation:.2f}"
+        print(f"rank correlation of {_METRIC_NAMES[metric]} with the sweeps: {text}")
 
     if report.class_metrics:
         print(f"\nOver {len(report.class_metrics)} classes: mean ± standard deviation, and how often a guess wins")
@@ -182,4 +196,11 @@ def _format_spread(spread: tuple[float, float] | None) -> str:
     return "" if spread is None else "±".join(map(_format_number, spread))
 
 
-calibrate = as_command(CalibrateConfig, run, show)
+def _describe_kept(config: CalibrateConfig) -> str:
+    folder = Path(f"{config.out}.partial")
+    if not folder.exists():
+        return "nothing is measured yet; the same command starts again"
+    return f"finished measurements are kept in {folder}; the same command goes on"
+
+
+calibrate = as_command(CalibrateConfig, run, show, _describe_kept)

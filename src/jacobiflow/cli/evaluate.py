@@ -9,12 +9,10 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from typer import Option
-
 import jacobiflow as jf
 from jacobiflow.cli import loading, options, output_files
 from jacobiflow.cli.job import as_command
-from jacobiflow.cli.output import progress_bar, show_table
+from jacobiflow.cli.output import format_count, progress_bar, show_table
 from jacobiflow.errors import InputError, InputValueError
 
 if TYPE_CHECKING:
@@ -55,20 +53,28 @@ class EvaluateConfig:
     """Options of `jacobiflow evaluate`."""
 
     model: options.Model = "fashion-p2"
-    samples: Annotated[Path | None, Option(help="A folder that jacobiflow sample wrote.")] = None
-    images: Annotated[str | None, Option(help=f"Real images to compare with: {options.SOURCES}")] = None
-    features: Annotated[str | None, Option(help=_FEATURES)] = None
-    inception: Annotated[Path | None, Option(help="File of Inception's weights. Default: it is downloaded.")] = None
-    stats: Annotated[Path | None, Option(help="Statistics to compare with, such as *_fid_stats.pth.")] = None
-    save_stats: Annotated[Path | None, Option(help="Write the statistics of --images to this file.")] = None
-    paired: Annotated[int, Option(min=0, help="Samples to compare with the exact loop's.")] = 64
-    test_images: Annotated[int, Option(min=0, help="Images for likelihoods, of the test split if any.")] = 1000
+    samples: Annotated[Path | None, options.model_option(help="A folder that jacobiflow sample wrote.")] = None
+    images: Annotated[str | None, options.data_option(help=f"Real images to compare with: {options.SOURCES}")] = None
+    features: Annotated[str | None, options.data_option(help=_FEATURES)] = None
+    inception: Annotated[
+        Path | None, options.data_option(help="File of Inception's weights. Default: it is downloaded.")
+    ] = None
+    stats: Annotated[Path | None, options.data_option(help="Statistics to compare with, such as *_fid_stats.pth.")] = (
+        None
+    )
+    save_stats: Annotated[Path | None, options.output_option(help="Write the statistics of --images to this file.")] = (
+        None
+    )
+    paired: Annotated[int, options.speed_option(min=0, help="Samples to compare with the exact loop's.")] = 64
+    test_images: Annotated[
+        int, options.data_option(min=0, help="Images for likelihoods, of the test split if any.")
+    ] = 1000
     batch_size: options.NetworkBatchSize = 64
     seed: options.Seed = 0
     device: options.Device = "auto"
     dtype: options.Dtype = "float32"
     part: options.Part = None
-    out: Annotated[Path, Option(help="Folder for evaluation.json.")] = Path("out/evaluation")
+    out: Annotated[Path, options.output_option(help="Folder for evaluation.json.")] = Path("out/evaluation")
 
 
 def run(config: EvaluateConfig, processes: Processes) -> EvaluateResult | None:
@@ -168,6 +174,8 @@ def _open_samples(path: Path, flow: Flow, processes: Processes) -> jf.SampleFold
     """Opens a folder of samples; raises ValueError if it is incomplete, or of another flow."""
     from jacobiflow.models.checkpoints.fingerprint import check_fingerprint
 
+    if not path.is_dir():
+        raise InputValueError(f"--samples {path}: no such folder; draw samples first: jacobiflow sample --out {path}")
     folder = jf.SampleFolder.open(path)
     check_fingerprint(folder.manifest.fingerprint, flow, f"--samples {path}: drawn from", "give that one as --model")
     for problem in processes.run_on_rank_zero(folder.problems):
@@ -284,4 +292,11 @@ def show(result: EvaluateResult) -> None:
     print(f"wrote {Path(result.out) / _TABLE}")
 
 
-evaluate = as_command(EvaluateConfig, run, show)
+def _describe_kept(config: EvaluateConfig) -> str:
+    num = len([*(config.out / _UNITS).glob("*.json")])
+    if not num:
+        return "nothing is computed yet; the same command starts again"
+    return f"{format_count(num, 'finished part')} of the scores are kept in {config.out}; the same command goes on"
+
+
+evaluate = as_command(EvaluateConfig, run, show, _describe_kept)

@@ -77,10 +77,10 @@ def guide(flow: Flow, guidance: str | None, plain: bool, has_context: bool) -> t
 
 
 def settings_text(settings: jf.SamplingSettings) -> str:
-    """Returns the options of `jacobiflow sample` that stand for `settings`."""
+    """Returns the options of `jacobiflow sample` that stand for `settings`, or that there are none."""
     guidance = f"--guidance {settings.guidance} " if settings.guidance else ""
     denoise = f"--denoise {settings.denoise:g}" if settings.denoise else ""
-    return (guidance + denoise).strip() or "--plain"
+    return (guidance + denoise).strip() or "no guidance, no denoising"
 
 
 def load_report(path: Path | None, flow: Flow) -> jf.CalibrationReport | None:

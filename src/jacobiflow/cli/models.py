@@ -8,7 +8,7 @@ from dataclasses import asdict, astuple, replace
 from pathlib import Path
 from typing import Annotated, Any
 
-from typer import Argument, Option
+from typer import Argument
 
 import jacobiflow as jf
 from jacobiflow.cli import loading, options
@@ -26,11 +26,12 @@ _MEMORY = (
 
 def convert(
     file: Annotated[Path, Argument(help="A state dict (.pth) of TarFlow, SBG, a fork of them, or STARFlow.")],
-    out: Annotated[Path, Option(help="New or empty folder for config.json and model.safetensors.")],
+    out: Annotated[Path, options.output_option(help="New or empty folder for config.json and model.safetensors.")],
     patch_size: Annotated[
-        int | None, Option(help="Side of a patch in pixels, for a flow over images; else it is one over tokens.")
+        int | None,
+        options.model_option(help="Side of a patch in pixels, for a flow over images; else it is one over tokens."),
     ] = None,
-    noise_std: Annotated[float | None, Option(help=_NOISE)] = None,
+    noise_std: Annotated[float | None, options.model_option(help=_NOISE)] = None,
     encode_text: options.EncodeText = None,
 ) -> dict[str, Any]:
     """Make a model folder from original weights.
@@ -40,9 +41,12 @@ def convert(
 
     Example: jacobiflow convert afhq_model_8_768_8_8_0.07.pth --patch-size 8 --noise-std 0.07 --out afhq
     """
+    from jacobiflow.models.checkpoints.folder import CONFIG
     from jacobiflow.models.checkpoints.original import read_original
     from jacobiflow.utils.files import check_own
 
+    if (out / CONFIG).exists():
+        raise InputValueError(f"--out {out}: holds a model already; remove that folder first, or give another")
     check_own(out, "model")
     state = read_original(file)
     encoder = None if encode_text is None else options.load_encoder(encode_text)
@@ -72,8 +76,8 @@ def convert(
 
 def info(
     model: options.Model = "fashion-p2",
-    check: Annotated[str | None, Option(help=_CHECK)] = None,
-    memory: Annotated[bool, Option("--memory", help=_MEMORY)] = False,
+    check: Annotated[str | None, options.model_option(help=_CHECK)] = None,
+    memory: Annotated[bool, options.model_option("--memory", help=_MEMORY)] = False,
 ) -> dict[str, Any]:
     """Show a model and this machine, or check a folder.
 
@@ -99,6 +103,7 @@ def info(
         "model": model, "flow": flow.model_type, **asdict(config), "num_tokens": config.num_tokens,
         "token_channels": config.token_channels,
         "recommended": "none" if flow.recommended == jf.SamplingSettings() else loading.settings_text(flow.recommended),
+        "classes": ", ".join(flow.classes) or "without names",
         "parameters": sum(p.numel() for p in flow.parameters()),
     }  # fmt: skip
     libraries = {each.name: each.version for each in distributions() if each.name in _LIBRARIES}

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
+from difflib import get_close_matches
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,34 +18,47 @@ if TYPE_CHECKING:
 
     from jacobiflow.models.flow import Flow
 
+GROUPS = (
+    "Model and samples", "Images", "Training", "Speed and exactness", "Guidance and denoising", "Output",
+    "Several processes", "Help",
+)  # fmt: skip
+"""The groups of options in `--help`, in their order."""
+
+(
+    model_option, data_option, training_option, speed_option, guidance_option, output_option, process_option,
+) = (partial(Option, rich_help_panel=group) for group in GROUPS[:-1])  # fmt: skip
+
 MAX_BATCH_SIZE = 65_536  # Latents of such a batch take 200 MB for images of 28x28 pixels.
 SOURCES = "digits, fashion-512, emoji-256, fashion-mnist, an .npz file, or a folder of images or IDX files."
 _GUIDANCE = (
     'Weight of classifier-free guidance, or "4,attn_temperature=1.2"; other keys: annealed=false, on=scale, on=shift, '
     "rule=density. 0 is off."
 )
-_LABELS = "balanced, random, none, numbers such as 0,1,2 (repeated), or a .txt or .npy file with one per image."
+_LABELS = (
+    "balanced, random, none, names of classes such as cat,dog or their numbers (repeated), or a .txt or .npy file with "
+    "a number for each image."
+)
 _PROMPTS = "A prompt for a STARFlow, or a .txt file with one on each line; repeated."
 _ENCODE_TEXT = "The text encoder: FILE.py:FUNCTION, or the hub id or folder of a T5 encoder."
 _TOLERANCE = "Largest residual |g(x) - x| in any block. Default: 1e-3, or a file's own."
 _PART = "One of N jobs that share the folder without communication: 1/8 is the first of eight. Start all of them."
 
-Model = Annotated[str, Option(help="A bundled name, a model folder, or a hub id.")]
-Prompts = Annotated[str | None, Option(help=_PROMPTS)]
-EncodeText = Annotated[str | None, Option(help=_ENCODE_TEXT)]
-Images = Annotated[str, Option(help=SOURCES)]
-Labels = Annotated[str, Option(help=_LABELS)]
-Seed = Annotated[int, Option(min=0, max=2**63 - 1, help="Seed of everything random.")]
-Device = Annotated[str, Option(help="auto (a CUDA GPU, else the CPU), cpu, cuda, cuda:1, mps.")]
-Dtype = Annotated[str, Option(help="float32, float64, bfloat16, float16, or tf32 on a GPU.")]
-ReportFile = Annotated[Path | None, Option(help="A report of calibrate: the guess to start from in each block.")]
-Guidance = Annotated[str, Option(help=_GUIDANCE)]
-RecommendedGuidance = Annotated[str | None, Option(help=f"{_GUIDANCE} Default: as recommended by the model.")]
-NoGuidance = Annotated[bool, Option("--plain", help="No guidance.")]
-Tolerance = Annotated[float | None, Option(help=_TOLERANCE)]
-Part = Annotated[str | None, Option(help=_PART, metavar="I/N")]
-NetworkBatchSize = Annotated[int, Option(min=1, max=MAX_BATCH_SIZE, help="Images in the network at a time.")]
-Json = Annotated[Path | None, Option(help="Also write the results to this file.")]
+Model = Annotated[str, model_option(help="A bundled name, a model folder, or a hub id.")]
+Prompts = Annotated[str | None, model_option(help=_PROMPTS)]
+EncodeText = Annotated[str | None, model_option(help=_ENCODE_TEXT)]
+Images = Annotated[str, data_option(help=SOURCES)]
+Labels = Annotated[str, model_option(help=_LABELS)]
+Seed = Annotated[int, model_option(min=0, help="Seed of everything random.")]
+Device = Annotated[str, speed_option(help="auto (a CUDA GPU, else the CPU), cpu, cuda, cuda:1, mps.")]
+Dtype = Annotated[str, speed_option(help="float32, float64, bfloat16, float16, or tf32 on a GPU.")]
+ReportFile = Annotated[Path | None, speed_option(help="A report of calibrate: the guess to start from in each block.")]
+Guidance = Annotated[str, guidance_option(help=_GUIDANCE)]
+RecommendedGuidance = Annotated[str | None, guidance_option(help=f"{_GUIDANCE} Default: as recommended by the model.")]
+NoGuidance = Annotated[bool, guidance_option("--plain", help="No guidance.")]
+Tolerance = Annotated[float | None, speed_option(help=_TOLERANCE)]
+Part = Annotated[str | None, process_option(help=_PART, metavar="I/N")]
+NetworkBatchSize = Annotated[int, speed_option(min=1, max=MAX_BATCH_SIZE, help="Images in the network at a time.")]
+Json = Annotated[Path | None, output_option(help="Also write the results to this file.")]
 
 
 def parse_batch_size(text: str | None) -> int | None:
@@ -71,13 +87,23 @@ def parse_labels(text: str, num: int, flow: Flow, seed: int) -> Tensor | None:
         return draw_labels(num, flow.config.num_classes, seed)
     if text.endswith((".txt", ".npy")):
         return flow.check_labels(_read_labels(Path(text)), num)
-    if not re.fullmatch(r"-?\d{1,9}(,-?\d{1,9})*", text):
-        raise InputValueError(
-            f"--labels {text}: give balanced, random, none, whole numbers with commas between, or a .txt or .npy file"
-        )
-    numbers = torch.tensor([int(part) for part in text.split(",")])
+    numbers = torch.tensor([_parse_class(part.strip(), flow.classes) for part in text.split(",")])
     flow.check_labels(numbers, len(numbers))  # Checks all numbers, even if there are fewer samples.
     return numbers[torch.arange(num) % len(numbers)]
+
+
+def _parse_class(name: str, classes: Sequence[str]) -> int:
+    """Returns the number of a class by its name or its number."""
+    if name in classes:
+        return classes.index(name)
+    if re.fullmatch(r"-?\d{1,9}", name):
+        return int(name)
+    close = get_close_matches(name, classes, n=1, cutoff=0.5)
+    known = f"did you mean {close[0]}? " if close else ""
+    known += f"The classes are {', '.join(classes)}" if classes else "This model has no names of classes; give numbers"
+    raise InputValueError(
+        f"--labels {name}: no such class; {known}; or give balanced, random, none, or a .txt or .npy file"
+    )
 
 
 def parse_prompts(text: str | None, encoder: str | None, num: int, flow: Flow) -> list[str] | None:

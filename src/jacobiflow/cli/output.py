@@ -46,6 +46,27 @@ def format_duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
+def format_count(num: int, noun: str) -> str:
+    """Formats a number of things.
+
+    Example:
+        >>> format_count(1, "thread"), format_count(1200, "sample")
+        ('1 thread', '1,200 samples')
+    """
+    return f"{num:,} {noun}{'s' * (num != 1)}"
+
+
+def format_rate(num: int, seconds: float) -> str:
+    """Formats how many of `num` things are done in a second.
+
+    Example:
+        >>> format_rate(14_300, 10), format_rate(1, 4)
+        ('1,430', '0.25')
+    """
+    rate = num / seconds
+    return f"{rate:,.0f}" if rate >= 9.95 else f"{rate:.2g}"
+
+
 class ProgressLines:
     """A `Progress` for logs: once a minute it prints to stderr what is done and how much time is left."""
 
@@ -92,16 +113,20 @@ def replace_arguments(message: str, options: Mapping[str, str]) -> str:
     """Returns a message of the library with options in place of the arguments that it names.
 
     Example:
-        >>> replace_arguments("num=5: give less, or overwrite=True", {"num": "--num", "overwrite": "--overwrite"})
+        >>> names = {"num": "--num", "overwrite": "--overwrite", "guidance": "--guidance"}
+        >>> replace_arguments("num=5: give less, or overwrite=True", names)
         '--num 5: give less, or --overwrite'
+        >>> replace_arguments("samples of guidance=None, not 1.5", names)
+        'samples of no --guidance, not 1.5'
     """
 
     def to_option(match: re.Match[str]) -> str:
         name, value = match.groups()
         is_argument = name in options and (value is not None or "_" in name)
-        return options[name] + (" " if value == "=" else "") if is_argument else match[0]
+        before, after = "no " * (value in ("=None", "=False")), " " * (value == "=")
+        return f"{before}{options[name]}{after}" if is_argument else match[0]
 
-    return re.sub(r"(?<![\w./-])(\w+)(=True\b|=)?", to_option, message)
+    return re.sub(r"(?<![\w./-])(\w+)(=(?:True|False|None)\b|=)?", to_option, message)
 
 
 def one_line(message: str) -> str:

@@ -6,8 +6,6 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from typer import Option
-
 import jacobiflow as jf
 from jacobiflow.cli import loading, options, output_files
 from jacobiflow.cli.output import show_table
@@ -24,14 +22,15 @@ _TUNE = (
 
 
 def plan(
-    out: Annotated[Path, Option(help="File for the strategy (JSON).")],
+    out: Annotated[Path, options.output_option(help="File for the strategy (JSON).")],
     model: options.Model = "fashion-p2",
-    tune: Annotated[bool, Option("--tune", help=_TUNE)] = False,
+    tune: Annotated[bool, options.speed_option("--tune", help=_TUNE)] = False,
     batch_size: Annotated[
-        str, Option(help="Images solved together, or auto: as many as fit in free memory, at most 1,024.")
+        str, options.speed_option(help="Images solved together, or auto: as many as fit in free memory, at most 1,024.")
     ] = "16",
     tolerance: Annotated[
-        float | None, Option(help="Largest residual in any block, and largest error of a sample. Default: 1e-3.")
+        float | None,
+        options.speed_option(help="Largest residual in any block, and largest error of a sample. Default: 1e-3."),
     ] = None,
     guidance: options.RecommendedGuidance = None,
     plain: options.NoGuidance = False,

@@ -8,12 +8,10 @@ from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from typer import Option
-
 import jacobiflow as jf
 from jacobiflow.cli import loading, options
 from jacobiflow.cli.job import as_command
-from jacobiflow.cli.output import progress_bar
+from jacobiflow.cli.output import format_count, format_duration, format_rate, progress_bar
 from jacobiflow.errors import InputValueError
 from jacobiflow.utils.provenance import Provenance
 
@@ -29,11 +27,14 @@ if TYPE_CHECKING:
 _SHEET = "samples.png"
 _SHEET_IMAGES = 100
 _OURS = "ours"
-_BATCH_SIZE = "Images solved together, or auto: as many as fit in memory. Default: all, at most 64."
+_BATCH_SIZE = (
+    "Images solved together, or auto: as many as fit in memory. Default: as for the samples in --out, else all, at "
+    "most 64."
+)
 _DENOISE = "Rate of one denoising step; 0 is off. Default: as recommended by the model."
 _CERTIFY = "Measure each sample's residual, and solve it again if it is above the tolerance."
-_CERTIFY_ALWAYS = "Measure blocks that were solved token by token, too."
-_SENSITIVITY = "Measure how much rounding changes each sample, by a second solve."
+_CERTIFY_ALWAYS = "Check every block, even those solved token by token."
+_SENSITIVITY = "Measure how much rounding changes each sample, by drawing it a second time."
 _OFFLOAD = "Keep one block at a time on the device, for a model that is larger than it."
 _STRATEGIES = (
     "auto (planned for this model, machine and batch size), sequential, sequential:int16, jacobi, jacobi-J, "
@@ -46,44 +47,45 @@ class SampleConfig:
     """Options of `jacobiflow sample`."""
 
     model: options.Model = "fashion-p2"
-    num: Annotated[int, Option(min=1, max=100_000_000, help="Number of samples.")] = 16
+    num: Annotated[int, options.model_option(min=1, max=100_000_000, help="Number of samples.")] = 16
     labels: options.Labels = "balanced"
     prompts: options.Prompts = None
     encode_text: options.EncodeText = None
     seed: options.Seed = 0
-    batch_size: Annotated[str | None, Option(help=_BATCH_SIZE)] = None
-    shard_size: Annotated[int | None, Option(min=1, help="Samples in a file. Default: about 1,024.")] = None
-    files: Annotated[Literal["npz", "png"], Option(help="png: also a file per image, by class.")] = "npz"
-    strategy: Annotated[str, Option(help=_STRATEGIES)] = "auto"
+    batch_size: Annotated[str | None, options.speed_option(help=_BATCH_SIZE)] = None
+    shard_size: Annotated[
+        int | None,
+        options.output_option(
+            min=1,
+            help="Samples in a file. A run that was stopped keeps whole files. Default: about 1,024.",
+        ),
+    ] = None
+    files: Annotated[
+        Literal["npz", "png"], options.output_option(help="png: also a file for each image, in folders by class.")
+    ] = "npz"
+    strategy: Annotated[str, options.speed_option(help=_STRATEGIES)] = "auto"
     tolerance: options.Tolerance = None
     report: options.ReportFile = None
     guidance: options.RecommendedGuidance = None
-    denoise: Annotated[float | None, Option(help=_DENOISE)] = None
-    plain: Annotated[bool, Option("--plain", help="No guidance and no denoising.")] = False
-    certify: Annotated[bool, Option(help=_CERTIFY)] = True
-    certify_always: Annotated[bool, Option("--certify-always", help=_CERTIFY_ALWAYS)] = False
-    sensitivity: Annotated[bool, Option("--sensitivity", help=_SENSITIVITY)] = False
-    compare: Annotated[bool, Option("--compare", help="Compare with the original sampler on the first batch.")] = False
+    denoise: Annotated[float | None, options.guidance_option(help=_DENOISE)] = None
+    plain: Annotated[bool, options.guidance_option("--plain", help="No guidance and no denoising.")] = False
+    certify: Annotated[bool, options.speed_option(help=_CERTIFY)] = True
+    certify_always: Annotated[bool, options.speed_option("--certify-always", help=_CERTIFY_ALWAYS)] = False
+    sensitivity: Annotated[bool, options.speed_option("--sensitivity", help=_SENSITIVITY)] = False
+    compare: Annotated[
+        bool, options.speed_option("--compare", help="Also draw the first batch by the original sampler, and compare.")
+    ] = False
     device: options.Device = "auto"
-    offload: Annotated[bool, Option("--offload", help=_OFFLOAD)] = False
+    offload: Annotated[bool, options.speed_option("--offload", help=_OFFLOAD)] = False
     dtype: options.Dtype = "float32"
     part: options.Part = None
-    overwrite: Annotated[bool, Option("--overwrite", help="Replace the samples in the folder.")] = False
-    out: Annotated[Path, Option(help="Folder for the samples and samples.png.")] = Path("out/samples")
-
-
-@dataclass(frozen=True)
-class Speed:
-    """The cost of the samples, and how many were drawn in a second of computing."""
-
-    cost: Cost
-    samples_per_second: float
-    residual: float | None
+    overwrite: Annotated[bool, options.output_option("--overwrite", help="Replace the samples in the folder.")] = False
+    out: Annotated[Path, options.output_option(help="Folder for the samples and samples.png.")] = Path("out/samples")
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """The original sampler against the strategy, on the first batch."""
+    """The original sampler against the strategy, on the first batch; the seconds include denoising."""
 
     original: str
     original_seconds: float
@@ -100,7 +102,11 @@ class SampleResult(Provenance):
     Attributes:
         settings: Guidance and denoising as options, and a note if the model recommends them.
         num_new: Number of samples that this command drew.
-        speed: The speed of all samples; None if other parts are missing, like `outcome`.
+        seconds: The time in which it drew them, denoising included.
+        preparation_seconds: The time before, for a plan and the check of samples that are there.
+        samples_per_second: num_new over seconds; None if all samples were there.
+        cost: The cost of all samples; None if other parts are missing, like `outcome`.
+        residual: The largest residual of all samples; None if it was not measured.
     """
 
     model: str
@@ -116,8 +122,11 @@ class SampleResult(Provenance):
     processes: int
     part: str
     num_new: int
-    wall_seconds: float
-    speed: Speed | None
+    seconds: float
+    preparation_seconds: float
+    samples_per_second: float | None
+    cost: Cost | None
+    residual: float | None
     outcome: Outcome | None
     comparison: Comparison | None
     has_sheet: bool
@@ -136,7 +145,7 @@ def run(config: SampleConfig, processes: Processes) -> SampleResult | None:
     from jacobiflow.utils.timing import describe_machine
 
     _check_options(config)
-    size = options.parse_batch_size(config.batch_size)
+    options.parse_batch_size(config.batch_size)
     part = jf.Part.parse(config.part)
     device = processes.device(loading.pick_device(config.device))
     flow = loading.load_model(config.model, device, config.dtype, offload=config.offload)
@@ -149,32 +158,33 @@ def run(config: SampleConfig, processes: Processes) -> SampleResult | None:
         flow, config.guidance, config.denoise, config.plain, context.values is not None
     )
     flow = flow.guided(settings.guidance)
-    if config.batch_size == "auto":
-        earlier = None if config.overwrite else config.out
-        size = processes.run_on_rank_zero(partial(_auto_batch_size, flow, config.num, earlier))
+    batch_size, shard_size = processes.run_on_rank_zero(partial(_sizes, config, flow))
     started = perf_counter()
     with progress_bar(is_shown=processes.rank == 0) as progress:
         folder = jf.sample_to_folder(
             flow, config.num, config.out, seed=config.seed, context=context, settings=settings,
             strategy=config.strategy, tolerance=config.tolerance,
             certify="always" if config.certify_always else config.certify, sensitivity=config.sensitivity,
-            batch_size=size, shard_size=config.shard_size, files=config.files, model=config.model,
+            batch_size=batch_size, shard_size=shard_size, files=config.files, model=config.model,
             report=loading.load_report(config.report, flow), overwrite=config.overwrite, processes=processes,
             progress=progress, part=part,
         )  # fmt: skip
-        seconds = perf_counter() - started
+        preparation_seconds = perf_counter() - started - folder.seconds
         if processes.rank > 0:
             return None
         comparison = _compare(flow, folder, context, texts, progress) if config.compare else None
     has_sheet = flow.image_shape is not None and folder.is_complete
     if has_sheet and comparison is None:
         _save_sheet(folder, config.out / _SHEET)
-    manifest = folder.manifest
+    manifest, residual = folder.manifest, folder.residual() if folder.is_complete else None
     return SampleResult(
         model=config.model, num=config.num, seed=config.seed, batch_size=manifest.batch_size,
         strategy=config.strategy, settings=loading.settings_text(settings), origin=origin, denoise=manifest.denoise,
         out=str(config.out), shards=manifest.num_shards, processes=processes.count, part=str(part),
-        num_new=folder.num_new, wall_seconds=seconds, speed=_speed(folder) if folder.is_complete else None,
+        num_new=folder.num_new, seconds=folder.seconds, preparation_seconds=preparation_seconds,
+        samples_per_second=folder.num_new / folder.seconds if folder.num_new else None,
+        cost=folder.cost() if folder.is_complete else None,
+        residual=None if residual is None else float(residual.max()),
         outcome=folder.outcome() if folder.is_complete else None, comparison=comparison, has_sheet=has_sheet,
         machine=describe_machine(flow.var.device),
     )  # fmt: skip
@@ -189,14 +199,19 @@ def _check_options(config: SampleConfig) -> None:
         raise InputValueError("--compare: excludes --part; compare in a run of its own")
 
 
-def _auto_batch_size(flow: Flow, num: int, earlier: Path | None) -> int:
-    """Returns the batch size of the samples in the folder `earlier`, if any, else the largest that fits in memory."""
+def _sizes(config: SampleConfig, flow: Flow) -> tuple[int | None, int | None]:
+    """Returns the batch size and the shard size: those of the options, else of samples in the folder, if any."""
     from jacobiflow.models.memory import find_batch_size
-    from jacobiflow.utils.files import MANIFEST
+    from jacobiflow.utils.files import MANIFEST, read_object
 
-    if earlier is not None and (earlier / MANIFEST).exists():
-        return jf.SampleFolder.open(earlier).manifest.batch_size
-    return find_batch_size(flow, min(num, options.MAX_BATCH_SIZE))
+    size = options.parse_batch_size(config.batch_size)
+    is_resumed = not config.overwrite and (read_object(config.out / MANIFEST) or {}).get("kind") == "samples"
+    if is_resumed and size is None:
+        earlier = jf.SampleFolder.open(config.out).manifest
+        return earlier.batch_size, config.shard_size or earlier.shard_size
+    if config.batch_size == "auto":
+        size = find_batch_size(flow, min(config.num, options.MAX_BATCH_SIZE))
+    return size, config.shard_size
 
 
 def _compare(
@@ -208,6 +223,7 @@ def _compare(
     from jacobiflow.fixed_point.options import SolveOptions
     from jacobiflow.models import latents
     from jacobiflow.sampling import denoise, sample
+    from jacobiflow.utils import timing
 
     manifest, config = folder.manifest, flow.config
     num = min(manifest.num, manifest.batch_size)
@@ -220,10 +236,14 @@ def _compare(
     runs = {_OURS: run}
     result = compare.compare_samplers(flow, z, context.values, runs, repeats=1, warm_up=False, progress=progress)
     original, ours = result.result(result.original), result.result(_OURS)
-    images = [original.x, ours.x]
+    images, seconds = [original.x, ours.x], [original.seconds.median, ours.seconds.median]
     if manifest.denoise:
-        images = [denoise.denoise_checked(flow, x, context, manifest.denoise, 64) for x in images]
-    classes = [] if prompts is not None or context.values is None else [f"class {k}" for k in context.values.tolist()]
+        for i, x in enumerate(images):
+            run_denoising = partial(denoise.denoise_checked, flow, x, context, manifest.denoise, 64)
+            denoise_seconds, images[i] = timing.time_call(run_denoising, x.device)
+            seconds[i] += denoise_seconds
+    labels = [] if prompts is not None or context.values is None else context.values.tolist()
+    classes = [flow.classes[k] if flow.classes and k >= 0 else f"class {k}" for k in labels]
     sheet = plots.comparison_sheet(
         images[0][:_SHEET_IMAGES],
         images[1][:_SHEET_IMAGES],
@@ -233,9 +253,9 @@ def _compare(
     plots.save_png(sheet, folder.path / _SHEET)
     return Comparison(
         original=result.original,
-        original_seconds=original.seconds.median,
-        seconds=ours.seconds.median,
-        speed_up=result.speed_up(ours, result.original),
+        original_seconds=seconds[0],
+        seconds=seconds[1],
+        speed_up=seconds[0] / seconds[1],
         error=evaluation.paired_error(images[1], images[0]),
         sensitivity=run(sample.Outputs(sensitivity=True)).outcome.sensitivity,
     )
@@ -252,55 +272,73 @@ def _save_sheet(folder: jf.SampleFolder, path: Path) -> None:
     plots.save_png(data.image_grid(data.scale(images), min(10, num)), path)
 
 
-def _speed(folder: jf.SampleFolder) -> Speed:
-    cost, residual = folder.cost(), folder.residual()
-    rate = folder.manifest.num / (cost.seconds + cost.denoise_seconds)
-    return Speed(cost, rate, None if residual is None else float(residual.max()))
-
-
 def show(result: SampleResult) -> None:
     """Prints the samples, their speed and exactness, and the files."""
-    print(f"{result.model}: {result.num:,} sample{'s' * (result.num > 1)}, {result.origin}")
-    if result.speed is not None:
-        _print_speed(result, result.speed)
-    if not result.num_new and result.speed is not None:
-        print(
-            f"all {result.num:,} were in {result.out} already, and match their checksums; --overwrite draws them again"
-        )
-        return
-    if result.shards > 1:
-        rate = f"{result.num_new / result.wall_seconds:.1f} a second"
-        print(f"drew {result.num_new:,} in {result.wall_seconds:,.0f} s: {rate}, processes: {result.processes}")
-    if result.speed is None:
+    device, is_complete = result.machine["device"], result.cost is not None
+    print(f"{result.model}: {format_count(result.num, 'sample')} by {result.strategy} on {device}, batch size "
+          f"{result.batch_size}")  # fmt: skip
+    print(result.origin)
+    if is_complete and not result.num_new:
+        print(f"all {result.num:,} were there already, and match their checksums; --overwrite draws them again")
+    elif result.num_new:
+        print(_describe_speed(result))
+    # A warning has told of a shortfall.
+    if result.outcome is not None and not result.outcome.has_shortfall:
+        print(result.outcome)
+    if result.comparison is not None:
+        _print_comparison(result, result.comparison)
+    if not is_complete:
         print(
             f"part {result.part} has drawn its samples into {result.out}; others are missing, which jacobiflow info "
             f"--check {result.out} names"
         )
         return
     sheet = f", {_SHEET}" * result.has_sheet
-    print(f"wrote {result.out}: {result.shards} shard{'s' * (result.shards > 1)}, manifest.json, strategy.json{sheet}")
+    print(f"wrote {result.out}: {format_count(result.shards, 'shard')}, manifest.json, strategy.json{sheet}")
 
 
-def _print_speed(result: SampleResult, speed: Speed) -> None:
-    """Prints the speed and the exactness of the samples, also against the original sampler if it was timed."""
-    cost, comparison, outcome = speed.cost, result.comparison, result.outcome
-    denoising = f", and {cost.denoise_seconds:.3g} s of denoising" * (result.denoise > 0)
-    print(
-        f"{cost.seconds:.3g} s by {result.strategy} on {result.machine['device']}, batch size {result.batch_size}"
-        f"{denoising}: {speed.samples_per_second:.3g} samples a second"
+def _describe_speed(result: SampleResult) -> str:
+    """Describes how many samples this command has drawn, and how fast."""
+    num_kept = result.num - result.num_new
+    kept = f" ({num_kept:,} were there)" if num_kept and result.cost is not None else ""
+    denoising = ", denoising included" * (result.denoise > 0)
+    processes = f" by {result.processes} processes" * (result.processes > 1)
+    preparation = result.preparation_seconds
+    before = f" (planning and checks before: {format_duration(preparation)})" if preparation >= 1 else ""
+    return (
+        f"drew {result.num_new:,}{kept}{processes} in {_format_seconds(result.seconds)}{denoising}: "
+        f"{format_rate(result.num_new, result.seconds)} a second{before}"
     )
-    # A warning has told of a shortfall.
-    exactness = [] if outcome is None or outcome.has_shortfall else [str(outcome)]
-    if comparison is not None:
-        without, before = (", without denoising", " before denoising") if result.denoise else ("", "")
-        print(
-            f"{comparison.speed_up:.1f}x faster than the original sampler, {comparison.original}: "
-            f"{comparison.seconds:.3g} s against {comparison.original_seconds:.3g} s for the first batch{without}"
-        )
-        exactness.append(f"largest difference from the original sampler {comparison.error.max:.1e}")
-        exactness.append(f"rounding changes these samples by up to {comparison.sensitivity:.1e}{before}")
-    if exactness:
-        print("; ".join(exactness))
 
 
-sample = as_command(SampleConfig, run, show)
+def _print_comparison(result: SampleResult, comparison: Comparison) -> None:
+    denoising = "denoising included" if result.denoise else "without denoising"
+    print(
+        f"first batch of {min(result.num, result.batch_size):,}, {denoising}: original sampler "
+        f"{_format_seconds(comparison.original_seconds)}, here {_format_seconds(comparison.seconds)}: "
+        f"{comparison.speed_up:.{1 if comparison.speed_up < 10 else 0}f}x faster"
+    )
+    before = " before denoising" * (result.denoise > 0)
+    print(
+        f"largest difference from the original sampler {comparison.error.max:.1e}; rounding changes these samples by "
+        f"up to {comparison.sensitivity:.1e}{before}"
+    )
+
+
+def _format_seconds(seconds: float) -> str:
+    return f"{seconds:.3g} s" if seconds < 100 else f"{seconds:,.0f} s"
+
+
+def _describe_kept(config: SampleConfig) -> str:
+    from jacobiflow.utils.files import MANIFEST
+
+    if not (config.out / MANIFEST).exists():
+        return "no sample is drawn; the same command starts again"
+    folder = jf.SampleFolder.open(config.out)
+    kept = f"{folder.num_drawn:,} of {folder.manifest.num:,} samples are kept in {config.out}; the same command goes on"
+    if folder.num_drawn:
+        return kept
+    return f"{kept}. Files of {folder.manifest.shard_size:,} samples are kept once they are whole: see --shard-size"
+
+
+sample = as_command(SampleConfig, run, show, _describe_kept)

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import inspect
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
-
-from typer import Option
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import jacobiflow as jf
 from jacobiflow.cli import loading, options
@@ -19,7 +17,7 @@ from jacobiflow.training.config import TrainConfig
 from jacobiflow.utils.provenance import Provenance
 
 if TYPE_CHECKING:
-    from jacobiflow.data import ImageDataset
+    from jacobiflow.data import ImageDataset, ImageFiles
     from jacobiflow.distributed import Processes
     from jacobiflow.models.config import FlowConfig
     from jacobiflow.models.flow import Flow
@@ -29,6 +27,9 @@ _PRINT_EVERY = 50  # Steps between lines of metrics.
 _NOISE = "tarflow: standard deviation of the images' Gaussian noise; 0 for uniform noise; default 0.1."
 _HELD_OUT = "Images whose loss is measured at checkpoints, at most 512. Default: the test split of --images, if any."
 _NUM_HELD_OUT = 512
+_IMAGE_SIZE = "Side in pixels to which images of a folder are scaled down. Default: the smallest side of all images."
+_IMAGE_CHANNELS = "3 for colour, 1 for grey. Default: grey if all images are."
+_MAX_NATURAL_SIZE = 256  # Larger images are trained on only if --image-size is given: they take very long.
 
 
 @dataclass(frozen=True)
@@ -36,23 +37,37 @@ class TrainOptions:
     """The options of `jacobiflow train`."""
 
     images: options.Images
-    out: Annotated[Path, Option(help="Folder of the model, its checkpoint, metrics and samples.")]
-    training: TrainConfig
-    flow: Annotated[str, Option(help="tarflow, or maf: a masked autoregressive flow.")] = "tarflow"
-    patch_size: Annotated[int | None, Option(help="tarflow: side of a patch in pixels; default 2.")] = None
-    channels: Annotated[int, Option(help="Width of the transformers; maf: of the hidden layers.")] = 128
-    blocks: Annotated[int, Option(help="Number of flow blocks.")] = 8
-    layers: Annotated[int, Option(help="Transformer layers in a block; maf: hidden layers.")] = 2
-    head_dim: Annotated[int | None, Option(help="tarflow: width of an attention head; default 64.")] = None
-    volume_preserving: Annotated[bool, Option("--volume-preserving", help="tarflow: shifts only.")] = False
-    noise_std: Annotated[float | None, Option(help=_NOISE)] = None
-    image_size: Annotated[int, Option(help="Side of the images in pixels.")] = 28
-    image_channels: Annotated[int, Option(help="1 for grey, 3 for colour.")] = 1
-    unconditional: Annotated[bool, Option("--unconditional", help="Do not use the images' labels.")] = False
-    held_out: Annotated[str | None, Option(help=_HELD_OUT)] = None
-    horizontal_flip: Annotated[bool, Option("--horizontal-flip", help="Mirror half of the images.")] = False
-    translate: Annotated[int, Option(help="Largest translation of an image in pixels.")] = 0
-    hue: Annotated[float, Option(help="Largest change of the hue in degrees.")] = 0.0
+    out: Annotated[Path, options.output_option(help="Folder of the model, its checkpoint, metrics and samples.")]
+    training: Annotated[TrainConfig, options.training_option()]
+    flow: Annotated[str, options.model_option(help="tarflow, or maf: a masked autoregressive flow.")] = "tarflow"
+    patch_size: Annotated[int | None, options.model_option(help="tarflow: side of a patch in pixels; default 2.")] = (
+        None
+    )
+    channels: Annotated[int, options.model_option(help="Width of the transformers; maf: of the hidden layers.")] = 128
+    num_blocks: Annotated[int, options.model_option("--blocks", help="Number of flow blocks.")] = 8
+    layers_per_block: Annotated[
+        int, options.model_option("--layers", help="Transformer layers in a block; maf: hidden layers.")
+    ] = 2
+    head_dim: Annotated[int | None, options.model_option(help="tarflow: width of an attention head; default 64.")] = (
+        None
+    )
+    volume_preserving: Annotated[
+        bool, options.model_option("--volume-preserving", help="tarflow: only shift values, and do not scale them.")
+    ] = False
+    noise_std: Annotated[float | None, options.model_option(help=_NOISE)] = None
+    image_size: Annotated[int | None, options.data_option(help=_IMAGE_SIZE)] = None
+    in_channels: Annotated[Literal["1", "3"] | None, options.data_option("--image-channels", help=_IMAGE_CHANNELS)] = (
+        None
+    )
+    unconditional: Annotated[bool, options.data_option("--unconditional", help="Do not use the images' labels.")] = (
+        False
+    )
+    held_out: Annotated[str | None, options.data_option(help=_HELD_OUT)] = None
+    horizontal_flip: Annotated[bool, options.data_option("--horizontal-flip", help="Mirror half of the images.")] = (
+        False
+    )
+    translate: Annotated[int, options.data_option(help="Largest translation of an image in pixels.")] = 0
+    hue: Annotated[float, options.data_option(help="Largest change of the hue in degrees.")] = 0.0
     device: options.Device = "auto"
 
 
@@ -83,23 +98,33 @@ def run(config: TrainOptions, processes: Processes) -> TrainResult:
     import torch
 
     from jacobiflow import plots, training
-    from jacobiflow.data import load_images
+    from jacobiflow.training.folder import last_checkpoint
     from jacobiflow.training.transforms import image_transform
     from jacobiflow.utils import timing
     from jacobiflow.utils.checks import check_device
 
-    data = load_images(config.images, config.image_size, config.image_channels)
+    data = _training_images(config)
+    held_out = _held_out_images(config, data)
     flow_class, flow_config = _flow_config(config, data)
     device = check_device(processes.device(loading.pick_device(config.device)), must_exist=True)
     torch.manual_seed(config.training.seed)
     flow = flow_class(flow_config).to(device)
     transform = image_transform(flow.require_images(), config.horizontal_flip, config.translate, config.hue)
 
+    start, _ = last_checkpoint(config.out) or (0, None)
+    if processes.rank == 0:
+        print(_summary(config, data, held_out, flow), file=sys.stderr)
+
     def print_metrics(metrics: TrainMetrics) -> None:
+        if metrics.step == start + 1 > 1:
+            print(f"resumed at step {start:,} of {config.training.steps:,}", file=sys.stderr)
         if metrics.step % _PRINT_EVERY == 0 or metrics.held_out_loss is not None:
             held_out = "" if metrics.held_out_loss is None else f"  held out {metrics.held_out_loss:+.4f}"
             values = f"loss {metrics.loss:+.4f}{held_out}  {metrics.bits_per_dim:.3f} bits/dim"
-            print(f"step {metrics.step}/{config.training.steps}  {values}  {metrics.seconds:.0f} s", file=sys.stderr)
+            print(
+                f"step {metrics.step:,} of {config.training.steps:,}  {values}  {metrics.seconds:.0f} s",
+                file=sys.stderr,
+            )
 
     def save_samples(average: Flow, step: int) -> None:
         labels = options.parse_labels("balanced", 20, average, config.training.seed)
@@ -108,7 +133,7 @@ def run(config: TrainOptions, processes: Processes) -> TrainResult:
 
     with progress_bar(is_shown=processes.rank == 0) as progress:
         training.train(
-            flow, data, config.training, config.out, held_out=_held_out_images(config), transform=transform,
+            flow, data, config.training, config.out, held_out=held_out, transform=transform,
             on_step=print_metrics, on_sample=save_samples, progress=progress, processes=processes,
         )  # fmt: skip
     metrics = training.read_metrics(config.out)
@@ -125,16 +150,64 @@ def show(result: TrainResult) -> None:
     print(f"wrote the model folder {result.model}")
 
 
-def _held_out_images(config: TrainOptions) -> ImageDataset | None:
-    """Loads the first images of `--held-out`, or of the test split."""
+def _training_images(config: TrainOptions) -> ImageDataset:
+    """Loads the images of `--images`, by default at their own size and in their own colour."""
+    from jacobiflow.data import ImageFiles, load_images
+
+    channels = None if config.in_channels is None else int(config.in_channels)
+    data = load_images(config.images, None, channels)
+    natural, wanted = data.images.shape[-1], config.image_size
+    if not isinstance(data.images, ImageFiles):
+        return data if wanted in (None, natural) else load_images(config.images, wanted, channels)
+    if wanted is None and natural > _MAX_NATURAL_SIZE:
+        raise InputValueError(
+            f"{config.images}: the smallest images have {natural} pixels on a side, and training on so large ones is "
+            "slow; give --image-size 64, to which they are scaled down, or another size"
+        )
+    if wanted is not None and wanted > natural:
+        raise InputValueError(
+            f"--image-size {wanted}: {_smallest(data.images)} has only {natural} pixels on a side; give --image-size "
+            f"{natural}, or remove smaller images"
+        )
+    return data if wanted is None else replace(data, images=replace(data.images, size=wanted))
+
+
+def _smallest(images: ImageFiles) -> Path:
+    """Returns the image with the smallest side."""
+    from jacobiflow.data.image_files import image_sides
+
+    return min(images.files, key=lambda file: min(image_sides(file)))
+
+
+def _held_out_images(config: TrainOptions, data: ImageDataset) -> ImageDataset | None:
+    """Loads the first images of `--held-out`, or of the test split, in the size and colour of the training images."""
     from jacobiflow.data import ImageDataset, available_splits, load_images
 
     split = "test" if "test" in available_splits(config.held_out or config.images) else "train"
     if config.held_out is None and split == "train":
         return None
-    data = load_images(config.held_out or config.images, config.image_size, config.image_channels, split)  # type: ignore[arg-type]
-    labels = None if data.labels is None else data.labels[:_NUM_HELD_OUT]
-    return ImageDataset(data.images[:_NUM_HELD_OUT], labels)
+    channels, size, _ = data.images.shape[1:]
+    held_out = load_images(config.held_out or config.images, size, channels, split)  # type: ignore[arg-type]
+    labels = None if held_out.labels is None else held_out.labels[:_NUM_HELD_OUT]
+    return ImageDataset(held_out.images[:_NUM_HELD_OUT], labels)
+
+
+def _summary(config: TrainOptions, data: ImageDataset, held_out: ImageDataset | None, flow: Flow) -> str:
+    """Describes the data, the flow and the run."""
+    channels, height, width = data.images.shape[1:]
+    colour = {1: "grey", 3: "colour"}.get(channels, f"{channels} channels")
+    num_classes = flow.config.num_classes
+    names = f": {', '.join(data.classes)}" if len(data.classes) == num_classes else ""
+    held_out_text = "none" if held_out is None else f"{len(held_out):,} images"
+    parameters = sum(parameter.numel() for parameter in flow.parameters())
+    lines = (
+        f"images: {len(data):,} of {width}x{height} pixels, {colour}",
+        f"classes: {f'{num_classes}{names}' if num_classes else 'none'}",
+        f"held out: {held_out_text}",
+        f"model: {config.flow}, {parameters:,} parameters",
+        f"training: {config.training.steps:,} steps of {config.training.batch_size:,} images",
+    )
+    return "\n".join(lines)
 
 
 def _flow_config(config: TrainOptions, data: ImageDataset) -> tuple[type[Flow], FlowConfig]:
@@ -152,10 +225,11 @@ def _flow_config(config: TrainOptions, data: ImageDataset) -> tuple[type[Flow], 
         if name not in parameters:
             option = f"--{name.replace('_', '-')} {value}"
             raise InputValueError(f"{option}: not an option of --flow {config.flow}; leave it out")
+    channels, size, _ = data.images.shape[1:]
     num_classes = 0 if config.unconditional or data.labels is None else int(data.labels.max()) + 1
     return flow_class, flow_class.config_from_options(
-        in_channels=config.image_channels, image_size=config.image_size, channels=config.channels,
-        blocks=config.blocks, layers=config.layers, num_classes=num_classes, **extra,
+        in_channels=channels, image_size=size, channels=config.channels, blocks=config.num_blocks,
+        layers=config.layers_per_block, num_classes=num_classes, **extra,
     )  # fmt: skip
 
 
@@ -170,4 +244,13 @@ def _trainable_flows() -> list[str]:
     )
 
 
-train = as_command(TrainOptions, run, show)
+def _describe_checkpoint(config: TrainOptions) -> str:
+    from jacobiflow.training.folder import last_checkpoint
+
+    step, _ = last_checkpoint(config.out) or (0, None)
+    if not step:
+        return "before the first checkpoint; the same command starts again"
+    return f"checkpoint at step {step:,} of {config.training.steps:,} in {config.out}; the same command goes on"
+
+
+train = as_command(TrainOptions, run, show, _describe_checkpoint)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -52,6 +54,34 @@ class ImageFiles:
         return images
 
 
+def image_sides(path: Path) -> tuple[int, int]:
+    """Returns the width and the height of an image, without reading its pixels."""
+    from PIL import Image
+
+    with _usable(path), Image.open(regular_file(path)) as file:
+        return file.size
+
+
+def is_grey(path: Path) -> bool:
+    """Tells whether all pixels of an image are grey."""
+    from PIL import Image
+
+    with _usable(path), Image.open(regular_file(path)) as file:
+        if file.mode in ("1", "L", "LA") or file.mode.startswith("I"):
+            return True
+        red, green, blue = np.asarray(_to_opaque(file).convert("RGB")).transpose(2, 0, 1)
+    return bool((red == green).all() and (green == blue).all())
+
+
+@contextmanager
+def _usable(path: Path) -> Iterator[None]:
+    """Raises DataError in place of the many kinds of exceptions that Pillow raises for broken files."""
+    try:
+        yield
+    except Exception as error:
+        raise DataError(f"{path}: not a usable image ({error}); replace or remove it") from error
+
+
 def read_image(path: Path, size: int, channels: int) -> UInt8[Tensor, "c h w"]:
     """Reads an image, and resizes its shorter side to `size` and crops the centre.
 
@@ -60,11 +90,8 @@ def read_image(path: Path, size: int, channels: int) -> UInt8[Tensor, "c h w"]:
     """
     from PIL import Image
 
-    try:
-        with Image.open(regular_file(path)) as file:
-            image = _to_opaque(file).convert("L" if channels == 1 else "RGB")
-    except Exception as error:  # Pillow raises many kinds of exceptions for broken files.
-        raise DataError(f"{path}: not a usable image ({error}); replace or remove it") from error
+    with _usable(path), Image.open(regular_file(path)) as file:
+        image = _to_opaque(file).convert("L" if channels == 1 else "RGB")
     shorter = min(image.size)
     if shorter < size:
         have = f"{image.width}x{image.height} pixels"

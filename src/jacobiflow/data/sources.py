@@ -6,22 +6,20 @@ import gzip
 import os
 import zipfile
 import zlib
+from dataclasses import replace
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, TypeAlias
+from typing import Literal, TypeAlias
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from jacobiflow.data.dataset import ImageDataset
-from jacobiflow.data.image_files import SUFFIXES, ImageFiles
+from jacobiflow.data.image_files import SUFFIXES, ImageFiles, image_sides, is_grey
 from jacobiflow.errors import DataError
 from jacobiflow.utils.checks import check_choice, check_count
 from jacobiflow.utils.files import regular_file
-
-if TYPE_CHECKING:
-    pass
 
 Split: TypeAlias = Literal["train", "test"]
 
@@ -30,10 +28,18 @@ _NAMES = (*_BUNDLED, "fashion-mnist", "digits")
 _SPLITS: dict[str, tuple[Split, ...]] = {"fashion-mnist": ("train", "test"), "digits": ()}
 _IDX_STEMS: dict[Split, str] = {"train": "train", "test": "t10k"}  # First word of the names of IDX files.
 _FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
+_CLASSES = {
+    "fashion": (
+        "t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle-boot",
+    ),
+    "emoji": ("face", "person", "gesture", "profession", "fantasy", "hand"),
+}  # fmt: skip
 _BROKEN = (OSError, EOFError, LookupError, TypeError, ValueError, zlib.error, zipfile.BadZipFile)
 
 
-def load_images(source: str, size: int, channels: int, split: Split = "train") -> ImageDataset:
+def load_images(
+    source: str, size: int | None = None, channels: int | None = None, split: Split = "train"
+) -> ImageDataset:
     """Loads a data set by its name, or images from a file or folder.
 
     Args:
@@ -41,8 +47,8 @@ def load_images(source: str, size: int, channels: int, split: Split = "train") -
             dataset-fashion-mnist), "digits" (scikit-learn's), or a path: an .npz file with `images` (N, H, W) or
             (N, C, H, W) and optional `labels` (N,), a folder of IDX files (MNIST's format), or a folder of images, see
             `image_folder`.
-        size: Side of the images in pixels. Only images of a folder are resized.
-        channels: 3 for colour, 1 for grey.
+        size: Side of the images in pixels; by default as they are. Only images of a folder are resized.
+        channels: 3 for colour, 1 for grey; by default as they are.
         split: "train" or "test". "train" loads all images of a source without splits, see `available_splits`.
 
     Example:
@@ -50,7 +56,8 @@ def load_images(source: str, size: int, channels: int, split: Split = "train") -
         >>> data.images.shape, data.labels.bincount().tolist()
         (torch.Size([512, 1, 28, 28]), [52, 52, 51, 51, 51, 51, 51, 51, 51, 51])
     """
-    size, channels = check_count("size", size), check_count("channels", channels)
+    size = None if size is None else check_count("size", size)
+    channels = None if channels is None else check_count("channels", channels)
     check_choice("split", split, ("train", "test"))
     if split == "test" and "test" not in available_splits(source):
         raise DataError(f"{source}: has no test split; give split='train', or fashion-mnist or a folder of IDX files")
@@ -69,9 +76,13 @@ def load_images(source: str, size: int, channels: int, split: Split = "train") -
         data = idx_folder(source, split)
     else:
         data = image_folder(source, size, channels)
-    if data.images.shape[1:] != (channels, size, size):
-        have, want = "x".join(map(str, data.images.shape[1:])), f"{channels}x{size}x{size}"
-        raise DataError(f"{source}: images are {have}, the flow takes {want}; give other images or a folder")
+    if source in (*_BUNDLED, "fashion-mnist"):
+        data = replace(data, classes=_CLASSES[source.partition("-")[0]])
+    have = tuple(data.images.shape[1:])
+    want = (have[0] if channels is None else channels, *((have[1],) * 2 if size is None else (size, size)))
+    if have != want:
+        have_text, want_text = ("x".join(map(str, shape)) for shape in (have, want))
+        raise DataError(f"{source}: images are {have_text}, not {want_text}; give other images or a folder")
     return data
 
 
@@ -144,7 +155,7 @@ def _dataset(source: object, images: NDArray[np.uint8], labels: NDArray[np.integ
         raise DataError(f"{source}: {error}") from error
 
 
-def image_folder(folder: str | Path, size: int, channels: int = 3) -> ImageDataset:
+def image_folder(folder: str | Path, size: int | None = None, channels: int | None = 3) -> ImageDataset:
     """Finds all images below a folder; each subfolder is a class. An image is read when it is needed.
 
     The shorter side of an image is resized to `size`, and the centre is cropped. Transparent pixels are blended onto
@@ -153,8 +164,8 @@ def image_folder(folder: str | Path, size: int, channels: int = 3) -> ImageDatas
 
     Args:
         folder: A folder with images, which have no labels, or with subfolders of images.
-        size: Side of the images in pixels.
-        channels: 3 for colour, 1 for grey.
+        size: Side of the images in pixels; by default the smallest side of all images.
+        channels: 3 for colour, 1 for grey; None for colour unless all images are grey.
 
     Raises:
         DataError: If there is no image, a class has no image, images lie beside class folders, or links lead to
@@ -162,7 +173,7 @@ def image_folder(folder: str | Path, size: int, channels: int = 3) -> ImageDatas
             than `size`.
     """
     root = Path(folder)
-    size, channels = check_count("size", size), check_choice("channels", channels, (1, 3))
+    size, channels = size and check_count("size", size), channels and check_choice("channels", channels, (1, 3))
     if not root.is_dir():
         raise DataError(f"{root}: no such folder")
     direct, subfolders = _list_folder(root)
@@ -177,6 +188,10 @@ def image_folder(folder: str | Path, size: int, channels: int = 3) -> ImageDatas
     for name, members in classes.items():
         if not members:
             raise DataError(f"{root / name}: class folder without an image; add some, or remove it")
+    if size is None:
+        size = min(min(image_sides(file)) for file in files)
+    if channels is None:
+        channels = 1 if all(map(is_grey, files)) else 3
     images = ImageFiles(tuple(files), size, channels)
     images[0]  # Raises an error for too large a size.
     labels = [label for label, members in enumerate(classes.values()) for _ in members]

@@ -66,7 +66,12 @@ class PatchConfig:
     def check_patches(self) -> None:
         """Raises ValueError if patches do not tile the image, or the noise is no standard deviation."""
         if self.image_size % self.patch_size:
-            raise InputValueError(f"patch_size={self.patch_size} does not divide image_size={self.image_size}")
+            whole = self.image_size // self.patch_size * self.patch_size
+            divisor = max(side for side in range(1, 9) if self.image_size % side == 0)
+            remedy = f"give patch_size={divisor}" + f", or image_size={whole}" * (whole > 0)
+            raise InputValueError(
+                f"patch_size={self.patch_size} does not divide image_size={self.image_size}; {remedy}"
+            )
         check_number("noise_std", self.noise_std, expected="0 or a positive standard deviation")
 
 

@@ -24,14 +24,14 @@ class TrainConfig:
         ema_decay: Decay of the exponential moving average of the weights.
         max_grad_norm: Gradients with a larger norm are clipped to it.
         label_dropout: Probability of dropping a label or a text, for classifier-free guidance.
-        bf16: Autocast the forward pass to bfloat16.
+        bf16: Compute the forward pass in bfloat16.
         accumulation: Parts of a step that a process runs one after another, which saves memory.
         recompute: Compute the activations of transformer layers again in the backward pass, which saves memory.
         shard: Shard weights, gradients and optimizer states over the processes by FSDP, layer by layer.
         workers: Processes that read and change the data, for each training process; 0 is none.
         seed: Seed of the order of the data, their noise and the dropped labels.
         checkpoint_every: Steps between checkpoints.
-        sample_every: Steps between calls of `on_sample`.
+        sample_every: Steps between pictures of samples; the last step has one, too.
 
     Example:
         >>> config = TrainConfig(steps=110, learning_rate=0.02, warmup=10)

@@ -76,7 +76,7 @@ def train(
     number of processes the weights are the same to rounding.
 
     Each checkpoint also writes the averaged flow as a model folder, which can be sampled during the run. If the data
-    have Gaussian noise, it recommends a denoising step at rate 1.
+    have Gaussian noise, it recommends a denoising step at rate 1. It has the names of the classes of an `ImageDataset`.
 
     A second call with the same `out` resumes from the checkpoint, by one process or more. By as many as before it ends
     with the weights of a run without a stop, bit for bit. SIGINT, SIGTERM and SIGUSR1 end the step, write a checkpoint
@@ -93,7 +93,8 @@ def train(
         transform: Changes the data of an item at random, before noise is added, such as a torchvision transform. It
             draws from PyTorch's global generator.
         on_step: Called with the metrics of every step in the first process.
-        on_sample: Called with the averaged flow and the step in the first process, every `sample_every` steps.
+        on_sample: Called with the averaged flow and the step in the first process, every `sample_every` steps
+            and after the last one.
         progress: Called after every step in the first process.
         processes: The processes that share the work, see `jacobiflow.processes`. Each of them calls this function.
 
@@ -128,7 +129,7 @@ def train(
                 on_step(metrics)
             if processes.rank == 0 and progress is not None:
                 progress(metrics.step, config.steps, "training")
-            if on_sample is not None and metrics.step % config.sample_every == 0:
+            if on_sample is not None and (metrics.step % config.sample_every == 0 or metrics.step == config.steps):
                 average = state.parallel.averaged_flow()
                 if average is not None:
                     on_sample(average, metrics.step)
@@ -200,8 +201,12 @@ class _Run:
             keys = StepKeys(len(items.data), range(1), config, Processes()).of_step(0)
             flow.initialize(*to_flow(items.__getitems__(keys), flow))
         self.parallel = ParallelFlow(flow, config, processes)
+        average = self.parallel.average.flow
         if flow.config.noise_std:
-            self.parallel.average.flow.recommended = SamplingSettings(denoise=1.0)
+            average.recommended = SamplingSettings(denoise=1.0)
+        classes = items.data.classes if isinstance(items.data, ImageDataset) else ()
+        if len(classes) == flow.config.num_classes:
+            average.classes = classes
         self.optimizer = torch.optim.AdamW(
             [{"params": list(self.parallel.loss.parameters()), "initial_lr": config.learning_rate}],
             lr=config.learning_rate, betas=(0.9, 0.95), weight_decay=config.weight_decay,

@@ -54,12 +54,14 @@ class ModelFolder:
 
     Attributes:
         fields: The entries of the flow's config.
+        classes: The names of the classes; empty without names.
     """
 
     path: Path
     model_type: str
     fields: Mapping[str, Any]
     recommended: SamplingSettings
+    classes: tuple[str, ...] = ()
 
     @classmethod
     def open(cls, name: str | Path, **hub: Any) -> ModelFolder:
@@ -73,6 +75,7 @@ class ModelFolder:
             recommended = serialization.decode(
                 SamplingSettings, entries.pop("recommended", {}), f"model {file}: recommended"
             )
+            classes = serialization.decode(tuple[str, ...], entries.pop("classes", []), f"model {file}: classes")
         except InputError as error:
             raise CheckpointError(str(error)) from error
         model_type, version = entries.pop("model_type", None), entries.pop("format_version", None)
@@ -81,7 +84,7 @@ class ModelFolder:
                 f"model {file}: model_type {model_type!r} in format {version!r}; this release reads format "
                 f"{FORMAT_VERSION}"
             )
-        return cls(path, model_type, entries, recommended)
+        return cls(path, model_type, entries, recommended, classes)
 
     def config(self, config_types: Sequence[type[AnyConfig]]) -> AnyConfig:
         """Returns the flow's config, of the first type that has all entries as fields."""
@@ -200,6 +203,8 @@ def write_model(
     document = {"model_type": flow.model_type, "format_version": FORMAT_VERSION, **asdict(flow.config)}
     if flow.recommended != SamplingSettings():
         document["recommended"] = serialization.encode(flow.recommended)
+    if flow.classes:
+        document["classes"] = list(flow.classes)
     make_config: Callable[[], bytes] = partial(json_bytes, document, 2)
     files = [(CONFIG, make_config), *_weight_files(state, max_shard_size)]
     try:

@@ -31,10 +31,15 @@ def read_original(path: str | Path) -> dict[str, Tensor]:
     try:
         # A file in the zip format is mapped, so that only the tensors in use are read.
         content: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zipfile(regular_file(path)))
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path}: no such file") from error
     except Exception as error:  # A damaged file raises nearly any exception in torch.load.
-        raise CheckpointError(
-            f"{path}: missing, damaged, or not only tensors; code in it was not run ({first_line(error)}); {remedy}"
-        ) from error
+        if "Unsupported global" in str(error):
+            raise CheckpointError(
+                f"{path}: a pickled module, or other objects of Python, and not a state dict; nothing in it was run. "
+                f"{remedy.capitalize()}"
+            ) from error
+        raise CheckpointError(f"{path}: damaged, or no file of torch.save ({first_line(error)}); {remedy}") from error
     if not isinstance(content, dict) or not all(
         isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in content.items()
     ):

@@ -26,12 +26,14 @@ class Pretrained(nn.Module):
 
     Attributes:
         recommended: The settings that give the best samples.
+        classes: The names of the classes; empty without names.
         report_files: The reports and tunings in the model folder that the flow was read from.
     """
 
     model_type: ClassVar[str]
     config_types: ClassVar[tuple[type[FlowConfig], ...]]
     recommended: SamplingSettings = SamplingSettings()
+    classes: tuple[str, ...] = ()
     report_files: tuple[Path, ...] = ()
 
     def check_recommended(self) -> None:
@@ -58,6 +60,12 @@ class Pretrained(nn.Module):
         state = folder.state().map_all() if maps else folder.state()
         flow = build(cls, folder.config(cls.config_types), state, str(folder.path), device, dtype, maps)
         flow.recommended, flow.report_files = folder.recommended, list_reports(folder.path)
+        if folder.classes and len(folder.classes) != flow.config.num_classes:
+            raise CheckpointError(
+                f"{folder.path / CONFIG}: {len(folder.classes)} names of {flow.config.num_classes} classes; name all, "
+                "or leave out classes"
+            )
+        flow.classes = folder.classes
         try:
             flow.check_recommended()
         except InputError as error:
@@ -70,7 +78,8 @@ class Pretrained(nn.Module):
     ) -> None:  # fmt: skip
         """Writes a model folder, which replaces an older one once all files are complete.
 
-        The flow's `recommended` settings go into config.json. Its reports are copied if they are of these weights.
+        The flow's `recommended` settings and the names of its classes go into config.json. Its reports are copied if
+        they are of these weights.
 
         Args:
             dtype: The dtype of the stored weights; by default the flow's own.

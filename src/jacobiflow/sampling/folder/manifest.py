@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -21,8 +22,13 @@ from jacobiflow.utils.files import sha256
 Count = Annotated[int, msgspec.Meta(ge=1)]
 Files = Literal["npz", "png"]
 # Entries that may differ on resume.
-_MAY_CHANGE = frozenset({"num", "model", "machine", "checksums"})
+_MAY_CHANGE = frozenset({"num", "model", "machine", "checksums", "classes"})
+_CHECKSUMS = {
+    "context_sha256": "other labels or prompts", "fingerprint": "a model with other weights",
+    "strategy_sha256": "another strategy",
+}  # fmt: skip
 _MAX_SHARDS = 100_000
+_MAX_NAME_LENGTH = 60  # Characters of a class's name in the name of a folder.
 
 
 class SampleFolderError(InputValueError):
@@ -47,6 +53,7 @@ class Manifest:
         machine: The machine on which the run began, see `jacobiflow.utils.timing.describe_machine`.
         checksums: Checksum of each shard; None until all shards are complete.
         sensitivity: Whether the shards have sensitivities.
+        classes: The names of the classes, which the folders of PNGs have; empty without names.
     """
 
     num: Annotated[int, msgspec.Meta(ge=1, le=MAX_SAMPLES)]
@@ -71,10 +78,13 @@ class Manifest:
     machine: dict[str, Any]
     checksums: tuple[str, ...] | None = None
     sensitivity: bool = False
+    classes: tuple[str, ...] = ()
     kind: Literal["samples"] = "samples"
     format_version: Literal[2] = 2
 
     def __post_init__(self) -> None:
+        if self.classes and len(self.classes) != self.num_classes:
+            raise InputValueError(f"classes={format_value(self.classes)}: give {self.num_classes} names, or none")
         if self.num_shards > _MAX_SHARDS:
             raise InputValueError(
                 f"shard_size={self.shard_size}: {self.num_shards:,} shards; give a larger one, for at most "
@@ -105,9 +115,19 @@ class Manifest:
             )
         for entry in fields(self):
             have, want = getattr(self, entry.name), getattr(other, entry.name)
-            if entry.name not in _MAY_CHANGE and have != want:
-                texts = (str(value) if isinstance(value, Guidance) else format_value(value) for value in (have, want))
-                raise SampleFolderError(f"{folder}: holds samples of {entry.name} {', not '.join(texts)}; {remedy}")
+            if entry.name in _MAY_CHANGE or have == want:
+                continue
+            texts = (str(value) if isinstance(value, Guidance) else format_value(value) for value in (have, want))
+            what = _CHECKSUMS.get(entry.name, f"{entry.name}={', not '.join(texts)}")
+            raise SampleFolderError(f"{folder}: holds samples of {what}; {remedy}")
+
+    def class_folder(self, label: int) -> str:
+        """Returns the name of the folder of a class's PNGs: its number, and its name if it has one."""
+        if label < 0:
+            return "none"
+        number = f"{label:0{len(str(self.num_classes - 1))}}"
+        name = re.sub(r"\W+", "-", self.classes[label])[:_MAX_NAME_LENGTH] if self.classes else ""
+        return f"{number}-{name}" if name not in ("", number) else number
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ shards/00000.npz       8-bit images `arr_0` (n, height, width, channels), as FID
                        (n, T, C); for each sample `labels`, `residual`, `used_fallback`, `nonfinite`, `log_prob` and
                        `sensitivity`
 shards/00000.json      the record of the shard: its checksum and cost. A shard without a record does not count
-images/3/00000017.png  with PNGs: the class, and the index of the sample
+images/3-dress/00000017.png  with PNGs: the class, and the index of the sample
 """
 
 from __future__ import annotations
@@ -62,6 +62,7 @@ class SampleFolder:
         path: The folder.
         manifest: The settings of its run.
         num_new: The number of samples that this call of `sample_to_folder` drew; 0 for an opened folder.
+        seconds: The time in which this call drew them, denoising included and planning excluded.
 
     Example:
         >>> import tempfile, jacobiflow as jf
@@ -75,11 +76,16 @@ class SampleFolder:
     path: Path
     manifest: Manifest
     num_new: int = 0
+    seconds: float = 0.0
 
     @classmethod
     def open(cls, path: str | Path) -> SampleFolder:
         """Opens a folder of samples."""
         path = Path(path)
+        if not path.is_dir():
+            raise SampleFolderError(
+                f"{path}: no such folder; give one that jacobiflow sample or sample_to_folder wrote"
+            )
         if (read_object(path / MANIFEST) or {}).get("format_version") == 1:
             raise SampleFolderError(
                 f"{path}: made by an earlier version of jacobiflow; read its .npz files with NumPy, or sample "
@@ -132,7 +138,7 @@ class SampleFolder:
             self.strategy()
         except SampleFolderError as error:
             problems.append(str(error))
-        missing = [index for index in range(self.manifest.num_shards) if self.record(index) is None]
+        missing = self._missing_shards()
         if missing and not self.is_complete:
             problems.append(self._describe_missing(missing))
         for index in range(self.manifest.num_shards):
@@ -143,15 +149,27 @@ class SampleFolder:
                 problems.append(f"{self._npz_file(index)}: does not match its checksum; {_REMEDY}")
         return problems
 
+    @property
+    def num_drawn(self) -> int:
+        """The number of samples in complete shards."""
+        return self.manifest.num - self.manifest.num_in(self._missing_shards())
+
+    def _missing_shards(self) -> list[int]:
+        return [index for index in range(self.manifest.num_shards) if self.record(index) is None]
+
     def _describe_missing(self, missing: Sequence[int]) -> str:
         """Describes what is missing in a run that is not complete, and how to go on."""
         count, shards = max((part.count for part in find_parts(self.path)), default=1), range(self.manifest.num_shards)
-        unfinished = f"{self.path}: {len(missing)} of {len(shards)} shards are not drawn"
+        num, num_drawn = self.manifest.num, self.manifest.num - self.manifest.num_in(missing)
+        unfinished = f"{self.path}: {num_drawn:,} of {num:,} samples are drawn"
         if count == 1:
-            return f"{unfinished}; wait for the run, or give the same command again, which draws them"
+            return f"{unfinished}; wait for the run, or give the same command again, which draws the others"
         parts = [Part(i + 1, count) for i in range(count)]
         names = ", ".join(str(part) for part in parts if set(part.share(shards)) & {*missing})
-        return f"{unfinished}, those of part {names}; wait for them, or run them again, or all at once without --part"
+        return (
+            f"{unfinished}, and others of part {names} are not; wait for them, or run them again, or all at once "
+            "without --part"
+        )
 
     def images(self, index: int) -> UInt8[Tensor, "n c h w"]:
         """Returns the 8-bit images of a shard."""
@@ -294,9 +312,8 @@ class SampleFolder:
         labels = self.labels(index)
         if labels is None:
             return [self.path / "images" / name for name in names]
-        digits = len(str(self.manifest.num_classes - 1))
-        classes = [f"{label:0{digits}}" if label >= 0 else "none" for label in labels.tolist()]
-        return [self.path / "images" / label / name for label, name in zip(classes, names, strict=True)]
+        classes = map(self.manifest.class_folder, labels.tolist())
+        return [self.path / "images" / folder / name for folder, name in zip(classes, names, strict=True)]
 
     def _array(self, index: int, name: str, shape: tuple[int, ...] = ()) -> Any:
         """Reads an array of a shard, with entries of `shape`; returns None if it is optional and missing."""

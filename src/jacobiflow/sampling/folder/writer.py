@@ -10,6 +10,7 @@ from dataclasses import replace
 from functools import partial
 from math import prod
 from pathlib import Path
+from time import perf_counter
 from typing import Any, get_args
 
 import torch
@@ -145,7 +146,7 @@ def sample_to_folder(
         strategy="a Strategy" if isinstance(strategy, Strategy) else str(strategy), strategy_sha256="",
         guidance=flow.guidance, denoise=float(denoise),
         tolerance=tolerance, certify=certify,
-        log_prob=check_log_prob(flow, log_prob, denoise), sensitivity=sensitivity,
+        log_prob=check_log_prob(flow, log_prob, denoise), sensitivity=sensitivity, classes=tuple(flow.classes),
         machine=describe_machine(flow.var.device),
     )  # fmt: skip
     folder = SampleFolder(Path(out), manifest)
@@ -155,10 +156,12 @@ def sample_to_folder(
         start = partial(_start_or_resume, folder, checked, plan, keep_strategy, overwrite, part, locks)
         folder, todo = processes.run_on_rank_zero(start)
         processes.check_sees(folder.path / MANIFEST)
+        started = perf_counter()
         _draw_shards(flow, folder, todo, checked, processes, progress)
         processes.gather(None)  # The records of all processes are on the disk.
+        seconds = perf_counter() - started
         folder = processes.run_on_rank_zero(partial(_finish, folder))
-    folder = replace(folder, num_new=folder.manifest.num_in(todo))
+    folder = replace(folder, num_new=folder.manifest.num_in(todo), seconds=seconds)
     if processes.rank == 0 and folder.is_complete and (outcome := folder.outcome()).has_shortfall:
         warnings.warn(str(outcome), stacklevel=2)
     return folder
@@ -230,7 +233,11 @@ def _resume(
         raise SampleFolderError(f"{new.path}: parts of {previous.num:,} samples are running; give num={previous.num}")
     earlier.strategy()  # Raises an error if the file was changed.
     folder = _with(
-        new, strategy_sha256=previous.strategy_sha256, machine=previous.machine, checksums=previous.checksums
+        new,
+        strategy_sha256=previous.strategy_sha256,
+        machine=previous.machine,
+        checksums=previous.checksums,
+        classes=previous.classes,  # The folders of its PNGs keep their names.
     )
     todo = [index for index in part.share(range(folder.manifest.num_shards)) if not folder.verify(index)]
     if todo:
