@@ -1,4 +1,4 @@
-"""Every command in README, the guides, the model cards and `--help` runs, on small files under the names that it gives.
+"""Every command in README, the docs, the model cards and `--help` runs, on small files under the names that it gives.
 
 What takes long is made short: few samples, images and repeats. The Makefile's commands do not run here.
 """
@@ -27,10 +27,13 @@ from tests.helpers.stand_ins import write_inception, write_t5
 ROOT = Path(__file__).resolve().parent.parent
 CARDS = sorted((ROOT / "src/jacobiflow/bundled").glob("*/README.md"))
 PAGES = {page.stem if page not in CARDS else page.parent.name: page.read_text()
-         for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *CARDS)}  # fmt: skip
+         for page in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), *CARDS)}  # fmt: skip
 HELP = {f"--help of {name}": command.help or "" for name, command in get_command(app).commands.items()}  # type: ignore[attr-defined]
 # A command is a line, with what comes before its name: a launcher, variables.
-COMMAND = re.compile(r"^ *(?:Example: )?(?:\w+=\w+ )*(?:torchrun .* -- )?jacobiflow (\w.*[^.\n])$", re.MULTILINE)
+COMMAND = re.compile(
+    r"^ *(?:Example: )?(?:\w+=\w+ )*(?:torchrun .* -- +|srun (?:-\S+ )*)?jacobiflow (\w.*[^.\n])$", re.MULTILINE
+)
+MENTION = re.compile(r"`jacobiflow (\w+)([^`]*)`")  # Within a sentence, where it may lack options.
 SHORT = {
     "sample": "--num 2", "calibrate": "--num 2 --convergence-samples 1 --segments 2", "plan": "",
     "bench": "--repeats 1",
@@ -48,7 +51,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = jf.TarFlowConfig(1, 32, 8, channels=64, num_blocks=2, layers_per_block=1, num_classes=2, noise_std=0.07)
     flow = jf.TarFlow(config)
     flow.to_original(folder / "afhq_model_8_768_8_8_0.07.pth")
-    for name in ("runs/mine", "me/mine"):  # the latter as from the hub
+    for name in ("mine", "runs/mine", "me/mine"):  # the last one as from the hub
         flow.save_pretrained(folder / name)
     for i in range(8):
         (folder / f"photos/{i % 2}").mkdir(parents=True, exist_ok=True)
@@ -96,11 +99,21 @@ def test_commands_run(
     monkeypatch.chdir(folder)
     monkeypatch.setattr("jacobiflow.data.sources._FASHION_MNIST", folder / "fashion-mnist")
     for line in lines:
-        small = line.replace("fashion-512", "few.npz").split("  #")[0]
+        small = line.replace("fashion-512", "few.npz").replace("$SLURM_ARRAY_TASK_ID", "1").split("  #")[0]
         if small.startswith("sample") and (out := re.search(r"--out (\S+)", small)):
             shutil.rmtree(out[1], ignore_errors=True)  # has samples of other settings
         result = run_line(f"{small} {SHORT[small.split()[0]]}", capsys)
         assert result.code == 0, f"{line}: {result.err}"
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_options_within_sentences_exist(page: str) -> None:
+    commands = get_command(app).commands  # type: ignore[attr-defined]
+    for name, rest in MENTION.findall(PAGES[page]):
+        known = {
+            option for parameter in commands[name].params for option in (*parameter.opts, *parameter.secondary_opts)
+        }
+        assert {*re.findall(r"(?<= )--[a-z][\w-]*", rest)} <= known, f"jacobiflow {name}{rest}"
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="no make is installed")

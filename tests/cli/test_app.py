@@ -16,6 +16,7 @@ from unittest.mock import Mock
 import pytest
 
 import jacobiflow as jf
+from jacobiflow.cli.options import GROUPS
 
 COMMANDS = ("sample", "calibrate", "plan", "bench", "evaluate", "train", "convert", "info")
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(Path(jf.__file__).parent.parent)}
@@ -33,11 +34,12 @@ def python(program: str) -> subprocess.CompletedProcess[str]:
 def test_help_has_an_example_whose_options_exist(command: str, run: Any) -> None:
     result = run(f"{command} --help")
     assert (result.code, result.err) == (0, "")
-    text = " ".join(result.out.split())
-    example = re.search(rf"Example: (jacobiflow {command} .*?) (Arguments|Options):", text)
-    assert example is not None
-    options = ["--json", *re.findall(r"--[\w-]+", example[1])]
-    assert all(f"{option} " in text.split("Options:")[1] for option in options)
+    before, *groups = re.split(r"^([A-Z][\w ]+):$", result.out, flags=re.MULTILINE)
+    assert groups[::2] == [name for name in ("Arguments", *GROUPS) if name in groups]
+    example = " ".join(before.split()).partition("Example: ")[2]
+    assert example.startswith(f"jacobiflow {command} ")
+    options = ["--json", *re.findall(r"--[\w-]+", example)]
+    assert all(f" {option} " in "".join(groups[1::2]) for option in options)
 
 
 def test_help_lists_the_commands(run: Any) -> None:

@@ -15,9 +15,9 @@ def test_options_have_their_names_at_a_shell(run: Any, refuse: Any, tmp_path: Pa
     refuse(f"{line} --num 4 --shard-size 3", "error: --shard-size 3: give a multiple of the batch size, 2\n")
     assert run(f"{line} --num 4").code == 0
     for options, words in {
-        "--num 4 --seed 1": "holds samples of seed 0, not 1; give another folder, or --overwrite to replace them",
+        "--num 4 --seed 1": "holds samples of --seed 0, not 1; give another folder, or --overwrite to replace them",
         "--num 3": "samples, more than 3; give --num 4, or give another folder, or --overwrite to replace them",
-        "--num 4 --guidance 0.5": "of guidance None, not 0.5; give",
+        "--num 4 --guidance 0.5": "holds samples of no --guidance, not 0.5; give",
     }.items():
         refuse(f"{line} {options}", words)
 

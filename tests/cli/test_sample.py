@@ -58,13 +58,14 @@ def test_it_writes_what_the_library_draws(strategy: str, run: Any, tmp_path: Pat
         jf.__version__,
         describe_machine(),
     )
-    speed, cost = entries["speed"], entries["speed"]["cost"]
+    cost = entries["cost"]
     assert (cost["network_calls"], cost["token_evaluations"]) == (want.network_calls, want.token_evaluations)
-    assert speed["samples_per_second"] == pytest.approx(5 / (cost["seconds"] + cost["denoise_seconds"]))
-    assert speed["residual"] == pytest.approx(float(want.residual.max()))
-    rate = f"{speed['samples_per_second']:.3g} samples a second"
-    line = f"{cost['seconds']:.3g} s by {strategy} on cpu, batch size 3: {rate}"
-    assert f"model: 5 samples, settings: --plain\n{line}\n" in result.out
+    assert entries["residual"] == pytest.approx(float(want.residual.max()))
+    head = f"model: 5 samples by {strategy} on cpu, batch size 3\nsettings: no guidance, no denoising\ndrew 5 in "
+    assert result.out.startswith(head)
+    rate = entries["num_new"] / entries["seconds"]
+    assert entries["samples_per_second"] == pytest.approx(rate)
+    assert f" s: {rate:,.0f} a second\n" in result.out
     assert f"wrote {out}: 1 shard, manifest.json, strategy.json, samples.png\n" in result.out
     assert entries["outcome"] == asdict(want.outcome)
     if strategy == "[1-4-3-5]":
@@ -86,14 +87,14 @@ def test_compare_prints_both_rows_and_the_error(run: Any, tmp_path: Path) -> Non
     largest, mean = float(error.max()), float(error.mean())
     assert largest > 0
     assert (entries["error"]["max"], entries["error"]["mean"]) == pytest.approx((largest, mean))
-    seconds, speed_up = entries["original_seconds"], entries["speed_up"]
-    line = f"{speed_up:.1f}x faster than the original sampler, growing cache: "
-    line += f"{seconds / speed_up:.3g} s against {seconds:.3g} s for the first batch"
+    original, ours, speed_up = (entries[name] for name in ("original_seconds", "seconds", "speed_up"))
+    assert speed_up == pytest.approx(original / ours)
+    line = f"first batch of 4, without denoising: original sampler {original:.3g} s, here {ours:.3g} s: "
     rounding = jf.sample(flow, 4, labels, strategy=strategy, sensitivity=True).outcome.sensitivity
     assert entries["sensitivity"] == rounding
     text = f"largest difference from the original sampler {largest:.1e}; "
     text += f"rounding changes these samples by up to {rounding:.1e}"
-    assert f"\n{line}\n{text}\n" in result.out
+    assert re.search(rf"\n{line}[\d.]+x faster\n{text}\n", result.out)
     with Image.open(tmp_path / "samples.png") as sheet:
         assert sheet.size[1] == 40 + 3 * (40 + 8 * 14 + 8)  # the classes, and three panels below their captions
 
@@ -110,9 +111,9 @@ def test_guidance_denoising_tolerance_and_report_reach_the_library(run: Any, tmp
     assert jf.SampleFolder.open(tmp_path).strategy() == plan
     entries = figures(tmp_path / "f")
     assert entries["settings"] == settings
-    assert entries["speed"]["residual"] <= 1e-5
+    assert entries["residual"] <= 1e-5
     assert run(f"{line} --no-certify --dtype float64 --overwrite --json {tmp_path}/f").code == 0
-    assert figures(tmp_path / "f")["speed"]["residual"] is None
+    assert figures(tmp_path / "f")["residual"] is None
 
 
 def test_sensitivity_is_in_the_outcome(run: Any, tmp_path: Path) -> None:
@@ -126,16 +127,39 @@ def test_the_same_command_again_has_nothing_to_draw(run: Any, tmp_path: Path) ->
     out = tmp_path / "out"
     line = f"sample --model plain --num 10 --strategy jacobi-3 --batch-size 2 --shard-size 4 --out {out}"
     first = run(f"{line} --json {tmp_path}/1.json")
-    assert re.search(r"drew 10 in \d+ s: [\d.]+ a second, processes: 1\n", first.out)
+    assert re.search(r"\ndrew 10 in [\d.]+ s: [\d.,]+ a second\n", first.out)
     assert f"wrote {out}: 3 shards, manifest.json, strategy.json, samples.png\n" in first.out
     again = run(f"{line} --json {tmp_path}/2.json")
     assert (again.code, again.err) == (0, "")
-    assert f"all 10 were in {out} already, and match their checksums; --overwrite draws them again\n" in again.out
+    assert "\nall 10 were there already, and match their checksums; --overwrite draws them again\n" in again.out
+    assert " a second" not in again.out
     one, two = figures(tmp_path / "1.json"), figures(tmp_path / "2.json")
-    assert one["speed"] == two["speed"]
+    assert one["cost"] == two["cost"]
+    assert two["samples_per_second"] is None
     assert (one["num_new"], two["num_new"], one["shards"], one["processes"]) == (10, 0, 3, 1)
     with Image.open(out / "samples.png") as sheet:
         assert sheet.size[0] == 10 * (8 * 14 + 4) + 4  # of all shards
+
+
+def test_more_samples_are_drawn_by_the_same_command_with_a_larger_num(run: Any, tmp_path: Path) -> None:
+    line = f"sample --model plain --strategy jacobi-3 --out {tmp_path}/out"
+    assert run(f"{line} --num 4 --shard-size 4").code == 0
+    assert re.search(r"\ndrew 6 \(4 were there\) in ", run(f"{line} --num 10").out)
+
+
+def test_ctrl_c_says_what_is_kept(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    line = f"sample --model plain --num 6 --strategy jacobi-3 --batch-size 2 --shard-size 2 --out {tmp_path}/out"
+    write = jf.SampleFolder.write
+    monkeypatch.setattr(jf.SampleFolder, "write", Mock(wraps=write, side_effect=KeyboardInterrupt))
+    assert "0 of 6 samples are kept" in run(line).err
+    monkeypatch.setattr(jf.SampleFolder, "write", lambda *args: stop() if args[1] else write(*args))
+    stop = Mock(side_effect=KeyboardInterrupt)
+    result = run(line)
+    kept = f"interrupted: 2 of 6 samples are kept in {tmp_path}/out; the same command goes on\n"
+    assert (result.code, result.out, result.err) == (130, "", kept)
+    check = run(f"info --check {tmp_path}/out")
+    assert check.out.startswith(f"{tmp_path}/out: 2 of 6 samples are drawn; wait for the run, or give the same command")
+    assert len(check.out.splitlines()) == 1
 
 
 def test_a_batch_that_fits_and_then_the_one_that_was_begun_with(
@@ -146,7 +170,7 @@ def test_a_batch_that_fits_and_then_the_one_that_was_begun_with(
     assert one is not None and five is not None
     for free in (1.25 * five - 10, one):
         monkeypatch.setattr(memory, "free_memory", lambda device, free=free: free)
-        assert " on cpu, batch size 4: " in run(line).out
+        assert " on cpu, batch size 4\n" in run(line).out
     failed = run(f"{line}-of-its-own")
     assert (failed.code, "a sample needs" in failed.err) == (2, True)
 
@@ -156,7 +180,9 @@ def test_another_process_asks_the_first_one_and_is_silent(
 ) -> None:
     draw = Mock()
     monkeypatch.setattr("jacobiflow.distributed.processes", lambda: nullcontext(Processes(1, 2)))
-    monkeypatch.setattr(Processes, "run_on_rank_zero", lambda self, work: 3)  # its batch size, whatever this one sees
+    monkeypatch.setattr(
+        Processes, "run_on_rank_zero", lambda self, work: (3, None)
+    )  # its batch size, whatever this one sees
     monkeypatch.setattr("jacobiflow.api.sample_to_folder", draw)
     for error, code in ((None, 0), (ProcessFailed("no room", is_reported=True), 2)):
         draw.side_effect = error

@@ -9,6 +9,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from PIL import Image
 
@@ -54,10 +55,49 @@ def test_samples_of_a_trained_model_are_denoised_as_its_sheets_are(run: Any, tmp
         assert sheet.tobytes() == expected.tobytes()
 
 
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """Colour images of two classes and two sizes."""
+    for i, (name, sides) in enumerate([("cat", (12, 12)), ("dog", (18, 12)), ("dog", (12, 12)), ("cat", (14, 20))]):
+        (tmp_path / "photos" / name).mkdir(parents=True, exist_ok=True)
+        pixels = torch.randint(256, (*sides, 3), dtype=torch.uint8).numpy()
+        Image.fromarray(pixels).save(tmp_path / "photos" / name / f"{i}.png")
+    return tmp_path / "photos"
+
+
+def test_size_colour_and_classes_are_those_of_the_images(run: Any, refuse: Any, photos: Path, tmp_path: Path) -> None:
+    line = f"train --images {photos} {TINY} --batch-size 4 --out {tmp_path}/run"
+    result = run(f"{line} --steps 1")
+    assert result.code == 0
+    flow = jf.load(tmp_path / "run")
+    assert (flow.image_shape, flow.classes, flow.config.num_classes) == ((3, 12, 12), ("cat", "dog"), 2)
+    assert "4 of 12x12 pixels, colour; other sizes are scaled down, and cropped to the centre\n" in result.err
+    for text in ("classes: 2 (cat, dog)", "held out: none", "training: 1 step of 4 images"):
+        assert f"{text}\n" in result.err
+    assert (tmp_path / "run" / "samples-000001.png").exists()
+    assert "resumed at step 1 of 2\n" in run(f"{line} --steps 2").err
+
+    sample = f"sample --model {tmp_path}/run --strategy sequential --num 3 --files png --out {tmp_path}/out --labels"
+    assert run(f"{sample} dog,cat").code == 0
+    names = sorted(str(path.relative_to(tmp_path / "out/images")) for path in tmp_path.glob("out/images/*/*"))
+    assert names == ["0-cat/00000001.png", "1-dog/00000000.png", "1-dog/00000002.png"]
+    assert "all 3 were there already" in run(f"{sample} 1,0").out
+    refuse(f"{sample} dgo", "--labels dgo: no such class; did you mean dog? The classes are cat, dog")
+
+
+def test_sizes_that_do_not_fit_name_one_that_does(refuse: Any, photos: Path, tmp_path: Path) -> None:
+    line = f"train --images {photos} --steps 1 --batch-size 4 --out {tmp_path}/run"
+    refuse(f"{line} --image-size 32", "pixels on a side; give --image-size 12, or remove them\n")
+    refuse(
+        f"{line} --image-size 9",
+        "--patch-size 2 does not divide --image-size 9; give --patch-size 3, or --image-size 8\n",
+    )
+
+
 def test_bad_settings_leave_no_folder(refuse: Any, tmp_path: Path) -> None:
     line = f"train --images fashion-512 --head-dim 16 --out {tmp_path}/a/b"
     refuse(f"{line} --steps 0", "--steps 0: give a positive whole number")
-    refuse(f"{line} --steps 3 --image-size 60", "images are 1x28x28, the flow takes 1x60x60")
+    refuse(f"{line} --steps 3 --image-size 60", "--image-size 60: the images of fashion-512 have 28 pixels on a side")
 
 
 def test_a_flow_that_the_command_cannot_train_is_refused_and_not_offered(refuse: Any, tmp_path: Path) -> None:
@@ -73,7 +113,7 @@ def test_what_is_not_given_is_as_in_python() -> None:
 
 
 def test_options_become_the_settings_of_the_run(run: Any, tmp_path: Path) -> None:
-    line = f"train --images pets --image-size 8 --patch-size 4 {TINY} --batch-size 3 --steps 1 --noise-std 0"
+    line = f"train --images pets --patch-size 4 {TINY} --batch-size 3 --steps 1 --noise-std 0"
     line += " --horizontal-flip --translate 1 --volume-preserving --unconditional --learning-rate 0.01"
     line += " --ema-decay 0.9 --max-grad-norm 2 --seed 4"
     assert run(f"{line} --out {tmp_path}").code == 0

@@ -49,7 +49,7 @@ def test_bundled_images_and_digits(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_sources_that_do_not_exist_or_do_not_fit_are_refused(tmp_path: Path) -> None:
     (tmp_path / "0.png").write_bytes(b"")
-    with pytest.raises(DataError, match=r"^digits: images are 1x8x8, the flow takes 3x32x32; give other images"):
+    with pytest.raises(DataError, match=r"^digits: images are 1x8x8, not 3x32x32; give other images"):
         load_images("digits", 32, 3)
     for source in ("fashion", "", str(tmp_path / "missing"), str(tmp_path / "0.png")):
         with pytest.raises(DataError, match=f"^{source}: neither an .npz file, a folder, nor one of fash"):
@@ -205,6 +205,18 @@ def test_the_shorter_side_is_resized_and_the_centre_cropped(tmp_path: Path) -> N
     write_image(tmp_path / "1.png", tall)
     resized = np.asarray(Image.fromarray(tall).resize((7, 27), Image.Resampling.BICUBIC))
     assert np.array_equal(image_folder(tmp_path, 7, 1).images[:][:, 0], [wide[:, 1:8], resized[10:17]])
+
+
+def test_size_and_colour_are_those_of_the_images(tmp_path: Path) -> None:
+    write_image(tmp_path / "a" / "0.png", random_bytes(30, 20))
+    write_image(tmp_path / "b" / "1.png", np.repeat(random_bytes(16, 24, 1), 3, axis=2))  # grey in three channels
+    assert load_images(str(tmp_path)).images.shape == (2, 1, 16, 16)
+    write_image(tmp_path / "b" / "2.png", random_bytes(18, 18, 3))
+    data = load_images(str(tmp_path))
+    assert (data.images.shape, data.classes) == ((3, 3, 16, 16), ("a", "b"))
+    assert load_images(str(tmp_path), 8, 1).images.shape == (3, 1, 8, 8)
+    assert load_images("fashion-512").images.shape == (512, 1, 28, 28)
+    assert load_images("fashion-512").classes[9] == "ankle-boot"
 
 
 def test_every_mode_becomes_grey_or_colour(tmp_path: Path) -> None:

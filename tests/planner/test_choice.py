@@ -20,7 +20,7 @@ REPORT = make_report([1, 1], [igm(2, 1, 3), igm(2, 3, 1)])  # of `small`; its gu
 COUNTED = jf.Solver(stopping=jf.MaxSweeps(3))
 
 
-def planned(device: str = "cpu with 1 threads", guidance: jf.Guidance | None = None) -> jf.Strategy:
+def planned(device: str = "cpu with 1 thread", guidance: jf.Guidance | None = None) -> jf.Strategy:
     return jf.Strategy((jf.Solver(),) * 2, None, 1e-3, Prediction(device, 16, guidance, 1.0, 2.0, 0.0, 0.0))
 
 
@@ -73,7 +73,7 @@ REFUSED: list[tuple[Any, dict[str, Any], str]] = [
     (jf.Strategy.parse("jacobi", replace(REPORT, fingerprint="0" * 64)), {}, "the strategy was made for another"),
     (planned(), {"batch_size": 17}, "planned for batches of up to 16, not 17: plan again, or give a smaller batch"),
     (planned(), {"flow": small().guided(GUIDANCE)}, "planned for guidance None, not 0.4.*plan again"),
-    (planned("Abacus"), {}, "planned for device Abacus, not cpu with 1 threads: plan again"),
+    (planned("Abacus"), {}, "planned for device Abacus, not cpu with 1 thread: plan again"),
 ]  # fmt: skip
 
 

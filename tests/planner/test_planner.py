@@ -43,7 +43,7 @@ def test_a_plan_is_within_the_tolerance_and_faster_than_others(
     prediction = plan.prediction
     assert prediction is not None
     assert (plan.tolerance, plan.fingerprint) == (2e-3, fingerprint(small()))
-    assert (prediction.device, prediction.batch_size, prediction.guidance) == ("cpu with 1 threads", 4, guidance)
+    assert (prediction.device, prediction.batch_size, prediction.guidance) == ("cpu with 1 thread", 4, guidance)
 
     def timed_draw(strategy: Any) -> tuple[float, jf.Samples]:
         started = machine.now

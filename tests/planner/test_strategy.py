@@ -76,7 +76,7 @@ def test_a_strategy_has_up_to_1000_blocks_and_65536_tokens() -> None:
 def test_a_plan_is_for_a_gpu_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"the name of {device}")
     assert device_name(torch.device("cuda:1")) == "the name of cuda:1"
-    assert device_name(torch.device("cpu")) == "cpu with 1 threads"
+    assert device_name(torch.device("cpu")) == "cpu with 1 thread"
 
 
 def test_the_tolerance_that_a_plan_was_made_for_stays() -> None:

@@ -27,7 +27,7 @@ _STRATEGY = (
     "exact loop and an encoding pass are always timed."
 )
 _BATCH_SIZE = "Images solved together; may be repeated. Default: 1, 4 and 16."
-_LEGEND = """over: how many times as fast as the sampler of the model's original code, or as the exact loop
+_LEGEND = """over: speed-up over the sampler of the model's original code, and over the exact loop
 evals/token: evaluations of a block's network, for each token of each sample
 max error: largest difference from the exact loop's samples
 residual: the largest |g(x) - x|; exact: every block was solved token by token
@@ -43,17 +43,17 @@ class BenchConfig:
     batch_size: Annotated[
         list[int] | None, options.speed_option(min=1, max=options.MAX_BATCH_SIZE, help=_BATCH_SIZE)
     ] = None
-    repeats: Annotated[int, options.speed_option(min=1, help="Timed rounds, after a warm-up.")] = 5
+    repeats: Annotated[int, options.measure_option(min=1, help="Number of timed rounds, after one that warms up.")] = 5
     tolerance: options.Tolerance = None
     report: options.ReportFile = None
     labels: options.Labels = "balanced"
     seed: options.Seed = 0
     guidance: options.RecommendedGuidance = None
     plain: options.NoGuidance = False
-    certify: Annotated[bool, options.speed_option(help="Certify the samples; the time includes it.")] = True
+    certify: Annotated[bool, options.speed_option(help="Certify the samples, within the measured time.")] = True
     device: options.Device = "auto"
     dtype: options.Dtype = "float32"
-    out: Annotated[Path, options.output_option(help="Folder for bench.png, bench.json.")] = Path("out/bench")
+    out: Annotated[Path, options.output_option(help="Folder for bench.png and bench.json.")] = Path("out/bench")
 
 
 @dataclass(frozen=True)
@@ -176,7 +176,7 @@ def _print_comparison(comparison: Comparison) -> None:
     from jacobiflow.comparison.compare import ENCODING_PASS
 
     names = {comparison.original: "original sampler", SEQUENTIAL: "exact loop"}
-    over = [f"over the\n{names[name].removesuffix(' sampler')}" for name in comparison.baselines]
+    over = [f"over\n{names[name].removesuffix(' sampler')}" for name in comparison.baselines]
     columns = ("sampler", "median\nseconds", "min to\nmax", *over, "evals/\ntoken", "max\nerror", "residual")
     rows = []
     for row in comparison.results:

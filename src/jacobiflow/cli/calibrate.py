@@ -31,7 +31,7 @@ class CalibrateConfig:
     out: Annotated[Path, options.output_option(help="File for the report (JSON).")]
     model: options.Model = "fashion-p2"
     num: Annotated[
-        int, options.data_option(min=2, help="Number of images, chosen by the seed; all if there are fewer.")
+        int, options.data_option(min=2, help="Number of images, which the seed chooses; all if there are fewer.")
     ] = 512
     clean: Annotated[
         bool, options.data_option("--clean", help="Add no training noise to the images, as the paper's code does.")
@@ -40,16 +40,16 @@ class CalibrateConfig:
         False
     )
     norm: Annotated[
-        Literal["2", "fro", "1"], options.speed_option(help="Norm of IGM and CRM; 2 is the spectral one.")
+        Literal["2", "fro", "1"], options.measure_option(help="Norm in IGM and CRM: 2 is the spectral norm.")
     ] = "2"
     segments: Annotated[
-        int, options.speed_option(min=1, help="Number of segments of a tough block, each with its metrics.")
+        int, options.measure_option(min=1, help="Number of segments of a tough block that are measured one by one.")
     ] = 8
     convergence_samples: Annotated[
-        int, options.speed_option(min=1, help="Number of samples in each convergence curve.")
+        int, options.measure_option(min=1, help="Number of samples in each convergence curve.")
     ] = 32
     per_class: Annotated[
-        bool, options.speed_option("--per-class", help="Also measure each class by itself (Appendix E).")
+        bool, options.measure_option("--per-class", help="Also measure each class by itself (Appendix E of the paper).")
     ] = False
     guidance: options.Guidance = "0"
     batch_size: options.NetworkBatchSize = 64

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, fields, replace
@@ -55,19 +56,24 @@ class EvaluateConfig:
     model: options.Model = "fashion-p2"
     samples: Annotated[Path | None, options.model_option(help="A folder that jacobiflow sample wrote.")] = None
     images: Annotated[str | None, options.data_option(help=f"Real images to compare with: {options.SOURCES}")] = None
-    features: Annotated[str | None, options.data_option(help=_FEATURES)] = None
+    features: Annotated[str | None, options.measure_option(help=_FEATURES)] = None
     inception: Annotated[
-        Path | None, options.data_option(help="File of Inception's weights. Default: it is downloaded.")
+        Path | None, options.measure_option(help="File of Inception's weights. Default: it is downloaded.")
     ] = None
-    stats: Annotated[Path | None, options.data_option(help="Statistics to compare with, such as *_fid_stats.pth.")] = (
-        None
-    )
+    stats: Annotated[
+        Path | None, options.measure_option(help="Statistics to compare with, such as *_fid_stats.pth.")
+    ] = None
     save_stats: Annotated[Path | None, options.output_option(help="Write the statistics of --images to this file.")] = (
         None
     )
-    paired: Annotated[int, options.speed_option(min=0, help="Samples to compare with the exact loop's.")] = 64
+    paired: Annotated[
+        int, options.measure_option(min=0, help="Number of samples to compare with those of the exact loop.")
+    ] = 64
     test_images: Annotated[
-        int, options.data_option(min=0, help="Images for likelihoods, of the test split if any.")
+        int,
+        options.measure_option(
+            min=0, help="Number of images whose likelihood is measured, of the test split if there is one."
+        ),
     ] = 1000
     batch_size: options.NetworkBatchSize = 64
     seed: options.Seed = 0
@@ -157,6 +163,9 @@ def _prepare(config: EvaluateConfig, processes: Processes) -> tuple[EvaluateResu
 def _check_options(config: EvaluateConfig) -> str:
     """Raises ValueError for options that lack others; returns `--features` or its default."""
     samples, images, stats, save_stats = config.samples, config.images, config.stats, config.save_stats
+    if samples is not None and not samples.is_dir():
+        command = shlex.join(("jacobiflow", "sample", "--model", config.model, "--out", str(samples)))
+        raise InputValueError(f"--samples {samples}: no such folder; draw samples first: {command}")
     for option, value in (("--features", config.features), ("--stats", stats)):
         if samples is None and save_stats is None and value not in (None, "none"):
             raise InputValueError(f"{option} {value}: give --samples, too, or leave it out")
@@ -174,8 +183,6 @@ def _open_samples(path: Path, flow: Flow, processes: Processes) -> jf.SampleFold
     """Opens a folder of samples; raises ValueError if it is incomplete, or of another flow."""
     from jacobiflow.models.checkpoints.fingerprint import check_fingerprint
 
-    if not path.is_dir():
-        raise InputValueError(f"--samples {path}: no such folder; draw samples first: jacobiflow sample --out {path}")
     folder = jf.SampleFolder.open(path)
     check_fingerprint(folder.manifest.fingerprint, flow, f"--samples {path}: drawn from", "give that one as --model")
     for problem in processes.run_on_rank_zero(folder.problems):

@@ -29,7 +29,9 @@ def convert(
     out: Annotated[Path, options.output_option(help="New or empty folder for config.json and model.safetensors.")],
     patch_size: Annotated[
         int | None,
-        options.model_option(help="Side of a patch in pixels, for a flow over images; else it is one over tokens."),
+        options.model_option(
+            help="Side of a patch in pixels, for a flow of images. Without it the flow is one over tokens."
+        ),
     ] = None,
     noise_std: Annotated[float | None, options.model_option(help=_NOISE)] = None,
     encode_text: options.EncodeText = None,

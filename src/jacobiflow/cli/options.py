@@ -19,45 +19,55 @@ if TYPE_CHECKING:
     from jacobiflow.models.flow import Flow
 
 GROUPS = (
-    "Model and samples", "Images", "Training", "Speed and exactness", "Guidance and denoising", "Output",
-    "Several processes", "Help",
+    "Model and samples", "Images", "Training", "Measurements", "Speed and exactness", "Guidance and denoising",
+    "Output", "Several processes", "Help",
 )  # fmt: skip
 """The groups of options in `--help`, in their order."""
 
 (
-    model_option, data_option, training_option, speed_option, guidance_option, output_option, process_option,
+    model_option, data_option, training_option, measure_option, speed_option, guidance_option, output_option,
+    process_option,
 ) = (partial(Option, rich_help_panel=group) for group in GROUPS[:-1])  # fmt: skip
 
 MAX_BATCH_SIZE = 65_536  # Latents of such a batch take 200 MB for images of 28x28 pixels.
-SOURCES = "digits, fashion-512, emoji-256, fashion-mnist, an .npz file, or a folder of images or IDX files."
+SOURCES = (
+    "a folder of images, with a folder for each class if there are classes; an .npz file; a folder of IDX files; or "
+    "digits, fashion-512, emoji-256, fashion-mnist."
+)
 _GUIDANCE = (
-    'Weight of classifier-free guidance, or "4,attn_temperature=1.2"; other keys: annealed=false, on=scale, on=shift, '
-    "rule=density. 0 is off."
+    "Weight of classifier-free guidance, such as 3; 0 is none. Options follow after commas: 4,attn_temperature=1.2; "
+    "others are annealed=false, on=scale, on=shift, rule=density."
 )
 _LABELS = (
-    "balanced, random, none, names of classes such as cat,dog or their numbers (repeated), or a .txt or .npy file with "
-    "a number for each image."
+    "Classes of the samples: balanced (all in turn), random, none, names or numbers to take in turn, such as cat,dog "
+    "or 0,3, or a .txt or .npy file with a number for each sample."
 )
-_PROMPTS = "A prompt for a STARFlow, or a .txt file with one on each line; repeated."
+_PROMPTS = "For a STARFlow: a text, or a .txt file with a text on each line. They are taken in turn."
 _ENCODE_TEXT = "The text encoder: FILE.py:FUNCTION, or the hub id or folder of a T5 encoder."
-_TOLERANCE = "Largest residual |g(x) - x| in any block. Default: 1e-3, or a file's own."
+_TOLERANCE = "Largest residual |g(x) - x| that a sample may have in any block. Default: 1e-3, or that of the strategy."
 _PART = "One of N jobs that share the folder without communication: 1/8 is the first of eight. Start all of them."
 
-Model = Annotated[str, model_option(help="A bundled name, a model folder, or a hub id.")]
+Model = Annotated[str, model_option(help="Name of a bundled model, a model folder, or an id of the Hugging Face Hub.")]
 Prompts = Annotated[str | None, model_option(help=_PROMPTS)]
 EncodeText = Annotated[str | None, model_option(help=_ENCODE_TEXT)]
-Images = Annotated[str, data_option(help=SOURCES)]
+Images = Annotated[str, data_option(help=f"The images: {SOURCES}")]
 Labels = Annotated[str, model_option(help=_LABELS)]
-Seed = Annotated[int, model_option(min=0, help="Seed of everything random.")]
-Device = Annotated[str, speed_option(help="auto (a CUDA GPU, else the CPU), cpu, cuda, cuda:1, mps.")]
+Seed = Annotated[int, model_option(min=0, help="Seed of all random numbers.")]
+Device = Annotated[
+    str, speed_option(help="cpu, cuda, cuda:1 or mps; auto is a CUDA GPU if there is one, else the CPU.")
+]
 Dtype = Annotated[str, speed_option(help="float32, float64, bfloat16, float16, or tf32 on a GPU.")]
-ReportFile = Annotated[Path | None, speed_option(help="A report of calibrate: the guess to start from in each block.")]
+ReportFile = Annotated[
+    Path | None, speed_option(help="A report of calibrate, which says where the iteration of each block starts.")
+]
 Guidance = Annotated[str, guidance_option(help=_GUIDANCE)]
 RecommendedGuidance = Annotated[str | None, guidance_option(help=f"{_GUIDANCE} Default: as recommended by the model.")]
 NoGuidance = Annotated[bool, guidance_option("--plain", help="No guidance.")]
 Tolerance = Annotated[float | None, speed_option(help=_TOLERANCE)]
 Part = Annotated[str | None, process_option(help=_PART, metavar="I/N")]
-NetworkBatchSize = Annotated[int, speed_option(min=1, max=MAX_BATCH_SIZE, help="Images in the network at a time.")]
+NetworkBatchSize = Annotated[
+    int, speed_option(min=1, max=MAX_BATCH_SIZE, help="Images that go through the network together.")
+]
 Json = Annotated[Path | None, output_option(help="Also write the results to this file.")]
 
 

@@ -40,7 +40,7 @@ def plan(
     """Find the fastest strategy for a model here.
 
     Times solvers on this machine, for one batch size and tolerance. The strategy "auto" makes the same plan by itself.
-    Give the file to sample by --strategy.
+    `sample --strategy` takes the file.
 
     Example: jacobiflow plan --model fashion-p2 --batch-size 4 --out out/plan.json
     """

@@ -37,7 +37,7 @@ _CERTIFY_ALWAYS = "Check every block, even those solved token by token."
 _SENSITIVITY = "Measure how much rounding changes each sample, by drawing it a second time."
 _OFFLOAD = "Keep one block at a time on the device, for a model that is larger than it."
 _STRATEGIES = (
-    "auto (planned for this model, machine and batch size), sequential, sequential:int16, jacobi, jacobi-J, "
+    "auto (the fastest for this model, machine and batch size), sequential, sequential:int16, jacobi, jacobi-J, "
     "gs-jacobi:G, gs-jacobi:G-J, window:N, the paper's [Stack-GS-J-Else], or a .json file."
 )
 

@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import jacobiflow as jf
 from jacobiflow.cli import loading, options
 from jacobiflow.cli.job import as_command
-from jacobiflow.cli.output import progress_bar
+from jacobiflow.cli.output import format_count, progress_bar
 from jacobiflow.errors import InputValueError
 from jacobiflow.training.config import TrainConfig
 from jacobiflow.utils.provenance import Provenance
 
 if TYPE_CHECKING:
-    from jacobiflow.data import ImageDataset, ImageFiles
+    from jacobiflow.data import ImageDataset
     from jacobiflow.distributed import Processes
     from jacobiflow.models.config import FlowConfig
     from jacobiflow.models.flow import Flow
@@ -27,6 +27,7 @@ _PRINT_EVERY = 50  # Steps between lines of metrics.
 _NOISE = "tarflow: standard deviation of the images' Gaussian noise; 0 for uniform noise; default 0.1."
 _HELD_OUT = "Images whose loss is measured at checkpoints, at most 512. Default: the test split of --images, if any."
 _NUM_HELD_OUT = 512
+_MAX_NAMES = 12  # Names of classes that the summary lists.
 _IMAGE_SIZE = "Side in pixels to which images of a folder are scaled down. Default: the smallest side of all images."
 _IMAGE_CHANNELS = "3 for colour, 1 for grey. Default: grey if all images are."
 _MAX_NATURAL_SIZE = 256  # Larger images are trained on only if --image-size is given: they take very long.
@@ -146,7 +147,7 @@ def show(result: TrainResult) -> None:
     """Prints the last step."""
     if result.last_step is not None:
         last = result.last_step
-        print(f"{last.step:,} steps: loss {last.loss:+.4f}, {last.bits_per_dim:.3f} bits per dimension")
+        print(f"{format_count(last.step, 'step')}: loss {last.loss:+.4f}, {last.bits_per_dim:.3f} bits per dimension")
     print(f"wrote the model folder {result.model}")
 
 
@@ -158,7 +159,12 @@ def _training_images(config: TrainOptions) -> ImageDataset:
     data = load_images(config.images, None, channels)
     natural, wanted = data.images.shape[-1], config.image_size
     if not isinstance(data.images, ImageFiles):
-        return data if wanted in (None, natural) else load_images(config.images, wanted, channels)
+        if wanted not in (None, natural):
+            raise InputValueError(
+                f"--image-size {wanted}: the images of {config.images} have {natural} pixels on a side, and only "
+                "folders of image files are scaled; leave it out"
+            )
+        return data
     if wanted is None and natural > _MAX_NATURAL_SIZE:
         raise InputValueError(
             f"{config.images}: the smallest images have {natural} pixels on a side, and training on so large ones is "
@@ -166,17 +172,10 @@ def _training_images(config: TrainOptions) -> ImageDataset:
         )
     if wanted is not None and wanted > natural:
         raise InputValueError(
-            f"--image-size {wanted}: {_smallest(data.images)} has only {natural} pixels on a side; give --image-size "
-            f"{natural}, or remove smaller images"
+            f"--image-size {wanted}: the smallest images have only {natural} pixels on a side; give --image-size "
+            f"{natural}, or remove them"
         )
     return data if wanted is None else replace(data, images=replace(data.images, size=wanted))
-
-
-def _smallest(images: ImageFiles) -> Path:
-    """Returns the image with the smallest side."""
-    from jacobiflow.data.image_files import image_sides
-
-    return min(images.files, key=lambda file: min(image_sides(file)))
 
 
 def _held_out_images(config: TrainOptions, data: ImageDataset) -> ImageDataset | None:
@@ -194,18 +193,23 @@ def _held_out_images(config: TrainOptions, data: ImageDataset) -> ImageDataset |
 
 def _summary(config: TrainOptions, data: ImageDataset, held_out: ImageDataset | None, flow: Flow) -> str:
     """Describes the data, the flow and the run."""
+    from jacobiflow.data import ImageFiles
+
     channels, height, width = data.images.shape[1:]
     colour = {1: "grey", 3: "colour"}.get(channels, f"{channels} channels")
+    is_scaled = isinstance(data.images, ImageFiles) and data.images.has_other_sides()
+    scaled = "; other sizes are scaled down, and cropped to the centre" * is_scaled
     num_classes = flow.config.num_classes
-    names = f": {', '.join(data.classes)}" if len(data.classes) == num_classes else ""
+    names = ", ".join(data.classes[:_MAX_NAMES]) + ", ..." * (num_classes > _MAX_NAMES)
     held_out_text = "none" if held_out is None else f"{len(held_out):,} images"
     parameters = sum(parameter.numel() for parameter in flow.parameters())
+    steps, batch = format_count(config.training.steps, "step"), format_count(config.training.batch_size, "image")
     lines = (
-        f"images: {len(data):,} of {width}x{height} pixels, {colour}",
-        f"classes: {f'{num_classes}{names}' if num_classes else 'none'}",
+        f"images: {len(data):,} of {width}x{height} pixels, {colour}{scaled}",
+        f"classes: {num_classes or 'none'}" + f" ({names})" * (len(data.classes) == num_classes > 0),
         f"held out: {held_out_text}",
         f"model: {config.flow}, {parameters:,} parameters",
-        f"training: {config.training.steps:,} steps of {config.training.batch_size:,} images",
+        f"training: {steps} of {batch}",
     )
     return "\n".join(lines)
 

@@ -44,6 +44,10 @@ class ImageFiles:
     def __len__(self) -> int:
         return len(self.files)
 
+    def has_other_sides(self) -> bool:
+        """Tells whether an image is scaled or cropped."""
+        return any(image_sides(file) != (self.size, self.size) for file in self.files)
+
     def __getitem__(self, index: Any) -> UInt8[Tensor, "*n c h w"]:
         indices = torch.arange(len(self))[index]
         if not indices.ndim:

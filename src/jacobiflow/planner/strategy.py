@@ -208,4 +208,5 @@ def device_name(device: torch.device) -> str:
     """Returns the name of a device, and for a CPU the number of threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{device.type} with {torch.get_num_threads()} threads"
+    num = torch.get_num_threads()
+    return f"{device.type} with {num} thread{'s' * (num > 1)}"

@@ -85,6 +85,17 @@ def test_recommended_settings_are_stored_in_the_config(tmp_path: Path) -> None:
         flow.save_pretrained(tmp_path)
 
 
+def test_names_of_classes_are_stored_in_the_config(tmp_path: Path) -> None:
+    flow = jf.load("fashion-p2")
+    assert flow.classes[3] == "dress" and flow.guided(jf.Guidance(1.0)).classes == flow.classes
+    flow.save_pretrained(tmp_path)
+    assert jf.load(tmp_path).classes == flow.classes
+    flow.classes = ("cat", "dog")
+    flow.save_pretrained(tmp_path)
+    with pytest.raises(jf.CheckpointError, match="2 names of 10 classes; name all, or leave out classes"):
+        jf.load(tmp_path)
+
+
 def test_half_precision_in_the_file_is_float32_in_memory(tmp_path: Path) -> None:
     flow, half = make(), torch.float16
     flow.save_pretrained(tmp_path, dtype="float16")

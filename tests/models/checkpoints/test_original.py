@@ -70,16 +70,20 @@ def test_code_does_not_run(tmp_path: Path) -> None:
     torch.save({**original_state(make()), "extra": Evil()}, path)
     assert "code in it was not run" in error_of(TarFlow.from_original, path, SMALL)
     assert not sentinel.exists()
+    torch.save(make(), path)
+    assert f"{path}: a pickled module, or other objects of Python, and no state dict" in error_of(
+        TarFlow.from_original, path, SMALL
+    )
 
 
 def test_a_file_that_is_not_a_state_dict_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "x.pth"
-    assert "No such file" in error_of(TarFlow.from_original, path, SMALL)
+    assert "no such file" in error_of(TarFlow.from_original, path, SMALL)
     assert "Not a regular file" in error_of(TarFlow.from_original, tmp_path, SMALL)
     for is_zip in (False, True):  # the old format, and the new one
         torch.save(original_state(make()), path, _use_new_zipfile_serialization=is_zip)
         os.truncate(path, path.stat().st_size // 2)
-        assert "damaged, or not only tensors" in error_of(TarFlow.from_original, path, SMALL)
+        assert "damaged, or no file of torch.save" in error_of(TarFlow.from_original, path, SMALL)
     for content, words in (({"model": {}, "step": 3}, "not a dict of tensors"), ({}, "Missing key(s)")):
         torch.save(content, path)
         assert words in error_of(TarFlow.from_original, path, SMALL)

@@ -34,10 +34,10 @@ def read_original(path: str | Path) -> dict[str, Tensor]:
     except FileNotFoundError as error:
         raise CheckpointError(f"{path}: no such file") from error
     except Exception as error:  # A damaged file raises nearly any exception in torch.load.
-        if "Unsupported global" in str(error):
+        if "Unsupported" in str(error):  # A class or a function that is not of tensors.
             raise CheckpointError(
-                f"{path}: a pickled module, or other objects of Python, and not a state dict; nothing in it was run. "
-                f"{remedy.capitalize()}"
+                f"{path}: a pickled module, or other objects of Python, and no state dict; code in it was not run; "
+                f"{remedy}"
             ) from error
         raise CheckpointError(f"{path}: damaged, or no file of torch.save ({first_line(error)}); {remedy}") from error
     if not isinstance(content, dict) or not all(
