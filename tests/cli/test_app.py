@@ -180,7 +180,7 @@ def test_names_in_square_brackets_are_no_markup_and_a_warning_is_one_line(
         result = run("sample --model './[/red]' --num 1 --guidance 1 --strategy jacobi --out '[bold]/[/red]'")
     assert result.err == "warning: guidance without labels or texts at attn_temperature 1 changes nothing\n"
     assert warnings.showwarning is show
-    assert "./[/red]: 1 sample, settings: --guidance 1\n" in result.out
+    assert "./[/red]: 1 sample by jacobi on cpu, batch size 1\nsettings: --guidance 1\n" in result.out
     assert "wrote [bold]/[/red]: 1 shard, " in result.out
     assert "./[/red]" in run("info --model './[/red]'").out
 

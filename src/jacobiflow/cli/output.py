@@ -126,7 +126,7 @@ def replace_arguments(message: str, options: Mapping[str, str]) -> str:
         before, after = "no " * (value in ("=None", "=False")), " " * (value == "=")
         return f"{before}{options[name]}{after}" if is_argument else match[0]
 
-    return re.sub(r"(?<![\w./-])(\w+)(=(?:True|False|None)\b|=)?", to_option, message)
+    return re.sub(r"(?<![\w./-])(\w+)(=(?:True|False|None)\b(?! of type)|=)?", to_option, message)
 
 
 def one_line(message: str) -> str:

@@ -145,7 +145,7 @@ def run(config: SampleConfig, processes: Processes) -> SampleResult | None:
     from jacobiflow.utils.timing import describe_machine
 
     _check_options(config)
-    options.parse_batch_size(config.batch_size)
+    size = options.parse_batch_size(config.batch_size)
     part = jf.Part.parse(config.part)
     device = processes.device(loading.pick_device(config.device))
     flow = loading.load_model(config.model, device, config.dtype, offload=config.offload)
@@ -158,7 +158,7 @@ def run(config: SampleConfig, processes: Processes) -> SampleResult | None:
         flow, config.guidance, config.denoise, config.plain, context.values is not None
     )
     flow = flow.guided(settings.guidance)
-    batch_size, shard_size = processes.run_on_rank_zero(partial(_sizes, config, flow))
+    batch_size, shard_size = processes.run_on_rank_zero(partial(_sizes, config, size, flow))
     started = perf_counter()
     with progress_bar(is_shown=processes.rank == 0) as progress:
         folder = jf.sample_to_folder(
@@ -169,9 +169,9 @@ def run(config: SampleConfig, processes: Processes) -> SampleResult | None:
             report=loading.load_report(config.report, flow), overwrite=config.overwrite, processes=processes,
             progress=progress, part=part,
         )  # fmt: skip
-        preparation_seconds = perf_counter() - started - folder.seconds
         if processes.rank > 0:
             return None
+        preparation_seconds = perf_counter() - started - folder.seconds
         comparison = _compare(flow, folder, context, texts, progress) if config.compare else None
     has_sheet = flow.image_shape is not None and folder.is_complete
     if has_sheet and comparison is None:
@@ -199,19 +199,24 @@ def _check_options(config: SampleConfig) -> None:
         raise InputValueError("--compare: excludes --part; compare in a run of its own")
 
 
-def _sizes(config: SampleConfig, flow: Flow) -> tuple[int | None, int | None]:
+def _sizes(config: SampleConfig, size: int | None, flow: Flow) -> tuple[int | None, int | None]:
     """Returns the batch size and the shard size: those of the options, else of samples in the folder, if any."""
     from jacobiflow.models.memory import find_batch_size
-    from jacobiflow.utils.files import MANIFEST, read_object
 
-    size = options.parse_batch_size(config.batch_size)
-    is_resumed = not config.overwrite and (read_object(config.out / MANIFEST) or {}).get("kind") == "samples"
-    if is_resumed and size is None:
-        earlier = jf.SampleFolder.open(config.out).manifest
-        return earlier.batch_size, config.shard_size or earlier.shard_size
+    earlier = None if config.overwrite else _open_earlier(config.out)
+    if earlier is not None and size is None:
+        return earlier.manifest.batch_size, config.shard_size or earlier.manifest.shard_size
     if config.batch_size == "auto":
         size = find_batch_size(flow, min(config.num, options.MAX_BATCH_SIZE))
     return size, config.shard_size
+
+
+def _open_earlier(out: Path) -> jf.SampleFolder | None:
+    """Opens the samples of an earlier run, if there are any."""
+    from jacobiflow.utils.files import MANIFEST, read_object
+
+    is_there = (read_object(out / MANIFEST) or {}).get("kind") == "samples"
+    return jf.SampleFolder.open(out) if is_there else None
 
 
 def _compare(
@@ -330,15 +335,14 @@ def _format_seconds(seconds: float) -> str:
 
 
 def _describe_kept(config: SampleConfig) -> str:
-    from jacobiflow.utils.files import MANIFEST
-
-    if not (config.out / MANIFEST).exists():
+    folder = _open_earlier(config.out)
+    if folder is None:
         return "no sample is drawn; the same command starts again"
-    folder = jf.SampleFolder.open(config.out)
-    kept = f"{folder.num_drawn:,} of {folder.manifest.num:,} samples are kept in {config.out}; the same command goes on"
-    if folder.num_drawn:
-        return kept
-    return f"{kept}. Files of {folder.manifest.shard_size:,} samples are kept once they are whole: see --shard-size"
+    num, num_kept = folder.manifest.num, folder.num_drawn
+    hint = (
+        "" if num_kept else f"; a file is kept once its {folder.manifest.shard_size:,} samples are drawn (--shard-size)"
+    )
+    return f"{num_kept:,} of {num:,} samples are kept in {config.out}{hint}; the same command goes on"
 
 
 sample = as_command(SampleConfig, run, show, _describe_kept)

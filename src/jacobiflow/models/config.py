@@ -67,7 +67,8 @@ class PatchConfig:
         """Raises ValueError if patches do not tile the image, or the noise is no standard deviation."""
         if self.image_size % self.patch_size:
             whole = self.image_size // self.patch_size * self.patch_size
-            divisor = max(side for side in range(1, 9) if self.image_size % side == 0)
+            divisors = [side for side in range(2, 17) if self.image_size % side == 0] or [1]
+            divisor = min(divisors, key=lambda side: abs(side - self.patch_size))
             remedy = f"give patch_size={divisor}" + f", or image_size={whole}" * (whole > 0)
             raise InputValueError(
                 f"patch_size={self.patch_size} does not divide image_size={self.image_size}; {remedy}"

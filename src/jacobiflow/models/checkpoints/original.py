@@ -6,13 +6,14 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, NamedTuple
 from zipfile import is_zipfile
 
 import torch
 from torch import Tensor
 
-from jacobiflow.errors import CheckpointError, first_line
+from jacobiflow.errors import CheckpointError
 from jacobiflow.models.checkpoints.tensors import check_values
 from jacobiflow.utils.checks import FLOATS
 from jacobiflow.utils.files import regular_file
@@ -33,13 +34,14 @@ def read_original(path: str | Path) -> dict[str, Tensor]:
         content: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zipfile(regular_file(path)))
     except FileNotFoundError as error:
         raise CheckpointError(f"{path}: no such file") from error
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
     except Exception as error:  # A damaged file raises nearly any exception in torch.load.
-        if "Unsupported" in str(error):  # A class or a function that is not of tensors.
-            raise CheckpointError(
-                f"{path}: a pickled module, or other objects of Python, and no state dict; code in it was not run; "
-                f"{remedy}"
-            ) from error
-        raise CheckpointError(f"{path}: damaged, or no file of torch.save ({first_line(error)}); {remedy}") from error
+        # PyTorch names a class or a function that is not of tensors.
+        what = "damaged, or no file of torch.save"
+        if isinstance(error, UnpicklingError) and "GLOBAL" in str(error):
+            what = "a pickled module, or other objects of Python, and no state dict; code in it was not run"
+        raise CheckpointError(f"{path}: {what}; {remedy}") from error
     if not isinstance(content, dict) or not all(
         isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in content.items()
     ):
