@@ -1,13 +1,14 @@
 """Draws the figures of the method and of result files: `python -m tools.pictures.figures [NAME ...]`.
 
 overview.png, partitions.png and front.gif show the method; error-against-time.png, regimes.png, masked-flows.png,
-speed.png, training.png and alanine.png show result files.
+speed.png, training.png and alanine.png show result files. speed-dark.png is speed.png for README in the dark.
 """
 
 from __future__ import annotations
 
 import textwrap
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.legend_handler import HandlerTuple
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle
+from PIL import Image
 
 import jacobiflow as jf
 from benchmarks.common import FIGURES, Json, parser
@@ -30,6 +32,7 @@ from tools.pictures.palette import EASY_BLOCK, FINAL_TOKEN, ORDERED, OTHERS, TOU
 
 SWEPT = sampler_style("gs-jacobi").color
 MODEL = "emoji-p2"
+LUMINANCE = np.array([0.213, 0.715, 0.072])  # of red, green and blue, as CSS has them
 SAMPLE, LABEL = 10, 1  # a person of seed 0, whose number of sweeps is about the median of the first 20
 
 
@@ -330,6 +333,15 @@ def alanine() -> Figure:
     return figure
 
 
+def in_dark(path: Path) -> Image.Image:
+    """A chart for a dark page, as docs/site.css shows it: light and dark are exchanged, and hues are kept."""
+    with Image.open(path) as chart:
+        levels = 255 - np.asarray(chart.convert("RGB"), float)
+    turned = 2 * (levels @ LUMINANCE)[..., None] - levels
+    background = np.array([0x0D, 0x11, 0x17])  # of GitHub
+    return Image.fromarray((255 - (255 - turned.clip(0, 255)) * (255 - background) / 255).astype(np.uint8))
+
+
 def seconds_text(seconds: float) -> str:
     return f"{seconds:.{0 if seconds >= 9.95 else 1 if seconds >= 0.95 else 2}f} s"
 
@@ -352,6 +364,8 @@ def main() -> None:
         name = draw.__name__.replace("_", "-")
         if not names or name in names:
             save_png(draw(), FIGURES / f"{name}.png")
+    if not names or "speed" in names:
+        save_png(in_dark(FIGURES / "speed.png"), FIGURES / "speed-dark.png")
     if not names:
         front()
 

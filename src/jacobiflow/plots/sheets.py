@@ -26,7 +26,7 @@ def comparison_sheet(
     """Draws `reference` and `images`, and enlarges the sample that differs most (cf. Figure 7 of the paper).
 
     Beside the enlarged sample is its difference, the largest of all channels. It is multiplied until its largest value
-    is black. A difference below one grey level of an 8-bit image is multiplied by 255 only, so it stays light.
+    is black.
 
     Args:
         reference: Images of the first row.
@@ -38,7 +38,7 @@ def comparison_sheet(
     difference = (other - drawn).abs().amax(1, keepdim=True) / 2  # as a share of all grey levels
     worst = int(difference.flatten(1).amax(1).argmax())
     levels = 255 * float(difference[worst].max())
-    factor = 255 / max(levels, 1.0)
+    factor = 255 / levels if levels else 1.0
     enlarged = [drawn[worst], other[worst], (1 - 2 * factor * difference[worst]).expand_as(drawn[worst])]
     grid = image_grid(torch.stack(enlarged), 3, zoom=max(1, round(_ENLARGED_WIDTH / images.shape[-1])))
     if levels == 0:
@@ -46,7 +46,7 @@ def comparison_sheet(
     else:
         caption = f"sample {worst} differs most, by {levels:.2g} of 255 grey levels:"
     parts = [rows_sheet(list(zip(names, (reference, images), strict=True)), columns), _caption(caption)]
-    return stack_images([*parts, column_captions((*names, f"difference x {factor:.0f}"), grid.width), grid])
+    return stack_images([*parts, column_captions((*names, f"difference x {factor:,.0f}"), grid.width), grid])
 
 
 def rows_sheet(rows: Sequence[tuple[str, Float[Tensor, "n c h w"]]], columns: Sequence[str] = ()) -> Image.Image:
