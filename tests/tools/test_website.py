@@ -39,6 +39,11 @@ def test_the_site_has_commands_and_a_search(site):
             page.wait_for_url("**/solvers/*#the-certificate")
 
 
+def test_a_notebook_opens_in_colab(site):
+    address = "https://colab.research.google.com/github/jacobiflow/jacobiflow/blob/main/docs/tutorials/zuko.ipynb"
+    assert f'href="{address}"' in (site / "tutorials/zuko/index.html").read_text()
+
+
 @pytest.fixture
 def pages(tmp_path):
     root = tmp_path / "root"
