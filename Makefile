@@ -175,8 +175,7 @@ emoji: setup
 
 # Redraws the figures of the method, those of the result files, the sheets of samples, and the terminal of the site's first page;
 # names results of other code.
-figures: demo render
-	cp out/demo/samples.png docs/figures/demo.png
+figures: render
 	$(BIN)/python -m tools.pictures.sheets
 	$(BIN)/python -m tools.pictures.figures
 	$(BIN)/python -m tools.pictures.terminal

@@ -251,8 +251,8 @@ def speed() -> Figure:
     runs = [run for run in result("masked-flows")["runs"] if (run["library"], run["direction"]) == ("zuko", "slow")]
     figure = new_figure(3.2)
     axis = figure.subplots()
-    for flow, name, place in (("MAF", "auto", {"xytext": (0, -50), "ha": "right", "va": "top"}),
-                              ("NSF", "gs-jacobi", {"xytext": (0, 10), "ha": "center", "va": "bottom"})):  # fmt: skip
+    for flow, name, offset, side, end in (("MAF", "auto", (0, -50), "right", "top"),
+                                          ("NSF", "gs-jacobi", (0, 10), "center", "bottom")):  # fmt: skip
         color, marker = sampler_style(name)
         speed_ups = []
         for rows, line in ((100, ":"), (10_000, "-")):
@@ -261,7 +261,7 @@ def speed() -> Figure:
             axis.plot(*zip(*points, strict=True), line, color=color, marker=marker)
             speed_ups.append(format_speed_up(points[-1][1]))
         text = "{2}: {1} for 10,000 rows\n(dotted: {0} for 100 rows)".format(*speed_ups, flow)
-        axis.annotate(text, points[-1], textcoords="offset points", color=readable(color), **place)
+        axis.annotate(text, points[-1], offset, textcoords="offset points", color=readable(color), ha=side, va=end)
     axis.axhline(1, color=TEXT_COLOR, linewidth=0.8)
     axis.text(2, 1.1, "zuko's own inverse", color=TEXT_COLOR)
     axis.set(xscale="log", yscale="log", ylim=(0.8, 600), xlabel="features of a row", ylabel="speed-up over zuko")
