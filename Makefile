@@ -173,11 +173,12 @@ emoji: setup
 	npm install --no-save --no-package-lock $(EMOJI)
 	$(BIN)/python -m tools.models.make_images emoji
 
-# Redraws the figures of the method, those of the result files, and the sheets of samples; names results of other code.
-figures: demo render
-	cp out/demo/samples.png docs/figures/demo.png
+# Redraws the figures of the method, those of the result files, the sheets of samples, and the terminal of the site's first page;
+# names results of other code.
+figures: render
 	$(BIN)/python -m tools.pictures.sheets
 	$(BIN)/python -m tools.pictures.figures
+	$(BIN)/python -m tools.pictures.terminal
 
 # Builds the site in out/site; fails if a link leads nowhere.
 docs: setup

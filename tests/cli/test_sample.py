@@ -96,7 +96,8 @@ def test_compare_prints_both_rows_and_the_error(run: Any, tmp_path: Path) -> Non
     text += f"rounding changes these samples by up to {rounding:.1e}"
     assert re.search(rf"\n{line}[\d.]+x faster\n{text}\n", result.out)
     with Image.open(tmp_path / "samples.png") as sheet:
-        assert sheet.size[1] == 40 + 3 * (40 + 8 * 14 + 8)  # the classes, and three panels below their captions
+        panel, enlarged = 40 + 8 * 14 + 8, 2 * 40 + 8 * 42 + 8  # below captions
+        assert sheet.size[1] == 40 + 2 * panel + enlarged  # below the classes
 
 
 def test_guidance_denoising_tolerance_and_report_reach_the_library(run: Any, tmp_path: Path) -> None:

@@ -53,18 +53,25 @@ def test_columns_have_names_if_these_are_the_same_on_every_line() -> None:
     assert rows_sheet([("a", images)], [*names[:-1], "another"]).size == Image.fromarray(plain).size
 
 
-@pytest.mark.parametrize("equal", [True, False])
-def test_a_comparison_shows_both_and_their_difference(equal: bool) -> None:
+def test_a_comparison_shows_both_and_enlarges_the_sample_that_differs_most() -> None:
     reference = random_images(4, 3, height=20)
-    images, difference = reference.clone(), torch.full_like(reference, 1.0)
-    reference[0], images[0] = torch.nan, torch.nan
-    images[3, :, 5, 7] += 0.007  # less than one of 255 levels
-    if not equal:
-        images[1, :, 5, 7] += 0.25
-        images[2, :, 6, 8] -= 0.5
-        difference[1, :, 5, 7], difference[2, :, 6, 8] = 0.0, -1.0  # half of the largest, and the largest
-        difference[3, :, 5, 7] = 1 - 0.007 / 0.5 * 2
+    images = reference.clone()
+    reference[0], images[0] = torch.nan, torch.nan  # both are drawn black, so they do not differ
+    images[1, :, 5, 7] = 0.6 * reference[1, :, 5, 7]
+    reference[2, 1, 6, 8], images[2, 1, 6, 8] = 1.0, -1.0  # all 255 levels
+    reference[2, 1, 6, 9], images[2, 1, 6, 9] = 0.5, 0.0
     pixels = np.asarray(comparison_sheet(reference, images, ("sequential", "window:32")))
-    panels = pixels.reshape(3, -1, *pixels.shape[1:])
-    for panel, expected in zip(panels, (reference, images, difference), strict=True):
+    rows = 2 * (CAPTION + 2 * 20 + 2 * GAP)
+    for panel, expected in zip(np.split(pixels[:rows], 2), (reference, images), strict=True):
         assert_placed(panel[CAPTION:], expected.nan_to_num(nan=-1.0), columns=4, zoom=2)
+    difference = torch.ones_like(images[2])
+    difference[:, 6, 8], difference[:, 6, 9] = -1.0, 0.5
+    enlarged = torch.stack([reference[2], images[2], difference])
+    assert_placed(pixels[rows + 2 * CAPTION :], enlarged, columns=3, zoom=6)
+
+
+@pytest.mark.parametrize(("shift", "level"), [(0.0, WHITE), (1e-5, 0)])
+def test_the_largest_difference_is_black_however_small(shift: float, level: int) -> None:
+    reference = torch.zeros(1, 1, 4, 112)
+    sheet = np.asarray(comparison_sheet(reference, reference + shift, ("a", "b")))
+    assert int(sheet[-GAP - 1, -GAP - 1, 0]) == level

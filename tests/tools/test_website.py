@@ -39,10 +39,22 @@ def test_the_site_has_commands_and_a_search(site):
             page.wait_for_url("**/solvers/*#the-certificate")
 
 
+def test_a_notebook_opens_in_colab(site):
+    address = "https://colab.research.google.com/github/jacobiflow/jacobiflow/blob/main/docs/tutorials/zuko.ipynb"
+    assert f'href="{address}"' in (site / "tutorials/zuko/index.html").read_text()
+
+
 @pytest.fixture
 def pages(tmp_path):
     root = tmp_path / "root"
-    for name in ("README.md", "docs/deep/page.md", "docs/figures/a.png", "src/code.py", "docs/other.md"):
+    for name in (
+        "README.md",
+        "docs/index.md",
+        "docs/deep/page.md",
+        "docs/figures/a.png",
+        "src/code.py",
+        "docs/other.md",
+    ):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_text("content")
     return Pages(tmp_path / "site", REPOSITORY, root)
@@ -51,13 +63,13 @@ def pages(tmp_path):
 @pytest.mark.parametrize(
     ("path", "text", "expected"),
     [
-        ("README.md", "[a](docs/other.md#part)", "[a](other.md#part)"),
+        ("docs/index.md", "[a](other.md#part)", "[a](other.md#part)"),
         ("docs/deep/page.md", "[a](../../README.md)", "[a](../index.md)"),
         ("docs/deep/page.md", "[a](../../src/code.py)", f"[a]({REPOSITORY}/blob/main/src/code.py)"),
-        ("README.md", '<img src="docs/figures/a.png" width="3">', '<img src="figures/a.png" width="3">'),
-        ("README.md", "[a](https://elsewhere.org/x.md) [b](#part)", "[a](https://elsewhere.org/x.md) [b](#part)"),
-        ("README.md", "text:\n- one\n  more\n- two\n", "text:\n\n- one\n  more\n- two\n"),
-        ("README.md", "`[a](x.md)`\n\n```\n[a](x.md)\n```\n", "`[a](x.md)`\n\n```\n[a](x.md)\n```\n"),
+        ("docs/index.md", '<img src="figures/a.png#chart" width="3">', '<img src="figures/a.png#chart" width="3">'),
+        ("docs/index.md", "[a](https://elsewhere.org/x.md) [b](#part)", "[a](https://elsewhere.org/x.md) [b](#part)"),
+        ("docs/index.md", "text:\n- one\n  more\n- two\n", "text:\n\n- one\n  more\n- two\n"),
+        ("docs/index.md", "`[a](x.md)`\n\n```\n[a](x.md)\n```\n", "`[a](x.md)`\n\n```\n[a](x.md)\n```\n"),
     ],
 )
 def test_links_of_the_repository_work_in_the_site(pages, path, text, expected):
@@ -67,8 +79,8 @@ def test_links_of_the_repository_work_in_the_site(pages, path, text, expected):
 
 
 def test_links_to_nothing_are_named(pages):
-    pages.add("README.md", "[a](docs/none.md)")
-    assert pages.missing == ["README.md links to docs/none.md, which is not there"]
+    pages.add("docs/index.md", "[a](none.md)")
+    assert pages.missing == ["docs/index.md links to none.md, which is not there"]
 
 
 def test_every_public_name_is_on_one_page_of_the_reference():

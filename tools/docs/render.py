@@ -208,6 +208,18 @@ def sampling_range() -> str:
     return "{:.0f} to {:.0f}".format(*(bound(run["speed_up"] for run in runs) for bound in (min, max)))
 
 
+def speed_up_range(name: str, **values: Any) -> str:
+    """The range of the speed-ups of a result's runs with these values."""
+    runs = [run for run in result(name)["runs"] if values.items() <= run.items()]
+    return calibration.number_range([run["speed_up"] for run in runs], ".0f")
+
+
+def to_images_speed_up(model: str, batch: int) -> str:
+    """The speed-up of `auto` over the original sampler, from latents to images."""
+    seconds = where(result("model-speed")["runs"], model=model, batch=batch)["seconds"]
+    return format_speed_up(seconds["original sampler, to images"]["median"] / seconds["auto, to images"]["median"])
+
+
 def boltzmann_range(name: str) -> str:
     """The range of speed-ups of a way to sample over the original sampler, over all models and batches."""
     runs = [run["seconds"] for run in result("boltzmann")["runs"] if "growing cache" in run.get("seconds", {})]
@@ -259,8 +271,8 @@ def _environment() -> jinja2.Environment:
         fastest_way, fitted_sweeps, format_speed_up, grouped, least_accurate, loop_speed_up, paper_megabytes,
         paper_sizes.counted, paper_sizes.estimates, paper_sizes.runs_of, paper_sizes.tough_blocks, phase_seconds,
         plain_sweeps, plan, rank_correlation, recommendation, regimes.in_passes, result, sampler, sampling_range,
-        slowest_by_batch,
-        star_follows, star_speed_up, strategy, sweep_ways, sweeps_win, where,
+        slowest_by_batch, speed_up_range, star_follows, star_speed_up, strategy, sweep_ways, sweeps_win,
+        to_images_speed_up, where,
     )}  # fmt: skip
     environment.globals |= functions | {
         "calls": {"sampling": "inverse", "density": "`log_prob`"},

@@ -1,8 +1,8 @@
 """Builds the site into out/site, and checks its pages in Chromium: `python -m tools.docs.website`, or `make docs`.
 
 The Markdown files of the repository link to each other and to sources as GitHub shows them. In the site a link to
-another page leads to that page, one to a picture or a file of docs/ to a copy of it, and one to anything else to the
-repository.
+another page leads to that page, one to README to the site's start, one to a picture or a file of docs/ to a copy of it,
+and one to anything else to the repository.
 """
 
 from __future__ import annotations
@@ -27,7 +27,6 @@ MERMAID, KATEX = "mermaid.min.js", "katex.min.js"
 _CONFIG = ROOT / "docs/zensical.toml"
 _MERMAID_VERSION = "12.3.0"
 _MERMAID_SHA512 = "4113TdXeLAsMruJ79OpFL5O8+LTFXhQqZ260rF3tgUmiNAtRm4Uume04I+65PRN6yZ69J4f8rVYWW8zRk65UYw=="
-_OTHER_TITLES = ("index.md", "tutorials/index.md")  # the README, and the list of notebooks
 _KATEX_VERSION = "0.19.1"
 _KATEX_SHA512 = "jG8uKntjSEcm2EpQOh0XturpPuuC9r3Sq5HLHdsFdWZT27E672SF19QEi+of0/YeOy15lDgRhKvr5614uRrEfA=="
 _MATH = r"""<script>
@@ -38,6 +37,7 @@ for (const formula of document.querySelectorAll(".math, .arithmatex")) {
 </script>
 """  # MathML, which browsers draw by themselves
 _PHONE = (390, 800)
+_CUT_OFF = "[...document.querySelectorAll('.md-content table')].some(t => t.getBoundingClientRect().right > innerWidth)"
 _CODE = re.compile(
     r"^(?P<fence>```+|~~~+).*?^(?P=fence)[ ]*$|(?P<ticks>`+)(?!`).+?(?<!`)(?P=ticks)(?!`)", re.DOTALL | re.MULTILINE
 )
@@ -54,16 +54,18 @@ def build(out: Path) -> Path:
     source, site = out / project["docs_dir"], out / project["site_dir"]
     for folder in (source, site):
         shutil.rmtree(folder, ignore_errors=True)
-    pages = Pages(source, project["extra"]["social"][0]["link"])
+    repository = project["extra"]["social"][0]["link"]
+    pages = Pages(source, repository)
     for path, name in pages.names.items():
-        pages.add(path, _markdown(path, source / name))
+        pages.add(path, _markdown(path, source / name, repository))
     (source / "reference/commands.md").write_text(_commands())
-    shutil.copyfile(ROOT / "docs/site.css", source / "site.css")
+    for name in ("site.css", "site.js"):
+        shutil.copyfile(ROOT / "docs" / name, source / name)
     listed = {name: title for title, name in re.findall(r'"([^"]+)" = "([^"]+\.md)"', _CONFIG.read_text())}
     wrong = pages.missing + [f"{_CONFIG} does not list {name}" for name in pages.names.values() if name not in listed]
     for name, title in listed.items():
         heading = re.search(r"^# (.+)$", (source / name).read_text(), re.MULTILINE)
-        if name not in _OTHER_TITLES and heading is not None and heading[1].strip("`") != title:
+        if heading is not None and heading[1].strip("`") != title:
             wrong.append(f"{name} has the title {heading[1]!r}, {_CONFIG} lists it as {title!r}")
     if wrong:
         raise ValueError("\n".join(wrong))
@@ -79,11 +81,15 @@ def build(out: Path) -> Path:
     return site
 
 
-def _markdown(path: str, page: Path) -> str:
+def _markdown(path: str, page: Path, repository: str) -> str:
     """The Markdown of a file of the repository; its pictures and scripts are written beside the page."""
     if path == live_page.SOURCE:
         return live_page.write_page(page.parent)
-    return _notebook(ROOT / path, page) if path.endswith(".ipynb") else (ROOT / path).read_text()
+    if not path.endswith(".ipynb"):
+        return (ROOT / path).read_text()
+    colab = repository.replace("https://github.com", "https://colab.research.google.com/github")
+    heading, text = _notebook(ROOT / path, page).split("\n", 1)
+    return f"{heading}\n\n[Open in Colab]({colab}/blob/main/{path})\n{text}"
 
 
 def _notebook(path: Path, page: Path) -> str:
@@ -113,7 +119,7 @@ class Pages:
     def __init__(self, site: Path, repository: str, root: Path = ROOT) -> None:
         self.site, self.repository, self.root, docs = site, repository, root, root / "docs"
         self.missing: list[str] = []
-        self.names = {"README.md": "index.md"}  # in the site, by path in the repository
+        self.names: dict[str, str] = {}  # in the site, by path in the repository
         for page in root.glob("tools/page/static/*.md"):
             self.names[str(page.relative_to(root))] = f"live/{page.name}"
         for page in root.glob("[CS]*.md"):  # CHANGELOG, CONTRIBUTING, SECURITY
@@ -141,9 +147,12 @@ class Pages:
     def _target(self, path: str, target: str) -> str:
         """The target in the site of a link in the file `path`."""
         here = os.path.dirname(self.names[path])
-        if ":" in target or (self.site / here / target).is_file():  # another host, or a picture of a notebook
+        beside = self.site / here / target  # if it is a picture of a notebook
+        if ":" in target or (not target.startswith("..") and beside.is_file()):
             return target
         linked = os.path.normpath(os.path.join(os.path.dirname(path), target))
+        if linked == "README.md":
+            linked = "docs/index.md"
         if linked in self.names:
             return os.path.relpath(self.names[linked], here)
         if linked.startswith("docs/") and (self.root / linked).is_file():
@@ -171,7 +180,7 @@ def _outside_code(text: str, change: Callable[[str], str]) -> str:
 
 
 def check_pages(site: Path) -> list[str]:
-    """Returns problems of pages in a browser: wider than a phone, or files of other hosts."""
+    """Returns problems of pages in a browser: wider than a phone, tables that are cut off, or files of other hosts."""
     wrong: list[str] = []
     with served(site) as address, chromium() as browser:
         tab = browser.new_page(viewport={"width": _PHONE[0], "height": _PHONE[1]})
@@ -182,6 +191,8 @@ def check_pages(site: Path) -> list[str]:
             tab.goto(f"{address}/{'' if name == 'index' else f'{name}/'}")
             if tab.evaluate("document.documentElement.scrollWidth") > _PHONE[0]:
                 wrong.append(f"{name}: wider than a phone of {_PHONE[0]} pixels")
+            if tab.evaluate(_CUT_OFF):
+                wrong.append(f"{name}: a table is cut off on a phone of {_PHONE[0]} pixels")
     return wrong + [f"a page asks another host for {url}" for url in sorted(urls) if not url.startswith(address)]
 
 

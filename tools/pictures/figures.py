@@ -1,11 +1,14 @@
 """Draws the figures of the method and of result files: `python -m tools.pictures.figures [NAME ...]`.
 
 overview.png, partitions.png and front.gif show the method; error-against-time.png, regimes.png, masked-flows.png,
-speed.png, training.png and alanine.png show result files.
+speed.png, training.png and alanine.png show result files. speed-dark.png is speed.png for README in the dark.
 """
 
 from __future__ import annotations
 
+import textwrap
+from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,19 +18,21 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.legend_handler import HandlerTuple
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle
+from PIL import Image
 
 import jacobiflow as jf
-from benchmarks.common import FIGURES, parser
+from benchmarks.common import FIGURES, Json, parser
 from benchmarks.regimes import BF16_PASS, EXACT_LOOP, LOOP_IN_PYTORCH, PASS, in_passes
 from jacobiflow.models.latents import draw_latents
 from jacobiflow.plots import sampler_style, save_png
 from jacobiflow.plots.style import TEXT_COLOR, new_figure, plain_ticks, simplify_axes, use_style
 from tools.docs.render import format_speed_up, result, strategy
 from tools.pictures.front import Recorder, readable, record, save_animation
-from tools.pictures.palette import EASY_BLOCK, FINAL_TOKEN, ORDERED, TOUGH_BLOCK, WAITING_TOKEN
+from tools.pictures.palette import EASY_BLOCK, FINAL_TOKEN, ORDERED, OTHERS, TOUGH_BLOCK, WAITING_TOKEN
 
 SWEPT = sampler_style("gs-jacobi").color
 MODEL = "emoji-p2"
+LUMINANCE = np.array([0.213, 0.715, 0.072])  # of red, green and blue, as CSS has them
 SAMPLE, LABEL = 10, 1  # a person of seed 0, whose number of sweeps is about the median of the first 20
 
 
@@ -137,29 +142,47 @@ def panels_of(count: int, height: float) -> tuple[Figure, list[Axes]]:
 
 @use_style
 def error_against_time() -> Figure:
-    """Largest error against seconds, a panel for each batch size.
+    """Largest error against seconds: a row for each sampler, with the others in grey, and a column for each batch size.
 
     A line joins the settings of a sampler that no other setting of its own beats in both.
     """
     performance = result("performance")
-    figure, panels = panels_of(len(performance["grid"]), 6.4)
-    for axis, (batch, rows) in zip(panels, performance["grid"].items(), strict=True):
-        for sampler in ("auto", "window", "GS-Jacobi", "Selective Jacobi Decoding", "STARFlow"):
-            points: list[tuple[float, float]] = []
-            for row in sorted((row for row in rows if row["sampler"] == sampler), key=lambda row: row["seconds"]):
-                if not points or row["max_error"] < points[-1][1]:
-                    points.append((row["seconds"], max(row["max_error"], 1e-6)))
-            style = sampler_style(sampler)
-            axis.plot(*zip(*points, strict=True), color=style.color, marker=style.marker, label=sampler)
-        for name, label, line in (("sequential", "exact loop", "--"), ("growing cache", "original sampler", "-.")):
-            seconds = strategy(performance["final"][batch], name)["seconds"]["median"]
-            axis.axvline(seconds, color=sampler_style(name).color, linestyle=line, linewidth=1.2, label=label)
-        axis.set(xscale="log", yscale="log", ylim=(4e-7, 10), title=f"batch {batch}")
-        simplify_axes(axis)
+    samplers = ("window", "GS-Jacobi", "Selective Jacobi Decoding", "STARFlow")
+    figure = new_figure(6.4)
+    panels = figure.subplots(len(samplers), len(performance["grid"]), sharex="col", sharey=True)
+    for column, (batch, rows) in zip(panels.T, performance["grid"].items(), strict=True):
+        lines = {sampler: _best_settings(rows, sampler) for sampler in ("auto", *samplers)}
+        for axis, sampler in zip(column, samplers, strict=True):
+            for name in samplers:
+                axis.plot(*lines[name], color=OTHERS, linewidth=1, zorder=1, label="the other samplers")
+            for name in ("auto", sampler):
+                color, marker = sampler_style(name)
+                axis.plot(*lines[name], color=color, marker=marker, markersize=5, label=name)
+            for name, label, line in (("sequential", "exact loop", "--"), ("growing cache", "original sampler", "-.")):
+                seconds = strategy(performance["final"][batch], name)["seconds"]["median"]
+                axis.axvline(seconds, color=sampler_style(name).color, linestyle=line, linewidth=1.2, label=label)
+            axis.set(xscale="log", yscale="log", ylim=(4e-7, 10), yticks=[1e-6, 1e-4, 1e-2, 1])
+            plain_ticks(axis.xaxis, (1, 3))
+            simplify_axes(axis)
+        column[0].set_title(f"batch {batch}")
+    for axis, sampler in zip(panels[:, 0], samplers, strict=True):
+        axis.set_ylabel(textwrap.fill(sampler, 16), color=readable(sampler_style(sampler).color), weight="bold")
     figure.supxlabel("seconds for the batch")
     figure.supylabel("largest error of an entry")
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=2)
+    handles, labels = panels[0, 0].get_legend_handles_labels()
+    shown = {label: handle for handle, label in zip(handles, labels, strict=True) if label not in samplers}
+    figure.legend(shown.values(), shown, loc="outside upper center", ncols=2)
     return figure
+
+
+def _best_settings(rows: Iterable[Json], sampler: str) -> tuple[list[float], list[float]]:
+    """Seconds and largest errors of the settings of a sampler that no other one of its own beats in both."""
+    points: list[tuple[float, float]] = []
+    for row in sorted((row for row in rows if row["sampler"] == sampler), key=lambda row: row["seconds"]):
+        if not points or row["max_error"] < points[-1][1]:
+            points.append((row["seconds"], max(row["max_error"], 1e-6)))
+    seconds, errors = zip(*points, strict=True)
+    return [*seconds], [*errors]
 
 
 @use_style
@@ -224,32 +247,28 @@ def masked_flows() -> Figure:
 
 @use_style
 def speed() -> Figure:
-    """README's chart: speed-ups of zuko's flows against features, and of a TarFlow against the batch."""
-    runs = result("front-page")["runs"]
-    figure = new_figure(2.4)
-    left, right = figure.subplots(1, 2)
-    for kind, color in (("MAF", sampler_style("auto").color), ("NSF", sampler_style("gs-jacobi").color)):
-        for rows, line in ((10_000, "-"), (100, ":")):
-            same = [run for run in runs if (run.get("flow"), run.get("rows")) == (kind, rows)]
-            points = [(run["features"], run["speed_up"]) for run in same]
-            marker = "o" if kind == "MAF" else "s"
-            left.plot(*zip(*points, strict=True), line, color=color, marker=marker, label=f"{kind}, {rows:,}")
-    left.set(xscale="log", yscale="log", title="zuko flows, samples", xlabel="features")
-    left.set_xticks([2, 5, 10, 20, 64], ["2", "5", "10", "20", "64"])
-    batches = [run for run in runs if "batch" in run]
-    for name, label in (("auto", "auto"), ("GS-Jacobi", "paper's sweeps")):
-        speeds = [run["seconds"]["growing cache"]["median"] / run["seconds"][name]["median"] for run in batches]
+    """README's chart: speed-ups of sampling from zuko's flows, against the number of features."""
+    runs = [run for run in result("masked-flows")["runs"] if (run["library"], run["direction"]) == ("zuko", "slow")]
+    figure = new_figure(3.2)
+    axis = figure.subplots()
+    for flow, name, offset, side, end in (("MAF", "auto", (0, -50), "right", "top"),
+                                          ("NSF", "gs-jacobi", (0, 10), "center", "bottom")):  # fmt: skip
         color, marker = sampler_style(name)
-        right.plot([run["batch"] for run in batches], speeds, color=color, marker=marker, label=label)
-    right.set(xscale="log", yscale="log", title="TarFlow", xlabel="samples in a batch")
-    right.set_xticks([1, 4, 16, 64], ["1", "4", "16", "64"])
-    for axis in (left, right):
-        axis.axhline(1, color="black", linewidth=0.8)
-        axis.minorticks_off()
-        plain_ticks(axis.yaxis)
-        simplify_axes(axis)
-        axis.legend(handlelength=1.4, labelspacing=0.15, borderaxespad=0.1, fontsize="small")
-    left.set_ylabel("speed-up")
+        speed_ups = []
+        for rows, line in ((100, ":"), (10_000, "-")):
+            same = [run for run in runs if (run["flow"], run["rows"], run["hidden"]) == (flow, rows, 50)]
+            points = [(run["features"], run["speed_up"]) for run in same]
+            axis.plot(*zip(*points, strict=True), line, color=color, marker=marker)
+            speed_ups.append(format_speed_up(points[-1][1]))
+        text = "{2}: {1} for 10,000 rows\n(dotted: {0} for 100 rows)".format(*speed_ups, flow)
+        axis.annotate(text, points[-1], offset, textcoords="offset points", color=readable(color), ha=side, va=end)
+    axis.axhline(1, color=TEXT_COLOR, linewidth=0.8)
+    axis.text(2, 1.1, "zuko's own inverse", color=TEXT_COLOR)
+    axis.set(xscale="log", yscale="log", ylim=(0.8, 600), xlabel="features of a row", ylabel="speed-up over zuko")
+    axis.set_xticks([2, 5, 10, 20, 64], ["2", "5", "10", "20", "64"])
+    axis.minorticks_off()
+    plain_ticks(axis.yaxis, (1, 3))
+    simplify_axes(axis)
     return figure
 
 
@@ -314,6 +333,15 @@ def alanine() -> Figure:
     return figure
 
 
+def in_dark(path: Path) -> Image.Image:
+    """A chart for a dark page, as docs/site.css shows it: light and dark are exchanged, and hues are kept."""
+    with Image.open(path) as chart:
+        levels = 255 - np.asarray(chart.convert("RGB"), float)
+    turned = 2 * (levels @ LUMINANCE)[..., None] - levels
+    background = np.array([0x0D, 0x11, 0x17])  # of GitHub
+    return Image.fromarray((255 - (255 - turned.clip(0, 255)) * (255 - background) / 255).astype(np.uint8))
+
+
 def seconds_text(seconds: float) -> str:
     return f"{seconds:.{0 if seconds >= 9.95 else 1 if seconds >= 0.95 else 2}f} s"
 
@@ -336,6 +364,8 @@ def main() -> None:
         name = draw.__name__.replace("_", "-")
         if not names or name in names:
             save_png(draw(), FIGURES / f"{name}.png")
+    if not names or "speed" in names:
+        save_png(in_dark(FIGURES / "speed.png"), FIGURES / "speed-dark.png")
     if not names:
         front()
 

@@ -16,16 +16,17 @@ from jacobiflow.plots.style import TEXT_COLOR
 
 _CAPTION_HEIGHT, _LETTER_HEIGHT = 40, 28  # pixels; readable if a phone shows a sheet of 10 images
 _COLUMNS = 10  # images on a line
-_LEVEL = 2 / 255  # one level of an 8-bit image, whose entries are in [-1, 1]
+_ENLARGED_WIDTH = 336  # pixels of an enlarged image, three times those of the others
 
 
 def comparison_sheet(
     reference: Float[Tensor, "n c h w"], images: Float[Tensor, "n c h w"], names: tuple[str, str],
     columns: Sequence[str] = (),
 ) -> Image.Image:  # fmt: skip
-    """Draws `reference`, `images` and their difference (Figure 7 of the paper).
+    """Draws `reference` and `images`, and enlarges the sample that differs most (cf. Figure 7 of the paper).
 
-    The largest difference is black. If it is below one level of an 8-bit image, all differences are white.
+    Beside the enlarged sample is its difference, the largest of all channels. It is multiplied until its largest value
+    is black.
 
     Args:
         reference: Images of the first row.
@@ -33,12 +34,19 @@ def comparison_sheet(
         names: Captions of these two rows.
         columns: Names of the images in a row; see `rows_sheet`.
     """
-    difference = (images - reference).abs().masked_fill(images.isnan() & reference.isnan(), 0)
-    largest = float(difference.nan_to_num().max())
-    stretched = 1 - difference / largest * 2 if largest > _LEVEL else torch.ones_like(difference)
-    scale = "black is" if largest > _LEVEL else "at most"
-    captions = (*names, f"difference; {scale} {largest:.1e}")
-    return rows_sheet(list(zip(captions, (reference, images, stretched), strict=True)), columns)
+    drawn, other = (each.clamp(-1, 1).nan_to_num(-1.0) for each in (reference, images))  # NaN is drawn black
+    difference = (other - drawn).abs().amax(1, keepdim=True) / 2  # as a share of all grey levels
+    worst = int(difference.flatten(1).amax(1).argmax())
+    levels = 255 * float(difference[worst].max())
+    factor = 255 / levels if levels else 1.0
+    enlarged = [drawn[worst], other[worst], (1 - 2 * factor * difference[worst]).expand_as(drawn[worst])]
+    grid = image_grid(torch.stack(enlarged), 3, zoom=max(1, round(_ENLARGED_WIDTH / images.shape[-1])))
+    if levels == 0:
+        caption = "no pixel differs; sample 0:"
+    else:
+        caption = f"sample {worst} differs most, by {levels:.2g} of 255 grey levels:"
+    parts = [rows_sheet(list(zip(names, (reference, images), strict=True)), columns), _caption(caption)]
+    return stack_images([*parts, column_captions((*names, f"difference x {factor:,.0f}"), grid.width), grid])
 
 
 def rows_sheet(rows: Sequence[tuple[str, Float[Tensor, "n c h w"]]], columns: Sequence[str] = ()) -> Image.Image:
