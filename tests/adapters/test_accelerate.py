@@ -9,6 +9,7 @@ from typing import Any
 
 import lampe
 import nflows.transforms
+import normflows
 import pytest
 import torch
 import zuko
@@ -55,20 +56,29 @@ def test_the_handle_says_what_was_done(monkeypatch: pytest.MonkeyPatch) -> None:
     _, flow, y, c = problem_of("zuko MAF")
     flow.transform.transforms[1].hyper[1] = nn.Mish()
     handle = jf.accelerate(flow)
-    first, second = (f"  transform.transforms.{i}: zuko MaskedAutoregressiveTransform, by " for i in (0, 1))
+    first, second, both_of = (
+        f"  transform.transforms.{names}: zuko MaskedAutoregressiveTransform, by " for names in ("0", "1", "0, 1")
+    )
     assert str(handle).splitlines() == [
         "accelerated, exact to rounding: 2 autoregressive transforms", first + "native code",
         second + "passes: native code does not know the activation Mish",
     ]  # fmt: skip
-    assert (handle.tolerance, handle.untouched, handle.passes, handle.backends) == (None, {}, {}, {})
+    assert (handle.tolerance, handle.reasons, handle.passes, handle.backends) == (None, {}, {}, {})
     with torch.no_grad():
         flow(c).transform.inv(y)
     assert handle.backends == {"transform.transforms.0": "native", "transform.transforms.1": "passes"}
     assert handle.passes["transform.transforms.0"] == 0 < handle.passes["transform.transforms.1"] < 24
     assert "to a tolerance of 0.001" in str(jf.accelerate(flow, 1e-3))
-    assert str(jf.accelerate(flow, 0.0)).splitlines()[1:] == [f"{line}passes" for line in (first, second)]
+    assert str(jf.accelerate(flow, 0.0)).splitlines()[1:] == [both_of + "passes"]
     monkeypatch.setenv("JACOBIFLOW_NATIVE", "0")
-    assert first + "passes: native code is off, by JACOBIFLOW_NATIVE=0" in str(jf.accelerate(flow))
+    assert both_of + "passes: native code is off, by JACOBIFLOW_NATIVE=0" in str(jf.accelerate(flow))
+
+
+def test_the_handle_prints_few_lines_for_many_transforms_and_large_networks() -> None:
+    many = jf.accelerate(zuko.flows.MAF(2, transforms=20))
+    assert len(str(many).splitlines()) == 2 and "transform.transforms.0, 1, 2, 3, 4, 5, 6, ..., 19: zuko" in str(many)
+    neural = jf.accelerate(zuko.flows.NAF(2))
+    assert str(neural).splitlines()[1].endswith("by passes: native code does not know the univariate MNN")
 
 
 def test_flows_within_objects_are_found() -> None:
@@ -99,24 +109,68 @@ class OverriddenInverse(nflows.transforms.MaskedAffineAutoregressiveTransform):
 )  # fmt: skip
 def test_skipped_transforms_are_reported_with_the_reason(flow: nn.Module, why: str) -> None:
     kind = type(flow)
-    with pytest.raises(ValueError, match=f"ModuleList: no masked .* of zuko, .*, pyro.*; 0: {why}; nothing"):
-        jf.accelerate(nn.ModuleList([flow]))
-    with jf.accelerate(nn.ModuleDict({"first": flow, "second": CASES["normflows affine"].make()})) as handle:
+    alone = jf.accelerate(nn.ModuleList([flow]))
+    assert (alone.transforms, alone.reasons) == ({}, {"0": why})
+    with pytest.raises(jf.InputError, match=f"ModuleList: nothing to accelerate: 0: {why}; nothing was changed"):
+        jf.accelerate(nn.ModuleList([flow]), strict=True)
+    with jf.accelerate(
+        nn.ModuleDict({"first": flow, "second": CASES["normflows affine"].make()}), strict=True
+    ) as handle:
         assert type(flow) is kind
-    assert handle.untouched == {"first": why}
+    assert handle.reasons == {"first": why}
     assert handle.transforms == {"second": "normflows MaskedAffineAutoregressive"}
     assert f"  first: left alone, {why}" in str(handle)
 
 
-def test_flows_without_masked_transforms_are_refused() -> None:
-    coupling = nflows.transforms.AffineCouplingTransform(torch.arange(8) % 2, nn.Linear)
-    for flow in (zuko.flows.MAF(1), coupling, None, zuko.flows.MAF, SimpleNamespace(a=1, b=[nn.Linear(2, 2)])):
-        with pytest.raises(ValueError, match=r"no masked autoregressive transform of zuko, .*, and no TarFlow block"):
-            jf.accelerate(flow, 0.0)
+COUPLINGS = "its coupling layers already invert in one pass"
+NO_TRANSFORM = "it has no masked autoregressive transform of zuko, nflows, normflows, pyro, and no TarFlow block"
+
+
+@pytest.mark.parametrize(
+    ("flow", "why"),
+    [(zuko.flows.NICE(4), COUPLINGS), (normflows.flows.AffineCouplingBlock(nn.Linear(2, 4)), COUPLINGS),
+     (nflows.transforms.AffineCouplingTransform(torch.arange(8) % 2, nn.Linear), COUPLINGS),
+     (zuko.flows.MAF(1), NO_TRANSFORM), (zuko.flows.CNF(2), NO_TRANSFORM), ([nn.Linear(2, 2)], NO_TRANSFORM),
+     (jf.MAF(jf.MAFConfig(1, 2, hidden_features=4, num_blocks=1)), "jf.sample and jf.decode make it fast")],
+    ids=lambda value: type(value).__name__,
+)  # fmt: skip
+def test_what_cannot_be_made_faster_is_left_as_it_is_with_the_reason(flow: Any, why: str) -> None:
+    def kinds() -> list[Any]:
+        return [
+            type(part)
+            for module in nn.ModuleList(flow if isinstance(flow, list) else [flow])
+            for part in module.modules()
+        ]
+
+    before = kinds()
+    with jf.accelerate(flow) as handle:
+        assert kinds() == before
+    handle.restore()
+    assert kinds() == before
+    assert (handle.transforms, handle.reasons, handle.backends) == ({}, {"": why}, {})
+    assert str(handle) == f"nothing was accelerated\n  left alone, {why}"
+    with pytest.raises(jf.InputError, match=f"{type(flow).__name__}: nothing to accelerate: {why}; nothing was"):
+        jf.accelerate(flow, strict=True)
+
+
+def test_what_is_no_flow_is_refused() -> None:
+    for value in (None, zuko.flows.MAF, "zuko", SimpleNamespace(a=1)):
+        with pytest.raises(TypeError, match="no PyTorch module in it; give a flow, a posterior or a library"):
+            jf.accelerate(value, 0.0)
     _, flow, _, c = problem_of("zuko MAF")
     for product in (flow(c), flow(c).transform):
         with pytest.raises(jf.InputError, match="made by a flow for one context; accelerate the flow itself; nothing"):
             jf.accelerate(product, 0.0)
+
+
+@torch.no_grad()
+def test_coupling_forms_of_masked_transforms_are_native() -> None:
+    for kind in (zuko.flows.MAF, zuko.flows.NSF):
+        flow, y, c = kind(6, CONTEXT, passes=2), normal(5, 6), normal(CONTEXT)
+        expected = flow(c).transform.inv(y)
+        with jf.accelerate(flow) as handle:
+            torch.testing.assert_close(flow(c).transform.inv(y), expected, rtol=1e-4, atol=1e-4)
+        assert set(handle.backends.values()) == {"native"}
 
 
 @pytest.mark.parametrize(
@@ -179,3 +233,17 @@ def test_posteriors_of_sbi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert same_bits(expected, sample(copied))
     assert all(count <= 7 for count in handle.passes.values())
     assert {what.split()[0] for what in handle.transforms.values()} == {"zuko", "nflows"}
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_posterior_of_couplings_is_left_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    source = posterior("nsf")
+    torch.manual_seed(7)
+    expected = source.sample((20,), show_progress_bars=False)
+    with jf.accelerate(source) as handle:
+        torch.manual_seed(7)
+        assert same_bits(expected, source.sample((20,), show_progress_bars=False))
+    assert (handle.transforms, handle.reasons) == ({}, {"": COUPLINGS})
+    with pytest.raises(jf.InputError, match=f"DirectPosterior: nothing to accelerate: {COUPLINGS}"):
+        jf.accelerate(source, strict=True)

@@ -23,6 +23,8 @@ from jacobiflow.native import load_library
 if TYPE_CHECKING:
     from typing_extensions import Self
 
+_MAX_NAMES = 8  # Number of names of modules in a line of a handle's summary.
+
 
 class AcceleratedModule(nn.Module):
     """Mixin that replaces methods of a library's class.
@@ -99,6 +101,22 @@ def describe_tolerance(tolerance: float | None) -> str:
     return f"to a tolerance of {tolerance:g}" if tolerance else "to the library's own bits"
 
 
+def _lines_of(texts: dict[str, str]) -> list[str]:
+    """Returns a line for each text, after the names of the modules that it holds for."""
+    names: dict[str, list[str]] = {}
+    for name, text in texts.items():
+        names.setdefault(text, []).append(name)
+    return [f"  {_join_names(some)}: {text}" if any(some) else f"  {text}" for text, some in names.items()]
+
+
+def _join_names(names: list[str]) -> str:
+    """Returns the names of modules in a row. A parent that all of them share is written once."""
+    parent, _, _ = names[0].rpartition(".")
+    if all(name.rpartition(".")[0] == parent for name in names):
+        names = [names[0], *(name.rpartition(".")[2] for name in names[1:])]
+    return ", ".join(names if len(names) <= _MAX_NAMES else [*names[: _MAX_NAMES - 1], "...", names[-1]])
+
+
 class Acceleration:
     """Reports what `accelerate` did to a flow, and restores the flow.
 
@@ -106,20 +124,24 @@ class Acceleration:
 
     Attributes:
         tolerance: `None` for exact to rounding, 0 for the library's own bits, or the tolerance at which passes end.
-        transforms: The accelerated transforms: name of the module in the flow to "library class".
-        untouched: The masked autoregressive transforms and TarFlow blocks that were left alone: name to the reason.
+        transforms: The accelerated transforms: name of the module in the flow to "library class". Empty if nothing in
+            the flow can be accelerated.
+        reasons: Why parts of the flow were left alone: name of the masked autoregressive transform or TarFlow block to
+            the reason. If the flow has neither, "" for the flow itself.
 
     Example:
-        >>> flow = zuko.flows.MAF(3, transforms=1)
-        >>> print(jf.accelerate(flow))
-        accelerated, exact to rounding: 1 autoregressive transforms
-          transform.transforms.0: zuko MaskedAutoregressiveTransform, by native code
+        >>> print(jf.accelerate(zuko.flows.MAF(3)))
+        accelerated, exact to rounding: 3 autoregressive transforms
+          transform.transforms.0, 1, 2: zuko MaskedAutoregressiveTransform, by native code
+        >>> print(jf.accelerate(zuko.flows.NICE(3)))
+        nothing was accelerated
+          left alone, its coupling layers already invert in one pass
     """
 
     def __init__(
-        self, tolerance: float | None, adapters: dict[nn.Module, tuple[str, Adapter]], untouched: dict[str, str]
+        self, tolerance: float | None, adapters: dict[nn.Module, tuple[str, Adapter]], reasons: dict[str, str]
     ) -> None:
-        self.tolerance, self.untouched = tolerance, untouched
+        self.tolerance, self.reasons = tolerance, reasons
         self._adapters = {module: adapter for module, (_, adapter) in adapters.items()}
         self._names = {module: name for module, (name, adapter) in adapters.items() if not adapter.is_composition}
         self._classes_before = {module: type(module) for module in adapters}
@@ -156,13 +178,17 @@ class Acceleration:
                 module.__class__ = kind
 
     def __repr__(self) -> str:
-        lines = [f"accelerated, {describe_tolerance(self.tolerance)}: {len(self.transforms)} autoregressive transforms"]
-        lines += [
-            f"  {name}: {self.transforms[name]}, by {self._expected_backend(module)}"
+        count = len(self.transforms)
+        what = f"{count} autoregressive transform{'s' * (count > 1)}"
+        methods = {
+            name: f"{self.transforms[name]}, by {self._expected_backend(module)}"
             for module, name in self._names.items()
-        ]
-        lines += [f"  {name}: left alone, {reason}" for name, reason in self.untouched.items()]
-        return "\n".join(lines)
+        }
+        return "\n".join([
+            f"accelerated, {describe_tolerance(self.tolerance)}: {what}" if count else "nothing was accelerated",
+            *_lines_of(methods),
+            *_lines_of({name: f"left alone, {reason}" for name, reason in self.reasons.items()}),
+        ])  # fmt: skip
 
     def _expected_backend(self, module: nn.Module) -> str:
         list_transforms = self._adapters[module].list_transforms

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from types import ModuleType
 from typing import Any, overload
 
@@ -13,17 +13,19 @@ from jacobiflow.adapters.acceleration import Acceleration, Adapter, find_adapter
 from jacobiflow.adapters.library_acceleration import LibraryAcceleration
 from jacobiflow.adapters.registry import BUILDERS, LIBRARIES, load_adapters
 from jacobiflow.adapters.tarflow import find_blocks
-from jacobiflow.errors import InputValueError
-from jacobiflow.utils.checks import check_number
+from jacobiflow.errors import InputTypeError, InputValueError
+from jacobiflow.utils.checks import check_flag, check_number, format_value
 
 _MAX_DEPTH = 3  # An ensemble of posteriors holds a list of posteriors, which hold modules.
 
 
 @overload
-def accelerate(flow: ModuleType, tolerance: float | None = None) -> LibraryAcceleration: ...
+def accelerate(flow: ModuleType, tolerance: float | None = None, *, strict: bool = False) -> LibraryAcceleration: ...
 @overload
-def accelerate(flow: Any, tolerance: float | None = None) -> Acceleration: ...
-def accelerate(flow: Any, tolerance: float | None = None) -> Acceleration | LibraryAcceleration:
+def accelerate(flow: Any, tolerance: float | None = None, *, strict: bool = False) -> Acceleration: ...
+def accelerate(
+    flow: Any, tolerance: float | None = None, *, strict: bool = False
+) -> Acceleration | LibraryAcceleration:
     """Makes the masked autoregressive transforms of a zuko, nflows, normflows or pyro flow, or a live TarFlow, fast.
 
     The flow is changed in place, and you call its own methods as before. On a CPU, native code computes all transforms
@@ -48,6 +50,9 @@ def accelerate(flow: Any, tolerance: float | None = None) -> Acceleration | Libr
     the flows of nflows and zuko that sbi makes. All flows that the library makes, copies or loads in this process from
     then on are accelerated. Flows that exist already are left alone.
 
+    Coupling layers, continuous flows and all other modules are left as they are. If nothing in the flow can be
+    accelerated, the result is a handle that says why.
+
     Args:
         flow: A module with masked autoregressive transforms of these libraries in it, or an sbi posterior or another
             object whose attributes (or lists or dicts of them) hold such modules. Or a library: `zuko`, `nflows`,
@@ -55,15 +60,17 @@ def accelerate(flow: Any, tolerance: float | None = None) -> Acceleration | Libr
         tolerance: `None` for exact to rounding. 0 for the library's own bits, always by passes. Above 0, passes
             end when one changes no entry by more than this, in the units of each transform's input. Native code is
             exact to rounding at any tolerance above 0.
+        strict: Raise an error if nothing in the flow can be accelerated. Has no effect for a library.
 
     Returns:
-        An `Acceleration`, which says how each transform is computed and restores the flow. For a library, a
+        An `Acceleration`, which says how each transform is computed, or why it was left alone, and restores the flow.
+        Its `transforms` are empty if nothing was accelerated. For a library, a
         `LibraryAcceleration`, which restores the library and the flows that were made since.
 
     Raises:
-        ValueError: If nothing in `flow` can be accelerated, it is a module of another package, a library's version is
-            not supported, or the tolerance is negative or not finite.
-        TypeError: If the tolerance is not a number.
+        ValueError: If nothing in `flow` can be accelerated and `strict` is True, it is another library, a library's
+            version is not supported, or the tolerance is negative or not finite.
+        TypeError: If `flow` holds no PyTorch module, or the tolerance is not a number.
 
     Example:
         >>> flow = zuko.flows.NSF(5, context=3)
@@ -74,6 +81,7 @@ def accelerate(flow: Any, tolerance: float | None = None) -> Acceleration | Libr
         >>> with jf.accelerate(zuko):  # before a package makes the flow
         ...     flow = zuko.flows.MAF(5)
     """
+    check_flag("strict", strict)
     if tolerance is not None:
         tolerance = float(
             check_number("tolerance", tolerance, expected="None, 0 for identical bits, or a positive number")
@@ -85,6 +93,10 @@ def accelerate(flow: Any, tolerance: float | None = None) -> Acceleration | Libr
     if not modules and isinstance(flow, Distribution | Transform):
         raise InputValueError(
             f"{type(flow).__name__}: made by a flow for one context; accelerate the flow itself; nothing was changed"
+        )
+    if not modules:
+        raise InputTypeError(
+            f"{format_value(flow)}: no PyTorch module in it; give a flow, a posterior or a library; nothing was changed"
         )
     packages = {kind.__module__.split(".")[0] for _, module in modules for kind in type(module).__mro__}
     library_adapters = [adapter for library in LIBRARIES if library in packages for adapter in load_adapters(library)]
@@ -98,14 +110,24 @@ def accelerate(flow: Any, tolerance: float | None = None) -> Acceleration | Libr
             accelerated[module] = name, adapter
         elif not adapter.is_composition:
             obstacles[module] = obstacle
-    untouched = {name: obstacles[module] for name, module in modules if module in obstacles}
+    reasons = {name: obstacles[module] for name, module in modules if module in obstacles}
     if all(adapter.is_composition for _, adapter in accelerated.values()):
-        reasons = "".join(f"; {name}: {reason}" for name, reason in untouched.items())
-        raise InputValueError(
-            f"{type(flow).__name__}: no masked autoregressive transform of {', '.join(LIBRARIES)}, and no TarFlow "
-            f"block, to accelerate{reasons}; nothing was changed"
-        )
-    return Acceleration(tolerance, accelerated, untouched)
+        accelerated = {}
+        reasons = reasons or {"": _reason_of(module for _, module in modules)}
+        if strict:
+            why = "; ".join(f"{name}: {reason}" if name else reason for name, reason in reasons.items())
+            raise InputValueError(f"{type(flow).__name__}: nothing to accelerate: {why}; nothing was changed")
+    return Acceleration(tolerance, accelerated, reasons)
+
+
+def _reason_of(modules: Iterable[nn.Module]) -> str:
+    """Returns why nothing can be accelerated in a flow without masked transforms and TarFlow blocks."""
+    kinds = {type(module) for module in modules}
+    if any(kind.__module__.startswith("jacobiflow.") for kind in kinds):
+        return "jf.sample and jf.decode make it fast"
+    if any("Coupl" in kind.__name__ for kind in kinds):
+        return "its coupling layers already invert in one pass"
+    return f"it has no masked autoregressive transform of {', '.join(LIBRARIES)}, and no TarFlow block"
 
 
 def _accelerate_library(name: str, tolerance: float | None) -> LibraryAcceleration:

@@ -14,6 +14,7 @@ from jacobiflow.adapters.acceleration import AcceleratedModule, Adapter, library
 from jacobiflow.adapters.snapshot import has_forward_hooks
 from jacobiflow.adapters.tarflow_state import BlockState, copy_state, is_same_state, read_state
 from jacobiflow.adapters.tarflow_trial import MAX_GUIDANCE, TEMPERATURES, Trial, TrialResult
+from jacobiflow.errors import first_line
 from jacobiflow.native import describe as describe_native
 from jacobiflow.native import load_library
 from jacobiflow.native.boundary import UnsupportedError, is_traced
@@ -79,7 +80,7 @@ def _try_block(block: Any, results: list[tuple[BlockState, TrialResult]]) -> Ada
     try:
         state, trial = copy_state(read_state(block)), Trial(block, reverse, signature.parameters)
     except Exception as error:
-        raise UnsupportedError(f"it cannot be tried: {type(error).__name__}: {error}") from error
+        raise UnsupportedError(f"it cannot be tried: {type(error).__name__}: {first_line(error)}") from error
     trial.compare_own_weights()
     shared = next((result for other, result in results if is_same_state(other, state)), None)
     result = shared or trial.compare_random_weights()

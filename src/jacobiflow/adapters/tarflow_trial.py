@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from jacobiflow.adapters.passes import is_stateful
+from jacobiflow.errors import first_line
 from jacobiflow.native.boundary import UnsupportedError
 
 MAX_GUIDANCE = 10.0  # The largest guidance that is tried.
@@ -158,7 +159,9 @@ class Trial:
             ours = self._native(block, x=x, **arguments)
             perturbed = self._native(block, x=x * perturbation, **arguments)
         except Exception as error:  # The block's code may be anything.
-            raise UnsupportedError(f"its reverse raises {type(error).__name__} in a trial: {error}") from error
+            raise UnsupportedError(
+                f"its reverse raises {type(error).__name__} in a trial: {first_line(error)}"
+            ) from error
         if ours is None or perturbed is None or (self._is_random and not ours[0].isfinite().all()):
             raise UnsupportedError("native code did not run in a trial, or its values overflowed")
         theirs = results if type(results) is tuple else (results,)

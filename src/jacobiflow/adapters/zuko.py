@@ -91,7 +91,7 @@ def _univariate_fields(univariate: Any, shapes: list[Any]) -> dict[str, Any]:
     clip = 1 / abs(math.log(slope))
     sizes = [tuple(shape) for shape in shapes]
     if settings or not all(isinstance(number, int | float) for number in (slope, bound)):
-        raise UnsupportedError(f"the settings of {univariate.__name__}")
+        raise UnsupportedError(f"the settings of {_name_of(univariate)}")
     if univariate is MonotonicAffineTransform and sizes == [(), ()]:
         return {"kind": TransformKind.SOFT_CLIPPED_AFFINE, "clip": clip}
     if univariate in (MonotonicRQSTransform, CircularRQSTransform) and len(sizes) == 3 and len(sizes[0]) == 1:
@@ -103,7 +103,7 @@ def _univariate_fields(univariate: Any, shapes: list[Any]) -> dict[str, Any]:
                 "end_slope": 1.0, "is_soft_clipped": True, "clip": clip, "logit_scale": 1.0, "low": -bound,
                 "high": bound, "has_tails": not is_circular, "is_circular": is_circular,
             }  # fmt: skip
-    raise UnsupportedError(f"the univariate {getattr(univariate, '__name__', univariate)}")
+    raise UnsupportedError(f"the univariate {_name_of(univariate)}")
 
 
 def _unconditional_spec(module: Any) -> TransformSpec:
@@ -114,7 +114,7 @@ def _unconditional_spec(module: Any) -> TransformSpec:
     are_tensors = all(isinstance(getattr(module, name), Tensor) for name in names)
     if module.f is AffineTransform and names in (["loc", "scale"], ["_0", "_1"]) and are_tensors:
         return affine_spec(module, scale=slots[1], shift=slots[0])
-    raise UnsupportedError(f"UnconditionalTransform of {getattr(module.f, '__name__', module.f)}")
+    raise UnsupportedError(f"UnconditionalTransform of {_name_of(module.f)}")
 
 
 def _base_spec(module: Any) -> TransformSpec:
@@ -124,7 +124,12 @@ def _base_spec(module: Any) -> TransformSpec:
     names, slots = _argument_slots(module)
     if module.f is DiagNormal and names in (["_0", "_1"], ["loc", "scale"]):
         return normal_spec(module, scale=slots[1], loc=slots[0])
-    raise UnsupportedError(f"the base {getattr(module.f, '__name__', module.f)}")
+    raise UnsupportedError(f"the base {_name_of(module.f)}")
+
+
+def _name_of(constructor: Any) -> str:
+    """Returns the name of a function or class, or the class of another callable."""
+    return getattr(constructor, "__name__", type(constructor).__name__)
 
 
 def _argument_slots(module: Any) -> tuple[list[str], list[Slot]]:
