@@ -296,7 +296,10 @@ def test_inception_is_on_the_device_of_the_model(run: Any, tmp_path: Path, monke
     [
         ("model", "nothing to evaluate: give --samples, a folder that jacobiflow sample wrote, or --images"),
         ("plain --samples samples", "--samples samples: drawn from another flow (weights "),
-        ("model --samples nowhere", "nowhere/manifest.json: cannot be read"),
+        (
+            "model --samples nowhere",
+            "no such folder; draw samples first: jacobiflow sample --model model --out nowhere",
+        ),
         ("model --samples missing", "missing"),
         ("model --samples samples --features inception", "--features inception: give --images or --stats"),
         ("model --images test --features none --save-stats s", "--save-stats s: give --images and --features"),

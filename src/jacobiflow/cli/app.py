@@ -55,7 +55,8 @@ class _Command(TyperCommand):
         for parameter in self.get_params(ctx):
             is_argument = parameter.param_type_name == "argument"
             group = "Arguments" if is_argument else getattr(parameter, "rich_help_panel", None) or options.GROUPS[-1]
-            groups[group].append(parameter.get_help_record(ctx))
+            if (record := parameter.get_help_record(ctx)) is not None:
+                groups[group].append(record)
         for group, records in groups.items():
             if records:
                 with formatter.section(group):

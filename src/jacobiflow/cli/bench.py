@@ -27,7 +27,7 @@ _STRATEGY = (
     "exact loop and an encoding pass are always timed."
 )
 _BATCH_SIZE = "Images solved together; may be repeated. Default: 1, 4 and 16."
-_LEGEND = """over: speed-up over the sampler of the model's original code, and over the exact loop
+_LEGEND = """over: speed-up over the model's original sampler, and over the exact loop
 evals/token: evaluations of a block's network, for each token of each sample
 max error: largest difference from the exact loop's samples
 residual: the largest |g(x) - x|; exact: every block was solved token by token

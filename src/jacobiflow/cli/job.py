@@ -62,15 +62,16 @@ def as_command(
     return command
 
 
-def _parameters(config_type: type, group: str | None = None) -> Iterator[inspect.Parameter]:
+def _parameters(config_type: Any, group: str | None = None) -> Iterator[inspect.Parameter]:
     """Yields a keyword parameter for each field of a config, and for each field of the configs in it."""
     types, help_texts = get_type_hints(config_type, include_extras=True), _help_texts(config_type)
     for entry in fields(config_type):
         kind = types[entry.name]
         if not hasattr(kind, "__metadata__"):
             kind = Annotated[kind, Option(help=help_texts[entry.name], rich_help_panel=group)]
-        if is_dataclass(kind.__origin__):
-            yield from _parameters(kind.__origin__, kind.__metadata__[0].rich_help_panel)
+        config: Any = kind.__origin__
+        if is_dataclass(config):
+            yield from _parameters(config, kind.__metadata__[0].rich_help_panel)
             continue
         default = inspect.Parameter.empty if entry.default is MISSING else entry.default
         yield inspect.Parameter(entry.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=kind)

@@ -81,7 +81,7 @@ def test_two_processes_and_three_parts_share_the_work(want: Any, tmp_path: Path)
         r"parts: \d+ of \d+ samples are drawn, and others of part 2/3, 3/3 are not; wait", rounds[2]["info"][0].out
     )
     assert rounds[2]["other"][0].err + rounds[2]["other"][1].err == (
-        "error: two: holds samples of seed 0, not 1; give another folder, or --overwrite to replace them\n"
+        "error: two: holds samples of --seed 0, not 1; give another folder, or --overwrite to replace them\n"
     )
     assert [rounds[3][name][0].code for name in ("2", "3")] == [0, 0]
     assert rounds[3]["3"][0].claimed == NUM / 3
@@ -111,7 +111,7 @@ def test_parts_refuse_what_differs_and_the_same_part_twice(tmp_path: Path, monke
             ({"part": jf.Part(1, 2)}, "another run of part 1/2 is writing to it; wait for it, stop it"),
             ({"part": jf.Part(2, 3)}, "part 1/2 of another run is writing to it; wait for it"),
             ({}, "part 1/2 of another run is writing to it"),
-            ({"part": jf.Part(2, 2), "seed": 1}, "holds samples of seed 0, not 1"),
+            ({"part": jf.Part(2, 2), "seed": 1}, "holds samples of seed=0, not 1"),
             ({"part": jf.Part(2, 2), "num": 12}, "parts of 10 samples are running; give num=10"),
         ]
         for changed, words in refusals:

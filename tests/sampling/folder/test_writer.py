@@ -113,7 +113,7 @@ def test_sensitivity_is_in_the_shards_and_the_outcome(tmp_path: Path) -> None:
     assert jf.SampleFolder.open(tmp_path).sensitivity() is not None
     (tmp_path / "shards" / "00001.json").unlink()
     assert draw(tmp_path, sensitivity=True).num_new == 4
-    with pytest.raises(SampleFolderError, match="holds samples of sensitivity True, not False; give another folder"):
+    with pytest.raises(SampleFolderError, match="holds samples of sensitivity=True, not False; give another folder"):
         draw(tmp_path)
     assert draw(tmp_path, overwrite=True).sensitivity() is None
 
@@ -210,13 +210,13 @@ def test_other_settings_are_refused_before_anything_is_changed(out: Path) -> Non
     before = everything(out)
     changes: dict[str, dict[str, Any]] = {
         "a run of 10 samples, more than 9; give num=10, or": {"num": 9},
-        "samples of seed 0, not 1;": {"seed": 1},
-        "samples of guidance None, not 0.7,attn_temperature=0.8,annealed=false,on=shift;": {
+        "samples of seed=0, not 1;": {"seed": 1},
+        "samples of guidance=None, not 0.7,attn_temperature=0.8,annealed=false,on=shift;": {
             "flow": tiny_flow().guided(GUIDANCE)
         },
-        "samples of context_sha256 '.*, not None;": {"labels": None},
-        "samples of strategy 'invented', not 'a Strategy';": {"strategy": OTHER},
-        "samples of strategy_sha256 .*;": {"plan": lambda: OTHER},
+        "samples of other labels or prompts;": {"labels": None},
+        "samples of strategy='invented', not 'a Strategy';": {"strategy": OTHER},
+        "samples of another strategy;": {"plan": lambda: OTHER},
     }
     for words, changed in changes.items():
         pattern = re.escape(words).replace(r"\.\*", ".*")

@@ -30,12 +30,14 @@ def read_original(path: str | Path) -> dict[str, Tensor]:
     """
     remedy = "give a file that torch.save(model.state_dict(), path) wrote"
     try:
-        # A file in the zip format is mapped, so that only the tensors in use are read.
-        content: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zipfile(regular_file(path)))
+        file = regular_file(path)
     except FileNotFoundError as error:
         raise CheckpointError(f"{path}: no such file") from error
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
+    try:
+        # A file in the zip format is mapped, so that only the tensors in use are read.
+        content: Any = torch.load(file, map_location="cpu", weights_only=True, mmap=is_zipfile(file))
     except Exception as error:  # A damaged file raises nearly any exception in torch.load.
         # PyTorch names a class or a function that is not of tensors.
         what = "damaged, or no file of torch.save"

@@ -57,14 +57,14 @@ class Pretrained(nn.Module):
         maps: bool = False,
     ) -> Self:  # fmt: skip
         """Loads the flow of an open folder; `maps` leaves its weights as they are, mapped to their files."""
-        state = folder.state().map_all() if maps else folder.state()
-        flow = build(cls, folder.config(cls.config_types), state, str(folder.path), device, dtype, maps)
-        flow.recommended, flow.report_files = folder.recommended, list_reports(folder.path)
-        if folder.classes and len(folder.classes) != flow.config.num_classes:
+        config, state = folder.config(cls.config_types), folder.state().map_all() if maps else folder.state()
+        if folder.classes and len(folder.classes) != config.num_classes:
             raise CheckpointError(
-                f"{folder.path / CONFIG}: {len(folder.classes)} names of {flow.config.num_classes} classes; name all, "
-                "or leave out classes"
+                f"{folder.path / CONFIG}: {len(folder.classes)} names of {config.num_classes} classes; name all, or leave "
+                "out classes"
             )
+        flow = build(cls, config, state, str(folder.path), device, dtype, maps)
+        flow.recommended, flow.report_files = folder.recommended, list_reports(folder.path)
         flow.classes = folder.classes
         try:
             flow.check_recommended()
