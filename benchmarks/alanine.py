@@ -26,7 +26,8 @@ from jacobiflow.models.flow import Flow
 from jacobiflow.models.latents import draw_latents, log_normal
 
 BINS, RANGE = 36, (-np.pi, np.pi)
-MOST = 100_000  # proposals, whose maps are drawn
+PROPOSALS = (10_000, 100_000)  # The maps of the second number are drawn.
+LATENTS = 10_000  # Samples of each way in the table of tolerances.
 PARTS = 20  # into which samples are split for an error
 CERTIFIED = ("auto", "window:8, 1e-3", "window:8, 1e-2", "window:8, 1e-1")
 UNCERTIFIED = ("jacobi, 1e-2", "jacobi, 1e-1", "jacobi-8", "jacobi-4", "jacobi-2")
@@ -94,16 +95,16 @@ def proposals(flow: Flow, coordinates: Coordinates, num: int) -> Json:
                     "basin_difference": basin_difference(angles(positions)[0], clipped.normalized)},
         "unweighted": profile(positions, equal),
         "weighted": profile(positions, weights.normalized),
-        "maps": [ramachandran(positions, equal), ramachandran(positions, weights.normalized)] * (num == MOST),
+        "maps": [ramachandran(positions, equal), ramachandran(positions, weights.normalized)] * (num == PROPOSALS[-1]),
     }  # fmt: skip
 
 
-def tolerances(flow: Flow, coordinates: Coordinates, num: int = 10_000) -> list[Json]:
+def tolerances(flow: Flow, coordinates: Coordinates) -> list[Json]:
     """Samples at the same latents by several ways, beside the exact inverse in float64.
 
     Who does not certify takes the density of the latent: log N(z) + log|det| at x.
     """
-    z = draw_latents(num, flow.config.num_tokens, flow.config.token_channels, seed=3)
+    z = draw_latents(LATENTS, flow.config.num_tokens, flow.config.token_channels, seed=3)
     wide = copy.deepcopy(flow).double()
     exact, log_prob = jf.decode(wide, z.double(), strategy="sequential", log_prob=True)
     energy, positions = coordinates.energy(exact)
@@ -161,7 +162,7 @@ def main() -> None:
             return {"rows": tolerances(flow, coordinates)}
         return proposals(flow, coordinates, int(what.split()[0].replace(",", "")))
 
-    keys = ({"what": what} for what in ("simulations", "10,000 proposals", f"{MOST:,} proposals", "tolerances"))
+    keys = ({"what": what} for what in ("simulations", *(f"{num:,} proposals" for num in PROPOSALS), "tolerances"))
     complete(RESULTS / "alanine.json", keys, measure, lambda run: print(run["what"]))
 
 

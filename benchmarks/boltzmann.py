@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 import jacobiflow as jf
-from benchmarks.common import IN_PYTORCH, RESULTS, Json, complete, parser, to_json, without_native
+from benchmarks.common import IN_PYTORCH, RESULTS, Json, complete, parser, random_flow, to_json, without_native
 from examples.boltzmann import MODEL
 from jacobiflow.comparison.baselines import CachedNetwork
 from jacobiflow.models.flow import Flow
@@ -33,6 +33,7 @@ SIZES: dict[str, tuple[int, int, int, int, int]] = {  # tokens, values, channels
     "138 x 3, 8 x 8 layers of 384": (138, 3, 384, 8, 8),
 }
 TRAINED, PROSE = "alanine dipeptide, 4 x 2 layers of 64, trained", "Prose, 22 atoms, 8 x 8 layers of 384"
+PROSE_CONFIG = jf.ProseConfig()
 BATCHES = {
     **dict.fromkeys((TRAINED, "22 x 3, 4 x 3 layers of 128"), (64, 512, 2048)),
     "66 x 1, 4 x 4 layers of 256": (64,), "63 x 3, 6 x 6 layers of 384": (16,),
@@ -99,21 +100,15 @@ class Live(nn.Module):
 def flow_of(size: str) -> Flow:
     if size == TRAINED:
         return jf.load(MODEL).requires_grad_(False)
+    if size != PROSE:
+        return random_flow(jf.TokenConfig(*SIZES[size]))
     torch.manual_seed(0)
-    if size == PROSE:
-        names = jf.ProseConfig().orders
-        orders = {name: torch.randperm(22) for name in names}
-        ones = torch.ones(22).int()
-        numbers = {"atom_type": torch.arange(22) + 1, "aa_type": ones, "aa_pos": ones, "seq_len": ones}
-        flow: Flow = jf.Prose(jf.ProseConfig()).for_peptide(numbers, orders)
-    else:
-        tokens, values, channels, blocks, layers = SIZES[size]
-        flow = jf.TarFlow(jf.TokenConfig(tokens, values, channels, blocks, layers))
-    flow.eval().requires_grad_(False)
-    block: Any
+    orders = {name: torch.randperm(22) for name in PROSE_CONFIG.orders}
+    ones = torch.ones(22).int()
+    numbers = {"atom_type": torch.arange(22) + 1, "aa_type": ones, "aa_pos": ones, "seq_len": ones}
+    flow = jf.Prose(PROSE_CONFIG).for_peptide(numbers, orders).eval().requires_grad_(False)
     for block in flow.blocks:
-        weight = block.proj_out.weight
-        weight.normal_(std=0.1 * weight.shape[1] ** -0.5)  # small enough that nothing grows
+        block.proj_out.weight.normal_(std=0.1 * PROSE_CONFIG.channels**-0.5)  # small enough that nothing grows
     return flow
 
 

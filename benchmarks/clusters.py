@@ -305,6 +305,10 @@ def keys() -> Iterator[Json]:
         yield {"killed": name}
 
 
-if __name__ == "__main__":
+def main() -> None:
     parser(__doc__).parse_args()
     complete(RESULTS / "clusters.json", keys(), measure)
+
+
+if __name__ == "__main__":
+    main()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import tempfile
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -43,7 +44,7 @@ def latents(flow: Flow, batch: int, seed: int = 1) -> tuple[Tensor, Tensor]:
     return z, torch.arange(batch) % max(flow.config.num_classes, 1)
 
 
-def random_flow(config: jf.TarFlowConfig) -> jf.TarFlow:
+def random_flow(config: jf.TarFlowConfig | jf.TokenConfig) -> jf.TarFlow:
     """A flow with random weights. The last layers, zero in a new flow, are small enough that nothing grows."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -58,6 +59,18 @@ def without_native() -> Iterator[None]:
     """Runs exact loops in PyTorch until the block ends; also decorates a function."""
     with patch.dict(os.environ, {SWITCH: "0"}):
         yield
+
+
+@contextmanager
+def temporary_folder() -> Iterator[None]:
+    """Runs in a folder that is removed when the block ends."""
+    before = Path.cwd()
+    with tempfile.TemporaryDirectory() as folder:
+        os.chdir(folder)
+        try:
+            yield
+        finally:
+            os.chdir(before)
 
 
 def to_json(timings: Mapping[str, Timing]) -> Json:

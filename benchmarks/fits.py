@@ -9,8 +9,6 @@ of this project: `pip install pocomc`.
 from __future__ import annotations
 
 import copy
-import os
-import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -31,7 +29,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 import jacobiflow as jf
-from benchmarks.common import RESULTS, Json, complete, parser
+from benchmarks.common import RESULTS, Json, complete, parser, temporary_folder
 from benchmarks.profiling import OPTIMIZER, POTENTIAL, Profile
 from benchmarks.sbi_flows import PRIOR, observations, simulate
 from jacobiflow.models.memory import keep_freed_memory
@@ -176,11 +174,14 @@ def keys() -> Iterator[Json]:
         raise SystemExit("pocomc is missing. Its row needs it: `pip install pocomc`, then run this again.") from None
 
 
-if __name__ == "__main__":
+def main() -> None:
     parser(__doc__).parse_args()
-    keep_freed_memory()
-    warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory() as folder:
-        os.chdir(folder)  # sbi logs its training where it runs
+    with temporary_folder(), warnings.catch_warnings():  # sbi logs its training where it runs
+        warnings.simplefilter("ignore")
         complete(RESULTS / "fits.json", keys(), measure)
+
+
+if __name__ == "__main__":
+    keep_freed_memory()
+    main()

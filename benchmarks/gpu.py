@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import sys
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from itertools import product
@@ -35,18 +35,16 @@ BATCHES, DTYPES, ROUNDS = (1, 16), ("float32", "bfloat16"), 3
 EXACT_LOOP, ENCODING_PASS = "exact loop", "encoding pass"
 
 
-def compare_images(
-    device: torch.device, models: Sequence[str] = BUNDLED, strategies: Sequence[str] = STRATEGIES
-) -> Json:
+def compare_images(device: torch.device) -> Json:
     """The largest difference of each solver's images from those of the exact loop on the CPU."""
     rows: list[Json] = []
-    for name in models:
+    for name in BUNDLED:
         flow, reference = jf.load(name, device=device), jf.load(name)
         z, labels = latents(flow, SAMPLES)
         for guidance in (None, jf.Guidance(1.0)):
             sample = partial(jf.sample, latents=z, labels=labels)
             exact = sample(reference.guided(guidance), settings=None, strategy="sequential").images
-            for strategy in strategies:
+            for strategy in STRATEGIES:
                 tolerance = None if strategy == "sequential" else TOLERANCE
                 images = sample(
                     flow.guided(guidance), settings=None, strategy=strategy, tolerance=tolerance
@@ -97,21 +95,21 @@ def time_model(preset: jf.Preset, batch: int, dtype: str, device: torch.device) 
     }
 
 
-def main(line: Sequence[str] | None = None, presets: Mapping[str, jf.Preset] = jf.PRESETS) -> None:
+def main() -> None:
     arguments = parser(__doc__)
-    arguments.add_argument("--device", default="cuda")
-    arguments.add_argument("--out", type=Path, default=RESULTS / "gpu.json")
-    options = arguments.parse_args(line)
+    arguments.add_argument("--device", default="cuda", help="as PyTorch names it")
+    arguments.add_argument("--out", type=Path, default=RESULTS / "gpu.json", help="file of the results (JSON)")
+    options = arguments.parse_args()
     device = torch.device(options.device)
     name = describe_machine(device)["device"]
     keys: list[Json] = [{"part": "images", "device": name}]
-    for batch, dtype, part in product(BATCHES, DTYPES, presets):
+    for batch, dtype, part in product(BATCHES, DTYPES, jf.PRESETS):
         keys.append({"part": part, "batch": batch, "dtype": dtype, "device": name})
 
     def measure(key: Json) -> Json:
         if key["part"] == "images":
             return compare_images(device)
-        return time_model(presets[key["part"]], key["batch"], key["dtype"], device)
+        return time_model(jf.PRESETS[key["part"]], key["batch"], key["dtype"], device)
 
     result = complete(options.out, keys, measure, lambda run: print(json.dumps(run), flush=True))
     if wrong := [row for row in result["runs"][0]["rows"] if row["wrong"]]:

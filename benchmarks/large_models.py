@@ -7,17 +7,18 @@ process of its own. Writes docs/results/large-models.json, which fills docs/devi
 
 from __future__ import annotations
 
-import multiprocessing
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 
 import jacobiflow as jf
 from benchmarks.common import RESULTS, Json, complete, parser
+from benchmarks.memory import in_new_process, memory, random_starflow, reset_peak_memory
 from jacobiflow import native
 from jacobiflow.models.latents import draw_latents
 from jacobiflow.models.memory import memory_needs
@@ -28,30 +29,15 @@ SHARD_SIZE = 500_000_000  # Bytes in a file.
 INTERVAL = 0.002  # Seconds between two looks at the memory.
 
 
-def write_folder(folder: str) -> None:
-    """Writes the model."""
-    with torch.device("meta"):
-        flow = jf.STARFlow(CONFIG).eval().requires_grad_(False).to(torch.bfloat16)
-    flow.to_empty(device="cpu")
-    torch.manual_seed(0)
-    for name, values in flow.state_dict().items():
-        values.normal_(std=values.shape[-1] ** -0.5) if values.ndim > 1 else values.fill_("norm.weight" in name)
-    flow.var.fill_(1)
-    for block in flow.blocks:
-        block.final_norm.weight.zero_()
-        block.proj_out.weight.mul_(0.3)
-    flow.save_pretrained(folder, max_shard_size=SHARD_SIZE)
-
-
 @contextmanager
 def peak_memory() -> Iterator[Callable[[], int]]:
     """Yields a function that returns the largest increase of this process's own memory, without pages of files."""
-    before, peak, is_over = _own_memory(), 0, threading.Event()
+    before, peak, is_over = memory("RssAnon"), 0, threading.Event()
 
     def look() -> None:
         nonlocal peak
         while not is_over.wait(INTERVAL):
-            peak = max(peak, _own_memory() - before)
+            peak = max(peak, memory("RssAnon") - before)
 
     thread = threading.Thread(target=look)
     thread.start()
@@ -62,24 +48,15 @@ def peak_memory() -> Iterator[Callable[[], int]]:
         thread.join()
 
 
-def _own_memory() -> int:
-    return _status("RssAnon")
-
-
-def _status(name: str) -> int:
-    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return int(lines[name].split()[0]) * 1024
-
-
 def load(folder: str, dtype: str) -> Json:
     """Peak memory of loading, in units of the weights: of the process's own, and with the pages of mapped files."""
     jf.load("digits-p1")  # What a first load sets up is not of this model.
-    before = _status("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # The peak is what is in memory now.
+    before = memory("VmRSS")
+    reset_peak_memory()
     with peak_memory() as peak:
         flow = jf.load(folder, dtype=dtype)
     weights = sum(tensor.nbytes for tensor in flow.state_dict().values())
-    with_files = _status("VmHWM") - before
+    with_files = memory("VmHWM") - before
     return {"weights": weights, "peak": peak() / weights, "peak_with_files": with_files / weights}
 
 
@@ -87,10 +64,10 @@ def sample(folder: str, how: str) -> Json:
     """Peak memory of one sample by the exact loop, the loading included."""
     native.load_library()
     jf.sample(jf.load("digits-p1"), 1, labels=[0], strategy="sequential")
-    z = draw_latents(1, CONFIG.num_tokens, CONFIG.token_channels, seed=1)
-    states = draw_latents(1, CONFIG.text_tokens, CONFIG.text_channels, seed=2)
     with peak_memory() as peak:
-        flow = jf.load(folder, dtype="bfloat16", offload=how == "offloaded")
+        flow: Any = jf.load(folder, dtype="bfloat16", offload=how == "offloaded")
+        z = draw_latents(1, flow.config.num_tokens, flow.config.token_channels, seed=1)
+        states = draw_latents(1, flow.config.text_tokens, flow.config.text_channels, seed=2)
         x = jf.sample(flow, latents=z, context=states, strategy="sequential", settings=None).x
     needs = memory_needs(flow, torch.device("cpu"), torch.bfloat16)
     return {
@@ -103,10 +80,9 @@ def sample(folder: str, how: str) -> Json:
 def measure(folder: str, key: Json) -> Json:
     """Measures in a process of its own."""
     if not any(Path(folder).iterdir()):
-        write_folder(folder)
+        random_starflow(CONFIG, "bfloat16").save_pretrained(folder, max_shard_size=SHARD_SIZE)
     run, how = (load, key["load"]) if "load" in key else (sample, key["sample"])
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(run, (folder, how))
+    return in_new_process(run, folder, how)
 
 
 def main() -> None:

@@ -23,7 +23,7 @@ from jacobiflow.data import Noise, load_images
 from jacobiflow.data.noise import add_noise, keyed_generator
 from jacobiflow.models.memory import keep_freed_memory
 
-OUT, FOLDER = RESULTS / "maf.json", ROOT / "out" / "maf-fashion-mnist"
+FOLDER = ROOT / "out" / "maf-fashion-mnist"
 TRAINING = "--flow maf --channels 512 --layers 2 --blocks 5 --unconditional --batch-size 128 --steps 3000"
 IMAGES, BATCH, LOOP_BATCHES = 50_000, 500, 2
 TOLERANCE = 1e-3
@@ -98,7 +98,7 @@ def main() -> None:
             most = LOOP_BATCHES if key["method"] == FOR_LOOP else None
             return measure(inverses[key["method"]], images, latents, most)
 
-        complete(OUT, keys, measure_method)
+        complete(RESULTS / "maf.json", keys, measure_method)
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ from pyro.nn import ConditionalAutoRegressiveNN
 from torch import Tensor, nn
 
 import jacobiflow as jf
-from benchmarks.common import RESULTS, Json, complete, time_speed_up
+from benchmarks.common import RESULTS, Json, complete, parser, time_speed_up
 from jacobiflow.models.memory import keep_freed_memory
 
 TRANSFORMS, CONTEXT = 5, 4
@@ -203,6 +203,11 @@ def keys() -> Iterator[Json]:
                 yield key_of("zuko", kind, features, HIDDEN, 1_000_000, direction)
 
 
+def main() -> None:
+    parser(__doc__).parse_args()
+    complete(RESULTS / "masked-flows.json", keys(), measure)
+
+
 if __name__ == "__main__":
     keep_freed_memory()
-    complete(RESULTS / "masked-flows.json", keys(), measure)
+    main()

@@ -71,7 +71,11 @@ def keys() -> list[Json]:
     return [{"model": model, "batch": batch} for model, batches in BATCHES.items() for batch in batches]
 
 
-if __name__ == "__main__":
+def main() -> None:
     parser(__doc__).parse_args()
-    keep_freed_memory()
     complete(RESULTS / "model-speed.json", keys(), measure)
+
+
+if __name__ == "__main__":
+    keep_freed_memory()
+    main()

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 import jacobiflow as jf
-from benchmarks.common import MODELS, RESULTS, Json, complete, latents, parser, random_flow
+from benchmarks.common import MODELS, RESULTS, Json, complete, latents, origin, parser, random_flow
 from benchmarks.regimes import BATCH_SIZES, EXACT_LOOP, ROUNDS, TRAINED, exact_loop, shape_of
 from jacobiflow.comparison.baselines import GROWING_CACHE, CachedNetwork
 from jacobiflow.models.memory import keep_freed_memory
@@ -110,7 +110,7 @@ class Way(NamedTuple):
         return f"windows of {self.window}" if self.window else "all tokens"
 
 
-def count_sweeps(flow: jf.TarFlow, report: jf.CalibrationReport, tuning: jf.Tuning, samples: int = SAMPLES) -> Json:
+def count_sweeps(flow: jf.TarFlow, report: jf.CalibrationReport, tuning: jf.Tuning, samples: int) -> Json:
     """Sweeps of each block and sample to `TOLERANCE` by every way, on fresh latents."""
     tuned, length, blocks = tuning.blocks, flow.config.num_tokens, []
     z, labels = latents(flow, samples)
@@ -232,8 +232,8 @@ def main() -> None:
     for name in TRAINED:
         flow, folder = jf.TarFlow.from_pretrained(name).requires_grad_(False), MODELS / name
         report, tuning = jf.CalibrationReport.load(folder / "report.json"), jf.Tuning.load(folder / "tuning.json")
-        models[name] = count_sweeps(flow, report, tuning)
-    write_json(RESULTS / "paper-sweeps.json", {"tolerance": TOLERANCE, "models": models})
+        models[name] = count_sweeps(flow, report, tuning, SAMPLES)
+    write_json(RESULTS / "paper-sweeps.json", origin(count_sweeps) | {"tolerance": TOLERANCE, "models": models})
 
 
 if __name__ == "__main__":

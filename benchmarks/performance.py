@@ -26,7 +26,6 @@ from jacobiflow.models.memory import keep_freed_memory
 from jacobiflow.planner import auto
 from jacobiflow.utils.files import write_json
 
-OUT = RESULTS / "performance.json"
 MODEL = "fashion-p2"
 BATCHES = (1, 4, 16, 64)
 SMALLER = {16: "4", 64: "16"}  # the batch size whose grid tells which settings are promising
@@ -168,7 +167,8 @@ def main() -> None:
     parser(__doc__).parse_args()
     flow = jf.TarFlow.from_pretrained(MODEL).requires_grad_(False)
     samplers = samplers_of(flow, jf.CalibrationReport.load(MODELS / MODEL / "report.json"))
-    result = {"model": MODEL, "grid": {}, "final": {}} | read(OUT, origin(grid))
+    out = RESULTS / "performance.json"
+    result = {"model": MODEL, "grid": {}, "final": {}} | read(out, origin(grid))
     for batch in BATCHES:
         key = str(batch)
         smaller = result["grid"].get(SMALLER.get(batch))
@@ -180,7 +180,7 @@ def main() -> None:
         for part, measure in parts.items():
             if key not in result[part]:
                 result[part][key] = measure()
-                write_json(OUT, result)
+                write_json(out, result)
                 print(f"batch {batch}: {part} done", flush=True)
 
 

@@ -2,17 +2,15 @@
 
 Whole samples of trained models, by the exact loop that reads their weights in 16 bits and by the one that reads them in
 float32; blocks of random weights, up to two layers of STARFlow's released shape, with their memory; and float64. Writes
-docs/results/precision.json, which fills docs/precision.md; interrupted, it goes on.
+docs/results/precision.json, which fills docs/devices.md and docs/regimes.md; interrupted, it goes on.
 """
 
 from __future__ import annotations
 
-import multiprocessing
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from functools import partial
-from pathlib import Path
 from time import perf_counter
 from typing import Any
 from unittest.mock import patch
@@ -22,6 +20,7 @@ from torch import Tensor
 
 import jacobiflow as jf
 from benchmarks.common import RESULTS, Json, complete, latents, parser, random_flow, to_json, without_native
+from benchmarks.memory import in_new_process, memory, random_starflow, reset_peak_memory
 from benchmarks.star import RELEASED, prompts_of
 from examples.captions import GUIDANCE, load
 from jacobiflow import native
@@ -31,6 +30,10 @@ from jacobiflow.models.latents import draw_latents
 from jacobiflow.models.memory import keep_freed_memory
 from jacobiflow.utils.timing import time_interleaved
 
+MODELS = ("emoji-p2", "emoji-p2, bfloat16", "emoji-p2, float32", "emoji-star", "fashion-p2", "fashion-p2, float32")
+BLOCKS = ("512x4", "768x8")  # channels, layers
+RELEASED_RUNS = (("bfloat16", False), ("float32", False), ("bfloat16", True))  # dtype, in PyTorch
+DOUBLE = "emoji-p2"  # which is sampled in float64, too
 BATCHES = (1, 4, 16, 64)
 ROUNDS = {1: 9, 4: 7, 16: 5, 64: 3}
 FLOAT32, HALVES, INT16, AUTO, ORIGINAL, PASS = "float32", "16 bits", "int16", "auto", "original", "pass"
@@ -110,41 +113,26 @@ def wide(key: Json) -> Json:
 
 def released(key: Json) -> Json:
     """Seconds and peak memory of the exact loop of two layers of the released shape, in a process of its own."""
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(_released, (key["released"], key["in_pytorch"]))
+    return in_new_process(_released, RELEASED, key["released"], key["in_pytorch"])
 
 
-def _released(dtype: str, in_pytorch: bool) -> Json:
+def _released(config: jf.STARFlowConfig, dtype: str, in_pytorch: bool) -> Json:
     native.load_library()
-    before = _memory("VmRSS")
-    with torch.device("meta"):
-        flow = jf.STARFlow(RELEASED).eval().requires_grad_(False).to(getattr(torch, dtype))
-    block = flow.to_empty(device="cpu").blocks[0]
-    torch.manual_seed(0)
-    for name, values in (*block.named_parameters(), *block.named_buffers()):
-        values.normal_(std=values.shape[-1] ** -0.5) if values.ndim > 1 else values.fill_("norm.weight" in name)
-    block.final_norm.weight.zero_()
-    block.proj_out.weight.mul_(0.3)
-    block.null_text.mul_(0.1)
-    z = draw_latents(1, RELEASED.num_tokens, RELEASED.token_channels, seed=1)
+    before = memory("VmRSS")
+    block = random_starflow(config, dtype).blocks[0]
+    z = draw_latents(1, config.num_tokens, config.token_channels, seed=1)
     weights = sum(parameter.nbytes for parameter in block.parameters())
-    Path("/proc/self/clear_refs").write_text("5")  # the peak is what is in memory now
+    reset_peak_memory()
     solve = partial(jf.solve, block, z, jf.Solver(jf.Sequential()))
     started = perf_counter()
     (without_native()(solve) if in_pytorch else solve)()
     seconds = perf_counter() - started
-    return {"seconds": seconds, "weights": weights, "peak": (_memory("VmHWM") - before) / weights}
-
-
-def _memory(name: str) -> int:
-    """Bytes that this process has in memory ("VmRSS"), or had at most ("VmHWM")."""
-    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return int(lines[name].split()[0]) * 1024
+    return {"seconds": seconds, "weights": weights, "peak": (memory("VmHWM") - before) / weights}
 
 
 def double(key: Json) -> Json:
-    """Seconds of a batch of samples of emoji-p2 in float64, by native code and by PyTorch, and in float32."""
-    flow, batch = jf.load("emoji-p2"), key["double"]
+    """Seconds of a batch of samples of `DOUBLE` in float64, by native code and by PyTorch, and in float32."""
+    flow, batch = jf.load(DOUBLE), key["double"]
     flows = {"float32": flow, "float64": deepcopy(flow).double()}
     z, labels = latents(flow, batch)
 
@@ -164,13 +152,9 @@ def measure(key: Json) -> Json:
 
 def main() -> None:
     parser(__doc__).parse_args()
-    models = ("emoji-p2", "emoji-p2, bfloat16", "emoji-p2, float32", "emoji-star", "fashion-p2", "fashion-p2, float32")
-    keys: list[Json] = [{"model": model, "batch": batch} for model in models for batch in BATCHES]
-    keys += [{"block": block, "rows": rows} for block in ("512x4", "768x8") for rows in (1, 4, 16)]
-    keys += [
-        {"released": dtype, "in_pytorch": in_pytorch}
-        for dtype, in_pytorch in (("bfloat16", False), ("float32", False), ("bfloat16", True))
-    ]
+    keys: list[Json] = [{"model": model, "batch": batch} for model in MODELS for batch in BATCHES]
+    keys += [{"block": block, "rows": rows} for block in BLOCKS for rows in (1, 4, 16)]
+    keys += [{"released": dtype, "in_pytorch": in_pytorch} for dtype, in_pytorch in RELEASED_RUNS]
     keys += [{"double": batch} for batch in (1, 16)]
     complete(RESULTS / "precision.json", keys, torch.no_grad()(measure))
 

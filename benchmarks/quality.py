@@ -1,8 +1,9 @@
 """Measures quality and time of strategies, the paper's Tables 3 and 4: `python -m benchmarks.quality MODEL --out FILE`.
 
 A row has the Fréchet distance of its samples to real images, their error against the exact images of the same latents,
-and the seconds of a batch. All rows are timed first, interleaved, on an otherwise idle machine. Fills
-docs/paper.md; interrupted, it goes on.
+and the seconds of a batch. All rows are timed first, interleaved, on an otherwise idle machine. Writes FILE, in hours
+for the paper's grid and 2,000 samples; interrupted, it goes on. `make evaluation` writes those that fill docs/paper.md
+and docs/evaluation.md.
 """
 
 from __future__ import annotations
@@ -166,9 +167,9 @@ def main() -> None:
     )
     arguments.add_argument("--num", type=int, default=2000, help="samples a row")
     arguments.add_argument("--final", type=int, help="then so many of Original and the best two rows")
-    arguments.add_argument("--batch-size", type=int, default=16)
+    arguments.add_argument("--batch-size", type=int, default=16, help="samples that are solved together")
     arguments.add_argument("--repeats", type=int, default=3, help="rounds of timing")
-    arguments.add_argument("--features", default="fashion", choices=list(KINDS))
+    arguments.add_argument("--features", default="fashion", choices=list(KINDS), help="the network of the distance")
     options = arguments.parse_args()
     flow = jf.load(options.model)
     path = jf.find_report(flow)

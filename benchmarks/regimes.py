@@ -24,7 +24,6 @@ from jacobiflow.models.memory import keep_freed_memory
 from jacobiflow.models.tarflow import TarFlowBlock
 from jacobiflow.utils.timing import time_interleaved
 
-OUT = RESULTS / "regimes.json"
 BATCH_SIZES = (1, 4, 16)
 SHAPES = ((128, 2), (192, 4), (256, 2), (256, 4), (384, 4), (512, 4), (768, 8))  # channels, layers
 TRAINED = ("fashion-p2", "emoji-p2", "digits-p1")
@@ -99,7 +98,11 @@ def main() -> None:
     if native.load_library() is None:
         sys.exit(f"no native loop to time: {native.describe()}")
     keys = [{"name": name, "trained": name in TRAINED, "batch_size": batch} for name in FLOWS for batch in BATCH_SIZES]
-    complete(OUT, keys, lambda key: measure(FLOWS[key["name"]]().requires_grad_(False), key["batch_size"]), show)
+
+    def measure_key(key: Json) -> Json:
+        return measure(FLOWS[key["name"]]().requires_grad_(False), key["batch_size"])
+
+    complete(RESULTS / "regimes.json", keys, measure_key, show)
 
 
 if __name__ == "__main__":

@@ -9,8 +9,6 @@ samples.
 from __future__ import annotations
 
 import copy
-import os
-import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -27,7 +25,7 @@ from sbi.utils import BoxUniform
 from torch import Tensor
 
 import jacobiflow as jf
-from benchmarks.common import RESULTS, ROOT, Json, complete, time_speed_up
+from benchmarks.common import RESULTS, ROOT, Json, complete, parser, temporary_folder, time_speed_up
 from jacobiflow.models.memory import keep_freed_memory
 
 SIMULATIONS, EPOCHS, ROUNDS = 5_000, 100, 2
@@ -137,9 +135,13 @@ def keys() -> Iterator[Json]:
             yield {"method": call.method, "estimator": kind, "call": name, "version": version("sbi")}
 
 
+def main() -> None:
+    parser(__doc__).parse_args()
+    with temporary_folder(), warnings.catch_warnings():  # sbi logs its training where it runs
+        warnings.simplefilter("ignore")
+        complete(RESULTS / "sbi.json", keys(), measure)
+
+
 if __name__ == "__main__":
     keep_freed_memory()
-    warnings.filterwarnings("ignore")
-    with tempfile.TemporaryDirectory() as folder:
-        os.chdir(folder)  # sbi logs its training where it runs
-        complete(RESULTS / "sbi.json", keys(), measure)
+    main()

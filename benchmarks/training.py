@@ -211,8 +211,12 @@ def keys() -> Iterator[Json]:
             yield key_of(STEP, flow, features, 10_000, optimizer=optimizer)
 
 
-if __name__ == "__main__":
+def main() -> None:
     parser(__doc__).parse_args()
-    keep_freed_memory()
     torch.set_num_threads(1)
     complete(RESULTS / "training.json", keys(), measure)
+
+
+if __name__ == "__main__":
+    keep_freed_memory()
+    main()

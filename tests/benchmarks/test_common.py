@@ -1,23 +1,17 @@
-"""Result files are completed step by step, of one machine and one code; tiny shapes are timed in all ways."""
+"""Result files are completed step by step, of one machine and one code."""
 
 from __future__ import annotations
 
 import json
 import shutil
 from collections.abc import Callable
-from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-import jacobiflow as jf
-from benchmarks import paper_sizes, regimes, sources
-from benchmarks.common import complete, random_flow
-
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-CONFIG = jf.TarFlowConfig(1, 16, 2, channels=64, num_blocks=1, layers_per_block=1)
+from benchmarks import sources
+from benchmarks.common import complete
 
 
 def test_results_in_the_file_are_not_measured_again(tmp_path: Path) -> None:
@@ -71,15 +65,3 @@ def test_a_digest_is_of_the_statements_that_a_benchmark_runs(tmp_path: Path, mon
     assert changed != masked and same == regime
     append("native/src/chain.h", "// a comment\n")
     assert not {*digests()} & {changed, same}
-
-
-def test_all_ways_of_a_block_are_timed() -> None:
-    seconds = paper_sizes.measure(CONFIG, 2)["seconds"]
-    names = {f"{dtype} x {size}" for dtype, size in product(("float32", "bfloat16"), (1, 16, 32, 64))}
-    assert set(seconds) == names | {"growing cache", "fused loop"}
-    run = regimes.measure(random_flow(CONFIG), 2)
-    assert set(run["seconds"]) == {"fused loop", "eager loop", "pass", "pass in bfloat16"}
-    # Two norms, four linear layers, the first and the last one, and positions.
-    weights = 4 * 64 + (3 + 1 + 4 + 4) * 64**2 + (3 + 1 + 4 + 1) * 64 + (4 + 1) * 64 + (64 + 1) * 8 + 64 * 64
-    assert run["weights_mb"] == pytest.approx(4e-6 * weights)
-    assert run["max_difference"] < 1e-4  # of two different loops

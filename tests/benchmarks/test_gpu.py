@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -21,9 +22,11 @@ TINY = jf.Preset("tiny", "", CONFIG, jf.SamplingSettings(jf.Guidance(1.5), 1.0),
 CUDA = torch.device("cuda:0")
 
 
-def test_images_are_those_of_the_cpu_and_seconds_are_sums_over_blocks() -> None:
+def test_images_are_those_of_the_cpu_and_seconds_are_sums_over_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "BUNDLED", ("digits-p1",))
+    monkeypatch.setattr(gpu, "STRATEGIES", ("sequential", "window:32"))
     with FakeDevice():
-        rows = gpu.compare_images(CUDA, ("digits-p1",), ("sequential", "window:32"))["rows"]
+        rows = gpu.compare_images(CUDA)["rows"]
         result = gpu.time_model(TINY, 2, "float32", CUDA)
     assert [row["wrong"] for row in rows] == [False] * 4
     assert result["difference_of_loops"] < 1e-4
@@ -37,7 +40,9 @@ def test_images_are_those_of_the_cpu_and_seconds_are_sums_over_blocks() -> None:
 def test_a_wrong_image_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu, "compare_images", lambda *_: {"rows": [{"model": "m", "wrong": True}]})
     monkeypatch.setattr(gpu, "time_model", lambda *_: {"seconds": {}})
+    monkeypatch.setattr(jf, "PRESETS", {"tiny": TINY})
     out = tmp_path / "gpu.json"
+    monkeypatch.setattr(sys, "argv", ["gpu", "--out", str(out), "--device", "cpu"])
     with pytest.raises(SystemExit, match="images that differ from the CPU's"):
-        gpu.main(["--out", str(out), "--device", "cpu"], {"tiny": TINY})
+        gpu.main()
     assert len(json.loads(out.read_text())["runs"]) == 1 + len(gpu.BATCHES) * len(gpu.DTYPES)

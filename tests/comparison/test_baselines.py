@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from itertools import product
 
 import pytest
@@ -44,6 +45,12 @@ def test_the_growing_cache_is_exact() -> None:
     flow, z = make_identity(torch.bfloat16), latents(make_identity(torch.float32), 2)
     images = original_sampler(flow)[1](flow, z, None)  # the state stays in float32
     assert torch.equal(images, flow.from_tokens(z * torch.tensor(0.5).sqrt()))
+
+
+def test_the_growing_cache_takes_classes_in_bfloat16() -> None:
+    flow = to_float32(make_flow(num_classes=3))
+    z, loop = latents(flow, 3), original_sampler(flow)[1]
+    torch.testing.assert_close(loop(deepcopy(flow).bfloat16(), z, LABELS), loop(flow, z, LABELS), rtol=0, atol=0.2)
 
 
 def test_the_token_loop_is_exact() -> None:

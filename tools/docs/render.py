@@ -47,7 +47,7 @@ def old_results() -> list[str]:
     for path in sorted(RESULTS.glob("*.json")):
         content = json.loads(path.read_text())
         module = content.get("command", "").removeprefix("python -m ").split(" ")[0]
-        if module.startswith("tools."):  # the record of a trained model, or of mutants
+        if module.startswith("tools.") or "version" in content:  # a model, mutants, or what a command wrote
             continue
         rows = content.get("runs", [content])
         present = code_digest(module) if module.startswith("benchmarks.") else None
@@ -140,11 +140,6 @@ def least_accurate(runs: Sequence[Any]) -> Any:
     return max(runs, key=lambda run: run["error"]["accelerated"] / run["error"]["library"])
 
 
-def sweeps_win(runs: Iterable[Any], evaluations: int) -> list[str]:
-    """Shapes at which sweeps with so many evaluations of a token take less time than both exact loops."""
-    return [run["name"] for run in runs if regimes.best_in_passes(run) > evaluations]
-
-
 @cache
 def paper_megabytes() -> tuple[float, float]:
     """The least and the largest weights of a block of the paper's models, in MB."""
@@ -227,10 +222,10 @@ def boltzmann_range(name: str) -> str:
     return calibration.number_range(ratios)
 
 
-def star_speed_up() -> str:
-    """The speed-up of `auto` over the token loop, for one sample."""
-    seconds = where(result("starflow")["runs"], batch=1)["seconds"]
-    return format_speed_up(seconds["token loop"]["median"] / seconds["auto"]["median"])
+def median_ratio(name: str, slow: str, fast: str, **values: Any) -> float:
+    """How many times as long one way takes as another, in the run of a result with these values."""
+    seconds = where(result(name)["runs"], **values)["seconds"]
+    return float(seconds[slow]["median"] / seconds[fast]["median"])
 
 
 def star_follows() -> str:
@@ -268,11 +263,11 @@ def _environment() -> jinja2.Environment:
     functions = {function.__name__: function for function in (
         boltzmann_range, calibration.agreement, calibration.best_guess, calibration.mean_sweeps,
         calibration.segment_sweeps, calibration.sweeps_range, calibration.tough_share, chord_share, duration, fastest,
-        fastest_way, fitted_sweeps, format_speed_up, grouped, least_accurate, loop_speed_up, paper_megabytes,
-        paper_sizes.counted, paper_sizes.estimates, paper_sizes.runs_of, paper_sizes.tough_blocks, phase_seconds,
-        plain_sweeps, plan, rank_correlation, recommendation, regimes.in_passes, result, sampler, sampling_range,
-        slowest_by_batch, speed_up_range, star_follows, star_speed_up, strategy, sweep_ways, sweeps_win,
-        to_images_speed_up, where,
+        fastest_way, fitted_sweeps, format_speed_up, grouped, least_accurate, loop_speed_up, median_ratio,
+        paper_megabytes, paper_sizes.counted, paper_sizes.estimates, paper_sizes.runs_of, paper_sizes.tough_blocks,
+        phase_seconds, plain_sweeps, plan, rank_correlation, recommendation, regimes.best_in_passes,
+        regimes.in_passes, result, sampler, sampling_range, slowest_by_batch, speed_up_range, star_follows, strategy,
+        sweep_ways, to_images_speed_up, where,
     )}  # fmt: skip
     environment.globals |= functions | {
         "calls": {"sampling": "inverse", "density": "`log_prob`"},

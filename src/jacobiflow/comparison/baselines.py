@@ -189,7 +189,8 @@ class CachedNetwork:
     def __init__(self, block: TarFlowBlock, context: Tensor | None, temperature: float) -> None:
         self.block = block
         self.position_embedding = block.permutation(block.pos_embed, dim=0)
-        self.context = block.embed_context(context)
+        embedded = block.embed_context(context)
+        self.context = None if embedded is None else embedded.to(self.position_embedding.dtype)
         self.temperature = temperature
         self.layers = [_CachedLayer(layer) for layer in block.attn_blocks]
 
