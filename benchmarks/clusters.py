@@ -23,7 +23,8 @@ from tempfile import TemporaryDirectory
 
 from safetensors.torch import load_file
 
-from benchmarks.common import RESULTS, ROOT, Json, complete, parser
+from benchmarks.common import RESULTS, Json, complete, parser
+from benchmarks.sources import ROOT
 from jacobiflow.training import read_metrics
 
 MOMENTS = 20

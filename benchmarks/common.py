@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 import tempfile
@@ -50,7 +51,7 @@ def random_flow(config: jf.TarFlowConfig | jf.TokenConfig) -> jf.TarFlow:
         torch.manual_seed(0)
         flow = jf.TarFlow(config).eval().requires_grad_(False)
         for block in flow.blocks:
-            block.proj_out.weight.normal_(std=0.1 * config.channels**-0.5)
+            block.proj_out.weight.normal_(std=0.1 / math.sqrt(config.channels))
     return flow
 
 
@@ -133,15 +134,11 @@ def complete(
     code = {name: head[name] for name in ("commit", "code")}
     old: Json = json.loads(out.read_text()) if out.exists() else result
     check_machine(out, old, head)
-    rows = [_row(old.get("runs", []), key) for key in keys]
+    rows: list[Json] = [next((run for run in old.get("runs", []) if key.items() <= run.items()), {}) for key in keys]
     out.parent.mkdir(parents=True, exist_ok=True)
     for i, key in enumerate(keys):
-        if (rows[i] or {}).get("code") != code["code"]:
+        if rows[i].get("code") != code["code"]:
             rows[i] = key | measure(key) | code
-            write_json(out, result | {"runs": [row for row in rows if row is not None]})
+            write_json(out, result | {"runs": [row for row in rows if row]})
             show(rows[i])
     return result | {"runs": rows}
-
-
-def _row(runs: Iterable[Json], values: Json) -> Json | None:
-    return next((run for run in runs if values.items() <= run.items()), None)

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 import jacobiflow as jf
-from benchmarks.common import RESULTS, ROOT, Json, complete, parser, without_native
+from benchmarks.common import RESULTS, Json, complete, parser, without_native
+from benchmarks.sources import ROOT
 from jacobiflow.comparison.baselines import original_sampler
 from jacobiflow.data import Noise, load_images
 from jacobiflow.data.noise import add_noise, keyed_generator

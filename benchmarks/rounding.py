@@ -16,7 +16,8 @@ from typing import Any
 import torch
 
 import jacobiflow as jf
-from benchmarks.common import RESULTS, ROOT, Json, complete, latents, parser
+from benchmarks.common import RESULTS, Json, complete, latents, parser
+from benchmarks.sources import ROOT
 from benchmarks.star import PROMPTS
 from examples.captions import load
 from jacobiflow.models.flow import Flow

@@ -25,7 +25,8 @@ from sbi.utils import BoxUniform
 from torch import Tensor
 
 import jacobiflow as jf
-from benchmarks.common import RESULTS, ROOT, Json, complete, parser, temporary_folder, time_speed_up
+from benchmarks.common import RESULTS, Json, complete, parser, temporary_folder, time_speed_up
+from benchmarks.sources import ROOT
 from jacobiflow.models.memory import keep_freed_memory
 
 SIMULATIONS, EPOCHS, ROUNDS = 5_000, 100, 2

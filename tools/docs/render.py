@@ -24,8 +24,8 @@ import torch
 
 import jacobiflow as jf
 from benchmarks import calibration, paper_sizes, regimes
-from benchmarks.common import MODELS, RESULTS, ROOT, Json, parser
-from benchmarks.sources import code_digest
+from benchmarks.common import MODELS, RESULTS, Json, parser
+from benchmarks.sources import ROOT, code_digest
 from jacobiflow.calibration import rank_correlation
 from jacobiflow.calibration.convergence import TOLERANCES
 from jacobiflow.calibration.report import GUESS_NAMES

@@ -17,7 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.common import ROOT, parser
+from benchmarks.common import parser
+from benchmarks.sources import ROOT
 from jacobiflow.data import ImageDataset, Split, load_images, read_image
 from jacobiflow.utils.files import write_atomically
 

@@ -25,7 +25,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-from benchmarks.common import RESULTS, ROOT, Json, parser
+from benchmarks.common import RESULTS, Json, parser
+from benchmarks.sources import ROOT
 from jacobiflow.utils.files import write_json
 from tools.mutation.faults import Mutant, draw
 

@@ -10,7 +10,7 @@ from typing import Any
 import onnx
 
 import jacobiflow as jf
-from benchmarks.common import ROOT
+from benchmarks.sources import ROOT
 from jacobiflow.utils.files import write_atomically, write_json
 from tools.npm import npm_files
 from tools.page.block import block_graph

@@ -114,7 +114,8 @@ def run(config: TrainOptions, processes: Processes) -> TrainResult:
 
     start, _ = last_checkpoint(config.out) or (0, None)
     if processes.rank == 0:
-        print(_summary(config, data, held_out, flow), file=sys.stderr)
+        done = f"\nall steps are done: the run is at step {start:,}" * (start >= config.training.steps)
+        print(_summary(config, data, held_out, flow) + done, file=sys.stderr)
 
     def print_metrics(metrics: TrainMetrics) -> None:
         if metrics.step == start + 1 > 1:

@@ -60,8 +60,8 @@ class Pretrained(nn.Module):
         config, state = folder.config(cls.config_types), folder.state().map_all() if maps else folder.state()
         if folder.classes and len(folder.classes) != config.num_classes:
             raise CheckpointError(
-                f"{folder.path / CONFIG}: {len(folder.classes)} names of {config.num_classes} classes; name all classes, "
-                "or none"
+                f"{folder.path / CONFIG}: {len(folder.classes)} names of {config.num_classes} classes; name all, or "
+                "leave out classes"
             )
         flow = build(cls, config, state, str(folder.path), device, dtype, maps)
         flow.recommended, flow.report_files = folder.recommended, list_reports(folder.path)
