@@ -168,7 +168,7 @@ def main() -> None:
     flow = jf.TarFlow.from_pretrained(MODEL).requires_grad_(False)
     samplers = samplers_of(flow, jf.CalibrationReport.load(MODELS / MODEL / "report.json"))
     out = RESULTS / "performance.json"
-    result = {"model": MODEL, "grid": {}, "final": {}} | read(out, origin(grid))
+    result: Json = {"model": MODEL, "grid": {}, "final": {}} | read(out, origin(grid))
     for batch in BATCHES:
         key = str(batch)
         smaller = result["grid"].get(SMALLER.get(batch))
