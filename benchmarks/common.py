@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import sys
 import tempfile
@@ -19,7 +18,7 @@ import torch
 from torch import Tensor
 
 import jacobiflow as jf
-from benchmarks.sources import ROOT, code_digest
+from benchmarks import sources
 from jacobiflow.models.flow import Flow
 from jacobiflow.models.latents import draw_latents
 from jacobiflow.native import SWITCH
@@ -27,6 +26,7 @@ from jacobiflow.utils.files import write_json
 from jacobiflow.utils.provenance import find_commit
 from jacobiflow.utils.timing import Timing, describe_machine, time_interleaved
 
+ROOT = sources.ROOT
 RESULTS, FIGURES = ROOT / "docs" / "results", ROOT / "docs" / "figures"
 MODELS = ROOT / "src" / "jacobiflow" / "bundled"
 IN_PYTORCH = "sequential, in PyTorch"
@@ -51,7 +51,7 @@ def random_flow(config: jf.TarFlowConfig | jf.TokenConfig) -> jf.TarFlow:
         torch.manual_seed(0)
         flow = jf.TarFlow(config).eval().requires_grad_(False)
         for block in flow.blocks:
-            block.proj_out.weight.normal_(std=0.1 / math.sqrt(config.channels))
+            block.proj_out.weight.normal_(std=0.1 * block.proj_out.in_features**-0.5)
     return flow
 
 
@@ -89,7 +89,7 @@ def origin(measure: Callable[..., Any]) -> Json:
     """The command and the machine of a benchmark, the commit, and the digest of the code that it measures."""
     module = module_of(measure)
     command = {"command": f"python -m {module}", "machine": describe_machine()}
-    return command | {"commit": find_commit(), "code": code_digest(module)}
+    return command | {"commit": find_commit(), "code": sources.code_digest(module)}
 
 
 def module_of(function: Callable[..., Any]) -> str:

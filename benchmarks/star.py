@@ -57,7 +57,7 @@ def speeds(key: Json) -> Json:
         "exact loop": exact_loop,
         CERTIFIED: partial(jf.sample, flow, latents=z, context=context, settings=None, strategy="window:16"),
         "auto": partial(jf.sample, flow, latents=z, context=context, settings=None, strategy=plan),
-        "encoding pass": lambda: flow.guided(None).encode(torch.zeros(batch, *flow.image_shape), context),
+        "encoding pass": lambda: flow.guided(None).encode(torch.zeros(batch, *(flow.image_shape or ())), context),
     }
     timings, results = time_interleaved({name: torch.no_grad()(run) for name, run in runs.items()}, ROUNDS)
     wide = copy.deepcopy(flow).double()

@@ -15,7 +15,7 @@ from jacobiflow.models.flow import Flow
 from jacobiflow.models.tarflow import TarFlowBlock
 from tests.helpers import oracle
 from tests.helpers.oracle import Guide, MAFOracle, StarOracle
-from tests.helpers.problems import latents, make_flow, make_identity, make_maf, make_star, texts
+from tests.helpers.problems import latents, make_flow, make_identity, make_maf, make_star, texts, to_float32
 
 LABELS = torch.tensor([0, 2, -1])
 GUIDANCE, GUIDE = jf.Guidance(0.6, attn_temperature=1.5), oracle.Guide(0.6, True, "both", 1.5)
