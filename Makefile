@@ -141,7 +141,7 @@ boltzmann: setup
 	$(BIN)/python -m benchmarks.boltzmann
 	$(RENDER)
 
-# Measures docs/starflow_speed.md, of the weights in examples/emoji-star (forty minutes on two idle cores).
+# Measures docs/starflow.md and docs/starflow_speed.md, of the weights in examples/emoji-star (fifty minutes on two idle cores).
 star: emoji
 	$(BIN)/python -m benchmarks.star
 	$(RENDER)

@@ -20,12 +20,11 @@ from torch import Tensor
 
 import jacobiflow as jf
 from benchmarks.common import RESULTS, Json, complete, parser
-from examples.boltzmann import MODEL, Coordinates, frames
+from examples.boltzmann import BINS, MODEL, Coordinates, bin_shares, frames, free_energies
 from examples.molecule import PHI, PSI, torsion
 from jacobiflow.models.flow import Flow
 from jacobiflow.models.latents import draw_latents, log_normal
 
-BINS, RANGE = 36, (-np.pi, np.pi)
 PROPOSALS = (10_000, 100_000)  # The maps of the second number are drawn.
 LATENTS = 10_000  # Samples of each way in the table of tolerances.
 PARTS = 20  # into which samples are split for an error
@@ -35,17 +34,6 @@ UNCERTIFIED = ("jacobi, 1e-2", "jacobi, 1e-1", "jacobi-8", "jacobi-4", "jacobi-2
 
 def angles(positions: Float[Tensor, "n 22 3"]) -> tuple[Tensor, Tensor]:
     return torsion(*positions[:, PHI].unbind(dim=1)), torsion(*positions[:, PSI].unbind(dim=1))
-
-
-def shares(phi: Tensor, weights: Tensor) -> Any:
-    """The share of each bin of phi."""
-    return np.histogram(phi, BINS, RANGE, weights=weights / weights.sum())[0]
-
-
-def free_energy(phi: Tensor, weights: Tensor) -> list[float]:
-    """F / kT of each bin of phi, -log of its share; infinite for a bin without samples."""
-    with np.errstate(divide="ignore"):
-        return [float(value) for value in -np.log(shares(phi, weights))]
 
 
 def basin_difference(phi: Tensor, weights: Tensor) -> float:
@@ -58,10 +46,10 @@ def profile(positions: Tensor, weights: Tensor) -> Json:
     """Free energies with their standard errors over parts of the samples."""
     phi, _ = angles(positions.double())
     parts = [(phi[rows], weights[rows]) for rows in torch.arange(len(phi)).chunk(PARTS)]
-    each = np.array([shares(*part) for part in parts])
+    each = np.array([bin_shares(*part) for part in parts])
     difference = np.array([basin_difference(*part) for part in parts])
     return {
-        "free_energy": free_energy(phi, weights),
+        "free_energy": free_energies(phi, weights),
         "error": (each.std(axis=0) / np.maximum(each.mean(axis=0), 1e-30) / PARTS**0.5).tolist(),
         "basin_difference": basin_difference(phi, weights),
         "basin_difference_error": float(difference.std() / PARTS**0.5),
@@ -71,7 +59,7 @@ def profile(positions: Tensor, weights: Tensor) -> Json:
 def ramachandran(positions: Tensor, weights: Tensor) -> list[list[float]]:
     """The shares of the bins of phi and psi."""
     phi, psi = angles(positions.double())
-    histogram, _, _ = np.histogram2d(phi, psi, 2 * BINS, (RANGE, RANGE), weights=weights / weights.sum())
+    histogram, _, _ = np.histogram2d(phi, psi, 2 * BINS, 2 * [(-np.pi, np.pi)], weights=weights / weights.sum())
     return np.round(histogram, 7).tolist()
 
 
@@ -144,7 +132,7 @@ def _row(
         "largest_change_of_log_weight": float(change.nan_to_num(torch.inf).max()),
         "effective_share": weights.effective_sample_size / len(x),
         "basin_difference": basin_difference(phi, weights.normalized),
-        "free_energy": free_energy(phi, weights.normalized),
+        "free_energy": free_energies(phi, weights.normalized),
     }
 
 

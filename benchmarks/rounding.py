@@ -18,7 +18,6 @@ import torch
 import jacobiflow as jf
 from benchmarks.common import RESULTS, Json, complete, latents, parser
 from benchmarks.sources import ROOT
-from benchmarks.star import PROMPTS
 from examples.captions import load
 from jacobiflow.models.flow import Flow
 from jacobiflow.sampling.result import SENSITIVITY_BOUND, Samples
@@ -26,6 +25,7 @@ from jacobiflow.sampling.sensitivity import FLOAT64_BOUND
 from jacobiflow.utils.timing import time_interleaved
 
 BATCH, BATCHES, FACTOR, ROUNDS = 16, 8, 4, 5
+PROMPTS = ("blue heart", "large green circle", "hand dark skin", "hand light skin", "banana", "sunglasses", "cat")
 MODELS: dict[str, Callable[[], Flow]] = {
     "digits-p1": partial(jf.load, "digits-p1"),
     "alanine-dipeptide": partial(jf.load, ROOT / "examples" / "alanine-dipeptide"),

@@ -1,6 +1,7 @@
 """A Boltzmann generator for alanine dipeptide: `python -m examples.boltzmann simulate`, then `train`, then `weigh`.
 
-`weigh` works with the bundled weights, without a simulation. It needs openmm: pip install 'jacobiflow[molecules]'.
+`weigh` works with the bundled weights, without a simulation, and draws free energies. The example needs openmm and
+matplotlib: pip install 'jacobiflow[cli,molecules]'.
 """
 
 from __future__ import annotations
@@ -9,24 +10,31 @@ import argparse
 import json
 import math
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float
+from matplotlib.figure import Figure
 from openmm.unit import MOLAR_GAS_CONSTANT_R
 from torch import Tensor
 from torch.utils.data import Dataset
 
 import jacobiflow as jf
 from examples.molecule import ATOMS, BIAS, KELVIN, PHI, PSI, energies, simulation, to_internal, to_positions, torsion
-from jacobiflow import training
+from jacobiflow import plots, training
+from jacobiflow.plots.style import new_figure, simplify_axes, use_style
 
 MODEL = Path(__file__).parent / "alanine-dipeptide"
 TRAJECTORIES = Path("out/alanine-dipeptide")
 RUN = Path("runs/alanine-dipeptide")
 CONFIG = jf.TokenConfig(num_tokens=22, token_channels=3, channels=64, num_blocks=4, layers_per_block=2, head_dim=16)
+BINS = 36  # of phi
+STYLES = {"simulation": ("#000000", ""), "proposals": ("#fba652", "v"), "reweighted": ("#00519e", "o")}
+"""The colour and the marker of a curve."""
 HAS = torch.tensor([[len(earlier) > k for k in range(3)] for _, _, earlier in ATOMS])
 """Which of bond, angle and torsion an atom has: the first three atoms lack six, and noise takes their places."""
 
@@ -123,9 +131,14 @@ def simulate(nanoseconds: int, seed: int) -> None:
             print(f"{(i + 1) // 2000} of {nanoseconds} ns", flush=True)
 
 
+def simulation_files() -> list[Path]:
+    """Returns what `simulate` wrote."""
+    return [path for path in sorted(TRAJECTORIES.glob("*.npz")) if ".partial" not in path.name]
+
+
 def frames() -> tuple[Float[Tensor, "n 22 3"], Float[Tensor, " n"]]:
     """Returns the positions of all simulations, and their weights."""
-    files = [np.load(path) for path in sorted(TRAJECTORIES.glob("*.npz")) if ".partial" not in path.name]
+    files = [np.load(path) for path in simulation_files()]
     if not files:
         raise SystemExit(f"no simulations in {TRAJECTORIES}: run `python -m examples.boltzmann simulate` first")
     positions = torch.from_numpy(np.concatenate([file["positions"] for file in files]))
@@ -172,23 +185,62 @@ def train(steps: int) -> None:
         coordinates.save(MODEL / "coordinates.json")
 
 
-def weigh(num: int, seed: int) -> None:
-    """Draws proposals with their densities, weighs them, and prints what the weights say."""
+def bin_shares(phi: Tensor, weights: Tensor) -> Any:
+    """Returns the share of each bin of phi."""
+    return np.histogram(phi, BINS, (-np.pi, np.pi), weights=weights / weights.sum())[0]
+
+
+def free_energies(phi: Tensor, weights: Tensor) -> list[float]:
+    """Returns F / kT of each bin of phi, -log of its share; infinite for a bin without samples."""
+    with np.errstate(divide="ignore"):
+        return [float(value) for value in -np.log(bin_shares(phi, weights))]
+
+
+@use_style
+def profile_figure(profiles: Mapping[str, Sequence[float]], title: str) -> Figure:
+    """Returns a figure of free energies along phi, a curve for each of `STYLES` that there is."""
+    figure = new_figure(3)
+    axis = figure.subplots()
+    centres = np.degrees((np.arange(BINS) + 0.5) * 2 * np.pi / BINS - np.pi)
+    for name, profile in profiles.items():
+        color, marker = STYLES[name]
+        axis.plot(centres, profile, color=color, marker=marker, label=name, markersize=4)
+    axis.set(xlabel="phi, degrees", ylabel="F / kT", xlim=(-180, 180), ylim=(1, 15), xticks=range(-180, 181, 60))
+    axis.set_title(title)
+    axis.legend(loc="upper left")
+    simplify_axes(axis)
+    return figure
+
+
+def weigh(num: int, seed: int, out: Path) -> None:
+    """Draws proposals with their densities, weighs them, and shows averages and free energies."""
     flow, coordinates = jf.load(MODEL), Coordinates.load(MODEL / "coordinates.json")
     started = time.perf_counter()
     samples = jf.sample(flow, num, seed=seed, batch_size=512)
     seconds = time.perf_counter() - started
     energy, positions = coordinates.energy(samples.tokens)
     weights = jf.importance(samples, energy)
-    is_right = (torsion(*positions[:, PHI].unbind(dim=1)) > 0).double()
-    psi = torsion(*positions[:, PSI].unbind(dim=1))
+    phi, psi = (torsion(*positions[:, atoms].unbind(dim=1)) for atoms in (PHI, PSI))
+    is_right = (phi > 0).double()
     print(samples.outcome)
     print(
         f"{num / seconds:,.0f} proposals a second; their energies took {time.perf_counter() - started - seconds:.1f} s"
     )
-    print(f"effective sample size: {weights.effective_sample_size / num:.1%} of {num:,}")
+    effective = f"effective sample size: {weights.effective_sample_size / num:.1%} of {num:,}"
+    print(effective)
     print(f"phi > 0: {is_right.mean():.2%} of proposals, {weights.mean(is_right):.2%} reweighted")
     print(f"mean of cos(psi): {psi.cos().mean():.4f} of proposals, {weights.mean(psi.cos()):.4f} reweighted")
+    profiles = {
+        "proposals": free_energies(phi, torch.ones_like(phi)),
+        "reweighted": free_energies(phi, weights.normalized),
+    }
+    if simulation_files():
+        positions, frame_weights = frames()
+        phi = torsion(*positions[:, PHI].double().unbind(dim=1))
+        profiles = {"simulation": free_energies(phi, frame_weights), **profiles}
+    out.parent.mkdir(parents=True, exist_ok=True)
+    plots.save_png(profile_figure(profiles, effective), out)
+    print(f"wrote {out}")
 
 
 if __name__ == "__main__":
@@ -198,10 +250,11 @@ if __name__ == "__main__":
     parser.add_argument("--steps", type=int, default=10_000)
     parser.add_argument("--num", type=int, default=10_000)
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--out", type=Path, default=Path("out/boltzmann.png"), help="the picture of `weigh`")
     options = parser.parse_args()
     if options.command == "simulate":
         simulate(options.nanoseconds, options.seed)
     elif options.command == "train":
         train(options.steps)
     else:
-        weigh(options.num, options.seed)
+        weigh(options.num, options.seed, options.out)

@@ -258,21 +258,24 @@ def tiny_star() -> jf.STARFlow:
     return flow
 
 
-def tiny_emoji() -> tuple[Tensor, list[str]]:
+def tiny_emoji() -> tuple[Tensor, list[str], list[str]]:
     images = torch.randint(256, (8, 1, 6, 6), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-    return images, [letter * (i + 1) for i, letter in enumerate("abcdefgh")]
+    return images, [letter * (i + 1) for i, letter in enumerate("abcdefgh")], 4 * ["low", "high"]
 
 
 def test_star(run: Run, tmp_path: Path) -> None:
-    runs = run(
+    results = run(
         "star", load=tiny_star, captioned_emoji=tiny_emoji, RELEASED=make_star(layers_per_block=(2,)).config,
-        BATCHES=(1,), ROUNDS=1, CALIBRATED=4, CURVE_SAMPLES=2, FOLLOWED=6, PROMPTS=("a", "b"), SHOWN=2,
-        FIGURES=tmp_path,
-    )["starflow"]["runs"]  # fmt: skip
+        BATCHES=(1,), ROUNDS=1, CALIBRATED=4, CURVE_SAMPLES=2, PROMPTS=("a", "bb"), SAMPLES_PER_PROMPT=2,
+        MOST=0, CATEGORIES={name: name for name in ("low", "high")}, FIGURES=tmp_path,
+    )  # fmt: skip
+    runs = results["starflow"]["runs"]
     assert max(runs[0]["errors"][name] for name in ("exact loop", "auto", "window:16, certified")) < 1e-2
     for row in runs:
         if "released" in row:
             assert max(row["errors"].values()) < (1e-2 if row["released"] == "float32" else 0.5)
+    for row in results["captions"]["runs"]:
+        assert {name: group["captions"] for name, group in row["groups"].items()} == {"low": 4, "high": 4, "all": 8}
     assert (tmp_path / "emoji-star.png").exists()
 
 

@@ -228,9 +228,9 @@ def median_ratio(name: str, slow: str, fast: str, **values: Any) -> float:
     return float(seconds[slow]["median"] / seconds[fast]["median"])
 
 
-def star_follows() -> str:
-    """The share of guided samples that are nearest to the emoji of their caption."""
-    return f"{where(result('starflow')['runs'], follows='guided')['nearest']:.0%}"
+def star_follows(group: str) -> str:
+    """The share of guided samples of a category of captions that are nearest to the emoji of their caption."""
+    return f"{where(result('captions')['runs'], follows='guided')['groups'][group]['nearest']:.0%}"
 
 
 def loop_speed_up(flow: str) -> str:
