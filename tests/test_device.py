@@ -19,7 +19,6 @@ import jacobiflow as jf
 from jacobiflow.blocks.guidance import guided
 from jacobiflow.data import Noise, digits, noisy_images
 from jacobiflow.evaluation import bits_per_dim
-from jacobiflow.fixed_point import WarmStart
 from jacobiflow.fixed_point.cuda_graphs import capture
 from jacobiflow.models.latents import draw_latents
 from jacobiflow.models.memory import batch_bytes, find_batch_size
@@ -115,7 +114,7 @@ def overflowing(device: str) -> Tensor:
     z = draw_latents(2, flow.config.num_tokens, flow.config.token_channels, 0)
     guess = torch.cat((z[:, :40], torch.full_like(z[:, 40:], 1e5)), dim=1).to(device)
     solutions = [
-        jf.solve(flow.blocks[0], z.to(device), jf.Solver(partition, WarmStart(guess), jf.Tolerance(1e-2)))
+        jf.solve(flow.blocks[0], z.to(device), jf.Solver(partition, jf.WarmStart(guess), jf.Tolerance(1e-2)))
         for partition in (jf.Whole(), jf.Window(16), jf.Segments(2))
     ]
     assert all((solution.status == jf.Status.CONVERGED).all() for solution in solutions)

@@ -12,7 +12,6 @@ import torch
 
 import jacobiflow as jf
 from jacobiflow.calibration import ConvergenceCurve, gamma_norm, gamma_products, initial_residuals, measure_distances
-from jacobiflow.fixed_point import WarmStart
 from tests.helpers.calibration_problems import PROBLEMS, dense_gamma, errors_of, linear_flow, problem, randn, runs_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -44,7 +43,7 @@ def test_plain_sweeps_are_exact_after_as_many_as_tokens() -> None:
     z[:, 1:] -= 3 * x[:, :-1]
     (curve,) = measure_distances(linear_flow([3.0]).blocks[0], x, z, jf.Zeros())
     assert curve[:, 0].tolist() == pytest.approx([3.0**k for k in range(8)] + [0.0, 0.0], abs=1e-9)
-    (curve,) = measure_distances(linear_flow([3.0]).blocks[0], x, z, WarmStart(x))
+    (curve,) = measure_distances(linear_flow([3.0]).blocks[0], x, z, jf.WarmStart(x))
     assert torch.equal(curve, torch.zeros(2, 2, dtype=torch.float64))
 
 
@@ -62,7 +61,7 @@ def test_a_token_that_overflows_goes_back_to_the_guess_and_is_exact_in_the_end()
     z, x = torch.full((2, 6, 1), -0.3, dtype=torch.float64), torch.zeros(2, 6, 1, dtype=torch.float64)
     for _ in range(6):
         x = update(x, z, 0, 6, None)
-    curve = ConvergenceCurve.from_distances(measure_distances(block, x, z, WarmStart(torch.full_like(z, 1000.0))))
+    curve = ConvergenceCurve.from_distances(measure_distances(block, x, z, jf.WarmStart(torch.full_like(z, 1000.0))))
     assert curve.largest == curve.median == (pytest.approx(1000, rel=1e-2), *(math.inf,) * 5, 0.0)
     assert set(curve.sweeps.values()) == {(6, 6)}
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 import jacobiflow as jf
 from jacobiflow.blocks.context import NO_CONTEXT
-from jacobiflow.fixed_point import Stopping, WarmStart
+from jacobiflow.fixed_point import Stopping
 from tests.helpers.solver_problems import (
     FLOWS,
     OVERFLOWING,
@@ -72,7 +72,7 @@ def test_a_sample_above_the_tolerance_is_resumed_to_half_of_it(atol: float, tole
     raw = jf.solve(problem.block, problem.z, solver, problem.labels)
     short = problem.residual(raw.x) > wanted
     assert short.any()
-    resumed = jf.Solver(jf.Window(8), WarmStart(raw.x[short]), jf.Tolerance(wanted / 2))
+    resumed = jf.Solver(jf.Window(8), jf.WarmStart(raw.x[short]), jf.Tolerance(wanted / 2))
     again = jf.solve(problem.block, problem.z[short], resumed, STRENGTHS[short])
     solution = jf.solve_certified(problem.block, problem.z, solver, problem.labels, tolerance=tolerance)
     want = raw.x.index_put((short,), again.x)

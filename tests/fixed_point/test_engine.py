@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import jacobiflow as jf
-from jacobiflow.fixed_point import Stopping, WarmStart
+from jacobiflow.fixed_point import Stopping
 from tests.helpers.oracle import Swept, convolved, swept
 from tests.helpers.problems import BlockProblem
 from tests.helpers.solver_problems import (
@@ -196,7 +196,7 @@ def test_each_sample_has_its_own_front(size: int | None, atol: float, chord: flo
 def test_inputs_stay_and_answers_are_ordinary_tensors() -> None:
     problem, start = flow_problem("nvp 9x4, guided"), normal(3, 9, 4)
     before = problem.z.clone(), start.clone()
-    for solver in (jf.Solver(jf.Window(3), WarmStart(start)), jf.Solver(jf.Sequential())):
+    for solver in (jf.Solver(jf.Window(3), jf.WarmStart(start)), jf.Solver(jf.Sequential())):
         solution = jf.solve(problem.block, problem.z, solver, problem.labels)
         assert not solution.x.is_inference()
         assert solution.seconds > 0
@@ -250,7 +250,7 @@ def test_a_value_that_overflows_goes_back_to_the_guess() -> None:
 
     problem = steep_problem([0, 1, 0, 1])
     guess = problem.z + 0.25
-    solver = jf.Solver(jf.Whole(), WarmStart(guess), jf.MaxSweeps(4))
+    solver = jf.Solver(jf.Whole(), jf.WarmStart(guess), jf.MaxSweeps(4))
     jf.solve(Watched(noted, keys=False), problem.z, solver, problem.labels)
     assert torch.equal(seen[0], guess)
     for sweep, (before, after) in enumerate(pairwise(seen)):

@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import jacobiflow as jf
-from jacobiflow.fixed_point import WarmStart
 from tests.helpers.oracle import convolved
 from tests.helpers.solver_problems import error, normal
 
@@ -33,12 +32,22 @@ def test_plain_guesses() -> None:
     answer = normal(2, 4, 3, seed=1)
     kept = z.clone(), answer.clone()
     zeros = torch.cat((z[:, :1], torch.zeros(2, 3, 3)), dim=1)
-    for guess, expected in ((jf.Latent(), z), (jf.Zeros(), zeros), (WarmStart(answer), answer)):
+    for guess, expected in ((jf.Latent(), z), (jf.Zeros(), zeros), (jf.WarmStart(answer), answer)):
         start = guess(z)
         assert torch.equal(start, expected)
         start.fill_(7.0)  # a tensor of its own
         assert torch.equal(z, kept[0])
         assert torch.equal(answer, kept[1])
+
+
+def test_a_warm_start_takes_the_dtype_of_z_and_refuses_another_shape() -> None:
+    z, answer = normal(2, 4, 3).float(), normal(2, 4, 3, seed=1)
+    assert jf.WarmStart(answer)(z).dtype == torch.float32
+    for other in (answer[:1], answer[:, :2]):
+        with pytest.raises(ValueError, match=r"WarmStart: value=.*: give .* \(2, 4, 3\)"):
+            jf.WarmStart(other)(z)
+    with pytest.raises(TypeError, match="WarmStart: value=3"):
+        jf.WarmStart(3)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)

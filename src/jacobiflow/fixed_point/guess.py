@@ -18,6 +18,7 @@ from jacobiflow.fixed_point.convolution import (
     check_values,
     rows_before,
 )
+from jacobiflow.utils.checks import check_floating, check_kind
 from jacobiflow.utils.serialization import piece_base, register_piece
 
 _RIDGE = 1e-3
@@ -147,9 +148,21 @@ class CausalLinear(Convolution, _ShiftedGuess):
 
 @dataclass(frozen=True, eq=False)
 class WarmStart(Guess):
-    """X^(0) = `value`, an approximate answer that is to be improved."""
+    """X^(0) = `value`, an approximate answer that is to be improved, such as that of a learned inverse.
+
+    Args:
+        value: Tokens of the shape of z, (B, T, C).
+
+    Example:
+        >>> x = torch.zeros(1, 2, 1)
+        >>> solver = jf.Solver(jf.Whole(), jf.WarmStart(x), jf.Tolerance(1e-3))
+    """
 
     value: Float[Tensor, "b t c"]
 
+    def __post_init__(self) -> None:
+        check_kind("WarmStart: value", self.value, Tensor, "a torch.Tensor of tokens (B, T, C)")
+
     def __call__(self, z: Float[Tensor, "b t c"]) -> Float[Tensor, "b t c"]:
-        return self.value.clone()
+        check_floating("WarmStart: value", self.value, tuple(z.shape))
+        return self.value.to(z, copy=True)
