@@ -9,7 +9,7 @@ INSTALLED := $(VENV)/.installed
 INSTALL := $(BIN)/python -m pip install --quiet --no-compile
 
 .PHONY: setup demo test lint fuzz mutants measure speed regimes calibration evaluation evaluation-in-pytorch emoji \
-	tutorials boltzmann star precision large-models clusters rounding figures docs render clean
+	tutorials boltzmann star precision large-models clusters rounding clients figures docs render clean
 
 setup: $(INSTALLED)
 
@@ -165,6 +165,13 @@ clusters: setup
 # Measures what rounding does to samples, a table of docs/exactness.md (ten minutes on two idle cores; it goes on if it was stopped).
 rounding: setup
 	$(BIN)/python -m benchmarks.rounding
+	$(RENDER)
+
+# Measures docs/works_with.md (three minutes on two idle cores; it goes on if it was stopped). Packages that are not installed are left
+# out; ltu-ili is not on PyPI.
+clients: setup
+	$(INSTALL) pocomc causalflows
+	$(BIN)/python -m benchmarks.clients
 	$(RENDER)
 
 # Fetches a package of emoji, and writes the 256 images of it that ship with the library, and all to out/emoji/*.npz.
