@@ -11,7 +11,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = {"jacobiflow": ROOT / "src/jacobiflow", "benchmarks": ROOT / "benchmarks", "examples": ROOT / "examples"}
 # No timing or error depends on what is shown.
-IGNORED = ("jacobiflow.api", "jacobiflow.cli", "jacobiflow.plots", "benchmarks.common", "benchmarks.sources")
+IGNORED = ("jacobiflow.api", "jacobiflow.cli", "jacobiflow.plots", "benchmarks.sources")
 
 
 @cache

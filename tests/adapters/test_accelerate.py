@@ -211,6 +211,12 @@ def posterior(estimator: str) -> Any:
         return inference.build_posterior(network).set_default_x(torch.zeros(1, 7))
 
 
+def test_a_likelihood_inside_an_ensemble_of_posteriors_is_found() -> None:
+    flow = zuko.flows.MAF(3, transforms=1)
+    posteriors = [SimpleNamespace(potential_fn=SimpleNamespace(likelihood_estimator=flow))]
+    assert len(jf.accelerate(SimpleNamespace(posteriors=posteriors)).transforms) == 1
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_posteriors_of_sbi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from sbi.inference.posteriors import EnsemblePosterior

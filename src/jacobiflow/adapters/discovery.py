@@ -16,7 +16,7 @@ from jacobiflow.adapters.tarflow import find_blocks
 from jacobiflow.errors import InputTypeError, InputValueError
 from jacobiflow.utils.checks import check_flag, check_number, format_value
 
-_MAX_DEPTH = 3  # An ensemble of posteriors holds a list of posteriors, which hold modules.
+_MAX_DEPTH = 4  # An ensemble holds a list of posteriors, each holds a potential, and this holds the module.
 
 
 @overload

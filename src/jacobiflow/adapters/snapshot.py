@@ -62,8 +62,9 @@ class ModuleSnapshot:
 
 def _settings(module: nn.Module) -> Iterator[Slot]:
     """Yields the attributes on which a call of the module depends. Only dropout depends on the training mode."""
+    is_dropout = isinstance(module, DROPOUTS) and module.p > 0
     for name, value in vars(module).items():
-        if isinstance(value, _SETTINGS) and (name != "training" or isinstance(module, DROPOUTS)):
+        if isinstance(value, _SETTINGS) and (name != "training" or is_dropout):
             yield vars(module), name
 
 

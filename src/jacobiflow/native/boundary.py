@@ -63,6 +63,9 @@ WEIGHT_FORMATS = {
     torch.float16: WeightFormat.FLOAT16, torch.int16: WeightFormat.INT16,
 }  # fmt: skip
 
+_HOOKS_ON_ALL_MODULES = (
+    "_global_forward_hooks", "_global_forward_pre_hooks", "_global_backward_hooks", "_global_backward_pre_hooks",
+)  # fmt: skip
 _ENUMERATIONS = (OperationKind, Activation, TransformKind, SplineBoundary, WeightFormat)
 _TYPES: dict[str, Any] = {"int32_t": ctypes.c_int32, "int64_t": ctypes.c_int64, "double": ctypes.c_double}
 _TYPES |= {enumeration.__name__: ctypes.c_int32 for enumeration in _ENUMERATIONS}
@@ -164,7 +167,7 @@ def is_traced() -> bool:
         return True
     try:
         is_observed = torch._C._are_functorch_transforms_active() or torch._C._len_torch_dispatch_stack()
-        is_hooked = nn.modules.module._has_any_global_hook()
+        is_hooked = any(getattr(nn.modules.module, name) for name in _HOOKS_ON_ALL_MODULES)
         return bool(is_observed or is_hooked) or forward_ad._current_level >= 0
     except AttributeError:
         return True
