@@ -85,13 +85,13 @@ def test_flows_within_objects_are_found() -> None:
     flows = [CASES[name].make() for name in NATIVE[:5]]
     holder = SimpleNamespace(
         several=[flows[1].transform, SimpleNamespace(inner=flows[2])], pair=(flows[3], 3), word="x",
-        first=flows[0].transform, deep=[[SimpleNamespace(too=flows[4])]], again=[flows[0]],
+        first=flows[0].transform, nested=[SimpleNamespace(inner=SimpleNamespace(flow=flows[4]))], again=[flows[0]],
     )  # fmt: skip
     with jf.accelerate({"a": flows[0].transform, 2: {"b": flows[2]}}) as handle:
         assert set(handle.transforms) == {"a.transforms.0", "a.transforms.1", "2.b"}
     with jf.accelerate(holder, 0.0) as handle:
         layers = [f"{name}.transforms.{i}" for name in ("first", "several.0") for i in (0, 1)]
-        assert set(handle.transforms) == {*layers, "several.1.inner", "pair.0"}
+        assert set(handle.transforms) == {*layers, "several.1.inner", "pair.0", "nested.0.inner.flow"}
         assert {what.split()[0] for what in handle.transforms.values()} == {"zuko", "nflows"}
         flows[2].inverse(normal(3, 24))
         assert list(handle.passes) == ["several.1.inner"]
@@ -209,12 +209,6 @@ def posterior(estimator: str) -> Any:
     network = inference.append_simulations(theta, x).train(max_num_epochs=1, training_batch_size=100)
     with jf.accelerate(network, 0.0):  # The posterior copies the network.
         return inference.build_posterior(network).set_default_x(torch.zeros(1, 7))
-
-
-def test_a_likelihood_inside_an_ensemble_of_posteriors_is_found() -> None:
-    flow = zuko.flows.MAF(3, transforms=1)
-    posteriors = [SimpleNamespace(potential_fn=SimpleNamespace(likelihood_estimator=flow))]
-    assert len(jf.accelerate(SimpleNamespace(posteriors=posteriors)).transforms) == 1
 
 
 @pytest.mark.filterwarnings("ignore")
