@@ -92,7 +92,7 @@ def test_flows_within_objects_are_found() -> None:
     with jf.accelerate(holder, 0.0) as handle:
         layers = [f"{name}.transforms.{i}" for name in ("first", "several.0") for i in (0, 1)]
         assert set(handle.transforms) == {*layers, "several.1.inner", "pair.0", "nested.0.inner.flow"}
-        assert {what.split()[0] for what in handle.transforms.values()} == {"zuko", "nflows"}
+        assert {what.split()[0] for what in handle.transforms.values()} == {"zuko", "nflows", "normflows"}
         flows[2].inverse(normal(3, 24))
         assert list(handle.passes) == ["several.1.inner"]
 
