@@ -100,6 +100,17 @@ def test_compare_prints_both_rows_and_the_error(run: Any, tmp_path: Path) -> Non
         assert sheet.size[1] == 40 + 2 * panel + enlarged  # below the classes
 
 
+def test_latents_of_an_autoencoder_are_no_picture(run: Any, tmp_path: Path) -> None:
+    config = jf.TarFlowConfig(4, 4, 2, channels=16, num_blocks=2, layers_per_block=1, head_dim=16)
+    jf.TarFlow(config).save_pretrained(tmp_path / "latents")
+    for more in ("--compare", "--overwrite"):
+        result = run(f"sample --model {tmp_path}/latents --num 2 --out {tmp_path}/out {more}")
+        assert result.code == 0, result.err
+        assert not (tmp_path / "out/samples.png").exists()
+    jf.sample(jf.load(str(tmp_path / "latents")), 1).save(tmp_path / "saved")
+    assert os.listdir(tmp_path / "saved") == ["samples.npz"]
+
+
 def test_guidance_denoising_tolerance_and_report_reach_the_library(run: Any, tmp_path: Path) -> None:
     settings = "--guidance 0.7,attn_temperature=0.8,annealed=false,on=shift --denoise 0.9"
     line = f"sample --model model --num 3 --strategy jacobi --report report.json --tolerance 1e-5 {settings}"

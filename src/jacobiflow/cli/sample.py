@@ -173,7 +173,7 @@ def run(config: SampleConfig, processes: Processes) -> SampleResult | None:
             return None
         preparation_seconds = perf_counter() - started - folder.seconds
         comparison = _compare(flow, folder, context, texts, progress) if config.compare else None
-    has_sheet = flow.image_shape is not None and folder.is_complete
+    has_sheet = _can_be_shown(flow) and folder.is_complete
     if has_sheet and comparison is None:
         _save_sheet(folder, config.out / _SHEET)
     manifest, residual = folder.manifest, folder.residual() if folder.is_complete else None
@@ -247,15 +247,16 @@ def _compare(
             run_denoising = partial(denoise.denoise_checked, flow, x, context, manifest.denoise, 64)
             denoise_seconds, images[i] = timing.time_call(run_denoising, x.device)
             seconds[i] += denoise_seconds
-    labels = [] if prompts is not None or context.values is None else context.values.tolist()
-    classes = [flow.classes[k] if flow.classes and k >= 0 else f"class {k}" for k in labels]
-    sheet = plots.comparison_sheet(
-        images[0][:_SHEET_IMAGES],
-        images[1][:_SHEET_IMAGES],
-        ("original sampler", manifest.strategy),
-        (prompts or classes)[: min(num, _SHEET_IMAGES)],
-    )
-    plots.save_png(sheet, folder.path / _SHEET)
+    if _can_be_shown(flow):
+        labels = [] if prompts is not None or context.values is None else context.values.tolist()
+        classes = [flow.classes[k] if flow.classes and k >= 0 else f"class {k}" for k in labels]
+        sheet = plots.comparison_sheet(
+            images[0][:_SHEET_IMAGES],
+            images[1][:_SHEET_IMAGES],
+            ("original sampler", manifest.strategy),
+            (prompts or classes)[: min(num, _SHEET_IMAGES)],
+        )
+        plots.save_png(sheet, folder.path / _SHEET)
     return Comparison(
         original=result.original,
         original_seconds=seconds[0],
@@ -264,6 +265,11 @@ def _compare(
         error=evaluation.paired_error(images[1], images[0]),
         sensitivity=run(sample.Outputs(sensitivity=True)).outcome.sensitivity,
     )
+
+
+def _can_be_shown(flow: Flow) -> bool:
+    """Returns True for grey and colour images; False for latents of an autoencoder, which have other channels."""
+    return flow.image_shape is not None and flow.image_shape[0] in (1, 3)
 
 
 def _save_sheet(folder: jf.SampleFolder, path: Path) -> None:

@@ -230,7 +230,7 @@ class Samples:
         return image_grid(self.images, min(columns, len(self.x)))
 
     def save(self, folder: str | Path) -> None:
-        """Writes samples.npz, with all that is known of each sample, and of images a PNG each.
+        """Writes samples.npz, with all that is known of each sample, and a PNG of each grey or colour image.
 
         Its arrays are `x`, `latents`, `labels` or `context`, `log_prob`, `residual`, `sensitivity`, `status` and
         `exact`; those that are `None` are left out. `sample_to_folder` is for more samples than fit in memory, and
@@ -244,7 +244,8 @@ class Samples:
         }  # fmt: skip
         folder.mkdir(parents=True, exist_ok=True)
         write_atomically(folder / "samples.npz", npz_bytes(arrays))
-        for i, image in enumerate(self.x if self.x.ndim == 4 else ()):
+        is_shown = self.x.ndim == 4 and self.x.shape[1] in (1, 3)
+        for i, image in enumerate(self.x if is_shown else ()):
             image_grid(image.unsqueeze(0), 1, zoom=1, gap=0).save(folder / f"{i:05}.png")
 
     @property
