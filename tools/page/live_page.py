@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import onnx
+import torch
 
 import jacobiflow as jf
 from benchmarks.sources import ROOT
@@ -24,8 +25,8 @@ RUNTIME_FILES = ["ort.wasm.min.mjs", "ort-wasm-simd-threaded.mjs", "ort-wasm-sim
 SHA512 = "q0y+JrrtukXSzsBWEMccVfqX25LRmosXHF+CaRJmg8pZClzcV7svNc4rKY3jL02Vb7QmRMDs1SigqR4CXAfKYQ=="
 
 
-def rounded(flow: jf.TarFlow) -> jf.TarFlow:
-    """Rounds the matrices of a flow, in place, as an export stores them. Returns the flow."""
+def round_weights(flow: jf.TarFlow) -> jf.TarFlow:
+    """Rounds the matrices of a flow in place, as an export stores them. Returns the flow."""
     for parameter in flow.parameters():
         if parameter.ndim == 2:
             multiples, steps = round_rows(parameter.data)
@@ -44,7 +45,7 @@ def export(flow: jf.TarFlow, out: Path, guidance: jf.Guidance) -> dict[str, Any]
     Returns:
         The content of model.json.
     """
-    config, tensors = flow.config, dict(flow.named_parameters())
+    config, tensors = flow.config, dict[str, torch.Tensor](flow.named_parameters())
     assert isinstance(config, jf.TarFlowConfig)
     for i, block in enumerate(flow.blocks):  # in the causal order of the block
         tensors[f"blocks.{i}.pos_embed"] = block.permutation(block.pos_embed, dim=0)

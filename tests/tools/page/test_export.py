@@ -13,14 +13,14 @@ import torch
 
 import jacobiflow as jf
 from tests.helpers.problems import make_flow, to_float32
-from tools.page.live_page import export, rounded
+from tools.page.live_page import export, round_weights
 
 TOKENS, CLASSES, CLOSE = 16, 3, {"rtol": 1e-4, "atol": 1e-4}
 GUIDANCE = jf.Guidance(0.7, on="scale", attn_temperature=1.3)
 
 
 def test_graphs_are_the_flow(tmp_path: Path, one_thread: None) -> None:
-    flow = rounded(to_float32(make_flow(num_classes=CLASSES, noise_std=0.3)))
+    flow = round_weights(to_float32(make_flow(num_classes=CLASSES, noise_std=0.3)))
     model = export(flow, tmp_path, GUIDANCE)
     assert model == json.loads((tmp_path / "model.json").read_text())
     for path in tmp_path.glob("*.gz"):

@@ -86,7 +86,7 @@ def test_pictures_are_those_of_python(page: Page) -> None:
         page.keyboard.press(key)
     page.wait_for_selector("#reason:not(:empty)")
 
-    flow = live_page.rounded(jf.load(live_page.MODEL))
+    flow = live_page.round_weights(jf.load(live_page.MODEL))
     latents = torch.tensor(page.evaluate("[...jacobiflow.latents]")).view(1, flow.config.num_tokens, -1)
     assert abs(float(latents.mean())) < 0.15
     assert abs(float(latents.std()) - 1) < 0.1
