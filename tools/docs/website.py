@@ -56,6 +56,7 @@ def build(out: Path) -> Path:
         shutil.rmtree(folder, ignore_errors=True)
     repository = project["extra"]["social"][0]["link"]
     pages = Pages(source, repository)
+    live_page.write_scripts(source / "live")
     for path, name in pages.names.items():
         pages.add(path, _markdown(path, source / name, repository))
     (source / "reference/commands.md").write_text(_commands())
@@ -82,9 +83,7 @@ def build(out: Path) -> Path:
 
 
 def _markdown(path: str, page: Path, repository: str) -> str:
-    """The Markdown of a file of the repository; its pictures and scripts are written beside the page."""
-    if path == live_page.SOURCE:
-        return live_page.write_page(page.parent)
+    """The Markdown of a file of the repository; the pictures of a notebook are written beside the page."""
     if not path.endswith(".ipynb"):
         return (ROOT / path).read_text()
     colab = repository.replace("https://github.com", "https://colab.research.google.com/github")
@@ -147,7 +146,7 @@ class Pages:
     def _target(self, path: str, target: str) -> str:
         """The target in the site of a link in the file `path`."""
         here = os.path.dirname(self.names[path])
-        beside = self.site / here / target  # if it is a picture of a notebook
+        beside = self.site / here / target  # if it is a picture of a notebook, or a script
         if ":" in target or (not target.startswith("..") and beside.is_file()):
             return target
         linked = os.path.normpath(os.path.join(os.path.dirname(path), target))
@@ -197,9 +196,8 @@ def check_pages(site: Path) -> list[str]:
 
 
 def main() -> None:
-    """Builds the site, with the model that runs in the browser, and checks it."""
+    """Builds the site and checks it."""
     site = build(ROOT / "out")
-    live_page.write_model(site / "live")
     if CHROMIUM is None:
         print("no Chromium is installed, so the pages were not looked at")
     elif wrong := check_pages(site):

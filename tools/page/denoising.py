@@ -24,7 +24,7 @@ def denoising_graph(flow: TarFlow, weights: SharedWeights) -> onnx.ModelProto:
     x = "x"
     for block in blocks:
         x = block.forward(x)
-    gradient = g("Neg", g("Div", x, g.weight("var")))
+    gradient = g("Neg", g("Div", x, g.constant(flow.var.detach().float().numpy())))
     for block in reversed(blocks):
         gradient = block.backward(gradient)
     g("Add", "x", g("Mul", gradient, g.number(config.noise_std**2)), outputs="denoised")

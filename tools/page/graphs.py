@@ -15,7 +15,10 @@ from torch import Tensor
 from jacobiflow.utils.files import sha256
 
 OPSET, IR_VERSION = 20, 9
-_TYPES = {torch.float16: onnx.TensorProto.FLOAT16, torch.float32: onnx.TensorProto.FLOAT}
+LEVELS = 50  # of a weight, above 0 and below; the bundled model then compresses to less than 3 MB
+_TYPES = {
+    torch.int8: TensorProto.INT8, torch.float16: TensorProto.FLOAT16, torch.float32: TensorProto.FLOAT,
+}  # fmt: skip
 Shape = Sequence[int | str]
 
 
@@ -24,38 +27,48 @@ def file_name(stem: str, content: bytes | bytearray, suffix: str) -> str:
     return f"{stem}-{sha256(content)[:16]}{suffix}"
 
 
+def round_rows(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Rounds each row to multiples of a step. Returns the multiples in int8, and the steps, (rows, 1)."""
+    steps = matrix.abs().amax(dim=1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny) / LEVELS
+    return (matrix / steps).round().to(torch.int8), steps
+
+
 class SharedWeights:
     """Tensors, one after another in `data`; a graph refers to them as external data of the file `location`.
 
-    Each is stored in float16 if that loses nothing, else in float32.
+    Matrices are stored as `round_rows` rounds them, others in float16 if that loses nothing, else in float32.
     """
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         self.data = bytearray()
-        self._stored: dict[str, onnx.TensorProto] = {}
+        self._stored: dict[str, list[onnx.TensorProto]] = {}
         for name, tensor in tensors.items():
             tensor = tensor.detach().cpu().float()
             half = tensor.half()
-            self._stored[name] = self._store(name, half if torch.equal(half.float(), tensor) else tensor)
-        self.location = file_name("weights", self.data, ".bin")
-        for entry in self._stored.values():
+            parts = round_rows(tensor) if tensor.ndim == 2 else [half if torch.equal(half.float(), tensor) else tensor]
+            self._stored[name] = [self._store(f"{name}/{i}", part) for i, part in enumerate(parts)]
+        self.location = file_name("weights", self.data, ".bin.gz")
+        for entry in itertools.chain(*self._stored.values()):
             entry.external_data.add(key="location", value=self.location)
 
     def _store(self, name: str, tensor: Tensor) -> onnx.TensorProto:
         raw = tensor.contiguous().numpy().tobytes()
         entry = onnx.TensorProto(
-            name=f"{name}/stored", dims=list(tensor.shape), data_type=_TYPES[tensor.dtype],
-            data_location=onnx.TensorProto.EXTERNAL,
-        )  # fmt: skip
+            name=name, dims=list(tensor.shape), data_type=_TYPES[tensor.dtype], data_location=TensorProto.EXTERNAL
+        )
         for key, value in (("offset", len(self.data)), ("length", len(raw))):
             entry.external_data.add(key=key, value=str(value))
         self.data += raw
         return entry
 
-    def read(self, name: str) -> tuple[onnx.TensorProto, onnx.NodeProto]:
-        """The stored tensor of the float32 value `name`, and the node that casts it."""
+    def read(self, name: str) -> tuple[list[onnx.TensorProto], list[onnx.NodeProto]]:
+        """The stored tensors of the float32 value `name`, and the nodes that make it from them."""
         stored = self._stored[name]
-        return stored, onnx.helper.make_node("Cast", [stored.name], [name], to=onnx.TensorProto.FLOAT)
+        if len(stored) == 1:
+            return stored, [helper.make_node("Cast", [stored[0].name], [name], to=TensorProto.FLOAT)]
+        multiples, steps = (entry.name for entry in stored)
+        cast = helper.make_node("Cast", [multiples], [f"{name}/float"], to=TensorProto.FLOAT)
+        return stored, [cast, helper.make_node("Mul", [f"{name}/float", steps], [name])]
 
 
 class Graph:
@@ -76,21 +89,21 @@ class Graph:
 
     def ints(self, *values: int) -> str:
         """A constant vector of integers: a shape, or axes."""
-        return self._constant(np.asarray(values, np.int64))
+        return self.constant(np.asarray(values, np.int64))
 
     def number(self, value: float) -> str:
-        return self._constant(np.asarray(value, np.float32))
+        return self.constant(np.asarray(value, np.float32))
 
-    def _constant(self, value: Any) -> str:
+    def constant(self, value: Any) -> str:
         name = next(self._names)
         self._constants.append(onnx.numpy_helper.from_array(value, name))
         return name
 
     def weight(self, name: str) -> str:
         if name not in self._read:
-            stored, cast = self._weights.read(name)
-            self._constants.append(stored)
-            self._nodes.append(cast)
+            stored, nodes = self._weights.read(name)
+            self._constants += stored
+            self._nodes += nodes
             self._read.add(name)
         return name
 

@@ -1,128 +1,80 @@
-// The form, its pictures and messages; the solver runs in worker.js.
-import { paint } from "./picture.js";
+// Shows the race: pictures, clocks, and the winner. The samplers run in worker.js.
+const TINT = [191, 88, 0]; // of tokens that are not final yet
+const samplers = { exact: "Token by token", sweeps: "Sweeps" };
+const $ = (id) => document.getElementById(id), part = (name, selector) => document.querySelector(`#race .${name} ${selector}`);
+const isMotionReduced = matchMedia("(prefers-reduced-motion)");
+const worker = new Worker("worker.js", { type: "module" });
+let id = 0, seed = 0, model, results;
 
-const MOST_THREADS = 8;
-const query = new URLSearchParams(location.search), $ = (id) => document.getElementById(id);
-const cell = (loop, name) => document.querySelector(`#results .${loop}${name}`);
-const names = { sweeps: "by sweeps", exact: "token by token" };
-const models = {}, megabytes = { cpu: 21, gpu: 34 }; // by device
-let ask, model, threads, results, loop, job = 0;
-
-// The status is read aloud, the progress is not.
-function say(status, failed = false) {
-  $("status").textContent = status;
-  $("status").classList.toggle("live-failed", failed);
-  $("progress").textContent = "";
+function say(outcome, reason = "") {
+  $("outcome").textContent = outcome;
+  $("reason").textContent = reason;
 }
 
-// Standard normal numbers by Box and Muller, from the generator mulberry32.
-function latents(seed, count) {
-  let state = seed >>> 0;
-  const uniform = () => {
-    state = (state + 0x6d2b79f5) | 0;
-    let t = Math.imul(state ^ (state >>> 15), 1 | state);
-    t = (t + Math.imul(t ^ (t >>> 7), 61 | t)) ^ t;
-    return ((t ^ (t >>> 14)) >>> 0) / 2 ** 32;
-  };
-  const normal = () => Math.sqrt(-2 * Math.log(1 - uniform())) * Math.cos(2 * Math.PI * uniform());
-  return Float32Array.from({ length: count }, normal);
+function paint(name, image, isOpen) {
+  const { image_size: side, patch_size: patch, in_channels: channels, token_channels: c } = model;
+  const pixels = new ImageData(new Uint8ClampedArray(4 * side * side).fill(255), side, side);
+  image.forEach((value, i) => {
+    const level = (value + 1) * 127.5;
+    const place = Math.floor(i / c), across = side / patch, pixel = (i % c) % patch ** 2;
+    const row = Math.floor(place / across) * patch + Math.floor(pixel / patch);
+    const at = row * side + (place % across) * patch + (pixel % patch);
+    for (let k = Math.floor((i % c) / patch ** 2); k < 3; k += channels)
+      pixels.data[4 * at + k] = isOpen(place) ? TINT[k] + level * 0.25 : level;
+  });
+  part(name, "canvas").getContext("2d").putImageData(pixels, 0, 0);
 }
 
-function draw(tokens, isOpen) {
-  paint(cell(loop, " canvas"), model, tokens.map((value) => (value + 1) * 127.5), isOpen);
+function show({ name, seconds, calls, block, front, image, isDone }) {
+  const { num_tokens: length, orders } = model;
+  const isOpen = (place) => !isDone && (orders[block] === "flip" ? length - 1 - place : place) >= front;
+  if (isDone || !isMotionReduced.matches) paint(name, image, isOpen);
+  part(name, ".seconds").textContent = `${seconds.toFixed(2)} s`;
+  part(name, ".calls").textContent = `${calls.toLocaleString("en")} calls`;
+  part(name, "progress").value = isDone ? 1 : ((orders.length - 1 - block) * length + front) / (orders.length * length);
 }
 
-function clear(loop) {
-  for (const name of [".calls", ".seconds", ".residual"]) cell(loop, name).textContent = "–";
-  cell(loop, " canvas").getContext("2d").reset();
+// The winner, by the seconds on the clocks, and the reason: the number of calls against the time of a call.
+function conclude({ exact, sweeps }) {
+  const times = Object.entries(samplers).map(([name, text]) => `${text}: ${results[name].seconds.toFixed(2)} s.`);
+  const isSweepsFaster = sweeps.seconds < exact.seconds;
+  const [one, many] = [exact, sweeps].map(({ seconds, calls }) => (1000 * seconds) / calls);
+  const [fewer, longer] = [exact.calls / sweeps.calls, many / one].map((ratio) => ratio.toFixed(1));
+  const counts = [sweeps, exact].map(({ calls }) => calls.toLocaleString("en"));
+  const difference = exact.image.reduce((most, value, i) => Math.max(most, Math.abs(value - sweeps.image[i])), 0) * 127.5;
+  say(
+    `${times.join(" ")} ${samplers[isSweepsFaster ? "sweeps" : "exact"]} won here.`,
+    `Sweeps made ${counts[0]} calls instead of ${counts[1]}: ${fewer} times fewer. ${isSweepsFaster ? "And" : "But"} a call took ` +
+      `${isSweepsFaster ? "only " : ""}${longer} times as long on average, because it computes up to ${sweeps.size} tokens: ` +
+      `${many.toFixed(2)} ms instead of ${one.toFixed(2)} ms. The two pictures differ by at most ${difference.toFixed(1)} grey levels of 255.`,
+  );
 }
 
-// Makes a function that sends the worker a message and waits for its answer; progress on the way is shown.
-function connect(worker) {
-  let answer;
-  const handlers = {
-    gpu: () => ($("device").options[1].disabled = false),
-    loading: ({ bytes }) => ($("progress").textContent = `${(bytes / 1e6).toFixed(1)} MB`),
-    loaded: () => say("Starting the model …"),
-    sweep: ({ block, front, order, tokens }) => {
-      const isOpen = (place) => (order === "identity" ? place : model.num_tokens - 1 - place) >= front;
-      matchMedia("(prefers-reduced-motion)").matches || draw(tokens, isOpen);
-      const blocks = model.orders.length;
-      $("progress").textContent = `Block ${blocks - block} of ${blocks}: ${front} of ${model.num_tokens} tokens are final`;
-    },
-    failed: (error) => answer.reject(error),
-    stopped: () => answer.reject(),
-  };
-  worker.onmessage = ({ data }) => (handlers[data.kind] ?? answer.resolve)(data);
-  worker.onerror = ({ message }) => answer?.reject({ message: message || "worker.js did not load" });
-  return (message) => {
-    worker.postMessage(message);
-    return new Promise((resolve, reject) => (answer = { resolve, reject }));
-  };
+const handlers = {
+  started: (start) => {
+    ({ model } = start);
+    window.jacobiflow = results = { latents: start.latents }; // and the pictures, for a check
+    say(`${$("class").selectedOptions[0].text}: two samplers, the same noise`);
+  },
+  turn: (turn) => {
+    show(turn);
+    if (turn.isDone) results[turn.name] = turn;
+    if (results.exact && results.sweeps) conclude(results);
+  },
+  failed: ({ message }) => say(`This did not work: ${message}. Reload the page to try again.`),
+};
+
+function race() {
+  worker.postMessage({ id: ++id, label: Number($("class").value), seed });
 }
 
-function report(result) {
-  const { calls, seconds, residual } = result;
-  if (!(residual <= model.tolerance)) throw new Error(`${names[loop]}, |g(x) - x| = ${residual} at this seed`);
-  draw(result.image);
-  cell(loop, ".calls").textContent = calls.toLocaleString("en");
-  cell(loop, ".seconds").textContent = seconds.toFixed(2);
-  cell(loop, ".residual").textContent = residual.toExponential(1);
-  results[loop] = result;
-}
-
-// The largest difference of the two pictures, in grey levels of 255.
-function difference({ image }, { image: other }) {
-  return image.reduce((most, value, i) => Math.max(most, Math.abs(value - other[i])), 0) * 127.5;
-}
-
-function showDownload() {
-  const device = $("device").value;
-  $("draw").textContent = models[device] ? "Draw" : `Draw (fetches ${megabytes[device]} MB)`;
-}
-
-async function run() {
-  [$("draw").disabled, $("stop").disabled] = [true, false];
-  const device = $("device").value;
-  results = { device, label: Number($("class").value), seed: Number($("seed").value), threads };
-  window.jacobiflow = results; // latents, tokens and residuals, for a check
-  Object.keys(names).forEach(clear);
-  try {
-    say("Fetching the model …");
-    model = models[device] ??= (await ask({ kind: "load", device, threads })).model;
-    showDownload();
-    results.latents = latents(results.seed, model.num_tokens * model.token_channels);
-    const windowSize = device === "gpu" ? model.num_tokens : model.window * threads;
-    for (loop of $("exact").checked ? ["sweeps", "exact"] : ["sweeps"]) {
-      say(`Drawing ${names[loop]} …`);
-      const size = loop === "sweeps" ? windowSize : 1;
-      report(await ask({ kind: "draw", ...results, size, tolerance: model.tolerance, id: ++job }));
-    }
-    const { sweeps, exact } = results, apart = exact && difference(sweeps, exact).toFixed(2);
-    say(`Done with windows of ${windowSize} tokens. ${exact ? `The pictures differ by at most ${apart} grey levels of 255.` : ""}`);
-  } catch (error) {
-    Object.keys(names).forEach((name) => results[name] ?? clear(name));
-    say(error ? `This did not work: ${error.message}. Draw tries again.` : "Stopped.", Boolean(error));
-  }
-  [$("draw").disabled, $("stop").disabled] = [false, true];
-}
-
-// Threads need isolate.js, which stops the site's search, so they are only used by a page that asks for them.
-const most = Math.min(navigator.hardwareConcurrency, MOST_THREADS), wanted = Number(query.get("threads")) || 1;
-if (typeof WebAssembly !== "object") say("This browser has no WebAssembly, which the model needs.", true);
-else if (wanted > 1 && !crossOriginIsolated && navigator.serviceWorker && !sessionStorage.isolated) {
-  sessionStorage.isolated = "tried"; // once more behind isolate.js
-  await navigator.serviceWorker.register("isolate.js").then(() => navigator.serviceWorker.ready).catch(() => {});
-  location.reload();
-} else {
-  threads = crossOriginIsolated ? wanted : 1;
-  const worker = new Worker("worker.js", { type: "module" });
-  ask = connect(worker);
-  $("form").addEventListener("submit", (event) => (event.preventDefault(), run()));
-  $("stop").addEventListener("click", () => worker.postMessage({ kind: "stop" }));
-  $("threads").hidden = wanted > 1 || most < 2 || !navigator.serviceWorker;
-  $("threads").querySelector("a").href = `?threads=${most}#run-it-yourself`;
-  $("device").addEventListener("change", showDownload);
-  $("draw").disabled = false;
-  say("Ready.");
-}
+worker.onmessage = ({ data }) => data.id === id && handlers[data.kind](data);
+worker.onerror = ({ message }) => handlers.failed({ message: message || "worker.js did not load" });
+$("class").addEventListener("change", race);
+$("form").addEventListener("submit", (event) => {
+  event.preventDefault();
+  seed++;
+  race();
+});
+say("Fetching the model …");
+race();

@@ -1,55 +1,78 @@
-// Runs the solver beside the page, which stays responsive, and sends it messages.
-const SHOW_EVERY = 40; // milliseconds
-const solvers = {}; // by device
-let current; // the number of the job that is running
+// Races the exact loop against sweeps beside the page, which stays responsive, and reports each turn.
+import { Solver } from "./solver.js";
 
-async function read(name, onBytes) {
+const TURN = 16, WARM_UP = 1000; // milliseconds
+const loading = load();
+let current; // the number of the race that is running
+
+async function load() {
+  const model = JSON.parse(new TextDecoder().decode(await read("model.json")));
+  const names = [model.weights, ...model.blocks, model.denoise];
+  const files = await Promise.all(names.map(async (name) => [name, await read(name)]));
+  const solver = await Solver.load(model, Object.fromEntries(files));
+  await warmUp(solver);
+  return solver;
+}
+
+// Browsers compile code better after it has run for a while, so the clocks start after that.
+async function warmUp(solver) {
+  const started = performance.now();
+  for await (const _ of solver.solve(normalNumbers(0, solver.prior_scale.length), 0, 1))
+    if (performance.now() - started > WARM_UP) return;
+}
+
+async function read(name) {
   const response = await fetch(`model/${name}`);
   if (!response.ok) throw new Error(`model/${name}: ${response.status} ${response.statusText}`);
-  const parts = [], reader = response.body.getReader();
-  for (let part = await reader.read(); !part.done; part = await reader.read()) {
-    parts.push(part.value);
-    onBytes(part.value.length);
-  }
-  return new Uint8Array(await new Blob(parts).arrayBuffer());
+  const stream = name.endsWith(".gz") ? response.body.pipeThrough(new DecompressionStream("gzip")) : response.body;
+  return new Uint8Array(await new Response(stream).arrayBuffer());
 }
 
-async function load({ device, threads }) {
-  let bytes = 0;
-  const { Solver } = await import("./solver.js"); // and so the runtime, which the page needs for a picture only
-  const runtime = Solver.start(device, threads);
-  const onBytes = (more) => postMessage({ kind: "loading", bytes: (bytes += more) });
-  const model = JSON.parse(new TextDecoder().decode(await read("model.json", onBytes)));
-  const names = [model.weights, ...model.blocks, model.denoise];
-  const files = Object.fromEntries(await Promise.all(names.map(async (name) => [name, await read(name, onBytes)])));
-  postMessage({ kind: "loaded" });
-  solvers[device] = await Solver.load(await runtime, device, model, files);
-  postMessage({ kind: "ready", model });
-}
-
-async function draw({ device, latents, label, size, tolerance, id }) {
-  const solver = solvers[device];
-  let shown = 0, pauses = 0; // milliseconds
-  current = id;
-  const onSweep = async ({ block, x }, front) => {
-    const started = performance.now();
-    if (started - shown < SHOW_EVERY) return;
-    postMessage({ kind: "sweep", block, front, order: solver.orders[block], tokens: solver.permuted(x, block) });
-    await new Promise((done) => setTimeout(done)); // lets a message come in
-    if (current !== id) throw new Error("stopped");
-    shown = performance.now();
-    pauses += shown - started; // the picture's time is not the solver's
+// Standard normal numbers by Box and Muller, from the generator mulberry32.
+function normalNumbers(seed, count) {
+  let state = seed >>> 0;
+  const uniform = () => {
+    state = (state + 0x6d2b79f5) | 0;
+    let t = Math.imul(state ^ (state >>> 15), 1 | state);
+    t = (t + Math.imul(t ^ (t >>> 7), 61 | t)) ^ t;
+    return ((t ^ (t >>> 14)) >>> 0) / 2 ** 32;
   };
-  const started = performance.now();
-  const solution = await solver.solve(latents, label, size, tolerance, onSweep);
-  const solved = performance.now();
-  let seconds = (solved - started - pauses) / 1000;
-  if (size === 1) seconds -= solution.certifySeconds; // exact by construction: measured, but not at its cost
-  const image = await solver.denoiseTokens(solution.tokens, label);
-  postMessage({ kind: "image", ...solution, image, seconds, denoiseSeconds: (performance.now() - solved) / 1000 });
+  const normal = () => Math.sqrt(-2 * Math.log(1 - uniform())) * Math.cos(2 * Math.PI * uniform());
+  return Float32Array.from({ length: count }, normal);
 }
 
-const stop = async () => (current = undefined);
-const fail = ({ message }) => postMessage({ kind: message === "stopped" ? "stopped" : "failed", message });
-onmessage = ({ data }) => ({ load, draw, stop })[data.kind](data).catch(fail);
-navigator.gpu?.requestAdapter().then((adapter) => adapter && postMessage({ kind: "gpu" }));
+// The sampler whose clock is behind takes the next turn: the two share one thread, and never run at the same time.
+async function race({ id, label, seed }) {
+  current = id;
+  const solver = await loading;
+  const latents = normalNumbers(seed, solver.prior_scale.length);
+  const racers = Object.entries({ exact: 1, sweeps: solver.window }).map(([name, size]) => {
+    return { name, size, solve: solver.solve(latents, label, size), seconds: 0, calls: 0, isDone: false };
+  });
+  postMessage({ kind: "started", id, model: solver.model, latents });
+  while (current === id && !racers.every(({ isDone }) => isDone)) {
+    const waiting = racers.filter(({ isDone }) => !isDone);
+    const racer = waiting.reduce((behind, other) => (other.seconds < behind.seconds ? other : behind));
+    const picture = await takeTurn(racer, solver, label);
+    const { name, size, seconds, calls, isDone } = racer;
+    postMessage({ kind: "turn", id, name, size, seconds, calls, isDone, ...picture });
+    await new Promise((done) => setTimeout(done)); // lets a message come in
+  }
+}
+
+async function takeTurn(racer, solver, label) {
+  const started = performance.now();
+  let step, elapsed;
+  do {
+    step = await racer.solve.next();
+    if (!step.done) racer.calls++;
+    elapsed = performance.now() - started;
+  } while (!step.done && elapsed < TURN);
+  racer.seconds += elapsed / 1000;
+  racer.isDone = step.done;
+  if (step.done) return { image: await solver.denoised(step.value, label) };
+  const { block, front, x } = step.value;
+  return { block, front, image: solver.permuted(x, block) };
+}
+
+onmessage = ({ data }) => race(data).catch(({ message }) => postMessage({ kind: "failed", id: data.id, message }));
