@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import copy
 import logging
-import os
-import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -24,10 +22,9 @@ import torch
 from torch import Tensor
 
 import jacobiflow as jf
-from benchmarks.common import RESULTS, Json, complete, parser, time_speed_up
+from benchmarks.common import RESULTS, Json, complete, parser, temporary_folder, time_speed_up
 from jacobiflow.models.memory import keep_freed_memory
 
-OUT = RESULTS / "clients.json"
 FEATURES, PARAMETERS, DATA = 10, 5, 8  # Features of flows of random weights, parameters and data of simulations.
 SIMULATIONS, EPOCHS, ROWS, OBSERVATIONS = 2_000, 10, 10_000, 100
 
@@ -278,11 +275,14 @@ def keys() -> Iterator[Json]:
             print(f"{client.package} is not installed: `{client.call}` is left out")
 
 
-if __name__ == "__main__":
+def main() -> None:
     parser(__doc__).parse_args()
+    logging.disable(logging.WARNING)
+    with temporary_folder(), warnings.catch_warnings():  # sbi logs its training where it runs
+        warnings.simplefilter("ignore")
+        complete(RESULTS / "clients.json", keys(), measure)
+
+
+if __name__ == "__main__":
     keep_freed_memory()
-    warnings.filterwarnings("ignore")
-    logging.disable()
-    with tempfile.TemporaryDirectory() as folder:
-        os.chdir(folder)  # sbi logs its training where it runs.
-        complete(OUT, keys(), measure)
+    main()

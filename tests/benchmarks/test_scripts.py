@@ -126,6 +126,17 @@ def test_sbi_flows(run: Run, tmp_path: Path) -> None:
         assert all(0 < share < 1 for share in row["share"].values())
 
 
+def test_clients(run: Run) -> None:
+    module = pytest.importorskip("benchmarks.clients")
+    pytest.importorskip("sbi")
+    slow = ("pocomc", "ltu-ili", "lampe")
+    clients = [each._replace(rounds=1) for each in module.CLIENTS if each.package not in slow and each.rounds > 2]
+    result = run("clients", CLIENTS=clients, SIMULATIONS=200, EPOCHS=1, ROWS=20, OBSERVATIONS=2)["clients"]
+    assert {"zuko", "nflows", "normflows", "pyro-ppl", "sbi"} <= {row["package"] for row in result["runs"]}
+    for row in result["runs"]:
+        assert row["error"] < 1e-3
+
+
 def test_training(run: Run) -> None:
     module = pytest.importorskip("benchmarks.training")
     keys = shrink(module.keys(), features=5, hidden="8 x 2", rows=6)
