@@ -23,7 +23,6 @@ from jacobiflow.models.flow import Flow
 from jacobiflow.models.latents import draw_latents
 from jacobiflow.native import SWITCH
 from jacobiflow.utils.files import write_json
-from jacobiflow.utils.provenance import find_commit
 from jacobiflow.utils.timing import Timing, describe_machine, time_interleaved
 
 ROOT = sources.ROOT
@@ -89,7 +88,7 @@ def origin(measure: Callable[..., Any]) -> Json:
     """The command and the machine of a benchmark, the commit, and the digest of the code that it measures."""
     module = module_of(measure)
     command = {"command": f"python -m {module}", "machine": describe_machine()}
-    return command | {"commit": find_commit(), "code": sources.code_digest(module)}
+    return command | {"commit": sources.find_commit(), "code": sources.code_digest(module)}
 
 
 def module_of(function: Callable[..., Any]) -> str:

@@ -4,14 +4,25 @@ from __future__ import annotations
 
 import ast
 import hashlib
+import subprocess
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = {"jacobiflow": ROOT / "src/jacobiflow", "benchmarks": ROOT / "benchmarks", "examples": ROOT / "examples"}
-# No timing or error depends on what is shown.
+# No timing and no error depends on these.
 IGNORED = ("jacobiflow.api", "jacobiflow.cli", "jacobiflow.plots", "benchmarks.sources")
+
+
+def find_commit() -> str:
+    """The git commit, with "-dirty" if code that a benchmark may measure has changed since. Result files do not count."""
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+
+    changed = git("status", "--porcelain", "--", *map(str, FOLDERS.values()))
+    return git("rev-parse", "HEAD") + "-dirty" * bool(changed)
 
 
 @cache

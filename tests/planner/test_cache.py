@@ -129,6 +129,18 @@ def test_a_plan_of_a_busy_machine_is_used_for_a_minute_and_not_written(
     assert (plans.made, len(plans.files)) == (4, 1)
 
 
+def test_a_plan_made_while_others_compute_is_not_written(
+    model: Path, plans: Plans, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One thread of two cores leaves one core to others."""
+    monkeypatch.setattr(cache.psutil, "cpu_count", lambda: 2)
+    for everyone, num_files in ((24.0, 0), (22.0, 1)):
+        clocks = iter([(100.0, 500.0, 50.0), (110.0, 500.0 + everyone, 60.0)])
+        monkeypatch.setattr(cache, "_clocks", lambda: next(clocks))  # noqa: B023
+        auto(jf.load(model), 1)
+        assert len(plans.files) == num_files
+
+
 def test_one_thread_plans_at_a_time(model: Path, plans: Plans, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two would spoil each other's timings; the second takes the plan of the first if it is for the same batch."""
     working, most = list[None](), list[int]()

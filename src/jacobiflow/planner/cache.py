@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import os
 import threading
 import time
 from collections.abc import Hashable
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
 
+import psutil
 import torch
 
 from jacobiflow.errors import InputError
@@ -33,6 +35,11 @@ from jacobiflow.utils.timing import describe_machine
 _PACKAGE = Path(__file__).parent.parent
 _MAX_SPREAD = 0.3
 """Timings that differ by a larger share come from a busy machine, and its plan is not kept."""
+_MAX_CROWDING = 0.25
+"""Cores that other programs may use beyond the free ones. If they take the core of a thread, the others wait for it at
+each step of the exact loop, which is many times slower then."""
+_CLOCK_ERROR = 0.2
+"""Seconds by which the sum over all programs may be off."""
 _BUSY_SECONDS = 60.0
 """Seconds for which the plan of a busy machine is used; to plan at every call would take longer."""
 
@@ -66,9 +73,8 @@ def auto(flow: Flow, batch_size: int, tolerance: float | None = None, progress: 
         with _planning:
             strategy = _find_plan(plans, conditions)  # Another thread may have made it.
             if strategy is None:
-                strategy = _load_or_make(flow, weights, batch_size, tolerance, progress)
-                expires = time.monotonic() + _BUSY_SECONDS if _is_busy(strategy) else math.inf
-                plans[conditions] = strategy, expires
+                strategy, is_busy = _load_or_make(flow, weights, batch_size, tolerance, progress)
+                plans[conditions] = strategy, time.monotonic() + _BUSY_SECONDS if is_busy else math.inf
     warn_if_raised(strategy, tolerance)
     return strategy
 
@@ -87,8 +93,10 @@ def _environment(flow: Flow) -> tuple[Hashable, ...]:
     )  # fmt: skip
 
 
-def _load_or_make(flow: Flow, weights: str, batch_size: int, tolerance: float, progress: Progress | None) -> Strategy:
-    """The plan in the cache folder, or a new one, which is saved there unless the machine was busy."""
+def _load_or_make(
+    flow: Flow, weights: str, batch_size: int, tolerance: float, progress: Progress | None
+) -> tuple[Strategy, bool]:
+    """Returns the plan in the cache folder, or a new one; and if the machine was busy, so that it was not saved."""
     power_of_two = 1 << (batch_size - 1).bit_length()
     batch_size = batch_size if exceeds_memory(flow, power_of_two) else power_of_two
     tuning = find_tuning(flow)
@@ -100,18 +108,31 @@ def _load_or_make(flow: Flow, weights: str, batch_size: int, tolerance: float, p
     file = None if folder is None else folder / "plans" / f"{sha256(repr(conditions).encode())}.json"
     if file is not None:
         with suppress(InputError):  # The file may be missing or damaged.
-            return Strategy.load(file)
+            return Strategy.load(file), False
+    before = _clocks()
     strategy = make_plan(flow, None, batch_size, tolerance, True, progress)
-    if file is not None and not _is_busy(strategy):
+    spread = 0.0 if strategy.prediction is None else strategy.prediction.spread
+    is_busy = spread > _MAX_SPREAD or (flow.var.device.type == "cpu" and _is_crowded(before))
+    if file is not None and not is_busy:
         with suppress(OSError):  # A plan that cannot be saved is made again next time.
             file.parent.mkdir(parents=True, exist_ok=True)
             strategy.save(file)
-    return strategy
+    return strategy, is_busy
 
 
-def _is_busy(strategy: Strategy) -> bool:
-    """Tells if the machine was busy while it made a plan."""
-    return strategy.prediction is not None and strategy.prediction.spread > _MAX_SPREAD
+def _clocks() -> tuple[float, float, float]:
+    """Returns seconds since some time: of a clock, of computing by all programs, and of computing by this process."""
+    own, everyone = os.times(), psutil.cpu_times()
+    counted_twice = getattr(everyone, "guest", 0.0) + getattr(everyone, "guest_nice", 0.0)
+    waiting = everyone.idle + getattr(everyone, "iowait", 0.0)
+    return time.monotonic(), sum(everyone) - counted_twice - waiting, own.user + own.system
+
+
+def _is_crowded(before: tuple[float, float, float]) -> bool:
+    """Returns True if since `before` other programs have computed on cores that PyTorch's threads needed."""
+    seconds, everyone, own = (now - then for now, then in zip(_clocks(), before, strict=True))
+    free_cores = (psutil.cpu_count() or 1) - torch.get_num_threads()
+    return everyone - own > (free_cores + _MAX_CROWDING) * seconds + _CLOCK_ERROR
 
 
 @functools.cache
