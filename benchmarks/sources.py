@@ -16,7 +16,7 @@ IGNORED = ("jacobiflow.api", "jacobiflow.cli", "jacobiflow.plots", "benchmarks.s
 
 
 def find_commit() -> str:
-    """The git commit, with "-dirty" if code that a benchmark may measure has changed since. Result files do not count."""
+    """The git commit, with "-dirty" if code that a benchmark may measure has changed since."""
 
     def git(*arguments: str) -> str:
         return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
