@@ -26,6 +26,7 @@ TUTORIALS = Path(__file__).resolve().parent.parent / "docs" / "tutorials"
 SMALL: dict[str, dict[str, Any]] = {
     "converge": {"drawn": 2, "samples": 8},
     "own_flow": {"steps": 40, "num": 20},
+    "own_images": {"steps": 20, "num": 40},
     "sbi": {"simulations": 250, "checks": 10},
     "tarflow": {"num": 1024, "calibration": "--num 16 --convergence-samples 2"},
     "zuko": {"steps": 90},

@@ -6,6 +6,7 @@ import inspect
 import json
 import os
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +93,14 @@ def test_sizes_that_do_not_fit_name_one_that_does(refuse: Any, photos: Path, tmp
         f"{line} --image-size 9",
         "--patch-size 2 does not divide --image-size 9; give --patch-size 3, or --image-size 8\n",
     )
+
+
+def test_held_out_images_have_the_classes_of_the_training_images(refuse: Any, photos: Path, tmp_path: Path) -> None:
+    shutil.copytree(photos / "dog", tmp_path / "held-out" / "dog")
+    line = (
+        f"train --images {photos} --held-out {tmp_path}/held-out {TINY} --batch-size 4 --steps 1 --out {tmp_path}/run"
+    )
+    refuse(line, f"its classes are dog, and those of {photos} are cat, dog; give a folder with the same subfolders\n")
 
 
 def test_bad_settings_leave_no_folder(refuse: Any, tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ from jacobiflow.utils.files import write_atomically
 
 TUTORIALS = ROOT / "docs" / "tutorials"
 _TERMINAL = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|[^\n]*\r(?!\n)")  # colours, and lines that were written over
-_PROGRESS = re.compile(r"^[\d,]+ of [\d,]+ samples, .* a second, .*\n", re.MULTILINE)  # a line every half minute
+_PROGRESS = re.compile(r"^\w+: [\d,]+ of [\d,]+, about .* left\n", re.MULTILINE)  # a line every half minute
 _PYTHON = {
     "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
     "language_info": {"name": "python"},

@@ -180,7 +180,7 @@ def _training_images(config: TrainOptions) -> ImageDataset:
 
 
 def _held_out_images(config: TrainOptions, data: ImageDataset) -> ImageDataset | None:
-    """Loads the first images of `--held-out`, or of the test split, in the size and colour of the training images."""
+    """Loads images of `--held-out`, or of the test split, in the size and colour of the training images."""
     from jacobiflow.data import ImageDataset, available_splits, load_images
 
     split = "test" if "test" in available_splits(config.held_out or config.images) else "train"
@@ -188,8 +188,14 @@ def _held_out_images(config: TrainOptions, data: ImageDataset) -> ImageDataset |
         return None
     channels, size, _ = data.images.shape[1:]
     held_out = load_images(config.held_out or config.images, size, channels, split)  # type: ignore[arg-type]
-    labels = None if held_out.labels is None else held_out.labels[:_NUM_HELD_OUT]
-    return ImageDataset(held_out.images[:_NUM_HELD_OUT], labels)
+    if held_out.classes and data.classes and held_out.classes != data.classes and not config.unconditional:
+        raise InputValueError(
+            f"--held-out {config.held_out}: its classes are {', '.join(held_out.classes)}, and those of "
+            f"{config.images} are {', '.join(data.classes)}; give a folder with the same subfolders"
+        )
+    step = -(-len(held_out) // _NUM_HELD_OUT)  # The images of a folder are sorted by class: some of each are taken.
+    labels = None if held_out.labels is None else held_out.labels[::step]
+    return ImageDataset(held_out.images[::step], labels)
 
 
 def _summary(config: TrainOptions, data: ImageDataset, held_out: ImageDataset | None, flow: Flow) -> str:
