@@ -54,8 +54,10 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("mine", "runs/mine", "me/mine"):  # the last one as from the hub
         flow.save_pretrained(folder / name)
     for i in range(8):
-        (folder / f"photos/{i % 2}").mkdir(parents=True, exist_ok=True)
-        Image.effect_noise((32, 32), 50).save(folder / f"photos/{i % 2}/{i}.png")
+        for name in ("photos", "held-out"):
+            path = folder / name / ("cat", "dog")[i % 2] / f"{i}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.effect_noise((32, 32), 50).save(path)
     fashion = load_images("fashion-512", 28, 1)
     images, labels = fashion.images[:9, 0].numpy(), fashion.labels[:9].numpy().astype(np.uint8)
     np.savez(folder / "few.npz", images=images, labels=labels)
