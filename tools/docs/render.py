@@ -215,6 +215,13 @@ def to_images_speed_up(model: str, batch: int) -> str:
     return format_speed_up(seconds["original sampler, to images"]["median"] / seconds["auto, to images"]["median"])
 
 
+def to_images_range() -> str:
+    """The range of times faster that batches of `fashion-p2` are drawn and denoised, such as "6 to 20"."""
+    seconds = [run["seconds"] for run in result("model-speed")["runs"] if run["model"] == "fashion-p2"]
+    ratios = [each["original sampler, to images"]["median"] / each["auto, to images"]["median"] for each in seconds]
+    return f"{min(ratios):.0f} to {max(ratios):.0f}"
+
+
 def boltzmann_range(name: str) -> str:
     """The range of speed-ups of a way to sample over the original sampler, over all models and batches."""
     runs = [run["seconds"] for run in result("boltzmann")["runs"] if "growing cache" in run.get("seconds", {})]
@@ -267,7 +274,7 @@ def _environment() -> jinja2.Environment:
         paper_megabytes, paper_sizes.counted, paper_sizes.estimates, paper_sizes.runs_of, paper_sizes.tough_blocks,
         phase_seconds, plain_sweeps, plan, rank_correlation, recommendation, regimes.best_in_passes,
         regimes.in_passes, result, sampler, sampling_range, slowest_by_batch, speed_up_range, star_follows, strategy,
-        sweep_ways, to_images_speed_up, where,
+        sweep_ways, to_images_range, to_images_speed_up, where,
     )}  # fmt: skip
     environment.globals |= functions | {
         "calls": {"sampling": "inverse", "density": "`log_prob`"},
