@@ -82,7 +82,7 @@ def test_an_error_on_the_first_process_while_others_wait_for_it(tmp_path: Path) 
     line = "p.run_on_rank_zero(lambda: jf.SampleFolder.open('no-room'))"
     (ended,) = run_jobs([[Job(program(line))]], tmp_path)
     first, second = (each.out for each in ended["job"])
-    assert first.startswith("SampleFolderError manifest no-room")
+    assert first.startswith("SampleFolderError no-room: no such folder")
     assert second == first.replace("SampleFolderError", "ProcessFailed")
 
 
