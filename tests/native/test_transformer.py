@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import resource
 import sys
 from collections.abc import Callable, Iterator
@@ -170,8 +171,12 @@ def test_without_a_thread_pytorch_solves(name: str) -> None:
 
     def child() -> None:
         torch.set_num_threads(14)
+        libc, attributes = ctypes.CDLL(None), ctypes.create_string_buffer(256)
+        libc.pthread_attr_init(attributes)
+        libc.pthread_attr_setstacksize(attributes, ctypes.c_size_t(2**27))  # glibc has no stack of this size left over
+        libc.pthread_setattr_default_np(attributes)
         pages = int(Path("/proc/self/statm").read_text().split()[0])
-        room = pages * resource.getpagesize() + 2**23  # 14 stacks are 112 MB
+        room = pages * resource.getpagesize() + 2**23
         resource.setrlimit(resource.RLIMIT_AS, (room, room))
         assert block.sequential_inverse(z) is None
 
