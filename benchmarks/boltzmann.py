@@ -39,7 +39,7 @@ BATCHES = {
     "66 x 1, 4 x 4 layers of 256": (64,), "63 x 3, 6 x 6 layers of 384": (16,),
     "138 x 3, 8 x 8 layers of 384": (4,), PROSE: (16,),
 }  # fmt: skip
-ROWS = 256  # of the comparison with float64
+ROWS = 256  # Samples that are compared with float64.
 ROUNDS = 3
 BUNDLED = ("fashion-p2", "emoji-p2", "digits-p1", "digits-maf")
 GROWING, ACCELERATED, LOOP, DENSITIES = "growing cache", "accelerated", "loop", "loop, densities"

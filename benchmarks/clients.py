@@ -1,8 +1,8 @@
 """Times packages that build on masked flows, as they are and accelerated: `python -m benchmarks.clients`.
 
-Writes docs/results/clients.json, which fills docs/works_with.md, in three minutes on two idle cores. If it is stopped,
-it goes on later. Each package makes its own object by its public interface. A package that is not installed is left
-out: `pip install pocomc causalflows`. ltu-ili has its own installation page.
+Writes docs/results/clients.json, which fills docs/works_with.md, in three minutes on two idle cores. Each package
+makes its own object by its public interface. A package that is not installed is left out: `pip install pocomc
+causalflows`. ltu-ili has its own installation page.
 """
 
 from __future__ import annotations
@@ -175,7 +175,7 @@ def intervene(flow: Any) -> Tensor:
 
 
 class Client(NamedTuple):
-    """What users of a package wait for.
+    """A call of a package that its users wait for.
 
     Attributes:
         package: The package's name on PyPI.

@@ -1,8 +1,8 @@
 """Measures runs of several processes: `python -m benchmarks.clusters`, about forty minutes on two cores.
 
 Two processes with the variables of SLURM's srun, on this machine, against one: the differences of trained weights,
-losses, scores and reports, the share of the work of each process, and what happens if one of them is killed at twenty
-moments of each command. Writes docs/results/clusters.json, which fills docs/clusters.md; interrupted, it goes on.
+losses, scores and reports, the share of the work of each process, and what happens if one of them is killed at
+twenty moments of each command. Writes docs/results/clusters.json, which fills docs/clusters.md.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Times whole fits, by the libraries as they are and accelerated: `python -m benchmarks.fits`.
 
-Writes docs/results/fits.json, which fills docs/training.md and its chart, in a quarter of an hour on two idle cores. If
-it is stopped, it goes on later. A fit is a training and its samples, of the simulator of `benchmarks.sbi_flows` with
-five parameters. A run of pocomc trains and samples in turn. Times are processor time of one thread. pocomc is no tool
-of this project: `pip install pocomc`.
+Writes docs/results/fits.json, which fills docs/training.md and its chart, in a quarter of an hour on two idle cores.
+A fit is a training and its samples, of the simulator of `benchmarks.sbi_flows` with five parameters. A run of pocomc
+trains and samples in turn. Times are processor time of one thread. pocomc is no tool of this project: `pip install
+pocomc`.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Checks images on a GPU, then times the paper's models: `python -m benchmarks.gpu`, about ten minutes.
 
-Images of bundled models by each kind of solver are compared with those of the exact loop on the CPU; it exits with 1 if
-one is wrong. Then one block of random weights in the shape of each of the paper's models is timed, and a model's
+Images of bundled models by each kind of solver are compared with those of the exact loop on the CPU; it exits with 1
+if one is wrong. Then one block of random weights in the shape of each of the paper's models is timed, and a model's
 seconds are sums over its blocks. Random weights give the time of a sweep, not how many a trained model needs. Writes
-docs/results/gpu.json after each; interrupted, it goes on.
+docs/results/gpu.json after each.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 A STARFlow of the released width with fewer layers and random weights, in a folder of several files in bfloat16: the
 peak memory while it is loaded, and while it is sampled as a whole and by one block at a time. Each is measured in a
-process of its own. Writes docs/results/large-models.json, which fills docs/devices.md; interrupted, it goes on.
+process of its own. Writes docs/results/large-models.json, which fills docs/devices.md.
 """
 
 from __future__ import annotations

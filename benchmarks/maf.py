@@ -1,8 +1,8 @@
 """Repeats the paper's experiment on another flow, section 4.4 and Table 5: `python -m benchmarks.maf`.
 
-Writes docs/results/maf.json, which fills docs/paper.md, in half an hour on two cores that are otherwise idle;
-interrupted, it goes on. A MAF of 5 blocks is trained on Fashion-MNIST, and the latents of 50,000 images are inverted.
-The "For" loop takes hours for all: it is timed on the first batches, and the time for all is extrapolated from these.
+Writes docs/results/maf.json, which fills docs/paper.md, in half an hour on two cores that are otherwise idle. A MAF
+of 5 blocks is trained on Fashion-MNIST, and the latents of 50,000 images are inverted. The "For" loop takes hours
+for all: it is timed on the first batches, and the time for all is extrapolated from these.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Times masked flows of four libraries, as they are and accelerated: `python -m benchmarks.masked_flows`.
 
 Writes docs/results/masked-flows.json, which fills docs/flows.md and docs/libraries.md, in about half an hour on two
-idle cores; interrupted, it goes on. Flows have five transforms, random weights, and one context of four features for
-all rows. Their slow direction makes a pass of the network for each feature: sampling, or the density in
-some flows of normflows and pyro. Sampling is timed without its random numbers, from latents.
+idle cores. Flows have five transforms, random weights, and one context of four features for all rows. Their slow
+direction makes a pass of the network for each feature: sampling, or the density in some flows of normflows and pyro.
+Sampling is timed without its random numbers, from latents.
 """
 
 from __future__ import annotations

@@ -24,8 +24,8 @@ BATCHES = {"fashion-p2": (1, 4, 16, 64), "emoji-p2": (1, 16), "digits-p1": (1, 1
 ROUNDS = {1: 7, 4: 5, 16: 3, 64: 3}
 ORIGINAL_TO_IMAGES, AUTO_TO_IMAGES = "original sampler, to images", "auto, to images"
 ORIGINAL, AUTO, EXACT, PAPER, DENOISING = "original sampler", "auto", "exact loop", "GS-Jacobi", "denoising"
-DETAILED = "fashion-p2"  # which other samplers draw from, too
-TOLERANCE = 1e-3  # of the paper's Algorithm 1
+DETAILED = "fashion-p2"  # The model that other samplers draw from, too.
+TOLERANCE = 1e-3  # The tolerance of the paper's Algorithm 1.
 
 
 def measure(key: Json) -> Json:

@@ -2,8 +2,8 @@
 
 The estimate is a product: seconds of one block of random weights in the shape of each model, unguided
 (docs/results/paper-sizes.json), and sweeps of each block of the bundled TarFlows to 1e-3, with the fitted guess and
-correction (docs/results/paper-sweeps.json). A step of the original sampler is timed at mid context: it is linear in its
-context, so that this is the mean of all. Fills docs/sizes.md. Interrupted, it goes on.
+correction (docs/results/paper-sweeps.json). A step of the original sampler is timed at mid context: it is linear in
+its context, so that this is the mean of all. Fills docs/sizes.md.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ WINDOWS = (16, 32, 64, 128)
 STEPS = 16  # single tokens in a run, as many as in the smallest window
 DTYPES = ("float32", "bfloat16")
 TOLERANCE = 1e-3
-SAMPLES = 16  # of which sweeps are counted
+SAMPLES = 16  # Samples whose sweeps are counted.
 BF16_SWEEPS = (0, 2, 3)
 
 

@@ -1,9 +1,9 @@
 """Compares `auto` with the original sampler and other papers' samplers: `python -m benchmarks.performance`.
 
 Writes docs/results/performance.json, which fills docs/performance.md and docs/peers.md, in half an hour on two cores
-that are otherwise idle; interrupted, it goes on. For each batch size of `fashion-p2` it has the grid, every setting of
-every sampler, without those that a smaller batch showed to be wrong or slow; the final, the fastest setting of each
-sampler within 1e-3 and the published one, interleaved with `auto` and the exact loops.
+that are otherwise idle. For each batch size of `fashion-p2` it has the grid, every setting of every sampler, without
+those that a smaller batch showed to be wrong or slow; the final, the fastest setting of each sampler within 1e-3 and
+the published one, interleaved with `auto` and the exact loops.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ MODEL = "fashion-p2"
 BATCHES = (1, 4, 16, 64)
 SMALLER = {16: "4", 64: "16"}  # the batch size whose grid tells which settings are promising
 ROUNDS = {1: 9, 4: 7, 16: 5, 64: 3}
-GRID_RUNS = {1: 2, 4: 2, 16: 1, 64: 1}  # of which the fastest counts
+GRID_RUNS = {1: 2, 4: 2, 16: 1, 64: 1}  # Runs of each setting; the fastest counts.
 TOLERANCES = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5)
 ERROR = 1e-3
 WRONG, SLOW = 1e-2, 1.3  # times the fastest setting within ERROR
 CERTIFIED = "auto, certified"
 WITHOUT_LOOP, WITHOUT_ALL = "auto, without the native loop", "auto, without all three"
 
-Sampler = Callable[[Tensor, Tensor], Any]  # of latents and labels; gives images, network_calls, token_evaluations
+Sampler = Callable[[Tensor, Tensor], Any]  # From latents and labels to images, network_calls and token_evaluations.
 
 
 def sample(

@@ -1,8 +1,8 @@
 """Measures weights of 16 bits: `python -m benchmarks.precision`, half an hour on two cores that are otherwise idle.
 
-Whole samples of trained models, by the exact loop that reads their weights in 16 bits and by the one that reads them in
-float32; blocks of random weights, up to two layers of STARFlow's released shape, with their memory; and float64. Writes
-docs/results/precision.json, which fills docs/devices.md and docs/regimes.md; interrupted, it goes on.
+Whole samples of trained models, by the exact loop that reads their weights in 16 bits and by the one that reads them
+in float32; blocks of random weights, up to two layers of STARFlow's released shape, with their memory; and float64.
+Writes docs/results/precision.json, which fills docs/devices.md and docs/regimes.md.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from jacobiflow.utils.timing import time_interleaved
 MODELS = ("emoji-p2", "emoji-p2, bfloat16", "emoji-p2, float32", "emoji-star", "fashion-p2", "fashion-p2, float32")
 BLOCKS = ("512x4", "768x8")  # channels, layers
 RELEASED_RUNS = (("bfloat16", False), ("float32", False), ("bfloat16", True))  # dtype, in PyTorch
-DOUBLE = "emoji-p2"  # which is sampled in float64, too
+DOUBLE = "emoji-p2"  # The model that is sampled in float64, too.
 BATCHES = (1, 4, 16, 64)
 ROUNDS = {1: 9, 4: 7, 16: 5, 64: 3}
 FLOAT32, HALVES, INT16, AUTO, ORIGINAL, PASS = "float32", "16 bits", "int16", "auto", "original", "pass"

@@ -1,9 +1,9 @@
 """Measures quality and time of strategies, the paper's Tables 3 and 4: `python -m benchmarks.quality MODEL --out FILE`.
 
-A row has the Fréchet distance of its samples to real images, their error against the exact images of the same latents,
-and the seconds of a batch. All rows are timed first, interleaved, on an otherwise idle machine. Writes FILE, in hours
-for the paper's grid and 2,000 samples; interrupted, it goes on. `make evaluation` writes those that fill docs/paper.md
-and docs/evaluation.md.
+A row has the Fréchet distance of its samples to real images, their error against the exact images of the same
+latents, and the seconds of a batch. All rows are timed first, interleaved, on an otherwise idle machine. Writes
+FILE, in hours for the paper's grid and 2,000 samples. `make evaluation` writes those that fill docs/paper.md and
+docs/evaluation.md.
 """
 
 from __future__ import annotations
@@ -185,5 +185,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    keep_freed_memory()  # for all rows
+    keep_freed_memory()  # The same for all rows.
     main()

@@ -1,9 +1,8 @@
 """Compares the exact loop with sweeps over widths, depths and batch sizes: `python -m benchmarks.regimes`, an hour.
 
-Times one block of random weights (T = 256, C = 12), and a block of the bundled TarFlows: the exact loop in native code
-and in PyTorch, and one encoding pass in float32 and in bfloat16. A solver that evaluates every token k times takes at
-least k passes. Writes docs/results/regimes.json, which fills docs/regimes.md and docs/sizes.md; interrupted, it goes
-on.
+Times one block of random weights (T = 256, C = 12), and a block of the bundled TarFlows: the exact loop in native
+code and in PyTorch, and one encoding pass in float32 and in bfloat16. A solver that evaluates every token k times
+takes at least k passes. Writes docs/results/regimes.json, which fills docs/regimes.md and docs/sizes.md.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ TRAINED = ("fashion-p2", "emoji-p2", "digits-p1")
 # Names in the result file.
 EXACT_LOOP, LOOP_IN_PYTORCH, PASS, BF16_PASS = "fused loop", "eager loop", "pass", "pass in bfloat16"
 ROUNDS = 2
-MAX_SECONDS = 60  # of the rounds over one shape and batch size
+MAX_SECONDS = 60  # The most that the rounds over one shape and batch size take.
 
 FLOWS: Mapping[str, Callable[[], jf.TarFlow]] = {
     f"{channels}x{layers}": partial(

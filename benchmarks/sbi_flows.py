@@ -1,9 +1,8 @@
 """Times sbi from end to end, as it is and accelerated: `python -m benchmarks.sbi_flows`.
 
-Writes docs/results/sbi.json, which fills docs/sbi.md, in 20 minutes on two cores that are otherwise idle;
-interrupted, it goes on. Estimators are trained with sbi's defaults on 5,000 simulations of "simple likelihood, complex
-posterior" (Papamakarios et al., 2019): five parameters, four points in the plane. A call is timed from its start to its
-samples.
+Writes docs/results/sbi.json, which fills docs/sbi.md, in 20 minutes on two cores that are otherwise idle. Estimators
+are trained with sbi's defaults on 5,000 simulations of "simple likelihood, complex posterior" (Papamakarios et al.,
+2019): five parameters, four points in the plane. A call is timed from its start to its samples.
 """
 
 from __future__ import annotations

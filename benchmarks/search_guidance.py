@@ -1,10 +1,10 @@
 """Searches guidance, attention temperature and denoising rate: `python -m benchmarks.search_guidance [MODEL]`.
 
-Writes docs/results/MODEL-search.json, which fills docs/paper.md, in one (digits-maf) to 40 minutes (emoji-p2) on
-two cores; interrupted, it goes on. First come weights of annealed guidance at temperature 1, then attention
-temperatures at the best weight, then the weights next to the best one. Every point has the same latents and labels, and
-all denoising rates: one gradient of log p serves all of them. The best point is recommended, with two exceptions: no
-guidance if it does not make the distance a tenth less, and a denoising rate of 1 if that is within 1% of the best rate.
+Writes docs/results/MODEL-search.json, which fills docs/paper.md, in one (digits-maf) to 40 minutes (emoji-p2) on two
+cores. First come weights of annealed guidance at temperature 1, then attention temperatures at the best weight, then
+the weights next to the best one. Every point has the same latents and labels, and all denoising rates: one gradient
+of log p serves all of them. The best point is recommended, with two exceptions: no guidance if it does not make the
+distance a tenth less, and a denoising rate of 1 if that is within 1% of the best rate.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ SEED, BATCH = 10, 64
 RATES = (0.0, 0.6, 0.8, 1.0, 1.2, 1.4)
 WEIGHTS = (0.0, 0.25, 0.5, 1.0, 2.0, 3.0, 4.0)
 TEMPERATURES = (0.7, 1.2, 1.4, 2.0)
-GAIN, NEAR = 0.9, 1.01  # of distances
+GAIN, NEAR = 0.9, 1.01  # Ratios of distances: a gain, and a tie.
 
 
 class Measure(NamedTuple):

@@ -1,4 +1,4 @@
-"""Measures STARFlow: `python -m benchmarks.star`, about fifty minutes on two idle cores; it goes on if it was stopped.
+"""Measures STARFlow: `python -m benchmarks.star`, about fifty minutes on two idle cores.
 
 With the captioned emoji of examples/captions.py: samples under guidance by the two samplers of the original code and by
 ours, the metrics and sweeps of the blocks, and how often a sample is nearest to the emoji of its caption. With random
@@ -29,7 +29,7 @@ from jacobiflow.utils.timing import time_interleaved
 
 BATCHES, ROUNDS, ITERATION = (1, 4, 16), 3, "block iteration"
 CERTIFIED = "window:16, certified"
-MOST = 6  # of eight samples, which are right for a prompt that the docs show
+MOST = 6  # The fewest of eight samples that must be right for a prompt that the docs show.
 CATEGORIES = {
     "People & Body": "hands",
     "Symbols": "geometric shapes",

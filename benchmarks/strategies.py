@@ -23,7 +23,7 @@ from jacobiflow.models.memory import keep_freed_memory
 from jacobiflow.planner import auto
 from jacobiflow.utils.files import write_json
 
-LARGE = 64  # of which the strategies of the paper take too long
+LARGE = 64  # The batch at which the strategies of the paper take too long.
 REPEATS = {1: 5, 4: 3, 16: 3, LARGE: 3}
 AUTOS = {"auto:1e-1": 1e-1, "auto:1e-2": 1e-2, "auto": 1e-3}
 

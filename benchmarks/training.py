@@ -1,9 +1,9 @@
 """Times training of masked flows, by the libraries as they are and accelerated: `python -m benchmarks.training`.
 
 Writes docs/results/training.json, which fills docs/training.md and docs/libraries.md, in a quarter of an hour on two
-idle cores. If it is stopped, it goes on later. Flows have five transforms, random weights and a context of ten features
-for each row; that of nflows is sbi's "maf". A step is zero_grad, the loss, its gradients, clipping and Adam. The
-learning rate is so small that all steps do the same work.
+idle cores. Flows have five transforms, random weights and a context of ten features for each row; that of nflows is
+sbi's "maf". A step is zero_grad, the loss, its gradients, clipping and Adam. The learning rate is so small that all
+steps do the same work.
 """
 
 from __future__ import annotations

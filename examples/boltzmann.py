@@ -32,7 +32,7 @@ MODEL = Path(__file__).parent / "alanine-dipeptide"
 TRAJECTORIES = Path("out/alanine-dipeptide")
 RUN = Path("runs/alanine-dipeptide")
 CONFIG = jf.TokenConfig(num_tokens=22, token_channels=3, channels=64, num_blocks=4, layers_per_block=2, head_dim=16)
-BINS = 36  # of phi
+BINS = 36  # Number of bins of phi.
 STYLES = {"simulation": ("#000000", ""), "proposals": ("#fba652", "v"), "reweighted": ("#00519e", "o")}
 """The colour and the marker of a curve."""
 HAS = torch.tensor([[len(earlier) > k for k in range(3)] for _, _, earlier in ATOMS])

@@ -23,13 +23,14 @@ import jinja2
 import torch
 
 import jacobiflow as jf
-from benchmarks import calibration, paper_sizes, regimes
+from benchmarks import paper_sizes, regimes
 from benchmarks.common import MODELS, RESULTS, Json, parser
 from benchmarks.sources import ROOT, code_digest
 from jacobiflow.calibration import rank_correlation
 from jacobiflow.calibration.convergence import TOLERANCES
 from jacobiflow.calibration.report import GUESS_NAMES
 from jacobiflow.utils.files import write_atomically
+from tools.docs import paper_facts
 
 REGION = re.compile(r"(<!-- render (?P<source>[^>]+?) -->)(?P<text>.*?)(<!-- end -->)", re.DOTALL)
 SAMPLERS = {
@@ -184,14 +185,14 @@ def chord_share(preset: str) -> float:
 def plain_sweeps(model: str, blocks: Iterable[int]) -> str:
     """The range of the mean plain sweeps from z to 1e-3."""
     counts = result(f"{model}/report").mean_sweeps("noise", 1e-3, "latent")
-    return calibration.number_range([counts[block] for block in blocks])
+    return paper_facts.number_range([counts[block] for block in blocks])
 
 
 def fitted_sweeps(model: str, blocks: Iterable[int]) -> str:
     """The range of the mean sweeps of all tokens to 1e-3 with the fitted guess and correction."""
     runs = [where(block, bf16_sweeps=0, window=0) for block in result("paper-sweeps")["models"][model]["blocks"]]
     means = [sum(run["sweeps"]) / len(run["sweeps"]) for run in runs]
-    return calibration.number_range([means[block] for block in blocks])
+    return paper_facts.number_range([means[block] for block in blocks])
 
 
 def sampling_range() -> str:
@@ -206,7 +207,7 @@ def sampling_range() -> str:
 def speed_up_range(name: str, **values: Any) -> str:
     """The range of the speed-ups of a result's runs with these values."""
     runs = [run for run in result(name)["runs"] if values.items() <= run.items()]
-    return calibration.number_range([run["speed_up"] for run in runs], ".0f")
+    return paper_facts.number_range([run["speed_up"] for run in runs], ".0f")
 
 
 def to_images_speed_up(model: str, batch: int) -> str:
@@ -226,7 +227,7 @@ def boltzmann_range(name: str) -> str:
     """The range of speed-ups of a way to sample over the original sampler, over all models and batches."""
     runs = [run["seconds"] for run in result("boltzmann")["runs"] if "growing cache" in run.get("seconds", {})]
     ratios = [seconds["growing cache"]["median"] / seconds[name]["median"] for seconds in runs if name in seconds]
-    return calibration.number_range(ratios)
+    return paper_facts.number_range(ratios)
 
 
 def median_ratio(name: str, slow: str, fast: str, **values: Any) -> float:
@@ -268,8 +269,8 @@ def _environment() -> jinja2.Environment:
         loader=templates, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     functions = {function.__name__: function for function in (
-        boltzmann_range, calibration.agreement, calibration.best_guess, calibration.mean_sweeps,
-        calibration.segment_sweeps, calibration.sweeps_range, calibration.tough_share, chord_share, duration, fastest,
+        boltzmann_range, paper_facts.agreement, paper_facts.best_guess, paper_facts.mean_sweeps,
+        paper_facts.segment_sweeps, paper_facts.sweeps_range, paper_facts.tough_share, chord_share, duration, fastest,
         fastest_way, fitted_sweeps, format_speed_up, grouped, least_accurate, loop_speed_up, median_ratio,
         paper_megabytes, paper_sizes.counted, paper_sizes.estimates, paper_sizes.runs_of, paper_sizes.tough_blocks,
         phase_seconds, plain_sweeps, plan, rank_correlation, recommendation, regimes.best_in_passes,

@@ -60,7 +60,7 @@ class CalibrateConfig:
 
 @dataclass(frozen=True)
 class CalibrateResult(Provenance):
-    """A report, and where it is.
+    """A report and its file.
 
     Attributes:
         out: The file of the report.

@@ -250,12 +250,9 @@ def _compare(
     if _can_be_shown(flow):
         labels = [] if prompts is not None or context.values is None else context.values.tolist()
         classes = [flow.classes[k] if flow.classes and k >= 0 else f"class {k}" for k in labels]
-        sheet = plots.comparison_sheet(
-            images[0][:_SHEET_IMAGES],
-            images[1][:_SHEET_IMAGES],
-            ("original sampler", manifest.strategy),
-            (prompts or classes)[: min(num, _SHEET_IMAGES)],
-        )
+        shown = slice(min(num, _SHEET_IMAGES))
+        names = "original sampler", manifest.strategy
+        sheet = plots.comparison_sheet(images[0][shown], images[1][shown], names, (prompts or classes)[shown])
         plots.save_png(sheet, folder.path / _SHEET)
     return Comparison(
         original=result.original,
@@ -268,8 +265,10 @@ def _compare(
 
 
 def _can_be_shown(flow: Flow) -> bool:
-    """Returns True for grey and colour images; False for latents of an autoencoder, which have other channels."""
-    return flow.image_shape is not None and flow.image_shape[0] in (1, 3)
+    """Returns True for grey and colour images."""
+    from jacobiflow.data.grid import PICTURE_CHANNELS
+
+    return flow.image_shape is not None and flow.image_shape[0] in PICTURE_CHANNELS
 
 
 def _save_sheet(folder: jf.SampleFolder, path: Path) -> None:

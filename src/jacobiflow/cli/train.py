@@ -168,8 +168,8 @@ def _training_images(config: TrainOptions) -> ImageDataset:
         return data
     if wanted is None and natural > _MAX_NATURAL_SIZE:
         raise InputValueError(
-            f"{config.images}: the smallest images have {natural} pixels on a side, and training on so large ones is "
-            "slow; give --image-size 64, to which they are scaled down, or another size"
+            f"{config.images}: the smallest images have {natural} pixels on a side, and training on images of "
+            "that size is slow; give a smaller --image-size, such as 64, to which they are scaled down"
         )
     if wanted is not None and wanted > natural:
         raise InputValueError(

@@ -12,6 +12,7 @@ from jacobiflow.data.dataset import quantize
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+PICTURE_CHANNELS = (1, 3)  # Of grey and colour images; latents of an autoencoder have others.
 _GAP = 4  # Pixels between images.
 _WIDTH = 112  # Pixels of an image in the picture; the nearest multiple of its own width is taken.
 

@@ -36,8 +36,8 @@ _PACKAGE = Path(__file__).parent.parent
 _MAX_SPREAD = 0.3
 """Timings that differ by a larger share come from a busy machine, and its plan is not kept."""
 _MAX_CROWDING = 0.25
-"""Cores that other programs may use beyond the free ones. If they take the core of a thread, the others wait for it at
-each step of the exact loop, which is many times slower then."""
+"""Number of cores that other programs may use beyond those that PyTorch leaves free. If one of them takes the core of a
+thread, the other threads wait for it at each step of the exact loop, which is then many times slower."""
 _CLOCK_ERROR = 0.2
 """Seconds by which the sum over all programs may be off."""
 _BUSY_SECONDS = 60.0
@@ -112,7 +112,9 @@ def _load_or_make(
     before = _clocks()
     strategy = make_plan(flow, None, batch_size, tolerance, True, progress)
     spread = 0.0 if strategy.prediction is None else strategy.prediction.spread
-    is_busy = spread > _MAX_SPREAD or (flow.var.device.type == "cpu" and _is_crowded(before))
+    is_swept = any(solver.partition != Sequential() for solver in strategy.solvers)
+    # On crowded cores the exact loop loses to sweeps that it otherwise beats; if it wins, no doubt is left.
+    is_busy = spread > _MAX_SPREAD or (is_swept and flow.var.device.type == "cpu" and _is_crowded(before))
     if file is not None and not is_busy:
         with suppress(OSError):  # A plan that cannot be saved is made again next time.
             file.parent.mkdir(parents=True, exist_ok=True)
@@ -122,17 +124,17 @@ def _load_or_make(
 
 def _clocks() -> tuple[float, float, float]:
     """Returns seconds since some time: of a clock, of computing by all programs, and of computing by this process."""
-    own, everyone = os.times(), psutil.cpu_times()
-    counted_twice = getattr(everyone, "guest", 0.0) + getattr(everyone, "guest_nice", 0.0)
-    waiting = everyone.idle + getattr(everyone, "iowait", 0.0)
-    return time.monotonic(), sum(everyone) - counted_twice - waiting, own.user + own.system
+    process, machine = os.times(), psutil.cpu_times()
+    counted_twice = getattr(machine, "guest", 0.0) + getattr(machine, "guest_nice", 0.0)
+    waiting = machine.idle + getattr(machine, "iowait", 0.0)
+    return time.monotonic(), sum(machine) - counted_twice - waiting, process.user + process.system
 
 
 def _is_crowded(before: tuple[float, float, float]) -> bool:
     """Returns True if since `before` other programs have computed on cores that PyTorch's threads needed."""
-    seconds, everyone, own = (now - then for now, then in zip(_clocks(), before, strict=True))
+    seconds, machine_seconds, process_seconds = (now - then for now, then in zip(_clocks(), before, strict=True))
     free_cores = (psutil.cpu_count() or 1) - torch.get_num_threads()
-    return everyone - own > (free_cores + _MAX_CROWDING) * seconds + _CLOCK_ERROR
+    return machine_seconds - process_seconds > (free_cores + _MAX_CROWDING) * seconds + _CLOCK_ERROR
 
 
 @functools.cache

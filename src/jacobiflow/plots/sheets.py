@@ -34,12 +34,12 @@ def comparison_sheet(
         names: Captions of these two rows.
         columns: Names of the images in a row; see `rows_sheet`.
     """
-    drawn, other = (each.clamp(-1, 1).nan_to_num(-1.0) for each in (reference, images))  # NaN is drawn black
-    difference = (other - drawn).abs().amax(1, keepdim=True) / 2  # as a share of all grey levels
+    reference, images = (each.clamp(-1, 1).nan_to_num(-1.0) for each in (reference, images))  # NaN is drawn black
+    difference = (images - reference).abs().amax(1, keepdim=True) / 2  # 1 is the range from black to white.
     worst = int(difference.flatten(1).amax(1).argmax())
     levels = 255 * float(difference[worst].max())
     factor = 255 / levels if levels else 1.0
-    enlarged = [drawn[worst], other[worst], (1 - 2 * factor * difference[worst]).expand_as(drawn[worst])]
+    enlarged = [reference[worst], images[worst], (1 - 2 * factor * difference[worst]).expand_as(images[worst])]
     grid = image_grid(torch.stack(enlarged), 3, zoom=max(1, round(_ENLARGED_WIDTH / images.shape[-1])))
     if levels == 0:
         caption = "no pixel differs; sample 0:"

@@ -14,6 +14,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from jacobiflow.data import image_grid
+from jacobiflow.data.grid import PICTURE_CHANNELS
 from jacobiflow.errors import InputValueError
 from jacobiflow.fixed_point.solution import Solution, Status
 from jacobiflow.utils.files import write_atomically
@@ -244,8 +245,8 @@ class Samples:
         }  # fmt: skip
         folder.mkdir(parents=True, exist_ok=True)
         write_atomically(folder / "samples.npz", npz_bytes(arrays))
-        is_shown = self.x.ndim == 4 and self.x.shape[1] in (1, 3)
-        for i, image in enumerate(self.x if is_shown else ()):
+        has_pictures = self.x.ndim == 4 and self.x.shape[1] in PICTURE_CHANNELS
+        for i, image in enumerate(self.x if has_pictures else ()):
             image_grid(image.unsqueeze(0), 1, zoom=1, gap=0).save(folder / f"{i:05}.png")
 
     @property

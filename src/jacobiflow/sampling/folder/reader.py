@@ -160,8 +160,7 @@ class SampleFolder:
     def _describe_missing(self, missing: Sequence[int]) -> str:
         """Describes what is missing in a run that is not complete, and how to go on."""
         count, shards = max((part.count for part in find_parts(self.path)), default=1), range(self.manifest.num_shards)
-        num, num_drawn = self.manifest.num, self.manifest.num - self.manifest.num_in(missing)
-        unfinished = f"{self.path}: {num_drawn:,} of {num:,} samples are drawn"
+        unfinished = f"{self.path}: {self.num_drawn:,} of {self.manifest.num:,} samples are drawn"
         if count == 1:
             return f"{unfinished}; wait for the run, or give the same command again, which draws the others"
         parts = [Part(i + 1, count) for i in range(count)]

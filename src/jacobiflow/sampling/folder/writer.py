@@ -17,6 +17,7 @@ import torch
 
 from jacobiflow.blocks.context import Context
 from jacobiflow.calibration import CalibrationReport
+from jacobiflow.data.grid import PICTURE_CHANNELS
 from jacobiflow.distributed import Part, Processes
 from jacobiflow.distributed.parts import forget_parts, lock_folder, start_part
 from jacobiflow.errors import InputValueError
@@ -183,7 +184,7 @@ def _check_file_format(flow: Flow, files: Any) -> None:
         pillow()
         if flow.image_shape is None:
             raise InputValueError("files='png': for flows over images; give 'npz'")
-        check_choice("files='png': in_channels", flow.image_shape[0], (1, 3))
+        check_choice("files='png': in_channels", flow.image_shape[0], PICTURE_CHANNELS)
 
 
 def _start_or_resume(
