@@ -49,7 +49,7 @@ mutants: setup
 # Measures all that README, the model cards and the pages show (a day on two idle cores). It goes on if it was stopped, measures
 # again what is of other code, and refuses to go on with the results of another machine. Each part is a target of its own.
 RENDER = $(BIN)/python -m tools.docs.render
-measure: speed calibration evaluation regimes boltzmann star precision large-models clusters rounding
+measure: speed clients calibration evaluation regimes boltzmann star precision large-models clusters rounding
 
 # Measures README, the model cards, and the pages on speed, flows of other libraries and training (two and a half hours on two idle
 # cores).
