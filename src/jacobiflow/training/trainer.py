@@ -6,7 +6,7 @@ import hashlib
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -124,7 +124,12 @@ def train(
         processes.check_sees(out / RUN)
         stop = stack.enter_context(StopSignals())
         state = _Run(flow, items, held_out, config, out, processes)
+        board = None
+        if processes.rank == 0 and state.step < config.steps:
+            board = stack.enter_context(closing(Board(out, state.step)))
         for metrics in state.steps(stop):
+            if board is not None:
+                board.write(metrics)
             if processes.rank == 0 and on_step is not None:
                 on_step(metrics)
             if processes.rank == 0 and progress is not None:
@@ -226,20 +231,15 @@ class _Run:
         config = self.config
         keys = StepKeys(len(self.items.data), range(self.step, config.steps), config, self.processes)
         batches = load_batches(self.items, keys, config.workers)
-        board = Board(self.out, self.step) if self.processes.rank == 0 and self.step < config.steps else None
         while self.step < config.steps and not self.stopped:
             metrics = self._advance(batches, stop)
             is_due = self.step % config.checkpoint_every == 0 or self.step == config.steps
             if is_due and self.held_out is not None:
                 metrics = replace(metrics, held_out_loss=self._held_out_loss(self.held_out))
             self._unsaved_lines.append(metrics.line())
-            if board is not None:
-                board.write(metrics)
             yield metrics
             if is_due:
                 self.save()
-        if board is not None:
-            board.close()
 
     def _advance(self, batches: Iterator[Batch], stop: StopSignals) -> TrainMetrics:
         """Takes one step of the optimizer."""
