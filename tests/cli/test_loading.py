@@ -63,7 +63,7 @@ def test_samples_are_drawn_as_recommended_and_resumed_in_no_other_way(
     entries = figures(tmp_path / "f")
     assert entries["comparison"]["error"]["max"] < 0.05  # the original sampler was guided and denoised alike
     assert ", denoising included: " in result.out
-    assert "first batch of 3, denoising included: original sampler " in result.out
+    assert "first batch of 3 again, denoising included: original sampler " in result.out
     assert run(f"{line} {text}").code == 0  # the same settings by hand
     refuse(
         f"{line} --plain",

@@ -161,4 +161,4 @@ def test_prompts_become_samples(run: Any, refuse: Any, tmp_path: Path) -> None:
     scores = f"--samples {tmp_path}/o --features {tmp_path}/mine.py:flat --stats {tmp_path}/stats.pth"
     refuse(f"evaluate --model {tmp_path}/star {scores} --out o-x", "not in the folder; give --paired 0")
     result = run(line.replace("/o", "/c") + " --compare")
-    assert (result.code, "first batch of 3, without denoising: original sampler " in result.out) == (0, True)
+    assert (result.code, "first batch of 3 again, without denoising: original sampler " in result.out) == (0, True)

@@ -89,7 +89,7 @@ def test_compare_prints_both_rows_and_the_error(run: Any, tmp_path: Path) -> Non
     assert (entries["error"]["max"], entries["error"]["mean"]) == pytest.approx((largest, mean))
     original, ours, speed_up = (entries[name] for name in ("original_seconds", "seconds", "speed_up"))
     assert speed_up == pytest.approx(original / ours)
-    line = f"first batch of 4, without denoising: original sampler {original:.3g} s, here {ours:.3g} s: "
+    line = f"first batch of 4 again, without denoising: original sampler {original:.3g} s, here {ours:.3g} s: "
     rounding = jf.sample(flow, 4, labels, strategy=strategy, sensitivity=True).outcome.sensitivity
     assert entries["sensitivity"] == rounding
     text = f"largest difference from the original sampler {largest:.1e}; "
@@ -222,7 +222,7 @@ def test_a_bad_file_of_labels_is_one_line(refuse: Any, tmp_path: Path) -> None:
     line = f"sample --model model --num 4 --strategy jacobi-1 --out {tmp_path}/out --labels {tmp_path}"
     refuse(f"{line}/missing.npy", "cannot be read as whole numbers ([Errno 2]")
     (tmp_path / "three.txt").write_text("0 1 2")
-    refuse(f"{line}/three.txt", "--labels an array (3,) of int64: give 4 whole numbers, one for each sample")
+    refuse(f"{line}/three.txt", "--labels an array (3,) of int64: give 4 classes, one for each sample")
     for name, array in (("floats", np.zeros(4)), ("large", np.array([2**64 - 1] * 4, np.uint64))):
         np.save(tmp_path / f"{name}.npy", array)
         refuse(f"{line}/{name}.npy", "cannot be read as whole numbers")

@@ -66,7 +66,7 @@ def test_bench_draws_a_marker_for_every_strategy_in_every_panel() -> None:
         heights = axis.transAxes.inverted().transform(axis.transData.transform([(1, 0), (1, 1e-3), (1, 1e-2)]))[:, 1]
         assert heights[0] < 0.01 and heights[2] - heights[1] > 0.2  # 0 is at the edge, a power of ten a good step
     captions = [text.get_text() for text in figure.legends[0].get_texts()]
-    assert captions == ["encoding pass", "sequential", "growing cache", *points]
+    assert captions == ["encoding pass", "exact loop", "original sampler", *points]
     assert texts_fit(figure, [axis.title for axis in figure.axes])
 
 

@@ -78,6 +78,7 @@ def test_samples_that_are_not_from_the_density_have_no_weights() -> None:
         "not certified, since certificates were turned off": jf.sample(flow(), 4, strategy="jacobi", certify=False),
         "1 not finite": jf.sample(flow(), latents=lost),
         "1 above the tolerance": replace(samples, stats=(replace(block, status=status),)),
+        "1 of 4 samples amplify": replace(samples, sensitivity=torch.tensor([0, 0, 0.1, 0])),
         "without densities": replace(samples, log_prob=None),
     }
     for words, each in refused.items():

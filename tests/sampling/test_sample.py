@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +97,16 @@ def test_under_autocast_tokens_stay_in_float32(name: str) -> None:
     for out in outs:
         assert out.images.dtype == torch.float32
         assert (out.images - exact).abs().mean() < 0.2
+
+
+def test_classes_have_names() -> None:
+    flow, classes = jf.load("fashion-p2"), ["dress", "bag"]
+    numbers = [flow.classes.index(name) for name in classes]
+    draw = partial(jf.sample, flow, 2, strategy="sequential", settings=None)
+    assert torch.equal(draw(labels=classes).images, draw(labels=numbers).images)
+    assert torch.equal(draw(labels="bag").images, draw(labels=numbers[1]).images)
+    with pytest.raises(jf.InputError, match=r"label dres: no such class \(did you mean dress\?\)"):
+        draw(labels="dres")
 
 
 def test_missing_labels_equal_labels_below_0() -> None:

@@ -23,6 +23,7 @@ from jacobiflow.native import load_library
 if TYPE_CHECKING:
     from typing_extensions import Self
 
+MIN_PASSES = 6  # With fewer passes from x = 0, comparing iterates costs more time than it saves.
 _MAX_NAMES = 8  # Number of names of modules in a line of a handle's summary.
 
 
@@ -199,7 +200,9 @@ class Acceleration:
         if load_library() is None:
             return f"passes: native code is {describe_native()}"
         obstacle = NativeModule(module, list_transforms, is_conditional=False).obstacle
-        return "native code" if obstacle is None else f"passes: native code does not know {obstacle}"
+        if obstacle is None:
+            return "native code"
+        return f"passes, if there are {MIN_PASSES} features or more: native code does not know {obstacle}"
 
     def record_use(self, module: nn.Module, passes: int, backend: str) -> None:
         """Records the latest use of a transform, for `passes` and `backends`."""

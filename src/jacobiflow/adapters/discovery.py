@@ -92,11 +92,12 @@ def accelerate(
     modules = [entry for name, root in _find_roots(flow, "", _MAX_DEPTH) for entry in root.named_modules(visited, name)]
     if not modules and isinstance(flow, Distribution | Transform):
         raise InputValueError(
-            f"{type(flow).__name__}: made by a flow for one context; accelerate the flow itself; nothing was changed"
+            f"{type(flow).__name__}: a distribution; accelerate the flow that made it, if one did; nothing was changed"
         )
     if not modules:
         raise InputTypeError(
-            f"{format_value(flow)}: no PyTorch module in it; give a flow, a posterior or a library; nothing was changed"
+            f"{format_value(flow)}: no PyTorch module in it; give a flow, a posterior or a library; if training makes "
+            "the network, as in sbi, accelerate the library before; nothing was changed"
         )
     packages = {kind.__module__.split(".")[0] for _, module in modules for kind in type(module).__mro__}
     library_adapters = [adapter for library in LIBRARIES if library in packages for adapter in load_adapters(library)]

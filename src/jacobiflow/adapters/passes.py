@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from jacobiflow.adapters.acceleration import Acceleration
+from jacobiflow.adapters.acceleration import MIN_PASSES, Acceleration
 from jacobiflow.adapters.native_module import is_acceleration_off
 from jacobiflow.adapters.snapshot import DROPOUTS, has_forward_hooks, has_replaced_method
 from jacobiflow.fixed_point.implicit import solve_adjoint
@@ -20,7 +20,6 @@ from jacobiflow.utils.autograd import check_first_derivative, is_batched
 Pass = Callable[[Any, Tensor], Sequence[Tensor]]
 """Network, x -> (g(x), ...): the next iterate, and the library's other results."""
 
-_MIN_PASSES = 6  # With fewer passes from x = 0, comparing iterates costs more time than it saves.
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # Integers as wide as a number of so many bytes.
 
 
@@ -54,7 +53,7 @@ def invert_by_passes(
     count = 0
     if _can_end_early(module, y, context, needs_graph):
         start = _native_inverse(acceleration, module, y, context) if acceleration.tolerance == 0 else None
-        if start is not None or passes >= _MIN_PASSES:
+        if start is not None or passes >= MIN_PASSES:
             tolerance = acceleration.tolerance or 0.0
             outputs: Sequence[Tensor] = [torch.zeros_like(y) if start is None else start]
             try:

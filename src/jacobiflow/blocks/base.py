@@ -68,6 +68,8 @@ class AffineBlock(ABC):
         has_attention: The block applies the temperatures of a `Context`.
         has_inverse_gradients: The results of `sequential_inverse` have gradients in z, a context and the parameters.
         is_guided: Guidance applies to the block.
+        is_causal: The block is known to keep the rule that entry t depends on x[:, :t] only, and on nothing random.
+            Other blocks may break it, so that their exact answers are measured, too.
 
     Example:
         >>> log_scale, shift = jf.load("digits-p1").blocks[0].affine_whole(torch.zeros(2, 64, 1))
@@ -82,6 +84,7 @@ class AffineBlock(ABC):
     has_attention: bool = False
     has_inverse_gradients: bool = False
     is_guided: bool = True
+    is_causal: bool = False
 
     @abstractmethod
     def init_cache(self, z: Tokens, context: Context = NO_CONTEXT) -> Any:
@@ -160,7 +163,7 @@ class FlowBlock(AffineBlock, nn.Module):
 
     def encode(self, x: Tokens, context: Context = NO_CONTEXT) -> TokensLogDet:
         """Returns z = exp(-log_scale(x)) (x - shift(x)), and the sums of log_scale(x)."""
-        log_scale, shift = self(x, context)
+        log_scale, shift = _checked(self(x, context), x)
         return (x - shift) * torch.exp(-log_scale), log_scale.sum(dim=(1, 2))
 
     def row_bytes(self) -> int | None:
@@ -178,8 +181,22 @@ class FlowBlock(AffineBlock, nn.Module):
 
 def apply_affine(parameters: ScaleShift, z: Float[Tensor, "b n c"]) -> Float[Tensor, "b n c"]:
     """Returns exp(log_scale) z + shift."""
-    log_scale, shift = parameters
+    log_scale, shift = _checked(parameters, z)
     return torch.addcmul(shift, log_scale.exp(), z)
+
+
+def _checked(parameters: ScaleShift, tokens: Float[Tensor, "b n c"]) -> ScaleShift:
+    """Returns the log-scale and the shift of a block, if there is one of each for each entry of the tokens.
+
+    A log-scale that all channels of a token share would broadcast, but count once in the density.
+    """
+    if any(each.shape != tokens.shape for each in parameters):
+        log_scale, shift = map(format_value, parameters)
+        raise InputValueError(
+            f"log_scale={log_scale}, shift={shift}: a block returns one of each for each entry, here "
+            f"{tuple(tokens.shape)}; expand them"
+        )
+    return parameters
 
 
 def no_gradients(block: Any) -> AbstractContextManager[None]:

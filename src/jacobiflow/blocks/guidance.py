@@ -35,9 +35,10 @@ class Guidance:
 
     Args:
         weight: w_t; 0 turns guidance off.
-        annealed: Makes it w_t = weight * t / (T - 1).
+        annealed: If true, w_t = weight * t / (T - 1).
         on: The parameters that are guided by the linear rule: "both", "scale" or "shift".
-        attn_temperature: Of the unconditional row; for flows with attention.
+        attn_temperature: Divides the attention logits of the unconditional row.
+        rule: "linear" (TarFlow) or "density" (STARFlow).
 
     Example:
         >>> flow = jf.load("digits-p1").guided(jf.Guidance(1.5))
@@ -148,7 +149,7 @@ class GuidedBlock(AffineBlock):
         self.block, self.guidance = block, guidance
         self.per_sample_front, self.graph_safe = block.per_sample_front, block.graph_safe
         self.inference_safe, self.has_bf16 = block.inference_safe, block.has_bf16
-        self.has_inverse_gradients = block.has_inverse_gradients
+        self.has_inverse_gradients, self.is_causal = block.has_inverse_gradients, block.is_causal
 
     def init_cache(self, z: Tokens, context: Context = NO_CONTEXT) -> GuidedCache:
         return GuidedCache(self.block.init_cache(_twice(z), self._both(context, len(z), z)), self._weights(z))

@@ -49,7 +49,7 @@ class Metrics:
         """Per block, CRM (eq. 5). Raises ValueError if it is not defined."""
         if self.components is None:
             raise InputValueError(
-                "CRM is not defined: the flow's scale and shift do not end in a linear layer; use IGM"
+                "CRM is not defined: no `output_weights`, or the scale and shift do not end in a linear layer; use IGM"
             )
         return tuple(part.crm for part in self.components)
 

@@ -172,17 +172,15 @@ def _choose(
 
 
 def _print_comparison(comparison: Comparison) -> None:
-    from jacobiflow.comparison.baselines import SEQUENTIAL
     from jacobiflow.comparison.compare import ENCODING_PASS
 
-    names = {comparison.original: "original sampler", SEQUENTIAL: "exact loop"}
-    over = [f"over\n{names[name].removesuffix(' sampler')}" for name in comparison.baselines]
+    over = [f"over\n{comparison.title(name).removesuffix(' sampler')}" for name in comparison.baselines]
     columns = ("sampler", "median\nseconds", "min to\nmax", *over, "evals/\ntoken", "max\nerror", "residual")
     rows = []
     for row in comparison.results:
         evaluations = row.evaluations_per_token
         rows.append((
-            names.get(row.strategy, row.strategy), *_seconds(row.seconds),
+            comparison.title(row.strategy), *_seconds(row.seconds),
             *(f"{comparison.speed_up(row, name):.2f}" for name in comparison.baselines),
             "" if evaluations is None else f"{evaluations:.2f}",
             f"{row.error.max:.1e}" if row.error.max else "0", _residual(row),

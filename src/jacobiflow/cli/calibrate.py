@@ -164,7 +164,7 @@ def _print_report(report: jf.CalibrationReport) -> None:
     columns["|Gamma|"] = [_format_number(sum(norms) / len(norms)) for norms in report.gamma]
     show_table(columns, zip(*columns.values(), strict=True), text=())
     if not is_defined:
-        print("CRM is not defined: the flow's scale and shift do not end in a linear layer")
+        print("CRM is not defined: no `output_weights`, or the scale and shift do not end in a linear layer")
     for metric in ("crm", "gamma") if is_defined else ("gamma",):
         correlation = report.rank_correlation(metric)
         text = "not defined, since all blocks are alike" if math.isnan(correlation) else f"{correlation:.2f}"

@@ -87,8 +87,8 @@ def run(config: EvaluateConfig, processes: Processes) -> EvaluateResult | None:
     """Score a model and its samples.
 
     FID of the samples, their errors and residuals, and the model's likelihood of test images. The same command again
-    resumes after an interruption. Several processes share the work, started by torchrun or srun; jobs of their own
-    share it by --part.
+    resumes after an interruption. Several processes share the work, started by torchrun or srun; jobs that cannot
+    communicate share it with --part.
 
     Example: jacobiflow evaluate --model fashion-p2 --samples out/demo --images fashion-mnist
     """

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -104,16 +103,14 @@ def parse_labels(text: str, num: int, flow: Flow, seed: int) -> Tensor | None:
 
 def _parse_class(name: str, classes: Sequence[str]) -> int:
     """Returns the number of a class by its name or its number."""
-    if name in classes:
-        return classes.index(name)
-    if re.fullmatch(r"-?\d{1,9}", name):
+    from jacobiflow.models.labels import class_number
+
+    if name not in classes and re.fullmatch(r"-?\d{1,9}", name):
         return int(name)
-    close = get_close_matches(name, classes, n=1, cutoff=0.5)
-    known = f"did you mean {close[0]}? " if close else ""
-    known += f"The classes are {', '.join(classes)}" if classes else "This model has no names of classes; give numbers"
-    raise InputValueError(
-        f"--labels {name}: no such class; {known}; or give balanced, random, none, or a .txt or .npy file"
-    )
+    try:
+        return class_number(name, classes)
+    except InputValueError as error:
+        raise InputValueError(f"--labels: {error}; or give balanced, random, none, or a .txt or .npy file") from None
 
 
 def parse_prompts(text: str | None, encoder: str | None, num: int, flow: Flow) -> list[str] | None:

@@ -114,8 +114,7 @@ def run(config: TrainOptions, processes: Processes) -> TrainResult:
 
     start, _ = last_checkpoint(config.out) or (0, None)
     if processes.rank == 0:
-        done = f"\nall steps are done: the run is at step {start:,}" * (start >= config.training.steps)
-        print(_summary(config, data, held_out, flow) + done, file=sys.stderr)
+        print(_summary(config, data, held_out, flow), file=sys.stderr)
 
     def print_metrics(metrics: TrainMetrics) -> None:
         if metrics.step == start + 1 > 1:
@@ -138,6 +137,8 @@ def run(config: TrainOptions, processes: Processes) -> TrainResult:
             flow, data, config.training, config.out, held_out=held_out, transform=transform,
             on_step=print_metrics, on_sample=save_samples, progress=progress, processes=processes,
         )  # fmt: skip
+    if processes.rank == 0 and start >= config.training.steps:
+        print(f"all steps are done: the run is at step {start:,}", file=sys.stderr)
     metrics = training.read_metrics(config.out)
     last_step = metrics[-1] if metrics else None  # The user may have deleted the file of a run that is complete.
     machine = timing.describe_machine(device)

@@ -110,6 +110,10 @@ class Comparison:
         """Returns the result of the sampler of that name."""
         return {result.strategy: result for result in self.results}[strategy]
 
+    def title(self, name: str) -> str:
+        """Returns the name of a sampler in tables and figures."""
+        return {self.original: "original sampler", SEQUENTIAL: "exact loop"}.get(name, name)
+
     def speed_up(self, result: SamplerResult, baseline: str) -> float:
         """Returns the median seconds of the baseline of that name, divided by those of `result`."""
         return self.result(baseline).seconds.median / result.seconds.median

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from jacobiflow.blocks.base import Block
+from jacobiflow.blocks.base import Block, supports
 from jacobiflow.blocks.context import Context
 from jacobiflow.blocks.tokens import Tokens
 from jacobiflow.fixed_point.attempt import attempt
@@ -67,8 +67,8 @@ def solve_certified(
 
     Args:
         tolerance: The largest residual allowed, by default the solver's own. Without either, samples end as they are.
-        certify: `False` leaves out the pass that measures; "always" measures exact answers too, whose residual is
-            else 0 by construction.
+        certify: `False` leaves out the pass that measures. "always" measures exact answers too. Without it the
+            residual of an exact answer is 0 by construction if the block `is_causal`, and measured if not.
 
     Example:
         >>> flow, z = jf.load("digits-p1"), torch.ones(2, 64, 1)
@@ -92,7 +92,8 @@ def solve_to_tolerance(problem: Problem, solver: Solver, options: SolveOptions) 
     is_exact = solver.is_exact(problem.num_tokens)  # without a look at `solution.exact`, which waits for a GPU
     if solver.int16_weights:  # the block may have nothing to round
         is_exact = bool(solution.exact.all())
-    if options.certify == "always" or (options.certify and not is_exact):
+    is_known = is_exact and supports(problem.block, "is_causal")
+    if options.certify == "always" or (options.certify and not is_known):
         solution = _certify(problem, solution, options)
     if not is_exact:
         solution = _solve_shortfall(problem, solver, options, solution, tolerance)

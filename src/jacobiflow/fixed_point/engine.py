@@ -19,6 +19,7 @@ from jacobiflow.fixed_point.fronts import Fronts, SweepChanges
 from jacobiflow.fixed_point.partition import SlidingRun
 from jacobiflow.fixed_point.problem import Problem
 from jacobiflow.fixed_point.solver import Solver
+from jacobiflow.utils.checks import format_value
 
 UpdateAt = Callable[..., Float[Tensor, "b n c"]]
 """`update_at` of a block, or of CUDA graphs that replay it."""
@@ -129,6 +130,11 @@ class SweepEngine:
         if state.run_size is None and front in (state.max_front, last_start):
             g = self.block.update(state.x, state.z, front - stale, front + size, state.cache)
             state.num_stale = 0
+            if g.shape != (len(state.x), size + stale, state.x.shape[2]):
+                shape = tuple(state.x[:, front - stale : front + size].shape)
+                raise InputValueError(
+                    f"update returned {format_value(g)}: a block returns g of each entry, here {shape}"
+                )
             return front, size, g[:, stale:]
         start = state.fronts.front if state.max_front <= last_start else state.fronts.front.clamp(max=last_start)
         end = min(state.max_front + size, self.num_tokens)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 class Status(IntEnum):
-    """The end of a sample's solve.
+    """How the solve of a sample ended.
 
     Example:
         >>> jf.Status.MAX_SWEEPS.message

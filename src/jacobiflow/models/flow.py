@@ -216,14 +216,14 @@ class Flow(Pretrained):
 
     def check_labels(self, labels: Labels, num: int) -> Int[Tensor, " n"]:
         """Returns `labels`, checked to be classes of this flow for `num` samples, as a tensor."""
-        return check_labels(labels, num, self.config.num_classes)
+        return check_labels(labels, num, self.config.num_classes, self.classes)
 
     def check_context(self, context: ContextLike | None, num: int) -> Context:
         """Returns the context of `num` samples: labels, numbers (N, K) or (N, T, K), or nothing; all checked."""
         values: Any = context.values if isinstance(context, Context) else context
         if channels := self._context_channels:
             return check_number_context(values, num, self.config.num_tokens, channels)
-        return check_class_context(values, num, self.config.num_classes)
+        return check_class_context(values, num, self.config.num_classes, self.classes)
 
     def check_one_context(self, labels: Labels | None, context: ContextLike | None, num: int) -> Context:
         """Returns the context of `num` samples, given as either argument; checked."""

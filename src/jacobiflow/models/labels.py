@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from difflib import get_close_matches
 from typing import Any
 
 import numpy as np
@@ -16,16 +17,25 @@ from jacobiflow.errors import InputTypeError, InputValueError
 from jacobiflow.models.latents import MAX_SAMPLES
 from jacobiflow.utils.checks import check_count, check_finite, check_kind, check_rows, format_value
 
-Labels = int | Sequence[int] | np.ndarray | Tensor
-"""Classes of samples: one for all of them, or a sequence, array or tensor (N,) with one for each."""
+Labels = int | str | Sequence[int] | Sequence[str] | np.ndarray | Tensor
+"""Classes by number or by name: one for all samples, or a sequence, array or tensor (N,) with one for each."""
 
-ContextLike = Context | Labels | Tensor | str | Sequence[str]
+ContextLike = Context | Labels
 """Labels, numbers (N, K) for each sample or (N, T, K) for each token, prompts, or a `Context` of them."""
 
 
-def convert_labels(labels: Any, num: int) -> Int[Tensor, " n"]:
-    """Converts labels to a tensor of int64 or int32; a single class is that of all `num` samples."""
-    give, tensor = "a class, or a tensor or list (N,) of classes, whole numbers", labels
+def convert_labels(labels: Any, num: int, classes: Sequence[str] = ()) -> Int[Tensor, " n"]:
+    """Converts labels to a tensor of int64 or int32; a single class is that of all `num` samples.
+
+    Args:
+        classes: The names that labels may have.
+    """
+    give = "a class, or a tensor or list (N,) of classes, by number or by name"
+    if isinstance(labels, str):
+        labels = class_number(labels, classes)
+    elif isinstance(labels, list | tuple) and labels and all(isinstance(label, str) for label in labels):
+        labels = [class_number(label, classes) for label in labels]
+    tensor = labels
     if isinstance(labels, Tensor | np.ndarray):
         check_kind("labels", labels, Tensor | np.ndarray, give)
         check_count("number of labels", math.prod(labels.shape), 0, MAX_SAMPLES)
@@ -41,23 +51,33 @@ def convert_labels(labels: Any, num: int) -> Int[Tensor, " n"]:
     return tensor
 
 
-def check_labels(labels: Labels, num: int, num_classes: int) -> Int[Tensor, " n"]:
+def class_number(name: str, classes: Sequence[str]) -> int:
+    """Returns the number of the class of a name."""
+    if name in classes:
+        return classes.index(name)
+    close = get_close_matches(name, classes, n=1, cutoff=0.5)
+    known = f"the classes are {', '.join(classes)}" if classes else "this model has no names of classes, give numbers"
+    hint = f" (did you mean {close[0]}?)" if close else ""
+    raise InputValueError(f"label {name}: no such class{hint}; {known}")
+
+
+def check_labels(labels: Labels, num: int, num_classes: int, classes: Sequence[str] = ()) -> Int[Tensor, " n"]:
     """Returns labels as a tensor, checked to be one class for each of `num` samples, or below 0."""
     if not num_classes:
         raise InputValueError("labels given, but this flow has no classes: leave them out")
-    tensor = convert_labels(labels, num)
+    tensor = convert_labels(labels, num, classes)
     if len(tensor) != num:
-        raise InputValueError(f"labels={format_value(labels)}: give {num} whole numbers, one for each sample")
+        raise InputValueError(f"labels={format_value(labels)}: give {num} classes, one for each sample")
     if (tensor >= num_classes).any():
         raise InputValueError(_describe_unknown(tensor, num_classes))
     return tensor
 
 
-def check_class_context(values: Any, num: int, num_classes: int) -> Context:
+def check_class_context(values: Any, num: int, num_classes: int, classes: Sequence[str] = ()) -> Context:
     """Returns the context of labels, checked as by `check_labels`, or of no labels."""
     if isinstance(values, Tensor) and values.is_floating_point() and not num_classes:
         raise InputValueError(f"context={format_value(values)}: this flow's context is labels, or none; leave it out")
-    return NO_CONTEXT if values is None else Context(check_labels(values, num, num_classes))
+    return NO_CONTEXT if values is None else Context(check_labels(values, num, num_classes, classes))
 
 
 def check_number_context(values: Any, num: int, num_tokens: int, channels: int) -> Context:

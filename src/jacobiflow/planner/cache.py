@@ -140,4 +140,4 @@ def _is_crowded(before: tuple[float, float, float]) -> bool:
 @functools.cache
 def _code() -> str:
     """A hash of the code that plans and solves: another version may plan otherwise, or take other times."""
-    return sha256(*sorted(file for room in ("planner", "fixed_point") for file in (_PACKAGE / room).glob("*.py")))
+    return sha256(*sorted(file for folder in ("planner", "fixed_point") for file in (_PACKAGE / folder).glob("*.py")))

@@ -137,7 +137,7 @@ def _context(flow: Flow, labels: Labels | None, context: ContextLike | None, sam
     """The context of each of the samples."""
     if labels is None and context is None:
         return flow.example_context(samples).to(flow.var.device)
-    labels = None if labels is None else convert_labels(labels, 1)
+    labels = None if labels is None else convert_labels(labels, 1, flow.classes)
     values: Any = context if labels is None else labels
     num = 1 if isinstance(values, str) else len(values)
     if not num:

@@ -52,7 +52,7 @@ class Strategy(serialization.JsonDocument):
 
     Attributes:
         solvers: Entry 0 is for the block that touches the image.
-        fingerprint: Of the weights of the only flow that it is for; `None` for any flow. See `check`.
+        fingerprint: Fingerprint of the only flow that the strategy is for; `None` for any flow. See `check`.
         tolerance: The largest residual of a certified sample; `None` for each solver's own.
         prediction: The time and the error that `jacobiflow.plan` expects.
 

@@ -38,7 +38,8 @@ def bench_figure(comparisons: Sequence[Comparison]) -> Figure:
     """
     baselines = (ENCODING_PASS, *reversed(comparisons[0].baselines))
     styles = _distinct_styles(result.strategy for each in comparisons for result in each.candidates)
-    captions = [textwrap.fill(name.replace("$", r"\$"), _CAPTION_WIDTH) for name in (*baselines, *styles)]
+    titles = map(comparisons[0].title, (*baselines, *styles))
+    captions = [textwrap.fill(title.replace("$", r"\$"), _CAPTION_WIDTH) for title in titles]
     columns = min(len(comparisons), _COLUMNS)
     rows = math.ceil(len(comparisons) / columns)
     caption_lines = max(caption.count("\n") + 1 for caption in captions)

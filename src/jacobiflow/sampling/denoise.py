@@ -28,7 +28,7 @@ def denoise(
     rate: float = 1.0,
     batch_size: int = 64,
 ) -> Float[Tensor, "n c h w"]:
-    """Takes one step x + rate sigma^2 grad log p(x | label), sigma the flow's `noise_std`.
+    """Takes one denoising step x + rate sigma^2 grad log p(x | label), where sigma is the flow's `noise_std`.
 
     At rate 1 it is Tweedie's formula. The density is that of the plain flow, without guidance. An image with a NaN or
     an infinity becomes NaN, with a warning; the others do not depend on it.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import inf
 
 import torch
@@ -79,8 +79,8 @@ def importance(samples: Samples | SampleFolder, energy: Float[Tensor, " n"], *, 
         clip: The share of samples, those of the largest weights, that get the largest weight of the others.
 
     Raises:
-        ValueError: If a sample is above the tolerance, not finite, not certified, or without a density, or if an energy
-            is NaN or -infinity.
+        ValueError: If a sample is above the tolerance, not finite, not certified, known to be sensitive to rounding, or
+            without a density, or if an energy is NaN or -infinity.
 
     Example:
         >>> _ = torch.manual_seed(0)
@@ -98,7 +98,6 @@ def importance(samples: Samples | SampleFolder, energy: Float[Tensor, " n"], *, 
         log_prob, outcome = samples.log_prob(), samples.outcome()
     if log_prob is None:
         raise InputValueError("samples without densities: draw them with log_prob=True and settings=None")
-    outcome = replace(outcome, num_sensitive=None)  # a density is that of the x returned, whatever rounding did to it
     is_unchecked = outcome.residual is None and not outcome.is_exact
     if outcome.has_shortfall or is_unchecked:
         raise InputValueError(f"no weights for samples that are not from the flow's density: {outcome}")

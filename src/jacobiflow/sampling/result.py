@@ -61,8 +61,8 @@ class Outcome:
         residual: The largest finite residual; `None` if residuals were not measured.
         is_exact: Every block of every sample was solved token by token.
         num_fallback: Samples that some block solved again token by token.
-        num_above: Samples above the tolerance, by the rounding of the network.
-        num_nonfinite: Samples without values, since the exact inverse overflows.
+        num_above: Samples above the tolerance, though some block was solved token by token for them.
+        num_nonfinite: Samples without values, since the exact inverse is not finite either.
         sensitivity: The largest finite sensitivity; `None` if it was not measured.
         num_sensitive: Samples with a sensitivity above `SENSITIVITY_BOUND`; `None` if it was not measured.
         dtype: The dtype of the network, or "tf32".
@@ -105,7 +105,8 @@ class Outcome:
     def __str__(self) -> str:
         """One sentence for the user, with the remedy if there is a shortfall."""
         if self.is_exact:
-            parts = [f"{self.num - self.num_nonfinite:,} exact, since every block was solved token by token"]
+            num_exact = self.num - self.num_above - self.num_nonfinite
+            parts = [f"{num_exact:,} exact, since every block was solved token by token"]
         elif self.residual is None:
             parts = ["not certified, since certificates were turned off"]
         elif self.tolerance is None:
@@ -117,13 +118,13 @@ class Outcome:
             parts.append(f"{self.num_fallback:,} solved again token by token")
         if self.num_above:
             parts.append(
-                f"{self.num_above:,} above the tolerance, up to {self.residual:.1e}, by the rounding of the network: "
-                "raise the tolerance, or use a wider dtype"
+                f"{self.num_above:,} above the tolerance, up to {self.residual:.1e}, by the rounding of the network "
+                "(raise the tolerance, or use a wider dtype), or by a block of your own that is not causal or is random"
             )
         if self.num_nonfinite:
             parts.append(
-                f"{self.num_nonfinite:,} not finite, since the exact inverse overflows too: lower the guidance, or use "
-                "a wider dtype"
+                f"{self.num_nonfinite:,} not finite, since the exact inverse overflows too, or weights are NaN: lower "
+                "the guidance, or use a wider dtype"
             )
         if self.num_sensitive:
             parts.append(

@@ -82,12 +82,13 @@ def sample(
     Args:
         flow: The model, or a view of it under guidance (`flow.guided(...)`), which keeps its own; its device is used.
         num: The number of samples; or give `latents`.
-        labels: Classes, or one class for all. A label below 0, or `None`, takes the unconditional row.
+        labels: Classes by number or by name, or one class for all. A label below 0, or `None`, takes the unconditional
+            row.
         context: In place of labels: numbers (N, K) for each sample or (N, T, K) for each token, or prompts.
         seed: Fixes the latent of sample i, whatever the batch size.
         latents: Standard normal, before the prior's scale.
-        settings: Guidance and denoising: "recommended" by the model, if it recommends some (guidance if there are
-            labels or prompts); `None` for neither; or `SamplingSettings`.
+        settings: "recommended" takes the guidance and denoising that the model recommends (guidance only with labels
+            or prompts), `None` neither, and `SamplingSettings` sets both.
         strategy: A name (see `jacobiflow.planner.choose`), a `Strategy`, or the path of its JSON file.
         tolerance: The largest |g(x) - x| in any block; by default 1e-3 for a named strategy, and else the strategy's
             own. Refused if no block of the strategy stops on a tolerance.

@@ -1,1 +1,1 @@
-"""What all rooms share: checks of arguments, files, JSON, timings."""
+"""What all folders share: checks of arguments, files, JSON, timings."""

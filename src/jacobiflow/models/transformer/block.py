@@ -34,7 +34,7 @@ class TransformerBlock(FlowBlock):
     stands before the tokens. Tokens are in the block's own causal order throughout: the flow permutes.
     """
 
-    per_sample_front = graph_safe = inference_safe = has_bf16 = has_attention = True
+    per_sample_front = graph_safe = inference_safe = has_bf16 = has_attention = is_causal = True
 
     prefix_length = 0
     soft_clip = 0.0
