@@ -58,6 +58,11 @@ def convert(
         config = jf.STARFlow.infer_config(state, str(file), patch_size or 1)
         config = config if noise_std is None else replace(config, noise_std=noise_std)
         flow = jf.STARFlow.from_original(file, config, encoder)
+        if encoder is None:
+            warnings.warn(
+                "without --encode-text the model has no states of the empty text, which guidance needs; to guide "
+                "samples, convert again with it", stacklevel=1,
+            )  # fmt: skip
     else:
         config = jf.TarFlow.infer_config(state, str(file), patch_size)
         if encoder is not None:

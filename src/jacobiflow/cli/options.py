@@ -127,7 +127,8 @@ def parse_prompts(text: str | None, encoder: str | None, num: int, flow: Flow) -
     try:
         prompts = Path(text).read_text().splitlines() if text.endswith(".txt") else [text]
     except (OSError, ValueError) as error:
-        raise InputValueError(f"--prompts {text}: cannot be read ({error})") from error
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise InputValueError(f"--prompts {text}: cannot be read ({reason})") from error
     if not prompts:
         raise InputValueError(f"--prompts {text}: is empty; give a prompt on each line")
     return [prompts[i % len(prompts)] for i in range(num)]

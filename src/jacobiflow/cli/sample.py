@@ -174,7 +174,7 @@ def run(config: SampleConfig, processes: Processes) -> SampleResult | None:
             return None
         preparation_seconds = perf_counter() - started - folder.seconds
         comparison = _compare(flow, folder, context, texts, progress) if config.compare else None
-    has_sheet = _can_be_shown(flow) and folder.is_complete
+    has_sheet = folder.manifest.has_pictures and folder.is_complete
     if has_sheet and comparison is None:
         _save_sheet(folder, config.out / _SHEET)
     manifest, residual = folder.manifest, folder.residual() if folder.is_complete else None
@@ -251,7 +251,7 @@ def _compare(
             run_denoising = partial(denoise.denoise_checked, flow, x, context, manifest.denoise, 64)
             denoise_seconds, images[i] = timing.time_call(run_denoising, x.device)
             seconds[i] += denoise_seconds
-    if _can_be_shown(flow):
+    if manifest.has_pictures:
         labels = [] if prompts is not None or context.values is None else context.values.tolist()
         classes = [flow.classes[k] if flow.classes and k >= 0 else f"class {k}" for k in labels]
         shown = slice(min(num, _SHEET_IMAGES))
@@ -266,13 +266,6 @@ def _compare(
         error=evaluation.paired_error(images[1], images[0]),
         sensitivity=run(sample.Outputs(sensitivity=True)).outcome.sensitivity,
     )
-
-
-def _can_be_shown(flow: Flow) -> bool:
-    """Returns True for grey and colour images."""
-    from jacobiflow.data.grid import PICTURE_CHANNELS
-
-    return flow.image_shape is not None and flow.image_shape[0] in PICTURE_CHANNELS
 
 
 def _save_sheet(folder: jf.SampleFolder, path: Path) -> None:

@@ -236,11 +236,12 @@ def _batch_errors(folder: jf.SampleFolder, flow: Flow, start: int, stop: int) ->
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # The folder's outcome tells of samples that are not finite.
         sequential = draw(strategy="sequential", sensitivity=True)
-        again = None if flow.image_shape is None else draw(strategy=folder.strategy())
+        again = draw(strategy=folder.strategy()) if manifest.has_pictures else None
     exact, sensitivity = sequential.x.cpu(), sequential.outcome.sensitivity
-    if again is None:  # The folder has the tokens as they were drawn, and of images only 8-bit values.
-        tokens = torch.cat([folder.tokens(i) for i in shards])[rows]
-        return Scores(paired=evaluation.sample_errors(tokens, exact.float()), sensitivity=sensitivity)
+    if again is None:  # The folder has the samples as they were drawn, and of pictures only 8-bit values.
+        read = folder.tokens if flow.image_shape is None else folder.images
+        drawn = torch.cat([read(i) for i in shards])[rows]
+        return Scores(paired=evaluation.sample_errors(drawn, exact.float()), sensitivity=sensitivity)
     stored = torch.cat([folder.images(i) for i in shards])[rows]
     return Scores(
         paired=evaluation.sample_errors(again.images.cpu(), exact),

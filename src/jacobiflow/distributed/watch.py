@@ -18,7 +18,10 @@ from jacobiflow.errors import InputValueError
 _BEAT = 0.5  # Seconds between two signs of life of a process.
 _SILENCE = 15.0  # Seconds without a sign of life after which a process counts as ended.
 _GRACE = 5.0  # Seconds in which the main thread must end after another process has failed.
+_BEFORE_MESSAGE = 2.0  # Seconds before the process that prints a message ends; it may keep the store that others read.
+_AFTER_MESSAGE = 4.0  # Seconds before the others end: torchrun and srun stop all processes once one has ended.
 _FAILURE = "failure"  # The key of the first failure in the store.
+_INTERRUPT = "KeyboardInterrupt"  # The message of a failure by Ctrl-C.
 
 
 class ProcessFailed(InputValueError):  # noqa: N818
@@ -61,16 +64,23 @@ class Watch:
         self._answers.put(None)
 
     def raise_failure(self, error: BaseException) -> None:
-        """Raises the failure of another process that caused `error`, or else tells the others of `error`."""
-        if isinstance(error, ProcessFailed):
-            return
+        """Raises the failure of another process that caused `error`, or else tells the others of `error`.
+
+        If one process was interrupted, all end by KeyboardInterrupt.
+        """
         with suppress(KeyboardInterrupt):  # The watch may have interrupted this thread just now.
             self.stop()
             time.sleep(0.01)
+        if isinstance(error, ProcessFailed):
+            time.sleep(_AFTER_MESSAGE)
+            return
         is_lost = isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
         failure = self._failure or self._announce(_ended("a process") if is_lost else message_of(error))
-        if not failure.is_reported:
-            time.sleep(4 * _BEAT)  # The others read the message before this process ends, which may keep the store.
+        is_interrupt = str(failure) == _INTERRUPT
+        is_silent = self._rank > 0 if is_interrupt else failure.is_reported
+        time.sleep(_AFTER_MESSAGE if is_silent else _BEFORE_MESSAGE)
+        if is_interrupt:
+            raise KeyboardInterrupt from error
         if is_lost or failure.is_reported or failure is self._failure:
             raise failure from error
 

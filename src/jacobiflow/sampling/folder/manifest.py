@@ -12,6 +12,7 @@ import msgspec
 
 from jacobiflow.blocks.context import Context
 from jacobiflow.blocks.guidance import Guidance
+from jacobiflow.data.grid import PICTURE_CHANNELS
 from jacobiflow.errors import InputValueError
 from jacobiflow.fixed_point import CertifyMode, Status
 from jacobiflow.models.latents import MAX_SAMPLES
@@ -90,6 +91,11 @@ class Manifest:
                 f"shard_size={self.shard_size}: {self.num_shards:,} shards; give a larger one, for at most "
                 f"{_MAX_SHARDS:,}"
             )
+
+    @property
+    def has_pictures(self) -> bool:
+        """Whether samples are grey or colour images, which are stored in 8 bits."""
+        return len(self.shape) == 3 and self.shape[0] in PICTURE_CHANNELS
 
     @property
     def num_shards(self) -> int:

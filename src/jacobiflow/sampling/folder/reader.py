@@ -2,7 +2,8 @@
 
 manifest.json          the settings of the run, and in the end the checksum of every shard
 strategy.json          the solvers of the blocks
-shards/00000.npz       8-bit images `arr_0` (n, height, width, channels), as FID tools read them, or float32 `tokens`
+shards/00000.npz       8-bit images `arr_0` (n, height, width, channels), as FID tools read them; or float32 `images`
+                       (n, channels, height, width), if they are neither grey nor in colour; or float32 `tokens`
                        (n, T, C); for each sample `labels`, `residual`, `used_fallback`, `nonfinite`, `log_prob` and
                        `sensitivity`
 shards/00000.json      the record of the shard: its checksum and cost. A shard without a record does not count
@@ -46,9 +47,9 @@ from jacobiflow.utils.files import (
 STRATEGY = "strategy.json"
 # The dtypes of the arrays in a shard.
 _DTYPES = {
-    "arr_0": ("uint8",), "tokens": ("float32",), "labels": ("int64", "int32"), "residual": ("float32", "float64"),
-    "log_prob": ("float32", "float64"), "sensitivity": ("float32", "float64"), "used_fallback": ("bool",),
-    "nonfinite": ("bool",),
+    "arr_0": ("uint8",), "images": ("float32",), "tokens": ("float32",), "labels": ("int64", "int32"),
+    "residual": ("float32", "float64"), "log_prob": ("float32", "float64"), "sensitivity": ("float32", "float64"),
+    "used_fallback": ("bool",), "nonfinite": ("bool",),
 }  # fmt: skip
 _OPTIONAL = ("labels", "residual", "log_prob", "sensitivity")
 _REMEDY = "sample into the folder again with the same settings, which draws what is missing"
@@ -170,10 +171,15 @@ class SampleFolder:
             "without --part"
         )
 
-    def images(self, index: int) -> UInt8[Tensor, "n c h w"]:
-        """Returns the 8-bit images of a shard."""
+    def images(self, index: int) -> Tensor:
+        """Returns the images (n, c, h, w) of a shard, in 8 bits if they are grey or in colour.
+
+        Images with other channels, such as the latents of an autoencoder, are float32 as they were drawn.
+        """
         if len(self.manifest.shape) != 3:
             raise SampleFolderError(f"{self.path}: samples of a flow over tokens; take .tokens({index})")
+        if not self.manifest.has_pictures:
+            return torch.from_numpy(self._array(index, "images", self.manifest.shape))
         channels, height, width = self.manifest.shape
         pixels = self._array(index, "arr_0", (height, width, channels))
         return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
@@ -182,7 +188,7 @@ class SampleFolder:
         """Returns the tokens of a shard, of a flow over tokens."""
         return torch.from_numpy(self._array(index, "tokens", self.manifest.shape))
 
-    def batches(self) -> Iterator[UInt8[Tensor, "n c h w"]]:
+    def batches(self) -> Iterator[Tensor]:
         """Yields the images of one shard after another."""
         for index in range(self.manifest.num_shards):
             yield self.images(index)
@@ -209,7 +215,7 @@ class SampleFolder:
         return self._concatenated("used_fallback")  # type: ignore[return-value]
 
     def nonfinite(self) -> Bool[Tensor, " n"]:
-        """Returns whether the exact inverse of each sample overflows; its image is black, its tokens are NaN."""
+        """Returns whether the exact inverse of each sample overflows; its picture is black, its tokens are NaN."""
         return self._concatenated("nonfinite")  # type: ignore[return-value]
 
     def cost(self) -> Cost:
@@ -239,7 +245,7 @@ class SampleFolder:
         return replace(Strategy.load(file), prediction=None)
 
     def write(self, index: int, samples: Samples) -> None:
-        """Writes a shard: its samples, then its record. An image with a value that is not finite is black."""
+        """Writes a shard: its samples, then its record. A picture with a value that is not finite is black."""
         shape = tuple(samples.x.shape[1:])
         if shape != self.manifest.shape:
             raise InputValueError(
@@ -247,11 +253,13 @@ class SampleFolder:
                 "draw them with jacobiflow.sample"
             )
         nonfinite = ~torch.isfinite(samples.x).flatten(1).all(dim=1)
-        is_image = len(shape) == 3
-        levels = quantize(samples.x.masked_fill(nonfinite.view(-1, 1, 1, 1), -1.0)) if is_image else samples.x.float()
+        name, stored = "images" if len(shape) == 3 else "tokens", samples.x.float()
+        if self.manifest.has_pictures:
+            pictures = samples.x.masked_fill(nonfinite.view(-1, 1, 1, 1), -1.0)
+            name, stored = "arr_0", quantize(pictures).permute(0, 2, 3, 1)
         context = samples.context
         arrays = {
-            "arr_0" if is_image else "tokens": levels.permute(0, 2, 3, 1) if is_image else levels,
+            name: stored,
             "labels": None if context is None or context.is_floating_point() else context,
             "log_prob": samples.log_prob,
             "residual": samples.residual,
@@ -262,10 +270,10 @@ class SampleFolder:
         (self.path / "shards").mkdir(exist_ok=True)
         write_atomically(self._npz_file(index), npz_bytes(arrays))
         pngs = self._png_files(index)
-        for file, pixels in zip(pngs, levels.cpu() if pngs else (), strict=True):
+        for file, pixels in zip(pngs, stored.cpu() if pngs else (), strict=True):
             file.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(file, _to_png(pixels), sync=False)  # Syncing a thousand files takes seconds.
-        record = Record(len(levels), sha256(self._npz_file(index), *pngs), Cost.of(samples))
+        record = Record(len(stored), sha256(self._npz_file(index), *pngs), Cost.of(samples))
         write_json(self._record_file(index), serialization.encode(record))
 
     def check_no_links(self) -> None:
@@ -332,10 +340,9 @@ class SampleFolder:
         return None if any(array is None for array in arrays) else torch.from_numpy(np.concatenate(arrays))
 
 
-def _to_png(pixels: UInt8[Tensor, "c h w"]) -> bytes:
+def _to_png(pixels: UInt8[Tensor, "h w c"]) -> bytes:
     data = io.BytesIO()
-    array = pixels[0] if len(pixels) == 1 else pixels.permute(1, 2, 0)
-    pillow().fromarray(array.numpy()).save(data, "png")
+    pillow().fromarray((pixels[:, :, 0] if pixels.shape[2] == 1 else pixels).numpy()).save(data, "png")
     return data.getvalue()
 
 

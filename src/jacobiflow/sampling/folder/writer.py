@@ -184,7 +184,10 @@ def _check_file_format(flow: Flow, files: Any) -> None:
         pillow()
         if flow.image_shape is None:
             raise InputValueError("files='png': for flows over images; give 'npz'")
-        check_choice("files='png': in_channels", flow.image_shape[0], PICTURE_CHANNELS)
+        if flow.image_shape[0] not in PICTURE_CHANNELS:
+            raise InputValueError(
+                f"files='png': for grey and colour images, and this flow has {flow.image_shape[0]} channels; give 'npz'"
+            )
 
 
 def _start_or_resume(
@@ -308,7 +311,7 @@ def _with(folder: SampleFolder, **entries: Any) -> SampleFolder:
 
 def _check_space(folder: SampleFolder, todo: Sequence[int]) -> None:
     """Raises SampleFolderError if the shards to draw do not fit on the disk."""
-    bytes_per_value = 1 if len(folder.manifest.shape) == 3 else 4
+    bytes_per_value = 1 if folder.manifest.has_pictures else 4
     needed = folder.manifest.num_in(todo) * prod(folder.manifest.shape) * bytes_per_value
     free = shutil.disk_usage(folder.path).free
     if needed > free:
