@@ -59,11 +59,11 @@ PIXELS: Argument = (
     (IMAGES[0], IMAGES[:0], *ABSENT),
 )
 NO_CONTEXT = (7, [0, 1], LABELS.numpy(), LABELS.double(), LABELS.bool(), LABELS.byte())
-NO_LABELS = (1.5, True, "2", ["0", "2"], [0, None], [[0], [0, 2]], {0: 2}, LABELS.double(), LABELS.bool().numpy())
+NO_LABELS = (1.5, True, ["0", 2], [0, None], [[0], [0, 2]], {0: 2}, LABELS.double(), LABELS.bool().numpy())
 HUGE_LABELS = (np.broadcast_to(np.array(0), 10**13), LABELS[:1].byte().expand(10**13))  # would fill 80 TB
 ABSENT_LABELS = (LABELS.to_sparse(), LABELS.to("meta"), NESTED_LABELS)
 NO_ROWS = (LABELS[:1], LABELS.repeat(2), LABELS.view(1, 2), LABELS[0], *ABSENT_LABELS)
-WRONG_LABELS = (*NO_ROWS, [0, 3], [0], 3, *HUGE_LABELS)
+WRONG_LABELS = (*NO_ROWS, "2", ["0", "2"], [0, 3], [0], 3, *HUGE_LABELS)
 
 
 def colour_transform(translate: int = 0, hue: float = 0.0) -> object:

@@ -105,7 +105,7 @@ def test_classes_have_names() -> None:
     draw = partial(jf.sample, flow, 2, strategy="sequential", settings=None)
     assert torch.equal(draw(labels=classes).images, draw(labels=numbers).images)
     assert torch.equal(draw(labels="bag").images, draw(labels=numbers[1]).images)
-    with pytest.raises(jf.InputError, match=r"label dres: no such class \(did you mean dress\?\)"):
+    with pytest.raises(jf.InputError, match=r"labels=dres: no such class \(did you mean dress\?\)"):
         draw(labels="dres")
 
 

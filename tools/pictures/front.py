@@ -34,6 +34,8 @@ FRAMES_A_SECOND, PAUSE = 14, 3  # the seconds of the last frame
 class Recorder:
     """A block that records the tokens that every call reads, and the run of tokens that it evaluates."""
 
+    is_causal = True
+
     def __init__(self, block: jf.Block) -> None:
         self.block = block
         self.states: list[Tensor] = []

@@ -110,7 +110,7 @@ def _parse_class(name: str, classes: Sequence[str]) -> int:
     try:
         return class_number(name, classes)
     except InputValueError as error:
-        raise InputValueError(f"--labels: {error}; or give balanced, random, none, or a .txt or .npy file") from None
+        raise InputValueError(f"--{error}; or give balanced, random, none, or a .txt or .npy file") from None
 
 
 def parse_prompts(text: str | None, encoder: str | None, num: int, flow: Flow) -> list[str] | None:

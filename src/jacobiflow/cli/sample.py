@@ -140,8 +140,8 @@ def run(config: SampleConfig, processes: Processes) -> SampleResult | None:
     turns both off.
 
     The same command again resumes a run that was stopped. Several processes share the work, and write the same bytes:
-    torchrun --nproc-per-node 2 -m -- jacobiflow sample ..., or srun. Jobs that cannot
-    communicate share it with --part 1/8, --part 2/8, and so on.
+    torchrun --nproc-per-node 2 -m -- jacobiflow sample ..., or srun.
+    Jobs that cannot communicate share it with --part 1/8, --part 2/8, and so on.
 
     Example: jacobiflow sample --model fashion-p2 --num 20 --compare --out out/demo
     """

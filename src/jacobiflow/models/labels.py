@@ -58,7 +58,7 @@ def class_number(name: str, classes: Sequence[str]) -> int:
     close = get_close_matches(name, classes, n=1, cutoff=0.5)
     known = f"the classes are {', '.join(classes)}" if classes else "this model has no names of classes, give numbers"
     hint = f" (did you mean {close[0]}?)" if close else ""
-    raise InputValueError(f"label {name}: no such class{hint}; {known}")
+    raise InputValueError(f"labels={name}: no such class{hint}; {known}")
 
 
 def check_labels(labels: Labels, num: int, num_classes: int, classes: Sequence[str] = ()) -> Int[Tensor, " n"]:
