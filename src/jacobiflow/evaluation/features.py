@@ -72,7 +72,7 @@ class InceptionFeatures(nn.Module):
             )
         except URLError as error:
             reason = f"the download failed ({error.reason})"
-            raise DataError(f"Inception's weights: {reason}; give a file, or features of your own") from error
+            raise DataError(f"Inception's weights: {reason}; give a file, features of your own, or none") from error
         except (RuntimeError, AttributeError, TypeError) as error:
             raise DataError(f"{weights}: weights of another network; give {_WEIGHTS_FILE}") from error
 
