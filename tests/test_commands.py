@@ -93,7 +93,7 @@ def test_commands_run(
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     lines = [match[1] for match in COMMAND.finditer(re.sub(r"\\\n +", " ", (PAGES | HELP)[page]))]
-    if any("features inception" in line or "evaluate" in line and "--features" not in line for line in lines):
+    if any("features inception" in line or ("evaluate" in line and "--features" not in line) for line in lines):
         request.getfixturevalue("_inception")
     folder = shutil.copytree(files, tmp_path / "work", symlinks=True)
     if any("flan-t5" in line for line in lines):
