@@ -311,7 +311,7 @@ def alanine() -> Figure:
     halves: Any = figure.subfigures(2, 1, height_ratios=(1.05, 1))
     top, bottom = halves
     axes = top.subplots(1, 3, sharey=True)
-    panels = {"simulation": simulation, "100,000 proposals": many["unweighted"], "reweighted": many["weighted"]}
+    panels = {"simulation": simulation, "100,000 proposals": many["unweighted"], "weighted": many["weighted"]}
     for axis, title, of_bins in zip(axes, panels, (simulation["map"], *many["maps"]), strict=True):
         with np.errstate(divide="ignore"):
             values = -np.log(np.array(of_bins).T * len(of_bins) ** 2)
