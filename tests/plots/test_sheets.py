@@ -70,8 +70,10 @@ def test_a_comparison_shows_both_and_enlarges_the_sample_that_differs_most() -> 
     assert_placed(pixels[rows + 2 * CAPTION :], enlarged, columns=3, zoom=6)
 
 
-@pytest.mark.parametrize(("shift", "level"), [(0.0, WHITE), (1e-3, WHITE), (1e-2, 0)])
-def test_the_largest_difference_is_black_if_8_bits_show_it(shift: float, level: int) -> None:
+@pytest.mark.parametrize(("shift", "panels"), [(0.0, 2), (1e-3, 2), (1e-2, 3)])
+def test_the_difference_is_drawn_if_8_bits_show_it(shift: float, panels: int) -> None:
     reference = torch.zeros(1, 1, 4, 112)
     sheet = np.asarray(comparison_sheet(reference, reference + shift, ("a", "b")))
-    assert int(sheet[-GAP - 1, -GAP - 1, 0]) == level
+    last = sheet[-GAP - 1, panels * (336 + GAP) - GAP - 1, 0]
+    assert int(last) == (0 if panels == 3 else 128)
+    assert (sheet[-GAP - 1, panels * (336 + GAP) + GAP :] == WHITE).all()

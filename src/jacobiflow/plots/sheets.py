@@ -26,7 +26,7 @@ def comparison_sheet(
     """Draws `reference` and `images`, and enlarges the sample that differs most (cf. Figure 7 of the paper).
 
     Beside the enlarged sample is its difference, the largest of all channels. It is multiplied until its largest value
-    is black, unless no pixel differs by half a grey level.
+    is black. It is left out if no pixel differs by half a grey level.
 
     Args:
         reference: Images of the first row.
@@ -38,14 +38,15 @@ def comparison_sheet(
     difference = (images - reference).abs().amax(1, keepdim=True) / 2  # 1 is the range from black to white.
     worst = int(difference.flatten(1).amax(1).argmax())
     levels = 255 * float(difference[worst].max())
-    factor = 255 / levels if levels >= 0.5 else 1.0
-    enlarged = [reference[worst], images[worst], (1 - 2 * factor * difference[worst]).expand_as(images[worst])]
+    enlarged, captions = [reference[worst], images[worst]], [*names]
+    caption = f"all are equal in 8 bits; sample {worst}:"
+    if levels >= 0.5:
+        caption = f"sample {worst} differs most, by {levels:.2g} of 255 grey levels:"
+        enlarged.append((1 - 2 * 255 / levels * difference[worst]).expand_as(images[worst]))
+        captions.append(f"difference x {255 / levels:,.0f}")
     grid = image_grid(torch.stack(enlarged), 3, zoom=max(1, round(_ENLARGED_WIDTH / images.shape[-1])))
-    caption = f"sample {worst} differs most, by {levels:.2g} of 255 grey levels:"
-    if levels < 0.5:
-        caption = f"all are equal in 8 bits; sample {worst}:"
     parts = [rows_sheet(list(zip(names, (reference, images), strict=True)), columns), _caption(caption)]
-    return stack_images([*parts, column_captions((*names, f"difference x {factor:,.0f}"), grid.width), grid])
+    return stack_images([*parts, column_captions(captions, grid.width), grid])
 
 
 def rows_sheet(rows: Sequence[tuple[str, Float[Tensor, "n c h w"]]], columns: Sequence[str] = ()) -> Image.Image:
