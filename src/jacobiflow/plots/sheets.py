@@ -44,7 +44,7 @@ def comparison_sheet(
         caption = f"sample {worst} differs most, by {levels:.2g} of 255 grey levels:"
         enlarged.append((1 - 2 * 255 / levels * difference[worst]).expand_as(images[worst]))
         captions.append(f"difference x {255 / levels:,.0f}")
-    grid = image_grid(torch.stack(enlarged), 3, zoom=max(1, round(_ENLARGED_WIDTH / images.shape[-1])))
+    grid = image_grid(torch.stack(enlarged), len(enlarged), zoom=max(1, round(_ENLARGED_WIDTH / images.shape[-1])))
     parts = [rows_sheet(list(zip(names, (reference, images), strict=True)), columns), _caption(caption)]
     return stack_images([*parts, column_captions(captions, grid.width), grid])
 
