@@ -26,7 +26,10 @@ def program(*lines: str) -> list[str]:
     """A program that runs lines with the processes as `p`, and prints the error that ends it."""
     body = "".join(f"        {line}\n" for line in lines)
     start = "import os, signal, time\nimport jacobiflow as jf\ntry:\n    with jf.processes() as p:\n"
-    return ["python", f"{start}{body}except jf.InputError as error:\n    print(type(error).__name__, error)"]
+    return [
+        "python",
+        f"{start}{body}except (jf.InputError, KeyboardInterrupt) as error:\n    print(type(error).__name__, error)",
+    ]
 
 
 # ----------------------------------------------------------------------------------------------------------- together
@@ -67,6 +70,7 @@ def test_an_error_or_a_kill_of_one_ends_all_with_its_message(tmp_path: Path) -> 
         if kind == "raise":
             assert (failed.code, failed.out) == (0, "CheckpointError no room\n"), name
             assert {each.out for each in others} == {"ProcessFailed no room\n"}, name
+            assert all(each.seconds > failed.seconds for each in others), "a launcher kills all once one has ended"
         else:
             assert failed.code == -9
             assert all(lost(each) for each in others), (name, others)
@@ -81,9 +85,19 @@ def lost(ended: Ended) -> bool:
 def test_an_error_on_the_first_process_while_others_wait_for_it(tmp_path: Path) -> None:
     line = "p.run_on_rank_zero(lambda: jf.SampleFolder.open('no-room'))"
     (ended,) = run_jobs([[Job(program(line))]], tmp_path)
-    first, second = (each.out for each in ended["job"])
-    assert first.startswith("SampleFolderError no-room: no such folder")
-    assert second == first.replace("SampleFolderError", "ProcessFailed")
+    first, second = ended["job"]
+    assert first.out.startswith("SampleFolderError no-room: no such folder")
+    assert second.out == first.out.replace("SampleFolderError", "ProcessFailed")
+    assert second.seconds > first.seconds
+
+
+@FORKS
+def test_an_interrupt_of_one_ends_all_as_interrupted(tmp_path: Path) -> None:
+    """The first process, which prints what is kept, ends before the others, which a launcher then kills."""
+    (ended,) = run_jobs([[Job(program("if rank == 1: raise KeyboardInterrupt", WAITS["sleep"]), 3)]], tmp_path)
+    first, *others = ended["job"]
+    assert [each.out for each in ended["job"]] == ["KeyboardInterrupt \n"] * 3
+    assert all(each.seconds > first.seconds for each in others)
 
 
 # -------------------------------------------------------------------------------------------------------------- alone

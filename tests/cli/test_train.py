@@ -83,7 +83,7 @@ def test_size_colour_and_classes_are_those_of_the_images(run: Any, refuse: Any, 
     names = sorted(str(path.relative_to(tmp_path / "out/images")) for path in tmp_path.glob("out/images/*/*"))
     assert names == ["0-cat/00000001.png", "1-dog/00000000.png", "1-dog/00000002.png"]
     assert "all 3 were there already" in run(f"{sample} 1,0").out
-    refuse(f"{sample} dgo", "--labels=dgo: no such class (did you mean dog?); the classes are cat, dog")
+    refuse(f"{sample} dgo", "--labels dgo: no such class (did you mean dog?); the classes are cat, dog")
 
 
 def test_sizes_that_do_not_fit_name_one_that_does(refuse: Any, photos: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""What docs/paper.md says of calibrations and of timed strategies, as text."""
+"""Facts of calibrations and of timed strategies, as docs/paper.md has them."""
 
 from __future__ import annotations
 

@@ -201,7 +201,7 @@ def sampling_range() -> str:
     runs = [
         run for run in result("masked-flows")["runs"] if flows.items() <= run.items() and run["flow"] in ("MAF", "NSF")
     ]
-    return "{:.0f} to {:.0f}".format(*(bound(run["speed_up"] for run in runs) for bound in (min, max)))
+    return paper_facts.number_range([run["speed_up"] for run in runs], ".0f")
 
 
 def speed_up_range(name: str, **values: Any) -> str:
@@ -220,7 +220,7 @@ def to_images_range() -> str:
     """The range of times faster that batches of `fashion-p2` are drawn and denoised, such as "6 to 20"."""
     seconds = [run["seconds"] for run in result("model-speed")["runs"] if run["model"] == "fashion-p2"]
     ratios = [each["original sampler, to images"]["median"] / each["auto, to images"]["median"] for each in seconds]
-    return f"{min(ratios):.0f} to {max(ratios):.0f}"
+    return paper_facts.number_range(ratios, ".0f")
 
 
 def boltzmann_range(name: str) -> str:

@@ -85,7 +85,7 @@ def importance(samples: Samples | SampleFolder, energy: Float[Tensor, " n"], *, 
     Example:
         >>> _ = torch.manual_seed(0)
         >>> flow = jf.TarFlow(jf.TokenConfig(4, 3, 64, num_blocks=2, layers_per_block=1))
-        >>> samples = jf.sample(flow, 1000)  # of an untrained flow: q is near N(0, I)
+        >>> samples = jf.sample(flow, 1000)  # The flow is untrained, so q is near N(0, I).
         >>> energy = (samples.tokens - 0.1).square().sum(dim=(1, 2)) / 2
         >>> weights = jf.importance(samples, energy)
         >>> weights.effective_sample_size > 500, weights.mean(samples.tokens).shape

@@ -216,7 +216,7 @@ class Samples:
 
     @property
     def exact(self) -> Bool[Tensor, " n"]:
-        """True for samples that are exact by construction: every block was solved token by token."""
+        """True for samples of which every block was solved token by token."""
         return torch.stack([block.exact for block in self.stats]).all(dim=0)
 
     @property

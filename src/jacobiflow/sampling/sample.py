@@ -44,7 +44,7 @@ Settings = SamplingSettings | Literal["recommended"] | None
 
 @dataclass(frozen=True)
 class Outputs:
-    """What is computed of each sample beside x.
+    """The quantities that are computed for each sample, beside x.
 
     Attributes:
         denoise: The rate of a denoising step; 0 for none.

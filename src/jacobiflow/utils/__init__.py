@@ -1,1 +1,1 @@
-"""What all folders share: checks of arguments, files, JSON, timings."""
+"""Checks of arguments, files, JSON and timings, for all folders of the package."""

@@ -94,7 +94,7 @@ class Manifest:
 
     @property
     def has_pictures(self) -> bool:
-        """Whether samples are grey or colour images, which are stored in 8 bits."""
+        """True if samples are grey or colour images, which are stored in 8 bits."""
         return len(self.shape) == 3 and self.shape[0] in PICTURE_CHANNELS
 
     @property
