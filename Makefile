@@ -25,7 +25,7 @@ $(INSTALLED): $(RUNTIME)
 
 demo: $(RUNTIME)
 	$(BIN)/jacobiflow sample --model fashion-p2 --num 20 --compare --overwrite --out out/demo
-	$(BIN)/jacobiflow sample --model fashion-p2 --num 1 --labels 8 --compare --overwrite --out out/demo-one
+	$(BIN)/jacobiflow sample --model fashion-p2 --num 1 --labels sneaker --compare --overwrite --out out/demo-one
 
 # A file of tests at a time on each core; a thread each, so that they do not wait for each other.
 test: setup
