@@ -111,6 +111,7 @@ def _run_rank(job: Any, rank: int, port: int, stem: str) -> None:
     from jacobiflow.cli import main
     from jacobiflow.distributed import Processes
 
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # Programs in the background of a script ignore it.
     if job["ranks"] > 1:
         os.environ.update(_variables(job["launcher"], rank, job["ranks"], port))
     for stream in ("out", "err"):

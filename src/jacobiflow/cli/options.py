@@ -105,8 +105,12 @@ def _parse_class(name: str, classes: Sequence[str]) -> int:
     """Returns the number of a class by its name or its number."""
     from jacobiflow.models.labels import class_number
 
-    is_number = name not in classes and re.fullmatch(r"-?\d{1,9}", name)
-    return int(name) if is_number else class_number(name, classes)
+    if name not in classes and re.fullmatch(r"-?\d{1,9}", name):
+        return int(name)
+    try:
+        return class_number(name, classes)
+    except InputValueError as error:
+        raise InputValueError(f"{error}; or give balanced, random, none, or a .txt or .npy file") from None
 
 
 def parse_prompts(text: str | None, encoder: str | None, num: int, flow: Flow) -> list[str] | None:
