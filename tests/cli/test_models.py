@@ -28,6 +28,7 @@ def test_convert(run: Any, refuse: Any, tmp_path: Path) -> None:
     assert result.out.endswith(f"wrote the model folder {tmp_path}/folder\n")
     read = jf.load(tmp_path / "folder")
     assert read.config == replace(flow.config, noise_std=0.2)
+    assert read.recommended == jf.SamplingSettings(denoise=1.0)
     for name, tensor in flow.state_dict().items():
         assert torch.equal(read.state_dict()[name], tensor)
     refuse(line, "folder: holds a model already; remove that folder first, or give another")

@@ -33,6 +33,7 @@ from tools.pictures.palette import EASY_BLOCK, FINAL_TOKEN, ORDERED, OTHERS, TOU
 SWEPT = sampler_style("gs-jacobi").color
 MODEL = "emoji-p2"
 LUMINANCE = np.array([0.213, 0.715, 0.072])  # of red, green and blue, as CSS has them
+ROUNDING = 1e-6  # Smaller errors are drawn here.
 SAMPLE, LABEL = 10, 1  # a person of seed 0, whose number of sweeps is about the median of the first 20
 
 
@@ -161,7 +162,8 @@ def error_against_time() -> Figure:
             for name, label, line in (("sequential", "exact loop", "--"), ("growing cache", "original sampler", "-.")):
                 seconds = strategy(performance["final"][batch], name)["seconds"]["median"]
                 axis.axvline(seconds, color=sampler_style(name).color, linestyle=line, linewidth=1.2, label=label)
-            axis.set(xscale="log", yscale="log", ylim=(4e-7, 10), yticks=[1e-6, 1e-4, 1e-2, 1])
+            axis.set(xscale="log", yscale="log", ylim=(4e-7, 10))
+            axis.set_yticks([ROUNDING, 1e-4, 1e-2, 1], ["rounding", "1e-4", "1e-2", "1"])
             plain_ticks(axis.xaxis, (1, 3))
             simplify_axes(axis)
         column[0].set_title(f"batch {batch}")
@@ -180,7 +182,7 @@ def _best_settings(rows: Iterable[Json], sampler: str) -> tuple[list[float], lis
     points: list[tuple[float, float]] = []
     for row in sorted((row for row in rows if row["sampler"] == sampler), key=lambda row: row["seconds"]):
         if not points or row["max_error"] < points[-1][1]:
-            points.append((row["seconds"], max(row["max_error"], 1e-6)))
+            points.append((row["seconds"], max(row["max_error"], ROUNDING)))
     seconds, errors = zip(*points, strict=True)
     return [*seconds], [*errors]
 
@@ -251,7 +253,7 @@ def speed() -> Figure:
     runs = [run for run in result("masked-flows")["runs"] if (run["library"], run["direction"]) == ("zuko", "slow")]
     figure = new_figure(3.2)
     axis = figure.subplots()
-    for flow, name, offset, side, end in (("MAF", "auto", (0, -50), "right", "top"),
+    for flow, name, offset, side, end in (("MAF", "auto", (0, -68), "right", "top"),
                                           ("NSF", "gs-jacobi", (0, 10), "center", "bottom")):  # fmt: skip
         color, marker = sampler_style(name)
         speed_ups = []
@@ -264,7 +266,7 @@ def speed() -> Figure:
         axis.annotate(text, points[-1], offset, textcoords="offset points", color=readable(color), ha=side, va=end)
     axis.axhline(1, color=TEXT_COLOR, linewidth=0.8)
     axis.text(2, 1.1, "zuko's own inverse", color=TEXT_COLOR)
-    axis.set(xscale="log", yscale="log", ylim=(0.8, 600), xlabel="features of a row", ylabel="speed-up over zuko")
+    axis.set(xscale="log", yscale="log", ylim=(0.8, 2000), xlabel="features of a row", ylabel="speed-up over zuko")
     axis.set_xticks([2, 5, 10, 20, 64], ["2", "5", "10", "20", "64"])
     axis.minorticks_off()
     plain_ticks(axis.yaxis, (1, 3))
@@ -281,23 +283,24 @@ def training() -> Figure:
     axis = figure.subplots()
     for place, run in enumerate(fits):
         above = 3 * place - 0.75
-        axis.text(0, above, f"{run['program'].split()[0]}, {run['flow']}", va="center", weight="bold", color=TEXT_COLOR)
+        library, total = run["program"].split()[0], run["total"]["library"]
+        axis.text(0, above, f"{library}, {run['flow']}", va="center", weight="bold", color=TEXT_COLOR)
         for row, way in enumerate(("library", "accelerated")):
-            y, left, total = 3 * place + 0.85 * row, 0.0, run["total"]["library"]
+            y, left = 3 * place + 0.85 * row, 0.0
             for phase, color in colors.items():
                 seconds = sum(run["seconds"][way][phase].values())
                 axis.barh(y, seconds / total, 0.75, left, color=color)
-                if phase == "training" and seconds > 0.15 * total:
+                if phase == "training":
                     text = f"training {seconds_text(seconds)}" if seconds > 0.3 * total else seconds_text(seconds)
                     axis.text(left + seconds / total / 2, y, text, ha="center", va="center", color="white")
-                if phase == "sampling" and way == "library":
+                elif way == "library":
                     text = f"samples {seconds_text(seconds)}"
                     axis.text(1, above, text, ha="right", va="center", color=readable(color))
                 left += seconds / total
-            text = f"{seconds_text(run['total'][way])}, {format_speed_up(run['speed_up'])} faster"
-            text = f"accelerated: {text}" if left < 0.68 else text
-            axis.text(left + 0.01, y, text if row else seconds_text(total), va="center", color=TEXT_COLOR)
-    axis.set(xlim=(0, 1.13), ylim=(3 * len(fits) - 1.6, -1.2))
+            text = seconds_text(run["total"][way]) + (f", {format_speed_up(run['speed_up'])} faster" if row else "")
+            axis.text(left + 0.01, y, text, va="center", color=TEXT_COLOR)
+            axis.text(-0.01, y, "accelerated" if row else library, ha="right", va="center", color=TEXT_COLOR)
+    axis.set(xlim=(-0.2, 1.13), ylim=(3 * len(fits) - 1.6, -1.2))
     axis.axis("off")
     return figure
 
@@ -314,11 +317,13 @@ def alanine() -> Figure:
     panels = {"simulation": simulation, "100,000 proposals": many["unweighted"], "weighted": many["weighted"]}
     for axis, title, of_bins in zip(axes, panels, (simulation["map"], *many["maps"]), strict=True):
         with np.errstate(divide="ignore"):
-            values = -np.log(np.array(of_bins).T * len(of_bins) ** 2)
-        image = axis.imshow(values, origin="lower", extent=(-180, 180, -180, 180), cmap="viridis", vmin=-5, vmax=6)
+            values = -np.log(np.array(of_bins).T)
+        image = axis.imshow(
+            values - values.min(), origin="lower", extent=(-180, 180, -180, 180), cmap="viridis", vmin=0, vmax=10
+        )
         axis.set(title=title, xlabel="phi, degrees", xticks=(-120, 0, 120), yticks=(-120, 0, 120))
     axes[0].set_ylabel("psi, degrees")
-    top.colorbar(image, ax=axes, label="F / kT", shrink=0.8)
+    top.colorbar(image, ax=axes, label="F / kT; white: no sample", location="bottom", shrink=0.6, aspect=40, extend="max")
     axis = bottom.subplots()
     bins = len(simulation["free_energy"])
     centres = (np.arange(bins) + 0.5) * 360 / bins - 180

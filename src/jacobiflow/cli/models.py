@@ -38,8 +38,8 @@ def convert(
 ) -> dict[str, Any]:
     """Make a model folder from original weights.
 
-    The config is read from the shapes of the weights and the options. A STARFlow needs --encode-text for guidance,
-    which encodes the empty text.
+    The config is read from the shapes of the weights and the options. With --noise-std the model recommends denoising
+    at rate 1. A STARFlow needs --encode-text for guidance, which encodes the empty text.
 
     Example: jacobiflow convert afhq_model_8_768_8_8_0.07.pth --patch-size 8 --noise-std 0.07 --out afhq
     """
@@ -72,6 +72,8 @@ def convert(
         elif noise_std:
             raise InputValueError(f"--noise-std {noise_std:g}: for images; give --patch-size, too")
         flow = jf.TarFlow.from_original(file, config)
+        if noise_std:
+            flow.recommended = jf.SamplingSettings(denoise=1.0)
     flow.save_pretrained(out)
     parameters = sum(parameter.numel() for parameter in flow.parameters())
     images = "" if flow.image_shape is None else f"images of {'x'.join(map(str, flow.image_shape))}, "
