@@ -323,7 +323,7 @@ def alanine() -> Figure:
         )
         axis.set(title=title, xlabel="phi, degrees", xticks=(-120, 0, 120), yticks=(-120, 0, 120))
     axes[0].set_ylabel("psi, degrees")
-    top.colorbar(image, ax=axes, label="F / kT; white: no sample", location="bottom", shrink=0.6, aspect=40, extend="max")
+    top.colorbar(image, ax=axes, label="F / kT; white: no sample", location="bottom", shrink=0.6, extend="max")
     axis = bottom.subplots()
     bins = len(simulation["free_energy"])
     centres = (np.arange(bins) + 0.5) * 360 / bins - 180

@@ -72,7 +72,8 @@ class EvaluateConfig:
     test_images: Annotated[
         int,
         options.measure_option(
-            min=0, help="Number of images whose likelihood is measured, of the test split if there is one."
+            min=0,
+            help="Number of images whose likelihood is measured, evenly spaced in the test split if there is one.",
         ),
     ] = 1000
     batch_size: options.NetworkBatchSize = 64
@@ -202,15 +203,22 @@ def _describe(folder: jf.SampleFolder) -> FolderSummary:
 
 
 def _load_images(source: str, flow: Flow, split: Split, num: int | None = None) -> tuple[ImageDataset, str]:
-    """Loads the first images of a split, or of a source without splits; also returns the name of the split."""
+    """Loads a split, or a source without splits, or `num` evenly spaced images; also returns the name of the split."""
+    import torch
+
     from jacobiflow import data
 
     splits = data.available_splits(source)
     split = split if split in splits else "train"
-    images = data.load_images(source, *loading.image_size(flow), split)
-    labels = None if images.labels is None or not flow.config.num_classes else images.labels[:num]
     name = _SPLIT_NAMES[split] if split in splits else "images"
-    return replace(images, images=images.images[:num], labels=labels), name
+    images = data.load_images(source, *loading.image_size(flow), split)
+    if not flow.config.num_classes:
+        images = replace(images, labels=None)
+    if num is not None and num < len(images):
+        chosen = torch.arange(num) * len(images) // num  # The first ones of a folder would be of one class.
+        labels = None if images.labels is None else images.labels[chosen]
+        images = replace(images, images=images.images[chosen], labels=labels)
+    return images, name
 
 
 def _store(out: Path, inputs: str) -> MeasurementStore:

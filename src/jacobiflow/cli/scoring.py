@@ -181,7 +181,8 @@ def _real_batches(images: Tensor | ImageFiles, extractor: FeatureFunction) -> li
         is_mirrored = torch.rand(len(images), generator=torch.Generator().manual_seed(0)) < 0.5
 
     def batch(rows: Tensor) -> Tensor:
-        return torch.where(is_mirrored[rows].view(-1, 1, 1, 1), images[rows].flip(-1), images[rows])
+        unit = images[rows]
+        return torch.where(is_mirrored[rows].view(-1, 1, 1, 1), unit.flip(-1), unit)
 
     return [partial(batch, rows) for rows in torch.arange(len(images)).split(_UNIT_IMAGES)]
 
@@ -287,9 +288,10 @@ def digest(
     """Returns a checksum of all inputs of the scores: settings, weights, samples, images and files."""
     network = (cached_fingerprint(flow), repr(flow.config), flow.precision, flow.var.device.type)
     manifest = None if folder is None else folder.path / files.MANIFEST
-    tensors = [tensor for each in images if each is not None for tensor in (each.images[:], each.labels)]
-    return files.sha256(
-        files.json_bytes([jf.__version__, *settings, *network]),
-        *(path for path in (manifest, *paths) if path is not None and path.is_file()),
-        *(tensor.numpy().tobytes() for tensor in tensors if tensor is not None),
-    )
+    parts: list[Path | bytes] = [path for path in (manifest, *paths) if path is not None and path.is_file()]
+    for each in images:
+        if each is not None:
+            pixels = each.images
+            parts += pixels.files if isinstance(pixels, ImageFiles) else [pixels.numpy().tobytes()]
+            parts += [] if each.labels is None else [each.labels.numpy().tobytes()]
+    return files.sha256(files.json_bytes([jf.__version__, *settings, *network]), *parts)
