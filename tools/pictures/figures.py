@@ -310,8 +310,8 @@ def alanine() -> Figure:
     """Densities over phi and psi of the simulation, of proposals and of weighted proposals, and free energies."""
     runs = {run["what"]: run for run in result("alanine")["runs"]}
     simulation, many = runs["simulations"], runs["100,000 proposals"]
-    figure = new_figure(5.6)
-    halves: Any = figure.subfigures(2, 1, height_ratios=(1.05, 1))
+    figure = new_figure(5.9)
+    halves: Any = figure.subfigures(2, 1, height_ratios=(1.1, 1))
     top, bottom = halves
     axes = top.subplots(1, 3, sharey=True)
     panels = {"simulation": simulation, "100,000 proposals": many["unweighted"], "weighted": many["weighted"]}
