@@ -217,8 +217,9 @@ def test_the_same_command_again_computes_only_what_is_missing(
         f"def rows(images):\n    print(len(images), file=open('{tmp_path}/log', 'a'))\n"
         "    return images.double().mean(dim=(1, 3))\n"
     )
+    shutil.copytree("test", tmp_path / "images")
     table, log = tmp_path / "o" / "evaluation.json", tmp_path / "log"
-    line = f"evaluate --model model --samples samples --images test --features {tmp_path}/mine.py:rows"
+    line = f"evaluate --model model --samples samples --images {tmp_path}/images --features {tmp_path}/mine.py:rows"
     line += f" --out {table.parent}"
     with monkeypatch.context() as patch:
         patch.setattr(evaluation, "kernel_distance", Mock(side_effect=KeyboardInterrupt))
@@ -241,6 +242,9 @@ def test_the_same_command_again_computes_only_what_is_missing(
     (tmp_path / "mine.py").write_text((tmp_path / "mine.py").read_text().replace("(1, 3)", "(1, 2)"))
     assert "earlier run" not in run(line).out
     assert flat(figures(table))["frechet_distance"] != first["frechet_distance"]
+    one, other, *_ = (tmp_path / "images").rglob("*.png")
+    shutil.copyfile(one, other)
+    assert "earlier run" not in run(line).out
 
 
 @pytest.mark.parametrize(
