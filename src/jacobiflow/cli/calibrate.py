@@ -84,9 +84,9 @@ class CalibrateResult(Provenance):
 
 
 def run(config: CalibrateConfig, processes: Processes) -> CalibrateResult:
-    """Measure a flow's blocks, as the paper does.
+    """Measure how hard each block of a flow is to invert.
 
-    Measures the metrics IGM and CRM and the sweeps that the blocks need, and derives a strategy. The same command again
+    Measures the metrics of the GS-Jacobi paper, IGM and CRM, and sweeps, and derives a strategy. The same command again
     resumes after an interruption, from the results in OUT.partial. Several processes share the work, started by
     torchrun or srun.
 

@@ -37,7 +37,7 @@ def plan(
     device: options.Device = "auto",
     dtype: options.Dtype = "float32",
 ) -> dict[str, Any]:
-    """Find the fastest strategy for a model here.
+    """Find the fastest strategy for a model on this machine.
 
     Times solvers on this machine, for one batch size and tolerance. The strategy "auto" makes the same plan by itself.
     `sample --strategy` takes the file.

@@ -28,7 +28,7 @@ _NOISE = "tarflow: standard deviation of the images' Gaussian noise; 0 for unifo
 _HELD_OUT = "Images whose loss is measured at checkpoints, at most 512. Default: the test split of --images, if any."
 _NUM_HELD_OUT = 512
 _MAX_NAMES = 12  # Names of classes that the summary lists.
-_IMAGE_SIZE = "Side in pixels to which images of a folder are scaled down. Default: the smallest side of all images."
+_IMAGE_SIZE = "Side in pixels to which images of a folder are scaled down. Default: the smallest side, if at most 256."
 _IMAGE_CHANNELS = "3 for colour, 1 for grey. Default: grey if all images are."
 _MAX_NATURAL_SIZE = 256  # Larger images are trained on only if --image-size is given: they take very long.
 
