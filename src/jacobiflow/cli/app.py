@@ -42,6 +42,7 @@ _OUT_OF_MEMORY = re.compile(
 app = typer.Typer(
     name="jacobiflow",
     help="Fast, certified sampling from autoregressive normalizing flows.",
+    epilog="Documentation: https://jacobiflow.github.io/jacobiflow",
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
