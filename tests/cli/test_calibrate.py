@@ -135,7 +135,7 @@ def test_interrupted_it_goes_on_to_the_same_report(run: Any, tmp_path: Path, mon
             "jacobiflow.utils.store.write_json", Mock(wraps=write_json, side_effect=[DEFAULT, KeyboardInterrupt])
         )
         result = run(line)
-    kept = f"interrupted: finished measurements are kept in {report}.partial; the same command goes on\n"
+    kept = f"interrupted: finished measurements are kept in {report}.partial; run the same command to resume\n"
     assert (result.code, result.out, result.err) == (130, "", kept)
     assert sorted(os.listdir(tmp_path)) == ["r.json.partial"]
     reports = []

@@ -167,7 +167,7 @@ def test_ctrl_c_says_what_is_kept(run: Any, tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(jf.SampleFolder, "write", lambda *args: stop() if args[1] else write(*args))
     stop = Mock(side_effect=KeyboardInterrupt)
     result = run(line)
-    kept = f"interrupted: 2 of 6 samples are kept in {tmp_path}/out; the same command goes on\n"
+    kept = f"interrupted: 2 of 6 samples are kept in {tmp_path}/out; run the same command to resume\n"
     assert (result.code, result.out, result.err) == (130, "", kept)
     check = run(f"info --check {tmp_path}/out")
     assert check.out.startswith(f"{tmp_path}/out: 2 of 6 samples are drawn; wait for the run, or give the same command")

@@ -79,7 +79,8 @@ def test_a_terminated_command_leaves_a_checkpoint(
     finally:
         ended.set()
         thread.join()
-    line = f"interrupted: checkpoint at step {last_step(tmp_path):,} of 100,000 in {tmp_path}; the same command goes on"
+    line = f"interrupted: checkpoint at step {last_step(tmp_path):,} of 100,000 in {tmp_path}; "
+    line += "run the same command to resume"
     assert (shown.code, shown.err.splitlines()[-1]) == (130, line)
     assert signal.getsignal(number) is handler
     assert [report.step for report in read_metrics(tmp_path)] == list(range(1, last_step(tmp_path) + 1))

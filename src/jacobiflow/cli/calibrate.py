@@ -199,8 +199,8 @@ def _format_spread(spread: tuple[float, float] | None) -> str:
 def _describe_kept(config: CalibrateConfig) -> str:
     folder = Path(f"{config.out}.partial")
     if not folder.exists():
-        return "nothing is measured yet; the same command starts again"
-    return f"finished measurements are kept in {folder}; the same command goes on"
+        return "nothing is measured yet; run the same command to start again"
+    return f"finished measurements are kept in {folder}; run the same command to resume"
 
 
 calibrate = as_command(CalibrateConfig, run, show, _describe_kept)

@@ -215,9 +215,9 @@ def _load_images(source: str, flow: Flow, split: Split, num: int | None = None) 
     if not flow.config.num_classes:
         images = replace(images, labels=None)
     if num is not None and num < len(images):
-        chosen = torch.arange(num) * len(images) // num  # The first ones of a folder would be of one class.
-        labels = None if images.labels is None else images.labels[chosen]
-        images = replace(images, images=images.images[chosen], labels=labels)
+        indices = torch.arange(num) * len(images) // num  # The first ones of a folder would be of one class.
+        labels = None if images.labels is None else images.labels[indices]
+        images = replace(images, images=images.images[indices], labels=labels)
     return images, name
 
 
@@ -310,8 +310,10 @@ def show(result: EvaluateResult) -> None:
 def _describe_kept(config: EvaluateConfig) -> str:
     num = len([*(config.out / _UNITS).glob("*.json")])
     if not num:
-        return "nothing is computed yet; the same command starts again"
-    return f"{format_count(num, 'finished part')} of the scores are kept in {config.out}; the same command goes on"
+        return "nothing is computed yet; run the same command to start again"
+    return (
+        f"{format_count(num, 'finished part')} of the scores are kept in {config.out}; run the same command to resume"
+    )
 
 
 evaluate = as_command(EvaluateConfig, run, show, _describe_kept)

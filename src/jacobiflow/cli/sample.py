@@ -38,9 +38,9 @@ _CERTIFY_ALWAYS = "Check every block, even those solved token by token."
 _SENSITIVITY = "Measure how much rounding changes each sample, by drawing it a second time."
 _OFFLOAD = "Keep one block at a time on the device, for a model that is larger than it."
 _STRATEGIES = (
-    "auto (recommended) measures which is fastest here. sequential: token by token; sequential:int16: with rounded "
-    "weights, checked. jacobi: sweeps of all tokens; window:N: of N tokens; gs-jacobi:G: of G segments. jacobi-J, "
-    "gs-jacobi:G-J and the paper's [Stack-GS-J-Else] make J sweeps, without a check. Or a .json file of plan."
+    "auto (recommended) measures which is fastest on this machine. sequential: token by token; sequential:int16: with "
+    "rounded weights, checked. jacobi: sweeps of all tokens; window:N: of N tokens; gs-jacobi:G: of G segments. "
+    "jacobi-J, gs-jacobi:G-J and the paper's [Stack-GS-J-Else] make J sweeps, without a check. Or a .json file of plan."
 )
 
 
@@ -255,9 +255,9 @@ def _compare(
     if manifest.has_pictures:
         labels = [] if prompts is not None or context.values is None else context.values.tolist()
         classes = [flow.classes[k] if flow.classes and k >= 0 else f"class {k}" for k in labels]
-        shown = slice(min(num, _SHEET_IMAGES))
+        first = slice(min(num, _SHEET_IMAGES))
         names = "original sampler", manifest.strategy
-        sheet = plots.comparison_sheet(images[0][shown], images[1][shown], names, (prompts or classes)[shown])
+        sheet = plots.comparison_sheet(images[0][first], images[1][first], names, (prompts or classes)[first])
         plots.save_png(sheet, folder.path / _SHEET)
     return Comparison(
         original=result.original,
@@ -308,13 +308,13 @@ def show(result: SampleResult) -> None:
 def _describe_speed(result: SampleResult) -> str:
     """Describes how many samples this command has drawn, and how fast."""
     num_kept = result.num - result.num_new
-    kept = f" ({num_kept:,} were there)" if num_kept and result.cost is not None else ""
+    existing = f" ({num_kept:,} were there)" if num_kept and result.cost is not None else ""
     denoising = ", denoising included" * (result.denoise > 0)
     processes = f" by {result.processes} processes" * (result.processes > 1)
     preparation = result.preparation_seconds
     before = f" (planning and checks before: {format_duration(preparation)})" if preparation >= 1 else ""
     return (
-        f"drew {result.num_new:,}{kept}{processes} in {_format_seconds(result.seconds)}{denoising}: "
+        f"drew {result.num_new:,}{existing}{processes} in {_format_seconds(result.seconds)}{denoising}: "
         f"{format_rate(result.num_new, result.seconds)} a second{before}"
     )
 
@@ -340,12 +340,12 @@ def _format_seconds(seconds: float) -> str:
 def _describe_kept(config: SampleConfig) -> str:
     folder = _open_earlier(config.out)
     if folder is None:
-        return "no sample is drawn; the same command starts again"
+        return "no sample is drawn; run the same command to start again"
     num, num_kept = folder.manifest.num, folder.num_drawn
     hint = (
         "" if num_kept else f"; a file is kept once its {folder.manifest.shard_size:,} samples are drawn (--shard-size)"
     )
-    return f"{num_kept:,} of {num:,} samples are kept in {config.out}{hint}; the same command goes on"
+    return f"{num_kept:,} of {num:,} samples are kept in {config.out}{hint}; run the same command to resume"
 
 
 sample = as_command(SampleConfig, run, show, _describe_kept)

@@ -241,8 +241,8 @@ def _batch_errors(folder: jf.SampleFolder, flow: Flow, start: int, stop: int) ->
     exact, sensitivity = sequential.x.cpu(), sequential.outcome.sensitivity
     if again is None:  # The folder has the samples as they were drawn, and of pictures only 8-bit values.
         read = folder.tokens if flow.image_shape is None else folder.images
-        drawn = torch.cat([read(i) for i in shards])[rows]
-        return Scores(paired=evaluation.sample_errors(drawn, exact.float()), sensitivity=sensitivity)
+        samples = torch.cat([read(i) for i in shards])[rows]
+        return Scores(paired=evaluation.sample_errors(samples, exact.float()), sensitivity=sensitivity)
     stored = torch.cat([folder.images(i) for i in shards])[rows]
     return Scores(
         paired=evaluation.sample_errors(again.images.cpu(), exact),
@@ -293,5 +293,6 @@ def digest(
         if each is not None:
             pixels = each.images
             parts += pixels.files if isinstance(pixels, ImageFiles) else [pixels.numpy().tobytes()]
-            parts += [] if each.labels is None else [each.labels.numpy().tobytes()]
+            if each.labels is not None:
+                parts.append(each.labels.numpy().tobytes())
     return files.sha256(files.json_bytes([jf.__version__, *settings, *network]), *parts)

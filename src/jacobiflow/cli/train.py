@@ -159,25 +159,25 @@ def _training_images(config: TrainOptions) -> ImageDataset:
 
     channels = None if config.in_channels is None else int(config.in_channels)
     data = load_images(config.images, None, channels)
-    natural, wanted = data.images.shape[-1], config.image_size
+    natural, size = data.images.shape[-1], config.image_size
     if not isinstance(data.images, ImageFiles):
-        if wanted not in (None, natural):
+        if size not in (None, natural):
             raise InputValueError(
-                f"--image-size {wanted}: the images of {config.images} have {natural} pixels on a side, and only "
+                f"--image-size {size}: the images of {config.images} have {natural} pixels on a side, and only "
                 "folders of image files are scaled; leave it out"
             )
         return data
-    if wanted is None and natural > _MAX_NATURAL_SIZE:
+    if size is None and natural > _MAX_NATURAL_SIZE:
         raise InputValueError(
             f"{config.images}: the smallest images have {natural} pixels on a side, and training on images of "
             "that size is slow; give a smaller --image-size, such as 64, to which they are scaled down"
         )
-    if wanted is not None and wanted > natural:
+    if size is not None and size > natural:
         raise InputValueError(
-            f"--image-size {wanted}: the smallest images have only {natural} pixels on a side; give --image-size "
+            f"--image-size {size}: the smallest images have only {natural} pixels on a side; give --image-size "
             f"{natural}, or remove them"
         )
-    return data if wanted is None else replace(data, images=replace(data.images, size=wanted))
+    return data if size is None else replace(data, images=replace(data.images, size=size))
 
 
 def _held_out_images(config: TrainOptions, data: ImageDataset) -> ImageDataset | None:
@@ -261,8 +261,8 @@ def _describe_checkpoint(config: TrainOptions) -> str:
 
     step, _ = last_checkpoint(config.out) or (0, None)
     if not step:
-        return "before the first checkpoint; the same command starts again"
-    return f"checkpoint at step {step:,} of {config.training.steps:,} in {config.out}; the same command goes on"
+        return "before the first checkpoint; run the same command to start again"
+    return f"checkpoint at step {step:,} of {config.training.steps:,} in {config.out}; run the same command to resume"
 
 
 train = as_command(TrainOptions, run, show, _describe_checkpoint)

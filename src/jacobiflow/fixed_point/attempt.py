@@ -37,8 +37,7 @@ def solve(
 
     A sweep evaluates g on the run [front, stop) that the partition chooses. Then the front passes the leading tokens
     that the sweep changed by at most the tolerance, and one more, which was computed from final ones (Proposition 1 of
-    the paper): T sweeps always suffice. Under `MaxSweeps(J)` a token is passed after J
-    sweeps, converged or not.
+    the paper): T sweeps always suffice. Under `MaxSweeps(J)` a token is passed after J sweeps, converged or not.
 
     If a partition whose run slides (`Whole`, `Window`) stops on a tolerance and the block has `per_sample_front`, each
     sample has a front of its own. Else the batch shares one front, which waits for the slowest sample. If every run is
