@@ -1,4 +1,4 @@
-# From nothing: `make demo` samples from the bundled weights, `make test` runs the tests.
+# From nothing: `make demo` samples from the bundled weights, `make test` runs the tests that each change should pass.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -8,7 +8,7 @@ INSTALLED := $(VENV)/.installed
 # Bytecode is compiled when a module is imported, and of most of what is installed none ever is.
 INSTALL := $(BIN)/python -m pip install --quiet --no-compile
 
-.PHONY: setup demo test lint fuzz mutants measure speed regimes calibration evaluation evaluation-in-pytorch emoji \
+.PHONY: setup demo test test-slow test-all lint fuzz mutants measure speed regimes calibration evaluation evaluation-in-pytorch emoji \
 	tutorials boltzmann star precision large-models clusters rounding clients figures docs render clean
 
 setup: $(INSTALLED)
@@ -28,8 +28,16 @@ demo: $(RUNTIME)
 	$(BIN)/jacobiflow sample --model fashion-p2 --num 1 --labels sneaker --compare --overwrite --out out/demo-one
 
 # A file of tests at a time on each core; a thread each, so that they do not wait for each other.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
 test: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
+	$(PYTEST) -m "not slow"
+
+# What `make test` leaves out: sanitizers, other compilers, the site in a browser, every command of every page, notebooks,
+# benchmarks, real waits, the wheel, and properties with many examples.
+test-slow: setup
+	$(PYTEST) -m "slow or hypothesis" --hypothesis-profile long
+
+test-all: test test-slow
 
 lint: setup
 	$(BIN)/pre-commit run --all-files

@@ -3,31 +3,51 @@
 from __future__ import annotations
 
 import os
-import shutil
+from collections import Counter
 from collections.abc import Iterator
 
 import pytest
 import torch
-from filelock import FileLock
+from hypothesis import settings
 
 from jacobiflow import native
 
+# `make test` draws few examples, and `make test-slow` many.
+settings.register_profile("short", max_examples=20, deadline=None, derandomize=True)
+settings.register_profile("long", settings.get_profile("short"), max_examples=200)
+settings.load_profile("short")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Compiles the native library before the workers start; pytest's cache keeps it for the next run."""
+    home = config.cache.mkdir("home")  # type: ignore[union-attr]
+    (home / "jacobiflow").mkdir(exist_ok=True)
+    os.environ["XDG_CACHE_HOME"] = str(home)
+    native.load_library()
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Prints the ten slowest files."""
+    seconds: Counter[str] = Counter()
+    for reports in terminalreporter.stats.values():
+        for report in reports:
+            if isinstance(report, pytest.TestReport):
+                seconds[report.nodeid.partition("::")[0]] += report.duration  # type: ignore[assignment]
+    terminalreporter.section("slowest files")
+    for name, each in seconds.most_common(10):
+        terminalreporter.write_line(f"{each:7.1f} s  {name}")
+
 
 @pytest.fixture(autouse=True, scope="session")
-def _cache_of_their_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """What is kept between runs goes to a folder of the tests: plans to one of each process, which compile once."""
-    home = tmp_path_factory.mktemp("cache")
-    own = home / "jacobiflow" / "native"
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Plans and other files that are kept between runs go to a folder of this session, except the native library."""
+    home, native_folder = tmp_path_factory.mktemp("cache"), os.path.join(os.environ["XDG_CACHE_HOME"], "jacobiflow", "native")
+    (home / "jacobiflow").mkdir()
+    if os.path.exists(native_folder):
+        (home / "jacobiflow" / "native").symlink_to(native_folder)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(home))
-        if "PYTEST_XDIST_WORKER" in os.environ:
-            shared = tmp_path_factory.getbasetemp().parent / "native"
-            with FileLock(f"{shared}.lock"):
-                if shared.exists():
-                    shutil.copytree(shared, own)
-                native.load_library()  # unless a module has asked for it already
-                if own.exists() and not shared.exists():
-                    shutil.copytree(own, shared)
+        patch.setattr(os, "fsync", lambda file: None)  # Thousands of files, which no power failure threatens.
         yield
 
 
