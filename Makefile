@@ -49,8 +49,8 @@ COUNT := 5000
 fuzz: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.native.sanitizers --seed $(SEED) --count $(COUNT)
 
-# Mutation testing: the share of small faults that the tests catch, docs/results/mutants.json (about an hour on two cores;
-# it goes on where it was stopped).
+# Mutation testing: the share of small faults that `make test` catches, out/mutants.json (about an hour on two cores; it goes on
+# where it was stopped).
 mutants: setup
 	$(BIN)/python -m tools.mutation.mutants
 

@@ -40,11 +40,19 @@ CONSTANTS = (  # definitions, constants of the code, numbers of the paper
     "at most 1% above Original", "that is within 1% of the best rate", "as the paper's 4.5x and 5.3x on a GPU",
 )  # fmt: skip
 
-PAGES = (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")))
+PAGES = [ROOT / "CONTRIBUTING.md", *render.pages()]
 IN_SENTENCES = re.compile(r"`(jacobiflow \w[^`|\\]*)")
+FILE = re.compile(r"`((?:src|tests|tools|benchmarks|examples|docs)/[^`\s]+)`")
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_files_and_targets_of_make_that_a_page_names_exist(page):
+    text, targets = page.read_text(), re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert [name for name in FILE.findall(text) if not (ROOT / name.partition(":")[0]).exists()] == []
+    assert {*re.findall(r"`make ([\w-]+)", text)} <= {*targets}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_the_command_line_takes_the_commands_of_sentences(page):
     group = get_command(app)
     for text in IN_SENTENCES.findall(page.read_text()):

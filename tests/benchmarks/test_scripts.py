@@ -27,7 +27,7 @@ from jacobiflow import native
 from jacobiflow.data import load_images
 from tests.helpers.problems import make_star
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.slow]
 
 SCRIPTS = sorted(
     path.stem for path in (ROOT / "benchmarks").glob("*.py") if '__name__ == "__main__"' in path.read_text()

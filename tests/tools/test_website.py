@@ -11,21 +11,18 @@ pytest.importorskip("zensical", reason="needs Python 3.11")
 
 import jacobiflow as jf
 from tools.chromium import CHROMIUM, chromium, served
-from tools.docs.website import ROOT, Pages, build, check_pages
+from tools.docs.website import ROOT, Pages, check_pages
 
 REPOSITORY = "https://github.com/owner/name"
 
 
-@pytest.fixture(scope="module")
-def site(tmp_path_factory):
-    return build(tmp_path_factory.mktemp("site"))
-
-
+@pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")
 def test_pages_fit_a_phone_and_ask_no_other_host(site):
     assert check_pages(site) == []
 
 
+@pytest.mark.slow
 def test_the_site_has_commands_and_a_search(site):
     text = (site / "reference/commands/index.html").read_text()
     assert "--tolerance" in text and "jacobiflow sample --model fashion-p2" in text
@@ -39,6 +36,7 @@ def test_the_site_has_commands_and_a_search(site):
             page.wait_for_url("**/solvers/*#the-certificate")
 
 
+@pytest.mark.slow
 def test_a_notebook_opens_in_colab(site):
     address = "https://colab.research.google.com/github/jacobiflow/jacobiflow/blob/main/docs/tutorials/zuko.ipynb"
     assert f'href="{address}"' in (site / "tutorials/zuko/index.html").read_text()

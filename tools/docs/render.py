@@ -48,7 +48,7 @@ def old_results() -> list[str]:
     for path in sorted(RESULTS.glob("*.json")):
         content = json.loads(path.read_text())
         module = content.get("command", "").removeprefix("python -m ").split(" ")[0]
-        if module.startswith("tools.") or "version" in content:  # a model, mutants, or what a command wrote
+        if module.startswith("tools.") or "version" in content:  # a model, or what a command wrote
             continue
         rows = content.get("runs", [content])
         present = code_digest(module) if module.startswith("benchmarks.") else None

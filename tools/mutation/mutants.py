@@ -1,7 +1,7 @@
 """Measures how many small faults the tests catch: `python -m tools.mutation.mutants`, about an hour on two cores.
 
 For each fault of tools/mutation/faults.py the tests of its part run in a copy of the tree until one fails. Writes
-docs/results/mutants.json, which fills docs/testing.md: the share of killed mutants and the survivors, part by part.
+out/mutants.json: the share of killed mutants and the survivors, part by part.
 Interrupted, it goes on, unless sources or tests have changed since.
 """
 
@@ -25,7 +25,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-from benchmarks.common import RESULTS, Json, parser
+from benchmarks.common import Json, parser
 from benchmarks.sources import ROOT
 from jacobiflow.utils.files import write_json
 from tools.mutation.faults import Mutant, draw
@@ -55,7 +55,7 @@ PARTS = {
 
 def first_failure(tree: Path, tests: str) -> str:
     """The first test of a tree that fails, "timeout", or an empty string if all pass."""
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "--hypothesis-seed=0", tests]
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-m", "not slow", tests]
     environment = {"PYTHONPATH": str(tree / "src"), "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
         command, cwd=tree, env=os.environ | environment, start_new_session=True, text=True,
@@ -135,7 +135,7 @@ def main() -> None:
     parser(__doc__).parse_args()
     resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
     parts = examine(ROOT, PARTS, ROOT / "out" / "mutants-progress.json")
-    write_json(RESULTS / "mutants.json", {"command": "python -m tools.mutation.mutants", "seed": SEED, "parts": parts})
+    write_json(ROOT / "out" / "mutants.json", {"seed": SEED, "parts": parts})
     for name, row in parts.items():
         print(f"{name}: {row['killed']} of {row['total']} mutants killed, {row['share']:.0%}")
 

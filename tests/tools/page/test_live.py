@@ -14,20 +14,14 @@ pytest.importorskip("zensical", reason="needs Python 3.11")
 
 import jacobiflow as jf
 from tools.chromium import CHROMIUM, chromium, served
-from tools.docs import website
 from tools.page import live_page
 
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")]
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return website.build(tmp_path_factory.mktemp("site")) / "live"
-
-
-@pytest.fixture(scope="module")
-def address(folder: Path) -> Iterator[str]:
-    with served(folder.parent) as address:
+def address(site: Path) -> Iterator[str]:
+    with served(site) as address:
         yield f"{address}/live/"
 
 
@@ -52,8 +46,8 @@ def page(browser: Browser, address: str) -> Page:
     return page
 
 
-def test_the_model_is_small_and_the_page_says_how_small(page: Page, folder: Path) -> None:
-    model, runtime = (sum(path.stat().st_size for path in (folder / name).iterdir()) / 1e6 for name in ("model", "ort"))
+def test_the_model_is_small_and_the_page_says_how_small(page: Page, site: Path) -> None:
+    model, runtime = (sum(path.stat().st_size for path in (site / "live" / name).iterdir()) / 1e6 for name in ("model", "ort"))
     assert model < 3
     text = page.inner_text("article")
     assert f"The model takes {model:.1f} MB" in text
