@@ -63,6 +63,7 @@ def test_the_command_line_takes_the_commands_of_sentences(page):
             assert str(error).startswith("Missing"), f"{text}: {error.format_message()}"  # a sentence may leave it out
 
 
+@pytest.mark.slow
 def test_the_default_estimator_of_sbi_is_as_the_page_says():
     inference = pytest.importorskip("sbi.inference")
     (default,) = re.findall(r'`"(\w+)"` \(the default of NPE and NLE\)', (ROOT / "docs/sbi.md").read_text())

@@ -18,6 +18,8 @@ import torch
 from jacobiflow import native
 from tests.helpers.native_problems import copying_compiler
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parent.parent
 PROGRAM = """
 import json, pathlib

@@ -13,7 +13,7 @@ import jacobiflow as jf
 from benchmarks import gpu
 from tests.helpers.fake_device import FakeDevice
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.slow]
 
 CONFIG = jf.TarFlowConfig(
     1, 8, 1, channels=32, num_blocks=2, layers_per_block=2, num_classes=3, head_dim=16, noise_std=0.1

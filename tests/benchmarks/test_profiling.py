@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from itertools import count
 
+import pytest
 import torch
 
-from benchmarks.profiling import CLIPPING, OPTIMIZER, OTHER, Profile
+pytestmark = pytest.mark.slow
 
 
 def test_seconds_are_those_of_the_innermost_part():
+    from benchmarks.profiling import OTHER, Profile  # which imports sbi
+
     watch = Profile(count(0.0).__next__)
     inner = watch.timed("inner", lambda: None)
     outer = watch.timed("outer", inner)
@@ -24,6 +27,8 @@ def test_seconds_are_those_of_the_innermost_part():
 
 
 def test_a_step_of_an_optimizer_and_its_clipping_are_parts_while_they_are_watched():
+    from benchmarks.profiling import CLIPPING, OPTIMIZER, OTHER, Profile
+
     weight, clip = torch.nn.Parameter(torch.ones(3)), torch.nn.utils.clip_grad_norm_
     optimizer, watch = torch.optim.Adam([weight]), Profile()
     weight.grad = torch.ones(3)

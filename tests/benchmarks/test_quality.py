@@ -19,8 +19,7 @@ from jacobiflow.models.latents import draw_latents
 from tests.helpers.problems import make_flow, to_float32
 from tests.helpers.scoring import difference, frechet, levels, moments, pixel_figures
 
-pytest.importorskip("torchmetrics")
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.slow]
 
 NUM = 20
 GUIDANCE = jf.Guidance(0.6, annealed=False, on="shift", attn_temperature=0.9)

@@ -21,6 +21,7 @@ def half(x: int | None = 0) -> Number | None:
 """
 
 
+@pytest.mark.slow
 def test_mutants_of_a_small_tree(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root, progress = tmp_path / "root", tmp_path / "progress.json"
     for file, text in (
