@@ -90,17 +90,6 @@ def test_every_script_has_a_test() -> None:
     assert {name for name in SCRIPTS if f"test_{name}" not in globals()} == ELSEWHERE
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_help_is_the_docstring(
-    script: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    module = pytest.importorskip(f"benchmarks.{script}")
-    monkeypatch.setattr(sys, "argv", [script, "--help"])
-    with pytest.raises(SystemExit, match=r"^0$"):
-        module.main()
-    assert module.__doc__.strip() in capsys.readouterr().out
-
-
 def test_masked_flows(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     module = pytest.importorskip("benchmarks.masked_flows")
     keys = shrink(module.keys(), features=3, hidden=8, rows=5)
@@ -166,18 +155,6 @@ def test_fits(run: Run) -> None:
     for row in runs:
         assert row["result"]["accelerated"]["loss"] == pytest.approx(row["result"]["library"]["loss"], rel=1e-3)
         assert row["steps"]["accelerated"]["training"] == row["steps"]["library"]["training"]
-
-
-def test_fits_without_pocomc(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    module = pytest.importorskip("benchmarks.fits")
-
-    def version(name: str) -> str:
-        if name == "pocomc":
-            raise module.PackageNotFoundError
-        return "1"
-
-    with pytest.raises(SystemExit, match="pip install pocomc"):
-        run("fits", version=version)
 
 
 def test_model_speed(run: Run) -> None:
