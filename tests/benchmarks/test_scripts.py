@@ -25,6 +25,7 @@ from benchmarks.common import random_flow
 from benchmarks.sources import ROOT, code_digest
 from jacobiflow import native
 from jacobiflow.data import load_images
+from tests.helpers.fake_device import FakeDevice
 from tests.helpers.problems import make_star
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.slow]
@@ -32,7 +33,6 @@ pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.slow]
 SCRIPTS = sorted(
     path.stem for path in (ROOT / "benchmarks").glob("*.py") if '__name__ == "__main__"' in path.read_text()
 )
-ELSEWHERE = {"gpu"}  # tests/benchmarks/test_gpu.py
 CONFIG = jf.TarFlowConfig(1, 16, 2, channels=64, num_blocks=2, layers_per_block=1, num_classes=3)
 PRESETS = {"tiny": jf.Preset("", "", CONFIG, jf.SamplingSettings(jf.Guidance(1.5), 1.0), "[1-4-2-3]")}
 UNLIMITED = ("free_energy", "basin_difference")  # infinite for a bin without samples
@@ -87,7 +87,7 @@ def needs_native() -> None:
 
 
 def test_every_script_has_a_test() -> None:
-    assert {name for name in SCRIPTS if f"test_{name}" not in globals()} == ELSEWHERE
+    assert [name for name in SCRIPTS if f"test_{name}" not in globals()] == []
 
 
 def test_masked_flows(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -353,3 +353,13 @@ def test_quality(run: Run, tmp_path: Path) -> None:
     (result,) = run("quality", *line, "--batch-size", "2", "--repeats", "1").values()
     assert [row["name"] for row in result["rows"]] == ["Original", "sequential", "STARFlow"]
     assert result["model"] == "fashion-p2"
+
+
+def test_gpu(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jf, "PRESETS", PRESETS)
+    line = ("--device", "cuda:0", "--out", str(tmp_path / "gpu.json"))
+    with FakeDevice():
+        images, *times = run("gpu", *line, BUNDLED=("digits-p1",), SAMPLES=2, BATCHES=(1,), ROUNDS=1)["gpu"]["runs"]
+    assert not any(row["wrong"] for row in images["rows"])
+    assert [row["dtype"] for row in times] == ["float32", "bfloat16"]
+    assert times[0]["difference_of_loops"] < 1e-4
