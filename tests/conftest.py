@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -41,10 +42,10 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 @pytest.fixture(autouse=True, scope="session")
 def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Plans and other files that are kept between runs go to a folder of this session, except the native library."""
-    home, native_folder = tmp_path_factory.mktemp("cache"), os.path.join(os.environ["XDG_CACHE_HOME"], "jacobiflow", "native")
+    home, compiled = tmp_path_factory.mktemp("cache"), Path(os.environ["XDG_CACHE_HOME"], "jacobiflow", "native")
     (home / "jacobiflow").mkdir()
-    if os.path.exists(native_folder):
-        (home / "jacobiflow" / "native").symlink_to(native_folder)
+    if compiled.exists():
+        (home / "jacobiflow" / "native").symlink_to(compiled)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(home))
         patch.setattr(os, "fsync", lambda file: None)  # Thousands of files, which no power failure threatens.

@@ -47,7 +47,8 @@ def page(browser: Browser, address: str) -> Page:
 
 
 def test_the_model_is_small_and_the_page_says_how_small(page: Page, site: Path) -> None:
-    model, runtime = (sum(path.stat().st_size for path in (site / "live" / name).iterdir()) / 1e6 for name in ("model", "ort"))
+    folders = (site / "live" / name for name in ("model", "ort"))
+    model, runtime = (sum(path.stat().st_size for path in folder.iterdir()) / 1e6 for folder in folders)
     assert model < 3
     text = page.inner_text("article")
     assert f"The model takes {model:.1f} MB" in text
