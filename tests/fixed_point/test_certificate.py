@@ -210,6 +210,16 @@ def test_few_samples_are_solved_exactly_and_uncertified_ones_not() -> None:
     assert not exact.used_fallback.any()
 
 
+def test_an_exact_answer_is_measured_if_numbers_of_its_size_are_coarser_than_the_tolerance() -> None:
+    """Numbers near 10^13 are 0.002 apart in float64, and rounding may leave more than 0.001."""
+    solver = jf.Solver(jf.Sequential(), stopping=jf.Tolerance(1e-3))
+    for size, calls, status in ((1e12, 4, CONVERGED), (1e13, 5, ROUNDING)):
+        solution = rounded(solver, [0.0, 1e-15], [1.0, size])
+        assert solution.network_calls == calls and solution.status.tolist() == [CONVERGED, status]
+        assert solution.residual.tolist() == pytest.approx([0.0, 1e-15 * size if status else 0.0], rel=0.3)
+    assert solution.exact.all()
+
+
 @pytest.mark.parametrize("certificate", [True, False])
 @pytest.mark.parametrize("solver", [*OVERFLOWING, jf.Solver(jf.Sequential())], ids=str)
 def test_a_sample_that_overflows_is_solved_sequentially(solver: jf.Solver, certificate: bool) -> None:

@@ -68,7 +68,8 @@ def solve_certified(
     Args:
         tolerance: The largest residual allowed, by default the solver's own. Without either, samples end as they are.
         certify: `False` leaves out the pass that measures. "always" measures exact answers too. Without it the
-            residual of an exact answer is 0 by construction if the block `is_causal`, and measured if not.
+            residual of an exact answer is 0 by construction, unless the block is not `is_causal`, or neighbours among
+            numbers as large as x differ by more than the tolerance.
 
     Example:
         >>> flow, z = jf.load("digits-p1"), torch.ones(2, 64, 1)
@@ -93,7 +94,7 @@ def solve_to_tolerance(problem: Problem, solver: Solver, options: SolveOptions) 
     if solver.int16_weights:  # the block may have nothing to round
         is_exact = bool(solution.exact.all())
     is_known = is_exact and supports(problem.block, "is_causal")
-    if options.certify == "always" or (options.certify and not is_known):
+    if options.certify and (options.certify == "always" or not is_known or _is_coarse(solution.x, tolerance)):
         solution = _certify(problem, solution, options)
     if not is_exact:
         solution = _solve_shortfall(problem, solver, options, solution, tolerance)
@@ -141,6 +142,14 @@ def _probe_rounding(
     solution = _solve_sequentially(problem, options, solution, probes)
     # NaN if one of them overflowed: then no residual compares as rounding.
     return solution, float((solution.residual[probes] / _max_abs(solution.x[probes])).min())
+
+
+def _is_coarse(x: Tokens, tolerance: float | None) -> bool:
+    """Tells if neighbours among numbers as large as x differ by more than the tolerance, unless that is 0."""
+    if not tolerance:
+        return False
+    spacing = torch.finfo(x.dtype).eps * _max_abs(x)
+    return bool(((spacing > tolerance) & spacing.isfinite()).any())
 
 
 def _is_above(solution: Solution, tolerance: float, rounding: float = 0.0) -> Bool[Tensor, " b"]:
