@@ -6,13 +6,11 @@ import pytest
 import torch
 
 import jacobiflow as jf
-from jacobiflow import native
 from tests.helpers.library_flows import CASES, gradient_gap, gradients, normal, values
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-@pytest.mark.skipif(native.load_library() is None, reason="needs the native library")
 @pytest.mark.parametrize("name", ["zuko NSF", "nflows rational"])
 def test_a_row_far_outside_of_a_spline_has_the_gradients_of_the_library(name: str) -> None:
     """Its position in the bin, squared, overflows, and its gradients of 0 are added to those of other rows."""
