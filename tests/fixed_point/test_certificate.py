@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -51,7 +51,6 @@ def test_the_certificate_is_the_residual(name: str) -> None:
     st.floats(-10, -2).map(lambda exponent: 10**exponent),
     st.none() | st.integers(1, 3),
 )
-@settings(max_examples=25, deadline=None)
 def test_any_plan_ends_with_every_residual_within_tolerance(
     name: str, partition: jf.Partition, atol: float, batch_size: int | None
 ) -> None:
