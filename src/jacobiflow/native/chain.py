@@ -63,6 +63,7 @@ class TransformChain:
             entry.first_tensor, entry.is_reversed = len(self.shapes), is_inverse
             self.shapes += part.shapes
         self._sizes: tuple[int, int] | None = None
+        self._addresses: dict[torch.dtype, array[int]] = {}  # of the latest call
 
     def sizes(self, native: Library) -> tuple[int, int]:
         """Returns the size of its packed weights, and of its activations for each row, in numbers."""
@@ -108,7 +109,8 @@ class TransformChain:
         needed = [t is not None and t.requires_grad for t in inputs] if torch.is_grad_enabled() else []
         call = _Call(self, native, is_inverse, log_det == "features", needed, in_pytorch, tensors)
         try:
-            addresses = addresses_of(tensors, self.shapes, dtype)
+            addresses = addresses_of(tensors, self.shapes, dtype, self._addresses.get(dtype))
+            self._addresses[dtype] = addresses
             memory = x.new_empty(call.memory_size(x)) if any(needed) else None
             result = call.evaluate(x, context, addresses, log_det is not None, memory)
         except UnsupportedError:

@@ -22,9 +22,6 @@ WEIGHT_FORMATS = {
     torch.float16: WeightFormat.FLOAT16, torch.int16: WeightFormat.INT16,
 }  # fmt: skip
 _PLAIN = frozenset((Tensor, nn.Parameter))
-_HOOKS_ON_ALL_MODULES = (
-    "_global_forward_hooks", "_global_forward_pre_hooks", "_global_backward_hooks", "_global_backward_pre_hooks",
-)  # fmt: skip
 
 # The shape of each parameter of a layer, by its field of `LayerArgs`: c channels, h hidden units, t tokens.
 _BASE = {
@@ -70,7 +67,7 @@ def is_traced() -> bool:
         return True
     try:
         is_observed = torch._C._are_functorch_transforms_active() or torch._C._len_torch_dispatch_stack()
-        is_hooked = any(getattr(nn.modules.module, name) for name in _HOOKS_ON_ALL_MODULES)
+        is_hooked = nn.modules.module._has_any_global_hook()
         return bool(is_observed or is_hooked) or forward_ad._current_level >= 0
     except AttributeError:
         return True
@@ -93,20 +90,24 @@ def address_of(tensor: Tensor | None) -> int | None:
     return address
 
 
-def addresses_of(tensors: Sequence[Tensor], shapes: list[tuple[int, ...]], dtype: torch.dtype) -> array[int]:
+def addresses_of(
+    tensors: Sequence[Tensor], shapes: list[tuple[int, ...]], dtype: torch.dtype, known: array[int] | None = None
+) -> array[int]:
     """Returns the addresses of tensors. Raises UnsupportedError if one of them does not fit.
 
-    It does what `check_tensor` and `address_of` do, for calls with many tensors and few rows.
+    It does what `check_tensor` and `address_of` do, for calls with many tensors and few rows. Addresses that an earlier
+    call has returned for this dtype, `known`, are on a CPU and aligned.
     """
     try:
         fits = (
             _PLAIN.issuperset(map(type, tensors)) and [tensor.shape for tensor in tensors] == shapes
-            and {(tensor.dtype, tensor.is_cpu) for tensor in tensors} <= {(dtype, True)}
-            and all(map(Tensor.is_contiguous, tensors))
+            and {tensor.dtype for tensor in tensors} <= {dtype} and all(map(Tensor.is_contiguous, tensors))
         )  # fmt: skip
     except RuntimeError:  # A tensor is sparse or nested.
         fits = False
     addresses, size = array("Q", map(Tensor.data_ptr, tensors) if fits else ()), dtype.itemsize
-    if not fits or not all(addresses) or any(address % size for address in addresses):
-        raise UnsupportedError(f"tensors that are not of {dtype}, of other shapes, not aligned, or freed")
+    if fits and addresses != known:
+        fits = all(tensor.is_cpu for tensor in tensors) and all(address and not address % size for address in addresses)
+    if not fits:
+        raise UnsupportedError(f"tensors that are not of {dtype} on a CPU, of other shapes, not aligned, or freed")
     return addresses
