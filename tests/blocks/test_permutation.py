@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from jacobiflow.models import Permutation
 
 
-@settings(max_examples=30, deadline=None)
 @given(st.permutations(range(7)))
 def test_a_permutation_has_its_inverse(order: list[int]) -> None:
     permutation, x = Permutation(tuple(order)), torch.arange(14.0).view(1, 7, 2)

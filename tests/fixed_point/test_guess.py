@@ -8,23 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from torch import Tensor
 
 import jacobiflow as jf
 from tests.helpers.oracle import convolved
 from tests.helpers.solver_problems import error, normal
 
 KERNEL, SHIFT = normal(3, 2, 2), normal(5, 2, seed=1)
-
-
-@st.composite
-def tokens(draw: st.DrawFn) -> tuple[Tensor, Tensor]:
-    """A kernel, which may be longer than the sequence, and tokens."""
-    batch, length, channels, width = (draw(st.integers(1, most)) for most in (3, 8, 4, 12))
-    seed = draw(st.integers(0, 10**6))
-    return normal(width, channels, channels, seed=seed), normal(batch, length, channels, seed=seed + 1)
 
 
 def test_plain_guesses() -> None:
@@ -38,16 +27,7 @@ def test_plain_guesses() -> None:
         start.fill_(7.0)  # a tensor of its own
         assert torch.equal(z, kept[0])
         assert torch.equal(answer, kept[1])
-
-
-def test_a_warm_start_takes_the_dtype_of_z_and_refuses_another_shape() -> None:
-    z, answer = normal(2, 4, 3).float(), normal(2, 4, 3, seed=1)
-    assert jf.WarmStart(answer)(z).dtype == torch.float32
-    for other in (answer[:1], answer[:, :2]):
-        with pytest.raises(ValueError, match=r"WarmStart: value=.*: give .* \(2, 4, 3\)"):
-            jf.WarmStart(other)(z)
-    with pytest.raises(TypeError, match="WarmStart: value=3"):
-        jf.WarmStart(3)  # type: ignore[arg-type]
+    assert jf.WarmStart(answer)(z.float()).dtype == torch.float32
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
@@ -58,12 +38,11 @@ def test_mean_affine_is_affine_in_z_and_of_its_dtype(dtype: torch.dtype) -> None
     assert error(x.double(), log_scale.exp() * z + shift) < 1e-5
 
 
-@given(tokens())
-@settings(max_examples=30, deadline=None)
-def test_a_causal_linear_guess_is_its_convolution_and_its_shift(given: tuple[Tensor, Tensor]) -> None:
-    kernel, z = given
-    shift, kept = normal(*z.shape[1:], seed=3), z.clone()
-    guess = jf.CausalLinear(kernel, shift)
+@pytest.mark.parametrize(("width", "length"), [(1, 1), (3, 8), (12, 5)])
+def test_a_causal_linear_guess_is_its_convolution_and_its_shift(width: int, length: int) -> None:
+    """Its kernel may be longer than the sequence."""
+    kernel, shift, z = normal(width, 2, 2), normal(length, 2, seed=1), normal(3, length, 2, seed=2)
+    guess, kept = jf.CausalLinear(kernel, shift), z.clone()
     assert error(guess(z), convolved(kernel, z, delay=0) + shift) < 1e-12
     assert torch.equal(z, kept)
     assert guess(z.float()).dtype == torch.float32
@@ -103,27 +82,10 @@ def test_a_fit_finds_a_causal_linear_map() -> None:
 
 
 @pytest.mark.parametrize(
-    ("piece", "others", "text"),
-    [
-        (jf.MeanAffine(SHIFT, SHIFT + 1), [jf.MeanAffine(SHIFT, SHIFT), jf.MeanAffine(SHIFT + 1, SHIFT + 1)],
-         "MeanAffine(log_scale=(5, 2), shift=(5, 2))"),
-        (jf.CausalLinear(KERNEL, SHIFT), [jf.CausalLinear(KERNEL[:2], SHIFT), jf.CausalLinear(KERNEL, SHIFT + 1)],
-         "CausalLinear(kernel=(3, 2, 2), shift=(5, 2))"),
-        (jf.Chord(KERNEL), [jf.Chord(KERNEL[:2]), jf.Chord(KERNEL + 1)], "Chord(kernel=(3, 2, 2))"),
-    ],
-    ids=["mean affine", "causal linear", "chord"],
-)  # fmt: skip
-def test_pieces_with_tensors_are_equal_if_their_values_are(piece: Any, others: list[Any], text: str) -> None:
-    same = type(piece)(*(value.clone() for value in vars(piece).values()))
-    assert piece == same
-    assert all(piece != other for other in (*others, jf.Latent(), None))
-    assert len({piece, same, *others}) == 3
-    assert repr(piece) == text
-
-
-@pytest.mark.parametrize(
     ("build", "names"),
     [
+        (lambda: jf.WarmStart(SHIFT[None])(normal(1, 4, 2)), r"WarmStart: value=.*: give .* \(1, 4, 2\)"),
+        (lambda: jf.WarmStart(3), "WarmStart: value=3"),  # type: ignore[arg-type]
         (lambda: jf.MeanAffine(SHIFT, SHIFT[:, :1]), r"MeanAffine: shift=a tensor \(5, 1\)"),
         (lambda: jf.MeanAffine(SHIFT, SHIFT).check(4, 2), r"MeanAffine.*\(5, 2\).*\(4, 2\)"),
         (lambda: jf.CausalLinear(torch.ones(3, 2, 4), SHIFT), r"CausalLinear: kernel=a tensor \(3, 2, 4\)"),
@@ -133,5 +95,5 @@ def test_pieces_with_tensors_are_equal_if_their_values_are(piece: Any, others: l
     ],
 )
 def test_values_that_do_not_fit_are_refused(build: Callable[[], Any], names: str) -> None:
-    with pytest.raises(ValueError, match=names):
+    with pytest.raises(jf.InputError, match=names):
         build()

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import jacobiflow as jf
 
 
 @given(length=st.integers(1, 60), data=st.data())
-@settings(max_examples=40, deadline=None)
 def test_segments_tile_the_sequence_in_nearly_equal_lengths(length: int, data: st.DataObject) -> None:
     partition = jf.Segments(data.draw(st.integers(1, length)))
     partition.check(length)
@@ -21,8 +20,6 @@ def test_segments_tile_the_sequence_in_nearly_equal_lengths(length: int, data: s
 
 
 def test_windows_double_up_to_half_of_the_sequence() -> None:
-    """Windows of 32, 64, 128 .. tokens, up to half of them, and of all."""
     sizes = {1: [1], 63: [63], 64: [32, 64], 65: [32, 65], 196: [32, 64, 196], 256: [32, 64, 128, 256]}
     for length, tried in sizes.items():
         assert jf.Window.candidates(length) == tuple(jf.Window(size) for size in tried)
-    assert jf.Whole.candidates(64) == jf.Segments.candidates(64) == jf.Sequential.candidates(64) == ()

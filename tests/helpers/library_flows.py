@@ -97,7 +97,7 @@ def gradient_gap(expected: Any, result: Any) -> float:
         if original is None or not original.any():
             assert other is None or bool((other.abs() < 1e-12).all())  # A spline with one bin has rounding errors.
         else:
-            assert original.isfinite().all()
+            assert original.isfinite().all() and other.isfinite().all()
             gaps.append(float((original - other).abs().max() / original.abs().max()))
     return max(gaps)
 

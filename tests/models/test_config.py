@@ -30,6 +30,7 @@ def test_the_sizes_of_a_config_are_checked(kind: Any) -> None:
         (TOKENS, {"orders": ("back",)}, "'identity' or 'flip'"),
         (TOKENS, {"orders": ()}, r"orders=\(\): give one or more"),
         (TOKENS, {"orders": ((0, "a", 2, 3, 4),)}, "give each of 0 to 4 once"),
+        (TOKENS, {"orders": ((0.0, True, 2, 3, 4),)}, r"order=\(0.0, True, 2, 3, 4\): give each of 0 to 4 once"),
         (TOKENS, {"orders": ("flip", None)}, 'order=None.*: give "identity", "flip" or a tuple of indices'),
         (TOKENS, {"channels": (8, 8, 8)}, "one for each of 2 blocks"),
         (TOKENS, {"num_classes": 2, "context_channels": 2}, "either classes or numbers"),

@@ -31,6 +31,9 @@ FLOWS: dict[str, Callable[[], Any]] = {
 }
 
 
+HALVES = (torch.float32, torch.float16, torch.bfloat16)
+
+
 def images_of(flow: Flow, num: int = 3) -> Tensor:
     config = flow.config
     shape = (num, config.in_channels, config.image_size, config.image_size)
@@ -83,10 +86,29 @@ def test_a_network_in_bfloat16_keeps_tokens_in_float32(name: str) -> None:
         assert (log_det - expected_log_det).abs().max() < 0.25
 
 
-def test_tokens_start_in_the_dtype_of_the_state_and_the_scale_of_the_prior() -> None:
-    flow = make_flow(image_size=6, nvp=False)
-    z = latents(flow, 2)
-    for dtype, error in {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-2}.items():
-        tokens = copy.deepcopy(flow).to(dtype).prior_tokens(z)
-        assert tokens.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
-        assert (tokens - z * flow.var.sqrt()).abs().max() < error
+@pytest.mark.parametrize("guidance", [None, jf.Guidance(1.5)], ids=["plain", "guided"])
+@pytest.mark.parametrize(
+    ("flow", "dtype"),
+    [*((make_flow(image_size=10, num_classes=3), dtype) for dtype in HALVES), (make_star(), torch.float32)],
+)
+def test_no_entry_depends_on_later_tokens(flow: Any, dtype: torch.dtype, guidance: jf.Guidance | None) -> None:
+    """Nor if they overflow in the network; the entry after one that does so is not finite."""
+    block, z = copy.deepcopy(flow).to(dtype).guided(guidance).inverse_blocks[1], latents(flow, 3).float()
+    context, length = jf.Context(texts(flow, 3).float() if flow.reads_text else torch.arange(3)), z.shape[1]
+    k, cut = length // 2, length // 3
+
+    def entries(x: Tensor) -> list[tuple[Tensor, int]]:
+        """By all calls that give them, each with the entry that it begins at."""
+        cache = block.init_cache(z, context)
+        first, second = (block.update(x, z, *run, cache) for run in ((0, cut), (cut, length)))
+        at = block.update_at(x, z, torch.full((3,), cut), length - cut, length, cache)
+        whole = jf.Problem(block, z, context).evaluate(x)[0], block.update(x, z, 0, length, cache)
+        return [(first, 0), (second, cut), (at, cut), (whole[0], 0), (whole[1], 0)]
+
+    with torch.no_grad():
+        for value in (1e5, 3e38, torch.inf, torch.nan):
+            overflowing = torch.cat((z[:, :k], torch.full_like(z[:, k:], value)), dim=1)
+            for (want, start), (have, _) in zip(entries(z), entries(overflowing), strict=True):
+                torch.testing.assert_close(have[:, : k + 1 - start], want[:, : k + 1 - start], rtol=0, atol=0)
+                if not value < 1e38 and start + have.shape[1] > k + 1:
+                    assert not have[:, k + 1 - start].isfinite().any()

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from jacobiflow.models.latents import draw_labels, draw_latents
@@ -16,7 +16,6 @@ from jacobiflow.models.latents import draw_labels, draw_latents
     seed=st.integers(0, 2**63 - 2), first=st.integers(0, 10**9), num=st.integers(1, 5), skip=st.integers(0, 4),
     classes=st.integers(1, 1000),
 )  # fmt: skip
-@settings(max_examples=25, deadline=None, derandomize=True)
 def test_a_draw_depends_on_its_seed_and_number_only(seed: int, first: int, num: int, skip: int, classes: int) -> None:
     together = draw_latents(num + skip, 3, 2, seed, first)
     alone = draw_latents(num, 3, 2, seed, first + skip)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,23 +12,17 @@ import torch
 import jacobiflow as jf
 from jacobiflow.blocks.context import Context
 from jacobiflow.blocks.guidance import guided
-from jacobiflow.cli import main
 from jacobiflow.models import memory
 from jacobiflow.models.latents import draw_latents
 from tests.helpers.fake_device import FakeDevice
 
 
-def test_the_command_line_keeps_freed_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_freed_memory_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     settings = dict[int, int]()
     library = SimpleNamespace(mallopt=settings.__setitem__)
-    with monkeypatch.context() as patch:
-        patch.setattr(memory.ctypes, "CDLL", lambda name: library)
-        memory.keep_freed_memory()
+    monkeypatch.setattr(memory.ctypes, "CDLL", lambda name: library)
+    memory.keep_freed_memory()
     assert settings == {-1: 2**31 - 1, -3: 2**25}
-    calls = list[str]()
-    monkeypatch.setattr(memory, "keep_freed_memory", lambda: calls.append("called"))
-    main(["info", "--model", "digits-p1"])
-    assert calls == ["called"]
 
 
 @pytest.mark.parametrize("guidance", [None, jf.Guidance(1.0)])
@@ -45,16 +38,6 @@ def test_the_largest_block_tells_how_much_a_batch_takes(large: int, guidance: jf
         needed = memory.batch_bytes(flow.guided(guidance), 16)
     assert needed is not None
     assert 0.5 * needed < counts.peak <= needed
-
-
-def test_a_starflow_needs_memory_for_the_block_that_reads_the_text() -> None:
-    with torch.device("meta"):
-        flow = jf.STARFlow(jf.STARFlowConfig(3, 8, 1, (64, 128), (1, 4), text_tokens=16, text_channels=8))
-    deep = flow.blocks[1].row_bytes()
-    for each, rows in ((flow, 1), (copy.copy(flow), 2)):
-        each.guidance = None if rows == 1 else jf.Guidance(1.0)
-        needed = memory.batch_bytes(each, 1)
-        assert needed is not None and rows * deep < needed < (rows + 0.5) * deep
 
 
 @pytest.mark.parametrize(("dtype", "size"), [(torch.float32, 4), (torch.bfloat16, 2), (torch.float64, 8)])

@@ -79,25 +79,6 @@ def test_a_sample_depends_on_its_own_prompt_only() -> None:
     torch.testing.assert_close(empty, jf.sample(flow, latents=z[1:2], context=[""], **settings).x[0], rtol=0, atol=1e-8)
 
 
-@pytest.mark.parametrize("guidance", [None, GUIDANCE], ids=["plain", "guided"])
-def test_no_entry_depends_on_later_tokens(guidance: jf.Guidance | None) -> None:
-    """Nor if they overflow, in a pass without a cache and in runs over one."""
-    flow, k, rows = to_float32(make_star()), 4, texts(make_star(), 2).float()
-    block, z = flow.guided(guidance).inverse_blocks[-1], latents(make_star(), 2).float()
-
-    def entries(x: Tensor) -> list[Tensor]:
-        cache = block.init_cache(z, jf.Context(rows))
-        runs = [block.update(x, z, *run, cache) for run in ((0, 3), (3, 9))]
-        at = block.update_at(x, z, torch.tensor([0, 0]), 9, 9, cache)
-        return [jf.Problem(block, z, jf.Context(rows)).evaluate(x)[0], torch.cat(runs, dim=1), at]
-
-    with torch.no_grad():
-        for value in (1e5, 3e38, torch.inf, torch.nan):
-            overflowing = torch.cat((z[:, :k], torch.full_like(z[:, k:], value)), dim=1)
-            for want, have in zip(entries(z), entries(overflowing), strict=True):
-                torch.testing.assert_close(have[:, : k + 1], want[:, : k + 1], rtol=0, atol=0)
-
-
 def test_a_text_that_does_not_fit_is_named() -> None:
     flow = jf.STARFlow(make_star().config)
     states = torch.zeros(2, 3, 5)
@@ -177,20 +158,15 @@ def test_the_released_file_has_a_place_for_every_key() -> None:
 
 
 def test_trained_weights_follow_their_captions() -> None:
-    """Colours are those asked for, and a certified window is near the exact inverse."""
-    flow = captions.load()
+    """Colours are those asked for."""
     prompts = ["large red circle", "large blue circle", "hand dark skin", "hand light skin"]
-    draw: dict[str, Any] = {"num": 16, "context": [prompt for prompt in prompts for _ in range(4)], "seed": 3}
-    exact = jf.sample(flow, strategy="sequential", **draw)
-    assert exact.exact.all()
+    context = [prompt for prompt in prompts for _ in range(2)]
     colours = []
-    for images in exact.images.split(4):
+    for images in jf.sample(captions.load(), len(context), context=context, strategy="sequential", seed=3).images.split(
+        2
+    ):
         drawn = (images.amin(dim=1) < 0.5).unsqueeze(1)  # not the white around it
         colours.append((images * drawn).sum(dim=(0, 2, 3)) / drawn.sum())
     red, blue, dark, light = colours
     assert (red.argmax(), blue.argmax()) == (0, 2)
     assert light.mean() > dark.mean() + 0.3
-    few = draw | {"num": 4, "context": prompts[:4]}
-    swept = jf.sample(flow, strategy="window:32", tolerance=1e-4, **few)
-    assert (swept.residual <= 1e-4).all()
-    assert (swept.images - jf.sample(flow, strategy="sequential", **few).images).abs().max() < 0.02

@@ -54,6 +54,7 @@ def test_a_library_of_other_sources_is_not_found(folder: Path, tmp_path: Path, m
     assert compiler.find_compiled(folder, "x86_64", AVX512) is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OTHERS)
 def test_the_sources_pass_under(name: str, tmp_path: Path) -> None:
     (compile_command, run_command), program = OTHERS[name], tmp_path / "harness"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import shlex
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,16 +13,6 @@ from jacobiflow import native
 from jacobiflow.native import compiler, library
 from jacobiflow.native.library import Library
 from tests.helpers.native_problems import copying_compiler
-
-
-@pytest.fixture(scope="module")
-def binary(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The library, compiled once."""
-    if shutil.which("c++") is None:
-        pytest.skip("there is no compiler here")
-    path = tmp_path_factory.mktemp("binary") / "native.so"
-    compiler.compile_library(path, ("-O0",))
-    return path
 
 
 @dataclass(frozen=True)
@@ -47,10 +36,11 @@ class Machine:
 
 
 @pytest.fixture
-def machine(tmp_path: Path, binary: Path, monkeypatch: pytest.MonkeyPatch) -> Machine:
-    calls = tmp_path / "calls"
+def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Machine:
+    loaded, calls = native.load_library(), tmp_path / "calls"
+    assert loaded is not None
     on_link = f"echo compiled >> {shlex.quote(str(calls))}"
-    monkeypatch.setenv("CXX", str(copying_compiler(tmp_path / "compiler", binary, on_link)))
+    monkeypatch.setenv("CXX", str(copying_compiler(tmp_path / "compiler", loaded.path, on_link)))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
     # The other tests keep the library that they have loaded.
     monkeypatch.setattr(library, "_load_or_explain", functools.cache(library._load_or_explain.__wrapped__))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import resource
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -15,22 +15,13 @@ import torch
 from torch import Tensor
 
 import jacobiflow as jf
-from jacobiflow import native
 from tests.helpers.native_problems import CASES, Case, relative_error, threads
-from tests.helpers.oracle import MAFOracle, Oracle
-from tests.helpers.problems import latents
 from tests.helpers.running import in_child
 
-pytestmark = pytest.mark.usefixtures("compiled", "one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 ROUNDING = 3e-6  # measured: 4e-7 at most
 EXACT = jf.Solver(jf.Sequential())
-
-
-@pytest.fixture(scope="module")
-def compiled() -> None:
-    if native.load_library() is None:
-        pytest.skip(native.describe())
 
 
 @pytest.fixture
@@ -67,21 +58,6 @@ def test_is_the_inverse(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert (solution.sweeps, solution.token_evaluations) == (eager.sweeps, eager.token_evaluations)
 
 
-@pytest.mark.parametrize(
-    ("model", "oracle"), [("fashion-p2", Oracle), ("digits-p1", Oracle), ("digits-maf", MAFOracle)]
-)
-def test_trained_flows(model: str, oracle: Callable[[Any], Any]) -> None:
-    """All blocks from latents to tokens: each is the fixed point of the oracle's map, which has no other."""
-    flow, labels = jf.load(model), torch.tensor([3, -1])
-    reference, x = oracle(flow), latents(flow, 2) * flow.var.sqrt()
-    for i in reversed(range(len(flow.blocks))):
-        z = reference.flip(i, x)
-        with threads(2):
-            solution, _ = flow.blocks[i].sequential_inverse(z, jf.Context(labels))
-        assert relative_error(solution, reference.g(i, solution, z.double(), labels)) < 5e-5
-        x = reference.flip(i, solution)
-
-
 @pytest.mark.parametrize("name", ["heads of 64, two teams", "MAF, several panels"])
 def test_an_overflow_stays_in_its_row(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     case = CASES[name]
@@ -113,25 +89,18 @@ def test_a_nan_reaches_all_later_tokens(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["heads of 32", "MAF"])
+@torch.no_grad()
 def test_weights_may_change_and_lie_as_they_like(name: str) -> None:
     case = CASES[name]
     flow = case.flow()
-    z, names = case.z(flow), dict(flow.blocks[1].named_parameters())
-    assert (
-        relative_error(case.block(flow).sequential_inverse(z, jf.Context(case.context()))[0], case.answer(flow, z))
-        < ROUNDING
-    )
-    for i, parameter in enumerate(names.values()):
-        parameter.data.mul_(1.1)
-        if parameter.ndim == 2 and i % 2:
-            parameter.data = parameter.data.T.contiguous().T
-    scattered = z.transpose(0, 1).contiguous().transpose(0, 1)
-    assert (
-        relative_error(
-            case.block(flow).sequential_inverse(scattered, jf.Context(case.context()))[0], case.answer(flow, z)
-        )
-        < ROUNDING
-    )
+    z = case.z(flow)
+    for layout in (z, z.transpose(0, 1).contiguous().transpose(0, 1)):
+        x, _ = case.block(flow).sequential_inverse(layout, jf.Context(case.context()))
+        assert relative_error(x, case.answer(flow, z)) < ROUNDING
+        for i, parameter in enumerate(flow.blocks[1].parameters()):
+            parameter.data.mul_(1.1)
+            if parameter.ndim == 2 and i % 2:
+                parameter.data = parameter.data.T.contiguous().T
 
 
 @pytest.mark.parametrize("name", ["heads of 64, two teams", "MAF, several panels"])
@@ -181,16 +150,6 @@ def test_without_a_thread_pytorch_solves(name: str) -> None:
         assert block.sequential_inverse(z) is None
 
     assert in_child(child) == 0
-
-
-@pytest.mark.parametrize("name", ["one row", "7 channels", "MAF"])
-def test_tokens_that_do_not_fit_are_left_to_pytorch(name: str) -> None:
-    case = CASES[name]
-    flow = case.flow()
-    block, z = flow.blocks[0], case.z(flow)
-    long, wide, short = torch.cat((z, z), 1), torch.cat((z, z), 2), z[:, :-1]
-    assert all(block.sequential_inverse(other) is None for other in (long, wide, short))
-    assert len(block.sequential_inverse(z[:0])[0]) == 0
 
 
 @pytest.mark.parametrize("count", [5, 64])

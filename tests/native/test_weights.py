@@ -14,20 +14,17 @@ import jacobiflow as jf
 from jacobiflow import native
 from jacobiflow.native import transformer, weights
 from tests.helpers.native_problems import CASES, Case, relative_error, threads
-from tests.helpers.problems import latents
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 HALVES = [torch.bfloat16, torch.float16]
-WHOLE_VECTORS = Case({"channels": 64, "head_dim": 32, "num_classes": 5}, batch=7, threads=2)
+WHOLE_VECTORS = CASES["heads of 32"]
 TRANSFORMERS = {name: case for name, case in CASES.items() if case.kind is not jf.MAF}
 
 
 @pytest.fixture(autouse=True)
 def stored(monkeypatch: pytest.MonkeyPatch) -> Iterator[set[tuple[torch.dtype, bool]]]:
     """The dtypes of the layers' weights that native code was given, each with whether they were packed."""
-    if native.load_library() is None:
-        pytest.skip(native.describe())
     monkeypatch.setattr(weights, "_MIN_BF16", 0)
     monkeypatch.setattr(native.load_library(), "has_fast_halves", True)
     seen, weight = set[tuple[torch.dtype, bool]](), transformer._PackedTransformer._pack_weight
@@ -115,9 +112,11 @@ def test_large_weights_are_read_where_they_lie(stored: set[Any], monkeypatch: py
 
 @pytest.mark.parametrize("name", TRANSFORMERS)
 def test_weights_rounded_to_integers(name: str, stored: set[Any]) -> None:
-    """Each output's weights are off by half of its scale at most, a 65,534th of the largest of them."""
+    """Each output's weights are off by half of its scale at most, a 65,534th of the largest; some are tiny or 0."""
     case = TRANSFORMERS[name]
     flow = case.flow()
+    weight = flow.blocks[1].attn_blocks[0].mlp.main[0].weight.data
+    weight[2], weight[3] = 0, weight[3] * 1e-40
     block, z = case.block(flow), case.z(flow)
     with threads(case.threads):
         x, _ = block.sequential_inverse(z, jf.Context(case.context()), int16_weights=True)
@@ -126,7 +125,7 @@ def test_weights_rounded_to_integers(name: str, stored: set[Any]) -> None:
     for layer in integers.blocks[1].attn_blocks:
         for linear in (layer.attention.qkv, layer.attention.proj, layer.mlp.main[0], layer.mlp.main[2]):
             weight = linear.weight.data
-            scales = weight.double().abs().amax(dim=1, keepdim=True) / 32767
+            scales = (weight.double().abs().amax(dim=1, keepdim=True) / 32767).clamp(min=1e-38)
             linear.weight.data = ((weight / scales).round() * scales).float()
     assert relative_error(x, case.answer(integers, z)) < 1e-5
 
@@ -148,19 +147,6 @@ def test_nothing_to_round(monkeypatch: pytest.MonkeyPatch) -> None:
         assert block.sequential_inverse(z, jf.Context(labels), int16_weights=True) is None
 
 
-def test_rows_of_zeros_and_of_subnormal_numbers() -> None:
-    case = CASES["heads of 32"]
-    flow = case.flow()
-    block, z = case.block(flow), case.z(flow)
-    with torch.no_grad():
-        for layer in flow.blocks[1].attn_blocks:
-            layer.mlp.main[0].weight[2] = 0
-            layer.mlp.main[0].weight[3] *= 1e-40
-            layer.attention.qkv.weight[5] *= 1e-43
-    x, _ = block.sequential_inverse(z, jf.Context(case.context()), int16_weights=True)
-    assert relative_error(x, case.answer(flow, z)) < 1e-2
-
-
 def test_half_numbers_of_every_kind() -> None:
     """Subnormal ones, and the largest: float32 reads the same."""
     case = CASES["heads of 32"]
@@ -170,22 +156,3 @@ def test_half_numbers_of_every_kind() -> None:
         weight[0, :4] = torch.tensor([2.0**-24, -(2.0**-15), 65504.0, -0.0])
     answer = invert(case, flow)
     assert relative_error(answer[0], case.answer(flow, case.z(flow))) < 3e-6
-
-
-@pytest.mark.parametrize("model", ["digits-p1", "fashion-p2"])
-def test_trained_flows(model: str, stored: set[Any]) -> None:
-    """Bundled weights are numbers of float16. Others, rounded, leave residuals below a fifth of a tolerance of 1e-3."""
-    flow, labels = jf.load(model), torch.tensor([3, -1])
-    z = latents(flow, 2) * flow.var.sqrt()
-    flow.blocks[-1].sequential_inverse(flow.blocks[-1].permutation(z), jf.Context(labels))
-    assert stored == {(torch.float16, True)}
-    generator = torch.Generator().manual_seed(0)
-    for parameter in flow.parameters():
-        parameter.mul_(1 + 1e-4 * torch.randn(parameter.shape, generator=generator))
-    for i in reversed(range(len(flow.blocks))):
-        block = flow.blocks[i]
-        z = block.permutation(z)
-        with threads(2):
-            x, _ = block.sequential_inverse(z, jf.Context(labels), int16_weights=True)
-        assert (jf.certify(block, z, x, labels) < 2e-4).all()
-        z = block.permutation.inverse(x)

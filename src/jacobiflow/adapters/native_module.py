@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from jacobiflow.adapters.network import MaskedNetwork, Slot, find_order
 from jacobiflow.adapters.snapshot import ModuleSnapshot, check_call
-from jacobiflow.native.boundary import UnsupportedError, is_traced
+from jacobiflow.native.boundary import UnsupportedError
 from jacobiflow.native.chain import TransformChain
 from jacobiflow.native.masked import (
     ChainTransform,
@@ -26,6 +26,7 @@ from jacobiflow.native.masked import (
     normal_transform,
     permutation_transform,
 )
+from jacobiflow.native.tensors import is_traced
 
 TransformOutput = tuple[Tensor, Tensor | None]
 """The transformed rows, and the log-determinants of the Jacobian if the caller wants them."""

@@ -14,7 +14,7 @@ from jacobiflow.adapters.acceleration import MIN_PASSES, Acceleration
 from jacobiflow.adapters.native_module import is_acceleration_off
 from jacobiflow.adapters.snapshot import DROPOUTS, has_forward_hooks, has_replaced_method
 from jacobiflow.fixed_point.implicit import solve_adjoint
-from jacobiflow.native.boundary import is_traced
+from jacobiflow.native.tensors import is_traced
 from jacobiflow.utils.autograd import check_first_derivative, is_batched
 
 Pass = Callable[[Any, Tensor], Sequence[Tensor]]

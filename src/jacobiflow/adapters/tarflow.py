@@ -17,7 +17,8 @@ from jacobiflow.adapters.tarflow_trial import MAX_GUIDANCE, TEMPERATURES, Trial,
 from jacobiflow.errors import first_line
 from jacobiflow.native import describe as describe_native
 from jacobiflow.native import load_library
-from jacobiflow.native.boundary import UnsupportedError, is_traced
+from jacobiflow.native.boundary import UnsupportedError
+from jacobiflow.native.tensors import is_traced
 from jacobiflow.native.transformer import CausalTransformer, GuidanceTerms
 
 _PARTS = ("proj_in", "pos_embed", "attn_blocks", "proj_out", "permutation", "reverse")

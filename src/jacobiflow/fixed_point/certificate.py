@@ -68,7 +68,8 @@ def solve_certified(
     Args:
         tolerance: The largest residual allowed, by default the solver's own. Without either, samples end as they are.
         certify: `False` leaves out the pass that measures. "always" measures exact answers too. Without it the
-            residual of an exact answer is 0 by construction if the block `is_causal`, and measured if not.
+            residual of an exact answer is measured if the block is not `is_causal`. Else it is 0 by construction; or,
+            if that is above the tolerance, the distance of the largest entry of x to the next number.
 
     Example:
         >>> flow, z = jf.load("digits-p1"), torch.ones(2, 64, 1)
@@ -95,6 +96,8 @@ def solve_to_tolerance(problem: Problem, solver: Solver, options: SolveOptions) 
     is_known = is_exact and supports(problem.block, "is_causal")
     if options.certify == "always" or (options.certify and not is_known):
         solution = _certify(problem, solution, options)
+    elif options.certify and tolerance:
+        solution = replace(solution, residual=_least_rounding(solution, tolerance))
     if not is_exact:
         solution = _solve_shortfall(problem, solver, options, solution, tolerance)
     if tolerance is not None:  # NONFINITE is a larger status than ROUNDING
@@ -141,6 +144,12 @@ def _probe_rounding(
     solution = _solve_sequentially(problem, options, solution, probes)
     # NaN if one of them overflowed: then no residual compares as rounding.
     return solution, float((solution.residual[probes] / _max_abs(solution.x[probes])).min())
+
+
+def _least_rounding(solution: Solution, tolerance: float) -> Float[Tensor, " b"]:
+    """The residuals of exact answers: the distance of x to the next number if that is above the tolerance, else 0."""
+    spacing = torch.finfo(solution.x.dtype).eps * _max_abs(solution.x)
+    return torch.where(spacing > tolerance, spacing, solution.residual)
 
 
 def _is_above(solution: Solution, tolerance: float, rounding: float = 0.0) -> Bool[Tensor, " b"]:

@@ -42,15 +42,15 @@ class BlockLoader:
 
     def load(self, index: int) -> FlowBlock:
         """Returns the copy of a block. The caller keeps no reference to it when it asks for another block."""
-        copies, num, step = self.copies, len(self.flow.blocks), index - self._last
-        if step == 0 and index in copies:
-            return copies[index]
+        num, step, copied = len(self.flow.blocks), index - self._last, self.copies.get(index)
+        if step == 0 and copied is not None:
+            return copied
         if abs(step) != 1:  # A pass starts: sampling at the last block, encoding at the first.
             step = -1 if index == num - 1 else 1
         # The other copies are freed first. Another thread that samples from this flow has a dictionary of its own.
-        self.copies = copies = {i: block for i, block in copies.items() if i == index}
+        self.copies = copies = {} if copied is None else {index: copied}
         self._last = index
-        if index not in copies:
+        if copied is None:
             copies[index] = self._copy(index)
         if self._stream is not None:
             torch.cuda.current_stream(self.device).wait_stream(self._stream)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import compress
@@ -12,22 +13,13 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from jacobiflow.native.boundary import (
-    ChainArgs,
-    GradientArgs,
-    Transform,
-    UnsupportedError,
-    address_of,
-    addresses_of,
-    check_tensor,
-    is_plain,
-)
+from jacobiflow.native.boundary import ChainArgs, GradientArgs, Transform, UnsupportedError
 from jacobiflow.native.library import Library, compiled_library
 from jacobiflow.native.masked import ChainTransform
+from jacobiflow.native.tensors import address_of, addresses_of, check_tensor, is_plain
 from jacobiflow.utils.autograd import check_first_derivative, is_batched
 
 _MAX_ACTIVATION_BYTES = 24 << 20  # memory for the backward pass; above, computing activations again is faster
-_PLAIN_TENSORS = frozenset((Tensor, torch.nn.Parameter))
 _TILE_VECTORS = 4  # vectors of a tile, to which rows are padded, see `Tiles` in masked.h
 
 
@@ -43,15 +35,6 @@ InPyTorch = Callable[
     [Float[Tensor, "b d"], Float[Tensor, "#b c"] | None, Sequence[Tensor]], tuple[Tensor, Tensor | None]
 ]
 """Computes values and log-determinants of a chain, with a graph, from rows, context and tensors."""
-
-
-class _Addresses(NamedTuple):
-    """The addresses of a chain's tensors, with their sizes in bytes."""
-
-    table: ctypes.Array[ctypes.c_void_p]
-    addresses: list[int]
-    sizes: list[int]
-    dtype: torch.dtype
 
 
 class TransformChain:
@@ -80,7 +63,7 @@ class TransformChain:
             entry.first_tensor, entry.is_reversed = len(self.shapes), is_inverse
             self.shapes += part.shapes
         self._sizes: tuple[int, int] | None = None
-        self._latest_addresses: _Addresses | None = None
+        self._addresses: dict[torch.dtype, array[int]] = {}  # of the latest call
 
     def sizes(self, native: Library) -> tuple[int, int]:
         """Returns the size of its packed weights, and of its activations for each row, in numbers."""
@@ -89,23 +72,6 @@ class TransformChain:
             arguments = ChainArgs(table, count=count, features=self.features, context_features=self.context)
             self._sizes = native.chain_sizes(arguments)
         return self._sizes
-
-    def _addresses_of(self, tensors: Sequence[Tensor], dtype: torch.dtype) -> ctypes.Array[ctypes.c_void_p]:
-        """Returns the addresses of the tensors; the table of the latest call is used again if no tensor has moved."""
-        latest = self._latest_addresses
-        try:
-            if (
-                latest is not None and latest.dtype is dtype and _PLAIN_TENSORS.issuperset(map(type, tensors))
-                and all(map(Tensor.is_contiguous, tensors)) and list(map(Tensor.data_ptr, tensors)) == latest.addresses
-                and [tensor.nbytes for tensor in tensors] == latest.sizes
-            ):  # fmt: skip
-                return latest.table
-        except RuntimeError as error:
-            raise UnsupportedError("a tensor that is not dense") from error
-        table = addresses_of(tensors, self.shapes, dtype)
-        sizes = [tensor.nbytes for tensor in tensors]
-        self._latest_addresses = _Addresses(table, list(map(Tensor.data_ptr, tensors)), sizes, dtype)
-        return table
 
     def evaluate(
         self,
@@ -143,7 +109,8 @@ class TransformChain:
         needed = [t is not None and t.requires_grad for t in inputs] if torch.is_grad_enabled() else []
         call = _Call(self, native, is_inverse, log_det == "features", needed, in_pytorch, tensors)
         try:
-            addresses = self._addresses_of(tensors, dtype)
+            addresses = addresses_of(tensors, self.shapes, dtype, self._addresses.get(dtype))
+            self._addresses[dtype] = addresses
             memory = x.new_empty(call.memory_size(x)) if any(needed) else None
             result = call.evaluate(x, context, addresses, log_det is not None, memory)
         except UnsupportedError:
@@ -173,7 +140,7 @@ class _Call:
     tensors: Sequence[Tensor]
 
     def evaluate(
-        self, x: Tensor, context: Tensor | None, tensors: ctypes.Array[ctypes.c_void_p], has_log_det: bool,
+        self, x: Tensor, context: Tensor | None, addresses: array[int], has_log_det: bool,
         memory: Tensor | None = None,
     ) -> Result | None:  # fmt: skip
         """Computes the result, and in `memory` what `differentiate` needs. Returns `None` without enough memory."""
@@ -181,7 +148,7 @@ class _Call:
         out, failed = x.new_empty(rows, features), ctypes.create_string_buffer(rows)
         log_det = (x.new_empty(rows, features) if self.is_by_feature else x.new_empty(rows)) if has_log_det else None
         arguments, _inputs = self._arguments(x, context, memory)
-        arguments.tensors, arguments.out = ctypes.addressof(tensors), out.data_ptr()
+        arguments.tensors, arguments.out = addresses.buffer_info()[0], out.data_ptr()
         arguments.log_det, arguments.failed = address_of(log_det), ctypes.addressof(failed)
         count = self.native.evaluate_chain(arguments, x.dtype)
         return (

@@ -8,14 +8,16 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
+import runpy
 import shutil
 import subprocess
-from collections.abc import Container
+from collections.abc import Callable, Container
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 SOURCES = Path(__file__).parent / "src"
+_BOUNDARY = Path(__file__).parent / "boundary.py"
 # The libraries of a wheel for each processor, the fastest first, and the instructions that each needs. Their names are
 # those of /proc/cpuinfo, which a compiler takes after -m.
 TARGETS: dict[str, dict[str, tuple[str, ...]]] = {
@@ -38,7 +40,7 @@ FLAGS = (
 
 
 def compile_library(path: Path, target: tuple[str, ...] | None = None) -> None:
-    """Compiles the sources to a shared library.
+    """Compiles the sources to a shared library, if C++ has the structures of boundary.py.
 
     Args:
         target: Flags of the processor. By default, all of this machine's instructions are used.
@@ -50,6 +52,7 @@ def compile_library(path: Path, target: tuple[str, ...] | None = None) -> None:
     if target is None:
         target = ("-mcpu=native" if platform.machine() in ("arm64", "aarch64") else "-march=native",)
     command = (_compiler(), *FLAGS, *target)
+    _run((*command, f"-I{SOURCES}", "-fsyntax-only", "-x", "c++", "-"), _layout_assertions())
     sources = sorted(SOURCES.glob("*.cpp"))
     with TemporaryDirectory(prefix="jacobiflow-") as folder, ThreadPoolExecutor(len(sources)) as pool:
         objects = [Path(folder, f"{source.stem}.o") for source in sources]
@@ -80,8 +83,8 @@ def find_compiled(folder: Path, machine: str, instructions: Container[str]) -> P
 
 
 def fingerprint() -> str:
-    """Returns a hash of the sources and flags."""
-    digest = hashlib.sha256(" ".join(FLAGS).encode())
+    """Returns a hash of the sources, flags and structures."""
+    digest = hashlib.sha256(" ".join((*FLAGS, _layout_assertions())).encode())
     for path in sorted((*SOURCES.glob("*.cpp"), *SOURCES.glob("*.h"))):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:32]
@@ -99,5 +102,11 @@ def _compiler() -> str:
     raise FileNotFoundError("no C++ compiler found")
 
 
-def _run(command: tuple[str | Path, ...]) -> None:
-    subprocess.run(command, check=True, capture_output=True, text=True, errors="replace", timeout=300)
+def _layout_assertions() -> str:
+    """Returns `layout_assertions` of boundary.py, which may be run without the package."""
+    layout_assertions: Callable[[], str] = runpy.run_path(str(_BOUNDARY))["layout_assertions"]
+    return layout_assertions()
+
+
+def _run(command: tuple[str | Path, ...], source: str | None = None) -> None:
+    subprocess.run(command, check=True, capture_output=True, text=True, errors="replace", timeout=300, input=source)

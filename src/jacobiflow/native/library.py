@@ -21,18 +21,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from jacobiflow.native import compiler
-from jacobiflow.native.boundary import (
-    WEIGHT_FORMATS,
-    ChainArgs,
-    GradientArgs,
-    TransformerArgs,
-    UnsupportedError,
-    Weight,
-    address_of,
-    check_tensor,
-    is_plain,
-    is_traced,
-)
+from jacobiflow.native.boundary import ChainArgs, GradientArgs, TransformerArgs, UnsupportedError, Weight
+from jacobiflow.native.tensors import WEIGHT_FORMATS, address_of, check_tensor, is_plain, is_traced
 from jacobiflow.utils.files import cache_folder, sha256, write_atomically
 
 SWITCH = "JACOBIFLOW_NATIVE"  # environment variable; 0 turns native code off
@@ -54,9 +44,9 @@ class Library:
         number, address = ctypes.c_int32, ctypes.c_void_p
         self._native.jacobiflow_pack.argtypes = (address, number, number, number, address, number)
         self._native.jacobiflow_solve_transformer.argtypes = (address, number)
-        for function in (self._native.jacobiflow_masked, self._native.jacobiflow_masked_gradients):
-            function.argtypes, function.restype = (address, number), ctypes.c_int64
-        self._native.jacobiflow_masked_sizes.argtypes = (address, address)
+        for name, argument in (("masked", number), ("masked_gradients", number), ("masked_sizes", address)):
+            function = self._native[f"jacobiflow_{name}"]
+            function.argtypes, function.restype = (address, argument), ctypes.c_int64
         self.lanes: int = self._native.jacobiflow_lanes()
         self.has_fast_halves = self.lanes > 4 or platform.machine() in ("aarch64", "arm64")
         self._use_threads_of_pytorch()
@@ -107,7 +97,8 @@ class Library:
     def chain_sizes(self, arguments: ChainArgs) -> tuple[int, int]:
         """Returns the size of a chain's packed weights, and of its activations for each row."""
         sizes = (ctypes.c_int64 * 2)()
-        self._native.jacobiflow_masked_sizes(ctypes.byref(arguments), sizes)
+        if self._native.jacobiflow_masked_sizes(ctypes.byref(arguments), sizes):
+            raise UnsupportedError("no memory for a chain")
         return sizes[0], sizes[1]
 
     def _use_threads_of_pytorch(self) -> None:

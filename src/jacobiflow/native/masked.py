@@ -19,9 +19,8 @@ from jacobiflow.native.boundary import (
     Transform,
     TransformKind,
     UnsupportedError,
-    address_of,
-    is_plain,
 )
+from jacobiflow.native.tensors import address_of, is_plain
 
 _Units = tuple[Sequence[int], Sequence[int]]
 """The units of a value, as rows of its weight in the order of the steps; and how many are computed by each step."""

@@ -10,18 +10,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from jacobiflow.native.boundary import (
-    MATRICES,
-    MAX_INT32,
-    LayerArgs,
-    TransformerArgs,
-    UnsupportedError,
-    Weight,
-    address_of,
-    check_tensor,
-    layer_shapes,
-)
+from jacobiflow.native.boundary import LayerArgs, TransformerArgs, UnsupportedError, Weight
 from jacobiflow.native.library import Library, usable_library
+from jacobiflow.native.tensors import MATRICES, MAX_INT32, address_of, check_tensor, layer_shapes
 from jacobiflow.native.weights import MIN_IN_PLACE, faster_halves, stored_matrices
 
 _MAX_ROWS_PER_THREAD = 32  # rows of the network per call; more do not fit in the processor's cache

@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from jacobiflow.native.boundary import MATRICES, UnsupportedError
+from jacobiflow.native.boundary import UnsupportedError
+from jacobiflow.native.tensors import MATRICES
 
 MIN_IN_PLACE = 2**25  # weights of a block from which they are read as PyTorch has them, since no cache holds them
 _HALVES = (torch.float16, torch.bfloat16)

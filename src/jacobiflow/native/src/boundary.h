@@ -1,5 +1,5 @@
-// The structures and enumerations that Python and C++ share. boundary.py reads the fields of each structure from this file,
-// so a field has a line of its own. C++ trusts what it gets: boundary.py has checked all shapes, dtypes and addresses.
+// The structures and enumerations that Python and C++ share. boundary.py reads them from this file, so a field has a line of
+// its own. C++ trusts what it gets: tensors.py has checked all shapes, dtypes and addresses.
 #pragma once
 
 #include <cstdint>

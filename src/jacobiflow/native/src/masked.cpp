@@ -40,11 +40,15 @@ int64_t jacobiflow_masked_gradients(const GradientArgs* args, int32_t is_double)
   });
 }
 
-// Sets the size of a chain's packed weights, and of the activations for each row; rows are padded to whole tiles.
-void jacobiflow_masked_sizes(const ChainArgs* call, int64_t* sizes) {
-  const Chain<float> chain(*call);
-  sizes[0] = (int64_t)chain.packed_size;
-  sizes[1] = (int64_t)chain.tile_units;
+// Sets the size of a chain's packed weights, and of the activations for each row; rows are padded to whole tiles. Returns 0, or
+// -1 without enough memory.
+int64_t jacobiflow_masked_sizes(const ChainArgs* call, int64_t* sizes) {
+  return result_of([&]() -> int64_t {
+    const Chain<float> chain(*call);
+    sizes[0] = (int64_t)chain.packed_size;
+    sizes[1] = (int64_t)chain.tile_units;
+    return 0;
+  });
 }
 }
 #pragma GCC visibility pop

@@ -39,6 +39,7 @@ class Spline {
     const Vector outside = g.value;
     if (t.is_circular) x = S::remainder(x, (T)t.high - (T)t.low) + (T)t.low;
     find_bin(x, false);
+    x = is_in ? x : x0;  // a gradient of 0 times an overflow would be NaN
     g = {is_in ? g.value : Vector{}, is_in ? g.log_slope : Vector{}};
     BinGradients c{};
     const Vector result = is_linear ? differentiate_linear(x, g, c) : differentiate_quadratic(x, g, c);
