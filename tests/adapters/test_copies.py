@@ -9,10 +9,15 @@ import subprocess
 import sys
 from collections.abc import Callable
 from textwrap import dedent
-from typing import Any
+from typing import Any, ClassVar, Generic, TypeVar
 
+import nflows
+import nflows.transforms as nf
+import pyro.distributions.transforms as pt
 import pytest
 import torch
+import zuko
+from pyro.nn import ConditionalAutoRegressiveNN
 from torch import Tensor, nn
 from zuko.transforms import ComposedTransform
 
@@ -104,8 +109,10 @@ COPIES: dict[str, Callable[[Any], Any]] = {
 def test_copies_are_the_library_s_own(way: str, name: str) -> None:
     case, flow, y, c = problem_of(name)
     flow = flow.transform.transforms[0] if case.library == "zuko" else flow
-    kind = type(flow)
+    kind, data = type(flow), pickle.dumps(flow)
     with torch.no_grad(), jf.accelerate(flow, 0.0) as handle:
+        # So torch.load(weights_only=True) needs no other classes.
+        assert pickle.dumps(flow) == data
         expected, seen = case.invert(flow, y, c), handle.passes
         copied = COPIES[way](flow)
         assert type(copied) is kind
@@ -114,6 +121,57 @@ def test_copies_are_the_library_s_own(way: str, name: str) -> None:
         first, second = COPIES[way]([flow, flow])
         assert first is second or way == "copy"
     assert type(flow) is kind
+
+
+class Rebuilt(zuko.flows.MAF):
+    """A user's flow that says how it is copied."""
+
+    def __reduce__(self) -> Any:
+        return type(self), (3,), {"is_rebuilt": True}
+
+
+@pytest.mark.parametrize("way", COPIES)
+def test_a_flow_with_a_reduce_of_its_own_is_copied_by_it(way: str) -> None:
+    flow = Rebuilt(3)
+    with jf.accelerate(flow):
+        copied = COPIES[way](flow)
+    assert type(copied) is Rebuilt and copied.is_rebuilt
+
+
+@pytest.mark.parametrize(
+    ("kind", "arguments"),
+    [(zuko.flows.MAF, (3,)), (nf.MaskedAffineAutoregressiveTransform, (3, 8)),
+     (pt.ConditionalAffineAutoregressive, (ConditionalAutoRegressiveNN(3, 2, [8]),))],
+)  # fmt: skip
+def test_subclasses_that_a_user_registers_are_the_user_s(kind: Any, arguments: tuple[Any, ...]) -> None:
+    class Registered:
+        names: ClassVar[list[str]] = []
+
+        def __init_subclass__(cls, name: str) -> None:
+            cls.names.append(name)
+
+    class Own(kind, Registered, name="own"):  # type: ignore[misc, call-arg]
+        pass
+
+    with jf.accelerate(Own(*arguments)) as handle:
+        assert handle.transforms
+    assert Registered.names == ["own"]
+
+
+class Typed(Generic[TypeVar("T")], nf.MaskedAffineAutoregressiveTransform):  # type: ignore[misc]
+    """A user's transform, of a class that Python does not let us replace."""
+
+
+def test_a_class_that_cannot_be_replaced_is_left_alone() -> None:
+    with jf.accelerate(nflows):
+        flow = Typed(3, 8)
+    assert type(flow) is Typed
+    assert jf.accelerate(flow).reasons == {"": "the first base of Typed is not nflows's"}
+
+
+def test_transforms_at_a_context_share_a_class() -> None:
+    with jf.accelerate(flow := pt.conditional_affine_autoregressive(3, 2)):
+        assert type(flow.condition(torch.ones(2))) is type(flow.condition(torch.zeros(2)))
 
 
 @pytest.mark.parametrize("way", ["deepcopy", "pickle", "torch.save"])

@@ -6,7 +6,9 @@ import copy
 import gc
 import math
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import nflows
@@ -18,7 +20,7 @@ import zuko
 from torch import Tensor
 
 import jacobiflow as jf
-from jacobiflow.adapters import registry
+from jacobiflow.adapters import library_acceleration, registry
 from jacobiflow.native.library import Library
 from tests.adapters.test_accelerate import OverriddenInverse
 from tests.adapters.test_copies import pickled
@@ -94,6 +96,24 @@ def test_what_cannot_be_accelerated_is_left_alone(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(registry, "version", {"zuko": "2.0"}.__getitem__)
     with pytest.raises(jf.InputError, match=r"zuko 2.0: supported are 1.2 to below 2; nothing was changed"):
         jf.accelerate(zuko)
+
+
+def test_a_flow_that_a_thread_makes_meanwhile_is_restored(monkeypatch: pytest.MonkeyPatch) -> None:
+    entered, restored, find_adapter = Event(), Event(), library_acceleration.find_adapter
+
+    def wait(*args: Any) -> Any:
+        entered.set()
+        restored.wait(0.1)
+        return find_adapter(*args)
+
+    monkeypatch.setattr(library_acceleration, "find_adapter", wait)
+    with ThreadPoolExecutor(1) as pool:
+        handle = jf.accelerate(pt)
+        future = pool.submit(pt.affine_autoregressive, 3)
+        assert entered.wait(60)
+        handle.restore()
+        restored.set()
+    assert type(future.result()) is pt.AffineAutoregressive
 
 
 def test_flows_are_freed() -> None:
