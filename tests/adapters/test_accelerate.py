@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import copy
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import lampe
 import nflows.transforms
 import normflows
 import pytest
@@ -166,48 +163,3 @@ def test_versions(name: str, good: str, bad: str, monkeypatch: pytest.MonkeyPatc
         with pytest.raises(ValueError, match=rf"{library} {have[library]}: supported are \d.* to below \d.*; nothing"):
             jf.accelerate(flow, 0.0)
     assert type(flow) is kind
-
-
-@torch.no_grad()
-def test_estimators_of_lampe() -> None:
-    estimator = lampe.inference.NPE(7, CONTEXT, transforms=2, hidden_features=(32, 32))
-    with jf.accelerate(estimator) as handle:
-        estimator.flow(normal(CONTEXT)).sample((20,))
-    assert list(handle.backends.values()) == ["native", "native"]
-
-
-def posterior(estimator: str) -> Any:
-    torch.manual_seed(0)
-    from sbi.inference import NPE  # takes two seconds, in every process that collects the tests
-
-    prior = torch.distributions.MultivariateNormal(torch.zeros(7), torch.eye(7))
-    theta = prior.sample((200,))
-    x = theta + 0.3 * theta.roll(1, dims=1) ** 2 + 0.1 * torch.randn(200, 7)
-    inference = NPE(prior, density_estimator=estimator, show_progress_bars=False)
-    network = inference.append_simulations(theta, x).train(max_num_epochs=1, training_batch_size=100)
-    with jf.accelerate(network, 0.0):  # The posterior copies the network.
-        return inference.build_posterior(network).set_default_x(torch.zeros(1, 7))
-
-
-@pytest.mark.filterwarnings("ignore")
-def test_posteriors_of_sbi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from sbi.inference.posteriors import EnsemblePosterior
-
-    monkeypatch.chdir(tmp_path)  # sbi logs its training in the folder that it runs in
-    parts = [posterior(estimator) for estimator in ("maf", "zuko_nsf")]
-    ensemble = EnsemblePosterior(parts).set_default_x(torch.zeros(1, 7))
-
-    def sample(source: Any) -> Tensor:
-        torch.manual_seed(7)
-        return source.sample((20,), show_progress_bars=False)
-
-    modules = [*parts[0].posterior_estimator.modules(), *parts[1].posterior_estimator.modules()]
-    assert not any("jacobiflow" in kind.__module__ for module in modules for kind in type(module).__mro__)
-    expected = sample(ensemble)
-    density = ensemble.log_prob(expected)
-    with jf.accelerate(ensemble, 0.0) as handle:
-        assert same_bits([expected, density], [sample(ensemble), ensemble.log_prob(expected)])
-        copied = copy.deepcopy(ensemble)
-    assert same_bits(expected, sample(copied))
-    assert all(count <= 7 for count in handle.passes.values())
-    assert {what.split()[0] for what in handle.transforms.values()} == {"zuko", "nflows"}

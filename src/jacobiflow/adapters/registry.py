@@ -1,4 +1,4 @@
-"""The libraries whose flows can be accelerated, and their versions."""
+"""The adapters of a library's classes, if its version is supported."""
 
 from __future__ import annotations
 
