@@ -9,8 +9,6 @@ import pytest
 import torch
 from nflows.transforms import MaskedAffineAutoregressiveTransform
 from nflows.transforms.made import MADE
-from pyro.distributions.transforms import AffineAutoregressive
-from pyro.nn import AutoRegressiveNN
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.utils import parametrizations, spectral_norm, weight_norm
@@ -128,7 +126,8 @@ def test_traced_or_transformed_calls_are_left_to_the_library(name: str, is_inver
             dual = forward_ad.unpack_dual(call(forward_ad.make_dual(y[0], y[1])))
         with Mode():
             mode = call(y[0])
-        return [*dual, mode, torch.func.vmap(call)(y), *torch.func.jvp(call, (y[0],), (y[1],))]
+        of_rows = torch.func.vmap(torch.func.grad(lambda y: call(y).sin().sum()))
+        return [*dual, mode, torch.func.vmap(call)(y), of_rows(y), *torch.func.jvp(call, (y[0],), (y[1],))]
 
     expected = derived()
     for tolerance in (None, 1e-2):
@@ -151,22 +150,26 @@ class Both(nn.Module):
         return torch.cat([*values(self.flow, x, None, False)[:1], *values(self.flow, x, None, True)[:1]])
 
 
-@torch.no_grad()
-def test_traces_exports_compiled_callers_and_meta_tensors() -> None:
-    flow: Any = CASES["zuko MAF"].make(features=6)
-    module, y, other = Both(flow.transform.transforms[0]), normal(3, 6), normal(3, 6, seed=1)
+TRACERS: dict[str, Callable[[nn.Module, Tensor], Any]] = {
+    "trace": lambda module, y: torch.jit.trace(module, (y,)),
+    "export": lambda module, y: torch.export.export(module, (y,), strict=False).module(),
+    "compile": lambda module, _: torch.compile(module, backend="eager"),
+}
+
+
+@pytest.mark.parametrize(
+    "how", ["trace", *(pytest.param(how, marks=pytest.mark.slow) for how in ("export", "compile"))]
+)
+def test_traced_modules(how: str) -> None:
+    flow: Any = CASES["zuko MAF"].make(features=6).requires_grad_(how == "compile")
+    module, y, other = Both(flow.transform.transforms[0]), normal(3, 6), normal(3, 6, seed=1).requires_grad_()
     expected = module(other)
-    handle = jf.accelerate(module)
-    traced = torch.jit.trace(module, (y,))
-    exported = torch.export.export(module, (y,), strict=False).module()
-    compiled = torch.compile(module, backend="eager")
-    assert same_bits([expected] * 3, [traced(other), exported(other), compiled(other)])
-    with torch.enable_grad():
-        derived = torch.autograd.grad(compiled(other).sum(), [*module.parameters()])
-        handle.restore()
-        assert same_bits(derived, torch.autograd.grad(module(other).sum(), [*module.parameters()]))
-    jf.accelerate(module)
-    assert module.to("meta")(y.to("meta")).shape == (6, 6)
+    with jf.accelerate(module):
+        result = TRACERS[how](module, y)(other)
+        assert module.to("meta")(y.to("meta")).shape == (6, 6)
+    assert same_bits(
+        [expected, *torch.autograd.grad(expected.sum(), other)], [result, *torch.autograd.grad(result.sum(), other)]
+    )
 
 
 class Recording(MADE):
@@ -182,24 +185,3 @@ def test_a_network_of_the_user_is_called_itself() -> None:
     with torch.no_grad(), jf.accelerate(flow, 0.0):
         x, _ = flow.inverse(normal(4, FEATURES))
     assert same_bits(flow.autoregressive_net.seen, x)
-
-
-class Doubled(nn.Module):
-    """A user's network in pyro's transforms."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.inner = AutoRegressiveNN(FEATURES, [32])
-        self.permutation, self.func = self.inner.permutation, torch.tanh  # a name that partial calls have too
-
-    def forward(self, x: Tensor) -> list[Tensor]:
-        return [2 * part for part in self.inner(x)]
-
-
-@torch.no_grad()
-def test_a_network_of_the_user_in_pyro() -> None:
-    flow, y = AffineAutoregressive(Doubled()), normal(5, FEATURES)
-    expected = values(flow, y, None, True)
-    with jf.accelerate(flow, 0.0) as handle:
-        assert same_bits(expected, values(flow, y, None, True))
-    assert handle.backends == {"": "passes"}

@@ -265,9 +265,9 @@ def check(flow: nn.Module, x: Tensor, context: Tensor | None, domain: str = "lin
     """Both directions, against the library in float64 and, for float32, the errors that it makes itself."""
     period = 2 * math.pi if domain == "circle" else 0.0
     for is_inverse in (False, True):
-        expected = exact(flow, x, context, is_inverse)
         with default_dtype(x.dtype):
             original = values(flow, x, context, is_inverse)
+            expected = original if x.dtype == torch.float64 else exact(flow, x, context, is_inverse)
             with jf.accelerate(flow, 0.0):
                 assert same_bits(original, values(flow, x, context, is_inverse))
         torch.set_num_threads(threads)  # here alone: those of PyTorch would cost time

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-TOKENS, CHANNELS = 14, 8
+TOKENS, CHANNELS = 6, 8
 
 
 class Flip(nn.Module):

@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
 import jacobiflow as jf
-from jacobiflow.data import Noise, add_noise, digits
+from jacobiflow.data import digits
 from jacobiflow.training import TrainConfig, TrainMetrics, read_metrics, train
 from tests.helpers.oracle import MAFOracle
 from tests.helpers.problems import latents, make_maf
@@ -36,16 +36,11 @@ def images_of(num: int) -> Tensor:
     return torch.rand((num, 1, 4, 4), generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 2 - 1
 
 
-def labels_of(flow: jf.MAF, num: int = 4) -> Tensor | None:
-    """Every class, and a row without one."""
-    return torch.arange(-1, num - 1) % 4 - 1 if flow.config.num_classes else None
-
-
 @given(st.data())
-@settings(max_examples=25, deadline=None)
 def test_a_run_after_its_prefix_is_the_full_pass_of_the_oracle(data: st.DataObject) -> None:
     flow = make_maf(**SHAPES[data.draw(st.sampled_from(sorted(SHAPES)))])
-    i, labels, length = data.draw(st.integers(0, 1)), labels_of(flow), flow.config.num_tokens
+    i, length = data.draw(st.integers(0, 1)), flow.config.num_tokens
+    labels = torch.tensor([2, -1, 0, 1]) if flow.config.num_classes else None  # every class, and a row without one
     block, x, wrong, reference = flow.blocks[i], latents(flow, 4), latents(flow, 4, seed=1), MAFOracle(flow)
     masked = reference.weights[f"blocks.{i}.layers.{flow.config.hidden_layers}.weight"]
     assert all(map(torch.equal, block.output_weights(), (masked[0::2], masked[1::2])))
@@ -124,10 +119,6 @@ def test_training_takes_in_the_first_batch_once(tmp_path: Path, monkeypatch: pyt
         fit("cut", interrupt_at(1))
     assert last_step(tmp_path / "cut") == 2
     assert fit("cut") == fit("whole")
-    images = add_noise(data.batch(slice(0, 64))[0], Noise("uniform"), torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        z, log_det = jf.MAF(config).normalize(images)  # the identity on logits: what the first step would cost
-    assert read_metrics(tmp_path / "whole")[0].loss < 0.5 * z.square().mean() - log_det.mean() / 64 - 1
 
 
 def test_train_writes_a_maf_and_refuses_options_that_it_has_not(
@@ -177,3 +168,8 @@ def test_second_derivatives_of_the_density(monkeypatch: pytest.MonkeyPatch) -> N
         answers.append(torch.autograd.grad(score.square().sum(), [x, *flow.parameters()]))
     for expected, result in zip(*answers, strict=True):
         torch.testing.assert_close(result, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
+    log_prob = flow.log_prob(x, labels).sum()
+    with torch.no_grad():
+        flow.blocks[0].layers[0].weight.mul_(1.5)
+    with pytest.raises(RuntimeError, match="weights have changed since the forward pass"):
+        torch.autograd.grad(log_prob, x, create_graph=True)

@@ -1,4 +1,4 @@
-"""The accelerated classes of a flow's modules, and the `Acceleration` that reports on them and restores the flow."""
+"""`Acceleration`: accelerates the modules of a flow, reports on them, and restores the flow."""
 
 from __future__ import annotations
 
@@ -6,19 +6,15 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from jacobiflow.adapters.native_module import (
-    LibraryCall,
-    ListTransforms,
-    NativeModule,
-    TransformOutput,
-    flatten_batch,
-    is_plain_call,
-)
+from jacobiflow.adapters.library_module import is_accelerated, library_class, shallow_copy
+from jacobiflow.adapters.native_module import LibraryCall, ListTransforms, NativeModule, TransformOutput, flatten_batch
 from jacobiflow.native import describe as describe_native
 from jacobiflow.native import load_library
+from jacobiflow.native.boundary import is_traced
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -37,25 +33,29 @@ class AcceleratedModule(nn.Module):
     library_class: ClassVar[type[nn.Module]]
     acceleration: ClassVar[Acceleration]
 
-    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        return (object.__new__, (self.library_class,), *super().__reduce_ex__(protocol)[2:])
+    def __init_subclass__(cls, **_: Any) -> None:
+        """Leaves out that of the user's class, which may register its subclasses or have parameters."""
+
+    @property
+    def __class__(self) -> type:
+        """The library's class, since pickle compares it with the class that it writes."""
+        return library_class(self)
+
+    @__class__.setter
+    def __class__(self, kind: type) -> None:
+        vars(object)["__class__"].__set__(self, kind)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return shallow_copy(self, self.library_class).__reduce_ex__(protocol)
 
 
 def accelerate_module(module: nn.Module, mixin: type[AcceleratedModule], acceleration: Acceleration) -> None:
     """Gives the module a subclass of its library's class, with the methods of the mixin."""
-    kind = library_class(module)
-    names = {"library_class": kind, "acceleration": acceleration, "__module__": kind.__module__}
-    module.__class__ = type(kind.__name__, (mixin, kind), names)
-
-
-def is_accelerated(module: nn.Module) -> bool:
-    """Returns True if `accelerate_module` made the module's class."""
-    return "library_class" in vars(type(module))
-
-
-def library_class(module: nn.Module) -> type[nn.Module]:
-    """Returns the class that the module has without acceleration."""
-    return vars(type(module)).get("library_class", type(module))
+    kind, classes = library_class(module), acceleration.classes
+    if (kind, mixin) not in classes:
+        names = {"library_class": kind, "acceleration": acceleration, "__module__": kind.__module__}
+        classes[kind, mixin] = type(kind.__name__, (mixin, kind), names)
+    module.__class__ = classes[kind, mixin]
 
 
 @dataclass(frozen=True)
@@ -82,12 +82,21 @@ class Adapter:
     def obstacle(self, module: nn.Module) -> str | None:
         """Returns why the module cannot be accelerated, or `None` if it can."""
         kind = library_class(module)
+        if _layout(kind) is not _layout(self.mixin):  # Python refuses to change the class of a module.
+            return f"the first base of {kind.__name__} is not {self.library}'s"
         for method in self.methods:
             if getattr(kind, method) is not getattr(self.target, method):
                 return f"{kind.__name__} overrides {self.library}'s {method}"
             if method in vars(module):
                 return f"its {method} was replaced"
         return None
+
+
+def _layout(kind: type) -> type:
+    """Returns the nearest base whose objects have no attributes."""
+    while kind.__dictoffset__ and kind.__base__ is not None:
+        kind = kind.__base__
+    return kind
 
 
 def find_adapter(module: nn.Module, adapters: Iterable[Adapter]) -> Adapter | None:
@@ -144,6 +153,7 @@ class Acceleration:
     ) -> None:
         self.tolerance, self.reasons = tolerance, reasons
         self._adapters = {module: adapter for module, (_, adapter) in adapters.items()}
+        self.classes: dict[tuple[type[nn.Module], type[AcceleratedModule]], type[nn.Module]] = {}
         self._names = {module: name for module, (name, adapter) in adapters.items() if not adapter.is_composition}
         self._classes_before = {module: type(module) for module in adapters}
         self._native_modules: dict[tuple[nn.Module, bool], NativeModule] = {}
@@ -222,7 +232,7 @@ class Acceleration:
         The batches of `x` and `context` are broadcast. The other arguments are those of `NativeModule.evaluate`.
         Without a `library_call` the output only starts the passes, so it is computed at any tolerance.
         """
-        if (self.tolerance == 0 and library_call is not None) or not is_plain_call():
+        if (self.tolerance == 0 and library_call is not None) or is_traced() or torch.is_autocast_enabled("cpu"):
             return None
         try:
             rows, contexts, batch = flatten_batch(x, context)

@@ -11,7 +11,8 @@ from torch.distributions import Distribution, Transform
 
 from jacobiflow.adapters.acceleration import Acceleration, Adapter, find_adapter
 from jacobiflow.adapters.library_acceleration import LibraryAcceleration
-from jacobiflow.adapters.registry import BUILDERS, LIBRARIES, load_adapters
+from jacobiflow.adapters.library_module import LIBRARIES
+from jacobiflow.adapters.registry import BUILDERS, load_adapters
 from jacobiflow.adapters.tarflow import find_blocks
 from jacobiflow.errors import InputTypeError, InputValueError
 from jacobiflow.utils.checks import check_flag, check_number, format_value
@@ -64,8 +65,7 @@ def accelerate(
 
     Returns:
         An `Acceleration`, which says how each transform is computed, or why it was left alone, and restores the flow.
-        Its `transforms` are empty if nothing was accelerated. For a library, a
-        `LibraryAcceleration`, which restores the library and the flows that were made since.
+        For a library, a `LibraryAcceleration`, which restores the library and the flows that were made since.
 
     Raises:
         ValueError: If nothing in `flow` can be accelerated and `strict` is True, it is another library, a library's

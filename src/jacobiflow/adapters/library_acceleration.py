@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import wraps
+from threading import RLock
 from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
 
 from torch import nn
 
-from jacobiflow.adapters.acceleration import Acceleration, Adapter, describe_tolerance, find_adapter, is_accelerated
+from jacobiflow.adapters.acceleration import Acceleration, Adapter, describe_tolerance, find_adapter
+from jacobiflow.adapters.library_module import is_accelerated
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
 _CONSTRUCTORS = ("__init__", "__setstate__")  # __setstate__ makes copies and loaded flows.
+_lock = RLock()  # Flows may be made in several threads.
 _active: list[LibraryAcceleration] = []
 _originals: dict[type[nn.Module], dict[str, Any]] = {}  # The library's constructors that are replaced now.
 
@@ -40,8 +43,9 @@ class LibraryAcceleration:
         self._count = 0
         # An acceleration holds its module, so a strong reference would keep every flow alive.
         self._accelerations: WeakSet[Acceleration] = WeakSet()
-        _active.append(self)
-        _replace_constructors()
+        with _lock:
+            _active.append(self)
+            _replace_constructors()
 
     def restore(self) -> None:
         """Gives the library its constructors back, and its own classes to all modules that were accelerated."""
@@ -65,11 +69,12 @@ class LibraryAcceleration:
             self._count += not adapter.is_composition
 
     def _end(self, undo: Callable[[Acceleration], None]) -> None:
-        if self in _active:
-            _active.remove(self)
-            _replace_constructors()
-        for acceleration in self._accelerations:
-            undo(acceleration)
+        with _lock:
+            if self in _active:
+                _active.remove(self)
+                _replace_constructors()
+            for acceleration in self._accelerations:
+                undo(acceleration)
 
 
 def _replace_constructors() -> None:
@@ -93,8 +98,9 @@ def _accelerating_constructor(constructor: Callable[..., None]) -> Callable[...,
     def construct(module: nn.Module, *args: Any, **kwargs: Any) -> None:
         constructor(module, *args, **kwargs)
         # The constructor of a base class may have accelerated the module already.
-        if not is_accelerated(module):
-            for library in _active:
-                library.add(module)
+        with _lock:
+            if not is_accelerated(module):
+                for library in _active:
+                    library.add(module)
 
     return construct

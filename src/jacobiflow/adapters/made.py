@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from types import ModuleType
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from jacobiflow.adapters.acceleration import AcceleratedModule, library_class
+from jacobiflow.adapters.acceleration import AcceleratedModule
+from jacobiflow.adapters.library_module import library_class
 from jacobiflow.adapters.native_module import TransformOutput, TransformSpec, masked_spec
 from jacobiflow.adapters.network import MaskedNetwork
 from jacobiflow.adapters.passes import invert_by_passes
@@ -107,9 +108,6 @@ class AcceleratedComposition(AcceleratedModule):
 class AcceleratedTransform(AcceleratedComposition):
     """A masked transform."""
 
-    library: ClassVar[ModuleType]
-    """The Python module that defines the library's MADE."""
-
     autoregressive_net: Any
     _elementwise_inverse: Any
 
@@ -119,8 +117,8 @@ class AcceleratedTransform(AcceleratedComposition):
 
         if inputs.ndim < 2:  # The library refuses them.
             return super()._invert(inputs, context)
-        network, linear, passes = self.autoregressive_net, self.library.MaskedLinear, inputs.shape[1:].numel()
-        outputs = invert_by_passes(self.acceleration, self, step, network, linear, inputs, context, passes)
+        network, passes = self.autoregressive_net, inputs.shape[1:].numel()
+        outputs = invert_by_passes(self.acceleration, self, step, network, inputs, context, passes)
         return super()._invert(inputs, context) if outputs is None else tuple(outputs)
 
 
@@ -131,7 +129,7 @@ def evaluate_by_native(
     if x.ndim != 2 or (context is not None and (context.ndim != 2 or context.shape[0] != x.shape[0])):
         return None
 
-    def library_call(x: Tensor, context: Tensor | None) -> TransformOutput:
+    def library_call(module: Any, x: Tensor, context: Tensor | None) -> TransformOutput:
         return getattr(library_class(module), method)(module, x, *context_args(context))
 
     is_inverse = method.startswith("inverse")

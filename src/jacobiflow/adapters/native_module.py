@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from threading import Lock, local
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from jacobiflow.adapters.library_module import copy_with_tensors
 from jacobiflow.adapters.network import MaskedNetwork, Slot, find_order
 from jacobiflow.adapters.snapshot import ModuleSnapshot, check_call
 from jacobiflow.native.boundary import UnsupportedError
@@ -31,8 +30,8 @@ from jacobiflow.native.tensors import is_traced
 TransformOutput = tuple[Tensor, Tensor | None]
 """The transformed rows, and the log-determinants of the Jacobian if the caller wants them."""
 
-LibraryCall = Callable[[Float[Tensor, "b d"], Float[Tensor, "b c"] | None], TransformOutput]
-"""Rows, context -> the output by the library's own code."""
+LibraryCall = Callable[[Any, Float[Tensor, "b d"], Float[Tensor, "b c"] | None], TransformOutput]
+"""Module, rows, context -> the output by the library's own code."""
 
 
 @dataclass(frozen=True)
@@ -103,6 +102,7 @@ class NativeModule:
     """
 
     def __init__(self, module: nn.Module, list_transforms: ListTransforms, is_conditional: bool) -> None:
+        self._module = module
         self.obstacle: str | None = None
         self.uses: dict[nn.Module, tuple[int, str]] = {}
         constants: list[Slot] = []
@@ -142,71 +142,28 @@ class NativeModule:
         tensors: list[Any] = [holder.get(name) for holder, name in self._tensors]
         in_pytorch = None
         if library_call is not None and torch.is_grad_enabled():
-            in_pytorch = partial(self._evaluate_in_pytorch, tensors, _versions(tensors), library_call)
+            in_pytorch = partial(self._evaluate_in_pytorch, library_call)
         result = self._chain.evaluate(tensors, x, context, is_inverse, log_det, in_pytorch)
         if result is None or result.failed is None:
             return None if result is None else (result.values, result.log_det)
         if library_call is None:
             return None
         rows = result.failed.nonzero().flatten()
-        values, log_dets = library_call(x[rows], None if context is None else context.expand(len(x), -1)[rows])
+        values, log_dets = library_call(
+            self._module, x[rows], None if context is None else context.expand(len(x), -1)[rows]
+        )
         result.values[rows] = values
         if result.log_det is not None and log_dets is not None:
             result.log_det[rows] = log_dets
         return result.values, result.log_det
 
     def _evaluate_in_pytorch(
-        self, originals: Sequence[Tensor], versions: list[int] | None, library_call: LibraryCall, x: Tensor,
-        context: Tensor | None, tensors: Sequence[Tensor],
-    ) -> TransformOutput:  # fmt: skip
-        """Repeats a call by the library's code, with `tensors` in place of the `originals`."""
-        now = [holder.get(name) for holder, name in self._tensors]
-        if _versions(originals) != versions or any(a is not b for a, b in zip(now, originals, strict=True)):
-            raise RuntimeError(
-                "second derivatives of a flow that jf.accelerate made fast, and whose weights have changed since the "
-                "forward pass; restore() the flow first"
-            )
-        with acceleration_off():
-            try:
-                for (holder, name), tensor in zip(self._tensors, tensors, strict=True):
-                    holder[name] = tensor
-                return library_call(x, None if context is None else context.expand(len(x), -1))
-            finally:
-                for (holder, name), tensor in zip(self._tensors, originals, strict=True):
-                    holder[name] = tensor
-
-
-def _versions(tensors: Sequence[Tensor]) -> list[int] | None:
-    """Returns how often each tensor was changed in place; `None` if a tensor does not count its changes."""
-    try:
-        return [tensor._version for tensor in tensors]
-    except (AttributeError, RuntimeError):  # A tensor is missing, or was made in inference mode.
-        return None
-
-
-_lock = Lock()
-_thread = local()
-
-
-@contextmanager
-def acceleration_off() -> Iterator[None]:
-    """Makes accelerated modules run the library's own code in this thread. Other threads wait for their turn."""
-    with _lock:
-        _thread.is_off = True
-        try:
-            yield
-        finally:
-            _thread.is_off = False
-
-
-def is_acceleration_off() -> bool:
-    """Returns True inside `acceleration_off`."""
-    return getattr(_thread, "is_off", False)
-
-
-def is_plain_call() -> bool:
-    """Returns True if PyTorch would compute values, in the dtype of the arguments, and a graph at most."""
-    return not is_acceleration_off() and not is_traced() and not torch.is_autocast_enabled("cpu")
+        self, library_call: LibraryCall, x: Tensor, context: Tensor | None, tensors: Sequence[Tensor]
+    ) -> TransformOutput:
+        """Repeats a call by the library's code, with these tensors as weights."""
+        places = [(id(holder), name) for holder, name in self._tensors]
+        module = copy_with_tensors(self._module, dict(zip(places, tensors, strict=True)))
+        return library_call(module, x, None if context is None else context.expand(len(x), -1))
 
 
 def flatten_batch(

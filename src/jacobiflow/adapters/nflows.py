@@ -15,7 +15,8 @@ from nflows.transforms.base import CompositeTransform, InverseTransform
 from nflows.transforms.permutations import Permutation, RandomPermutation, ReversePermutation
 from nflows.transforms.standard import AffineTransform, PointwiseAffineTransform
 
-from jacobiflow.adapters.acceleration import Adapter, library_class
+from jacobiflow.adapters.acceleration import Adapter
+from jacobiflow.adapters.library_module import library_class
 from jacobiflow.adapters.made import AcceleratedComposition, AcceleratedTransform, made_spec, spline_spec
 from jacobiflow.adapters.native_module import TransformSpec, affine_spec, permutation_spec
 from jacobiflow.native.boundary import TransformKind, UnsupportedError
@@ -47,13 +48,7 @@ def _transform_spec(module: Any, kind: Any, is_conditional: bool) -> TransformSp
     raise UnsupportedError(kind.__name__)
 
 
-class AcceleratedMasked(AcceleratedTransform):
-    """A masked transform of nflows."""
-
-    library = made
-
-
 ADAPTERS: tuple[Adapter, ...] = (
-    Adapter(AutoregressiveTransform, ("inverse",), AcceleratedMasked, list_transforms),
+    Adapter(AutoregressiveTransform, ("inverse",), AcceleratedTransform, list_transforms),
     Adapter(CompositeTransform, ("forward", "inverse"), AcceleratedComposition, list_transforms, is_composition=True),
 )

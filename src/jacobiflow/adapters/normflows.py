@@ -13,7 +13,8 @@ from normflows.flows.neural_spline.wrapper import AutoregressiveRationalQuadrati
 from normflows.nets import made
 from torch import Tensor
 
-from jacobiflow.adapters.acceleration import AcceleratedModule, Adapter, library_class
+from jacobiflow.adapters.acceleration import AcceleratedModule, Adapter
+from jacobiflow.adapters.library_module import library_class
 from jacobiflow.adapters.made import AcceleratedTransform, context_args, evaluate_by_native, made_spec, spline_spec
 from jacobiflow.adapters.native_module import TransformSpec, permutation_spec
 from jacobiflow.native.boundary import TransformKind, UnsupportedError
@@ -39,12 +40,6 @@ def list_transforms(module: Any, is_conditional: bool) -> Iterator[tuple[Transfo
         yield permutation_spec(module, [*range(half, module.num_channels), *range(half)]), False
     else:
         raise UnsupportedError(kind.__name__)
-
-
-class AcceleratedMasked(AcceleratedTransform):
-    """A masked transform of normflows."""
-
-    library = made
 
 
 class AcceleratedFlow(AcceleratedModule):
@@ -91,7 +86,7 @@ class AcceleratedFlow(AcceleratedModule):
 
 _METHODS = ("forward", "inverse", "forward_and_log_det", "inverse_and_log_det", "sample", "log_prob")
 ADAPTERS: tuple[Adapter, ...] = (
-    Adapter(Autoregressive, ("inverse",), AcceleratedMasked, list_transforms),
+    Adapter(Autoregressive, ("inverse",), AcceleratedTransform, list_transforms),
     Adapter(ConditionalNormalizingFlow, _METHODS, AcceleratedFlow, list_transforms, is_composition=True),
     Adapter(NormalizingFlow, _METHODS, AcceleratedFlow, list_transforms, is_composition=True),
 )

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from jacobiflow.adapters.acceleration import MIN_PASSES, Acceleration
-from jacobiflow.adapters.native_module import is_acceleration_off
+from jacobiflow.adapters.library_module import LIBRARIES, shallow_copy
 from jacobiflow.adapters.snapshot import DROPOUTS, has_forward_hooks, has_replaced_method
 from jacobiflow.fixed_point.implicit import solve_adjoint
 from jacobiflow.native.tensors import is_traced
@@ -28,7 +28,6 @@ def invert_by_passes(
     module: nn.Module,
     step: Pass,
     network: Any,
-    masked_linear: type[nn.Module],
     y: Float[Tensor, "*batch d"],
     context: Float[Tensor, "*batch c"] | None,
     passes: int,
@@ -42,11 +41,8 @@ def invert_by_passes(
         module: The module of the flow with the transform's parameters.
         step: A pass of the library.
         network: The library's network, an argument of `step`. Passes without a gradient get a faster copy of it.
-        masked_linear: The class of the network's layers.
         passes: The number of passes in the library's own loop.
     """
-    if is_acceleration_off():
-        return None
     needs_graph = torch.is_grad_enabled() and any(
         tensor is not None and tensor.requires_grad for tensor in (y, context, *module.parameters())
     )
@@ -56,15 +52,17 @@ def invert_by_passes(
         if start is not None or passes >= MIN_PASSES:
             tolerance = acceleration.tolerance or 0.0
             outputs: Sequence[Tensor] = [torch.zeros_like(y) if start is None else start]
+            fast_step = partial(step, multiply_masks(network))
             try:
-                fast_step = partial(step, multiply_masks(network, masked_linear))
                 outputs, count = _iterate(fast_step, outputs[0], passes - needs_graph, tolerance)
-                if needs_graph:
-                    with torch.enable_grad():
-                        x = outputs[0].detach().requires_grad_()
-                        outputs, count = _Implicit.apply(x, passes, tolerance, *step(network, x)), count + 1
+            except (MemoryError, torch.OutOfMemoryError):
+                raise
             except Exception:  # A spline of a user may refuse an iterate that the library's loop does not meet.
                 outputs, count = (), 1
+            if outputs and needs_graph:
+                with torch.enable_grad():
+                    x = outputs[0].detach().requires_grad_()
+                    outputs, count = _Implicit.apply(x, passes, tolerance, *step(network, x)), count + 1
             if outputs and outputs[0].isfinite().all():
                 acceleration.record_use(module, count, "passes")
                 return outputs
@@ -159,25 +157,19 @@ class _Implicit(torch.autograd.Function):
         return (None, None, None, solve_adjoint(outputs, x, cotangents, ctx.passes, has_converged), *cotangents[1:])
 
 
-def multiply_masks(network: Any, masked_linear: type[nn.Module]) -> Any:
+def multiply_masks(network: Any) -> Any:
     """Returns a copy of a network whose layers hold the product mask * weight.
 
     The copy returns the same bits. At 784 features and one sample the product is most of the time of a pass. A module
-    that is not the library's own, or has hooks or a `forward` of its own, may refer to itself, so it is not copied.
+    that is not a library's own, or has hooks or a `forward` of its own, may refer to itself, so it is not copied.
     """
-    kind, library = type(network), masked_linear.__module__.split(".")[0]
+    kind = type(network)
     if not isinstance(network, nn.Module) or has_forward_hooks(network) or "forward" in vars(network):
         return network
-    if kind.__module__ != nn.Sequential.__module__ and kind.__module__.split(".")[0] != library:
+    if kind.__module__ != nn.Sequential.__module__ and kind.__module__.split(".")[0] not in LIBRARIES:
         return network
-    if kind is masked_linear:
+    if kind.__name__ == "MaskedLinear":  # All libraries compute the same by this name.
         product = network._buffers["mask"] * network._parameters["weight"].detach()  # type: ignore[union-attr, operator]
-        return _shallow_copy(network, nn.Linear, _parameters=network._parameters | {"weight": product})
-    parts = {name: multiply_masks(part, masked_linear) for name, part in network._modules.items()}
-    return network if parts == network._modules else _shallow_copy(network, kind, _modules=parts)
-
-
-def _shallow_copy(module: nn.Module, kind: type[nn.Module], **changes: Any) -> nn.Module:
-    copy = object.__new__(kind)
-    copy.__dict__.update(vars(module) | changes)
-    return copy
+        return shallow_copy(network, nn.Linear, _parameters=network._parameters | {"weight": product})
+    parts = {name: multiply_masks(part) for name, part in network._modules.items()}
+    return network if parts == network._modules else shallow_copy(network, kind, _modules=parts)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, ClassVar
@@ -17,7 +16,8 @@ from pyro.distributions.transforms.utils import clamp_preserve_gradients
 from pyro.nn.auto_reg_nn import AutoRegressiveNN, ConditionalAutoRegressiveNN, MaskedLinear
 from torch import Tensor, nn
 
-from jacobiflow.adapters.acceleration import AcceleratedModule, Adapter, accelerate_module, library_class
+from jacobiflow.adapters.acceleration import AcceleratedModule, Adapter, accelerate_module
+from jacobiflow.adapters.library_module import library_class
 from jacobiflow.adapters.native_module import TransformOutput, TransformSpec, masked_spec
 from jacobiflow.adapters.network import MaskedNetwork
 from jacobiflow.adapters.passes import invert_by_passes
@@ -76,11 +76,14 @@ class _AcceleratedTransform(AcceleratedModule):
 
     Attributes:
         cache_name: The attribute in which pyro keeps the logarithms of derivatives.
+        _pass: y, the network's output -> the next iterate, and the logarithms of derivatives.
     """
 
     cache_name: ClassVar[str]
-
     arn: Any
+    _conditional: Any
+    _context: Tensor | None = None
+    _pass: Any
 
     def _call(self, x: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d"]:
         result = self._evaluate(x, is_inverse=False)
@@ -93,57 +96,41 @@ class _AcceleratedTransform(AcceleratedModule):
     @property
     def _owner(self) -> Any:
         """The module of the flow: the conditional transform, or this one."""
-        return vars(self).get("_conditional", self)
+        return self if self._context is None else self._conditional
 
     def _evaluate(self, x: Tensor, is_inverse: bool) -> Tensor | None:
-        _, context = self._network_and_context
         try:
-            context = None if context is None else context.expand(*x.shape[:-1], -1)
+            context = None if self._context is None else self._context.expand(*x.shape[:-1], -1)
         except RuntimeError:  # pyro raises its own error for such a context.
             return None
         library_call = partial(self._library_call, is_inverse)
-        result = self.acceleration.evaluate(self._owner, x, context, is_inverse, library_call, "features")
+        result: Any = self.acceleration.evaluate(self._owner, x, context, is_inverse, library_call, "features")
         if result is None:
             return None
         values, log_derivative = result
-        assert log_derivative is not None
         setattr(self, self.cache_name, -log_derivative if is_inverse else log_derivative)
         return values
 
-    def _library_call(self, is_inverse: bool, x: Tensor, context: Tensor | None) -> TransformOutput:
-        transform: Any = self
-        if context is not None:
-            conditional: Any = library_class(self._owner)
-            transform = conditional.condition(self._owner, context)
-        kind: Any = library_class(transform)
+    def _library_call(self, is_inverse: bool, module: Any, x: Tensor, context: Tensor | None) -> TransformOutput:
+        kind: Any = library_class(module)
+        transform = module if context is None else kind.condition(module, context)
+        kind = library_class(transform)
         values = kind._inverse(transform, x) if is_inverse else kind._call(transform, x)
         log_scale = getattr(transform, self.cache_name)
         return values, -log_scale if is_inverse else log_scale
 
     def _invert(self, y: Tensor) -> Tensor:
-        network, context = self._network_and_context
+        network, context = self.arn if self._context is None else self._conditional.nn, self._context
 
         def step(network: Any, x: Tensor) -> Sequence[Tensor]:
             return self._pass(y, network(x) if context is None else network(x, context=context))
 
-        outputs = invert_by_passes(self.acceleration, self._owner, step, network, MaskedLinear, y, context, y.shape[-1])
+        outputs = invert_by_passes(self.acceleration, self._owner, step, network, y, context, y.shape[-1])
         if outputs is None:
             return super()._inverse(y)  # type: ignore[misc]
         x, log_scale = outputs
         setattr(self, self.cache_name, log_scale)
         return x
-
-    @property
-    def _network_and_context(self) -> tuple[Any, Tensor | None]:
-        """The network, and the context of a conditional transform."""
-        call = self.arn
-        if isinstance(call, partial) and not call.args and list(call.keywords) == ["context"]:
-            return call.func, call.keywords["context"]
-        return call, None
-
-    @abstractmethod
-    def _pass(self, y: Tensor, parameters: Sequence[Tensor]) -> Sequence[Tensor]:
-        """Returns the next iterate and the logarithms of derivatives, given the output of the network."""
 
 
 class AcceleratedAffine(_AcceleratedTransform):
@@ -182,10 +169,13 @@ class AcceleratedSpline(_AcceleratedTransform):
 class AcceleratedConditional(ConditionalTransformModule, AcceleratedModule):
     """A conditional transform whose transforms at a context are accelerated."""
 
+    __init_subclass__ = AcceleratedModule.__init_subclass__
+
     def condition(self, context: Float[Tensor, "*batch c"]) -> nn.Module:
         """Returns the transform at a context, as pyro does."""
         transform = super().condition(context)  # type: ignore[safe-super]
-        vars(transform)["_conditional"] = self  # As a submodule, it would give pyro its parameters twice.
+        # As a submodule, the conditional transform would give pyro its parameters twice.
+        vars(transform).update(_conditional=self, _context=context)
         kind = AcceleratedAffine if isinstance(transform, AffineAutoregressive) else AcceleratedSpline
         accelerate_module(transform, kind, self.acceleration)
         return transform

@@ -1,4 +1,4 @@
-"""The libraries whose flows can be accelerated, and their versions."""
+"""The adapters of a library's classes, if its version is supported."""
 
 from __future__ import annotations
 
@@ -7,12 +7,9 @@ from importlib.metadata import version
 from packaging.version import Version
 
 from jacobiflow.adapters.acceleration import Adapter
+from jacobiflow.adapters.library_module import LIBRARIES
 from jacobiflow.errors import InputValueError
 
-LIBRARIES = {  # Package on PyPI, first supported version, end of the supported versions.
-    "zuko": ("zuko", "1.2", "2"), "nflows": ("nflows", "0.14", "0.15"),
-    "normflows": ("normflows", "1.7", "2"), "pyro": ("pyro-ppl", "1.9", "2"),
-}  # fmt: skip
 BUILDERS = {"sbi": ("nflows", "zuko")}  # Packages that make flows of these libraries.
 
 

@@ -40,10 +40,7 @@ class ModuleSnapshot:
         settings = [slot for part in self._modules for slot in _settings(part)]
         self._setting_holders, self._setting_names = _unzip(settings)
         self._settings = [state[name] for state, name in settings]
-        self._constant_holders, self._constant_names = (
-            [state for state, _ in constants],
-            [name for _, name in constants],
-        )
+        self._constant_holders, self._constant_names = _unzip(constants)
         self._constants: list[Tensor] = [holder[name] for holder, name in constants]
         self._versions = [tensor._version for tensor in self._constants]
 

@@ -10,7 +10,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from jacobiflow.adapters.acceleration import AcceleratedModule, Adapter, library_class
+from jacobiflow.adapters.acceleration import AcceleratedModule, Adapter
+from jacobiflow.adapters.library_module import library_class
 from jacobiflow.adapters.snapshot import has_forward_hooks
 from jacobiflow.adapters.tarflow_state import BlockState, copy_state, is_same_state, read_state
 from jacobiflow.adapters.tarflow_trial import MAX_GUIDANCE, TEMPERATURES, Trial, TrialResult

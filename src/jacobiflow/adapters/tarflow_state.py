@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from jacobiflow.adapters.acceleration import library_class
+from jacobiflow.adapters.library_module import library_class
 
 _PYTORCH_NAMES = vars(nn.Module()).keys()  # The attributes of every module.
 

@@ -25,7 +25,8 @@ from zuko.transforms import (
     PermutationTransform,
 )
 
-from jacobiflow.adapters.acceleration import AcceleratedModule, Adapter, is_accelerated, library_class
+from jacobiflow.adapters.acceleration import AcceleratedModule, Adapter
+from jacobiflow.adapters.library_module import is_accelerated, library_class
 from jacobiflow.adapters.native_module import (
     TransformOutput,
     TransformSpec,
@@ -156,7 +157,7 @@ class _AcceleratedTransform(Transform):
         if not is_accelerated(module):
             return None
 
-        def library_call(x: Tensor, context: Tensor | None) -> TransformOutput:
+        def library_call(module: Any, x: Tensor, context: Tensor | None) -> TransformOutput:
             transform = library_class(module).forward(module, context)
             transform = transform.inv if is_inverse else transform
             return (transform(x), None) if log_det is None else transform.call_and_ladj(x)
@@ -192,7 +193,7 @@ class AcceleratedAutoregressive(_AcceleratedTransform, AutoregressiveTransform):
             def step(module: Any, x: Tensor) -> tuple[Tensor]:
                 return (module.meta(context, x).inv(y),)
 
-            result = invert_by_passes(module.acceleration, module, step, module, MaskedLinear, y, context, self.passes)
+            result = invert_by_passes(module.acceleration, module, step, module, y, context, self.passes)
         return super()._inverse(y) if result is None else result[0]
 
 
@@ -264,7 +265,7 @@ class AcceleratedNormalizingFlow(NormalizingFlow):  # type: ignore[misc]
         if module is None or not is_accelerated(module):
             return super().log_prob(x)
 
-        def library_call(x: Tensor, context: Tensor | None) -> TransformOutput:
+        def library_call(module: Any, x: Tensor, context: Tensor | None) -> TransformOutput:
             return x, library_class(module).forward(module, context).log_prob(x)
 
         result = module.acceleration.evaluate(module, x, self.context, False, library_call, "rows")

@@ -119,6 +119,7 @@ class TransformChain:
             return result
         if result.failed is not None:
             return None
+        call.versions = _versions(tensors)
         values, *log_dets = _Gradients.apply(call, memory, result, (x, context), *compress(inputs, needed))
         return Result(values, log_dets[0] if log_dets else None, None)
 
@@ -129,6 +130,7 @@ class _Call:
 
     Attributes:
         needed: True for each of x, the context and the tensors that requires a gradient. It may be empty without any.
+        versions: The versions of the tensors in the forward pass, with which a second derivative compares them.
     """
 
     chain: TransformChain
@@ -138,6 +140,7 @@ class _Call:
     needed: Sequence[bool]
     in_pytorch: InPyTorch | None
     tensors: Sequence[Tensor]
+    versions: Sequence[tuple[int, int]] = ()
 
     def evaluate(
         self, x: Tensor, context: Tensor | None, addresses: array[int], has_log_det: bool,
@@ -198,6 +201,8 @@ class _Call:
             raise RuntimeError(
                 "is_grads_batched=True: an inverse takes one cotangent at a time; set JACOBIFLOW_NATIVE=0"
             )
+        if _versions(self.tensors) != self.versions:
+            raise RuntimeError("second derivatives: weights have changed since the forward pass; call the flow again")
         with torch.enable_grad():
             # Aliases leave out the part of a derivative by which x itself depends on a tensor.
             aliases: Any = [None if t is None else t.view_as(t) for t in (x, context, *self.tensors)]
@@ -231,6 +236,11 @@ class _Call:
             if memory.shape[0] > packed:
                 arguments.activations = memory.data_ptr() + packed * memory.itemsize
         return arguments, (x, context)
+
+
+def _versions(tensors: Sequence[Tensor]) -> list[tuple[int, int]]:
+    """Returns where each tensor is, and how often it was changed in place; inference mode does not count."""
+    return [(tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version) for tensor in tensors]
 
 
 def _with_row_stride(x: Tensor) -> tuple[Tensor, int]:

@@ -1,0 +1,46 @@
+"""The libraries whose flows can be accelerated; the class of a module without acceleration, and copies that have it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+LIBRARIES = {  # Package on PyPI, first supported version, end of the supported versions.
+    "zuko": ("zuko", "1.2", "2"), "nflows": ("nflows", "0.14", "0.15"),
+    "normflows": ("normflows", "1.7", "2"), "pyro": ("pyro-ppl", "1.9", "2"),
+}  # fmt: skip
+
+
+def is_accelerated(module: nn.Module) -> bool:
+    """Returns True if `accelerate_module` made the module's class."""
+    return "library_class" in vars(type(module))
+
+
+def library_class(module: nn.Module) -> type[nn.Module]:
+    """Returns the class that the module has without acceleration."""
+    return vars(type(module)).get("library_class", type(module))
+
+
+def shallow_copy(module: nn.Module, kind: type[nn.Module], **changes: Any) -> nn.Module:
+    """Returns a module of this class with the same attributes, except for the changes."""
+    copy = object.__new__(kind)
+    copy.__dict__.update(vars(module) | changes)
+    return copy
+
+
+def copy_with_tensors(module: nn.Module, tensors: Mapping[tuple[int, str], Tensor]) -> nn.Module:
+    """Returns a copy of the library's classes with other tensors, by the id of their dictionary and their name in it.
+
+    `torch.func.functional_call` would change the module itself, which other threads may use.
+    """
+    copies = {part: shallow_copy(part, library_class(part)) for part in module.modules()}
+    for part, copy in copies.items():
+        vars(copy)["_modules"] = {
+            name: None if child is None else copies[child] for name, child in part._modules.items()
+        }
+        for kind in ("_parameters", "_buffers"):
+            own = vars(part)[kind]
+            vars(copy)[kind] = {name: tensors.get((id(own), name), tensor) for name, tensor in own.items()}
+    return copies[module]
