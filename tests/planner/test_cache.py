@@ -101,10 +101,28 @@ def test_a_plan_is_made_again_if_its_conditions_change(
         auto(jf.load(model), 1)
     make_tuning(fitted_block(1), fitted_block(2)).save(model / "tuning.json")
     auto(jf.load(model), 1)
-    with torch.no_grad():
-        flow.blocks[0].proj_out.bias.add_(0.1)  # fine-tuned in place
-    assert auto(flow, 1) is auto(flow, 1)
-    assert plans.made == len(plans.files) == 10
+    assert plans.made == len(plans.files) == 9
+
+
+def test_a_flow_that_trains_leaves_one_file_and_few_plans_in_memory(model: Path, plans: Plans) -> None:
+    flow = jf.load(model)
+    for step in range(20):
+        assert auto(flow, 1) is auto(flow, 1)
+        assert (plans.made, len(plans.files)) == (step + 1, 1)
+        with torch.no_grad():
+            flow.blocks[0].proj_out.bias.add_(0.1)
+    assert len(cache._plans[flow.blocks]) == 16
+
+
+def test_the_newest_plans_are_kept_on_the_disk(model: Path, plans: Plans, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cache, "_MAX_FILES", 2)
+    kept = list[Path]()
+    for batch_size in (1, 2, 4):
+        auto(jf.load(model), batch_size)
+        (new,) = set(plans.files) - set(kept)
+        os.utime(new, (batch_size, batch_size))
+        kept.append(new)
+    assert plans.files == sorted(kept[1:])
 
 
 def test_a_damaged_plan_is_made_anew(model: Path, plans: Plans) -> None:

@@ -187,7 +187,7 @@ class Strategy(serialization.JsonDocument):
                 solver.check(config.num_tokens, config.token_channels)
             except InputError as error:
                 raise InputValueError(f"strategy, block {i}: {error}") from error
-        if self.fingerprint not in (None, cached_fingerprint(flow)):
+        if self.fingerprint is not None and self.fingerprint != cached_fingerprint(flow):
             check_fingerprint(self.fingerprint, flow, "the strategy was made for")
         if self.prediction is None:
             return
