@@ -22,6 +22,7 @@ from jacobiflow.models.latents import draw_latents
 from jacobiflow.sampling.result import SENSITIVITY_BOUND
 from tests.helpers.oracle import Guide, Oracle
 from tests.helpers.problems import latents, make_flow, to_float32
+from tests.helpers.sample_folders import Killed, killed
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -466,3 +467,6 @@ def test_samples_are_saved_and_shown(tmp_path: Path) -> None:
             pixels = np.asarray(picture.convert("L"))
         assert pixels.shape == (8, 8)
         assert np.array_equal(sheet[4:-4, 4:, 0][:, i * 116 : i * 116 + 112][::14, ::14], pixels)
+    with killed(2), pytest.raises(Killed):
+        out.save(tmp_path / "stopped")
+    assert sorted(path.name for path in (tmp_path / "stopped").glob("[!.]*")) == ["samples.npz"]

@@ -101,6 +101,14 @@ def test_an_intact_shard_of_other_samples_is_named(tmp_path: Path) -> None:
     assert "00001.npz: does not match its checksum" in problem
 
 
+def test_labels_that_are_not_those_of_the_manifest_are_named(tmp_path: Path) -> None:
+    folder = run(tmp_path, labels=LABELS)
+    for checksum in ("0" * 64, None):
+        replace(folder, manifest=replace(folder.manifest, context_sha256=checksum)).save_manifest()
+        (problem,) = jf.SampleFolder.open(tmp_path).problems()
+        assert problem == f"{tmp_path}/manifest.json: context_sha256 is not that of the labels; restore the file"
+
+
 def test_images_that_are_missing_or_of_another_shape_are_one_clear_error(tmp_path: Path) -> None:
     folder = run(tmp_path)
     path = tmp_path / "shards" / "00000.npz"
