@@ -83,6 +83,7 @@ REFUSED = {
     f"{PLAN} --batch-size 0": "--batch-size 0: give a whole number from 1 to 65,536, or auto",
     f"{PLAN} --out p.txt": "--out p.txt: give a file that ends in .json",
     f"{PLAN} --out pets": "--out pets: is a folder; give a file",
+    f"{MEASURE} --seed 18446744073709551616": "Invalid value for '--seed'",
     f"{MEASURE} --images herd": "label 4: this flow has classes 0 to 2",
     f"{MEASURE} --out pets/class0/0.png": "is in pets, which this command reads; give another file",
 }

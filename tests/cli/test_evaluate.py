@@ -8,6 +8,7 @@ import shutil
 import sys
 from dataclasses import replace
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -19,6 +20,7 @@ from PIL import Image
 
 import jacobiflow as jf
 from jacobiflow import evaluation
+from jacobiflow.cli import scoring
 from jacobiflow.data import Noise, load_images
 from jacobiflow.evaluation import (
     FeatureStatistics,
@@ -37,9 +39,10 @@ from tests.helpers.process_groups import Job, run_jobs
 from tests.helpers.running import figures
 from tests.helpers.scoring import difference, frechet, levels, moments, on_disk, pixel_figures
 
-pytest.importorskip("torchmetrics")
-
-pytestmark = pytest.mark.filterwarnings("always")  # of samples that are lost
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.* samples: "),
+    pytest.mark.skipif(find_spec("torchmetrics") is None, reason="needs jacobiflow[eval]"),
+]
 
 NUM = 12
 GUIDANCE = jf.Guidance(0.6, annealed=False, on="shift", attn_temperature=0.9)
@@ -75,7 +78,8 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     os.mkfifo(folder / "pipe" / "class0" / "1.png")
     FeatureStatistics.from_features(torch.rand(40, 29)).save(folder / "wide.pth")
     rows = "def rows(images):\n    return images.double().mean(dim=(1, 3))\n"
-    (folder / "mine.py").write_text(f"{rows}def no_rows(images):\n    rows(images)\n")
+    others = "def no_rows(images):\n    rows(images)\ndef broken(images):\n    raise KeyError('gray')\n"
+    (folder / "mine.py").write_text(rows + others)
     for name, settings in SAMPLES.items():
         settings = {"strategy": "window:4", "model": "model", **settings}
         flow, labels = jf.load(folder / settings["model"]), torch.arange(NUM) % 3
@@ -96,7 +100,7 @@ def real_features(source: str) -> Any:
 
 def evaluated(run: Any, out: Path, words: str) -> tuple[dict[str, Any], str]:
     """The scores in evaluation.json, and what was printed, in one line."""
-    result = run(f"evaluate --model {words} --out {out}/new/out")
+    result = run(f"evaluate --model {words} --overwrite --out {out}/new/out")
     assert result.code == 0, result.err
     return flat(figures(out / "new" / "out" / "evaluation.json")), " ".join(result.out.split())
 
@@ -122,6 +126,19 @@ def test_distances_to_images(run: Any, tmp_path: Path) -> None:
     few, _ = evaluated(run, tmp_path, f"{base} --images few")
     assert few["frechet_distance"] == pytest.approx(frechet(moments(real_features("few")), moments(fake)), rel=1e-6)
     assert not {"kernel_distance", "precision", "recall"} & set(few)
+
+
+def test_of_many_images_some_of_every_class_are_compared_in_pairs(
+    run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A folder of images is sorted by class."""
+    monkeypatch.setattr(scoring, "_MAX_PAIRWISE", 30)
+    monkeypatch.setattr(evaluation, "kernel_distance", compare := Mock(return_value=(0.0, 0.0)))
+    evaluated(run, tmp_path, "model --samples samples --features mine.py:rows --paired 0 --images [red]x")
+    (real, fake), every = compare.call_args.args, real_features("[red]x")
+    places = [int(abs(every - row).sum(axis=1).argmin()) for row in real.numpy()]
+    assert (places, len(places), len(fake)) == (sorted(set(places)), 30, NUM)
+    assert all(6 <= sum(place // 20 == k for place in places) <= 14 for k in range(3))
 
 
 def test_certificates_are_those_of_the_shards(run: Any, tmp_path: Path) -> None:
@@ -237,14 +254,30 @@ def test_the_same_command_again_computes_only_what_is_missing(
     assert "precision" in flat(figures(table)) and first["paired"] == flat(figures(table))["paired"]
     assert sorted(os.listdir(table.parent)) == [".lock", "evaluation.json", "manifest.json"]
     log.unlink()
+    read = list[str]()
+    monkeypatch.setattr(Path, "read_bytes", lambda path: read.append(path.suffix) or path.open("rb").read())
+    for num_read in (0, 24):
+        assert "earlier run" in run(line).out
+        assert read.count(".png") == num_read, "images are read only if one may have changed"
+        next((tmp_path / "images").rglob("*.png")).touch()
+    assert log.read_text().split() == ["1", "1"]  # only the trial of the function
+
+
+def test_scores_of_other_inputs_stay_unless_they_are_overwritten(run: Any, refuse: Any, tmp_path: Path) -> None:
+    shutil.copytree("test", tmp_path / "images")
+    table = tmp_path / "o" / "evaluation.json"
+    line = f"evaluate --model model --images {tmp_path}/images --features none --out {table.parent}"
     assert run(line).code == 0
-    assert log.read_text().split() == ["1"]  # only the trial of the function
-    (tmp_path / "mine.py").write_text((tmp_path / "mine.py").read_text().replace("(1, 3)", "(1, 2)"))
-    assert "earlier run" not in run(line).out
-    assert flat(figures(table))["frechet_distance"] != first["frechet_distance"]
-    one, other, *_ = (tmp_path / "images").rglob("*.png")
+    first = flat(figures(table))
+    message = "o: holds scores of other inputs; give another folder, or --overwrite\n"
+    refuse(f"{line} --seed 1", message)
+    one, other, *_ = sorted((tmp_path / "images").rglob("*.png"))
     shutil.copyfile(one, other)
-    assert "earlier run" not in run(line).out
+    refuse(line, message)
+    assert "earlier run" not in run(f"{line} --overwrite").out
+    assert flat(figures(table))["bits_per_dim_noisy"] != first["bits_per_dim_noisy"]
+    table.write_text("{}")  # of another version
+    refuse(line, message)
 
 
 @pytest.mark.parametrize(
@@ -253,6 +286,8 @@ def test_the_same_command_again_computes_only_what_is_missing(
         ("model --features mine.py:rows --images test", "--features mine.py:rows: give --samples, too"),
         ("model --stats s.pth --images test", "--stats s.pth: give --samples, too"),
         ("model --samples samples --features mine.py:no_rows --images test", "result of the feature function=None"),
+        ("model --samples samples --features mine.py:broken --images test", "--features: its function raised KeyError"),
+        ("model --samples samples --images test --features none --part 1/2 --overwrite", "remove the folder first"),
         ("model --samples samples --features mine.py:rows --stats wide.pth", "--stats wide.pth: of 29 features, but"),
         ("model --samples samples --features mine.py:rows --images one", "between 1 images and 12 samples: give at"),
         ("model --samples samples --features mine.py:rows --images pipe", "Not a regular file"),

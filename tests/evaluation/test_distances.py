@@ -59,6 +59,9 @@ def test_torchmetrics_reads_and_writes_the_same_statistics(tmp_path: Path) -> No
     assert again.num == 300
     torch.testing.assert_close(again.sum, real.double().sum(dim=0))
     torch.testing.assert_close(again.covariance(), torch.cov(real.double().T))
+    singular = FeatureStatistics.from_features(1000 + normal(5, 32).float())  # its covariance has rounding
+    singular.save(tmp_path / "singular.pth")
+    assert torch.equal(FeatureStatistics.load(tmp_path / "singular.pth").outer, singular.outer)
     metric.reset()
     metric.load_state_dict(torch.load(tmp_path / "ours.pth"))
     assert (int(metric.real_features_num_samples), int(metric.fake_features_num_samples)) == (300, 0)
@@ -112,7 +115,8 @@ def test_sets_that_cannot_be_compared_are_refused() -> None:
         *({"sum": torch.zeros(3), "num_samples": num} for num in (1, -5, NAN, INF)),
         *({"sum": torch.zeros(3), "cov_sum": bad} for bad in (
             1e300 * torch.eye(3).double(), NAN * torch.eye(3), torch.eye(3, dtype=torch.int64),
-            torch.eye(3).to_sparse(), torch.ones(3), torch.eye(2),
+            torch.eye(3).to_sparse(), torch.ones(3), torch.eye(2), -torch.eye(3), torch.ones(3, 3).triu(),
+            torch.tensor([1.0, 1.0, -0.1]).diag(),
         )),
     ],
 )  # fmt: skip

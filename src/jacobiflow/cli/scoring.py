@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, fields, replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -14,6 +16,7 @@ from torch import Tensor, nn
 
 import jacobiflow as jf
 from jacobiflow import data, evaluation
+from jacobiflow.cli import loading
 from jacobiflow.data import ImageDataset, ImageFiles, Noise
 from jacobiflow.errors import InputValueError
 from jacobiflow.evaluation import FeatureStatistics, PixelDifference, SampleErrors, likelihood
@@ -81,6 +84,14 @@ class FolderSummary:
 
 
 @dataclass(frozen=True)
+class ImageFilesDigest:
+    """Checksums of image files: of their bytes; and of their names, sizes and times, which change with the bytes."""
+
+    contents: str
+    status: str
+
+
+@dataclass(frozen=True)
 class EvaluateResult(Provenance):
     """The scores, and what they are of.
 
@@ -88,6 +99,7 @@ class EvaluateResult(Provenance):
         against: What the distances of features compare with.
         test_images: Number of test images of the likelihoods, if they are of a test split.
         inputs: Checksum of all inputs of the scores.
+        image_files: Checksums of the files of real images, which are part of the inputs.
         computed: Names of the scores that are known.
         earlier: Those of them that an earlier run computed.
         num_missing: Number of units of work that other parts have not finished.
@@ -104,6 +116,7 @@ class EvaluateResult(Provenance):
     out: str
     part: str
     scores: Scores
+    image_files: ImageFilesDigest | None = None
     computed: tuple[str, ...] = ()
     earlier: tuple[str, ...] = ()
     num_missing: int = 0
@@ -149,7 +162,7 @@ def distances(
     if min(num, num_real if statistics is None else statistics.num) < 2:
         raise InputValueError(f"a distance between {num_real} images and {num} samples: give at least 2 of each")
     # A trial of the function, before hours of work.
-    width = evaluation.extract_features(extractor, [folder.images(0)[:1]]).shape[1]
+    width = _extract(extractor, folder.images(0)[:1]).shape[1]
     if statistics is not None and len(statistics.sum) != width:
         raise InputValueError(f"--stats {stats}: of {len(statistics.sum)} features, but --features gives {width}")
     shards = [partial(folder.images, index) for index in range(folder.manifest.num_shards)]
@@ -158,15 +171,21 @@ def distances(
     scores.append(Score("FID", (*first, *units), partial(_frechet_distance, statistics, len(first))))
     if real is not None and min(num, len(real.images)) >= MIN_IMAGES:
         require_eval_extra("the kernel distance")
-        scores.append(
-            Score("kernel distance, precision and recall", (*real_units, *units), partial(_pairwise, len(real_units)))
-        )
+        combine = partial(_pairwise, len(real_units), len(real.images), num)
+        scores.append(Score("kernel distance, precision and recall", (*real_units, *units), combine))
     return scores
+
+
+def _extract(extractor: FeatureFunction, images: Tensor) -> Tensor:
+    """Computes features; an error in a function of the user names the option."""
+    is_own = isinstance(extractor, evaluation.InceptionFeatures)
+    with nullcontext() if is_own else loading.naming_errors("--features"):
+        return evaluation.extract_features(extractor, [images])
 
 
 def _feature_units(kind: str, extractor: FeatureFunction, batches: Iterable[Images]) -> tuple[Unit, ...]:
     def extract(images: Images) -> Tensor:
-        features = evaluation.extract_features(extractor, [images()])
+        features = _extract(extractor, images())
         if not torch.isfinite(features).all():
             raise InputValueError("features that are not finite: check the images and --features")
         return features
@@ -189,8 +208,7 @@ def _real_batches(images: Tensor | ImageFiles, extractor: FeatureFunction) -> li
 
 def _statistics(features: Iterator[Tensor], num_units: int | None = None) -> FeatureStatistics:
     """Merges the statistics of the next units."""
-    units = features if num_units is None else (next(features) for _ in range(num_units))
-    return FeatureStatistics.merge(map(FeatureStatistics.from_features, units))
+    return FeatureStatistics.merge(map(FeatureStatistics.from_features, islice(features, num_units)))
 
 
 def _save_statistics(path: Path, inception: evaluation.InceptionFeatures | None, features: Iterator[Tensor]) -> Scores:
@@ -204,12 +222,23 @@ def _frechet_distance(real: FeatureStatistics | None, num_real_units: int, featu
     return Scores(frechet_distance=evaluation.frechet_distance(reference, _statistics(features)))
 
 
-def _pairwise(num_real_units: int, features: Iterator[Tensor]) -> Scores:
-    real = torch.cat([next(features) for _ in range(num_real_units)])[:_MAX_PAIRWISE]
-    fake = torch.cat(list(features))[:_MAX_PAIRWISE]
+def _pairwise(num_real_units: int, num_real: int, num_fake: int, features: Iterator[Tensor]) -> Scores:
+    real = _choose_rows(islice(features, num_real_units), num_real)
+    fake = _choose_rows(features, num_fake)
     kernel, std = evaluation.kernel_distance(real, fake)
     precision, recall = evaluation.precision_recall(real, fake)
     return Scores(kernel_distance=kernel, kernel_distance_std=std, precision=precision, recall=recall)
+
+
+def _choose_rows(parts: Iterable[Tensor], num: int) -> Tensor:
+    """Joins the rows of `num` images, or `_MAX_PAIRWISE` of them at random, since they may be sorted by class."""
+    is_chosen = torch.zeros(num, dtype=torch.bool)
+    is_chosen[torch.randperm(num, generator=torch.Generator().manual_seed(0))[:_MAX_PAIRWISE]] = True
+    chosen, start = list[Tensor](), 0
+    for part in parts:
+        chosen.append(part[is_chosen[start : start + len(part)]])
+        start += len(part)
+    return torch.cat(chosen)
 
 
 def paired_errors(folder: jf.SampleFolder, flow: Flow, num: int, batch_size: int) -> Score:
@@ -283,16 +312,26 @@ def likelihoods(flow: Flow, test: ImageDataset, seed: int, batch_size: int) -> l
 
 def digest(
     settings: tuple[Any, ...], flow: Flow, folder: jf.SampleFolder | None, images: tuple[ImageDataset | None, ...],
-    paths: tuple[Path | None, ...],
-) -> str:  # fmt: skip
-    """Returns a checksum of all inputs of the scores: settings, weights, samples, images and files."""
+    paths: tuple[Path | None, ...], earlier: ImageFilesDigest | None,
+) -> tuple[str, ImageFilesDigest]:  # fmt: skip
+    """Returns checksums of all inputs of the scores: settings, weights, samples, images and files.
+
+    Image files are read only if one has changed since `earlier`.
+    """
     network = (cached_fingerprint(flow), repr(flow.config), flow.precision, flow.var.device.type)
     manifest = None if folder is None else folder.path / files.MANIFEST
     parts: list[Path | bytes] = [path for path in (manifest, *paths) if path is not None and path.is_file()]
+    image_files: dict[Path, None] = {}
     for each in images:
         if each is not None:
-            pixels = each.images
-            parts += pixels.files if isinstance(pixels, ImageFiles) else [pixels.numpy().tobytes()]
+            if isinstance(each.images, ImageFiles):
+                image_files |= dict.fromkeys(each.images.files)
+            else:
+                parts.append(each.images.numpy().tobytes())
             if each.labels is not None:
                 parts.append(each.labels.numpy().tobytes())
-    return files.sha256(files.json_bytes([jf.__version__, *settings, *network]), *parts)
+    stats = [(str(file), files.regular_file(file).stat()) for file in image_files]
+    status = files.sha256(files.json_bytes([(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]))
+    if earlier is None or earlier.status != status:
+        earlier = ImageFilesDigest(files.sha256(*image_files), status)
+    return files.sha256(files.json_bytes([jf.__version__, earlier.contents, *settings, *network]), *parts), earlier
