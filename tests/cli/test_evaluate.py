@@ -400,6 +400,6 @@ def test_two_processes_and_two_parts_give_the_scores_of_one(work: Path, tmp_path
     killed, other = rounds[2]["job"]
     assert (killed.code, other.code) == (-9, 2) and other.err.count("\n") == 1
     assert other.seconds - killed.seconds < 10
-    message = "error: parts: other parts have other inputs; give all the same options, or another folder\n"
+    message = "error: parts: holds scores of other inputs; give another folder, or --overwrite\n"
     assert [ended.err for ended in rounds[2]["other"]] in ([message, ""], ["", message])
     assert "the scores follow once other parts have done 16 more units" in rounds[0]["2"][0].out

@@ -18,7 +18,7 @@ import jacobiflow as jf
 from jacobiflow.models.memory import batch_bytes
 from jacobiflow.native import SWITCH
 from jacobiflow.planner import Prediction, auto, cache
-from tests.helpers.invented import GUIDANCE, draw, fitted_block, make_tuning, small
+from tests.helpers.invented import GUIDANCE, fitted_block, make_tuning, small
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -232,13 +232,3 @@ def test_a_tolerance_that_was_raised_to_the_rounding_is_a_warning_each_time(mode
         with pytest.warns(UserWarning, match="tolerance 1e-06 is below the rounding"):
             auto(flow, 1, 1e-6)
     assert plans.made == 1
-
-
-def test_real_weights(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The bundled flow of digits by the real clock; without native code, so that there is a race."""
-    monkeypatch.setenv(SWITCH, "0")
-    flow = jf.load("digits-p1")
-    drawn, exact = draw(flow, "auto", 1, tolerance=1e-2), draw(flow, "sequential", 1)
-    assert drawn.residual is not None
-    assert drawn.residual.max() <= 1e-2
-    assert (drawn.images - exact.images).abs().max() <= 3e-2

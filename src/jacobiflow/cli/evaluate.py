@@ -36,7 +36,7 @@ _ROWS = (
     ("kernel_distance", "kernel distance", "{s.kernel_distance:.5f}", "+-{s.kernel_distance_std:.5f} over subsets"),
     ("precision", "precision", "{s.precision:.3f}", ""),
     ("recall", "recall", "{s.recall:.3f}", ""),
-    ("residuals", "residual", "{f.residuals.max:.1e}", "largest; median {f.residuals.median:.1e}"),
+    ("residuals", "residual", "{f.residuals[max]:.1e}", "largest; median {f.residuals[median]:.1e}"),
     ("paired", "largest error", "{s.paired.max:.1e}", "{s.paired.num:,} samples, against the exact loop"),
     ("paired", "RMS error", "{s.paired.rms:.1e}", "the same"),
     ("stored", "PSNR", "{s.paired.psnr:.1f} dB", "the same"),
@@ -152,9 +152,7 @@ def _prepare(config: EvaluateConfig, processes: Processes) -> tuple[EvaluateResu
         scores += scoring.distances(flow, extractor, folder, real, config.stats, config.save_stats)
     settings = (features, config.paired, config.seed, config.batch_size)
     paths = (Path(features.rpartition(":")[0]), config.inception, config.stats)
-    earlier = _load(config.out / _TABLE)
-    known = None if earlier is None else earlier.image_files
-    digest = partial(scoring.digest, settings, flow, folder, (real, test), paths, known)
+    digest = partial(scoring.digest, settings, flow, folder, (real, test), paths, _load(config.out / _TABLE))
     checksum, image_files = processes.run_on_rank_zero(digest)
     result = scoring.EvaluateResult(
         model=config.model, samples=None if folder is None else processes.run_on_rank_zero(partial(_describe, folder)),
@@ -201,7 +199,7 @@ def _describe(folder: jf.SampleFolder) -> FolderSummary:
     from jacobiflow.cli import scoring
 
     outcome, residual = folder.outcome(), folder.residual()
-    residuals = None if residual is None else scoring.Residuals(float(residual.median()), float(residual.max()))
+    residuals = None if residual is None else {"median": float(residual.median()), "max": float(residual.max())}
     return scoring.FolderSummary(
         str(folder.path), outcome.num, str(outcome), outcome.num_fallback, outcome.num_above, outcome.num_nonfinite,
         residuals,
@@ -241,13 +239,11 @@ def _start(config: EvaluateConfig, result: EvaluateResult, part: jf.Part, locks:
     out = config.out
     files.check_own(out, "evaluation")
     with start_part(out, part, locks) as has_others:
-        earlier, has_units = _load(out / _TABLE), (out / _UNITS).exists()
-        has_scores = (out / _TABLE).exists() and (earlier is None or bool(earlier.computed))
+        earlier, has_scores = _load(out / _TABLE), (out / _UNITS).exists()
+        has_scores |= (out / _TABLE).exists() and (earlier is None or bool(earlier.computed))
         if earlier is not None and earlier.inputs == result.inputs and not config.overwrite:
             result = replace(result, scores=earlier.scores, computed=earlier.computed, earlier=earlier.computed)
-        elif has_others or (part.count > 1 and has_units):
-            raise InputValueError(f"{out}: other parts have other inputs; give all the same options, or another folder")
-        elif (has_scores or has_units) and not config.overwrite:
+        elif has_others or (has_scores and not config.overwrite):
             raise InputValueError(f"{out}: holds scores of other inputs; give another folder, or --overwrite")
         else:
             _store(out, "").remove()
@@ -321,9 +317,7 @@ def _describe_kept(config: EvaluateConfig) -> str:
     num = len([*(config.out / _UNITS).glob("*.json")])
     if not num:
         return "nothing is computed yet; run the same command to start again"
-    return (
-        f"{format_count(num, 'finished part')} of the scores are kept in {config.out}; run the same command to resume"
-    )
+    return f"{format_count(num, 'finished part')} are kept in {config.out}; run the same command to resume"
 
 
 evaluate = as_command(EvaluateConfig, run, show, _describe_kept)

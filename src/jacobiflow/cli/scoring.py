@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import nullcontext
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -58,21 +57,12 @@ class Scores:
 
     def with_scores(self, other: Scores) -> Scores:
         """Returns these scores, and those that `other` has."""
-        values = {entry.name: getattr(other, entry.name) for entry in fields(other)}
-        return replace(self, **{name: value for name, value in values.items() if value is not None})
-
-
-@dataclass(frozen=True)
-class Residuals:
-    """The median and the largest of the residuals of samples."""
-
-    median: float
-    max: float
+        return replace(self, **{name: value for name, value in vars(other).items() if value is not None})
 
 
 @dataclass(frozen=True)
 class FolderSummary:
-    """The outcome of the samples in a folder."""
+    """The outcome of the samples in a folder, and the median and the largest of their residuals."""
 
     path: str
     num: int
@@ -80,15 +70,7 @@ class FolderSummary:
     num_fallback: int
     num_above: int
     num_nonfinite: int
-    residuals: Residuals | None
-
-
-@dataclass(frozen=True)
-class ImageFilesDigest:
-    """Checksums of image files: of their bytes; and of their names, sizes and times, which change with the bytes."""
-
-    contents: str
-    status: str
+    residuals: dict[str, float] | None
 
 
 @dataclass(frozen=True)
@@ -99,7 +81,7 @@ class EvaluateResult(Provenance):
         against: What the distances of features compare with.
         test_images: Number of test images of the likelihoods, if they are of a test split.
         inputs: Checksum of all inputs of the scores.
-        image_files: Checksums of the files of real images, which are part of the inputs.
+        image_files: Checksums of the files of real images: of their contents, and of their names, sizes and times.
         computed: Names of the scores that are known.
         earlier: Those of them that an earlier run computed.
         num_missing: Number of units of work that other parts have not finished.
@@ -116,7 +98,7 @@ class EvaluateResult(Provenance):
     out: str
     part: str
     scores: Scores
-    image_files: ImageFilesDigest | None = None
+    image_files: tuple[str, str]
     computed: tuple[str, ...] = ()
     earlier: tuple[str, ...] = ()
     num_missing: int = 0
@@ -150,6 +132,8 @@ def distances(
     """Returns the Fréchet distance to real images; with their features, also kernel distance, precision and recall."""
     if isinstance(extractor, nn.Module):
         extractor.to(flow.var.device)
+    else:
+        extractor = loading.naming_errors("--features")(extractor)
     real_units = () if real is None else _feature_units("real", extractor, _real_batches(real.images, extractor))
     scores = []
     if save_stats is not None:
@@ -159,10 +143,10 @@ def distances(
         return scores
     statistics = None if stats is None else FeatureStatistics.load(stats)
     num, num_real = folder.manifest.num, len(real.images) if statistics is None and real is not None else 2
-    if min(num, num_real if statistics is None else statistics.num) < 2:
+    if min(num, num_real) < 2:
         raise InputValueError(f"a distance between {num_real} images and {num} samples: give at least 2 of each")
     # A trial of the function, before hours of work.
-    width = _extract(extractor, folder.images(0)[:1]).shape[1]
+    width = evaluation.extract_features(extractor, [folder.images(0)[:1]]).shape[1]
     if statistics is not None and len(statistics.sum) != width:
         raise InputValueError(f"--stats {stats}: of {len(statistics.sum)} features, but --features gives {width}")
     shards = [partial(folder.images, index) for index in range(folder.manifest.num_shards)]
@@ -176,16 +160,9 @@ def distances(
     return scores
 
 
-def _extract(extractor: FeatureFunction, images: Tensor) -> Tensor:
-    """Computes features; an error in a function of the user names the option."""
-    is_own = isinstance(extractor, evaluation.InceptionFeatures)
-    with nullcontext() if is_own else loading.naming_errors("--features"):
-        return evaluation.extract_features(extractor, [images])
-
-
 def _feature_units(kind: str, extractor: FeatureFunction, batches: Iterable[Images]) -> tuple[Unit, ...]:
     def extract(images: Images) -> Tensor:
-        features = _extract(extractor, images())
+        features = evaluation.extract_features(extractor, [images()])
         if not torch.isfinite(features).all():
             raise InputValueError("features that are not finite: check the images and --features")
         return features
@@ -312,11 +289,11 @@ def likelihoods(flow: Flow, test: ImageDataset, seed: int, batch_size: int) -> l
 
 def digest(
     settings: tuple[Any, ...], flow: Flow, folder: jf.SampleFolder | None, images: tuple[ImageDataset | None, ...],
-    paths: tuple[Path | None, ...], earlier: ImageFilesDigest | None,
-) -> tuple[str, ImageFilesDigest]:  # fmt: skip
-    """Returns checksums of all inputs of the scores: settings, weights, samples, images and files.
+    paths: tuple[Path | None, ...], earlier: EvaluateResult | None,
+) -> tuple[str, tuple[str, str]]:  # fmt: skip
+    """Returns a checksum of all inputs of the scores: settings, weights, samples, images and files.
 
-    Image files are read only if one has changed since `earlier`.
+    Also returns those of image files, which are read only if one has changed since an earlier result.
     """
     network = (cached_fingerprint(flow), repr(flow.config), flow.precision, flow.var.device.type)
     manifest = None if folder is None else folder.path / files.MANIFEST
@@ -332,6 +309,7 @@ def digest(
                 parts.append(each.labels.numpy().tobytes())
     stats = [(str(file), files.regular_file(file).stat()) for file in image_files]
     status = files.sha256(files.json_bytes([(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]))
-    if earlier is None or earlier.status != status:
-        earlier = ImageFilesDigest(files.sha256(*image_files), status)
-    return files.sha256(files.json_bytes([jf.__version__, earlier.contents, *settings, *network]), *parts), earlier
+    is_known = earlier is not None and earlier.image_files[1] == status
+    contents = earlier.image_files[0] if earlier is not None and is_known else files.sha256(*image_files)
+    inputs = files.sha256(files.json_bytes([jf.__version__, contents, *settings, *network]), *parts)
+    return inputs, (contents, status)

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from jacobiflow.errors import DataError, first_line
 from jacobiflow.utils.checks import check_floating
 from jacobiflow.utils.files import regular_file
-from jacobiflow.utils.progress import Progress
 
 FeatureFunction: TypeAlias = Callable[[UInt8[Tensor, "n c h w"]], Float[Tensor, "n d"]]
 
@@ -92,19 +91,13 @@ def load_tensors(path: Path, expected: str) -> Any:
 
 @torch.inference_mode()
 def extract_features(
-    features: FeatureFunction,
-    batches: Iterable[UInt8[Tensor, "b c h w"]],
-    progress: Progress | None = None,
-    num: int = 0,
-    batch_size: int = 250,
+    features: FeatureFunction, batches: Iterable[UInt8[Tensor, "b c h w"]], batch_size: int = 250
 ) -> Float[Tensor, "n d"]:
     """Computes the features of 8-bit images, which come in batches of any size.
 
     Args:
         features: A function, or a module, which gets the images on its device.
         batches: The images.
-        progress: Is called after each batch of the network.
-        num: Number of all images, for `progress`.
         batch_size: Images in the network at a time.
 
     Raises:
@@ -112,7 +105,7 @@ def extract_features(
     """
     weight = next(features.parameters(), None) if isinstance(features, nn.Module) else None
     device = torch.device("cpu") if weight is None else weight.device
-    parts, done = list[Tensor](), 0
+    parts = list[Tensor]()
     width: int | str = "d"
     for images in batches:
         for part in images.split(batch_size):
@@ -120,9 +113,6 @@ def extract_features(
             check_floating("result of the feature function", values, (len(part), width))
             width = values.shape[1]
             parts.append(values.float().cpu())
-            done += len(part)
-            if progress is not None:
-                progress(done, max(num, done), "features")
     return torch.cat(parts)
 
 

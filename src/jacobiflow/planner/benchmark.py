@@ -26,9 +26,7 @@ from jacobiflow.utils.serialization import registered_pieces
 from jacobiflow.utils.timing import time_call
 
 SEQUENTIAL = Solver(Sequential())
-"""The exact loop."""
 UNCERTIFIED = SolveOptions(certify=False)
-"""The options of a solve without certificates."""
 
 _MIN_SWEEPS = 4
 """Sweeps that a block needs at least to the usual tolerances."""

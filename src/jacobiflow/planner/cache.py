@@ -10,7 +10,7 @@ import time
 from collections.abc import Hashable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import psutil
@@ -47,8 +47,7 @@ _MAX_PLANS = 16
 _MAX_FILES = 100
 """Number of plans in the cache folder."""
 
-_Plans: TypeAlias = dict[tuple[Hashable, ...], tuple[Strategy, float]]
-_plans: WeakKeyDictionary[Any, _Plans] = WeakKeyDictionary()
+_plans: WeakKeyDictionary[Any, dict[Any, tuple[Strategy, float]]] = WeakKeyDictionary()
 """Plans and the times at which they expire, by the blocks of a flow, which its views share, and by conditions."""
 _planning = threading.RLock()
 """Held while a plan is made: two at once would spoil each other's timings."""
@@ -88,7 +87,7 @@ def auto(flow: Flow, batch_size: int, tolerance: float | None = None, progress: 
     return strategy
 
 
-def _find_plan(plans: _Plans, conditions: tuple[Hashable, ...]) -> Strategy | None:
+def _find_plan(plans: dict[Any, tuple[Strategy, float]], conditions: Hashable) -> Strategy | None:
     strategy, expires = plans.get(conditions, (None, -math.inf))
     return strategy if time.monotonic() <= expires else None
 

@@ -18,7 +18,6 @@ from jacobiflow.utils import serialization
 from jacobiflow.utils.checks import check_count, check_fields, check_kind, check_number, format_value
 
 _MAX_BLOCKS = 1_000
-"""The largest number of blocks of a strategy."""
 _MAX_TOKENS = 2**16
 """The largest number of tokens of a strategy that is parsed."""
 

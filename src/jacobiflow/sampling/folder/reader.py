@@ -36,7 +36,6 @@ from jacobiflow.sampling.result import Outcome, Samples, npz_bytes, png_bytes
 from jacobiflow.utils import serialization
 from jacobiflow.utils.files import (
     MANIFEST,
-    read_object,
     regular_file,
     remove_partials,
     sha256,
@@ -86,11 +85,6 @@ class SampleFolder:
         if not path.is_dir():
             raise SampleFolderError(
                 f"{path}: no such folder; give one that jacobiflow sample or sample_to_folder wrote"
-            )
-        if (read_object(path / MANIFEST) or {}).get("format_version") == 1:
-            raise SampleFolderError(
-                f"{path}: made by an earlier version of jacobiflow; read its .npz files with NumPy, or sample "
-                "anew into another folder"
             )
         try:
             return cls(path, serialization.load(path / MANIFEST, "manifest", partial(serialization.decode, Manifest)))
