@@ -17,7 +17,6 @@ from torch import Tensor
 
 import jacobiflow as jf
 from examples.captions import load as load_star
-from jacobiflow.data import load_images
 from jacobiflow.models.latents import draw_latents
 from jacobiflow.sampling.result import SENSITIVITY_BOUND
 from tests.helpers.oracle import Guide, Oracle
@@ -78,15 +77,7 @@ def test_samples_are_the_oracle_s(name: str, guide: Guide | None, strategy: str)
         assert (flow.encode(out.images, labels)[0] - z).abs().max() < SOLVED
 
 
-def test_real_images_come_back_from_their_latents_through_a_trained_flow() -> None:
-    flow = jf.load("fashion-p2")
-    images, labels = load_images("fashion-512", 28, 1).batch(slice(2))
-    z, _ = flow.encode(images, labels)
-    decoded = jf.decode(flow, z, labels, strategy="window:32", tolerance=1e-5)
-    assert (decoded - images).abs().max() < 2e-3  # float32 itself comes to a few 1e-4
-
-
-@pytest.mark.parametrize("name", ["digits-p1", "digits-maf"])
+@pytest.mark.parametrize("name", ["digits-maf", pytest.param("digits-p1", marks=pytest.mark.slow)])
 def test_under_autocast_tokens_stay_in_float32(name: str) -> None:
     """With fitted guesses and corrections too, which are products of matrices."""
     flow, labels = jf.load(name), torch.arange(2)
@@ -128,14 +119,8 @@ def test_the_certificate_is_the_largest_residual_of_any_block(strategy: str) -> 
     """Computed by the oracle, from the trace."""
     flow, guide = make_flow(**CLASSES), ANNEALED
     reference, labels, z = Oracle(flow), some_labels(flow), latents(flow, 4)
-    out = sample(
-        flow.guided(as_guidance(guide)),
-        latents=z,
-        labels=labels,
-        strategy=strategy,
-        return_intermediates=True,
-        batch_size=3,
-    )
+    view = flow.guided(as_guidance(guide))
+    out = sample(view, latents=z, labels=labels, strategy=strategy, return_intermediates=True, batch_size=3)
     assert len(out.intermediates) == 4
     assert torch.equal(out.intermediates[-1], out.images)
     torch.testing.assert_close(reference.patches(out.intermediates[0]), z * reference.var.sqrt())
@@ -145,24 +130,6 @@ def test_the_certificate_is_the_largest_residual_of_any_block(strategy: str) -> 
         residuals.append((reference.g(i, x, at, labels, guide) - x).abs().amax(dim=(1, 2)))
         torch.testing.assert_close(out.stats[i].residual, residuals[-1], rtol=1e-6, atol=1e-12)
     torch.testing.assert_close(out.residual, torch.stack(residuals).amax(dim=0), rtol=1e-6, atol=1e-12)
-
-
-def test_the_trace_ends_with_the_denoised_images() -> None:
-    flow = make_flow(**CLASSES)
-    labels = some_labels(flow)
-    out = sample(
-        flow,
-        latents=latents(flow, 4),
-        labels=labels,
-        settings=jf.SamplingSettings(denoise=0.5),
-        return_intermediates=True,
-        batch_size=3,
-    )
-    assert len(out.intermediates) == 3 + 2
-    assert torch.equal(out.intermediates[-1], out.images)
-    torch.testing.assert_close(out.images, jf.denoise(flow, out.intermediates[-2], labels, 0.5), rtol=0, atol=EXACT)
-    assert (out.intermediates[-1] - out.intermediates[-2]).abs().max() > 1e-4
-    assert out.seconds > 0 < out.denoise_seconds
 
 
 def test_statistics_add_up() -> None:
@@ -263,15 +230,9 @@ def test_an_image_that_overflows_exactly_is_nan_with_a_warning(strategy: str, na
     flow = to_float32(make_flow(**FLOWS[name]))
     z, denoise = latents(flow, 3), 1.0 if flow.config.noise_std else 0.0
     z[1] = 3.4e38
+    draw = partial(sample, flow, strategy=strategy, settings=jf.SamplingSettings(denoise=denoise))
     with pytest.warns(UserWarning, match=r"^3 samples: .*1 not finite, since the exact inverse overflows"):
-        out = sample(
-            flow,
-            latents=z,
-            strategy=strategy,
-            settings=jf.SamplingSettings(denoise=denoise),
-            return_intermediates=True,
-            batch_size=2,
-        )
+        out = draw(latents=z, return_intermediates=True, batch_size=2)
     assert out.images[1].isnan().all()
     assert out.intermediates[-1][1].isnan().all()
     assert (out.status == jf.Status.NONFINITE).tolist() == out.residual.isinf().tolist() == [False, True, False]
@@ -281,7 +242,7 @@ def test_an_image_that_overflows_exactly_is_nan_with_a_warning(strategy: str, na
         assert torch.equal(block.residual.isinf(), block.status == jf.Status.NONFINITE)
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*lost")
-        alone = sample(flow, latents=z[[0, 2]], strategy=strategy, settings=jf.SamplingSettings(denoise=denoise))
+        alone = draw(latents=z[[0, 2]])
     assert (out.images[[0, 2]] - alone.images).abs().max() < 0.05
     assert torch.equal(out.status[[0, 2]], alone.status)
 
@@ -289,19 +250,13 @@ def test_an_image_that_overflows_exactly_is_nan_with_a_warning(strategy: str, na
 # ---------------------------------------------------------------------------------------------------------- bad input
 
 
-@pytest.mark.parametrize(
-    ("arguments", "names"),
-    [
+def test_arguments_that_do_not_fit_the_flow_are_named() -> None:
+    for arguments, names in (
         ({"num": 2, "labels": torch.tensor([0, 3])}, "label 3: this flow has classes 0 to 2 .below 0: no class"),
-        ({"latents": torch.zeros(0, 16, 4)}, r"latents=a tensor \(0, 16, 4\).*\(N, 16, 4\)"),
-        ({}, "either num or latents"),
-        ({"num": 2, "latents": torch.zeros(2, 16, 4)}, "either num or latents"),
-        ({"num": 2, "strategy": "gs-jacobi:17"}, "17"),
-    ],
-)
-def test_arguments_that_do_not_fit_the_flow_are_named(arguments: dict[str, Any], names: str) -> None:
-    with pytest.raises(ValueError, match=names):
-        sample(make_flow(**CLASSES), **arguments)
+        ({}, "either num or latents"), ({"num": 2, "latents": torch.zeros(2, 16, 4)}, "either num or latents"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=names):
+            sample(make_flow(**CLASSES), **arguments)
 
 
 def test_options_that_a_flow_lacks_are_refused() -> None:
@@ -354,11 +309,8 @@ def test_certified_and_exact_samples_are_counted_without_a_warning() -> None:
 
 def test_samples_of_a_number_of_sweeps_are_not_certified() -> None:
     largest = float(jf.sample(make_flow(), 4, strategy="[1-4-1-2]").residual.max())
-    text = (
-        "4 samples: not certified, since the strategy stops after a fixed number of sweeps; the largest residual is "
-        f"{largest:.1e}"
-    )
-    assert outcome(make_flow(), strategy="[1-4-1-2]") == (text, [text])
+    text = "4 samples: not certified, since the strategy stops after a fixed number of sweeps; the largest residual is"
+    assert outcome(make_flow(), strategy="[1-4-1-2]") == (f"{text} {largest:.1e}", [f"{text} {largest:.1e}"])
 
 
 def test_samples_above_the_tolerance_are_named_with_the_reason() -> None:
@@ -370,30 +322,32 @@ def test_samples_above_the_tolerance_are_named_with_the_reason() -> None:
     assert f"; {num} above the tolerance, up to {largest:.1e}, by the rounding of the network" in text
 
 
-def test_sensitivity_is_near_the_error_beside_float64_and_names_the_samples_above_the_bound() -> None:
-    """Within a factor of four for nine samples of ten, of guided models of which one amplifies rounding to order 1."""
-    prompts = ["blue heart", "large green circle", "hand dark skin", "hand light skin", "banana", "sunglasses", "cat"]
-    prompts += ["red apple", "dog face", "pig nose", "rose", "tomato", "grinning", "cry", "raised hand medium skin"]
-    prompts += ["tiger"]
-    ratios = []
-    for flow, given in (
-        (jf.load("fashion-p2"), {"labels": list(range(4))}), (jf.load("digits-p1"), {"labels": [1, 2, 3, 4] * 8}),
-        (load_star(), {"context": prompts}),
-    ):  # fmt: skip
-        settings = {**given, "settings": jf.SamplingSettings(flow.recommended.guidance), "strategy": "sequential"}
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            out = jf.sample(flow, len(*given.values()), sensitivity=True, **settings)
-        exact = jf.sample(copy.deepcopy(flow).double(), latents=out.latents.double(), **settings).x
-        error = (out.x - exact).abs().flatten(1).amax(dim=1)
-        is_sensitive = error > SENSITIVITY_BOUND
-        assert torch.equal(out.sensitivity > SENSITIVITY_BOUND, is_sensitive)
-        num = int(is_sensitive.sum())
-        assert out.outcome.num_sensitive == num and (num > 0) == bool(caught)
-        ratios.append(out.sensitivity / error)
-    text = f"; {num} of 16 samples amplify float32 rounding above 0.01: use float64"
-    assert num and text in str(caught[0].message)
-    ratio = torch.cat(ratios)
+PROMPTS = ["blue heart", "large green circle", "hand dark skin", "hand light skin", "banana", "sunglasses", "cat"]
+PROMPTS += ["rose", "red apple", "dog face", "pig nose", "tomato", "grinning", "cry", "raised hand medium skin"]
+PROMPTS += ["tiger"]
+
+
+@pytest.mark.parametrize(
+    ("name", "given"),
+    [("digits-p1", {"labels": [1, 2, 3, 4] * 8}), ("fashion-p2", {"labels": [0, 1, 2, 3]}),
+     pytest.param("star", {"context": PROMPTS}, marks=pytest.mark.slow)],
+)  # fmt: skip
+def test_sensitivity_is_near_the_error_beside_float64_and_names_the_samples_above_the_bound(
+    name: str, given: dict[str, Any]
+) -> None:
+    """Within a factor of four for nine samples of ten, of guided models."""
+    flow = load_star() if name == "star" else jf.load(name)
+    settings = {**given, "settings": jf.SamplingSettings(flow.recommended.guidance), "strategy": "sequential"}
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        out = jf.sample(flow, len(*given.values()), sensitivity=True, **settings)
+    exact = jf.sample(copy.deepcopy(flow).double(), latents=out.latents.double(), **settings).x
+    error = (out.x - exact).abs().flatten(1).amax(dim=1)
+    assert torch.equal(out.sensitivity > SENSITIVITY_BOUND, error > SENSITIVITY_BOUND)
+    num = out.outcome.num_sensitive
+    assert (num == int((error > SENSITIVITY_BOUND).sum())) and (num > 0) == bool(caught) == (name == "star")
+    assert name != "star" or f"; {num} of 16 samples amplify float32 rounding above 0.01: use float64" in str(caught[0])
+    ratio = out.sensitivity / error
     assert ((ratio > 1 / 4) & (ratio < 4)).double().mean() >= 0.9
 
 
@@ -445,6 +399,9 @@ def test_a_flow_is_sampled_as_its_model_recommends() -> None:
         (flow, labels, {"settings": jf.SamplingSettings(denoise=1.0)}, by_hand(None, labels, 1.0)),
     ):
         torch.testing.assert_close(drawn(view, classes, **settings), want, rtol=0, atol=EXACT)
+    out = jf.sample(flow, latents=z, labels=labels, strategy="sequential", return_intermediates=True)
+    assert torch.equal(out.intermediates[-1], out.images) and out.seconds > 0 < out.denoise_seconds
+    torch.testing.assert_close(out.images, jf.denoise(flow, out.intermediates[-2], labels, 0.7), rtol=0, atol=EXACT)
     with pytest.raises(ValueError, match="log_prob=True: guided or denoised samples are of another density"):
         drawn(flow, labels, log_prob=True)
     with pytest.raises(ValueError, match="settings"):
