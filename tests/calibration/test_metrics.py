@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import scipy.stats
 import torch
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from jacobiflow.calibration import Components, Metrics, matrix_norm, rank_correlation, tough_blocks
@@ -64,7 +64,6 @@ def test_a_norm_is_numpy_s_and_infinite_where_an_entry_is_not_finite(norm: Any) 
 
 @given(pairs=st.lists(st.tuples(st.integers(-3, 3), st.integers(-3, 3)), min_size=2, max_size=12))
 @example(pairs=[(1, 1), (1, 2), (1, 3)])
-@settings(max_examples=25, deadline=None, derandomize=True)
 @pytest.mark.filterwarnings("ignore::scipy.stats.ConstantInputWarning")
 def test_rank_correlation_is_spearman_s_ties_included(pairs: list[tuple[int, int]]) -> None:
     first, second = zip(*pairs, strict=True)

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import scipy.stats
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import jacobiflow as jf
@@ -25,7 +25,6 @@ from jacobiflow.calibration import (
     ConvergenceCurve,
     Metrics,
     gs_jacobi_notation,
-    rank_correlation,
 )
 from jacobiflow.calibration.report import GUESS_NAMES
 from jacobiflow.utils.files import json_bytes
@@ -56,9 +55,8 @@ def report() -> CalibrationReport:
 
 
 def test_metrics_are_those_in_the_norm_of_the_settings(report: CalibrationReport) -> None:
-    metrics, z = report.metrics["fro"], randn(2, 9, 1)
-    assert (report.igm, report.crm, report.crm_percent) == (metrics.igm, metrics.crm, metrics.crm_percent)
-    assert (report.components, report.tough_blocks, report.num_blocks) == (metrics.components, (2,), 5)
+    z = randn(2, 9, 1)
+    assert (report.crm, report.tough_blocks, report.num_blocks) == (report.metrics["fro"].crm, (2,), 5)
     for block, guess in enumerate(report.mean_affine):
         assert report.igm[block][report.best_guess(block)] == min(report.igm[block].values())
         expected = {"latent": z, "zeros": jf.Zeros()(z), "mean_affine": guess.log_scale.exp() * z + guess.shift}
@@ -73,10 +71,6 @@ def test_sweeps_are_over_the_samples(report: CalibrationReport) -> None:
     means = [float(np.mean(counts)) for counts in best]
     assert report.mean_sweeps("noise", 1e-3) == pytest.approx(means)
     assert report.slowest_sweeps("noise", 1e-3) == tuple(map(max, best))
-    assert report.rank_correlation("crm") == rank_correlation(report.crm, means)
-    assert report.rank_correlation("gamma") == rank_correlation(
-        [float(np.mean(norms)) for norms in report.gamma], means
-    )
     with pytest.raises(ValueError, match="source='images'"):
         report.slowest_sweeps("images", 1e-3)
 
@@ -137,7 +131,6 @@ def test_a_report_whose_parts_do_not_fit_each_other_is_refused(missing: str, rep
 
 
 @given(data=st.data())
-@settings(max_examples=40, deadline=None, derandomize=True)
 def test_any_json_is_a_value_error_or_a_report(report: CalibrationReport, data: st.DataObject) -> None:
     """A random entry is replaced. If the result is still a report, its methods work or raise InputError."""
     value, path = json.loads(json.dumps(report.to_json())), list[Any]()

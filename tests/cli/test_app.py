@@ -73,16 +73,14 @@ REFUSED = {
     f"{SAMPLE} --certify-always --no-certify": "--certify-always: excludes --no-certify; leave one of them out",
     f"{SAMPLE} --out file/out": "file/out",
     f"{SAMPLE} --part 9/8": "--part 9/8: give I/N with I from 1 to N, such as 1/8 for the first of eight",
-    f"{SAMPLE} --part x": "--part x: give I/N, such as 1/8 for the first of eight parts",
     f"{SAMPLE} --part 1/2 --compare": "--compare: excludes --part; compare in a run of its own",
-    f"{SAMPLE} --part 1/2 --overwrite": "--overwrite: would remove the samples of other parts; remove the folder first",
     f"{SAMPLE} --json file/f.json": "--json file/f.json: cannot be written",
-    f"{SAMPLE} --json model/model.safetensors": "which this command reads; give another file",
     f"{SAMPLE} --strategy window.json --json pets/../window.json": "is in window.json, which this command reads",
     f"{PLAN} --batch-size 1000000000": "--batch-size 1000000000: give a whole number from 1 to 65,536, or auto",
-    f"{PLAN} --batch-size 0": "--batch-size 0: give a whole number from 1 to 65,536, or auto",
-    f"{PLAN} --out p.txt": "--out p.txt: give a file that ends in .json",
-    f"{PLAN} --out pets": "--out pets: is a folder; give a file",
+    f"{MEASURE} --seed 18446744073709551616": "Invalid value for '--seed'",
+    f"{MEASURE} --segments 0": "Invalid value for '--segments'",
+    f"{MEASURE} --per-class --unconditional": "--per-class: leave out --unconditional",
+    f"{MEASURE} --model plain --per-class": "--per-class: this model has no classes; leave it out",
     f"{MEASURE} --images herd": "label 4: this flow has classes 0 to 2",
     f"{MEASURE} --out pets/class0/0.png": "is in pets, which this command reads; give another file",
 }
@@ -129,44 +127,36 @@ def test_a_closed_stdout_is_not_an_error(run: Any, monkeypatch: pytest.MonkeyPat
     assert code == 1
 
 
-@pytest.mark.parametrize(("line", "code"), [("info --model model", 0), ("info --model nothing-here", 2)])
 @pytest.mark.parametrize("stream", ["stdout", "stderr"])
 def test_a_stream_that_the_caller_has_closed_is_left_alone(
-    line: str, code: int, stream: str, run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    stream: str, run: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with monkeypatch.context() as patch:
-        patch.setattr(sys, stream, None)
-        result = run(f"{line} --json {tmp_path}/f.json")
-    assert (result.code, (tmp_path / "f.json").exists()) == (code, code == 0)
-    assert (bool(result.out), bool(result.err)) == (code == 0 and stream == "stderr", code == 2 and stream == "stdout")
+    for line, code in (("info --model model", 0), ("info --model nothing-here", 2)):
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, stream, None)
+            result = run(line)
+        assert (result.code, getattr(result, stream.removeprefix("std"))) == (code, "")
 
 
 def test_ctrl_c_once_more_does_not_interrupt_the_exit() -> None:
     done = python(
-        "import atexit, os, signal, sys; import jacobiflow as jf; from unittest.mock import Mock\n"
-        "from jacobiflow.cli import main\n"
+        "import atexit, os, signal, sys; from jacobiflow.cli import app, main\n"
         "atexit.register(os.kill, os.getpid(), signal.SIGINT)\n"
-        "sys.argv, jf.load = ['jacobiflow', 'info'], Mock(side_effect=KeyboardInterrupt)\n"
+        "sys.argv, app.get_command = ['jacobiflow', 'info'], lambda app: lambda **_: 130\n"  # as typer after Ctrl-C
         "sys.exit(main())"
     )
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted\n")
 
 
-@pytest.mark.parametrize(
-    ("variables", "message"),
-    [
+def test_incomplete_variables_of_torchrun_are_one_line(refuse: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    for variables, message in (
+        ({"TORCHELASTIC_RUN_ID": "test", "WORLD_SIZE": "2"}, "RANK is not set"),
         ({"LOCAL_RANK": "0"}, "RANK is not set; start the processes by torchrun or srun"),
-        ({"LOCAL_RANK": "0", "RANK": "abc"}, "a variable of torchrun or srun is not a number ("),
-        ({}, "RANK is not set"),
-    ],
-    ids=range(3),
-)
-def test_incomplete_variables_of_torchrun_are_one_line(
-    variables: dict[str, str], message: str, refuse: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name, value in {"TORCHELASTIC_RUN_ID": "test", "WORLD_SIZE": "2", **variables}.items():
-        monkeypatch.setenv(name, value)
-    refuse(SAMPLE, message)
+        ({"RANK": "abc"}, "a variable of torchrun or srun is not a number ("),
+    ):
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+        refuse(SAMPLE, message)
 
 
 def test_names_in_square_brackets_are_no_markup_and_a_warning_is_one_line(
@@ -182,7 +172,6 @@ def test_names_in_square_brackets_are_no_markup_and_a_warning_is_one_line(
     assert warnings.showwarning is show
     assert "./[/red]: 1 sample by jacobi on cpu, batch size 1\nsettings: --guidance 1\n" in result.out
     assert "wrote [bold]/[/red]: 1 shard, " in result.out
-    assert "./[/red]" in run("info --model './[/red]'").out
 
 
 def test_an_extension_that_cannot_be_imported_gives_one_line(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -14,10 +15,10 @@ import torch
 from PIL import Image
 
 import jacobiflow as jf
+from jacobiflow.distributed import Processes
 from jacobiflow.evaluation import paired_error
 from jacobiflow.planner import Prediction
 from jacobiflow.utils.timing import describe_machine
-from tests.helpers.process_groups import Job, run_jobs
 from tests.helpers.running import figures
 
 GUIDANCE = jf.Guidance(0.7, annealed=False, on="shift", attn_temperature=0.8)
@@ -40,12 +41,7 @@ def test_a_bundled_model_end_to_end(run: Any, tmp_path: Path) -> None:
     with Image.open(out / "bench.png") as picture:
         assert picture.width > 900
     entries = figures(out / "bench.json")
-    want = {
-        "model": "digits-p1", "num_tokens": 64, "num_blocks": 4, "dtype": "float32", "seed": 3, "labels": "balanced",
-        "certify": True, "repeats": 1, "guidance": None, "tolerance": None, "report": None,
-        "machine": describe_machine(),
-    }  # fmt: skip
-    assert {name: entries[name] for name in want} == want
+    assert (entries["model"], entries["seed"], entries["machine"]) == ("digits-p1", 3, describe_machine())
     assert [entry["batch_size"] for entry in entries["comparisons"]] == [2, 1]
     for entry in entries["comparisons"]:
         assert [row["strategy"] for row in entry["rows"]] == [*BASELINES, "auto", "[2-4-5-6]"]
@@ -80,14 +76,10 @@ def test_a_tolerance_is_for_the_strategies_that_have_one(run: Any, refuse: Any, 
     assert run(f"{line} window.json --strategy auto --strategy jacobi-2 --tolerance 1e-5 --out {out}").code == 0
     rows = rows_of(out)
     assert max(rows[name]["residual"] for name in ("window.json", "auto")) <= 1e-5 < rows["jacobi-2"]["residual"]
-    assert run(f"{line} {planned} --no-certify --out {out}").code == 0
-    assert rows_of(out)[str(planned)]["residual"] is None
     refuse(f"{line} {planned} --batch-size 4 --out out-x", "the strategy was planned for batch")
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
-def test_of_two_processes_one_measures(work: Path, tmp_path: Path) -> None:
-    line = f"bench --model {work}/model --strategy jacobi-2 --batch-size 1 --repeats 1 --out out"
-    (ended,) = run_jobs([[Job(line.split())]], tmp_path)
-    assert [each.code for each in ended["job"]] == [0, 0]
-    assert ended["job"][0].out.endswith("wrote out/bench.png and out/bench.json\n") and ended["job"][1].out == ""
+def test_of_several_processes_one_measures(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("jacobiflow.distributed.processes", lambda: nullcontext(Processes(1, 2)))
+    result = run(f"bench --model model --out {tmp_path}/out")
+    assert (result.code, result.out, result.err, [*tmp_path.iterdir()]) == (0, "", "", [])

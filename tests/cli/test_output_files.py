@@ -24,17 +24,12 @@ def test_an_output_is_no_file_of_a_bundled_model() -> None:
 
 
 OUTPUTS = {
-    "train --images digits --steps 1 --out D --json D/config.json": "--json D/config.json",
     "train --images digits --steps 1 --out D --json D/samples-000500.png": "--json D/samples-000500.png",
     "sample --num 2 --out D --json D/shards/00000.json": "--json D/shards/00000.json",
-    "sample --num 2 --out D --json D": "--json D",
     "sample --num 2 --out D/inner --json D": "--json D",
-    "evaluate --images pets --save-stats q --json q --model model": "--json q",
     "evaluate --images pets --save-stats E/evaluation.json --out E --model model": "--save-stats E/evaluation.json",
     "bench --out D --json D/bench.png": "--json D/bench.png",
-    "calibrate --images pets --out r.json --json r.json --model model": "--json r.json",
     "calibrate --images pets --out model/tuning.json --model model": "--out model/tuning.json",
-    "plan --out model/report.json --model model": "--out model/report.json",
     "plan --out model/new/../report-new.json --model model": "--out model/new/../report-new.json",
     "plan --tune --out model/tuning.json --model model": "--out model/tuning.json",
     "plan --tune --out P/tuning.json --model digits-p1": "--out P/tuning.json",

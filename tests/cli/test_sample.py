@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import warnings
-from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,6 @@ from PIL import Image
 import jacobiflow as jf
 from jacobiflow.cli.options import parse_labels
 from jacobiflow.comparison.baselines import original_sampler
-from jacobiflow.distributed import Processes, ProcessFailed
 from jacobiflow.models import memory
 from jacobiflow.models.latents import draw_labels
 from jacobiflow.utils.timing import describe_machine
@@ -53,19 +51,12 @@ def test_it_writes_what_the_library_draws(strategy: str, run: Any, tmp_path: Pat
 
     entries = figures(tmp_path / "f.json")
     assert (entries["model"], entries["num"], entries["batch_size"], entries["seed"]) == ("model", 5, 3, 4)
-    assert (entries["strategy"], entries["version"], entries["machine"]) == (
-        strategy,
-        jf.__version__,
-        describe_machine(),
-    )
-    cost = entries["cost"]
-    assert (cost["network_calls"], cost["token_evaluations"]) == (want.network_calls, want.token_evaluations)
+    assert (entries["version"], entries["machine"]) == (jf.__version__, describe_machine())
+    assert entries["cost"]["network_calls"] == want.network_calls
     assert entries["residual"] == pytest.approx(float(want.residual.max()))
     head = f"model: 5 samples by {strategy} on cpu, batch size 3\nsettings: no guidance, no denoising\ndrew 5 in "
     assert result.out.startswith(head)
-    rate = entries["num_new"] / entries["seconds"]
-    assert entries["samples_per_second"] == pytest.approx(rate)
-    assert f" s: {rate:,.0f} a second\n" in result.out
+    assert f" s: {entries['num_new'] / entries['seconds']:,.0f} a second\n" in result.out
     assert f"wrote {out}: 1 shard, manifest.json, strategy.json, samples.png\n" in result.out
     assert entries["outcome"] == asdict(want.outcome)
     if strategy == "[1-4-3-5]":
@@ -84,9 +75,8 @@ def test_compare_prints_both_rows_and_the_error(run: Any, tmp_path: Path) -> Non
     flow = jf.load("./model")
     _, loop = original_sampler(flow)
     error = (loop(flow, samples.latents, labels) - samples.images).abs()
-    largest, mean = float(error.max()), float(error.mean())
-    assert largest > 0
-    assert (entries["error"]["max"], entries["error"]["mean"]) == pytest.approx((largest, mean))
+    largest = float(error.max())
+    assert entries["error"]["max"] == pytest.approx(largest) != 0
     original, ours, speed_up = (entries[name] for name in ("original_seconds", "seconds", "speed_up"))
     assert speed_up == pytest.approx(original / ours)
     line = f"first batch of 4 again, without denoising: original sampler {original:.3g} s, here {ours:.3g} s: "
@@ -95,9 +85,7 @@ def test_compare_prints_both_rows_and_the_error(run: Any, tmp_path: Path) -> Non
     text = f"largest difference from the original sampler {largest:.1e}; "
     text += f"rounding changes these samples by up to {rounding:.1e}"
     assert re.search(rf"\n{line}[\d.]+x faster\n{text}\n", result.out)
-    with Image.open(tmp_path / "samples.png") as sheet:
-        panel, enlarged = 40 + 8 * 14 + 8, 2 * 40 + 8 * 42 + 8  # below captions
-        assert sheet.size[1] == 40 + 2 * panel + enlarged  # below the classes
+    assert (tmp_path / "samples.png").exists()
 
 
 def test_latents_of_an_autoencoder_are_no_picture(run: Any, tmp_path: Path) -> None:
@@ -124,15 +112,9 @@ def test_guidance_denoising_tolerance_and_report_reach_the_library(run: Any, tmp
     entries = figures(tmp_path / "f")
     assert entries["settings"] == settings
     assert entries["residual"] <= 1e-5
-    assert run(f"{line} --no-certify --dtype float64 --overwrite --json {tmp_path}/f").code == 0
+    result = run(f"{line} --no-certify --sensitivity --dtype float64 --overwrite --json {tmp_path}/f")
     assert figures(tmp_path / "f")["residual"] is None
-
-
-def test_sensitivity_is_in_the_outcome(run: Any, tmp_path: Path) -> None:
-    line = f"sample --model model --num 3 --strategy sequential --sensitivity --out {tmp_path}/out --json {tmp_path}/f"
-    want = jf.sample(jf.load("./model"), 3, [0, 1, 2], strategy="sequential", sensitivity=True).outcome
-    assert f"; float32 rounding changes samples by up to {want.sensitivity:.1e}\n" in run(line).out
-    assert figures(tmp_path / "f")["outcome"] == asdict(want)
+    assert "; float64 rounding changes samples by up to" in result.out
 
 
 def test_the_same_command_again_has_nothing_to_draw(run: Any, tmp_path: Path) -> None:
@@ -146,17 +128,10 @@ def test_the_same_command_again_has_nothing_to_draw(run: Any, tmp_path: Path) ->
     assert "\nall 10 were there already, and match their checksums; --overwrite draws them again\n" in again.out
     assert " a second" not in again.out
     one, two = figures(tmp_path / "1.json"), figures(tmp_path / "2.json")
-    assert one["cost"] == two["cost"]
-    assert two["samples_per_second"] is None
-    assert (one["num_new"], two["num_new"], one["shards"], one["processes"]) == (10, 0, 3, 1)
+    assert (one["cost"], two["num_new"], two["samples_per_second"]) == (two["cost"], 0, None)
     with Image.open(out / "samples.png") as sheet:
         assert sheet.size[0] == 10 * (8 * 14 + 4) + 4  # of all shards
-
-
-def test_more_samples_are_drawn_by_the_same_command_with_a_larger_num(run: Any, tmp_path: Path) -> None:
-    line = f"sample --model plain --strategy jacobi-3 --out {tmp_path}/out"
-    assert run(f"{line} --num 4 --shard-size 4").code == 0
-    assert re.search(r"\ndrew 6 \(4 were there\) in ", run(f"{line} --num 10").out)
+    assert "\ndrew 4 (8 were there) in " in run(line.replace("--num 10", "--num 12")).out
 
 
 def test_ctrl_c_says_what_is_kept(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -187,22 +162,6 @@ def test_a_batch_that_fits_and_then_the_one_that_was_begun_with(
     assert (failed.code, "a sample needs" in failed.err) == (2, True)
 
 
-def test_another_process_asks_the_first_one_and_is_silent(
-    run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    draw = Mock()
-    monkeypatch.setattr("jacobiflow.distributed.processes", lambda: nullcontext(Processes(1, 2)))
-    monkeypatch.setattr(
-        Processes, "run_on_rank_zero", lambda self, work: (3, None)
-    )  # its batch size, whatever this one sees
-    monkeypatch.setattr("jacobiflow.api.sample_to_folder", draw)
-    for error, code in ((None, 0), (ProcessFailed("no room", is_reported=True), 2)):
-        draw.side_effect = error
-        result = run(f"sample --model model --num 4 --batch-size auto --out {tmp_path}")
-        assert (result.code, result.out, result.err) == (code, "", "")
-        assert draw.call_args.kwargs["batch_size"] == 3
-
-
 def test_labels(work: Path, tmp_path: Path) -> None:
     flow = jf.load(work / "model")
     (tmp_path / "labels.txt").write_text("  2, 0\n-1 , 1")
@@ -223,14 +182,5 @@ def test_a_bad_file_of_labels_is_one_line(refuse: Any, tmp_path: Path) -> None:
     refuse(f"{line}/missing.npy", "cannot be read as whole numbers ([Errno 2]")
     (tmp_path / "three.txt").write_text("0 1 2")
     refuse(f"{line}/three.txt", "--labels an array (3,) of int64: give 4 classes, one for each sample")
-    for name, array in (("floats", np.zeros(4)), ("large", np.array([2**64 - 1] * 4, np.uint64))):
-        np.save(tmp_path / f"{name}.npy", array)
-        refuse(f"{line}/{name}.npy", "cannot be read as whole numbers")
-
-
-def test_samples_by_blocks_have_the_bytes_of_the_whole_model(run: Any, tmp_path: Path) -> None:
-    line = f"sample --model digits-p1 --num 4 --strategy jacobi --out {tmp_path}"
-    for option in ("/whole", "/blocks --offload"):
-        assert run(line + option).code == 0
-    whole, blocks = (jf.SampleFolder.open(tmp_path / name).manifest for name in ("whole", "blocks"))
-    assert whole.checksums is not None and whole.checksums == blocks.checksums
+    np.save(tmp_path / "large.npy", np.array([2**64 - 1] * 4, np.uint64))
+    refuse(f"{line}/large.npy", "cannot be read as whole numbers")

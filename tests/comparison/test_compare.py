@@ -46,16 +46,6 @@ def test_results_are_those_of_the_library_s_samples(guidance: jf.Guidance | None
     assert few.error.max > 1e-2 > window.error.max
 
 
-def test_the_encoding_pass_encodes_the_exact_images(monkeypatch: pytest.MonkeyPatch) -> None:
-    flow, encoded = make_flow(), []
-    z = latents(flow, 2)
-    monkeypatch.setattr(flow, "encode", lambda images, labels: encoded.append((images, torch.is_grad_enabled())))
-    compare_samplers(flow, z, None, {}, repeats=2)
-    exact = jf.sample(flow, latents=z, strategy="sequential").images
-    assert len(encoded) == 3  # a warm-up and two rounds
-    assert all(torch.equal(images, exact) and not gradients for images, gradients in encoded)
-
-
 def test_speed_ups_are_ratios_of_medians() -> None:
     seconds, error = {"growing cache": 8.0, "sequential": 4.0, "auto": 1.0}, PairedError(0.0, 0.0, 0.0)
     rows = tuple(SamplerResult(name, Timing(s, s / 2, s * 3), error, None) for name, s in seconds.items())

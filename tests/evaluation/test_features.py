@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -17,13 +18,12 @@ from jacobiflow.data import DataError
 from jacobiflow.evaluation import FeatureStatistics, InceptionFeatures, extract_features, load_features
 from tests.helpers.stand_ins import write_inception
 
-pytest.importorskip("torch_fidelity")
-from torch_fidelity import feature_extractor_inceptionv3 as inception_module
-from torchmetrics.image.fid import FrechetInceptionDistance
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.skipif(find_spec("torchmetrics") is None, reason="needs jacobiflow[eval]"),
+]
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-WEIGHTS = "weights-inception-2015-12-05-6726825d.pth"
+WEIGHTS, DOWNLOAD = "weights-inception-2015-12-05-6726825d.pth", "load_state_dict_from_url"
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +34,9 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_original_code_reads_statistics_with_inception(weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    class FID(FrechetInceptionDistance):
+    from torchmetrics.image.fid import FrechetInceptionDistance
+
+    class FID(FrechetInceptionDistance):  # type: ignore[misc]
         """Keeps states as buffers, like the original TarFlow code."""
 
         def add_state(self, name: str, default: Any, *args: Any, **kwargs: Any) -> None:
@@ -43,13 +45,15 @@ def test_the_original_code_reads_statistics_with_inception(weights: Path, monkey
     inception = load_features("inception", weights)
     assert isinstance(inception, InceptionFeatures)
     zeros = {name: torch.zeros_like(value) for name, value in inception.network.state_dict().items()}
-    monkeypatch.setattr(inception_module, "load_state_dict_from_url", lambda *_, **__: zeros)
+    monkeypatch.setattr(f"torch_fidelity.feature_extractor_inceptionv3.{DOWNLOAD}", lambda *_, **__: zeros)
     metric = FID(feature=2048, normalize=True)
     x = torch.randn(3, 2048, generator=torch.Generator().manual_seed(0)).double()
     path = weights.with_name("fid_stats.pth")
     FeatureStatistics.from_features(x).save(path, inception)
     metric.load_state_dict(torch.load(path, weights_only=True), strict=True)
     torch.testing.assert_close(metric.real_features_cov_sum, x.T @ x)
+    torch.save(metric.state_dict(), path)
+    torch.testing.assert_close(FeatureStatistics.load(path).covariance(), torch.cov(x.T))
 
     grey = torch.randint(0, 256, (1, 1, 40, 32), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     features = inception.train()(grey)  # it stays in evaluation mode
@@ -59,7 +63,8 @@ def test_the_original_code_reads_statistics_with_inception(weights: Path, monkey
 
 
 def test_missing_and_broken_weights_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(inception_module, "load_state_dict_from_url", Mock(side_effect=URLError("no network")))
+    fail = Mock(side_effect=URLError("no network"))
+    monkeypatch.setattr(f"torch_fidelity.feature_extractor_inceptionv3.{DOWNLOAD}", fail)
     with pytest.raises(DataError, match=r"the download failed \(no network\); give a file, features of your own, or"):
         load_features("inception")
     path = tmp_path / "weights.pth"
@@ -71,14 +76,10 @@ def test_missing_and_broken_weights_are_named(tmp_path: Path, monkeypatch: pytes
 
 
 @pytest.mark.parametrize("read", [FeatureStatistics.load, InceptionFeatures])
-def test_a_pipe_is_refused(read: Callable[[Path], Any], tmp_path: Path) -> None:
+def test_a_pipe_is_refused_and_code_in_a_file_is_not_run(read: Callable[[Path], Any], tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.pth")
     with pytest.raises(DataError, match=r"pipe\.pth: no file of tensors .*Not a regular file"):
         read(tmp_path / "pipe.pth")
-
-
-@pytest.mark.parametrize("read", [FeatureStatistics.load, InceptionFeatures])
-def test_code_in_a_file_is_not_run(read: Callable[[Path], Any], tmp_path: Path) -> None:
     mark, path = tmp_path / "mark", tmp_path / "stats.pth"
 
     class RunsCode:
@@ -121,16 +122,12 @@ def test_a_function_that_does_not_return_features_is_refused(result: Any) -> Non
         extract_features(lambda images: torch.ones(len(images), len(images) + 1), [images], batch_size=2)
 
 
-def test_extract_features_keeps_the_order_and_reports_progress() -> None:
+def test_extract_features_keeps_the_order() -> None:
     class Pixels(nn.Linear):
         def forward(self, images: Tensor) -> Tensor:
             return images.flatten(1)[:, :3] + 0 * self.weight
 
-    network, calls = Pixels(1, 1, bias=False), list[tuple[int, int, str]]()
     images = torch.arange(84, dtype=torch.uint8).view(21, 1, 2, 2)
-    features = extract_features(
-        network, iter(images.split([7, 10, 1, 3])), lambda *call: calls.append(call), 21, batch_size=4
-    )
+    features = extract_features(Pixels(1, 1, bias=False), iter(images.split([7, 10, 1, 3])), batch_size=4)
     assert torch.equal(features, images.flatten(1)[:, :3].float())
     assert not features.requires_grad
-    assert calls == [(step, 21, "features") for step in (4, 7, 11, 15, 17, 18, 21)]

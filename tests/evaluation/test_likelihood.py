@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from unittest.mock import Mock, call
 
 import pytest
 import torch
@@ -31,12 +30,9 @@ def test_scores_are_of_the_noisy_images_whatever_the_batch_size(noise: Noise, da
     scores = torch.stack([FLOW.log_prob(noisy, torch.full((11,), label)) for label in range(3)])
     share = float((scores.argmax(dim=0) == data.labels).double().mean())
     bits = float(FLOW.bits_per_dim(noisy, data.labels).mean())
-    for size, steps in ((4, [4, 8, 11]), (64, [11])):
-        progress = Mock()
-        assert bits_per_dim(FLOW, data, noise, 5, size, progress) == pytest.approx(bits)
-        assert bayes_accuracy(FLOW, data, noise, 5, size, progress) == pytest.approx(share)
-        whats = ("bits per dimension", "class accuracy")
-        assert progress.mock_calls == [call(step, 11, what) for what in whats for step in steps]
+    for size in (4, 64):
+        assert bits_per_dim(FLOW, data, noise, 5, size) == pytest.approx(bits)
+        assert bayes_accuracy(FLOW, data, noise, 5, size) == pytest.approx(share)
 
 
 @torch.no_grad()

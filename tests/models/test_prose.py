@@ -175,7 +175,9 @@ def test_a_peptide_that_does_not_fit_is_named() -> None:
     flow = make(True)
     with pytest.raises(ValueError, match="give the view of one"):
         jf.sample(flow, 2)
-    changes: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    changes: dict[str, tuple[Any, Any]] = {
+        "encodings=None of type NoneType: give a dict": (None, ORDERS),
+        r"permutations=\[1\] of type list: give a dict": (ENCODINGS, [1]),
         "lack seq_len, second": ({k: v for k, v in ENCODINGS.items() if k != "seq_len"}, {"first": ORDERS["first"]}),
         "atom_type=.*from 1, which is no padding": (ENCODINGS | {"atom_type": [0] * ATOMS}, ORDERS),
         "aa_pos=.*for each of 6 atoms": (ENCODINGS | {"aa_pos": [1, 2]}, ORDERS),

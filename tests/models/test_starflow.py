@@ -127,6 +127,8 @@ def test_the_original_s_file_is_read(tmp_path: Path) -> None:
         assert torch.equal(other.blocks[-1].null_text[:1], encode_text([""])[0].float())
     assert again.recommended == loaded.recommended
     assert jf.STARFlow.from_original(path).recommended.guidance is None
+    with pytest.raises(TypeError, match="encode_text=5 of type int: give a function of a list of prompts"):
+        jf.STARFlow.from_original(path, encode_text=5)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"encode_text of shape \(1, 4, 5\): give states of texts"):
         jf.STARFlow.from_original(path, encode_text=lambda prompts: torch.zeros(1, 4, 5))
     torch.save({name: tensor for name, tensor in original(flow).items() if "qkv.bias" not in name}, path)

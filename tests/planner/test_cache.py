@@ -18,7 +18,7 @@ import jacobiflow as jf
 from jacobiflow.models.memory import batch_bytes
 from jacobiflow.native import SWITCH
 from jacobiflow.planner import Prediction, auto, cache
-from tests.helpers.invented import GUIDANCE, draw, fitted_block, make_tuning, small
+from tests.helpers.invented import GUIDANCE, fitted_block, make_tuning, small
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -101,10 +101,28 @@ def test_a_plan_is_made_again_if_its_conditions_change(
         auto(jf.load(model), 1)
     make_tuning(fitted_block(1), fitted_block(2)).save(model / "tuning.json")
     auto(jf.load(model), 1)
-    with torch.no_grad():
-        flow.blocks[0].proj_out.bias.add_(0.1)  # fine-tuned in place
-    assert auto(flow, 1) is auto(flow, 1)
-    assert plans.made == len(plans.files) == 10
+    assert plans.made == len(plans.files) == 9
+
+
+def test_a_flow_that_trains_leaves_one_file_and_few_plans_in_memory(model: Path, plans: Plans) -> None:
+    flow = jf.load(model)
+    for step in range(20):
+        assert auto(flow, 1) is auto(flow, 1)
+        assert (plans.made, len(plans.files)) == (step + 1, 1)
+        with torch.no_grad():
+            flow.blocks[0].proj_out.bias.add_(0.1)
+    assert len(cache._plans[flow.blocks]) == 16
+
+
+def test_the_newest_plans_are_kept_on_the_disk(model: Path, plans: Plans, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cache, "_MAX_FILES", 2)
+    kept = list[Path]()
+    for batch_size in (1, 2, 4):
+        auto(jf.load(model), batch_size)
+        (new,) = set(plans.files) - set(kept)
+        os.utime(new, (batch_size, batch_size))
+        kept.append(new)
+    assert plans.files == sorted(kept[1:])
 
 
 def test_a_damaged_plan_is_made_anew(model: Path, plans: Plans) -> None:
@@ -214,13 +232,3 @@ def test_a_tolerance_that_was_raised_to_the_rounding_is_a_warning_each_time(mode
         with pytest.warns(UserWarning, match="tolerance 1e-06 is below the rounding"):
             auto(flow, 1, 1e-6)
     assert plans.made == 1
-
-
-def test_real_weights(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The bundled flow of digits by the real clock; without native code, so that there is a race."""
-    monkeypatch.setenv(SWITCH, "0")
-    flow = jf.load("digits-p1")
-    drawn, exact = draw(flow, "auto", 1, tolerance=1e-2), draw(flow, "sequential", 1)
-    assert drawn.residual is not None
-    assert drawn.residual.max() <= 1e-2
-    assert (drawn.images - exact.images).abs().max() <= 3e-2

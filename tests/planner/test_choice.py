@@ -12,7 +12,7 @@ import torch
 import jacobiflow as jf
 from jacobiflow.fixed_point import Stopping
 from jacobiflow.planner import Prediction, auto, choose, is_auto
-from tests.helpers.invented import GUIDANCE, Machine, draw, igm, make_report, small
+from tests.helpers.invented import GUIDANCE, Machine, igm, make_report, small
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -81,12 +81,3 @@ REFUSED: list[tuple[Any, dict[str, Any], str]] = [
 def test_bad_arguments_are_refused(strategy: Any, named: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         choose(**{"flow": small(), "strategy": strategy, "batch_size": 16, **named})
-
-
-def test_a_plan_is_for_batches_of_its_size_or_less() -> None:
-    for batch_size in (1, 10, 16):
-        assert choose(small(), planned(), batch_size, tolerance=1e-3) == planned()
-    assert choose(small().guided(GUIDANCE), planned(guidance=GUIDANCE), 16) == planned()
-    drawn = draw(small(), planned(), 10)
-    assert drawn.residual is not None
-    assert drawn.residual.max() <= 1e-3

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import jacobiflow as jf
@@ -20,12 +20,10 @@ from jacobiflow.calibration.metrics import Metrics
 from jacobiflow.calibration.report import GUESS_NAMES
 from jacobiflow.planner import Prediction
 from jacobiflow.planner.strategy import device_name
-from tests.helpers.invented import GUIDANCE, Counts, counted, curve_of, igm, make_report, same
+from tests.helpers.invented import GUIDANCE, Counts, counted, curve_of, igm, make_report, same, small
 from tests.helpers.running import put
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-some = settings(max_examples=50, deadline=None, derandomize=True)
 
 PLAN = jf.Strategy(
     (jf.Solver(jf.Segments(2), jf.Zeros(), jf.MaxSweeps((7, 4)), bf16_sweeps=3), jf.Solver(stopping=jf.EarlyStop(0.5))),
@@ -38,10 +36,6 @@ def test_a_strategy_comes_back_from_its_file(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["plan.json"]
     back = jf.Strategy.load(tmp_path / "plan.json")
     assert (back, back.fingerprint, back.prediction) == (PLAN, PLAN.fingerprint, PLAN.prediction)
-    value = json.loads((tmp_path / "plan.json").read_text())
-    assert (value["format_version"], value["fingerprint"], value["tolerance"]) == (1, "f" * 64, 1e-3)
-    assert (tmp_path / "plan.json").read_text().startswith('{\n "format_version"')
-    assert {back.prediction, PLAN.prediction} == {PLAN.prediction}
     assert hash(back) == hash(PLAN) == hash(replace(PLAN, fingerprint=None))
     assert replace(PLAN, tolerance=None) != PLAN == replace(PLAN, fingerprint=None)
 
@@ -63,7 +57,6 @@ def test_a_broken_file_is_one_error_that_names_the_place(path: Any, new: Any, me
 
 
 def test_a_strategy_has_up_to_1000_blocks_and_65536_tokens() -> None:
-    assert len(jf.Strategy.uniform(jf.Solver(), 1000).solvers) == 1000
     assert len(jf.Strategy.parse("jacobi", num_blocks=1000, num_tokens=2**16).solvers) == 1000
     for sizes in ((1001, 8), (1, 2**16 + 1)):
         with pytest.raises(ValueError, match="the limit is"):
@@ -77,6 +70,15 @@ def test_a_plan_is_for_a_gpu_by_its_name(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"the name of {device}")
     assert device_name(torch.device("cuda:1")) == "the name of cuda:1"
     assert device_name(torch.device("cpu")) == "cpu with 1 thread"
+
+
+def test_a_strategy_for_any_flow_reads_no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("cached_fingerprint", "check_fingerprint"):
+        monkeypatch.setattr(f"jacobiflow.planner.strategy.{name}", None)
+    flow = small()
+    replace(PLAN, fingerprint=None, prediction=None).check(flow)
+    with pytest.raises(TypeError, match="NoneType"):
+        replace(PLAN, prediction=None).check(flow)
 
 
 def test_the_tolerance_that_a_plan_was_made_for_stays() -> None:
@@ -126,12 +128,7 @@ def test_the_strategy_that_a_report_proposes() -> None:
     assert gs_jacobi_notation(report) == "[0/7-256/8-1/13-6]"
     assert found == jf.Strategy.parse("[0/7-256/8-1/13-6]", report)
     assert found.fingerprint == report.fingerprint
-    each = jf.Strategy.from_report(report, per_segment=True)
     assert gs_jacobi_notation(report, per_segment=True) == "[0/7-256/8-1/13,12,12,12,12,12,12,12-6]"
-    assert each.solvers[:7] == found.solvers[:7]
-    for sweeps, want in ((26, jf.Segments(1)), (27, jf.Segments(128))):  # a call costs 32 tokens
-        report = make_report([90, 1, 1], segments={0: {1: [same(sweeps)]}}, num_tokens=128)
-        assert jf.Strategy.from_report(report).solvers[0].partition == want
     easy = make_report([2, 2, 2], noise=noise[:3])
     assert gs_jacobi_notation(easy) == "Jacobi-200"
 
@@ -182,7 +179,6 @@ def affordable(length: int, call_cost: float, measured: Mapping[int, Sequence[Co
     power=st.integers(0, 8), call_cost=st.sampled_from([0.0, 1.0, 32.0, 1000.0]), per_segment=st.booleans(),
     hard=st.floats(0, 1.3), data=st.data(),
 )  # fmt: skip
-@some
 def test_a_tough_block_gets_the_cheapest_of_what_was_measured(
     power: int, call_cost: float, per_segment: bool, hard: float, data: st.DataObject
 ) -> None:

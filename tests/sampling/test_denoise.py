@@ -63,10 +63,3 @@ def test_an_image_s_step_depends_on_no_batch_and_no_gradient_mode() -> None:
     others = [0, 1, 3, 4]
     torch.testing.assert_close(beside_a_lost_one[others], all_at_once[others], rtol=0, atol=1e-10)
     assert beside_a_lost_one[2].isnan().all()
-
-
-def test_denoising_needs_the_noise_that_was_trained_on() -> None:
-    flow = make_flow(image_size=4)
-    with pytest.raises(ValueError, match="noise_std"):
-        jf.denoise(flow, images_of(flow, 1))
-    assert torch.equal(jf.denoise(flow, images_of(flow, 1), rate=0.0), images_of(flow, 1))

@@ -27,7 +27,7 @@ def flow() -> jf.TarFlow:
 
 def test_weights_are_those_of_the_definition() -> None:
     """The target is N(0.3, 1) in each of two values, its constant left out."""
-    samples = jf.sample(flow(), 20_000)
+    samples = jf.sample(flow(), 5_000)
     energy = (samples.tokens - 0.3).square().sum(dim=(1, 2)) / 2
     weights = jf.importance(samples, energy)
     q = -(samples.tokens.square() / 1.5 + math.log(2 * math.pi * 1.5)).sum(dim=(1, 2)) / 2
@@ -36,7 +36,7 @@ def test_weights_are_those_of_the_definition() -> None:
     assert weights.effective_sample_size == pytest.approx(float(w.sum() ** 2 / w.square().sum()))
     torch.testing.assert_close(weights.mean(samples.tokens), (w.view(-1, 1, 1) * samples.tokens).sum(0) / w.sum())
     assert (weights.mean(samples.tokens) - 0.3).abs().max() < 0.05
-    chosen = samples.tokens[weights.resample(50_000, seed=1)]
+    chosen = samples.tokens[weights.resample(20_000, seed=1)]
     assert (chosen.mean(dim=0) - 0.3).abs().max() < 0.05
     assert torch.equal(weights.resample(10, seed=2), weights.resample(10, seed=2))
 
@@ -93,14 +93,6 @@ def test_samples_that_are_not_from_the_density_have_no_weights() -> None:
     with pytest.raises(ValueError, match="clip=1"):
         jf.importance(samples, energy, clip=1.0)
     assert jf.importance(samples, torch.tensor([0, 0, torch.inf, 0])).normalized[2] == 0
-
-
-def test_a_folder_of_images_of_a_fixed_number_of_sweeps_has_no_weights(tmp_path: Path) -> None:
-    folder = jf.sample_to_folder(
-        jf.load("digits-p1"), 2, tmp_path / "out", [0, 1], strategy="jacobi-1", log_prob=True, settings=None
-    )
-    with pytest.raises(ValueError, match="not certified, since the strategy stops after a fixed number of sweeps"):
-        jf.importance(folder, torch.zeros(2))
 
 
 @pytest.mark.parametrize("log_weights", [[0.0, math.nan], [0.0, math.inf], [-math.inf, -math.inf], [], [[0.0]]])

@@ -17,11 +17,11 @@ from torch import Tensor
 
 import jacobiflow as jf
 from examples.captions import load as load_star
-from jacobiflow.data import load_images
 from jacobiflow.models.latents import draw_latents
 from jacobiflow.sampling.result import SENSITIVITY_BOUND
 from tests.helpers.oracle import Guide, Oracle
 from tests.helpers.problems import latents, make_flow, to_float32
+from tests.helpers.sample_folders import Killed, killed
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -77,15 +77,7 @@ def test_samples_are_the_oracle_s(name: str, guide: Guide | None, strategy: str)
         assert (flow.encode(out.images, labels)[0] - z).abs().max() < SOLVED
 
 
-def test_real_images_come_back_from_their_latents_through_a_trained_flow() -> None:
-    flow = jf.load("fashion-p2")
-    images, labels = load_images("fashion-512", 28, 1).batch(slice(2))
-    z, _ = flow.encode(images, labels)
-    decoded = jf.decode(flow, z, labels, strategy="window:32", tolerance=1e-5)
-    assert (decoded - images).abs().max() < 2e-3  # float32 itself comes to a few 1e-4
-
-
-@pytest.mark.parametrize("name", ["digits-p1", "digits-maf"])
+@pytest.mark.parametrize("name", ["digits-maf", pytest.param("digits-p1", marks=pytest.mark.slow)])
 def test_under_autocast_tokens_stay_in_float32(name: str) -> None:
     """With fitted guesses and corrections too, which are products of matrices."""
     flow, labels = jf.load(name), torch.arange(2)
@@ -127,14 +119,8 @@ def test_the_certificate_is_the_largest_residual_of_any_block(strategy: str) -> 
     """Computed by the oracle, from the trace."""
     flow, guide = make_flow(**CLASSES), ANNEALED
     reference, labels, z = Oracle(flow), some_labels(flow), latents(flow, 4)
-    out = sample(
-        flow.guided(as_guidance(guide)),
-        latents=z,
-        labels=labels,
-        strategy=strategy,
-        return_intermediates=True,
-        batch_size=3,
-    )
+    view = flow.guided(as_guidance(guide))
+    out = sample(view, latents=z, labels=labels, strategy=strategy, return_intermediates=True, batch_size=3)
     assert len(out.intermediates) == 4
     assert torch.equal(out.intermediates[-1], out.images)
     torch.testing.assert_close(reference.patches(out.intermediates[0]), z * reference.var.sqrt())
@@ -144,24 +130,6 @@ def test_the_certificate_is_the_largest_residual_of_any_block(strategy: str) -> 
         residuals.append((reference.g(i, x, at, labels, guide) - x).abs().amax(dim=(1, 2)))
         torch.testing.assert_close(out.stats[i].residual, residuals[-1], rtol=1e-6, atol=1e-12)
     torch.testing.assert_close(out.residual, torch.stack(residuals).amax(dim=0), rtol=1e-6, atol=1e-12)
-
-
-def test_the_trace_ends_with_the_denoised_images() -> None:
-    flow = make_flow(**CLASSES)
-    labels = some_labels(flow)
-    out = sample(
-        flow,
-        latents=latents(flow, 4),
-        labels=labels,
-        settings=jf.SamplingSettings(denoise=0.5),
-        return_intermediates=True,
-        batch_size=3,
-    )
-    assert len(out.intermediates) == 3 + 2
-    assert torch.equal(out.intermediates[-1], out.images)
-    torch.testing.assert_close(out.images, jf.denoise(flow, out.intermediates[-2], labels, 0.5), rtol=0, atol=EXACT)
-    assert (out.intermediates[-1] - out.intermediates[-2]).abs().max() > 1e-4
-    assert out.seconds > 0 < out.denoise_seconds
 
 
 def test_statistics_add_up() -> None:
@@ -190,7 +158,6 @@ def test_samples_that_are_solved_token_by_token_are_exact() -> None:
     assert exact.exact.all() and measured.exact.all()
     assert (exact.residual == 0).all()
     assert (measured.residual > 0).any() and measured.residual.max() < EXACT
-    assert measured.network_calls == exact.network_calls + 3
     mixed = jf.Strategy((jf.Solver(jf.Sequential()), jf.Solver(), jf.Solver(jf.Sequential())))
     out = sample(flow, num=3, strategy=mixed)
     assert [bool(block.exact.all()) for block in out.stats] == [True, False, True]
@@ -262,15 +229,9 @@ def test_an_image_that_overflows_exactly_is_nan_with_a_warning(strategy: str, na
     flow = to_float32(make_flow(**FLOWS[name]))
     z, denoise = latents(flow, 3), 1.0 if flow.config.noise_std else 0.0
     z[1] = 3.4e38
+    draw = partial(sample, flow, strategy=strategy, settings=jf.SamplingSettings(denoise=denoise))
     with pytest.warns(UserWarning, match=r"^3 samples: .*1 not finite, since the exact inverse overflows"):
-        out = sample(
-            flow,
-            latents=z,
-            strategy=strategy,
-            settings=jf.SamplingSettings(denoise=denoise),
-            return_intermediates=True,
-            batch_size=2,
-        )
+        out = draw(latents=z, return_intermediates=True, batch_size=2)
     assert out.images[1].isnan().all()
     assert out.intermediates[-1][1].isnan().all()
     assert (out.status == jf.Status.NONFINITE).tolist() == out.residual.isinf().tolist() == [False, True, False]
@@ -280,7 +241,7 @@ def test_an_image_that_overflows_exactly_is_nan_with_a_warning(strategy: str, na
         assert torch.equal(block.residual.isinf(), block.status == jf.Status.NONFINITE)
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*lost")
-        alone = sample(flow, latents=z[[0, 2]], strategy=strategy, settings=jf.SamplingSettings(denoise=denoise))
+        alone = draw(latents=z[[0, 2]])
     assert (out.images[[0, 2]] - alone.images).abs().max() < 0.05
     assert torch.equal(out.status[[0, 2]], alone.status)
 
@@ -288,28 +249,19 @@ def test_an_image_that_overflows_exactly_is_nan_with_a_warning(strategy: str, na
 # ---------------------------------------------------------------------------------------------------------- bad input
 
 
-@pytest.mark.parametrize(
-    ("arguments", "names"),
-    [
+def test_arguments_that_do_not_fit_the_flow_are_named() -> None:
+    for arguments, names in (
         ({"num": 2, "labels": torch.tensor([0, 3])}, "label 3: this flow has classes 0 to 2 .below 0: no class"),
-        ({"latents": torch.zeros(0, 16, 4)}, r"latents=a tensor \(0, 16, 4\).*\(N, 16, 4\)"),
-        ({}, "either num or latents"),
-        ({"num": 2, "latents": torch.zeros(2, 16, 4)}, "either num or latents"),
-        ({"num": 2, "strategy": "gs-jacobi:17"}, "17"),
-    ],
-)
-def test_arguments_that_do_not_fit_the_flow_are_named(arguments: dict[str, Any], names: str) -> None:
-    with pytest.raises(ValueError, match=names):
-        sample(make_flow(**CLASSES), **arguments)
+        ({}, "either num or latents"), ({"num": 2, "latents": torch.zeros(2, 16, 4)}, "either num or latents"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=names):
+            sample(make_flow(**CLASSES), **arguments)
 
 
 def test_options_that_a_flow_lacks_are_refused() -> None:
     flow, labels = make_flow(**FLOWS["nvp"]), [0, 0]
     z, images = latents(flow, 2), sample(flow, num=2).images
-    for call in (
-        lambda: flow.encode(images, labels), lambda: flow.log_prob(images, labels), lambda: jf.decode(flow, z, labels),
-        lambda: flow.bits_per_dim(images, labels), lambda: jf.sample(flow, 2, labels),
-    ):  # fmt: skip
+    for call in (lambda: flow.log_prob(images, labels), lambda: jf.decode(flow, z, labels)):
         with pytest.raises(ValueError, match="labels given, but this flow has no classes: leave them out"):
             call()
     with pytest.raises(ValueError, match="noise_std"):
@@ -353,11 +305,8 @@ def test_certified_and_exact_samples_are_counted_without_a_warning() -> None:
 
 def test_samples_of_a_number_of_sweeps_are_not_certified() -> None:
     largest = float(jf.sample(make_flow(), 4, strategy="[1-4-1-2]").residual.max())
-    text = (
-        "4 samples: not certified, since the strategy stops after a fixed number of sweeps; the largest residual is "
-        f"{largest:.1e}"
-    )
-    assert outcome(make_flow(), strategy="[1-4-1-2]") == (text, [text])
+    text = "4 samples: not certified, since the strategy stops after a fixed number of sweeps; the largest residual is"
+    assert outcome(make_flow(), strategy="[1-4-1-2]") == (f"{text} {largest:.1e}", [f"{text} {largest:.1e}"])
 
 
 def test_samples_above_the_tolerance_are_named_with_the_reason() -> None:
@@ -369,29 +318,35 @@ def test_samples_above_the_tolerance_are_named_with_the_reason() -> None:
     assert f"; {num} above the tolerance, up to {largest:.1e}, by the rounding of the network" in text
 
 
-def test_sensitivity_is_near_the_error_beside_float64_and_names_the_samples_above_the_bound() -> None:
-    """Within a factor of four for nine samples of ten, of guided models of which one amplifies rounding to order 1."""
-    prompts = ["blue heart", "large green circle", "hand dark skin", "hand light skin", "banana", "sunglasses", "cat"]
-    prompts += ["red apple", "dog face", "pig nose", "rose", "tomato", "grinning", "cry", "raised hand medium skin"]
-    prompts += ["tiger"]
+PROMPTS = ["blue heart", "large green circle", "hand dark skin", "hand light skin", "banana", "sunglasses", "cat"]
+PROMPTS += ["rose", "red apple", "dog face", "pig nose", "tomato", "grinning", "cry", "raised hand medium skin"]
+PROMPTS += ["tiger"]
+
+
+GIVEN = {
+    "digits-p1": {"labels": [1, 2, 3, 4] * 8},
+    "fashion-p2": {"labels": [0, 1, 2, 3]},
+    "star": {"context": PROMPTS},
+}
+
+
+@pytest.mark.parametrize("names", [("digits-p1", "fashion-p2"), pytest.param(tuple(GIVEN), marks=pytest.mark.slow)])
+def test_sensitivity_is_near_the_error_beside_float64_and_names_the_samples_above_the_bound(names: Any) -> None:
+    """Within a factor of four for nine samples of ten, of guided models; of one, some amplify rounding to order 1."""
     ratios = []
-    for flow, given in (
-        (jf.load("fashion-p2"), {"labels": list(range(4))}), (jf.load("digits-p1"), {"labels": [1, 2, 3, 4] * 8}),
-        (load_star(), {"context": prompts}),
-    ):  # fmt: skip
-        settings = {**given, "settings": jf.SamplingSettings(flow.recommended.guidance), "strategy": "sequential"}
+    for name in names:
+        flow = load_star() if name == "star" else jf.load(name)
+        settings = {**GIVEN[name], "settings": jf.SamplingSettings(flow.recommended.guidance), "strategy": "sequential"}
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            out = jf.sample(flow, len(*given.values()), sensitivity=True, **settings)
+            out = jf.sample(flow, len(*GIVEN[name].values()), sensitivity=True, **settings)
         exact = jf.sample(copy.deepcopy(flow).double(), latents=out.latents.double(), **settings).x
         error = (out.x - exact).abs().flatten(1).amax(dim=1)
-        is_sensitive = error > SENSITIVITY_BOUND
-        assert torch.equal(out.sensitivity > SENSITIVITY_BOUND, is_sensitive)
-        num = int(is_sensitive.sum())
-        assert out.outcome.num_sensitive == num and (num > 0) == bool(caught)
+        assert torch.equal(out.sensitivity > SENSITIVITY_BOUND, error > SENSITIVITY_BOUND)
+        num = out.outcome.num_sensitive
+        assert (num == int((error > SENSITIVITY_BOUND).sum())) and (num > 0) == bool(caught) == (name == "star")
+        assert not num or f"; {num} of 16 samples amplify float32 rounding above 0.01: use float64" in str(caught[0])
         ratios.append(out.sensitivity / error)
-    text = f"; {num} of 16 samples amplify float32 rounding above 0.01: use float64"
-    assert num and text in str(caught[0].message)
     ratio = torch.cat(ratios)
     assert ((ratio > 1 / 4) & (ratio < 4)).double().mean() >= 0.9
 
@@ -444,6 +399,9 @@ def test_a_flow_is_sampled_as_its_model_recommends() -> None:
         (flow, labels, {"settings": jf.SamplingSettings(denoise=1.0)}, by_hand(None, labels, 1.0)),
     ):
         torch.testing.assert_close(drawn(view, classes, **settings), want, rtol=0, atol=EXACT)
+    out = jf.sample(flow, latents=z, labels=labels, strategy="sequential", return_intermediates=True)
+    assert torch.equal(out.intermediates[-1], out.images) and out.seconds > 0 < out.denoise_seconds
+    torch.testing.assert_close(out.images, jf.denoise(flow, out.intermediates[-2], labels, 0.7), rtol=0, atol=EXACT)
     with pytest.raises(ValueError, match="log_prob=True: guided or denoised samples are of another density"):
         drawn(flow, labels, log_prob=True)
     with pytest.raises(ValueError, match="settings"):
@@ -466,3 +424,6 @@ def test_samples_are_saved_and_shown(tmp_path: Path) -> None:
             pixels = np.asarray(picture.convert("L"))
         assert pixels.shape == (8, 8)
         assert np.array_equal(sheet[4:-4, 4:, 0][:, i * 116 : i * 116 + 112][::14, ::14], pixels)
+    with killed(2), pytest.raises(Killed):
+        out.save(tmp_path / "stopped")
+    assert sorted(path.name for path in (tmp_path / "stopped").glob("[!.]*")) == ["samples.npz"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -84,43 +85,33 @@ def _solve_exactly(flow: Flow, i: int, z: Tensor, context: Context, batch_size: 
     return solve(flow.inverse_block(i), z, Solver(Sequential()), context, batch_size=batch_size).x
 
 
-@dataclass(frozen=True)
-class _Sum:
-    """The sum of rows, in float64, and their number."""
-
-    total: Tensor
-    num: int
-
-    def __add__(self, other: _Sum) -> _Sum:
-        return _Sum(self.total + other.total, self.num + other.num)
-
-
 class _Means:
     """Means of rows that come in batches: over all rows (group `None`), and over those of each class."""
 
     def __init__(self, groups: Sequence[int | None]) -> None:
         self._groups = groups
-        self._sums: dict[Any, _Sum] = {}
+        self._totals = dict[Any, Tensor]()
+        self._nums = Counter[Any]()
 
     def add(self, key: Any, values: Tensor, labels: Tensor | None) -> None:
         """Adds rows to the means under `key`; without labels only to that over all rows."""
         for group in self._groups if labels is not None else (None,):
             rows = values if group is None else values[labels == group]
             if len(rows):
-                self._add((key, group), _Sum(rows.double().sum(dim=0).cpu(), len(rows)))
+                self._add((key, group), rows.double().sum(dim=0).cpu(), len(rows))
 
     def merge(self, other: _Means) -> None:
         """Adds the rows of other batches."""
-        for place, rows in other._sums.items():
-            self._add(place, rows)
+        for place, total in other._totals.items():
+            self._add(place, total, other._nums[place])
 
     def mean(self, key: Any, group: int | None = None) -> Tensor:
         """Returns the mean of a group's rows under `key`."""
-        rows = self._sums[key, group]
-        return rows.total / rows.num
+        return self._totals[key, group] / self._nums[key, group]
 
-    def _add(self, place: Any, rows: _Sum) -> None:
-        self._sums[place] = self._sums[place] + rows if place in self._sums else rows
+    def _add(self, place: Any, total: Tensor, num: int) -> None:
+        self._totals[place] = self._totals.get(place, 0) + total
+        self._nums[place] += num
 
 
 @dataclass(frozen=True)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import jacobiflow as jf
 from jacobiflow.cli import loading, options
 from jacobiflow.cli.job import as_command
 from jacobiflow.cli.output import format_count, progress_bar, show_table
@@ -78,9 +77,8 @@ class BenchResult(Provenance):
 
     def to_json(self) -> dict[str, Any]:
         """Returns all entries, with the rows of the comparisons."""
-        entries = {entry.name: getattr(self, entry.name) for entry in fields(self)}
         guidance = None if self.guidance is None else asdict(self.guidance)
-        return entries | {"guidance": guidance, "comparisons": [each.to_json() for each in self.comparisons]}
+        return vars(self) | {"guidance": guidance, "comparisons": [each.to_json() for each in self.comparisons]}
 
 
 def run(config: BenchConfig, processes: Processes) -> BenchResult | None:
@@ -118,6 +116,7 @@ def run(config: BenchConfig, processes: Processes) -> BenchResult | None:
 
 def _prepare(config: BenchConfig, flow: Flow, progress: Progress | None) -> list[partial[Comparison]]:
     """Chooses the strategies, and returns a function for each batch size that times them."""
+    from jacobiflow import planner
     from jacobiflow.blocks.context import Context
     from jacobiflow.comparison import baselines, compare
     from jacobiflow.fixed_point.options import SolveOptions
@@ -131,7 +130,12 @@ def _prepare(config: BenchConfig, flow: Flow, progress: Progress | None) -> list
     for size in dict.fromkeys(config.batch_size or (1, 4, 16)):
         z = latents.draw_latents(size, flow.config.num_tokens, flow.config.token_channels, config.seed)
         classes = options.parse_labels(config.labels, size, flow, config.seed)
-        plans = {name: _choose(flow, name, size, config.tolerance, guesses, progress) for name in names}
+        plans = {}
+        for name in names:
+            auto_tolerance = config.tolerance if planner.is_auto(name) else None
+            plans[name] = planner.choose(flow, name, size, tolerance=auto_tolerance, report=guesses, progress=progress)
+            if config.tolerance is not None:  # A strategy that stops after a number of sweeps stays as it is.
+                plans[name] = plans[name].with_tolerance(config.tolerance)
         runs = {
             name: partial(sample.sample_with_strategy, flow, plan, z, Context(classes), solve_options)
             for name, plan in plans.items()
@@ -153,22 +157,6 @@ def show(result: BenchResult) -> None:
     print(_LEGEND)
     out = Path(result.out)
     print(f"wrote {out / _FIGURE} and {out / _TABLE}")
-
-
-def _choose(
-    flow: Flow,
-    name: str,
-    size: int,
-    tolerance: float | None,
-    report: jf.CalibrationReport | None,
-    progress: Progress | None,
-) -> jf.Strategy:
-    """Chooses a strategy, to `tolerance` unless it stops after a number of sweeps."""
-    from jacobiflow.planner import choose, is_auto
-
-    auto_tolerance = tolerance if is_auto(name) else None
-    plan = choose(flow, name, size, tolerance=auto_tolerance, report=report, progress=progress)
-    return plan if tolerance is None else plan.with_tolerance(tolerance)
 
 
 def _print_comparison(comparison: Comparison) -> None:

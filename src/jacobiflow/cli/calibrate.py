@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import shlex
-from dataclasses import astuple, dataclass, fields
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -76,11 +76,10 @@ class CalibrateResult(Provenance):
 
     def to_json(self) -> dict[str, Any]:
         """Returns the metrics in place of the report, which has a file of its own."""
-        entries = {entry.name: getattr(self, entry.name) for entry in fields(self)}
         metrics: dict[str, Any] = {"igm": self.report.igm}
         if self.report.components is not None:
             metrics |= {"crm": self.report.crm, "tough_blocks": self.report.tough_blocks}
-        return entries | metrics | {"mean_sweeps": self.report.mean_sweeps("noise", _TOLERANCE), "report": self.out}
+        return vars(self) | metrics | {"mean_sweeps": self.report.mean_sweeps("noise", _TOLERANCE), "report": self.out}
 
 
 def run(config: CalibrateConfig, processes: Processes) -> CalibrateResult:

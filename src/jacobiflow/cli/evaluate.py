@@ -36,7 +36,7 @@ _ROWS = (
     ("kernel_distance", "kernel distance", "{s.kernel_distance:.5f}", "+-{s.kernel_distance_std:.5f} over subsets"),
     ("precision", "precision", "{s.precision:.3f}", ""),
     ("recall", "recall", "{s.recall:.3f}", ""),
-    ("residuals", "residual", "{f.residuals.max:.1e}", "largest; median {f.residuals.median:.1e}"),
+    ("residuals", "residual", "{f.residuals[max]:.1e}", "largest; median {f.residuals[median]:.1e}"),
     ("paired", "largest error", "{s.paired.max:.1e}", "{s.paired.num:,} samples, against the exact loop"),
     ("paired", "RMS error", "{s.paired.rms:.1e}", "the same"),
     ("stored", "PSNR", "{s.paired.psnr:.1f} dB", "the same"),
@@ -81,6 +81,7 @@ class EvaluateConfig:
     device: options.Device = "auto"
     dtype: options.Dtype = "float32"
     part: options.Part = None
+    overwrite: Annotated[bool, options.output_option("--overwrite", help="Replace the scores in the folder.")] = False
     out: Annotated[Path, options.output_option(help="Folder for evaluation.json.")] = Path("out/evaluation")
 
 
@@ -98,7 +99,7 @@ def run(config: EvaluateConfig, processes: Processes) -> EvaluateResult | None:
     part = jf.Part.parse(config.part)
     result, scores = _prepare(config, processes)
     with ExitStack() as locks, progress_bar(is_shown=processes.rank == 0) as progress:
-        result = processes.run_on_rank_zero(partial(_start, config.out, result, part, locks))
+        result = processes.run_on_rank_zero(partial(_start, config, result, part, locks))
         processes.check_sees(config.out / _TABLE)
         store = _store(config.out, result.inputs)
         computed = {*result.computed}
@@ -151,12 +152,13 @@ def _prepare(config: EvaluateConfig, processes: Processes) -> tuple[EvaluateResu
         scores += scoring.distances(flow, extractor, folder, real, config.stats, config.save_stats)
     settings = (features, config.paired, config.seed, config.batch_size)
     paths = (Path(features.rpartition(":")[0]), config.inception, config.stats)
+    digest = partial(scoring.digest, settings, flow, folder, (real, test), paths, _load(config.out / _TABLE))
+    checksum, image_files = processes.run_on_rank_zero(digest)
     result = scoring.EvaluateResult(
         model=config.model, samples=None if folder is None else processes.run_on_rank_zero(partial(_describe, folder)),
         batch_size=config.batch_size, features=features, against=against, likelihood_images=likelihood_images,
         test_images=test_images, out=str(config.out), part=str(jf.Part.parse(config.part)), scores=scoring.Scores(),
-        inputs=processes.run_on_rank_zero(partial(scoring.digest, settings, flow, folder, (real, test), paths)),
-        machine=timing.describe_machine(flow.var.device),
+        inputs=checksum, image_files=image_files, machine=timing.describe_machine(flow.var.device),
     )  # fmt: skip
     return result, scores
 
@@ -164,6 +166,8 @@ def _prepare(config: EvaluateConfig, processes: Processes) -> tuple[EvaluateResu
 def _check_options(config: EvaluateConfig) -> str:
     """Raises ValueError for options that lack others; returns `--features` or its default."""
     samples, images, stats, save_stats = config.samples, config.images, config.stats, config.save_stats
+    if config.overwrite and config.part is not None:
+        raise InputValueError("--overwrite: would remove the scores of other parts; remove the folder first")
     if samples is not None and not samples.is_dir():
         command = shlex.join(("jacobiflow", "sample", "--model", config.model, "--out", str(samples)))
         raise InputValueError(f"--samples {samples}: no such folder; draw samples first: {command}")
@@ -195,7 +199,7 @@ def _describe(folder: jf.SampleFolder) -> FolderSummary:
     from jacobiflow.cli import scoring
 
     outcome, residual = folder.outcome(), folder.residual()
-    residuals = None if residual is None else scoring.Residuals(float(residual.median()), float(residual.max()))
+    residuals = None if residual is None else {"median": float(residual.median()), "max": float(residual.max())}
     return scoring.FolderSummary(
         str(folder.path), outcome.num, str(outcome), outcome.num_fallback, outcome.num_above, outcome.num_nonfinite,
         residuals,
@@ -227,18 +231,20 @@ def _store(out: Path, inputs: str) -> MeasurementStore:
     return MeasurementStore(out / _UNITS, inputs)
 
 
-def _start(out: Path, result: EvaluateResult, part: jf.Part, locks: ExitStack) -> EvaluateResult:
+def _start(config: EvaluateConfig, result: EvaluateResult, part: jf.Part, locks: ExitStack) -> EvaluateResult:
     """Locks the part, and returns the result with the scores of an earlier run of the same inputs."""
     from jacobiflow.distributed.parts import start_part
     from jacobiflow.utils import files
 
+    out = config.out
     files.check_own(out, "evaluation")
     with start_part(out, part, locks) as has_others:
-        earlier = _load(out / _TABLE)
-        if earlier is not None and earlier.inputs == result.inputs:
+        earlier, has_scores = _load(out / _TABLE), (out / _UNITS).exists()
+        has_scores |= (out / _TABLE).exists() and (earlier is None or bool(earlier.computed))
+        if earlier is not None and earlier.inputs == result.inputs and not config.overwrite:
             result = replace(result, scores=earlier.scores, computed=earlier.computed, earlier=earlier.computed)
-        elif has_others or (part.count > 1 and (out / _UNITS).exists()):
-            raise InputValueError(f"{out}: other parts have other inputs; give all the same options, or another folder")
+        elif has_others or (has_scores and not config.overwrite):
+            raise InputValueError(f"{out}: holds scores of other inputs; give another folder, or --overwrite")
         else:
             _store(out, "").remove()
         files.write_manifest(out, "evaluation", (_TABLE,))
@@ -311,9 +317,7 @@ def _describe_kept(config: EvaluateConfig) -> str:
     num = len([*(config.out / _UNITS).glob("*.json")])
     if not num:
         return "nothing is computed yet; run the same command to start again"
-    return (
-        f"{format_count(num, 'finished part')} of the scores are kept in {config.out}; run the same command to resume"
-    )
+    return f"{format_count(num, 'finished part')} are kept in {config.out}; run the same command to resume"
 
 
 evaluate = as_command(EvaluateConfig, run, show, _describe_kept)

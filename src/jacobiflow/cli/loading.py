@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import jacobiflow as jf
-from jacobiflow.errors import InputValueError
+from jacobiflow.errors import InputError, InputValueError
 
 if TYPE_CHECKING:
     from jacobiflow.models.flow import Flow
@@ -81,6 +83,17 @@ def settings_text(settings: jf.SamplingSettings) -> str:
     guidance = f"--guidance {settings.guidance} " if settings.guidance else ""
     denoise = f"--denoise {settings.denoise:g}" if settings.denoise else ""
     return (guidance + denoise).strip() or "no guidance, no denoising"
+
+
+@contextmanager
+def naming_errors(option: str) -> Iterator[None]:
+    """Raises InputValueError with the option whose function, which the user wrote, raises an error."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        raise InputValueError(f"{option}: its function raised {type(error).__name__} ({error})") from error
 
 
 def load_report(path: Path | None, flow: Flow) -> jf.CalibrationReport | None:

@@ -51,7 +51,7 @@ Prompts = Annotated[str | None, model_option(help=_PROMPTS)]
 EncodeText = Annotated[str | None, model_option(help=_ENCODE_TEXT)]
 Images = Annotated[str, data_option(help=f"The images: {SOURCES}")]
 Labels = Annotated[str, model_option(help=_LABELS)]
-Seed = Annotated[int, model_option(min=0, help="Seed of all random numbers.")]
+Seed = Annotated[int, model_option(min=0, max=2**63 - 1, help="Seed of all random numbers.")]
 Device = Annotated[
     str, speed_option(help="cpu, cuda, cuda:1 or mps; auto is a CUDA GPU if there is one, else the CPU.")
 ]
@@ -136,11 +136,13 @@ def parse_prompts(text: str | None, encoder: str | None, num: int, flow: Flow) -
 
 def load_encoder(encoder: str) -> Any:
     """Loads the text encoder of `--encode-text`."""
+    from jacobiflow.cli.loading import naming_errors
     from jacobiflow.evaluation.features import load_function
     from jacobiflow.models import t5_encoder
 
-    is_function = encoder.rpartition(":")[0].endswith(".py")
-    return load_function(encoder, "a T5 encoder") if is_function else t5_encoder(encoder)
+    if not encoder.rpartition(":")[0].endswith(".py"):
+        return t5_encoder(encoder)
+    return naming_errors(f"--encode-text {encoder}")(load_function(encoder, "a T5 encoder"))
 
 
 def _read_labels(path: Path) -> Any:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 import jacobiflow as jf
 from jacobiflow import data, evaluation
+from jacobiflow.cli import loading
 from jacobiflow.data import ImageDataset, ImageFiles, Noise
 from jacobiflow.errors import InputValueError
 from jacobiflow.evaluation import FeatureStatistics, PixelDifference, SampleErrors, likelihood
@@ -55,21 +57,12 @@ class Scores:
 
     def with_scores(self, other: Scores) -> Scores:
         """Returns these scores, and those that `other` has."""
-        values = {entry.name: getattr(other, entry.name) for entry in fields(other)}
-        return replace(self, **{name: value for name, value in values.items() if value is not None})
-
-
-@dataclass(frozen=True)
-class Residuals:
-    """The median and the largest of the residuals of samples."""
-
-    median: float
-    max: float
+        return replace(self, **{name: value for name, value in vars(other).items() if value is not None})
 
 
 @dataclass(frozen=True)
 class FolderSummary:
-    """The outcome of the samples in a folder."""
+    """The outcome of the samples in a folder, and the median and the largest of their residuals."""
 
     path: str
     num: int
@@ -77,7 +70,7 @@ class FolderSummary:
     num_fallback: int
     num_above: int
     num_nonfinite: int
-    residuals: Residuals | None
+    residuals: dict[str, float] | None
 
 
 @dataclass(frozen=True)
@@ -88,6 +81,7 @@ class EvaluateResult(Provenance):
         against: What the distances of features compare with.
         test_images: Number of test images of the likelihoods, if they are of a test split.
         inputs: Checksum of all inputs of the scores.
+        image_files: Checksums of the files of real images: of their contents, and of their names, sizes and times.
         computed: Names of the scores that are known.
         earlier: Those of them that an earlier run computed.
         num_missing: Number of units of work that other parts have not finished.
@@ -104,6 +98,7 @@ class EvaluateResult(Provenance):
     out: str
     part: str
     scores: Scores
+    image_files: tuple[str, str]
     computed: tuple[str, ...] = ()
     earlier: tuple[str, ...] = ()
     num_missing: int = 0
@@ -137,6 +132,8 @@ def distances(
     """Returns the Fréchet distance to real images; with their features, also kernel distance, precision and recall."""
     if isinstance(extractor, nn.Module):
         extractor.to(flow.var.device)
+    else:
+        extractor = loading.naming_errors("--features")(extractor)
     real_units = () if real is None else _feature_units("real", extractor, _real_batches(real.images, extractor))
     scores = []
     if save_stats is not None:
@@ -146,7 +143,7 @@ def distances(
         return scores
     statistics = None if stats is None else FeatureStatistics.load(stats)
     num, num_real = folder.manifest.num, len(real.images) if statistics is None and real is not None else 2
-    if min(num, num_real if statistics is None else statistics.num) < 2:
+    if min(num, num_real) < 2:
         raise InputValueError(f"a distance between {num_real} images and {num} samples: give at least 2 of each")
     # A trial of the function, before hours of work.
     width = evaluation.extract_features(extractor, [folder.images(0)[:1]]).shape[1]
@@ -158,9 +155,8 @@ def distances(
     scores.append(Score("FID", (*first, *units), partial(_frechet_distance, statistics, len(first))))
     if real is not None and min(num, len(real.images)) >= MIN_IMAGES:
         require_eval_extra("the kernel distance")
-        scores.append(
-            Score("kernel distance, precision and recall", (*real_units, *units), partial(_pairwise, len(real_units)))
-        )
+        combine = partial(_pairwise, len(real_units), len(real.images), num)
+        scores.append(Score("kernel distance, precision and recall", (*real_units, *units), combine))
     return scores
 
 
@@ -189,8 +185,7 @@ def _real_batches(images: Tensor | ImageFiles, extractor: FeatureFunction) -> li
 
 def _statistics(features: Iterator[Tensor], num_units: int | None = None) -> FeatureStatistics:
     """Merges the statistics of the next units."""
-    units = features if num_units is None else (next(features) for _ in range(num_units))
-    return FeatureStatistics.merge(map(FeatureStatistics.from_features, units))
+    return FeatureStatistics.merge(map(FeatureStatistics.from_features, islice(features, num_units)))
 
 
 def _save_statistics(path: Path, inception: evaluation.InceptionFeatures | None, features: Iterator[Tensor]) -> Scores:
@@ -204,12 +199,23 @@ def _frechet_distance(real: FeatureStatistics | None, num_real_units: int, featu
     return Scores(frechet_distance=evaluation.frechet_distance(reference, _statistics(features)))
 
 
-def _pairwise(num_real_units: int, features: Iterator[Tensor]) -> Scores:
-    real = torch.cat([next(features) for _ in range(num_real_units)])[:_MAX_PAIRWISE]
-    fake = torch.cat(list(features))[:_MAX_PAIRWISE]
+def _pairwise(num_real_units: int, num_real: int, num_fake: int, features: Iterator[Tensor]) -> Scores:
+    real = _choose_rows(islice(features, num_real_units), num_real)
+    fake = _choose_rows(features, num_fake)
     kernel, std = evaluation.kernel_distance(real, fake)
     precision, recall = evaluation.precision_recall(real, fake)
     return Scores(kernel_distance=kernel, kernel_distance_std=std, precision=precision, recall=recall)
+
+
+def _choose_rows(parts: Iterable[Tensor], num: int) -> Tensor:
+    """Joins the rows of `num` images, or `_MAX_PAIRWISE` of them at random, since they may be sorted by class."""
+    is_chosen = torch.zeros(num, dtype=torch.bool)
+    is_chosen[torch.randperm(num, generator=torch.Generator().manual_seed(0))[:_MAX_PAIRWISE]] = True
+    chosen, start = list[Tensor](), 0
+    for part in parts:
+        chosen.append(part[is_chosen[start : start + len(part)]])
+        start += len(part)
+    return torch.cat(chosen)
 
 
 def paired_errors(folder: jf.SampleFolder, flow: Flow, num: int, batch_size: int) -> Score:
@@ -283,16 +289,27 @@ def likelihoods(flow: Flow, test: ImageDataset, seed: int, batch_size: int) -> l
 
 def digest(
     settings: tuple[Any, ...], flow: Flow, folder: jf.SampleFolder | None, images: tuple[ImageDataset | None, ...],
-    paths: tuple[Path | None, ...],
-) -> str:  # fmt: skip
-    """Returns a checksum of all inputs of the scores: settings, weights, samples, images and files."""
+    paths: tuple[Path | None, ...], earlier: EvaluateResult | None,
+) -> tuple[str, tuple[str, str]]:  # fmt: skip
+    """Returns a checksum of all inputs of the scores: settings, weights, samples, images and files.
+
+    Also returns those of image files, which are read only if one has changed since an earlier result.
+    """
     network = (cached_fingerprint(flow), repr(flow.config), flow.precision, flow.var.device.type)
     manifest = None if folder is None else folder.path / files.MANIFEST
     parts: list[Path | bytes] = [path for path in (manifest, *paths) if path is not None and path.is_file()]
+    image_files: dict[Path, None] = {}
     for each in images:
         if each is not None:
-            pixels = each.images
-            parts += pixels.files if isinstance(pixels, ImageFiles) else [pixels.numpy().tobytes()]
+            if isinstance(each.images, ImageFiles):
+                image_files |= dict.fromkeys(each.images.files)
+            else:
+                parts.append(each.images.numpy().tobytes())
             if each.labels is not None:
                 parts.append(each.labels.numpy().tobytes())
-    return files.sha256(files.json_bytes([jf.__version__, *settings, *network]), *parts)
+    stats = [(str(file), files.regular_file(file).stat()) for file in image_files]
+    status = files.sha256(files.json_bytes([(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]))
+    is_known = earlier is not None and earlier.image_files[1] == status
+    contents = earlier.image_files[0] if earlier is not None and is_known else files.sha256(*image_files)
+    inputs = files.sha256(files.json_bytes([jf.__version__, contents, *settings, *network]), *parts)
+    return inputs, (contents, status)

@@ -17,12 +17,11 @@ _GAP = 4  # Pixels between images.
 _WIDTH = 112  # Pixels of an image in the picture; the nearest multiple of its own width is taken.
 
 
-def image_grid(images: Float[Tensor, "n c h w"], columns: int, zoom: int | None = None, gap: int = _GAP) -> Image:
+def image_grid(images: Float[Tensor, "n c h w"], columns: int, zoom: int | None = None) -> Image:
     """Draws images in rows of `columns`. Values are in [-1, 1]; NaN is black.
 
     Args:
         zoom: Side in pixels at which a pixel of an image is drawn; by default images are about 112 pixels wide.
-        gap: Pixels between images.
 
     Example:
         >>> from jacobiflow.data import image_grid
@@ -35,9 +34,9 @@ def image_grid(images: Float[Tensor, "n c h w"], columns: int, zoom: int | None 
     levels = quantize(images).permute(0, 2, 3, 1).cpu().numpy()
     height, width = levels.shape[1] * zoom, levels.shape[2] * zoom
     rows = -(-len(levels) // columns)
-    grid = Image.new("RGB", (columns * (width + gap) + gap, rows * (height + gap) + gap), "white")
+    grid = Image.new("RGB", (columns * (width + _GAP) + _GAP, rows * (height + _GAP) + _GAP), "white")
     for i, image in enumerate(levels):
-        corner = (i % columns * (width + gap) + gap, i // columns * (height + gap) + gap)
+        corner = (i % columns * (width + _GAP) + _GAP, i // columns * (height + _GAP) + _GAP)
         pixels = Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
         grid.paste(pixels.resize((width, height), Image.Resampling.NEAREST), corner)
     return grid

@@ -18,6 +18,7 @@ from jacobiflow.utils.checks import check_count, check_floating
 from jacobiflow.utils.files import write_atomically
 
 _NUM_NEIGHBOURS = 3
+_MAX_ROUNDING = 1e-6  # rounding of a covariance, as a share of the mean of f f^T
 MIN_IMAGES = _NUM_NEIGHBOURS + 1  # number of images of each set that precision and recall need
 _EXPECTED_FILE = "a file that FeatureStatistics.save wrote, or a *_fid_stats.pth of the original TarFlow code"
 
@@ -73,8 +74,13 @@ class FeatureStatistics:
             check_floating("sum", total, ("d",))
             check_floating("cov_sum", outer, (len(total), len(total)))
             statistics = cls(check_count("num_samples", int(num), minimum=2), total.double(), outer.double())
-            if not statistics.covariance().float().isfinite().all():
+            covariance = statistics.covariance()
+            if not covariance.float().isfinite().all():
                 raise InputValueError("the covariance is beyond the range of float32")
+            rounding = _MAX_ROUNDING * statistics.outer.abs().max() / statistics.num
+            is_symmetric = (covariance - covariance.T).abs().max() <= rounding
+            if not is_symmetric or torch.linalg.eigvalsh(covariance).min() < -rounding:
+                raise InputValueError("cov_sum gives no covariance: it is not symmetric, or a variance is negative")
         except (LookupError, TypeError, ValueError, OverflowError) as error:
             raise DataError(
                 f"{path}: no statistics of FrechetInceptionDistance ({error}); give {_EXPECTED_FILE}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import runpy
 from collections.abc import Callable, Iterable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeAlias
 from urllib.error import URLError
@@ -15,7 +16,6 @@ from torch import Tensor, nn
 from jacobiflow.errors import DataError, first_line
 from jacobiflow.utils.checks import check_floating
 from jacobiflow.utils.files import regular_file
-from jacobiflow.utils.progress import Progress
 
 FeatureFunction: TypeAlias = Callable[[UInt8[Tensor, "n c h w"]], Float[Tensor, "n d"]]
 
@@ -91,19 +91,13 @@ def load_tensors(path: Path, expected: str) -> Any:
 
 @torch.inference_mode()
 def extract_features(
-    features: FeatureFunction,
-    batches: Iterable[UInt8[Tensor, "b c h w"]],
-    progress: Progress | None = None,
-    num: int = 0,
-    batch_size: int = 250,
+    features: FeatureFunction, batches: Iterable[UInt8[Tensor, "b c h w"]], batch_size: int = 250
 ) -> Float[Tensor, "n d"]:
     """Computes the features of 8-bit images, which come in batches of any size.
 
     Args:
         features: A function, or a module, which gets the images on its device.
         batches: The images.
-        progress: Is called after each batch of the network.
-        num: Number of all images, for `progress`.
         batch_size: Images in the network at a time.
 
     Raises:
@@ -111,7 +105,7 @@ def extract_features(
     """
     weight = next(features.parameters(), None) if isinstance(features, nn.Module) else None
     device = torch.device("cpu") if weight is None else weight.device
-    parts, done = list[Tensor](), 0
+    parts = list[Tensor]()
     width: int | str = "d"
     for images in batches:
         for part in images.split(batch_size):
@@ -119,16 +113,10 @@ def extract_features(
             check_floating("result of the feature function", values, (len(part), width))
             width = values.shape[1]
             parts.append(values.float().cpu())
-            done += len(part)
-            if progress is not None:
-                progress(done, max(num, done), "features")
     return torch.cat(parts)
 
 
 def require_eval_extra(what: str) -> None:
-    """Raises DataError if torchmetrics or torch-fidelity is not installed."""
-    try:
-        import torch_fidelity  # noqa: F401
-        import torchmetrics  # noqa: F401
-    except ImportError as error:
-        raise DataError(f"{what}: needs torchmetrics and torch-fidelity; pip install 'jacobiflow[eval]'") from error
+    """Raises DataError if torchmetrics or torch-fidelity is not installed; an import would take seconds."""
+    if find_spec("torchmetrics") is None or find_spec("torch_fidelity") is None:
+        raise DataError(f"{what}: needs torchmetrics and torch-fidelity; pip install 'jacobiflow[eval]'")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -11,13 +9,9 @@ from torch import Tensor
 from jacobiflow.data import ImageDataset, Noise, noisy_images
 from jacobiflow.errors import InputValueError
 from jacobiflow.models.flow import Flow
-from jacobiflow.utils.progress import Progress
 
 
-def bits_per_dim(
-    flow: Flow, data: ImageDataset, noise: Noise, seed: int = 0, batch_size: int = 64,
-    progress: Progress | None = None,
-) -> float:  # fmt: skip
+def bits_per_dim(flow: Flow, data: ImageDataset, noise: Noise, seed: int = 0, batch_size: int = 64) -> float:
     """Computes the mean bits per dimension of images, in units of 8-bit pixels: -log2 p(x) / D + log2(128).
 
     Args:
@@ -34,7 +28,7 @@ def bits_per_dim(
         >>> round(bits_per_dim(jf.load("digits-p1"), few, Noise("gaussian", 0.1)), 1)
         6.8
     """
-    batches = _batches(len(data), batch_size, progress, "bits per dimension")
+    batches = torch.arange(len(data)).split(batch_size)
     return sum(total_bits_per_dim(flow, data, noise, seed, index) for index in batches) / len(data)
 
 
@@ -44,15 +38,12 @@ def total_bits_per_dim(flow: Flow, data: ImageDataset, noise: Noise, seed: int, 
     return float(flow.bits_per_dim(*_noisy_batch(flow, data, noise, seed, index)).sum())
 
 
-def bayes_accuracy(
-    flow: Flow, data: ImageDataset, noise: Noise, seed: int = 0, batch_size: int = 64,
-    progress: Progress | None = None,
-) -> float:  # fmt: skip
+def bayes_accuracy(flow: Flow, data: ImageDataset, noise: Noise, seed: int = 0, batch_size: int = 64) -> float:
     """Computes the share of images whose label is the class y with the largest log p(x | y).
 
     Classes are taken to be equally likely. An image has the same noise for all classes, best that of the training.
     """
-    batches = _batches(len(data), batch_size, progress, "class accuracy")
+    batches = torch.arange(len(data)).split(batch_size)
     return sum(count_correct_classes(flow, data, noise, seed, index) for index in batches) / len(data)
 
 
@@ -65,13 +56,6 @@ def count_correct_classes(flow: Flow, data: ImageDataset, noise: Noise, seed: in
     classes = range(flow.config.num_classes)
     scores = [flow.log_prob(images, torch.full((len(images),), y, device=images.device)) for y in classes]
     return int(torch.eq(torch.stack(scores).argmax(dim=0), labels).sum())  # type: ignore[arg-type]
-
-
-def _batches(num: int, batch_size: int, progress: Progress | None, what: str) -> Iterator[Int[Tensor, " b"]]:
-    for index in torch.arange(num).split(batch_size):
-        yield index
-        if progress is not None:
-            progress(int(index[-1]) + 1, num, what)
 
 
 def _noisy_batch(

@@ -228,6 +228,8 @@ class Prose(Flow):
             permutations: By name, the indices (T,) or (1, T) of the atoms in the order in which a block reads them.
         """
         weight = self.cond_embed.atom_embed.weight  # Unlike `var`, it moves with the parameters of a view.
+        check_kind("encodings", encodings, Mapping, "a dict of whole numbers by name")
+        check_kind("permutations", permutations, Mapping, "a dict of indices by name")
         missing = [name for name in ENCODINGS if name not in encodings]
         missing += [name for name in self.config.orders if name not in permutations]
         if missing:

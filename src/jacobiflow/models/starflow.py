@@ -333,6 +333,7 @@ class STARFlow(Flow):
 
 def _call_encoder(encode_text: EncodeText, prompts: list[str]) -> Float[Tensor, "n l k"]:
     """Calls a text encoder, and checks its result."""
+    check_kind("encode_text", encode_text, Callable, "a function of a list of prompts")
     states = encode_text(prompts)
     check_floating("result of encode_text", states, (len(prompts), "L", "K"))
     return states

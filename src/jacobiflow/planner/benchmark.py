@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from jacobiflow.blocks.base import supports
+from jacobiflow.blocks.base import no_gradients, supports
 from jacobiflow.blocks.tokens import Tokens
 from jacobiflow.fixed_point import Latent, MaxSweeps, Partition, Plain, Sequential, Solver, Tolerance, Whole
 from jacobiflow.fixed_point.attempt import attempt
@@ -26,16 +26,14 @@ from jacobiflow.utils.serialization import registered_pieces
 from jacobiflow.utils.timing import time_call
 
 SEQUENTIAL = Solver(Sequential())
-"""The exact loop."""
 UNCERTIFIED = SolveOptions(certify=False)
-"""The options of a solve without certificates."""
 
 _MIN_SWEEPS = 4
 """Sweeps that a block needs at least to the usual tolerances."""
 _BF16_SWEEPS = 3
 """Sweeps in bfloat16 that come first; more would change nothing but the rounding of bfloat16."""
 _MAX_BF16_SHARE = 0.8
-"""A sweep in bfloat16 counts as faster below this share of the time of a sweep in full precision."""
+"""An evaluation in bfloat16 counts as faster below this share of the time of one in full precision."""
 _MAX_INT16_RESIDUAL = 0.2
 """The largest residual of rounded weights, as a share of the tolerance."""
 _NEAR_FACTOR = 1.1
@@ -49,7 +47,7 @@ _TIMING_SECONDS = 0.5
 _MAX_TIMINGS = 6
 """The largest number of timings of a call."""
 _NUM_BF16_SAMPLES = 4
-"""Samples whose sweeps tell if bfloat16 is faster."""
+"""Samples whose evaluation tells if bfloat16 is faster."""
 
 
 class BlockTimings(NamedTuple):
@@ -153,12 +151,16 @@ def time_block(problem: Problem, try_bf16: bool = True) -> BlockTimings:
 
 
 def _bf16_share(problem: Problem) -> float:
-    """The time of a sweep in bfloat16, as a share of that of one in full precision."""
-    three, one, none = (
-        min(_time_repeatedly(partial(attempt, problem, solver, UNCERTIFIED), problem.z.device, _SHORT_SECONDS))
-        for solver in (Solver(stopping=MaxSweeps(1), bf16_sweeps=sweeps) for sweeps in (3, 1, 0))
-    )
-    return (three - one) / (2 * none)
+    """The time of an evaluation in bfloat16, as a share of that of one in full precision."""
+    block: Any = problem.block
+    z = problem.z
+    with no_gradients(block):
+        cache = block.init_cache(z, problem.context)
+        bf16, full = (
+            min(_time_repeatedly(partial(block.update, z, z, 0, problem.num_tokens, each), z.device, _SHORT_SECONDS))
+            for each in (block.to_bf16(cache), cache)
+        )
+    return bf16 / full
 
 
 def candidates(num_tokens: int, tolerance: float, tuning: BlockTuning | None, timings: BlockTimings) -> list[Solver]:

@@ -42,8 +42,12 @@ _CLOCK_ERROR = 0.2
 """Seconds by which the sum over all programs may be off."""
 _BUSY_SECONDS = 60.0
 """Seconds for which the plan of a busy machine is used; to plan at every call would take longer."""
+_MAX_PLANS = 16
+"""Number of plans of a flow in memory."""
+_MAX_FILES = 100
+"""Number of plans in the cache folder."""
 
-_plans: WeakKeyDictionary[Any, dict[Hashable, tuple[Strategy, float]]] = WeakKeyDictionary()
+_plans: WeakKeyDictionary[Any, dict[Any, tuple[Strategy, float]]] = WeakKeyDictionary()
 """Plans and the times at which they expire, by the blocks of a flow, which its views share, and by conditions."""
 _planning = threading.RLock()
 """Held while a plan is made: two at once would spoil each other's timings."""
@@ -53,8 +57,9 @@ def auto(flow: Flow, batch_size: int, tolerance: float | None = None, progress: 
     """Returns the plan for a flow, its device, a batch size and a tolerance, made by `jacobiflow.plan` once.
 
     A plan is made for the next power of two of the batch size, or for the batch size itself if the power of two would
-    not fit in memory. It is kept in memory and in the user's cache folder. If the machine was so busy that its timings
-    are in doubt, the plan is used for a minute, in this process only.
+    not fit in memory. The last plans are kept in memory, and in the user's cache folder unless the flow has changed
+    since an earlier plan, as in training. If the machine was so busy that its timings are in doubt, the plan is used
+    for a minute, in this process only.
 
     Other weights, tunings, native libraries, settings of PyTorch and versions of the planner have plans of their own.
     `cached_fingerprint` says which changes of weights are noticed, and a tuning is read when a model is loaded. At a
@@ -73,13 +78,16 @@ def auto(flow: Flow, batch_size: int, tolerance: float | None = None, progress: 
         with _planning:
             strategy = _find_plan(plans, conditions)  # Another thread may have made it.
             if strategy is None:
-                strategy, is_busy = _load_or_make(flow, weights, batch_size, tolerance, progress)
+                is_saved = all(weights == earlier for earlier, *_ in plans)
+                strategy, is_busy = _load_or_make(flow, weights, batch_size, tolerance, is_saved, progress)
                 plans[conditions] = strategy, time.monotonic() + _BUSY_SECONDS if is_busy else math.inf
+                if len(plans) > _MAX_PLANS:
+                    del plans[next(iter(plans))]
     warn_if_raised(strategy, tolerance)
     return strategy
 
 
-def _find_plan(plans: dict[Hashable, tuple[Strategy, float]], conditions: Hashable) -> Strategy | None:
+def _find_plan(plans: dict[Any, tuple[Strategy, float]], conditions: Hashable) -> Strategy | None:
     strategy, expires = plans.get(conditions, (None, -math.inf))
     return strategy if time.monotonic() <= expires else None
 
@@ -94,7 +102,7 @@ def _environment(flow: Flow) -> tuple[Hashable, ...]:
 
 
 def _load_or_make(
-    flow: Flow, weights: str, batch_size: int, tolerance: float, progress: Progress | None
+    flow: Flow, weights: str, batch_size: int, tolerance: float, is_saved: bool, progress: Progress | None
 ) -> tuple[Strategy, bool]:
     """Returns the plan in the cache folder, or a new one; and if the machine was busy, so that it was not saved."""
     power_of_two = 1 << (batch_size - 1).bit_length()
@@ -115,10 +123,12 @@ def _load_or_make(
     is_swept = any(solver.partition != Sequential() for solver in strategy.solvers)
     # On crowded cores the exact loop loses to sweeps that it otherwise beats; if it wins, no doubt is left.
     is_busy = spread > _MAX_SPREAD or (is_swept and flow.var.device.type == "cpu" and _is_crowded(before))
-    if file is not None and not is_busy:
+    if file is not None and is_saved and not is_busy:
         with suppress(OSError):  # A plan that cannot be saved is made again next time.
             file.parent.mkdir(parents=True, exist_ok=True)
             strategy.save(file)
+            for old in sorted(file.parent.glob("*.json"), key=os.path.getmtime)[:-_MAX_FILES]:
+                old.unlink()
     return strategy, is_busy
 
 

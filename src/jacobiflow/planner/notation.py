@@ -28,13 +28,9 @@ _FORMS = (
     "auto, sequential, sequential:int16, jacobi, jacobi-J, gs-jacobi:G, gs-jacobi:G-J, window:N, "
     "or [Stack-GS-J-Else] such as [7-8-32-10]"
 )
-"""The names of strategies, as a message lists them."""
 _NUMBER = "[0-9]{1,9}"
-"""A regular expression for a number."""
 _NUMBERS = f"{_NUMBER}(?:/{_NUMBER})*"
-"""A regular expression for numbers with slashes between."""
 _SWEEPS = f"{_NUMBER}(?:[,/]{_NUMBER})*"
-"""A regular expression for numbers of sweeps, with commas between those of segments."""
 
 
 def parse(text: str, guesses: Sequence[Guess], num_tokens: int, tolerance: float) -> tuple[Solver, ...]:

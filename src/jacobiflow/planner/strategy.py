@@ -18,7 +18,6 @@ from jacobiflow.utils import serialization
 from jacobiflow.utils.checks import check_count, check_fields, check_kind, check_number, format_value
 
 _MAX_BLOCKS = 1_000
-"""The largest number of blocks of a strategy."""
 _MAX_TOKENS = 2**16
 """The largest number of tokens of a strategy that is parsed."""
 
@@ -187,7 +186,7 @@ class Strategy(serialization.JsonDocument):
                 solver.check(config.num_tokens, config.token_channels)
             except InputError as error:
                 raise InputValueError(f"strategy, block {i}: {error}") from error
-        if self.fingerprint not in (None, cached_fingerprint(flow)):
+        if self.fingerprint is not None and self.fingerprint != cached_fingerprint(flow):
             check_fingerprint(self.fingerprint, flow, "the strategy was made for")
         if self.prediction is None:
             return

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
-from jacobiflow.data import image_grid
+from jacobiflow.data import image_grid, quantize
 from jacobiflow.data.grid import PICTURE_CHANNELS
 from jacobiflow.errors import InputValueError
 from jacobiflow.fixed_point.solution import Solution, Status
@@ -247,8 +247,8 @@ class Samples:
         folder.mkdir(parents=True, exist_ok=True)
         write_atomically(folder / "samples.npz", npz_bytes(arrays))
         has_pictures = self.x.ndim == 4 and self.x.shape[1] in PICTURE_CHANNELS
-        for i, image in enumerate(self.x if has_pictures else ()):
-            image_grid(image.unsqueeze(0), 1, zoom=1, gap=0).save(folder / f"{i:05}.png")
+        for i, pixels in enumerate(quantize(self.x).permute(0, 2, 3, 1) if has_pictures else ()):
+            write_atomically(folder / f"{i:05}.png", png_bytes(pixels), sync=False)
 
     @property
     def outcome(self) -> Outcome:
@@ -273,3 +273,19 @@ def npz_bytes(arrays: Mapping[str, Tensor | None]) -> bytes:
     npz = io.BytesIO()
     np.savez(npz, **stored)
     return npz.getvalue()
+
+
+def png_bytes(pixels: UInt8[Tensor, "h w c"]) -> bytes:
+    """Returns a grey or colour image as the bytes of a PNG file."""
+    png = io.BytesIO()
+    pillow().fromarray((pixels[:, :, 0] if pixels.shape[2] == 1 else pixels).cpu().numpy()).save(png, "png")
+    return png.getvalue()
+
+
+def pillow() -> Any:
+    """Returns `PIL.Image`. Raises ValueError if Pillow is not installed."""
+    try:
+        from PIL import Image
+    except ImportError as error:
+        raise InputValueError("PNG files need Pillow: pip install 'jacobiflow[cli]', or give files='npz'") from error
+    return Image

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -39,55 +41,53 @@ def want(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 @FORKS
-def test_processes_that_are_killed_end_soon_and_write_what_one_does(want: Any, tmp_path: Path) -> None:
-    """Each of them in turn is killed as it writes a file; the last run has nobody to wait for."""
-    line = [*LINE, "samples"]
-    first, second, third = run_jobs([[Job(line, kills={0: 9})], [Job(line, kills={1: 6})], [Job(line)]], tmp_path)
-    lost = re.compile(r"error: \w+ process.* ended without a message, .*; run the same command again, which resumes\n")
-    for killed, ended in ((0, first["job"]), (1, second["job"])):
-        assert ended[killed].code == -9
-        other = ended[1 - killed]
-        assert (other.code, other.out) == (2, "") and other.err.startswith("error: ") and other.err.count("\n") == 1
-        assert re.match(lost, other.err.replace("process 0", "a process")), other.err
-        assert other.seconds - ended[killed].seconds < 10
-    assert [ended.code for ended in third["job"]] == [0, 0]
-    assert f"wrote samples: {NUM} shards" in third["job"][0].out
-    assert (third["job"][1].out, third["job"][1].err) == ("", "")
-    assert facts(tmp_path / "samples") == want
-    claimed = sum(ended.claimed for each in (first, second, third) for ended in each["job"])
-    assert NUM <= claimed <= NUM + 2, "a finished shard was drawn again"
-
-
-@FORKS
-def test_two_processes_and_three_parts_share_the_work(want: Any, tmp_path: Path) -> None:
-    """Parts run one after another, side by side, and by several processes; one of them is killed."""
-    two, parts = Job([*LINE, "two", "--json", "f.json"]), [[*LINE, "parts", "--part", f"{i}/3"] for i in (1, 2, 3)]
-    rounds = run_jobs(
+def test_processes_and_parts_share_the_work_and_may_be_killed(want: Any, tmp_path: Path) -> None:
+    """Two processes, each of them killed in turn as it writes a file; two that are not; and three parts, one killed."""
+    killed, two, parts = ([*LINE, name] for name in ("killed", "two", "parts"))
+    one, middle, last = ([*parts, "--part", f"{i}/3"] for i in (1, 2, 3))
+    first, second, third = run_jobs(
         [
-            [two], [Job(parts[0], name="1"), Job(parts[1], 1, {0: 7}, name="2")],
-            [Job(["info", "--check", "parts"], 1, name="info"), Job([*LINE, "two", "--seed", "1"], name="other")],
-            [Job(parts[2], 1, name="3"), Job(parts[1], 1, name="2")], [Job(["info", "--check", "parts"], 1)],
+            [Job(killed, kills={0: 9}), Job([*two, "--json", "f.json"], name="two")],
+            [Job(killed, kills={1: 6}), Job(one, name="1"), Job(middle, 1, {0: 7}, name="2")],
+            [Job(killed), Job(last, 1, name="3"), Job(middle, 1, name="2"), Job([*two, "--seed", "1"], name="other")],
         ],
         tmp_path,
     )  # fmt: skip
-    both = rounds[0]["job"]
-    assert [ended.code for ended in both] == [0, 0] and facts(tmp_path / "two") == want
-    assert sum(ended.claimed for ended in both) == NUM
+    lost = re.compile(r"error: \w+ process.* ended without a message, .*; run the same command again, which resumes\n")
+    for rank, ended in ((0, first["job"]), (1, second["job"])):
+        assert ended[rank].code == -9
+        other = ended[1 - rank]
+        assert (other.code, other.out, other.err.count("\n")) == (2, "", 1)
+        assert re.match(lost, other.err.replace("process 0", "a process")), other.err
+        assert other.seconds - ended[rank].seconds < 10
+    assert [ended.code for ended in third["job"]] == [0, 0]
+    assert f"wrote killed: {NUM} shards" in third["job"][0].out
+    assert (third["job"][1].out, third["job"][1].err) == ("", "")
+    claimed = sum(ended.claimed for each in (first, second, third) for ended in each["job"])
+    assert NUM <= claimed <= NUM + 2, "a finished shard was drawn again"
+
+    both = first["two"]
+    assert [ended.code for ended in both] == [0, 0] and sum(ended.claimed for ended in both) == NUM
     assert all(NUM / 4 <= ended.claimed <= 3 * NUM / 4 for ended in both)
     assert (figures(tmp_path / "f.json")["processes"], figures(tmp_path / "f.json")["num_new"]) == (2, NUM)
-    assert [ended.code for ended in rounds[1]["1"]] == [0, 0] and rounds[1]["2"][0].code == -9
-    assert "part 1/3 has drawn its samples into parts; others are missing, which" in rounds[1]["1"][0].out
-    assert re.match(
-        r"parts: \d+ of \d+ samples are drawn, and others of part 2/3, 3/3 are not; wait", rounds[2]["info"][0].out
-    )
-    assert rounds[2]["other"][0].err + rounds[2]["other"][1].err == (
+    assert third["other"][0].err + third["other"][1].err == (
         "error: two: holds samples of --seed 0, not 1; give another folder, or --overwrite to replace them\n"
     )
-    assert [rounds[3][name][0].code for name in ("2", "3")] == [0, 0]
-    assert rounds[3]["3"][0].claimed == NUM / 3
-    assert facts(tmp_path / "parts") == want
-    assert (rounds[4]["job"][0].code, sorted(os.listdir(tmp_path / "parts"))[0]) == (0, ".lock")
+
+    assert [ended.code for ended in second["1"]] == [0, 0] and second["2"][0].code == -9
+    assert "part 1/3 has drawn its samples into parts; others are missing, which" in second["1"][0].out
+    assert [third[name][0].code for name in ("2", "3")] == [0, 0] and third["3"][0].claimed == NUM / 3
+    assert facts(tmp_path / "killed") == facts(tmp_path / "two") == facts(tmp_path / "parts") == want
     assert not list((tmp_path / "parts").glob(".lock-*"))
+
+
+@contextmanager
+def starting_part(out: Path, part: jf.Part) -> Iterator[None]:
+    """A part that runs."""
+    with ExitStack() as locks:
+        with start_part(out, part, locks):
+            pass
+        yield
 
 
 def test_each_part_draws_its_shards_of_the_first_one_s_strategy(tmp_path: Path) -> None:
@@ -97,6 +97,8 @@ def test_each_part_draws_its_shards_of_the_first_one_s_strategy(tmp_path: Path) 
     for index, plan in enumerate(strategies, 1):
         folder = run(tmp_path / "out", plan=lambda plan=plan: plan, part=jf.Part(index, 3), **draw)
         assert (folder.num_new, folder.is_complete) == ((4, 4, 2)[index - 1], index == 3)
+        problem = "".join(folder.problems())
+        assert index != 1 or "out: 4 of 10 samples are drawn, and others of part 2/3, 3/3 are not; wait for" in problem
     assert facts(tmp_path / "out") == facts(tmp_path / "want")
     assert run(tmp_path / "out", part=jf.Part(1, 3), **draw).num_new == 0
 
@@ -127,20 +129,3 @@ def test_parts_refuse_what_differs_and_the_same_part_twice(tmp_path: Path, monke
     assert run(out, num=12, part=jf.Part(1, 2), **settings).num_new == 6
     assert run(out, num=12, **settings).num_new == 2
     assert json.loads((out / "manifest.json").read_text())["num"] == 12
-
-
-class starting_part:  # noqa: N801
-    """A part that runs."""
-
-    def __init__(self, out: Path, part: jf.Part) -> None:
-        self._out, self._part = out, part
-
-    def __enter__(self) -> None:
-        from contextlib import ExitStack
-
-        self._locks = ExitStack()
-        with start_part(self._out, self._part, self._locks):
-            pass
-
-    def __exit__(self, *_: Any) -> None:
-        self._locks.close()

@@ -12,7 +12,6 @@ images/3-dress/00000017.png  with PNGs: the class, and the index of the sample
 
 from __future__ import annotations
 
-import io
 import re
 import zipfile
 from collections.abc import Iterator, Sequence
@@ -24,19 +23,19 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int, UInt8
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from jacobiflow.blocks.context import Context
 from jacobiflow.data import quantize
 from jacobiflow.distributed.parts import Part, find_parts
 from jacobiflow.errors import InputError, InputValueError
 from jacobiflow.planner import Strategy
-from jacobiflow.sampling.folder.manifest import Cost, Manifest, Record, SampleFolderError
-from jacobiflow.sampling.result import Outcome, Samples, npz_bytes
+from jacobiflow.sampling.folder.manifest import Cost, Manifest, Record, SampleFolderError, context_sha256
+from jacobiflow.sampling.result import Outcome, Samples, npz_bytes, png_bytes
 from jacobiflow.utils import serialization
 from jacobiflow.utils.files import (
     MANIFEST,
-    read_object,
     regular_file,
     remove_partials,
     sha256,
@@ -86,11 +85,6 @@ class SampleFolder:
         if not path.is_dir():
             raise SampleFolderError(
                 f"{path}: no such folder; give one that jacobiflow sample or sample_to_folder wrote"
-            )
-        if (read_object(path / MANIFEST) or {}).get("format_version") == 1:
-            raise SampleFolderError(
-                f"{path}: made by an earlier version of jacobiflow; read its .npz files with NumPy, or sample "
-                "anew into another folder"
             )
         try:
             return cls(path, serialization.load(path / MANIFEST, "manifest", partial(serialization.decode, Manifest)))
@@ -148,6 +142,9 @@ class SampleFolder:
                     problems.append(f"{self._record_file(index)}: missing or damaged; {_REMEDY}")
             elif not self.verify(index):
                 problems.append(f"{self._npz_file(index)}: does not match its checksum; {_REMEDY}")
+        labels = None if problems else self._concatenated("labels")
+        if labels is not None and context_sha256(Context(labels)) != self.manifest.context_sha256:
+            problems.append(f"{self.path / MANIFEST}: context_sha256 is not that of the labels; restore the file")
         return problems
 
     @property
@@ -272,7 +269,7 @@ class SampleFolder:
         pngs = self._png_files(index)
         for file, pixels in zip(pngs, stored.cpu() if pngs else (), strict=True):
             file.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(file, _to_png(pixels), sync=False)  # Syncing a thousand files takes seconds.
+            write_atomically(file, png_bytes(pixels), sync=False)  # Syncing a thousand files takes seconds.
         record = Record(len(stored), sha256(self._npz_file(index), *pngs), Cost.of(samples))
         write_json(self._record_file(index), serialization.encode(record))
 
@@ -338,18 +335,3 @@ class SampleFolder:
     def _concatenated(self, name: str) -> Tensor | None:
         arrays = [self._array(index, name) for index in range(self.manifest.num_shards)]
         return None if any(array is None for array in arrays) else torch.from_numpy(np.concatenate(arrays))
-
-
-def _to_png(pixels: UInt8[Tensor, "h w c"]) -> bytes:
-    data = io.BytesIO()
-    pillow().fromarray((pixels[:, :, 0] if pixels.shape[2] == 1 else pixels).numpy()).save(data, "png")
-    return data.getvalue()
-
-
-def pillow() -> Any:
-    """Returns `PIL.Image`. Raises ValueError if Pillow is not installed."""
-    try:
-        from PIL import Image
-    except ImportError as error:
-        raise InputValueError("PNG files need Pillow: pip install 'jacobiflow[cli]', or give files='npz'") from error
-    return Image

@@ -29,7 +29,8 @@ from jacobiflow.models.labels import ContextLike, Labels
 from jacobiflow.models.latents import MAX_SAMPLES, draw_latents
 from jacobiflow.planner import Strategy, choose, is_auto
 from jacobiflow.sampling.folder.manifest import Files, Manifest, SampleFolderError, context_sha256
-from jacobiflow.sampling.folder.reader import STRATEGY, SampleFolder, pillow
+from jacobiflow.sampling.folder.reader import STRATEGY, SampleFolder
+from jacobiflow.sampling.result import pillow
 from jacobiflow.sampling.sample import (
     Outputs,
     Settings,
