@@ -1,8 +1,9 @@
-"""Processes: what they share, how they end together, and the place of each; parts."""
+"""Processes: what they share, how they end together, and the rank of each; parts."""
 
 from __future__ import annotations
 
 import os
+import socket
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -34,69 +35,74 @@ def program(*lines: str) -> list[str]:
 
 # ----------------------------------------------------------------------------------------------------------- together
 
+SHARED = program(
+    "print(p.rank, p.count, p.run_on_rank_zero(lambda: [rank, 7]), p.gather(rank))",
+    "claims = p.gather(list(p.claim('abcdefgh')) + list(p.claim([])) + list(p.claim(range(5))))",
+    "print(sorted(map(str, sum(claims, []))), list(p.map(lambda x: x * x, [3, 1, 2])))",
+)
+FAILURES = [
+    Job(program(end.format(rank), WAITS[wait]), 3, name=f"{name}-{rank}-{wait}")
+    for name, end in (("raise", RAISE), ("kill", KILL))
+    for rank, wait in ((0, "gather"), (1, "sleep"), (2, "claim"), (0, "claim"))
+]
+ROUNDS = [
+    [Job(SHARED, 3, name=launcher, launcher=launcher) for launcher in ("torchrun", "srun")],
+    [
+        Job(program("p.run_on_rank_zero(lambda: jf.SampleFolder.open('no-room'))"), name="first raises"),
+        Job(program("if rank == 1: raise KeyboardInterrupt", WAITS["sleep"]), 3, name="interrupted"),
+    ],
+    FAILURES[:4], FAILURES[4:],
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module", params=[5, pytest.param(1, marks=pytest.mark.slow)])
+def ended(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Ended]]:
+    """How the processes of each job ended."""
+    rounds = run_jobs(ROUNDS, tmp_path_factory.mktemp("jobs"), request.param)
+    return {name: ranks for jobs in rounds for name, ranks in jobs.items()}
+
 
 @FORKS
-def test_three_processes_exchange_values_and_share_units(tmp_path: Path) -> None:
-    calls = [
-        "print(p.rank, p.count, p.run_on_rank_zero(lambda: [rank, 7]), p.gather(rank))",
-        "claims = p.gather(list(p.claim('abcdefgh')) + list(p.claim([])) + list(p.claim(range(5))))",
-        "print(sorted(map(str, sum(claims, []))), list(p.map(lambda x: x * x, [3, 1, 2])))",
-    ]
-    job = Job(program(*calls), 3)
-    for launcher in ("torchrun", "srun"):
-        (ended,) = run_jobs([[Job(job.line, 3, launcher=launcher)]], tmp_path)
-        shared = f"{sorted([*'abcdefgh', *'01234'])} [9, 1, 4]\n"
-        for rank, each in enumerate(ended["job"]):
-            assert (each.code, each.err) == (0, "")
-            assert each.out == f"{rank} 3 [0, 7] [0, 1, 2]\n{shared}"
+@pytest.mark.parametrize("launcher", ["torchrun", "srun"])
+def test_three_processes_exchange_values_and_share_units(launcher: str, ended: dict[str, list[Ended]]) -> None:
+    shared = f"{sorted([*'abcdefgh', *'01234'])} [9, 1, 4]\n"
+    for rank, each in enumerate(ended[launcher]):
+        assert (each.code, each.err) == (0, "")
+        assert each.out == f"{rank} 3 [0, 7] [0, 1, 2]\n{shared}"
 
 
 @FORKS
-def test_an_error_or_a_kill_of_one_ends_all_with_its_message(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", [job.name for job in FAILURES])
+def test_an_error_or_a_kill_of_one_ends_all_with_its_message(name: str, ended: dict[str, list[Ended]]) -> None:
     """Whatever the others do. The first that reports an error prints it; the others know that it does."""
-    jobs = [
-        Job(program(end.format(rank), wait), 3, name=f"{name}-{rank}-{wait_name}")
-        for name, end in (("raise", RAISE), ("kill", KILL))
-        for rank, wait_name in ((0, "gather"), (1, "sleep"), (2, "claim"), (0, "claim"))
-        for wait in [WAITS[wait_name]]
-    ]
-    for ended in run_jobs([[job] for job in jobs], tmp_path):
-        ((name, ranks),) = ended.items()
-        kind, number, _ = name.split("-")
-        failed, others = ranks[int(number)], [each for i, each in enumerate(ranks) if i != int(number)]
-        # Without the store or a common call, the others notice a kill by signs of life that no longer come.
-        limit = 25 if name in ("kill-1-sleep", "kill-2-claim") else 10
-        assert all(each.seconds - failed.seconds < limit for each in others), name
-        if kind == "raise":
-            assert (failed.code, failed.out) == (0, "CheckpointError no room\n"), name
-            assert {each.out for each in others} == {"ProcessFailed no room\n"}, name
-            assert all(each.seconds > failed.seconds for each in others), "a launcher kills all once one has ended"
-        else:
-            assert failed.code == -9
-            assert all(lost(each) for each in others), (name, others)
-
-
-def lost(ended: Ended) -> bool:
-    """Whether a process says that another one has ended."""
-    return ended.out.startswith("ProcessFailed ") and "ended without a message, or hangs" in ended.out
+    kind, number, _ = name.split("-")
+    failed, others = ended[name][int(number)], [each for i, each in enumerate(ended[name]) if i != int(number)]
+    # Without the store or a common call, the others notice a kill by signs of life that no longer come.
+    limit = 25 if name in ("kill-1-sleep", "kill-2-claim") else 10
+    assert all(each.seconds - failed.seconds < limit for each in others)
+    if kind == "raise":
+        assert (failed.code, failed.out) == (0, "CheckpointError no room\n")
+        assert {each.out for each in others} == {"ProcessFailed no room\n"}
+        assert all(each.seconds > failed.seconds for each in others), "a launcher kills all once one has ended"
+    else:
+        assert failed.code == -9
+        for each in others:
+            assert each.out.startswith("ProcessFailed ") and "ended without a message, or hangs" in each.out
 
 
 @FORKS
-def test_an_error_on_the_first_process_while_others_wait_for_it(tmp_path: Path) -> None:
-    line = "p.run_on_rank_zero(lambda: jf.SampleFolder.open('no-room'))"
-    (ended,) = run_jobs([[Job(program(line))]], tmp_path)
-    first, second = ended["job"]
+def test_an_error_on_the_first_process_while_others_wait_for_it(ended: dict[str, list[Ended]]) -> None:
+    first, second = ended["first raises"]
     assert first.out.startswith("SampleFolderError no-room: no such folder")
     assert second.out == first.out.replace("SampleFolderError", "ProcessFailed")
     assert second.seconds > first.seconds
 
 
 @FORKS
-def test_an_interrupt_of_one_ends_all_as_interrupted(tmp_path: Path) -> None:
+def test_an_interrupt_of_one_ends_all_as_interrupted(ended: dict[str, list[Ended]]) -> None:
     """The first process, which prints what is kept, ends before the others, which a launcher then kills."""
-    (ended,) = run_jobs([[Job(program("if rank == 1: raise KeyboardInterrupt", WAITS["sleep"]), 3)]], tmp_path)
-    first, *others = ended["job"]
-    assert [each.out for each in ended["job"]] == ["KeyboardInterrupt \n"] * 3
+    first, *others = ended["interrupted"]
+    assert [each.out for each in ended["interrupted"]] == ["KeyboardInterrupt \n"] * 3
     assert all(each.seconds > first.seconds for each in others)
 
 
@@ -143,7 +149,7 @@ SRUN = {
 }  # fmt: skip
 
 
-def test_the_place_of_a_process_by_torchrun_and_by_srun() -> None:
+def test_the_rank_of_a_process_by_torchrun_and_by_srun() -> None:
     assert find_launch({}) is find_launch({"SLURM_JOB_ID": "1", "SLURM_STEP_NUM_TASKS": "1"}) is None
     assert find_launch({"RANK": "5", "WORLD_SIZE": "8"}) is None  # left by another program
     assert find_launch(TORCHRUN) == Launch(5, 8, 1, "node1", 29500, False, "0")
@@ -167,12 +173,29 @@ def test_the_place_of_a_process_by_torchrun_and_by_srun() -> None:
         ({name: value for name, value in TORCHRUN.items() if name != "MASTER_PORT"}, "MASTER_PORT is not set; start"),
         ({name: value for name, value in SRUN.items() if name != "SLURM_LOCALID"}, "SLURM_LOCALID is not set; start"),
         ({**SRUN, "SLURM_STEP_NODELIST": ""}, "names no machine; set MASTER_ADDR to that of process 0"),
+        (
+            {**SRUN, "SLURM_STEP_NUM_TASKS": "0"},
+            "rank 5 of 0 processes, by RANK and .* start the processes by torchrun",
+        ),
+        ({**TORCHRUN, "WORLD_SIZE": "-2"}, "rank 5 of -2 processes"),
+        ({**SRUN, "SLURM_PROCID": "8"}, "rank 8 of 8 processes"),
+        ({**TORCHRUN, "RANK": "-1"}, "rank -1 of 8 processes"),
+        ({**TORCHRUN, "MASTER_PORT": "99999"}, "MASTER_PORT=99999: give a port from 1 to 65535"),
     ],
-    ids=range(5),
+    ids=range(10),
 )
 def test_variables_that_contradict_or_lack_are_refused(variables: dict[str, str], message: str) -> None:
     with pytest.raises(jf.InputError, match=message):
         find_launch(variables)
+
+
+def test_a_name_of_no_machine_is_refused_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(socket, "getaddrinfo", Mock(side_effect=socket.gaierror(-2, "Name or service not known")))
+    for name, value in TORCHRUN.items():
+        monkeypatch.setenv(name, value)
+    message = r"process 5 of 8 cannot reach the others by node1:29500 \(.*not known\); check .*MASTER_ADDR"
+    with pytest.raises(jf.InputError, match=message), jf.processes():
+        pass
 
 
 NAME = st.from_regex(r"[a-z][a-z-]{0,8}", fullmatch=True)

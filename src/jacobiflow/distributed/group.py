@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import socket
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -27,7 +28,7 @@ _START_TIMEOUT = timedelta(minutes=5)  # Longest wait until all processes have s
 
 @dataclass(frozen=True)
 class Processes:
-    """The processes that share a job, and the place of this one among them.
+    """The processes that share a job, and the rank of this one.
 
     All processes call the methods that communicate in the same order; `device` does not communicate.
 
@@ -133,6 +134,7 @@ def processes() -> Iterator[Processes]:
         yield Processes()
         return
     try:
+        socket.getaddrinfo(launch.host, launch.port)  # The store would try an unknown name again for minutes.
         connection = _connect(launch.host, launch.port, launch.hosts_store)
         watch_connection = _connect(launch.host, connection.port, hosts=False)
         store, watch_store = (_with_prefix(launch.attempt, each) for each in (connection, watch_connection))
@@ -142,7 +144,7 @@ def processes() -> Iterator[Processes]:
         dist.init_process_group(
             backend, store=_with_prefix("group", store), rank=launch.rank, world_size=launch.count, timeout=_TIMEOUT
         )
-    except (ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError) as error:
         raise InputValueError(
             f"process {launch.rank} of {launch.count} cannot reach the others by {launch.host}:{launch.port} "
             f"({first_line(error)}); check that all were started, and MASTER_ADDR and MASTER_PORT"

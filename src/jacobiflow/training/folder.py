@@ -1,37 +1,34 @@
 """The folder of a training run.
 
-run.json             the flow, the settings and the data, which a resumed run must share
-checkpoint-00000100  the state after that step, by torch.distributed.checkpoint; the last one only
-metrics.jsonl        a line for each step
-config.json, ...     the averaged flow of the last checkpoint, a model folder
+run.json               the flow, the settings and the data, which a resumed run must share
+checkpoint-0000000100  the state after that step; the last one only
+metrics.jsonl          a line for each step
+config.json, ...       the averaged flow of the last checkpoint, a model folder
 """
 
 from __future__ import annotations
 
 import json
 import shutil
-import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import msgspec
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.state_dict_loader import load as load_distributed
-from torch.distributed.checkpoint.state_dict_saver import save as save_distributed
+from torch import Tensor
 
 from jacobiflow.distributed import Processes
 from jacobiflow.errors import InputError, InputValueError, first_line
+from jacobiflow.training.checkpoint import check_state, write_state
 from jacobiflow.utils.checks import format_value
 from jacobiflow.utils.files import parse_json, read_json, regular_file, remove_partials, write_atomically, write_json
 
 RUN = "run.json"
 METRICS = "metrics.jsonl"
-_CHECKPOINT, _ANY_CHECKPOINT = "checkpoint-{:08d}", "checkpoint-" + 8 * "[0-9]"
+_CHECKPOINT, _ANY_CHECKPOINT = "checkpoint-{:010d}", "checkpoint-" + 10 * "[0-9]"
 _PARTIAL = ".checkpoint.partial"
-_FORMAT_VERSION = 3
+_FORMAT_VERSION = 4
 _REMEDY = "move it away, or give another folder"
 
 
@@ -60,8 +57,7 @@ class TrainMetrics:
 
     def line(self) -> str:
         """Returns the line of `metrics.jsonl`."""
-        values = {name: x if x is None else round(x, 6) for name, x in asdict(self).items()}
-        return json.dumps(values) + "\n"
+        return json.dumps(asdict(self)) + "\n"
 
 
 def read_metrics(folder: str | Path) -> list[TrainMetrics]:
@@ -117,20 +113,23 @@ def _read_run(path: Path) -> dict[str, Any]:
 def last_checkpoint(out: Path) -> tuple[int, Path] | None:
     """Returns the step of the last checkpoint, and its folder; None if there is none."""
     paths = sorted(out.glob(_ANY_CHECKPOINT))
-    return (int(paths[-1].name[-8:]), paths[-1]) if paths else None
+    return (int(paths[-1].name.rpartition("-")[2]), paths[-1]) if paths else None
 
 
-def write_checkpoint(out: Path, step: int, state: dict[str, Any], processes: Processes) -> None:
+def write_checkpoint(out: Path, step: int, state: Mapping[str, Tensor], processes: Processes) -> None:
     """Writes a checkpoint, to which every process adds its part, and removes earlier ones."""
     path, partial = out / _CHECKPOINT.format(step), out / _PARTIAL
-    processes.run_on_rank_zero(lambda: remove_leftovers(out))
-    with _plain_errors():
-        save_distributed(state, checkpoint_id=partial)
+
+    def make_folder() -> None:
+        remove_leftovers(out)
+        partial.mkdir()
 
     def replace_earlier() -> None:
         partial.rename(path)
         remove_leftovers(out)
 
+    processes.run_on_rank_zero(make_folder)
+    write_state(partial, state, processes)
     processes.run_on_rank_zero(replace_earlier)
 
 
@@ -149,35 +148,15 @@ def trim_metrics(out: Path, step: int) -> None:
         write_atomically(out / METRICS, "".join(lines).encode())
 
 
-def read_checkpoint(path: Path, state: dict[str, Any]) -> None:
-    """Reads a checkpoint into the tensors of `state`; every process reads the parts that it holds."""
-    try:
-        regular_file(path / ".metadata")
-        with _plain_errors():
-            load_distributed(state, checkpoint_id=path)
-    except Exception as error:  # It raises many kinds of exceptions for damaged files.
-        raise InputValueError(f"{path}: damaged, or of another flow ({first_line(error)}); {_REMEDY}") from error
-
-
-@contextmanager
-def _plain_errors() -> Iterator[None]:
-    """Raises the error of a process in place of PyTorch's list of them, and hides a warning that there is only one."""
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-            yield
-    except CheckpointException as errors:
-        first_error, _ = next(iter(errors.failures.values()))
-        raise first_error from errors
-
-
 def problems(path: Path) -> Iterator[str]:
     """Yields a line for each problem of the training run in a folder, with the remedy."""
     try:
         _read_run(path / RUN)
-        step, _ = last_checkpoint(path) or (0, path)
+        step, checkpoint = last_checkpoint(path) or (0, None)
+        if checkpoint is not None:
+            check_state(checkpoint)
         missing = set(range(1, step + 1)) - {metrics.step for metrics in read_metrics(path)}
         if missing:
             yield f"{path / METRICS}: lacks {len(missing):,} of {step:,} steps; training goes on without them"
-    except InputError as error:
+    except (InputError, OSError) as error:
         yield str(error)

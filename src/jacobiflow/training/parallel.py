@@ -113,12 +113,11 @@ class ParallelFlow:
         decay = min(self.config.ema_decay, step / (9 + step))
         torch._foreach_lerp_(average, weights, 1 - decay)
 
-    def state(self) -> dict[str, Any]:
-        """Returns the tensors of the flow and its average, sharded as they are."""
-        return {
-            "flow": self.loss.flow.state_dict(), "average": self.average.flow.state_dict(),
-            "num_averaged": self._average.n_averaged,
-        }  # fmt: skip
+    def state(self) -> dict[str, Tensor]:
+        """Returns the tensors of the flow and its average by their names, sharded as they are."""
+        flows = {"flow": self.loss.flow, "average": self.average.flow}
+        tensors = {f"{kind}.{name}": x for kind, flow in flows.items() for name, x in flow.state_dict().items()}
+        return {**tensors, "num_averaged": self._average.n_averaged}
 
     def averaged_flow(self) -> Flow | None:
         """Returns the averaged flow in the first process, and None in the others; all of them call this.
@@ -138,6 +137,7 @@ class ParallelFlow:
                     flow = type(flow)(flow.config)
                 flow.load_state_dict(state, assign=True)
                 flow.requires_grad_(False).recommended = self.average.flow.recommended
+                flow.classes = self.average.flow.classes
         return flow if self.processes.rank == 0 else None
 
 

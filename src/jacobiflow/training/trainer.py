@@ -24,13 +24,13 @@ from jacobiflow.errors import InputValueError
 from jacobiflow.models.checkpoints.folder import check_own_model, write_model
 from jacobiflow.models.flow import Flow, check_flow
 from jacobiflow.training.board import Board
+from jacobiflow.training.checkpoint import read_state
 from jacobiflow.training.config import MAY_CHANGE, TrainConfig
 from jacobiflow.training.folder import (
     METRICS,
     RUN,
     TrainMetrics,
     last_checkpoint,
-    read_checkpoint,
     remove_leftovers,
     start_or_resume,
     trim_metrics,
@@ -47,7 +47,7 @@ from jacobiflow.training.loading import (
 from jacobiflow.training.parallel import ParallelFlow, to_flow
 from jacobiflow.training.signals import StopSignals
 from jacobiflow.utils.checks import check_kind
-from jacobiflow.utils.files import locked
+from jacobiflow.utils.files import append, locked
 from jacobiflow.utils.progress import Progress
 
 _PRIOR_MOMENTUM = 0.1  # Weight of the newest batch in the moving average of z^2.
@@ -175,7 +175,14 @@ def _describe(flow: Flow, config: TrainConfig, items: NoisyItems) -> dict[str, A
     settings = {name: value for name, value in asdict(config).items() if name not in MAY_CHANGE}
     transform = repr(items.transform) if isinstance(items.transform, nn.Module) else type(items.transform).__name__
     data = f"{num:,} samples with checksum {digest.hexdigest()[:16]}"
-    return {"flow": flow.model_type, **asdict(flow.config), **settings, "transform": transform, "data": data}
+    names = {"transform": transform, "data": data, "classes": _class_names(flow, items.data)}
+    return {"flow": flow.model_type, **asdict(flow.config), **settings, **names}
+
+
+def _class_names(flow: Flow, data: Any) -> tuple[str, ...]:
+    """Returns the names of the flow's classes; empty without names."""
+    names = data.classes if isinstance(data, ImageDataset) else ()
+    return names if len(names) == flow.config.num_classes else ()
 
 
 def _prepare_folder(out: Path, run: dict[str, Any], stack: ExitStack) -> None:
@@ -209,9 +216,7 @@ class _Run:
         average = self.parallel.average.flow
         if flow.config.noise_std:
             average.recommended = SamplingSettings(denoise=1.0)
-        classes = items.data.classes if isinstance(items.data, ImageDataset) else ()
-        if len(classes) == flow.config.num_classes:
-            average.classes = classes
+        average.classes = _class_names(flow, items.data)
         self.optimizer = torch.optim.AdamW(
             [{"params": list(self.parallel.loss.parameters()), "initial_lr": config.learning_rate}],
             lr=config.learning_rate, betas=(0.9, 0.95), weight_decay=config.weight_decay,
@@ -290,8 +295,7 @@ class _Run:
     def save(self) -> None:
         """Writes the metrics, the model folder and the checkpoint of this step, unless they are written."""
         if self.processes.rank == 0 and self._unsaved_lines:
-            with (self.out / METRICS).open("a") as log:
-                log.writelines(self._unsaved_lines)
+            append(self.out / METRICS, "".join(self._unsaved_lines))
         self._unsaved_lines.clear()
         if self._model_step != self.step:
             average = self.parallel.averaged_flow()
@@ -303,11 +307,14 @@ class _Run:
             write_checkpoint(self.out, self.step, self._state(), self.processes)
             self._checkpoint_step = self.step
 
-    def _state(self) -> dict[str, Any]:
-        """Returns the tensors of a checkpoint."""
-        optimizer = {name: self.optimizer.state[parameter] for name, parameter in self.parallel.loss.named_parameters()}
-        seconds = torch.tensor(self.seconds, dtype=torch.float64)
-        return {**self.parallel.state(), "optimizer": optimizer, "seconds": seconds}
+    def _state(self) -> dict[str, Tensor]:
+        """Returns the tensors of a checkpoint by their names."""
+        optimizer = {
+            f"optimizer.{name}.{key}": tensor
+            for name, parameter in self.parallel.loss.named_parameters()
+            for key, tensor in self.optimizer.state[parameter].items()
+        }
+        return {**self.parallel.state(), **optimizer, "seconds": torch.tensor(self.seconds, dtype=torch.float64)}
 
     def _resume(self, checkpoint: Path) -> None:
         """Reads a checkpoint."""
@@ -315,5 +322,5 @@ class _Run:
             moments = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
             self.optimizer.state[parameter] = {"step": torch.tensor(0.0), **moments}
         state = self._state()
-        read_checkpoint(checkpoint, state)
+        read_state(checkpoint, state)
         self.seconds = float(state["seconds"])

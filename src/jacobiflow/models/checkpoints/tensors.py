@@ -101,7 +101,8 @@ def build(
 
 def widened_dtype(tensors: Iterable[Tensor]) -> torch.dtype:
     """Returns the dtype of tensors, with half precision widened to float32."""
-    return reduce(torch.promote_types, (tensor.dtype for tensor in tensors), torch.float32)
+    dtypes = (tensor.dtype for tensor in tensors if tensor.dtype in FLOATS)  # Others are not promoted, and refused.
+    return reduce(torch.promote_types, dtypes, torch.float32)
 
 
 def check_values(
