@@ -4,21 +4,28 @@ from __future__ import annotations
 
 import math
 import os
+import pickle
+import re
 import shutil
 import signal
 import threading
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file as read_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 import jacobiflow as jf
 from jacobiflow.data import ImageDataset
+from jacobiflow.distributed import Processes
 from jacobiflow.training import TrainConfig, TrainMetrics, image_transform, problems, read_metrics, train
+from jacobiflow.training.folder import last_checkpoint, write_checkpoint
 from tests.helpers.running import run_line
 from tests.helpers.training_runs import (
     CONFIG,
@@ -249,7 +256,7 @@ def test_the_learning_rate_warms_up_and_falls_by_a_cosine(undisturbed: Path) -> 
     assert settings.rate(110) == settings.rate(1000) == pytest.approx(1e-6)
     assert replace(settings, warmup=0).rate(0) == pytest.approx(0.02)
     rates = [report.rate for report in read_metrics(undisturbed)]
-    assert rates == pytest.approx([SETTINGS.rate(step) for step in range(12)], abs=1e-6)
+    assert rates == pytest.approx([SETTINGS.rate(step) for step in range(12)], rel=1e-12)
 
 
 def test_what_does_not_fit_is_refused_before_anything_is_written(tmp_path: Path) -> None:
@@ -284,22 +291,65 @@ def test_a_loss_that_is_not_finite_ends_training_and_keeps_the_last_checkpoint(t
     assert all(torch.isfinite(tensor).all() for name, tensor in checkpoint(tmp_path).items() if name != "step")
 
 
-def test_other_labels_and_problems_are_named(undisturbed: Path, tmp_path: Path) -> None:
+def test_other_data_and_problems_are_named(undisturbed: Path, tmp_path: Path) -> None:
     run, data = Path(shutil.copytree(undisturbed, tmp_path / "run")), some_digits()
     assert list(problems(run)) == []
-    other = ImageDataset(data.images, data.labels.flip(0))
-    assert "of another run (data=" in error_of(lambda: train(fresh(), other, SETTINGS, run))
+    for name, other in {
+        "data": ImageDataset(data.images, data.labels.flip(0)),
+        "classes": ImageDataset(data.images, data.labels, tuple("abcdefghij")),
+    }.items():
+        assert f"of another run ({name}=" in error_of(partial(train, fresh(), other, SETTINGS, run))
     log = run / "metrics.jsonl"
     log.write_text(log.read_text().splitlines()[0] + "\n")
     assert list(problems(run)) == [f"{log}: lacks 11 of 12 steps; training goes on without them"]
     log.write_text("mine\n")
-    (problem,) = problems(run)
-    assert problem.startswith(f"{log}: line 1 is not of this trainer")
-    (run / "run.json").write_text('{"format_version": 2}')
+    assert next(problems(run)).startswith(f"{log}: line 1 is not of this trainer")
+    (run / "run.json").write_text('{"format_version": 3}')
     assert error_of(lambda: fit(run)) == (
         f"{run}/run.json: of another version of jacobiflow; go on with that version, or move it away, or give another "
         "folder"
     )
     (run / "run.json").write_bytes(b"mine")
-    (problem,) = problems(run)
-    assert "run.json: not of this trainer" in problem
+    assert "run.json: not of this trainer" in next(problems(run))
+
+
+def test_a_damaged_checkpoint_is_refused_and_runs_no_code(undisturbed: Path, tmp_path: Path) -> None:
+    """As `info --check` says. A pickle would create a file."""
+    planted = pickle.dumps(type("Planted", (), {"__reduce__": lambda self: (Path.touch, (tmp_path / "ran",))})())
+    run = Path(shutil.copytree(undisturbed, tmp_path / "run"))
+    (file,) = run.glob("checkpoint-*/*")
+    content, tensors = file.read_bytes(), read_file(file)
+    rows = dict.fromkeys(tensors, "0")
+
+    def changed(change: dict[str, Tensor]) -> Callable[[], object]:
+        return lambda: save_file(tensors | change, file, rows)
+
+    for damage, words in (
+        (lambda: file.write_bytes(content[:-9]), "damaged"),
+        (lambda: file.write_bytes(planted), "damaged"),
+        (lambda: os.mkfifo(file), "Not a regular file"),
+        (lambda: None, "a file is missing"),
+        (changed({"flow.var": tensors["flow.var"] / 0}), "flow.var has .*non-finite values"),
+    ):
+        file.unlink(missing_ok=True)
+        damage()
+        assert re.search(words, error_of(lambda: fit(run)))
+        assert re.search(words, next(problems(run)))
+    for change in (
+        {"flow.var": torch.ones(16, 1)},
+        {"flow.var": tensors["flow.var"].double()},
+        {"more": torch.ones(1)},
+    ):
+        changed(change)()
+        assert "damaged, or of another flow (" in error_of(lambda: fit(run))
+    file.write_bytes(content)
+    (file.parent / ".metadata").write_bytes(planted)  # which PyTorch's checkpoints have
+    fit(run, replace(SETTINGS, steps=13))
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_checkpoint_of_any_step_is_found(tmp_path: Path) -> None:
+    for step in (5, 10**8, 10**9):
+        write_checkpoint(tmp_path, step, {"x": torch.ones(2)}, Processes())
+        assert (last_checkpoint(tmp_path) or (0,))[0] == step
+    assert len(list(tmp_path.iterdir())) == 1

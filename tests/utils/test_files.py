@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import math
 import os
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
 from jacobiflow.errors import InputValueError
 from jacobiflow.utils.files import (
     FolderInUseError,
+    append,
     atomic_path,
     json_bytes,
     locked,
@@ -60,6 +63,8 @@ def test_an_error_leaves_the_file_as_it_was_and_names_it(tmp_path: Path, monkeyp
         write_atomically(path, b"bytes")
     assert path.read_text() == "before"
     assert sorted(os.listdir(tmp_path)) == ["f", "folder"]
+    with pytest.raises(OSError, match=r"No space left on device: '/dev/full'$"):
+        append(Path("/dev/full"), "text")
 
 
 def test_content_is_on_the_disk_before_the_rename(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -81,15 +86,25 @@ def test_json_is_indented_and_without_infinities(tmp_path: Path) -> None:
     assert json.loads(text, parse_constant=pytest.fail) == read_json(tmp_path / "f") == back
     assert text.count("\n ") == 13
     assert json_bytes({"a": [1, 2.5]}, indent=None) == b'{"a":[1,2.5]}\n'
+    (tmp_path / "g").write_bytes(b"\xef\xbb\xbf[1]")  # as an editor on Windows writes it
+    assert read_json(tmp_path / "g") == [1]
     (tmp_path / "g").write_bytes(b"c")
     assert sha256(b"ab", b"", tmp_path / "g") == hashlib.sha256(b"abc").hexdigest()
 
 
-@pytest.mark.parametrize("text", ["NaN", "[Infinity]", '{"a": -Infinity}', "{", "[" * 100_000, "9" * 5000, "\xff"])
-def test_what_is_not_json_is_one_error(text: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("NaN", "NaN"), ("[Infinity]", "Infinity"), ('{"a": [1, -Infinity]}', '-Infinity after "a"'),
+        ('{"NaN": {"rate": NaN}}', 'NaN after "rate"'), ("{", "Expecting"), ("[" * 100_000, "maximum recursion"),
+        ("9" * 5000, "Exceeds the limit"), ("\xff", "utf-8"), ('"a"'.encode("utf-16").decode("latin1"), "utf-8"),
+    ],
+    ids=range(9),
+)  # fmt: skip
+def test_what_is_not_json_is_one_error(text: str, reason: str, tmp_path: Path) -> None:
     (tmp_path / "f").write_bytes(text.encode("latin1"))
     assert read_object(tmp_path / "f") is None
-    with pytest.raises(InputValueError, match=r"^not JSON \([^;]*\)$"):
+    with pytest.raises(InputValueError, match=rf"^not JSON \([^;]*{reason}[^;]*\)$"):
         read_json(tmp_path / "f")
 
 
@@ -113,6 +128,14 @@ def test_one_process_at_a_time_and_an_error_leaves_no_new_folder(tmp_path: Path)
                 (out / "file").touch()
             raise KeyError
         assert out.exists() == has_file
+
+
+def test_a_file_system_without_locks_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A lock by a file that merely exists would outlive a process that is killed."""
+    monkeypatch.setattr("fcntl.flock", Mock(side_effect=OSError(errno.ENOSYS, "Function not implemented")))
+    message = r"/out: cannot be used as a folder \(no flock on its file system\); give another folder$"
+    with pytest.raises(OSError, match=message), locked(tmp_path / "out"):
+        pass
 
 
 def test_a_command_writes_into_a_folder_that_is_new_empty_or_its_own(tmp_path: Path) -> None:

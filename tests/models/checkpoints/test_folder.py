@@ -378,6 +378,8 @@ def test_every_tensor_that_does_not_fit_is_named(saved: Path) -> None:
     message = error_with(extra=torch.zeros(2), blocks__1__pos_embed=torch.zeros(4, 9))
     assert all(name in message for name in ("blocks.0.proj_in.bias", "extra", "blocks.1.pos_embed"))
     state = make().state_dict()
-    integers, infinite = torch.zeros(4, 8, dtype=torch.int64), torch.full((4, 8), torch.inf)
-    message = error_with(blocks__0__pos_embed=integers, blocks__1__pos_embed=infinite, var=torch.zeros(4, 4))
-    assert "blocks.0.pos_embed is of torch.int64; blocks.1.pos_embed has non-finite values; var has" in message
+    infinite = torch.full((4, 8), torch.inf)
+    for other in (torch.int64, torch.float8_e4m3fn):
+        wrong = torch.zeros(4, 8).to(other)
+        message = error_with(blocks__0__pos_embed=wrong, blocks__1__pos_embed=infinite, var=torch.zeros(4, 4))
+        assert f"blocks.0.pos_embed is of {other}; blocks.1.pos_embed has non-finite values; var has" in message
