@@ -9,11 +9,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 
 from jacobiflow.distributed.launch import find_launch
 from jacobiflow.distributed.watch import ProcessFailed, Watch, message_of
@@ -135,14 +137,15 @@ def processes() -> Iterator[Processes]:
         return
     try:
         socket.getaddrinfo(launch.host, launch.port)  # The store would try an unknown name again for minutes.
-        connection = _connect(launch.host, launch.port, launch.hosts_store)
-        watch_connection = _connect(launch.host, connection.port, hosts=False)
-        store, watch_store = (_with_prefix(launch.attempt, each) for each in (connection, watch_connection))
+        connect = partial(TCPStore, timeout=_START_TIMEOUT, wait_for_workers=False, multi_tenant=True)
+        connection = connect(launch.host, launch.port, is_master=launch.hosts_store)
+        watch_connection = connect(launch.host, connection.port, is_master=False)
+        store, watch_store = (PrefixStore(launch.attempt, each) for each in (connection, watch_connection))
         store.set(f"started {launch.rank}", "")
         store.wait([f"started {rank}" for rank in range(launch.count)])
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
         dist.init_process_group(
-            backend, store=_with_prefix("group", store), rank=launch.rank, world_size=launch.count, timeout=_TIMEOUT
+            backend, store=PrefixStore("group", store), rank=launch.rank, world_size=launch.count, timeout=_TIMEOUT
         )
     except (OSError, ValueError, RuntimeError) as error:
         raise InputValueError(
@@ -152,7 +155,7 @@ def processes() -> Iterator[Processes]:
     watch = Watch(watch_store, launch.rank, launch.count)
     watch.start()
     try:
-        yield Processes(launch.rank, launch.count, launch.local_rank, _with_prefix("work", store))
+        yield Processes(launch.rank, launch.count, launch.local_rank, PrefixStore("work", store))
         dist.barrier()
     except BaseException as error:
         watch.raise_failure(error)
@@ -160,13 +163,3 @@ def processes() -> Iterator[Processes]:
     finally:
         watch.stop()
     dist.destroy_process_group()
-
-
-def _connect(host: str, port: int, hosts: bool) -> Any:
-    return dist.TCPStore(  # type: ignore[attr-defined]
-        host, port, is_master=hosts, timeout=_START_TIMEOUT, wait_for_workers=False, multi_tenant=True
-    )
-
-
-def _with_prefix(prefix: str, store: Any) -> Any:
-    return dist.PrefixStore(prefix, store)  # type: ignore[attr-defined]

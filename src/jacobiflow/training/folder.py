@@ -4,13 +4,15 @@ run.json               the flow, the settings and the data, which a resumed run 
 checkpoint-0000000100  the state after that step; the last one only
 metrics.jsonl          a line for each step
 config.json, ...       the averaged flow of the last checkpoint, a model folder
+tensorboard            the metrics, if TensorBoard is installed
 """
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,15 @@ from jacobiflow.distributed import Processes
 from jacobiflow.errors import InputError, InputValueError, first_line
 from jacobiflow.training.checkpoint import check_state, write_state
 from jacobiflow.utils.checks import format_value
-from jacobiflow.utils.files import parse_json, read_json, regular_file, remove_partials, write_atomically, write_json
+from jacobiflow.utils.files import (
+    named_errors,
+    parse_json,
+    read_json,
+    regular_file,
+    remove_partials,
+    write_atomically,
+    write_json,
+)
 
 RUN = "run.json"
 METRICS = "metrics.jsonl"
@@ -70,8 +80,8 @@ def read_metrics(folder: str | Path) -> list[TrainMetrics]:
     metrics = []
     for number, line in enumerate(lines, 1):
         try:
-            metrics.append(msgspec.convert(parse_json(line), TrainMetrics))
-        except (InputError, msgspec.ValidationError) as error:
+            metrics.append(msgspec.json.decode(line, type=TrainMetrics))
+        except msgspec.MsgspecError as error:
             if number == len(lines) and not line.endswith(b"\n"):
                 break
             raise InputValueError(f"{path}: line {number} is not of this trainer ({error}); {_REMEDY}") from error
@@ -110,25 +120,21 @@ def _read_run(path: Path) -> dict[str, Any]:
     return dict(run)
 
 
-def last_checkpoint(out: Path) -> tuple[int, Path] | None:
-    """Returns the step of the last checkpoint, and its folder; None if there is none."""
+def last_checkpoint(out: Path) -> tuple[int, Path | None]:
+    """Returns the step of the last checkpoint, and its folder; 0 and None if there is none."""
     paths = sorted(out.glob(_ANY_CHECKPOINT))
-    return (int(paths[-1].name.rpartition("-")[2]), paths[-1]) if paths else None
+    return (int(paths[-1].name.rpartition("-")[2]), paths[-1]) if paths else (0, None)
 
 
 def write_checkpoint(out: Path, step: int, state: Mapping[str, Tensor], processes: Processes) -> None:
     """Writes a checkpoint, to which every process adds its part, and removes earlier ones."""
     path, partial = out / _CHECKPOINT.format(step), out / _PARTIAL
 
-    def make_folder() -> None:
-        remove_leftovers(out)
-        partial.mkdir()
-
     def replace_earlier() -> None:
         partial.rename(path)
         remove_leftovers(out)
 
-    processes.run_on_rank_zero(make_folder)
+    processes.run_on_rank_zero(partial.mkdir)
     write_state(partial, state, processes)
     processes.run_on_rank_zero(replace_earlier)
 
@@ -148,11 +154,30 @@ def trim_metrics(out: Path, step: int) -> None:
         write_atomically(out / METRICS, "".join(lines).encode())
 
 
+@contextmanager
+def open_board(out: Path, step: int) -> Iterator[Callable[[TrainMetrics], None]]:
+    """Yields a function that writes metrics after `step` for TensorBoard; it does nothing if that is not installed."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        yield lambda metrics: None
+        return
+    with SummaryWriter(str(out / "tensorboard"), purge_step=step + 1) as writer:
+
+        def write(metrics: TrainMetrics) -> None:
+            with named_errors(out / "tensorboard"):
+                for name, value in asdict(metrics).items():
+                    if value is not None and name != "step":
+                        writer.add_scalar(name, value, metrics.step)
+
+        yield write
+
+
 def problems(path: Path) -> Iterator[str]:
     """Yields a line for each problem of the training run in a folder, with the remedy."""
     try:
         _read_run(path / RUN)
-        step, checkpoint = last_checkpoint(path) or (0, None)
+        step, checkpoint = last_checkpoint(path)
         if checkpoint is not None:
             check_state(checkpoint)
         missing = set(range(1, step + 1)) - {metrics.step for metrics in read_metrics(path)}

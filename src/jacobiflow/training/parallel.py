@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -75,22 +74,14 @@ class ParallelFlow:
 
     def backward(self, batch: Batch, is_last_part: bool) -> Losses:
         """Adds the gradients of a part of a step, and exchanges them with the other processes after the last part."""
-        with self._exchange(is_last_part):
+        if self.is_sharded:
+            self.loss.set_requires_gradient_sync(is_last_part)  # type: ignore[operator]
+        has_replicas = self.processes.count > 1 and not self.is_sharded
+        with self._replicated.no_sync() if has_replicas and not is_last_part else nullcontext():
             losses = self._replicated(*to_flow(batch, self.flow))
             # Both DDP and FSDP divide the sum of the gradients by the number of processes.
             (losses.loss.sum() * (self.processes.count / self.config.batch_size)).backward()
         return losses
-
-    @contextmanager
-    def _exchange(self, is_last_part: bool) -> Iterator[None]:
-        if self.is_sharded:
-            self.loss.set_requires_gradient_sync(is_last_part)  # type: ignore[operator]
-            yield
-        elif self.processes.count > 1 and not is_last_part:
-            with self._replicated.no_sync():
-                yield
-        else:
-            yield
 
     @torch.no_grad()
     def losses_of_average(self, batch: Batch) -> Losses:

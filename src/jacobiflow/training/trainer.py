@@ -6,7 +6,7 @@ import hashlib
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing
+from contextlib import ExitStack
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -23,7 +23,6 @@ from jacobiflow.distributed import Processes
 from jacobiflow.errors import InputValueError
 from jacobiflow.models.checkpoints.folder import check_own_model, write_model
 from jacobiflow.models.flow import Flow, check_flow
-from jacobiflow.training.board import Board
 from jacobiflow.training.checkpoint import read_state
 from jacobiflow.training.config import MAY_CHANGE, TrainConfig
 from jacobiflow.training.folder import (
@@ -31,19 +30,13 @@ from jacobiflow.training.folder import (
     RUN,
     TrainMetrics,
     last_checkpoint,
+    open_board,
     remove_leftovers,
     start_or_resume,
     trim_metrics,
     write_checkpoint,
 )
-from jacobiflow.training.loading import (
-    Batch,
-    NoisyItems,
-    StepKeys,
-    held_out_items,
-    load_batches,
-    training_items,
-)
+from jacobiflow.training.loading import HELD_OUT, TRAINING, Batch, NoisyItems, StepKeys, load_batches
 from jacobiflow.training.parallel import ParallelFlow, to_flow
 from jacobiflow.training.signals import StopSignals
 from jacobiflow.utils.checks import check_kind
@@ -116,20 +109,26 @@ def train(
     processes = Processes() if processes is None else processes
     noise = _check(flow, data, config, processes)
     out = Path(out)
-    items = training_items(data, config, noise, transform)
-    held_out = None if held_out is None else held_out_items(held_out, config, noise)
+    items = NoisyItems(data, transform, noise, config.label_dropout, config.seed, TRAINING)
+    held_out = None if held_out is None else NoisyItems(held_out, None, noise, 0.0, config.seed, HELD_OUT)
+    run = _describe(flow, config, items)
     with ExitStack() as stack:
-        run = _describe(flow, config, items)
-        processes.run_on_rank_zero(partial(_prepare_folder, out, run, stack))
+
+        def prepare_folder() -> None:
+            stack.enter_context(locked(out))
+            check_own_model(out)
+            start_or_resume(out, run)
+
+        processes.run_on_rank_zero(prepare_folder)
         processes.check_sees(out / RUN)
         stop = stack.enter_context(StopSignals())
         state = _Run(flow, items, held_out, config, out, processes)
         board = None
         if processes.rank == 0 and state.step < config.steps:
-            board = stack.enter_context(closing(Board(out, state.step)))
+            board = stack.enter_context(open_board(out, state.step))
         for metrics in state.steps(stop):
             if board is not None:
-                board.write(metrics)
+                board(metrics)
             if processes.rank == 0 and on_step is not None:
                 on_step(metrics)
             if processes.rank == 0 and progress is not None:
@@ -185,13 +184,6 @@ def _class_names(flow: Flow, data: Any) -> tuple[str, ...]:
     return names if len(names) == flow.config.num_classes else ()
 
 
-def _prepare_folder(out: Path, run: dict[str, Any], stack: ExitStack) -> None:
-    """Locks the folder until the stack closes, and begins a run there or checks that it resumes one."""
-    stack.enter_context(locked(out))
-    check_own_model(out)
-    start_or_resume(out, run)
-
-
 class _Run:
     """The state of a training run.
 
@@ -205,8 +197,8 @@ class _Run:
         processes: Processes,
     ) -> None:  # fmt: skip
         self.items, self.held_out, self.config, self.out, self.processes = items, held_out, config, out, processes
-        checkpoint = last_checkpoint(out)
-        self.step, self.seconds, self.stopped = 0 if checkpoint is None else checkpoint[0], 0.0, False
+        self.step, checkpoint = last_checkpoint(out)
+        self.seconds, self.stopped = 0.0, False
         self._checkpoint_step, self._model_step = self.step if checkpoint else -1, -1
         self._unsaved_lines = list[str]()
         if checkpoint is None and type(flow).initialize is not Flow.initialize:
@@ -217,19 +209,14 @@ class _Run:
         if flow.config.noise_std:
             average.recommended = SamplingSettings(denoise=1.0)
         average.classes = _class_names(flow, items.data)
-        self.optimizer = torch.optim.AdamW(
-            [{"params": list(self.parallel.loss.parameters()), "initial_lr": config.learning_rate}],
-            lr=config.learning_rate, betas=(0.9, 0.95), weight_decay=config.weight_decay,
-        )  # fmt: skip
+        parameters = self.parallel.loss.parameters()
+        self.optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.95), weight_decay=config.weight_decay)
         if checkpoint is None:
             self.parallel.update_average()
         else:
-            self._resume(checkpoint[1])
+            self._resume(checkpoint)
         processes.run_on_rank_zero(partial(trim_metrics, out, self.step))
         processes.run_on_rank_zero(partial(remove_leftovers, out))
-        self.scheduler = torch.optim.lr_scheduler.LambdaLR(
-            self.optimizer, lambda step: config.rate(step) / config.learning_rate, last_epoch=self.step - 1
-        )
 
     def steps(self, stop: StopSignals) -> Iterator[TrainMetrics]:
         """Takes the steps that are left, and yields their metrics."""
@@ -256,9 +243,8 @@ class _Run:
             losses = parallel.backward(next(batches), is_last_part=part == config.accumulation - 1)
             loss, squares = loss + losses.loss.detach().sum(), squares + losses.square_sum
         norm = nn.utils.clip_grad_norm_(parallel.loss.parameters(), config.max_grad_norm)
-        rate = self.scheduler.get_last_lr()[0]
+        self.optimizer.param_groups[0]["lr"] = rate = config.rate(self.step)
         self.optimizer.step()
-        self.scheduler.step()
         sums = torch.cat((loss.view(1), loss.new_full((1,), stop.received), squares.flatten()))
         means = parallel.sum_over_processes(sums) / config.batch_size
         if flow.learns_prior:
@@ -276,7 +262,7 @@ class _Run:
         bits = None
         if flow.image_shape is not None:
             bits = (nats + 0.5 * math.log(2 * math.pi)) / math.log(2) + 7  # The width of one of 256 levels is 2^-7.
-        return TrainMetrics(self.step, nats, bits, grad_norm, float(rate), self.seconds)
+        return TrainMetrics(self.step, nats, bits, grad_norm, rate, self.seconds)
 
     def _held_out_loss(self, items: NoisyItems) -> float:
         """Returns the mean loss of the averaged flow on held-out data."""

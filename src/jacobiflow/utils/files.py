@@ -33,7 +33,7 @@ def atomic_path(path: str | Path, sync: bool = True) -> Iterator[Path]:
     path = Path(path)
     partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}.partial")
     try:
-        with _named_errors(path, str(partial)):
+        with named_errors(path, str(partial)):
             yield partial
             if sync:
                 with partial.open("rb+") as file:  # Windows cannot sync a file that is open for reading only.
@@ -45,7 +45,7 @@ def atomic_path(path: str | Path, sync: bool = True) -> Iterator[Path]:
 
 
 @contextmanager
-def _named_errors(path: Path, partial: str | None = None) -> Iterator[None]:
+def named_errors(path: Path, partial: str | None = None) -> Iterator[None]:
     """Names `path` in errors of no file, such as that of a full disk, and in those of the file `partial`."""
     try:
         yield
@@ -63,7 +63,7 @@ def write_atomically(path: str | Path, data: bytes | bytearray, sync: bool = Tru
 
 def append(path: Path, text: str) -> None:
     """Adds text to the end of a file."""
-    with _named_errors(path), path.open("a") as file:
+    with named_errors(path), path.open("a") as file:
         file.write(text)
 
 
