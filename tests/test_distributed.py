@@ -175,7 +175,7 @@ def test_the_rank_of_a_process_by_torchrun_and_by_srun() -> None:
         ({**SRUN, "SLURM_STEP_NODELIST": ""}, "names no machine; set MASTER_ADDR to that of process 0"),
         (
             {**SRUN, "SLURM_STEP_NUM_TASKS": "0"},
-            "rank 5 of 0 processes, by RANK and .* start the processes by torchrun",
+            "rank 5 of 0 processes, by RANK and .* start them by torchrun",
         ),
         ({**TORCHRUN, "WORLD_SIZE": "-2"}, "rank 5 of -2 processes"),
         ({**SRUN, "SLURM_PROCID": "8"}, "rank 8 of 8 processes"),

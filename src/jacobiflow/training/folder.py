@@ -23,16 +23,8 @@ from torch import Tensor
 from jacobiflow.distributed import Processes
 from jacobiflow.errors import InputError, InputValueError, first_line
 from jacobiflow.training.checkpoint import check_state, write_state
+from jacobiflow.utils import files
 from jacobiflow.utils.checks import format_value
-from jacobiflow.utils.files import (
-    named_errors,
-    parse_json,
-    read_json,
-    regular_file,
-    remove_partials,
-    write_atomically,
-    write_json,
-)
 
 RUN = "run.json"
 METRICS = "metrics.jsonl"
@@ -76,7 +68,7 @@ def read_metrics(folder: str | Path) -> list[TrainMetrics]:
     A truncated last line is ignored.
     """
     path = Path(folder) / METRICS
-    lines = regular_file(path).read_bytes().splitlines(keepends=True) if path.exists() else []
+    lines = files.regular_file(path).read_bytes().splitlines(keepends=True) if path.exists() else []
     metrics = []
     for number, line in enumerate(lines, 1):
         try:
@@ -99,10 +91,10 @@ def start_or_resume(out: Path, run: Mapping[str, Any]) -> None:
         for entry in sorted(out.iterdir()):
             if not entry.name.startswith("."):
                 raise InputValueError(f"{out}: holds {entry.name}, and no {RUN}; give a new or empty folder")
-        write_json(path, {"format_version": _FORMAT_VERSION, **run})
+        files.write_json(path, {"format_version": _FORMAT_VERSION, **run})
         return
     earlier = _read_run(path)
-    run = parse_json(json.dumps(run).encode())  # Tuples become lists, as in the file.
+    run = files.parse_json(json.dumps(run).encode())  # Tuples become lists, as in the file.
     names = [name for name in {**earlier, **run} if earlier.get(name) != run.get(name)]
     if names:
         differences = "; ".join(f"{n}={format_value(earlier.get(n))}, not {format_value(run.get(n))}" for n in names)
@@ -111,7 +103,7 @@ def start_or_resume(out: Path, run: Mapping[str, Any]) -> None:
 
 def _read_run(path: Path) -> dict[str, Any]:
     try:
-        run = read_json(path)
+        run = files.read_json(path)
         version = run.pop("format_version")
     except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
         raise InputValueError(f"{path}: not of this trainer ({first_line(error)}); {_REMEDY}") from error
@@ -141,17 +133,18 @@ def write_checkpoint(out: Path, step: int, state: Mapping[str, Tensor], processe
 
 def remove_leftovers(out: Path) -> None:
     """Removes all checkpoints but the last one, and files that killed processes have left."""
-    remove_partials(out)
+    files.remove_partials(out)
     for path in (out / _PARTIAL, *sorted(out.glob(_ANY_CHECKPOINT))[:-1]):
         if path.exists():
             shutil.rmtree(path)
 
 
-def trim_metrics(out: Path, step: int) -> None:
-    """Removes the metrics of steps after `step`, which a run that resumes there takes again."""
+def remove_later(out: Path, step: int) -> None:
+    """Removes the metrics of steps after `step`, which a run that resumes there takes again, and leftovers."""
+    remove_leftovers(out)
     if (out / METRICS).exists():
         lines = [metrics.line() for metrics in read_metrics(out) if metrics.step <= step]
-        write_atomically(out / METRICS, "".join(lines).encode())
+        files.write_atomically(out / METRICS, "".join(lines).encode())
 
 
 @contextmanager
@@ -165,7 +158,7 @@ def open_board(out: Path, step: int) -> Iterator[Callable[[TrainMetrics], None]]
     with SummaryWriter(str(out / "tensorboard"), purge_step=step + 1) as writer:
 
         def write(metrics: TrainMetrics) -> None:
-            with named_errors(out / "tensorboard"):
+            with files.named_errors(out / "tensorboard"):
                 for name, value in asdict(metrics).items():
                     if value is not None and name != "step":
                         writer.add_scalar(name, value, metrics.step)

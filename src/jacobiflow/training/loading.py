@@ -96,9 +96,6 @@ class StepKeys(Sampler[list[Key]]):
         self.num, self.steps, self.config, self.processes = num, steps, config, processes
         self._order = lru_cache(maxsize=1)(self._draw_order)
 
-    def __len__(self) -> int:
-        return len(self.steps) * self.config.accumulation
-
     def __iter__(self) -> Iterator[list[Key]]:
         for step in self.steps:
             share = self.of_step(step)[self.processes.rank :: self.processes.count]

@@ -23,19 +23,10 @@ from jacobiflow.distributed import Processes
 from jacobiflow.errors import InputValueError
 from jacobiflow.models.checkpoints.folder import check_own_model, write_model
 from jacobiflow.models.flow import Flow, check_flow
+from jacobiflow.training import folder
 from jacobiflow.training.checkpoint import read_state
 from jacobiflow.training.config import MAY_CHANGE, TrainConfig
-from jacobiflow.training.folder import (
-    METRICS,
-    RUN,
-    TrainMetrics,
-    last_checkpoint,
-    open_board,
-    remove_leftovers,
-    start_or_resume,
-    trim_metrics,
-    write_checkpoint,
-)
+from jacobiflow.training.folder import TrainMetrics
 from jacobiflow.training.loading import HELD_OUT, TRAINING, Batch, NoisyItems, StepKeys, load_batches
 from jacobiflow.training.parallel import ParallelFlow, to_flow
 from jacobiflow.training.signals import StopSignals
@@ -117,15 +108,15 @@ def train(
         def prepare_folder() -> None:
             stack.enter_context(locked(out))
             check_own_model(out)
-            start_or_resume(out, run)
+            folder.start_or_resume(out, run)
 
         processes.run_on_rank_zero(prepare_folder)
-        processes.check_sees(out / RUN)
+        processes.check_sees(out / folder.RUN)
         stop = stack.enter_context(StopSignals())
         state = _Run(flow, items, held_out, config, out, processes)
         board = None
         if processes.rank == 0 and state.step < config.steps:
-            board = stack.enter_context(open_board(out, state.step))
+            board = stack.enter_context(folder.open_board(out, state.step))
         for metrics in state.steps(stop):
             if board is not None:
                 board(metrics)
@@ -197,7 +188,7 @@ class _Run:
         processes: Processes,
     ) -> None:  # fmt: skip
         self.items, self.held_out, self.config, self.out, self.processes = items, held_out, config, out, processes
-        self.step, checkpoint = last_checkpoint(out)
+        self.step, checkpoint = folder.last_checkpoint(out)
         self.seconds, self.stopped = 0.0, False
         self._checkpoint_step, self._model_step = self.step if checkpoint else -1, -1
         self._unsaved_lines = list[str]()
@@ -215,8 +206,7 @@ class _Run:
             self.parallel.update_average()
         else:
             self._resume(checkpoint)
-        processes.run_on_rank_zero(partial(trim_metrics, out, self.step))
-        processes.run_on_rank_zero(partial(remove_leftovers, out))
+        processes.run_on_rank_zero(partial(folder.remove_later, out, self.step))
 
     def steps(self, stop: StopSignals) -> Iterator[TrainMetrics]:
         """Takes the steps that are left, and yields their metrics."""
@@ -281,7 +271,7 @@ class _Run:
     def save(self) -> None:
         """Writes the metrics, the model folder and the checkpoint of this step, unless they are written."""
         if self.processes.rank == 0 and self._unsaved_lines:
-            append(self.out / METRICS, "".join(self._unsaved_lines))
+            append(self.out / folder.METRICS, "".join(self._unsaved_lines))
         self._unsaved_lines.clear()
         if self._model_step != self.step:
             average = self.parallel.averaged_flow()
@@ -290,7 +280,7 @@ class _Run:
             self.processes.gather(None)  # All processes see the model.
             self._model_step = self.step
         if self._checkpoint_step != self.step:
-            write_checkpoint(self.out, self.step, self._state(), self.processes)
+            folder.write_checkpoint(self.out, self.step, self._state(), self.processes)
             self._checkpoint_step = self.step
 
     def _state(self) -> dict[str, Tensor]:

@@ -19,17 +19,11 @@ from jacobiflow.blocks.guidance import SamplingSettings
 from jacobiflow.errors import CheckpointError, InputError, first_line
 from jacobiflow.models.checkpoints.card import format_model_card
 from jacobiflow.models.checkpoints.fingerprint import fingerprint
-from jacobiflow.models.checkpoints.tensors import TensorFiles, check_values, names_in, split_tensors
+from jacobiflow.models.checkpoints.tensors import check_values, map_tensors, split_tensors
 from jacobiflow.models.config import FlowConfig
 from jacobiflow.utils import serialization
 from jacobiflow.utils.checks import check_kind, format_value
-from jacobiflow.utils.files import (
-    atomic_path,
-    json_bytes,
-    read_object,
-    remove_partials,
-    write_atomically,
-)
+from jacobiflow.utils.files import atomic_path, json_bytes, read_object, remove_partials, write_atomically
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
@@ -92,11 +86,11 @@ class ModelFolder:
             config: AnyConfig = serialization.decode(config_type, self.fields)
         return config
 
-    def state(self) -> TensorFiles:
+    def state(self) -> dict[str, Tensor]:
         """Returns the tensors, which are read from the files when they are used."""
         index = self.path / INDEX
         if (self.path / WEIGHTS).exists() or not index.exists():
-            return TensorFiles(dict.fromkeys(names_in(self.path / WEIGHTS), self.path / WEIGHTS))
+            return map_tensors(self.path / WEIGHTS)
         with checkpoint_errors():
             entries = serialization.load(index, "model", partial(serialization.decode, dict[str, Any]))
             places = serialization.decode(dict[str, str], entries.get("weight_map"), f"model {index}: weight_map")
@@ -105,13 +99,13 @@ class ModelFolder:
                 raise CheckpointError(
                     f"{index}: names the file {format_value(name)}; name files of this folder, *.safetensors"
                 )
-        contents = {name: names_in(self.path / name) for name in sorted(set(places.values()))}
+        contents = {name: map_tensors(self.path / name) for name in sorted(set(places.values()))}
         for name, tensors in contents.items():
-            if differing := set(tensors) ^ {tensor for tensor, place in places.items() if place == name}:
+            if differing := tensors.keys() ^ {tensor for tensor, place in places.items() if place == name}:
                 raise CheckpointError(
                     f"{self.path / name}: has other tensors than {INDEX} names ({min(differing)!r}); copy both again"
                 )
-        return TensorFiles({tensor: self.path / name for tensor, name in places.items()})
+        return {name: tensor for tensors in contents.values() for name, tensor in tensors.items()}
 
 
 @contextmanager
@@ -128,9 +122,7 @@ def import_hub() -> Any:
     try:
         import huggingface_hub
     except ImportError as error:
-        raise CheckpointError(
-            "models on the hub need the package huggingface_hub: pip install 'jacobiflow[cli]'"
-        ) from error
+        raise CheckpointError("the hub needs huggingface_hub: pip install 'jacobiflow[cli]'") from error
     return huggingface_hub
 
 

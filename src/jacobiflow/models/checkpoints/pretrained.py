@@ -64,7 +64,7 @@ class Pretrained(nn.Module):
         maps: bool = False,
     ) -> Self:  # fmt: skip
         """Loads the flow of an open folder; `maps` leaves its weights as they are, mapped to their files."""
-        config, state = folder.config(cls.config_types), folder.state().map_all() if maps else folder.state()
+        config, state = folder.config(cls.config_types), folder.state()
         if folder.classes and len(folder.classes) != config.num_classes:
             raise CheckpointError(
                 f"{folder.path / CONFIG}: {len(folder.classes)} names of {config.num_classes} classes; name all, or "
