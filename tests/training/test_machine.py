@@ -18,7 +18,7 @@ import torch
 from filelock import FileLock
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 import jacobiflow as jf
 from jacobiflow.data import ImageDataset
@@ -185,15 +185,7 @@ class Training(RuleBasedStateMachine):
         shutil.rmtree(self.folder)
 
 
-@pytest.mark.usefixtures("one_thread")
-def test_training_whatever_happens() -> None:
-    run_state_machine_as_test(
-        Training,
-        settings=settings(
-            max_examples=12,
-            stateful_step_count=8,
-            deadline=None,
-            derandomize=True,
-            suppress_health_check=list(HealthCheck),
-        ),
-    )
+test_training_whatever_happens = pytest.mark.usefixtures("one_thread")(Training.TestCase)
+test_training_whatever_happens.settings = settings(
+    max_examples=settings.default.max_examples // 2, stateful_step_count=8, suppress_health_check=list(HealthCheck)
+)
