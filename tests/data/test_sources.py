@@ -182,7 +182,7 @@ def test_a_class_for_each_subfolder_in_order_of_name(tmp_path: Path) -> None:
     assert np.array_equal(flat.images[:].permute(0, 2, 3, 1), pixels[1:3])
 
 
-@pytest.mark.parametrize("names", [["a/self"], ["a/self", "a/twin"], ["a/b/self"]])
+@pytest.mark.parametrize("names", [["a/self", "a/twin"], ["a/b/self"]])
 def test_a_link_to_a_folder_above_is_refused(names: list[str], tmp_path: Path) -> None:
     write_image(tmp_path / "a" / "b" / "0.png", random_bytes(8, 8))
     for name in names:

@@ -300,5 +300,4 @@ def test_a_damaged_checkpoint_is_refused_and_runs_no_code(undisturbed: Path, tmp
 def test_a_checkpoint_of_any_step_is_found(tmp_path: Path) -> None:
     for step in (5, 10**8, 10**9):
         folder.write_checkpoint(tmp_path, step, {"x": torch.ones(2)}, Processes())
-        assert folder.last_checkpoint(tmp_path) == (step, next(tmp_path.iterdir()))
-    assert len(list(tmp_path.iterdir())) == 1
+        assert folder.last_checkpoint(tmp_path) == (step, *tmp_path.iterdir())
