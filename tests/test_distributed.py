@@ -37,7 +37,6 @@ CALLS = (
     "print(sorted(map(str, sum(claims, []))), list(p.map(lambda x: x * x, [3, 1, 2])))",
 )
 ENDS = {"raise": RAISE, "kill": "os.kill(os.getpid(), signal.SIGKILL)", "interrupt": "raise KeyboardInterrupt"}
-# How a process ends, its number, and what the others do.
 FAILURES = ["interrupt-1-sleep"]
 FAILURES += [f"{end}-{wait}" for end in ("raise", "kill") for wait in ("0-gather", "1-sleep", "2-claim", "0-claim")]
 
@@ -71,8 +70,7 @@ def test_an_end_of_one_ends_all_with_its_message(name: str, ended: dict[str, lis
     others = list(ended[name])
     failed = others.pop(int(rank))
     # Without the store or a common call, the others notice a kill by signs of life that no longer come.
-    limit = 25 if name in ("kill-1-sleep", "kill-2-claim") else 10
-    assert all(each.seconds - failed.seconds < limit for each in others)
+    assert all(e.seconds - failed.seconds < (25 if name in ("kill-1-sleep", "kill-2-claim") else 10) for e in others)
     if end == "interrupt":  # The first process prints what is kept.
         assert [each.out for each in ended[name]] == ["KeyboardInterrupt \n"] * 3
         assert min(ended[name], key=lambda each: each.seconds) is ended[name][0]
@@ -124,7 +122,7 @@ SRUN = {
 
 def test_the_rank_of_a_process_by_torchrun_and_by_srun() -> None:
     assert find_launch({}) is find_launch({"SLURM_JOB_ID": "1", "SLURM_STEP_NUM_TASKS": "1"}) is None
-    assert find_launch({"RANK": "5", "WORLD_SIZE": "8"}) is None  # left by another program
+    assert find_launch({"RANK": "5"}) is None  # left by another program
     assert find_launch(TORCHRUN) == Launch(5, 8, 1, "node1", 29500, False, "0")
     first = {**TORCHRUN, "RANK": "0", "TORCHELASTIC_USE_AGENT_STORE": "False", "TORCHELASTIC_RESTART_COUNT": "2"}
     assert find_launch(first) == Launch(0, 8, 1, "node1", 29500, True, "2")
@@ -154,7 +152,6 @@ def test_the_rank_of_a_process_by_torchrun_and_by_srun() -> None:
         ({**TORCHRUN, "RANK": "-1"}, "rank -1 of 8 processes"),
         ({**TORCHRUN, "MASTER_PORT": "99999"}, "MASTER_PORT=99999: give a port from 1 to 65535"),
     ],
-    ids=range(10),
 )
 def test_variables_that_contradict_or_lack_are_refused(variables: dict[str, str], message: str) -> None:
     with pytest.raises(jf.InputError, match=message):
