@@ -1,9 +1,11 @@
-"""Processes: what they share, how they end together, and the place of each; parts."""
+"""Processes: what they share, how they end together, and the rank of each; parts."""
 
 from __future__ import annotations
 
 import os
+import socket
 from pathlib import Path
+from typing import Any
 from unittest.mock import Mock
 
 import pytest
@@ -17,94 +19,75 @@ from jacobiflow.distributed.launch import Launch, find_launch, first_host
 from tests.helpers.process_groups import Ended, Job, run_jobs
 
 FORKS = pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
-RAISE = "if rank == {}: raise jf.CheckpointError('no room')"
-KILL = "if rank == {}: os.kill(os.getpid(), signal.SIGKILL)"
+RAISE = "raise jf.CheckpointError('no room')"
 WAITS = {"gather": "p.gather(1)", "sleep": "time.sleep(60)", "claim": "[time.sleep(0.1) for _ in p.claim(range(999))]"}
 
 
-def program(*lines: str) -> list[str]:
-    """A program that runs lines with the processes as `p`, and prints the error that ends it."""
+def job(name: str, *lines: str, launcher: str = "torchrun") -> Job:
+    """Three processes that run lines with the processes as `p`, and print the error that ends them."""
     body = "".join(f"        {line}\n" for line in lines)
     start = "import os, signal, time\nimport jacobiflow as jf\ntry:\n    with jf.processes() as p:\n"
-    return [
-        "python",
-        f"{start}{body}except (jf.InputError, KeyboardInterrupt) as error:\n    print(type(error).__name__, error)",
-    ]
+    end = "except (jf.InputError, KeyboardInterrupt) as error:\n    print(type(error).__name__, error)"
+    return Job(["python", f"{start}{body}{end}"], 3, name=name, launcher=launcher)
 
 
-# ----------------------------------------------------------------------------------------------------------- together
+CALLS = (
+    "print(p.rank, p.count, p.run_on_rank_zero(lambda: [rank, 7]), p.gather(rank))",
+    "claims = p.gather(list(p.claim('abcdefgh')) + list(p.claim([])) + list(p.claim(range(5))))",
+    "print(sorted(map(str, sum(claims, []))), list(p.map(lambda x: x * x, [3, 1, 2])))",
+)
+ENDS = {"raise": RAISE, "kill": "os.kill(os.getpid(), signal.SIGKILL)", "interrupt": "raise KeyboardInterrupt"}
+FAILURES = ["interrupt-1-sleep"]
+FAILURES += [f"{end}-{wait}" for end in ("raise", "kill") for wait in ("0-gather", "1-sleep", "2-claim", "0-claim")]
 
 
-@FORKS
-def test_three_processes_exchange_values_and_share_units(tmp_path: Path) -> None:
-    calls = [
-        "print(p.rank, p.count, p.run_on_rank_zero(lambda: [rank, 7]), p.gather(rank))",
-        "claims = p.gather(list(p.claim('abcdefgh')) + list(p.claim([])) + list(p.claim(range(5))))",
-        "print(sorted(map(str, sum(claims, []))), list(p.map(lambda x: x * x, [3, 1, 2])))",
-    ]
-    job = Job(program(*calls), 3)
-    for launcher in ("torchrun", "srun"):
-        (ended,) = run_jobs([[Job(job.line, 3, launcher=launcher)]], tmp_path)
-        shared = f"{sorted([*'abcdefgh', *'01234'])} [9, 1, 4]\n"
-        for rank, each in enumerate(ended["job"]):
-            assert (each.code, each.err) == (0, "")
-            assert each.out == f"{rank} 3 [0, 7] [0, 1, 2]\n{shared}"
-
-
-@FORKS
-def test_an_error_or_a_kill_of_one_ends_all_with_its_message(tmp_path: Path) -> None:
-    """Whatever the others do. The first that reports an error prints it; the others know that it does."""
-    jobs = [
-        Job(program(end.format(rank), wait), 3, name=f"{name}-{rank}-{wait_name}")
-        for name, end in (("raise", RAISE), ("kill", KILL))
-        for rank, wait_name in ((0, "gather"), (1, "sleep"), (2, "claim"), (0, "claim"))
-        for wait in [WAITS[wait_name]]
-    ]
-    for ended in run_jobs([[job] for job in jobs], tmp_path):
-        ((name, ranks),) = ended.items()
-        kind, number, _ = name.split("-")
-        failed, others = ranks[int(number)], [each for i, each in enumerate(ranks) if i != int(number)]
-        # Without the store or a common call, the others notice a kill by signs of life that no longer come.
-        limit = 25 if name in ("kill-1-sleep", "kill-2-claim") else 10
-        assert all(each.seconds - failed.seconds < limit for each in others), name
-        if kind == "raise":
-            assert (failed.code, failed.out) == (0, "CheckpointError no room\n"), name
-            assert {each.out for each in others} == {"ProcessFailed no room\n"}, name
-            assert all(each.seconds > failed.seconds for each in others), "a launcher kills all once one has ended"
-        else:
-            assert failed.code == -9
-            assert all(lost(each) for each in others), (name, others)
-
-
-def lost(ended: Ended) -> bool:
-    """Whether a process says that another one has ended."""
-    return ended.out.startswith("ProcessFailed ") and "ended without a message, or hangs" in ended.out
+@pytest.fixture(scope="module", params=[5, pytest.param(1, marks=pytest.mark.slow)])
+def ended(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Ended]]:
+    """How the processes of each job ended."""
+    first = f"p.run_on_rank_zero(lambda: exec({RAISE!r}))"
+    jobs = [*(job(name, *CALLS, launcher=name) for name in ("torchrun", "srun")), job("raise-0-first", first)]
+    for name in FAILURES:
+        end, rank, wait = name.split("-")
+        jobs.append(job(name, "p.gather(0)", f"if rank == {rank}: {ENDS[end]}", WAITS[wait]))
+    done = run_jobs([jobs[i : i + 4] for i in (0, 4, 8)], tmp_path_factory.mktemp("jobs"), request.param)
+    return {name: ranks for jobs in done for name, ranks in jobs.items()}
 
 
 @FORKS
-def test_an_error_on_the_first_process_while_others_wait_for_it(tmp_path: Path) -> None:
-    line = "p.run_on_rank_zero(lambda: jf.SampleFolder.open('no-room'))"
-    (ended,) = run_jobs([[Job(program(line))]], tmp_path)
-    first, second = ended["job"]
-    assert first.out.startswith("SampleFolderError no-room: no such folder")
-    assert second.out == first.out.replace("SampleFolderError", "ProcessFailed")
-    assert second.seconds > first.seconds
+@pytest.mark.parametrize("launcher", ["torchrun", "srun"])
+def test_three_processes_exchange_values_and_share_units(launcher: str, ended: dict[str, list[Ended]]) -> None:
+    shared = f"{sorted([*'abcdefgh', *'01234'])} [9, 1, 4]\n"
+    for rank, each in enumerate(ended[launcher]):
+        assert (each.code, each.err) == (0, "")
+        assert each.out == f"{rank} 3 [0, 7] [0, 1, 2]\n{shared}"
 
 
 @FORKS
-def test_an_interrupt_of_one_ends_all_as_interrupted(tmp_path: Path) -> None:
-    """The first process, which prints what is kept, ends before the others, which a launcher then kills."""
-    (ended,) = run_jobs([[Job(program("if rank == 1: raise KeyboardInterrupt", WAITS["sleep"]), 3)]], tmp_path)
-    first, *others = ended["job"]
-    assert [each.out for each in ended["job"]] == ["KeyboardInterrupt \n"] * 3
-    assert all(each.seconds > first.seconds for each in others)
-
-
-# -------------------------------------------------------------------------------------------------------------- alone
+@pytest.mark.parametrize("name", [*FAILURES, "raise-0-first"])
+def test_an_end_of_one_ends_all_with_its_message(name: str, ended: dict[str, list[Ended]]) -> None:
+    """Whatever the others do. One prints the message and ends first; a launcher then kills the others."""
+    end, rank, _ = name.split("-")
+    others = list(ended[name])
+    failed = others.pop(int(rank))
+    # Without the store or a common call, the others notice a kill by signs of life that no longer come.
+    assert all(e.seconds - failed.seconds < (25 if name in ("kill-1-sleep", "kill-2-claim") else 10) for e in others)
+    if end == "interrupt":  # The first process prints what is kept.
+        assert [each.out for each in ended[name]] == ["KeyboardInterrupt \n"] * 3
+        assert min(ended[name], key=lambda each: each.seconds) is ended[name][0]
+    elif end == "raise":
+        assert (failed.code, failed.out) == (0, "CheckpointError no room\n")
+        assert {each.out for each in others} == {"ProcessFailed no room\n"}
+        assert all(each.seconds > failed.seconds for each in others)
+    else:
+        assert failed.code == -9
+        for each in others:
+            assert each.out.startswith("ProcessFailed ") and "ended without a message, or hangs" in each.out
 
 
 @pytest.mark.parametrize(("num_gpus", "own"), [(4, 1), (1, 0)])
-def test_a_process_alone_and_its_devices(num_gpus: int, own: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_process_alone_and_its_devices(
+    num_gpus: int, own: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     chosen = Mock()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: num_gpus)
@@ -114,24 +97,18 @@ def test_a_process_alone_and_its_devices(num_gpus: int, own: int, monkeypatch: p
         assert list(alone.claim("abc")) == ["a", "b", "c"] and list(alone.map(str, [1, 2])) == ["1", "2"]
     assert not torch.distributed.is_initialized()
     assert [alone.device(name) for name in ("cpu", "cuda", "cuda:3")] == ["cpu", "cuda", "cuda:3"]
-    variables = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-    for name, value in {"TORCHELASTIC_RUN_ID": "test", **variables}.items():
-        monkeypatch.setenv(name, value)
+    ranks = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    monkeypatch.setattr(os, "environ", {"TORCHELASTIC_RUN_ID": "test", **ranks})
     with jf.processes() as one:
         assert one.device("cpu") == "cpu"
     sixth = Processes(rank=5, count=8, local_rank=1)
+    with pytest.raises(jf.InputError, match=r"^.*: process 5 does not see it; give one on a shared disk$"):
+        sixth.check_sees(tmp_path / "manifest.json")
     assert [sixth.device(name) for name in ("cpu", "cuda:3")] == ["cpu", "cuda:3"]
     chosen.assert_not_called()
     assert sixth.device("cuda") == f"cuda:{own}"
     chosen.assert_called_once_with(own)
 
-
-def test_a_file_that_a_process_does_not_see(tmp_path: Path) -> None:
-    with pytest.raises(jf.InputError, match=r"^.*: process 3 does not see it; give one on a shared disk$"):
-        Processes(3, 8).check_sees(tmp_path / "manifest.json")
-
-
-# ------------------------------------------------------------------------------------------------------------- launch
 
 TORCHRUN = {
     "TORCHELASTIC_RUN_ID": "none", "RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "MASTER_ADDR": "node1",
@@ -143,20 +120,22 @@ SRUN = {
 }  # fmt: skip
 
 
-def test_the_place_of_a_process_by_torchrun_and_by_srun() -> None:
+def test_the_rank_of_a_process_by_torchrun_and_by_srun() -> None:
     assert find_launch({}) is find_launch({"SLURM_JOB_ID": "1", "SLURM_STEP_NUM_TASKS": "1"}) is None
-    assert find_launch({"RANK": "5", "WORLD_SIZE": "8"}) is None  # left by another program
+    assert find_launch({"RANK": "5"}) is None  # left by another program
     assert find_launch(TORCHRUN) == Launch(5, 8, 1, "node1", 29500, False, "0")
     first = {**TORCHRUN, "RANK": "0", "TORCHELASTIC_USE_AGENT_STORE": "False", "TORCHELASTIC_RESTART_COUNT": "2"}
     assert find_launch(first) == Launch(0, 8, 1, "node1", 29500, True, "2")
-    launch = find_launch(SRUN)
-    assert launch == Launch(5, 8, 1, "gpu03", launch.port if launch else 0, False)
-    assert launch is not None and 20_000 <= launch.port < 30_000
-    other = find_launch({**SRUN, "SLURM_STEP_ID": "4", "SLURM_PROCID": "0"})
-    assert other is not None and other.port != launch.port and other.hosts_store
-    given_port = find_launch({**SRUN, "MASTER_ADDR": "me", "MASTER_PORT": "77"})
-    assert given_port is not None and (given_port.host, given_port.port) == ("me", 77)
+    find: Any = find_launch
+    port = find(SRUN).port
+    assert find(SRUN) == Launch(5, 8, 1, "gpu03", port, False) and 20_000 <= port < 30_000
+    other = find({**SRUN, "SLURM_STEP_ID": "4", "SLURM_PROCID": "0"})
+    assert other.port != port and other.hosts_store
+    assert find({**SRUN, "MASTER_ADDR": "me", "MASTER_PORT": "77"}) == Launch(5, 8, 1, "me", 77, False)
     assert find_launch({**SRUN, **TORCHRUN, "SLURM_STEP_NUM_TASKS": "2"}) == find_launch(TORCHRUN)
+    # SLURM writes numbers of one width in brackets, alone or as a range.
+    nodes = {"node1": "node1", "a-b,c": "a-b", "gpu[03-07,9],login": "gpu03", "n[9]": "n9", "r-[10,7-8]-b,x": "r-10-b"}
+    assert [first_host(each) for each in nodes] == [*nodes.values()]
 
 
 @pytest.mark.parametrize(
@@ -167,30 +146,24 @@ def test_the_place_of_a_process_by_torchrun_and_by_srun() -> None:
         ({name: value for name, value in TORCHRUN.items() if name != "MASTER_PORT"}, "MASTER_PORT is not set; start"),
         ({name: value for name, value in SRUN.items() if name != "SLURM_LOCALID"}, "SLURM_LOCALID is not set; start"),
         ({**SRUN, "SLURM_STEP_NODELIST": ""}, "names no machine; set MASTER_ADDR to that of process 0"),
+        ({**SRUN, "SLURM_STEP_NUM_TASKS": "0"}, "rank 5 of 0 processes, by RANK .* start them by torchrun or srun"),
+        ({**TORCHRUN, "WORLD_SIZE": "-2"}, "rank 5 of -2 processes"),
+        ({**SRUN, "SLURM_PROCID": "8"}, "rank 8 of 8 processes"),
+        ({**TORCHRUN, "RANK": "-1"}, "rank -1 of 8 processes"),
+        ({**TORCHRUN, "MASTER_PORT": "99999"}, "MASTER_PORT=99999: give a port from 1 to 65535"),
     ],
-    ids=range(5),
 )
 def test_variables_that_contradict_or_lack_are_refused(variables: dict[str, str], message: str) -> None:
     with pytest.raises(jf.InputError, match=message):
         find_launch(variables)
 
 
-NAME = st.from_regex(r"[a-z][a-z-]{0,8}", fullmatch=True)
-RANGE = st.tuples(st.integers(0, 99), st.integers(1, 50), st.integers(1, 4))
-
-
-@given(NAME, st.lists(RANGE, min_size=0, max_size=4), NAME, st.lists(NAME, max_size=3))
-def test_the_first_host_of_a_node_list(
-    name: str, ranges: list[tuple[int, int, int]], suffix: str, more: list[str]
-) -> None:
-    """SLURM writes numbers of one width in brackets, alone or as a range."""
-    texts = [f"{start:0{width}}" + f"-{start + length:0{width}}" * (length > 1) for start, length, width in ranges]
-    first = f"{ranges[0][0]:0{ranges[0][2]}}" if ranges else ""
-    nodes = name + (f"[{','.join(texts)}]{suffix}" if ranges else "")
-    assert first_host(",".join([nodes, *more])) == (f"{name}{first}{suffix}" if ranges else name)
-
-
-# -------------------------------------------------------------------------------------------------------------- parts
+def test_a_name_of_no_machine_is_refused_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(socket, "getaddrinfo", Mock(side_effect=socket.gaierror(-2, "Name or service not known")))
+    monkeypatch.setattr(os, "environ", TORCHRUN)
+    message = r"process 5 of 8 cannot reach the others by node1:29500 \(.*not known\); check .*MASTER_ADDR"
+    with pytest.raises(jf.InputError, match=message), jf.processes():
+        pass
 
 
 @given(st.integers(1, 12), st.integers(0, 40))

@@ -32,7 +32,7 @@ def test_it_writes_a_model_that_sample_takes(run: Any, tmp_path: Path) -> None:
         rf"3 steps: loss [+-][\d.]+, [\d.]+ bits per dimension\nwrote the model folder {tmp_path}/run\n", result.out
     )
     assert sorted(os.listdir(tmp_path / "run")) == [
-        ".lock", "README.md", "checkpoint-00000003", "config.json", "metrics.jsonl", "model.safetensors", "run.json",
+        ".lock", "README.md", "checkpoint-0000000003", "config.json", "metrics.jsonl", "model.safetensors", "run.json",
         "samples-000003.png", "tensorboard",
     ]  # fmt: skip
     assert figures(tmp_path / "f")["last_step"]["step"] == 3

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from numpy.typing import NDArray
@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 from jacobiflow.data import DataError, ImageDataset, balanced_labels, quantize, scale
 
 
-@settings(deadline=None, max_examples=50)
 @given(hnp.arrays(np.float32, hnp.array_shapes(max_side=4), elements=st.floats(-3, 3, width=32)))
 def test_levels_round_trip_and_values_are_rounded_to_the_nearest(values: NDArray[np.float32]) -> None:
     images, every = torch.from_numpy(values.copy()), torch.arange(256, dtype=torch.uint8)

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from numpy.typing import NDArray
@@ -63,8 +63,7 @@ def test_npz_files(tmp_path: Path) -> None:
     assert np.array_equal(data.images[:, 0], grey)
     assert data.labels is not None and data.labels.tolist() == [0, 2, 1, 2, 0]
     np.savez(file, images=colour)
-    data = load_images(str(file), 4, 3)
-    assert np.array_equal(data.images, colour) and data.labels is None
+    assert np.array_equal(load_images(str(file), 4, 3).images, colour)
     broken: list[dict[str, Any]] = [
         {"labels": np.zeros(5)}, {"images": colour / 255}, {"images": colour, "labels": np.zeros(5)},
         {"images": colour, "labels": np.zeros(4, int)}, {"images": np.array([None], object)},
@@ -74,8 +73,10 @@ def test_npz_files(tmp_path: Path) -> None:
         with pytest.raises(DataError, match=f"^{file}: "):
             load_images(str(file), 4, 3)
     file.write_bytes(file.read_bytes()[:-30])
-    with pytest.raises(DataError, match=f"^{file}: no .npz file with images and labels"):
-        load_images(str(file), 4, 3)
+    os.mkfifo(tmp_path / "pipe.npz")
+    for name in ("some.npz", "pipe.npz"):
+        with pytest.raises(DataError, match=f"/{name}: no .npz file with images and labels"):
+            load_images(str(tmp_path / name), 4, 3)
 
 
 def test_a_source_without_test_images_has_no_test_split(tmp_path: Path) -> None:
@@ -132,7 +133,6 @@ def idx_files(draw: st.DrawFn) -> tuple[bytes, Bytes | None]:
     return bytes(content[: draw(st.integers(0, len(content)))]), None
 
 
-@settings(deadline=None, max_examples=100)
 @given(file=idx_files())
 @example((b"\0\0\x08", None))
 @example((b"\0\0\x08\xff" + bytes(4 * 255), None))  # more axes than NumPy has
@@ -181,7 +181,7 @@ def test_a_class_for_each_subfolder_in_order_of_name(tmp_path: Path) -> None:
     assert np.array_equal(flat.images[:].permute(0, 2, 3, 1), pixels[1:3])
 
 
-@pytest.mark.parametrize("names", [["a/self"], ["a/self", "a/twin"], ["a/b/self"]])
+@pytest.mark.parametrize("names", [["a/self", "a/twin"], ["a/b/self"]])
 def test_a_link_to_a_folder_above_is_refused(names: list[str], tmp_path: Path) -> None:
     write_image(tmp_path / "a" / "b" / "0.png", random_bytes(8, 8))
     for name in names:
@@ -190,31 +190,18 @@ def test_a_link_to_a_folder_above_is_refused(names: list[str], tmp_path: Path) -
         image_folder(tmp_path, 8)
 
 
-@pytest.mark.parametrize("name", ["a/0.png", "images.npz"])
-def test_a_pipe_is_refused(name: str, tmp_path: Path) -> None:
-    path = tmp_path / name
-    path.parent.mkdir(exist_ok=True)
-    os.mkfifo(path)
-    with pytest.raises(DataError, match=f"^{path}: .*Not a regular file"):
-        load_images(str(path if path.suffix == ".npz" else tmp_path), 8, 1)
-
-
-def test_the_shorter_side_is_resized_and_the_centre_cropped(tmp_path: Path) -> None:
+def test_size_and_colour(tmp_path: Path) -> None:
+    """The shorter side is resized, and the centre cropped. By default they are those of the images."""
     wide, tall = random_bytes(7, 10), random_bytes(31, 8)
     write_image(tmp_path / "0.png", wide)
     write_image(tmp_path / "1.png", tall)
     resized = np.asarray(Image.fromarray(tall).resize((7, 27), Image.Resampling.BICUBIC))
     assert np.array_equal(image_folder(tmp_path, 7, 1).images[:][:, 0], [wide[:, 1:8], resized[10:17]])
-
-
-def test_size_and_colour_are_those_of_the_images(tmp_path: Path) -> None:
-    write_image(tmp_path / "a" / "0.png", random_bytes(30, 20))
-    write_image(tmp_path / "b" / "1.png", np.repeat(random_bytes(16, 24, 1), 3, axis=2))  # grey in three channels
-    assert load_images(str(tmp_path)).images.shape == (2, 1, 16, 16)
-    write_image(tmp_path / "b" / "2.png", random_bytes(18, 18, 3))
-    data = load_images(str(tmp_path))
-    assert (data.images.shape, data.classes) == ((3, 3, 16, 16), ("a", "b"))
-    assert load_images(str(tmp_path), 8, 1).images.shape == (3, 1, 8, 8)
+    write_image(tmp_path / "1.png", np.repeat(random_bytes(16, 24, 1), 3, axis=2))  # grey in three channels
+    assert load_images(str(tmp_path)).images.shape == (2, 1, 7, 7)
+    write_image(tmp_path / "2.png", random_bytes(18, 18, 3))
+    assert load_images(str(tmp_path)).images.shape == (3, 3, 7, 7)
+    assert load_images(str(tmp_path), 5, 1).images.shape == (3, 1, 5, 5)
     assert load_images("fashion-512").images.shape == (512, 1, 28, 28)
     assert load_images("fashion-512").classes[9] == "ankle-boot"
 
@@ -251,11 +238,8 @@ def test_errors_name_the_file(tmp_path: Path) -> None:
         (lambda path: write_image(path, random_bytes(7, 20)), "0.png", "/0.png: 20x7 pixels, smaller than 8x8; remove"),
         (lambda path: path.symlink_to("missing"), "lost.png", "/lost.png: not a usable image .*No such file"),
         (lambda path: path.mkdir(parents=True), "b/c", "/b: class folder without an image; add some, or remove it"),
-        (
-            lambda path: write_image(path, random_bytes(8, 8)),
-            "0.png",
-            "0.png lies beside class folders; move it",
-        ),
+        (lambda path: write_image(path, random_bytes(8, 8)), "0.png", "0.png lies beside class folders; move it"),
+        (os.mkfifo, "a.png", "/a.png: not a usable image .*Not a regular file"),
     ]
     for i, (content, name, message) in enumerate(cases):
         folder = tmp_path / str(i)
@@ -277,7 +261,6 @@ def test_errors_name_the_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")  # Pillow warns of odd metadata
-@settings(deadline=None, max_examples=50)
 @given(format=st.sampled_from(["PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP", "PPM"]), data=st.data())
 def test_damaged_images_are_refused_or_read(
     tmp_path_factory: pytest.TempPathFactory, format: str, data: st.DataObject

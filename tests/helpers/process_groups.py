@@ -56,15 +56,18 @@ class Ended:
     claimed: int
 
 
-def run_jobs(rounds: Sequence[Sequence[Job]], folder: Path) -> list[dict[str, list[Ended]]]:
-    """Runs the jobs of a round side by side in `folder`, round after round; returns how their ranks ended by name."""
+def run_jobs(rounds: Sequence[Sequence[Job]], folder: Path, speed: float = 4) -> list[dict[str, list[Ended]]]:
+    """Runs the jobs of a round side by side in `folder`, round after round; returns how their ranks ended by name.
+
+    Signs of life, and the waits of processes that end, are `speed` times as fast as for a user.
+    """
     plan = [[{**vars(job), "line": [*job.line]} for job in jobs] for jobs in rounds]
     variables = os.environ | {
         "TORCH_CPP_LOG_LEVEL": "ERROR",  # `main` sets it too late for a driver that has imported PyTorch.
         "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join((str(Path(jf.__file__).parent.parent), str(ROOT))),
     }  # fmt: skip
     driver = subprocess.run(
-        [sys.executable, "-m", "tests.helpers.process_groups", json.dumps(plan)], env=variables, cwd=folder,
+        [sys.executable, "-m", "tests.helpers.process_groups", str(speed), json.dumps(plan)], env=variables, cwd=folder,
         capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert (driver.returncode, driver.stderr) == (0, ""), driver.stderr
@@ -159,10 +162,13 @@ def _variables(launcher: str, rank: int, count: int, port: int) -> dict[str, str
 
 
 if __name__ == "__main__":
-    import torch  # noqa: F401
+    import torch.utils.tensorboard  # noqa: F401
 
     import jacobiflow.training.trainer
     from jacobiflow.cli import app  # noqa: F401
+    from jacobiflow.distributed import watch
 
+    for name in ("_BEAT", "_SILENCE", "_GRACE", "_BEFORE_MESSAGE", "_AFTER_MESSAGE"):
+        setattr(watch, name, getattr(watch, name) / float(sys.argv[1]))
     jf.sample(jf.load("digits-p1"), 1, strategy="jacobi")  # so that no process pays for first use
-    print(json.dumps(_drive(json.loads(sys.argv[1]))))
+    print(json.dumps(_drive(json.loads(sys.argv[2]))))

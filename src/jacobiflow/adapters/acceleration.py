@@ -14,7 +14,7 @@ from jacobiflow.adapters.library_module import is_accelerated, library_class, sh
 from jacobiflow.adapters.native_module import LibraryCall, ListTransforms, NativeModule, TransformOutput, flatten_batch
 from jacobiflow.native import describe as describe_native
 from jacobiflow.native import load_library
-from jacobiflow.native.boundary import is_traced
+from jacobiflow.native.tensors import is_traced
 
 if TYPE_CHECKING:
     from typing_extensions import Self

@@ -25,7 +25,6 @@ from jacobiflow.native.masked import (
     normal_transform,
     permutation_transform,
 )
-from jacobiflow.native.tensors import is_traced
 
 TransformOutput = tuple[Tensor, Tensor | None]
 """The transformed rows, and the log-determinants of the Jacobian if the caller wants them."""

@@ -112,7 +112,7 @@ def run(config: TrainOptions, processes: Processes) -> TrainResult:
     flow = flow_class(flow_config).to(device)
     transform = image_transform(flow.require_images(), config.horizontal_flip, config.translate, config.hue)
 
-    start, _ = last_checkpoint(config.out) or (0, None)
+    start, _ = last_checkpoint(config.out)
     if processes.rank == 0:
         print(_summary(config, data, held_out, flow), file=sys.stderr)
 
@@ -259,7 +259,7 @@ def _trainable_flows() -> list[str]:
 def _describe_checkpoint(config: TrainOptions) -> str:
     from jacobiflow.training.folder import last_checkpoint
 
-    step, _ = last_checkpoint(config.out) or (0, None)
+    step, _ = last_checkpoint(config.out)
     if not step:
         return "before the first checkpoint; run the same command to start again"
     return f"checkpoint at step {step:,} of {config.training.steps:,} in {config.out}; run the same command to resume"

@@ -49,9 +49,11 @@ class ImageFiles:
         return any(image_sides(file) != (self.size, self.size) for file in self.files)
 
     def __getitem__(self, index: Any) -> UInt8[Tensor, "*n c h w"]:
+        if isinstance(index, int):
+            return read_image(self.files[index], self.size, self.channels)
         indices = torch.arange(len(self))[index]
         if not indices.ndim:
-            return read_image(self.files[int(indices)], self.size, self.channels)
+            return self[int(indices)]
         images = torch.empty(len(indices), *self.shape[1:], dtype=torch.uint8)
         for image, i in zip(images, indices.tolist(), strict=True):
             image.copy_(read_image(self.files[i], self.size, self.channels))

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import itertools
 import os
+import socket
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 
 from jacobiflow.distributed.launch import find_launch
 from jacobiflow.distributed.watch import ProcessFailed, Watch, message_of
@@ -27,7 +30,7 @@ _START_TIMEOUT = timedelta(minutes=5)  # Longest wait until all processes have s
 
 @dataclass(frozen=True)
 class Processes:
-    """The processes that share a job, and the place of this one among them.
+    """The processes that share a job, and the rank of this one.
 
     All processes call the methods that communicate in the same order; `device` does not communicate.
 
@@ -133,16 +136,18 @@ def processes() -> Iterator[Processes]:
         yield Processes()
         return
     try:
-        connection = _connect(launch.host, launch.port, launch.hosts_store)
-        watch_connection = _connect(launch.host, connection.port, hosts=False)
-        store, watch_store = (_with_prefix(launch.attempt, each) for each in (connection, watch_connection))
+        socket.getaddrinfo(launch.host, launch.port)  # The store would try an unknown name again for minutes.
+        connect = partial(TCPStore, timeout=_START_TIMEOUT, wait_for_workers=False, multi_tenant=True)
+        connection = connect(launch.host, launch.port, is_master=launch.hosts_store)
+        watch_connection = connect(launch.host, connection.port, is_master=False)
+        store, watch_store = (PrefixStore(launch.attempt, each) for each in (connection, watch_connection))
         store.set(f"started {launch.rank}", "")
         store.wait([f"started {rank}" for rank in range(launch.count)])
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
         dist.init_process_group(
-            backend, store=_with_prefix("group", store), rank=launch.rank, world_size=launch.count, timeout=_TIMEOUT
+            backend, store=PrefixStore("group", store), rank=launch.rank, world_size=launch.count, timeout=_TIMEOUT
         )
-    except (ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError) as error:
         raise InputValueError(
             f"process {launch.rank} of {launch.count} cannot reach the others by {launch.host}:{launch.port} "
             f"({first_line(error)}); check that all were started, and MASTER_ADDR and MASTER_PORT"
@@ -150,7 +155,7 @@ def processes() -> Iterator[Processes]:
     watch = Watch(watch_store, launch.rank, launch.count)
     watch.start()
     try:
-        yield Processes(launch.rank, launch.count, launch.local_rank, _with_prefix("work", store))
+        yield Processes(launch.rank, launch.count, launch.local_rank, PrefixStore("work", store))
         dist.barrier()
     except BaseException as error:
         watch.raise_failure(error)
@@ -158,13 +163,3 @@ def processes() -> Iterator[Processes]:
     finally:
         watch.stop()
     dist.destroy_process_group()
-
-
-def _connect(host: str, port: int, hosts: bool) -> Any:
-    return dist.TCPStore(  # type: ignore[attr-defined]
-        host, port, is_master=hosts, timeout=_START_TIMEOUT, wait_for_workers=False, multi_tenant=True
-    )
-
-
-def _with_prefix(prefix: str, store: Any) -> Any:
-    return dist.PrefixStore(prefix, store)  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""The place of a process among those that torchrun or SLURM's srun started."""
+"""The rank of this process, and the address of the others, from the variables of torchrun or SLURM's srun."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from jacobiflow.errors import InputValueError
 
 _SLURM_PORTS = range(20_000, 30_000)
+_REMEDY = "start them by torchrun or srun, or unset TORCHELASTIC_RUN_ID and SLURM_STEP_NUM_TASKS for one process"
 
 
 @dataclass(frozen=True)
 class Launch:
-    """The place of this process, and the address of the store.
+    """The rank of this process, and the address of the store.
 
     Attributes:
         hosts_store: Whether this process keeps the store.
@@ -27,6 +28,15 @@ class Launch:
     port: int
     hosts_store: bool
     attempt: str = "0"
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.rank < self.count:
+            raise InputValueError(
+                f"rank {self.rank} of {self.count} processes, by RANK and WORLD_SIZE, or SLURM_PROCID and "
+                f"SLURM_STEP_NUM_TASKS: ranks count from 0; {_REMEDY}"
+            )
+        if not 0 <= self.port < 2**16:
+            raise InputValueError(f"MASTER_PORT={self.port}: give a port from 1 to 65535, or unset it under srun")
 
 
 def find_launch(variables: Mapping[str, str]) -> Launch | None:
@@ -54,10 +64,7 @@ def find_launch(variables: Mapping[str, str]) -> Launch | None:
         port = int(variables.get("MASTER_PORT") or _SLURM_PORTS[number % len(_SLURM_PORTS)])
         return Launch(rank, int(tasks), int(variables["SLURM_LOCALID"]), host, port, rank == 0)
     except KeyError as error:
-        raise InputValueError(
-            f"{error.args[0]} is not set; start the processes by torchrun or srun, or unset TORCHELASTIC_RUN_ID and "
-            "SLURM_STEP_NUM_TASKS for one process"
-        ) from error
+        raise InputValueError(f"{error.args[0]} is not set; {_REMEDY}") from error
     except ValueError as error:
         if isinstance(error, InputValueError):
             raise

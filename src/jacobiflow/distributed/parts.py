@@ -9,8 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from filelock import FileLock, Timeout
-
 from jacobiflow.errors import InputValueError
 from jacobiflow.utils.files import LOCK, FolderInUseError, locked
 
@@ -106,10 +104,8 @@ def forget_parts(folder: Path) -> None:
 
 
 def _is_running(folder: Path, part: Part) -> bool:
-    lock = FileLock(folder / part.lock_name)
     try:
-        lock.acquire(timeout=0)
-    except Timeout:
+        with locked(folder, part.lock_name):
+            return False
+    except FolderInUseError:
         return True
-    lock.release()
-    return False

@@ -1,37 +1,36 @@
 """The folder of a training run.
 
-run.json             the flow, the settings and the data, which a resumed run must share
-checkpoint-00000100  the state after that step, by torch.distributed.checkpoint; the last one only
-metrics.jsonl        a line for each step
-config.json, ...     the averaged flow of the last checkpoint, a model folder
+run.json               the flow, the settings and the data, which a resumed run must share
+checkpoint-0000000100  the state after that step; the last one only
+metrics.jsonl          a line for each step
+config.json, ...       the averaged flow of the last checkpoint, a model folder
+tensorboard            the metrics, if TensorBoard is installed
 """
 
 from __future__ import annotations
 
 import json
 import shutil
-import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import msgspec
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.state_dict_loader import load as load_distributed
-from torch.distributed.checkpoint.state_dict_saver import save as save_distributed
+from torch import Tensor
 
 from jacobiflow.distributed import Processes
 from jacobiflow.errors import InputError, InputValueError, first_line
+from jacobiflow.training.checkpoint import check_state, write_state
+from jacobiflow.utils import files
 from jacobiflow.utils.checks import format_value
-from jacobiflow.utils.files import parse_json, read_json, regular_file, remove_partials, write_atomically, write_json
 
 RUN = "run.json"
 METRICS = "metrics.jsonl"
-_CHECKPOINT, _ANY_CHECKPOINT = "checkpoint-{:08d}", "checkpoint-" + 8 * "[0-9]"
+_CHECKPOINT, _ANY_CHECKPOINT = "checkpoint-{:010d}", "checkpoint-" + 10 * "[0-9]"
 _PARTIAL = ".checkpoint.partial"
-_FORMAT_VERSION = 3
+_FORMAT_VERSION = 4
 _REMEDY = "move it away, or give another folder"
 
 
@@ -60,8 +59,7 @@ class TrainMetrics:
 
     def line(self) -> str:
         """Returns the line of `metrics.jsonl`."""
-        values = {name: x if x is None else round(x, 6) for name, x in asdict(self).items()}
-        return json.dumps(values) + "\n"
+        return json.dumps(asdict(self)) + "\n"
 
 
 def read_metrics(folder: str | Path) -> list[TrainMetrics]:
@@ -70,12 +68,12 @@ def read_metrics(folder: str | Path) -> list[TrainMetrics]:
     A truncated last line is ignored.
     """
     path = Path(folder) / METRICS
-    lines = regular_file(path).read_bytes().splitlines(keepends=True) if path.exists() else []
+    lines = files.regular_file(path).read_bytes().splitlines(keepends=True) if path.exists() else []
     metrics = []
     for number, line in enumerate(lines, 1):
         try:
-            metrics.append(msgspec.convert(parse_json(line), TrainMetrics))
-        except (InputError, msgspec.ValidationError) as error:
+            metrics.append(msgspec.json.decode(line, type=TrainMetrics))
+        except msgspec.MsgspecError as error:
             if number == len(lines) and not line.endswith(b"\n"):
                 break
             raise InputValueError(f"{path}: line {number} is not of this trainer ({error}); {_REMEDY}") from error
@@ -93,10 +91,10 @@ def start_or_resume(out: Path, run: Mapping[str, Any]) -> None:
         for entry in sorted(out.iterdir()):
             if not entry.name.startswith("."):
                 raise InputValueError(f"{out}: holds {entry.name}, and no {RUN}; give a new or empty folder")
-        write_json(path, {"format_version": _FORMAT_VERSION, **run})
+        files.write_json(path, {"format_version": _FORMAT_VERSION, **run})
         return
     earlier = _read_run(path)
-    run = parse_json(json.dumps(run).encode())  # Tuples become lists, as in the file.
+    run = files.parse_json(json.dumps(run).encode())  # Tuples become lists, as in the file.
     names = [name for name in {**earlier, **run} if earlier.get(name) != run.get(name)]
     if names:
         differences = "; ".join(f"{n}={format_value(earlier.get(n))}, not {format_value(run.get(n))}" for n in names)
@@ -105,7 +103,7 @@ def start_or_resume(out: Path, run: Mapping[str, Any]) -> None:
 
 def _read_run(path: Path) -> dict[str, Any]:
     try:
-        run = read_json(path)
+        run = files.read_json(path)
         version = run.pop("format_version")
     except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
         raise InputValueError(f"{path}: not of this trainer ({first_line(error)}); {_REMEDY}") from error
@@ -114,70 +112,69 @@ def _read_run(path: Path) -> dict[str, Any]:
     return dict(run)
 
 
-def last_checkpoint(out: Path) -> tuple[int, Path] | None:
-    """Returns the step of the last checkpoint, and its folder; None if there is none."""
+def last_checkpoint(out: Path) -> tuple[int, Path | None]:
+    """Returns the step of the last checkpoint, and its folder; 0 and None if there is none."""
     paths = sorted(out.glob(_ANY_CHECKPOINT))
-    return (int(paths[-1].name[-8:]), paths[-1]) if paths else None
+    return (int(paths[-1].name.rpartition("-")[2]), paths[-1]) if paths else (0, None)
 
 
-def write_checkpoint(out: Path, step: int, state: dict[str, Any], processes: Processes) -> None:
+def write_checkpoint(out: Path, step: int, state: Mapping[str, Tensor], processes: Processes) -> None:
     """Writes a checkpoint, to which every process adds its part, and removes earlier ones."""
     path, partial = out / _CHECKPOINT.format(step), out / _PARTIAL
-    processes.run_on_rank_zero(lambda: remove_leftovers(out))
-    with _plain_errors():
-        save_distributed(state, checkpoint_id=partial)
 
     def replace_earlier() -> None:
         partial.rename(path)
         remove_leftovers(out)
 
+    processes.run_on_rank_zero(partial.mkdir)
+    write_state(partial, state, processes)
     processes.run_on_rank_zero(replace_earlier)
 
 
 def remove_leftovers(out: Path) -> None:
     """Removes all checkpoints but the last one, and files that killed processes have left."""
-    remove_partials(out)
+    files.remove_partials(out)
     for path in (out / _PARTIAL, *sorted(out.glob(_ANY_CHECKPOINT))[:-1]):
         if path.exists():
             shutil.rmtree(path)
 
 
-def trim_metrics(out: Path, step: int) -> None:
-    """Removes the metrics of steps after `step`, which a run that resumes there takes again."""
+def remove_later(out: Path, step: int) -> None:
+    """Removes the metrics of steps after `step`, which a run that resumes there takes again, and leftovers."""
+    remove_leftovers(out)
     if (out / METRICS).exists():
         lines = [metrics.line() for metrics in read_metrics(out) if metrics.step <= step]
-        write_atomically(out / METRICS, "".join(lines).encode())
-
-
-def read_checkpoint(path: Path, state: dict[str, Any]) -> None:
-    """Reads a checkpoint into the tensors of `state`; every process reads the parts that it holds."""
-    try:
-        regular_file(path / ".metadata")
-        with _plain_errors():
-            load_distributed(state, checkpoint_id=path)
-    except Exception as error:  # It raises many kinds of exceptions for damaged files.
-        raise InputValueError(f"{path}: damaged, or of another flow ({first_line(error)}); {_REMEDY}") from error
+        files.write_atomically(out / METRICS, "".join(lines).encode())
 
 
 @contextmanager
-def _plain_errors() -> Iterator[None]:
-    """Raises the error of a process in place of PyTorch's list of them, and hides a warning that there is only one."""
+def open_board(out: Path, step: int) -> Iterator[Callable[[TrainMetrics], None]]:
+    """Yields a function that writes metrics after `step` for TensorBoard; it does nothing if that is not installed."""
     try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-            yield
-    except CheckpointException as errors:
-        first_error, _ = next(iter(errors.failures.values()))
-        raise first_error from errors
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        yield lambda metrics: None
+        return
+    with SummaryWriter(str(out / "tensorboard"), purge_step=step + 1) as writer:
+
+        def write(metrics: TrainMetrics) -> None:
+            with files.named_errors(out / "tensorboard"):
+                for name, value in asdict(metrics).items():
+                    if value is not None and name != "step":
+                        writer.add_scalar(name, value, metrics.step)
+
+        yield write
 
 
 def problems(path: Path) -> Iterator[str]:
     """Yields a line for each problem of the training run in a folder, with the remedy."""
     try:
         _read_run(path / RUN)
-        step, _ = last_checkpoint(path) or (0, path)
+        step, checkpoint = last_checkpoint(path)
+        if checkpoint is not None:
+            check_state(checkpoint)
         missing = set(range(1, step + 1)) - {metrics.step for metrics in read_metrics(path)}
         if missing:
             yield f"{path / METRICS}: lacks {len(missing):,} of {step:,} steps; training goes on without them"
-    except InputError as error:
+    except (InputError, OSError) as error:
         yield str(error)

@@ -18,7 +18,7 @@ from jacobiflow.data.noise import Noise, keyed_generator, keyed_seed
 from jacobiflow.distributed import Processes
 from jacobiflow.training.config import TrainConfig
 
-_ORDER, _TRAINING, _HELD_OUT = 0, 1, 3  # Random streams; evaluation uses stream 2.
+_ORDER, TRAINING, HELD_OUT = 0, 1, 3  # Random streams; evaluation uses stream 2.
 _STRIDE = 0x9E3779B97F4A7C15  # Between the seeds of two items: 2^64 over the golden ratio, odd.
 
 Key: TypeAlias = tuple[int, int]
@@ -96,9 +96,6 @@ class StepKeys(Sampler[list[Key]]):
         self.num, self.steps, self.config, self.processes = num, steps, config, processes
         self._order = lru_cache(maxsize=1)(self._draw_order)
 
-    def __len__(self) -> int:
-        return len(self.steps) * self.config.accumulation
-
     def __iter__(self) -> Iterator[list[Key]]:
         for step in self.steps:
             share = self.of_step(step)[self.processes.rank :: self.processes.count]
@@ -115,29 +112,12 @@ class StepKeys(Sampler[list[Key]]):
         return torch.randperm(self.num, generator=keyed_generator(self.config.seed, _ORDER, epoch)).tolist()
 
 
-def training_items(
-    data: Any, config: TrainConfig, noise: Noise | None, transform: Callable[[Any], Tensor] | None
-) -> NoisyItems:
-    """Returns the items to train on."""
-    return NoisyItems(data, transform, noise, config.label_dropout, config.seed, _TRAINING)
-
-
-def held_out_items(data: Any, config: TrainConfig, noise: Noise | None) -> NoisyItems:
-    """Returns the items of the held-out loss, whose noise is the same every time."""
-    return NoisyItems(data, None, noise, 0.0, config.seed, _HELD_OUT)
-
-
 def load_batches(items: NoisyItems, keys: Sampler[list[Key]] | Sequence[list[Key]], workers: int) -> Iterator[Batch]:
     """Yields a batch for each list of keys, read by worker processes if there are any."""
     yield from DataLoader(
-        items, batch_sampler=keys, num_workers=workers, collate_fn=_keep,
+        items, batch_sampler=keys, num_workers=workers, collate_fn=Batch._make,
         worker_init_fn=_ignore_signals, pin_memory=torch.cuda.is_available(),
     )  # fmt: skip
-
-
-def _keep(batch: Any) -> Any:
-    """Returns the batch, which `NoisyItems` has made."""
-    return batch
 
 
 def _ignore_signals(worker: int) -> None:

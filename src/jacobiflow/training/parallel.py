@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -75,22 +74,14 @@ class ParallelFlow:
 
     def backward(self, batch: Batch, is_last_part: bool) -> Losses:
         """Adds the gradients of a part of a step, and exchanges them with the other processes after the last part."""
-        with self._exchange(is_last_part):
+        if self.is_sharded:
+            self.loss.set_requires_gradient_sync(is_last_part)  # type: ignore[operator]
+        has_replicas = self.processes.count > 1 and not self.is_sharded
+        with self._replicated.no_sync() if has_replicas and not is_last_part else nullcontext():
             losses = self._replicated(*to_flow(batch, self.flow))
             # Both DDP and FSDP divide the sum of the gradients by the number of processes.
             (losses.loss.sum() * (self.processes.count / self.config.batch_size)).backward()
         return losses
-
-    @contextmanager
-    def _exchange(self, is_last_part: bool) -> Iterator[None]:
-        if self.is_sharded:
-            self.loss.set_requires_gradient_sync(is_last_part)  # type: ignore[operator]
-            yield
-        elif self.processes.count > 1 and not is_last_part:
-            with self._replicated.no_sync():
-                yield
-        else:
-            yield
 
     @torch.no_grad()
     def losses_of_average(self, batch: Batch) -> Losses:
@@ -113,12 +104,11 @@ class ParallelFlow:
         decay = min(self.config.ema_decay, step / (9 + step))
         torch._foreach_lerp_(average, weights, 1 - decay)
 
-    def state(self) -> dict[str, Any]:
-        """Returns the tensors of the flow and its average, sharded as they are."""
-        return {
-            "flow": self.loss.flow.state_dict(), "average": self.average.flow.state_dict(),
-            "num_averaged": self._average.n_averaged,
-        }  # fmt: skip
+    def state(self) -> dict[str, Tensor]:
+        """Returns the tensors of the flow and its average by their names, sharded as they are."""
+        flows = {"flow": self.loss.flow, "average": self.average.flow}
+        tensors = {f"{kind}.{name}": x for kind, flow in flows.items() for name, x in flow.state_dict().items()}
+        return {**tensors, "num_averaged": self._average.n_averaged}
 
     def averaged_flow(self) -> Flow | None:
         """Returns the averaged flow in the first process, and None in the others; all of them call this.
@@ -138,6 +128,7 @@ class ParallelFlow:
                     flow = type(flow)(flow.config)
                 flow.load_state_dict(state, assign=True)
                 flow.requires_grad_(False).recommended = self.average.flow.recommended
+                flow.classes = self.average.flow.classes
         return flow if self.processes.rank == 0 else None
 
 

@@ -6,7 +6,7 @@ import hashlib
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing
+from contextlib import ExitStack
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -23,31 +23,15 @@ from jacobiflow.distributed import Processes
 from jacobiflow.errors import InputValueError
 from jacobiflow.models.checkpoints.folder import check_own_model, write_model
 from jacobiflow.models.flow import Flow, check_flow
-from jacobiflow.training.board import Board
+from jacobiflow.training import folder
+from jacobiflow.training.checkpoint import read_state
 from jacobiflow.training.config import MAY_CHANGE, TrainConfig
-from jacobiflow.training.folder import (
-    METRICS,
-    RUN,
-    TrainMetrics,
-    last_checkpoint,
-    read_checkpoint,
-    remove_leftovers,
-    start_or_resume,
-    trim_metrics,
-    write_checkpoint,
-)
-from jacobiflow.training.loading import (
-    Batch,
-    NoisyItems,
-    StepKeys,
-    held_out_items,
-    load_batches,
-    training_items,
-)
+from jacobiflow.training.folder import TrainMetrics
+from jacobiflow.training.loading import HELD_OUT, TRAINING, Batch, NoisyItems, StepKeys, load_batches
 from jacobiflow.training.parallel import ParallelFlow, to_flow
 from jacobiflow.training.signals import StopSignals
 from jacobiflow.utils.checks import check_kind
-from jacobiflow.utils.files import locked
+from jacobiflow.utils.files import append, locked
 from jacobiflow.utils.progress import Progress
 
 _PRIOR_MOMENTUM = 0.1  # Weight of the newest batch in the moving average of z^2.
@@ -116,20 +100,26 @@ def train(
     processes = Processes() if processes is None else processes
     noise = _check(flow, data, config, processes)
     out = Path(out)
-    items = training_items(data, config, noise, transform)
-    held_out = None if held_out is None else held_out_items(held_out, config, noise)
+    items = NoisyItems(data, transform, noise, config.label_dropout, config.seed, TRAINING)
+    held_out = None if held_out is None else NoisyItems(held_out, None, noise, 0.0, config.seed, HELD_OUT)
+    run = _describe(flow, config, items)
     with ExitStack() as stack:
-        run = _describe(flow, config, items)
-        processes.run_on_rank_zero(partial(_prepare_folder, out, run, stack))
-        processes.check_sees(out / RUN)
+
+        def prepare_folder() -> None:
+            stack.enter_context(locked(out))
+            check_own_model(out)
+            folder.start_or_resume(out, run)
+
+        processes.run_on_rank_zero(prepare_folder)
+        processes.check_sees(out / folder.RUN)
         stop = stack.enter_context(StopSignals())
         state = _Run(flow, items, held_out, config, out, processes)
         board = None
         if processes.rank == 0 and state.step < config.steps:
-            board = stack.enter_context(closing(Board(out, state.step)))
+            board = stack.enter_context(folder.open_board(out, state.step))
         for metrics in state.steps(stop):
             if board is not None:
-                board.write(metrics)
+                board(metrics)
             if processes.rank == 0 and on_step is not None:
                 on_step(metrics)
             if processes.rank == 0 and progress is not None:
@@ -175,14 +165,14 @@ def _describe(flow: Flow, config: TrainConfig, items: NoisyItems) -> dict[str, A
     settings = {name: value for name, value in asdict(config).items() if name not in MAY_CHANGE}
     transform = repr(items.transform) if isinstance(items.transform, nn.Module) else type(items.transform).__name__
     data = f"{num:,} samples with checksum {digest.hexdigest()[:16]}"
-    return {"flow": flow.model_type, **asdict(flow.config), **settings, "transform": transform, "data": data}
+    names = {"transform": transform, "data": data, "classes": _class_names(flow, items.data)}
+    return {"flow": flow.model_type, **asdict(flow.config), **settings, **names}
 
 
-def _prepare_folder(out: Path, run: dict[str, Any], stack: ExitStack) -> None:
-    """Locks the folder until the stack closes, and begins a run there or checks that it resumes one."""
-    stack.enter_context(locked(out))
-    check_own_model(out)
-    start_or_resume(out, run)
+def _class_names(flow: Flow, data: Any) -> tuple[str, ...]:
+    """Returns the names of the flow's classes; empty without names."""
+    names = data.classes if isinstance(data, ImageDataset) else ()
+    return names if len(names) == flow.config.num_classes else ()
 
 
 class _Run:
@@ -198,8 +188,8 @@ class _Run:
         processes: Processes,
     ) -> None:  # fmt: skip
         self.items, self.held_out, self.config, self.out, self.processes = items, held_out, config, out, processes
-        checkpoint = last_checkpoint(out)
-        self.step, self.seconds, self.stopped = 0 if checkpoint is None else checkpoint[0], 0.0, False
+        self.step, checkpoint = folder.last_checkpoint(out)
+        self.seconds, self.stopped = 0.0, False
         self._checkpoint_step, self._model_step = self.step if checkpoint else -1, -1
         self._unsaved_lines = list[str]()
         if checkpoint is None and type(flow).initialize is not Flow.initialize:
@@ -209,22 +199,14 @@ class _Run:
         average = self.parallel.average.flow
         if flow.config.noise_std:
             average.recommended = SamplingSettings(denoise=1.0)
-        classes = items.data.classes if isinstance(items.data, ImageDataset) else ()
-        if len(classes) == flow.config.num_classes:
-            average.classes = classes
-        self.optimizer = torch.optim.AdamW(
-            [{"params": list(self.parallel.loss.parameters()), "initial_lr": config.learning_rate}],
-            lr=config.learning_rate, betas=(0.9, 0.95), weight_decay=config.weight_decay,
-        )  # fmt: skip
+        average.classes = _class_names(flow, items.data)
+        parameters = self.parallel.loss.parameters()
+        self.optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.95), weight_decay=config.weight_decay)
         if checkpoint is None:
             self.parallel.update_average()
         else:
-            self._resume(checkpoint[1])
-        processes.run_on_rank_zero(partial(trim_metrics, out, self.step))
-        processes.run_on_rank_zero(partial(remove_leftovers, out))
-        self.scheduler = torch.optim.lr_scheduler.LambdaLR(
-            self.optimizer, lambda step: config.rate(step) / config.learning_rate, last_epoch=self.step - 1
-        )
+            self._resume(checkpoint)
+        processes.run_on_rank_zero(partial(folder.remove_later, out, self.step))
 
     def steps(self, stop: StopSignals) -> Iterator[TrainMetrics]:
         """Takes the steps that are left, and yields their metrics."""
@@ -251,9 +233,8 @@ class _Run:
             losses = parallel.backward(next(batches), is_last_part=part == config.accumulation - 1)
             loss, squares = loss + losses.loss.detach().sum(), squares + losses.square_sum
         norm = nn.utils.clip_grad_norm_(parallel.loss.parameters(), config.max_grad_norm)
-        rate = self.scheduler.get_last_lr()[0]
+        self.optimizer.param_groups[0]["lr"] = rate = config.rate(self.step)
         self.optimizer.step()
-        self.scheduler.step()
         sums = torch.cat((loss.view(1), loss.new_full((1,), stop.received), squares.flatten()))
         means = parallel.sum_over_processes(sums) / config.batch_size
         if flow.learns_prior:
@@ -271,7 +252,7 @@ class _Run:
         bits = None
         if flow.image_shape is not None:
             bits = (nats + 0.5 * math.log(2 * math.pi)) / math.log(2) + 7  # The width of one of 256 levels is 2^-7.
-        return TrainMetrics(self.step, nats, bits, grad_norm, float(rate), self.seconds)
+        return TrainMetrics(self.step, nats, bits, grad_norm, rate, self.seconds)
 
     def _held_out_loss(self, items: NoisyItems) -> float:
         """Returns the mean loss of the averaged flow on held-out data."""
@@ -290,8 +271,7 @@ class _Run:
     def save(self) -> None:
         """Writes the metrics, the model folder and the checkpoint of this step, unless they are written."""
         if self.processes.rank == 0 and self._unsaved_lines:
-            with (self.out / METRICS).open("a") as log:
-                log.writelines(self._unsaved_lines)
+            append(self.out / folder.METRICS, "".join(self._unsaved_lines))
         self._unsaved_lines.clear()
         if self._model_step != self.step:
             average = self.parallel.averaged_flow()
@@ -300,14 +280,17 @@ class _Run:
             self.processes.gather(None)  # All processes see the model.
             self._model_step = self.step
         if self._checkpoint_step != self.step:
-            write_checkpoint(self.out, self.step, self._state(), self.processes)
+            folder.write_checkpoint(self.out, self.step, self._state(), self.processes)
             self._checkpoint_step = self.step
 
-    def _state(self) -> dict[str, Any]:
-        """Returns the tensors of a checkpoint."""
-        optimizer = {name: self.optimizer.state[parameter] for name, parameter in self.parallel.loss.named_parameters()}
-        seconds = torch.tensor(self.seconds, dtype=torch.float64)
-        return {**self.parallel.state(), "optimizer": optimizer, "seconds": seconds}
+    def _state(self) -> dict[str, Tensor]:
+        """Returns the tensors of a checkpoint by their names."""
+        optimizer = {
+            f"optimizer.{name}.{key}": tensor
+            for name, parameter in self.parallel.loss.named_parameters()
+            for key, tensor in self.optimizer.state[parameter].items()
+        }
+        return {**self.parallel.state(), **optimizer, "seconds": torch.tensor(self.seconds, dtype=torch.float64)}
 
     def _resume(self, checkpoint: Path) -> None:
         """Reads a checkpoint."""
@@ -315,5 +298,5 @@ class _Run:
             moments = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
             self.optimizer.state[parameter] = {"step": torch.tensor(0.0), **moments}
         state = self._state()
-        read_checkpoint(checkpoint, state)
+        read_state(checkpoint, state)
         self.seconds = float(state["seconds"])

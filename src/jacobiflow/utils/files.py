@@ -12,7 +12,7 @@ import stat
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from filelock import FileLock, Timeout
 
@@ -33,24 +33,38 @@ def atomic_path(path: str | Path, sync: bool = True) -> Iterator[Path]:
     path = Path(path)
     partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}.partial")
     try:
-        yield partial
-        if sync:
-            with partial.open("rb+") as file:  # Windows cannot sync a file that is open for reading only.
-                os.fsync(file.fileno())
-        os.replace(partial, path)
-    except OSError as error:
-        if error.errno is not None and error.filename in (str(partial), None):  # It is None if the disk is full.
-            raise OSError(error.errno, error.strerror, str(path)) from error
-        raise
+        with named_errors(path, str(partial)):
+            yield partial
+            if sync:
+                with partial.open("rb+") as file:  # Windows cannot sync a file that is open for reading only.
+                    os.fsync(file.fileno())
+            os.replace(partial, path)
     finally:
         with suppress(OSError):
             partial.unlink()
+
+
+@contextmanager
+def named_errors(path: Path, partial: str | None = None) -> Iterator[None]:
+    """Names `path` in errors of no file, such as that of a full disk, and in those of the file `partial`."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None and error.filename in (partial, None):
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        raise
 
 
 def write_atomically(path: str | Path, data: bytes | bytearray, sync: bool = True) -> None:
     """Writes `data` to `path` by `atomic_path`."""
     with atomic_path(path, sync) as partial:
         partial.write_bytes(data)
+
+
+def append(path: Path, text: str) -> None:
+    """Adds text to the end of a file."""
+    with named_errors(path), path.open("a") as file:
+        file.write(text)
 
 
 def remove_partials(folder: Path, name: str = "*") -> None:
@@ -68,11 +82,19 @@ def regular_file(path: str | Path) -> Path:
 
 
 def parse_json(data: bytes) -> Any:
-    """Parses JSON; raises ValueError for anything else, NaN and Infinity included."""
+    """Parses JSON in UTF-8; raises ValueError for anything else, NaN and Infinity included."""
     try:
-        return json.loads(data, parse_constant=int)  # int("NaN") raises ValueError.
+        text = data.decode("utf-8-sig")  # Editors on Windows write a mark of UTF-8.
+        return json.loads(text, parse_constant=lambda name: _refuse_constant(text, name))
     except (ValueError, RecursionError) as error:
         raise InputValueError(f"not JSON ({str(error).partition(';')[0]})") from error
+
+
+def _refuse_constant(text: str, name: str) -> NoReturn:
+    """Raises ValueError for NaN or Infinity, with the text before it, which is the name of its entry."""
+    tokens = [match[0] for match in _TEXT_OR_CONSTANT.finditer(text)]
+    first = next(i for i, token in enumerate(tokens) if token[0] != '"')
+    raise ValueError(f"{name} after {tokens[first - 1]}" if first else name)
 
 
 def read_json(path: str | Path) -> Any:
@@ -139,7 +161,8 @@ def locked(path: Path, lock: str = LOCK, wait: float = 0, user: str = "another r
     Raises:
         FolderInUseError: If another process keeps it locked.
     """
-    file, is_new = FileLock(path / lock), not path.exists()
+    # Without flock, a file that a killed process has left would lock the folder for ever.
+    file, is_new = FileLock(path / lock, fallback_to_soft=False), not path.exists()
     try:
         path.mkdir(parents=True, exist_ok=True)
         file.acquire(timeout=wait, poll_interval=0.2)
@@ -149,7 +172,8 @@ def locked(path: Path, lock: str = LOCK, wait: float = 0, user: str = "another r
             f"{path}: {user} is writing to it{waited}; wait for it, stop it, or give another folder"
         ) from error
     except OSError as error:
-        raise OSError(f"{path}: cannot be used as a folder ({error.strerror}); give another folder") from error
+        reason = "no flock on its file system" if error.errno == errno.ENOSYS else error.strerror
+        raise OSError(f"{path}: cannot be used as a folder ({reason}); give another folder") from error
     try:
         yield
     except BaseException:

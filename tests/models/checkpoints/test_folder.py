@@ -13,8 +13,6 @@ from unittest.mock import Mock
 import huggingface_hub
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -42,15 +40,6 @@ def saved(tmp_path: Path) -> Path:
     """The folder of `make()`."""
     make().save_pretrained(tmp_path / "saved")
     return tmp_path / "saved"
-
-
-@pytest.fixture
-def models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The package's folder of bundled models, replaced by one that holds `tiny`."""
-    make().save_pretrained(tmp_path / "tiny")
-    monkeypatch.setattr(folder, "MODELS", tmp_path)
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
 
 
 @pytest.mark.parametrize("name", FLOWS)
@@ -165,6 +154,7 @@ def test_weights_in_several_files_are_those_in_one(saved: Path) -> None:
         index = json.loads((saved / "model.safetensors.index.json").read_text())
         files = {file.name: load_file(file) for file in saved.glob("model-*-of-*.safetensors")}
         assert {name: file for file, state in files.items() for name in state} == index["weight_map"]
+        assert all(sum(x.nbytes for x in state.values()) <= size or len(state) == 1 for state in files.values())
         parts = {name: tensor for state in files.values() for name, tensor in state.items()}
         assert_same(parts, make().state_dict())
         assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in parts.values())
@@ -178,24 +168,13 @@ def test_weights_in_several_files_are_those_in_one(saved: Path) -> None:
     assert_same(jf.load(saved).state_dict(), parts)
 
 
-@given(st.lists(st.integers(0, 50), min_size=1, max_size=30), st.integers(1, 60))
-def test_files_are_filled_in_order(sizes: list[int], most: int) -> None:
-    state = {f"{i}": torch.zeros(size, dtype=torch.uint8) for i, size in enumerate(sizes)}
-    parts = folder.split_tensors(state, most)
-    assert [name for part in parts for name in part] == list(state)
-    totals = [sum(tensor.nbytes for tensor in part.values()) for part in parts]
-    assert all(total <= most or len(part) == 1 for total, part in zip(totals, parts, strict=True))
-    firsts = [next(iter(part.values())).nbytes for part in parts]
-    assert all(total + first > most for total, first in zip(totals, firsts[1:], strict=False))
-
-
 @pytest.mark.parametrize(
     ("change", "words"),
     [
         ({"var": "model-00009-of-00009.safetensors"}, "model-00009-of-00009.safetensors: missing or damaged"),
         ({"var": "../saved/model.safetensors"}, "names the file '../saved/model.safetensors'; name files"),
         ({"var": "/etc/model.safetensors"}, "names the file '/etc/model.safetensors'; name files"),
-        ({"var": ".."}, "index.json: names the file '..'; name files of"),
+        ({"var": "model-00002-of-00003.safetensors"}, "has other tensors than model.safetensors.index.json names"),
         ({"more": "model-00001-of-00003.safetensors"}, "model-00001-of-00003.safetensors: has other tensors"),
         ({"var": None}, "index.json: weight_map"),
         (None, "index.json: weight_map"),
@@ -210,10 +189,6 @@ def test_an_index_that_does_not_fit_its_files(saved: Path, change: Any, words: s
     file.write_text(json.dumps(index))
     message = error_of(jf.load, saved)
     assert str(saved) in message and words in message
-    if change and "more" not in change:  # a tensor in another file than the index says
-        index["weight_map"]["var"] = "model-00002-of-00003.safetensors"
-        file.write_text(json.dumps(index))
-        assert "has other tensors than model.safetensors.index.json names ('var'); copy" in error_of(jf.load, saved)
 
 
 def test_loading_takes_the_memory_of_the_model_and_of_one_tensor(tmp_path: Path) -> None:
@@ -223,7 +198,7 @@ def test_loading_takes_the_memory_of_the_model_and_of_one_tensor(tmp_path: Path)
     stored = sum(tensor.nbytes for tensor in flow.state_dict().values()) // 2
     largest = max(tensor.nbytes for tensor in flow.state_dict().values())
     with FakeDevice() as device:
-        for dtype, size in (("bfloat16", stored), (None, 2 * stored)):
+        for dtype, size in (("bfloat16", stored), (None, 2 * stored), ("float64", 4 * stored)):
             with device.counting() as counts:
                 loaded = jf.load(tmp_path, device="cuda", dtype=dtype)
             assert size <= counts.peak <= size + largest
@@ -260,19 +235,22 @@ def test_a_saved_flow_keeps_its_reports_but_no_others(saved: Path, tmp_path: Pat
     assert jf.load(tmp_path / "other").report_files == ()
 
 
-def test_bundled_models_are_loaded_by_name(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bundled_models_are_loaded_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make().save_pretrained(tmp_path / "tiny")
+    monkeypatch.setattr(folder, "MODELS", tmp_path)
+    monkeypatch.chdir(tmp_path)
     assert list(folder.list_bundled()) == ["tiny"]
     flow = jf.load("tiny")
     assert_same(flow.state_dict(), make().state_dict())
     assert not flow.training and not any(p.requires_grad for p in flow.parameters())
-    make(seed=1).save_pretrained(models / "elsewhere/tiny")
-    monkeypatch.chdir(models / "elsewhere")
+    make(seed=1).save_pretrained(tmp_path / "elsewhere/tiny")
+    monkeypatch.chdir(tmp_path / "elsewhere")
     assert torch.equal(jf.load("tiny").var, make().var)  # before a folder of that name
     for place in ("./tiny", Path("tiny")):
         assert torch.equal(jf.load(place).var, make(seed=1).var)
     message = error_of(jf.load, "tinny")
     assert all(part in message for part in ("'tinny'", "bundled name (tiny)", "folder", "hub id 'owner/name'"))
-    monkeypatch.setattr(folder, "MODELS", models / "none")
+    monkeypatch.setattr(folder, "MODELS", tmp_path / "none")
     assert "none here" in error_of(jf.load, "tinny")
 
 
@@ -283,8 +261,7 @@ def test_the_hub_is_asked_for_the_model_and_its_reports(saved: Path, monkeypatch
     flow = jf.TarFlow.from_pretrained("me/flow", revision="v2")
     assert_same(flow.state_dict(), make().state_dict())
     assert flow.report_files == tuple(saved / name for name in REPORTS)
-    weights = ["model.safetensors", "model.safetensors.index.json", "model-*-of-*.safetensors"]
-    files = ["config.json", *weights, *folder.REPORTS]
+    files = ["config.json", "model.safetensors", folder.INDEX, "model-*-of-*.safetensors", *folder.REPORTS]
     download.assert_called_once_with("me/flow", revision="v2", allow_patterns=files)
     monkeypatch.undo()  # a hub that is not reached
     message = error_of(jf.TarFlow.from_pretrained, "me/flow", cache_dir=saved, local_files_only=True)
@@ -308,8 +285,7 @@ def test_push_to_hub(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     flow = calibrated(saved)
     flow.push_to_hub("me/flow", revision="draft")
     data, text = cards[0].data, cards[0].text
-    assert (data.library_name, data.pipeline_tag) == ("jacobiflow", "unconditional-image-generation")
-    assert data.tags == ["normalizing-flow", "tarflow"]
+    assert (data.library_name, data.tags) == ("jacobiflow", ["normalizing-flow", "tarflow"])
     assert "# me/flow\n" in text and 'jf.load("me/flow")' in text
     assert [file.name for file in pushed[0].report_files] == list(REPORTS)
     assert_same(pushed[0].state_dict(), make().state_dict())
@@ -378,6 +354,8 @@ def test_every_tensor_that_does_not_fit_is_named(saved: Path) -> None:
     message = error_with(extra=torch.zeros(2), blocks__1__pos_embed=torch.zeros(4, 9))
     assert all(name in message for name in ("blocks.0.proj_in.bias", "extra", "blocks.1.pos_embed"))
     state = make().state_dict()
-    integers, infinite = torch.zeros(4, 8, dtype=torch.int64), torch.full((4, 8), torch.inf)
-    message = error_with(blocks__0__pos_embed=integers, blocks__1__pos_embed=infinite, var=torch.zeros(4, 4))
-    assert "blocks.0.pos_embed is of torch.int64; blocks.1.pos_embed has non-finite values; var has" in message
+    infinite = torch.full((4, 8), torch.inf)
+    for other in (torch.int64, torch.float8_e4m3fn):
+        wrong = torch.zeros(4, 8).to(other)
+        message = error_with(blocks__0__pos_embed=wrong, blocks__1__pos_embed=infinite, var=torch.zeros(4, 4))
+        assert f"blocks.0.pos_embed is of {other}; blocks.1.pos_embed has non-finite values; var has" in message

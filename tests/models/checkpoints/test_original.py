@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -71,9 +71,8 @@ def test_code_does_not_run(tmp_path: Path) -> None:
     assert "code in it was not run" in error_of(TarFlow.from_original, path, SMALL)
     assert not sentinel.exists()
     torch.save(make(), path)
-    assert f"{path}: a pickled module, or other objects of Python, and no state dict" in error_of(
-        TarFlow.from_original, path, SMALL
-    )
+    message = f"{path}: a pickled module, or other objects of Python, and no state dict"
+    assert message in error_of(TarFlow.from_original, path, SMALL)
 
 
 def test_a_file_that_is_not_a_state_dict_is_refused(tmp_path: Path) -> None:
@@ -108,17 +107,12 @@ with warnings.catch_warnings():
         ("proj_in.weight", WEIGHT.to(torch.float8_e4m3fn), "is of torch.float8_e4m3fn"),
         ("proj_in.weight", WEIGHT[:1, :1].expand(10**6, 10**6), "has more values than the file stores"),
         ("proj_in.weight", WEIGHT[0], r"has shape (4,)"),
-        ("proj_in.weight", WEIGHT[:, :0], r"has shape (64, 0)"),
         ("proj_in.weight", WEIGHT[:32], "head_dim=64 does not divide channels=32"),
         ("proj_out.weight", WEIGHT[0, 0], r"has shape ()"),
         ("pos_embed", WEIGHT.expand(2, 64, 4).contiguous(), r"has shape (2, 64, 4)"),
-        ("class_embed", WEIGHT, r"has shape (64, 4)"),
-        ("proj_context.weight", WEIGHT[0], r"has shape (4,)"),
         ("attn_blocks.0.mlp.main.0.weight", WEIGHT[0], r"has shape (4,)"),
         ("attn_mask", MASK.T.contiguous(), "is not the causal mask"),
         ("attn_mask", WINDOW, "is not the causal mask"),
-        ("attn_mask", WINDOW.bool(), "is not the causal mask"),
-        ("attn_mask", MASK[:2], "is not the causal mask"),
         ("attn_mask", MASK[0], "is not the causal mask"),
         ("attn_mask", MASK.to_sparse(), "is not a dense tensor with values"),
     ],
@@ -150,7 +144,6 @@ def test_export_refuses(tmp_path: Path) -> None:
     assert not [path for path in tmp_path.iterdir() if path.is_file()]
 
 
-@settings(deadline=None, max_examples=25)
 @given(st.data())
 def test_shapes_say_the_config(data: st.DataObject) -> None:
     in_channels, side, patch_size, heads, blocks, layers, num_classes, nvp, expansion = (
@@ -186,6 +179,5 @@ def test_shapes_of_no_tarflow(pth: Path) -> None:
     assert "patch_size=3: its square must divide the 4 values" in error_of(TarFlow.infer_config, state, "x", 3)
     five = state | {"blocks.0.pos_embed": torch.ones(5, 64)}
     assert "5 tokens, but square images have a square number" in error_of(TarFlow.infer_config, five, "x", 2)
-    assert "not the state dict of a TarFlow, which has 'blocks.0.pos_embed'" in error_of(
-        TarFlow.infer_config, {}, "x", 2
-    )
+    missing = "not the state dict of a TarFlow, which has 'blocks.0.pos_embed'"
+    assert missing in error_of(TarFlow.infer_config, {}, "x", 2)

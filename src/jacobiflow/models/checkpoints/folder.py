@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -19,18 +19,11 @@ from jacobiflow.blocks.guidance import SamplingSettings
 from jacobiflow.errors import CheckpointError, InputError, first_line
 from jacobiflow.models.checkpoints.card import format_model_card
 from jacobiflow.models.checkpoints.fingerprint import fingerprint
-from jacobiflow.models.checkpoints.hub import import_hub
-from jacobiflow.models.checkpoints.tensors import TensorFiles, check_values, names_in, split_tensors
+from jacobiflow.models.checkpoints.tensors import check_values, map_tensors, split_tensors
 from jacobiflow.models.config import FlowConfig
 from jacobiflow.utils import serialization
 from jacobiflow.utils.checks import check_kind, format_value
-from jacobiflow.utils.files import (
-    atomic_path,
-    json_bytes,
-    read_object,
-    remove_partials,
-    write_atomically,
-)
+from jacobiflow.utils.files import atomic_path, json_bytes, read_object, remove_partials, write_atomically
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
@@ -70,14 +63,12 @@ class ModelFolder:
         if not os.path.isdir(path):
             path = _download(str(name), hub)
         file = path / CONFIG
-        try:
+        with checkpoint_errors():
             entries = serialization.load(file, "model", partial(serialization.decode, dict[str, Any]))
             recommended = serialization.decode(
                 SamplingSettings, entries.pop("recommended", {}), f"model {file}: recommended"
             )
             classes = serialization.decode(tuple[str, ...], entries.pop("classes", []), f"model {file}: classes")
-        except InputError as error:
-            raise CheckpointError(str(error)) from error
         model_type, version = entries.pop("model_type", None), entries.pop("format_version", None)
         if not isinstance(model_type, str) or version != FORMAT_VERSION:
             raise CheckpointError(
@@ -91,34 +82,48 @@ class ModelFolder:
         entries = self.fields.keys()
         fitting = (kind for kind in config_types if entries <= {entry.name for entry in fields(kind)})
         config_type = next(fitting, config_types[0])
-        try:
+        with checkpoint_errors(f"{self.path / CONFIG}: "):
             config: AnyConfig = serialization.decode(config_type, self.fields)
-        except InputError as error:
-            raise CheckpointError(f"{self.path / CONFIG}: {error}") from error
         return config
 
-    def state(self) -> TensorFiles:
+    def state(self) -> dict[str, Tensor]:
         """Returns the tensors, which are read from the files when they are used."""
         index = self.path / INDEX
         if (self.path / WEIGHTS).exists() or not index.exists():
-            return TensorFiles(dict.fromkeys(names_in(self.path / WEIGHTS), self.path / WEIGHTS))
-        try:
+            return map_tensors(self.path / WEIGHTS)
+        with checkpoint_errors():
             entries = serialization.load(index, "model", partial(serialization.decode, dict[str, Any]))
             places = serialization.decode(dict[str, str], entries.get("weight_map"), f"model {index}: weight_map")
-        except InputError as error:
-            raise CheckpointError(str(error)) from error
         for name in places.values():
             if not _SHARD.fullmatch(name):
                 raise CheckpointError(
                     f"{index}: names the file {format_value(name)}; name files of this folder, *.safetensors"
                 )
-        contents = {name: names_in(self.path / name) for name in sorted(set(places.values()))}
+        contents = {name: map_tensors(self.path / name) for name in sorted(set(places.values()))}
         for name, tensors in contents.items():
-            if differing := set(tensors) ^ {tensor for tensor, place in places.items() if place == name}:
+            if differing := tensors.keys() ^ {tensor for tensor, place in places.items() if place == name}:
                 raise CheckpointError(
                     f"{self.path / name}: has other tensors than {INDEX} names ({min(differing)!r}); copy both again"
                 )
-        return TensorFiles({tensor: self.path / name for tensor, name in places.items()})
+        return {name: tensor for tensors in contents.values() for name, tensor in tensors.items()}
+
+
+@contextmanager
+def checkpoint_errors(place: str = "") -> Iterator[None]:
+    """Raises a CheckpointError that begins with `place` for an InputError."""
+    try:
+        yield
+    except InputError as error:
+        raise CheckpointError(f"{place}{error}") from error
+
+
+def import_hub() -> Any:
+    """Imports `huggingface_hub`."""
+    try:
+        import huggingface_hub
+    except ImportError as error:
+        raise CheckpointError("the hub needs huggingface_hub: pip install 'jacobiflow[cli]'") from error
+    return huggingface_hub
 
 
 def _download(name: str, hub: dict[str, Any]) -> Path:

@@ -10,9 +10,16 @@ import torch
 from torch import nn
 
 from jacobiflow.blocks.guidance import SamplingSettings
-from jacobiflow.errors import CheckpointError, InputError
-from jacobiflow.models.checkpoints.folder import CONFIG, MAX_SHARD_SIZE, ModelFolder, list_reports, write_model
-from jacobiflow.models.checkpoints.hub import upload_folder
+from jacobiflow.errors import CheckpointError
+from jacobiflow.models.checkpoints.folder import (
+    CONFIG,
+    MAX_SHARD_SIZE,
+    ModelFolder,
+    checkpoint_errors,
+    import_hub,
+    list_reports,
+    write_model,
+)
 from jacobiflow.models.checkpoints.tensors import build, check_dtype
 from jacobiflow.models.config import FlowConfig
 from jacobiflow.utils.checks import check_count, check_path
@@ -57,7 +64,7 @@ class Pretrained(nn.Module):
         maps: bool = False,
     ) -> Self:  # fmt: skip
         """Loads the flow of an open folder; `maps` leaves its weights as they are, mapped to their files."""
-        config, state = folder.config(cls.config_types), folder.state().map_all() if maps else folder.state()
+        config, state = folder.config(cls.config_types), folder.state()
         if folder.classes and len(folder.classes) != config.num_classes:
             raise CheckpointError(
                 f"{folder.path / CONFIG}: {len(folder.classes)} names of {config.num_classes} classes; name all, or "
@@ -66,10 +73,8 @@ class Pretrained(nn.Module):
         flow = build(cls, config, state, str(folder.path), device, dtype, maps)
         flow.recommended, flow.report_files = folder.recommended, list_reports(folder.path)
         flow.classes = folder.classes
-        try:
+        with checkpoint_errors(f"{folder.path / CONFIG}: recommended: "):
             flow.check_recommended()
-        except InputError as error:
-            raise CheckpointError(f"{folder.path / CONFIG}: recommended: {error}") from error
         return flow
 
     def save_pretrained(
@@ -109,4 +114,6 @@ class Pretrained(nn.Module):
         """
         with TemporaryDirectory() as folder:
             write_model(self, Path(folder), check_dtype(dtype), repo_id)
-            return upload_folder(Path(folder), repo_id, private, token, **upload)
+            hub = import_hub().HfApi(token=token)
+            repo_id = hub.create_repo(repo_id, private=private, exist_ok=True).repo_id
+            return str(hub.upload_folder(repo_id=repo_id, folder_path=folder, **upload))

@@ -1,15 +1,15 @@
-"""Tensors of model files: reading them one at a time, checking them, and building a module of them."""
+"""Tensors of model files: mapping them, checking them, and building a module of them."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import reduce
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -20,39 +20,12 @@ from jacobiflow.utils.files import regular_file
 AnyModule = TypeVar("AnyModule", bound=nn.Module)
 
 
-def names_in(file: Path) -> list[str]:
-    """Returns the names of the tensors in a file."""
+def map_tensors(file: Path) -> dict[str, Tensor]:
+    """Returns the tensors in a file by name, mapped to it: their values are read when they are used."""
     try:
-        with safe_open(regular_file(file), "pt") as content:
-            return sorted(content.keys())
+        return dict(sorted(load_file(regular_file(file)).items()))
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{file}: missing or damaged ({first_line(error)}); copy it again") from error
-
-
-class TensorFiles(Mapping[str, Tensor]):
-    """The tensors of files by their names. Each has a mapping of its file while it is in use.
-
-    Attributes:
-        places: The file of each tensor.
-    """
-
-    def __init__(self, places: dict[str, Path]) -> None:
-        self.places = places
-
-    def __getitem__(self, name: str) -> Tensor:
-        with safe_open(self.places[name], "pt") as content:
-            tensor: Tensor = content.get_tensor(name)
-            return tensor
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.places)
-
-    def __len__(self) -> int:
-        return len(self.places)
-
-    def map_all(self) -> dict[str, Tensor]:
-        """Returns all tensors, with one mapping for each file."""
-        return {name: tensor for file in set(self.places.values()) for name, tensor in load_file(file).items()}
 
 
 def split_tensors(state: Mapping[str, Tensor], max_size: int) -> list[dict[str, Tensor]]:
@@ -68,13 +41,13 @@ def split_tensors(state: Mapping[str, Tensor], max_size: int) -> list[dict[str, 
 
 
 def build(
-    make: Callable[[Any], AnyModule], config: Any, state: dict[str, Tensor] | TensorFiles, source: str,
+    make: Callable[[Any], AnyModule], config: Any, state: dict[str, Tensor], source: str,
     device: torch.device | str = "cpu", dtype: torch.dtype | None = None, maps: bool = False,
 ) -> AnyModule:  # fmt: skip
     """Builds a module with the values of a state dict, which must fit it, in eval mode.
 
     The module is made on the meta device, so that initial values cost nothing and draw no random numbers. Tensors are
-    then copied one by one, and removed from a `state` in memory: the memory is that of the module and of one tensor.
+    then copied one by one, and removed from `state`: the memory is that of the module and of one tensor.
 
     Args:
         source: The beginning of a CheckpointError.
@@ -86,7 +59,7 @@ def build(
     dtype = dtype or widened_dtype(state.values())
     copies, flaws = dict[str, Tensor](), list[str]()
     for name in list(state):
-        tensor = state.pop(name) if isinstance(state, dict) else state[name]
+        tensor = state.pop(name)
         if flaw := _flaw(name, tensor):
             flaws.append(flaw)
             continue
@@ -101,7 +74,8 @@ def build(
 
 def widened_dtype(tensors: Iterable[Tensor]) -> torch.dtype:
     """Returns the dtype of tensors, with half precision widened to float32."""
-    return reduce(torch.promote_types, (tensor.dtype for tensor in tensors), torch.float32)
+    dtypes = (tensor.dtype for tensor in tensors if tensor.dtype in FLOATS)  # Others are not promoted, and refused.
+    return reduce(torch.promote_types, dtypes, torch.float32)
 
 
 def check_values(
