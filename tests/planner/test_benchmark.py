@@ -150,7 +150,7 @@ class Quarters(jf.Partition):
     """A partition of a reader's own, with candidates."""
 
     def stop(self, front: int, num_tokens: int) -> int:
-        return (4 * front // num_tokens + 1) * num_tokens // 4
+        return next(stop for k in range(1, 5) if (stop := k * num_tokens // 4) > front)
 
     @classmethod
     def candidates(cls, num_tokens: int) -> tuple[jf.Partition, ...]:

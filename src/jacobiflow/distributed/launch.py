@@ -9,7 +9,9 @@ from dataclasses import dataclass
 from jacobiflow.errors import InputValueError
 
 _SLURM_PORTS = range(20_000, 30_000)
-_REMEDY = "start them by torchrun or srun, or unset TORCHELASTIC_RUN_ID and SLURM_STEP_NUM_TASKS for one process"
+_REMEDY = (
+    "start the processes by torchrun or srun, or unset TORCHELASTIC_RUN_ID and SLURM_STEP_NUM_TASKS for one process"
+)
 
 
 @dataclass(frozen=True)
