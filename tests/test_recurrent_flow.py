@@ -8,7 +8,6 @@ import pytest
 import torch
 
 import jacobiflow as jf
-from examples.extending.recurrent_flow import RecurrentConfig, RecurrentFlow
 from jacobiflow.cli import main
 from tests.helpers.running import run_line
 
@@ -21,15 +20,6 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     settings = f"--noise-std 0.2 --learning-rate 0.01 --steps 40 --out {out}"
     assert main([*line.split(), *settings.split()]) == 0
     return out
-
-
-def test_it_is_trained_saved_and_loaded(model: Path) -> None:
-    flow = jf.load(model)
-    assert type(flow) is RecurrentFlow
-    assert flow.config == RecurrentConfig(1, 8, channels=16, num_blocks=2, num_classes=10, noise_std=0.2)
-    assert (flow.blocks[0].out.weight != 0).any()
-    flow.save_pretrained(model.parent / "copy")
-    assert (model.parent / "copy/model.safetensors").read_bytes() == (model / "model.safetensors").read_bytes()
 
 
 def test_its_samples_encode_to_their_latents(model: Path) -> None:

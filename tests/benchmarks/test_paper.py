@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -118,21 +117,3 @@ def test_the_estimate_is_a_sum_over_blocks_of_sweeps_times_seconds() -> None:
     assert seconds["sweeps of ours"] == pytest.approx(4 * 27.5 * 8 + 7 * 110 + 8 * 40)
     # The loop takes 512 a block: sweeps are cheaper if they take 110 and a certificate, not if 880 and one.
     assert seconds["exact loop or sweeps of ours"] == pytest.approx(512 + 7 * 150)
-
-
-def test_a_batch_waits_for_its_slowest_sample() -> None:
-    counts = (5, 3, 9, 3, 4)
-    batches = list(product(counts, repeat=4))
-    assert paper_sizes.slowest_of(counts, 4) == pytest.approx(sum(map(max, batches)) / len(batches))
-
-
-def test_sweeps_of_a_bundled_model_are_those_of_the_result_file() -> None:
-    flow = jf.TarFlow.from_pretrained("digits-p1").requires_grad_(False)
-    tuning = jf.Tuning.load(jf.find_tuning(flow))  # type: ignore[arg-type]
-    actual = paper_sizes.count_sweeps(flow, render.result("digits-p1/report"), tuning, samples=2)
-    written = render.result("paper-sweeps")["models"]["digits-p1"]
-    assert (actual["tokens"], actual["tough"]) == (written["tokens"], written["tough"])
-    for tough in (True, False):
-        counts = paper_sizes.counted(actual, tough)
-        for way, blocks in paper_sizes.counted(written, tough).items():
-            assert paper_sizes.mean_slowest(counts[way], 1) == pytest.approx(paper_sizes.mean_slowest(blocks, 1), abs=2)

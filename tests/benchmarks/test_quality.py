@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -73,24 +72,3 @@ def test_rows_are_the_scores_of_their_samples(tmp_path: Path) -> None:
     assert rows[2]["max"] > 0.1
     assert [row["name"] for row in result["final"]] == finalists(rows)
     assert all(row["num"] == 24 for row in result["final"])
-
-
-def test_a_stopped_run_goes_on_with_the_next_row(tmp_path: Path) -> None:
-    out = tmp_path / "rows.json"
-    whole = run(out, "jacobi-2", "jacobi-3")
-    out.write_text(json.dumps(whole | {"rows": whole["rows"][:3]}))
-    assert run(out, "jacobi-2", "jacobi-3") == whole
-    with pytest.raises(SystemExit, match="of other settings"):
-        run(out, flow=FLOW.guided(None))
-
-
-def test_finalists_are_the_fastest_near_the_original() -> None:
-    rows = [
-        {"name": name, "relative": relative, "rate": rate}
-        for name, relative, rate in (
-            (ORIGINAL, 0, 1), ("sequential", 0, 9), ("jacobi", 0.02, 8), ("[7-8-9-6]", 0.01, 3), ("STARFlow", -0.2, 2),
-            ("auto", 0.0, 4), ("auto:1e-1", 0.009, 5),
-        )
-    ]  # fmt: skip
-    assert finalists(rows) == [ORIGINAL, "[7-8-9-6]", "auto:1e-1"]
-    assert finalists(rows[:3]) == [ORIGINAL]

@@ -5,29 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 
-import matplotlib.pyplot as plt
 import pytest
 from matplotlib.axes import Axes
-from PIL import Image
 
 from jacobiflow.comparison.compare import Comparison, SamplerResult
 from jacobiflow.evaluation import PairedError
-from jacobiflow.plots import bench_figure, sampler_style, save_png
+from jacobiflow.plots import bench_figure, sampler_style
 from jacobiflow.plots.style import Style
 from jacobiflow.utils.timing import Timing
 from tests.helpers.pictures import texts_fit
-
-
-def test_a_sampler_has_one_style_in_all_figures() -> None:
-    families = [
-        ["auto", "auto:1e-1", "auto, certified"], ["sequential"], ["Original", "growing cache", "full passes"],
-        ["jacobi", "Jacobi-30"], ["[7-8-14-10]", "GS-Jacobi", "gs-jacobi:4-8"], ["window", "window:32"],
-        ["Selective Jacobi Decoding"], ["STARFlow"], ["plan.json", "auto.json", "automatic"],
-    ]  # fmt: skip
-    assert all(sampler_style(name) == sampler_style(family[0]) for family in families for name in family)
-    assert len({sampler_style(family[0]).marker for family in families}) == len(families)
 
 
 def make_comparison(batch_size: int, points: Mapping[str, tuple[float, float]]) -> Comparison:
@@ -92,13 +79,3 @@ def test_bench_labels_do_not_overlap_and_no_two_strategies_look_alike() -> None:
     legend = figure.legends[0].get_texts()
     assert texts_fit(figure, legend)
     assert legend[3].get_text().replace("\n", "").replace("\\$", "$") == names[0]
-
-
-def test_figures_are_files_and_stay_out_of_pyplot(tmp_path: Path) -> None:
-    before, settings = plt.get_fignums(), dict(plt.rcParams)
-    save_png(bench_figure([make_comparison(1, {"auto": (1.0, 1e-3)})]), tmp_path / "a.png")
-    assert (plt.get_fignums(), dict(plt.rcParams)) == (before, settings)
-    with Image.open(tmp_path / "a.png") as read:
-        assert read.format == "PNG" and read.width == 1120
-        colors = {color for _, color in read.convert("RGB").getcolors(1 << 16) or ()}
-    assert tuple(bytes.fromhex(sampler_style("auto").color[1:])) in colors

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
 import re
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 import jacobiflow as jf
-from jacobiflow.calibration import CalibrationReport, ConvergenceCurve
+from jacobiflow.calibration import CalibrationReport
 from tests.helpers.pictures import CAPTION, assert_placed, random_images, texts_fit
 from tools.pictures.paper_figures import convergence_figure, intermediates_sheet, segments_figure
 
@@ -61,15 +59,6 @@ def test_segments_are_drawn_with_the_whole_block_beside_them(report: Calibration
         assert curves_of(axis) == expected | {"all tokens at once": whole.median}
         assert re.search(rf"block {block}\b.*\b{count} segments\b.*\b{64 // count} tokens", axis.get_title())
     assert_readable(figure)
-
-
-@pytest.mark.filterwarnings("error")
-def test_odd_curves_are_drawn_without_a_warning(report: CalibrationReport) -> None:
-    curve = (5.0, math.inf, 1e30, 1e-2, 0.0)
-    curves = {"noise": tuple(dict.fromkeys(row, ConvergenceCurve(curve, curve, {})) for row in report.igm)}
-    figure = convergence_figure(replace(report, curves=curves))
-    figure.draw_without_rendering()
-    assert set(curves_of(figure.axes[0]).values()) == {curve}
 
 
 @pytest.mark.parametrize(("denoised", "blocks"), [(True, 2), (False, 11)])
