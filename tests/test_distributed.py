@@ -23,10 +23,11 @@ RAISE = "raise jf.CheckpointError('no room')"
 WAITS = {"gather": "p.gather(1)", "sleep": "time.sleep(60)", "claim": "[time.sleep(0.1) for _ in p.claim(range(999))]"}
 
 
-def job(name: str, *lines: str, launcher: str = "torchrun") -> Job:
+def job(name: str, *lines: str, launcher: str = "torchrun", blocks: int = 1) -> Job:
     """Three processes that run lines with the processes as `p`, and print the error that ends them."""
-    body = "".join(f"        {line}\n" for line in lines)
-    start = "import os, signal, time\nimport jacobiflow as jf\ntry:\n    with jf.processes() as p:\n"
+    body = "".join(f"            {line}\n" for line in lines)
+    start = "import os, signal, time\nimport jacobiflow as jf\ntry:\n"
+    start += f"    for _ in range({blocks}):\n        with jf.processes() as p:\n"
     end = "except (jf.InputError, KeyboardInterrupt) as error:\n    print(type(error).__name__, error)"
     return Job(["python", f"{start}{body}{end}"], 3, name=name, launcher=launcher)
 
@@ -45,7 +46,7 @@ FAILURES += [f"{end}-{wait}" for end in ("raise", "kill") for wait in ("0-gather
 def ended(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Ended]]:
     """How the processes of each job ended."""
     first = f"p.run_on_rank_zero(lambda: exec({RAISE!r}))"
-    jobs = [*(job(name, *CALLS, launcher=name) for name in ("torchrun", "srun")), job("raise-0-first", first)]
+    jobs = [*(job(name, *CALLS, launcher=name, blocks=2) for name in ("torchrun", "srun")), job("raise-0-first", first)]
     for name in FAILURES:
         end, rank, wait = name.split("-")
         jobs.append(job(name, "p.gather(0)", f"if rank == {rank}: {ENDS[end]}", WAITS[wait]))
@@ -59,7 +60,7 @@ def test_three_processes_exchange_values_and_share_units(launcher: str, ended: d
     shared = f"{sorted([*'abcdefgh', *'01234'])} [9, 1, 4]\n"
     for rank, each in enumerate(ended[launcher]):
         assert (each.code, each.err) == (0, "")
-        assert each.out == f"{rank} 3 [0, 7] [0, 1, 2]\n{shared}"
+        assert each.out == 2 * f"{rank} 3 [0, 7] [0, 1, 2]\n{shared}"
 
 
 @FORKS
@@ -146,7 +147,10 @@ def test_the_rank_of_a_process_by_torchrun_and_by_srun() -> None:
         ({name: value for name, value in TORCHRUN.items() if name != "MASTER_PORT"}, "MASTER_PORT is not set; start"),
         ({name: value for name, value in SRUN.items() if name != "SLURM_LOCALID"}, "SLURM_LOCALID is not set; start"),
         ({**SRUN, "SLURM_STEP_NODELIST": ""}, "names no machine; set MASTER_ADDR to that of process 0"),
-        ({**SRUN, "SLURM_STEP_NUM_TASKS": "0"}, "rank 5 of 0 processes, by RANK .* start them by torchrun or srun"),
+        (
+            {**SRUN, "SLURM_STEP_NUM_TASKS": "0"},
+            "rank 5 of 0 processes, by RANK .* start the processes by torchrun or srun",
+        ),
         ({**TORCHRUN, "WORLD_SIZE": "-2"}, "rank 5 of -2 processes"),
         ({**SRUN, "SLURM_PROCID": "8"}, "rank 8 of 8 processes"),
         ({**TORCHRUN, "RANK": "-1"}, "rank -1 of 8 processes"),

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 
-from jacobiflow.distributed.launch import find_launch
+from jacobiflow.distributed.launch import Launch, find_launch
 from jacobiflow.distributed.watch import ProcessFailed, Watch, message_of
 from jacobiflow.errors import InputValueError, first_line
 
@@ -116,6 +116,18 @@ class Processes:
         return f"cuda:{index}"
 
 
+_blocks = itertools.count()  # Each block of `processes` in a program has keys of its own.
+
+
+@cache
+def _connect(launch: Launch) -> tuple[TCPStore, TCPStore]:
+    """Connects to the store, twice, until the program ends."""
+    socket.getaddrinfo(launch.host, launch.port)  # The store would try an unknown name again for minutes.
+    connect = partial(TCPStore, timeout=_START_TIMEOUT, wait_for_workers=False, multi_tenant=True)
+    connection = connect(launch.host, launch.port, is_master=launch.hosts_store)
+    return connection, connect(launch.host, connection.port, is_master=False)
+
+
 @contextmanager
 def processes() -> Iterator[Processes]:
     """Connects the processes that `torchrun` or SLURM's `srun` started; without them, this process is alone.
@@ -136,11 +148,8 @@ def processes() -> Iterator[Processes]:
         yield Processes()
         return
     try:
-        socket.getaddrinfo(launch.host, launch.port)  # The store would try an unknown name again for minutes.
-        connect = partial(TCPStore, timeout=_START_TIMEOUT, wait_for_workers=False, multi_tenant=True)
-        connection = connect(launch.host, launch.port, is_master=launch.hosts_store)
-        watch_connection = connect(launch.host, connection.port, is_master=False)
-        store, watch_store = (PrefixStore(launch.attempt, each) for each in (connection, watch_connection))
+        prefix = f"{launch.attempt} {next(_blocks)}"
+        store, watch_store = (PrefixStore(prefix, each) for each in _connect(launch))
         store.set(f"started {launch.rank}", "")
         store.wait([f"started {rank}" for rank in range(launch.count)])
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
