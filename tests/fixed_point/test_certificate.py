@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -232,37 +231,3 @@ def test_a_sample_that_overflows_is_solved_sequentially(solver: jf.Solver, certi
     assert solution.status.tolist() == [tame, CONVERGED, NONFINITE, CONVERGED]
     solved = [1, 3] if tame == MAX_SWEEPS else [0, 1, 3]
     assert error(solution.x[solved], problem.answer[solved]) < 1e-7
-
-
-class RoundedWeights(jf.AffineBlock):
-    """x_t = z_t / 2; its answers with rounded weights are off by what the context says."""
-
-    def init_cache(self, z: Tensor, context: jf.Context = NO_CONTEXT) -> None:
-        return None
-
-    def affine(self, x: Tensor, start: int, stop: int, cache: Any) -> tuple[Tensor, Tensor]:
-        run = torch.zeros_like(x[:, start:stop])
-        return run - math.log(2), run
-
-    def sequential_inverse(
-        self, z: Tensor, context: jf.Context = NO_CONTEXT, guidance: Any = None, int16_weights: bool = False
-    ) -> tuple[Tensor, Tensor]:
-        if int16_weights:
-            return z / 2 + context.values.view(-1, 1, 1), z.new_zeros(len(z))  # type: ignore[union-attr]
-        return z / 2, z.new_full((len(z),), -z[0].numel() * math.log(2))
-
-
-def test_answers_of_rounded_weights_are_certified_and_resumed() -> None:
-    block, z, errors = RoundedWeights(), normal(4, 5, 1), torch.tensor([1e-4, -2e-3, torch.nan, 9e-4]).double()
-    solver = jf.Solver(jf.Sequential(), stopping=jf.Tolerance(1e-3), int16_weights=True)
-    solution = jf.solve_certified(block, z, solver, errors)
-    assert solution.exact.tolist() == solution.used_fallback.tolist() == [False, False, True, False]
-    torch.testing.assert_close(solution.residual, torch.tensor([1e-4, 0.0, 0.0, 9e-4]).double())
-    torch.testing.assert_close(solution.log_det, torch.full((4,), -5 * math.log(2)).double())
-    assert (solution.status == CONVERGED).all()
-    for exactly in (
-        jf.solve(block, z, solver, errors),
-        jf.solve_certified(block, z, solver, errors, certify=False),
-        jf.solve_certified(block, z, solver, errors, tolerance=0.0),
-    ):
-        assert exactly.exact.all() and torch.equal(exactly.x, z / 2)

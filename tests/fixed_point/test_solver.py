@@ -16,7 +16,7 @@ from jacobiflow.utils import serialization
 
 KERNEL = torch.tensor([[[0.5, -1.0], [0.25, 3.0]]])
 SOLVERS = [
-    jf.Solver(jf.Sequential(), int16_weights=True),
+    jf.Solver(jf.Sequential()),
     jf.Solver(jf.Whole(), jf.Zeros(), jf.EarlyStop(), jf.Chord(KERNEL), bf16_sweeps=3),
     jf.Solver(jf.Segments(2), jf.MeanAffine(KERNEL[0], KERNEL[0]), jf.MaxSweeps((5, 3)) | jf.Tolerance(0.5)),
     jf.Solver(jf.Window(8), jf.CausalLinear(KERNEL, KERNEL[0]), jf.MaxSweeps(4)),
@@ -34,7 +34,6 @@ OTHER_GUESSES = [jf.MeanAffine(KERNEL[0], KERNEL[0] + 1), jf.CausalLinear(KERNEL
         (lambda: jf.MaxSweeps(()), r"sweeps=\(\): give a number, or one for each segment"),
         (lambda: jf.Solver(jf.Sequential(), bf16_sweeps=3).check(4, 1), "bf16_sweeps=3.*Sequential.*token by token"),
         (lambda: jf.Solver(jf.Segments(4), bf16_sweeps=1).check(4, 1), "bf16_sweeps=1.*Segments"),
-        (lambda: jf.Solver(jf.Window(4), int16_weights=True).check(8, 1), "int16_weights=True with Window.*Sequential"),
     ],
 )
 def test_pieces_that_do_not_go_together_are_refused(build: Callable[[], Any], names: str) -> None:

@@ -82,25 +82,23 @@ template <typename T>
 struct Linear {
   int outputs, inputs;
   std::vector<T> weight, bias;
-  std::vector<float> scales;
   std::vector<char> memory;
   Weight args{};
 
   Linear(int outputs, int inputs, WeightFormat format, bool is_packed = true)
       : outputs(outputs), inputs(inputs), weight((size_t)outputs * inputs), bias(padded<T>(outputs)),
-        scales(padded<float>(outputs), 1 / 1024.0f), memory(sizeof(T) * padded<T>(outputs) * inputs) {
+        memory(sizeof(T) * padded<T>(outputs) * inputs) {
     for (T& value : weight) value = (T)((int)(generator() % 128) - 64) / 1024;
     for (T& value : bias) value = (T)(generator() % 128) / 128;
     const bool is_half = format != WeightFormat::float32 && format != WeightFormat::float64;
     std::vector<uint16_t> halves;
-    for (T value : weight)
-      halves.push_back(format == WeightFormat::int16 ? (uint16_t)(int)(value * 1024) : narrowed((float)value, format));
+    for (T value : weight) halves.push_back(narrowed((float)value, format));
     const void* values = is_half ? (const void*)halves.data() : weight.data();
     if (!is_packed)
       std::memcpy(memory.data(), values, weight.size() * (is_half ? 2 : sizeof(T)));
     else if (jacobiflow_pack(values, outputs, inputs, (int32_t)format, memory.data(), 2))
       check("pack", 1, 0);
-    args = {memory.data(), format == WeightFormat::int16 ? scales.data() : nullptr, format, is_packed};
+    args = {memory.data(), format, is_packed};
   }
 };
 
@@ -162,7 +160,7 @@ int main() {
   check("logarithm", error_of(Simd<float>::log, [](double v) { return std::log(v); }, 1e-3, 1e3, 1), 1e-6);
   check("elementary functions", elementary_error(), 3e-7);
   using Format = WeightFormat;
-  for (Format format : {Format::float32, Format::bfloat16, Format::float16, Format::int16}) {
+  for (Format format : {Format::float32, Format::bfloat16, Format::float16}) {
     for (int rows : {1, 2, 7}) {
       for (int outputs : {1, float_lanes + 1, 5 * float_lanes + 3 * float_lanes * panel_vectors - 1})
         check("dense", dense_error<float>(outputs, 11, rows, format, true), 1e-5);

@@ -29,10 +29,10 @@ def stored(monkeypatch: pytest.MonkeyPatch) -> Iterator[set[tuple[torch.dtype, b
     monkeypatch.setattr(native.load_library(), "has_fast_halves", True)
     seen, weight = set[tuple[torch.dtype, bool]](), transformer._PackedTransformer._pack_weight
 
-    def noted(self: Any, matrix: Tensor, scales: Any, shape: tuple[int, int], is_packed: bool) -> Any:
+    def noted(self: Any, matrix: Tensor, shape: tuple[int, int], is_packed: bool) -> Any:
         if {*shape} <= {self.channels, 3 * self.channels, self.hidden}:
             seen.add((matrix.dtype, is_packed))
-        return weight(self, matrix, scales, shape, is_packed)
+        return weight(self, matrix, shape, is_packed)
 
     monkeypatch.setattr(transformer._PackedTransformer, "_pack_weight", noted)
     yield seen
@@ -108,43 +108,6 @@ def test_large_weights_are_read_where_they_lie(stored: set[Any], monkeypatch: py
     stored.clear()
     invert(case, case.flow())
     assert stored == {(torch.float32, True)}
-
-
-@pytest.mark.parametrize("name", TRANSFORMERS)
-def test_weights_rounded_to_integers(name: str, stored: set[Any]) -> None:
-    """Each output's weights are off by half of its scale at most, a 65,534th of the largest; some are tiny or 0."""
-    case = TRANSFORMERS[name]
-    flow = case.flow()
-    weight = flow.blocks[1].attn_blocks[0].mlp.main[0].weight.data
-    weight[2], weight[3] = 0, weight[3] * 1e-40
-    block, z = case.block(flow), case.z(flow)
-    with threads(case.threads):
-        x, _ = block.sequential_inverse(z, jf.Context(case.context()), int16_weights=True)
-    assert stored == {(torch.int16, True)}
-    integers = deepcopy(flow)
-    for layer in integers.blocks[1].attn_blocks:
-        for linear in (layer.attention.qkv, layer.attention.proj, layer.mlp.main[0], layer.mlp.main[2]):
-            weight = linear.weight.data
-            scales = (weight.double().abs().amax(dim=1, keepdim=True) / 32767).clamp(min=1e-38)
-            linear.weight.data = ((weight / scales).round() * scales).float()
-    assert relative_error(x, case.answer(integers, z)) < 1e-5
-
-
-def test_nothing_to_round(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whether 16 bits would be read faster or not."""
-    monkeypatch.setattr(weights, "_MIN_BF16", 2**20)
-    case = CASES["heads of 32"]
-    flow = case.flow()
-    block, z, labels = case.block(flow), case.z(flow), case.context()
-    assert block.sequential_inverse(z, jf.Context(labels), int16_weights=True) is not None
-    for other in (*(rounded(case.flow(), dtype) for dtype in HALVES), case.flow().bfloat16()):
-        assert case.block(other).sequential_inverse(z, jf.Context(labels), int16_weights=True) is None
-    assert (
-        case.block(case.flow().double()).sequential_inverse(z.double(), jf.Context(labels), int16_weights=True) is None
-    )
-    for value in (torch.nan, torch.inf):
-        flow.blocks[1].attn_blocks[0].mlp.main[2].weight.data[3, 5] = value
-        assert block.sequential_inverse(z, jf.Context(labels), int16_weights=True) is None
 
 
 def test_half_numbers_of_every_kind() -> None:

@@ -28,7 +28,6 @@ def parse(text: str, blocks: int = L, tokens: int = T) -> jf.Strategy:
 NAMES: dict[str, jf.Solver] = {
     "sequential": jf.Solver(jf.Sequential(), stopping=DEFAULT),
     "Original": jf.Solver(jf.Sequential(), stopping=DEFAULT),
-    "sequential:int16": jf.Solver(jf.Sequential(), stopping=DEFAULT, int16_weights=True),
     "jacobi": jf.Solver(jf.Whole(), stopping=DEFAULT),
     "JACOBI-30": counted(jf.Whole(), 30),
     "gs-jacobi:8": jf.Solver(jf.Segments(8), stopping=DEFAULT),
@@ -85,6 +84,7 @@ UNKNOWN = [
 MALFORMED: list[tuple[str, str]] = [
     *((text, "unknown; ") for text in UNKNOWN),
     ("AUTO:1e-2 ", "is planned for a flow, a device and a batch"),
+    ("sequential:int16", 'is no strategy any more; give "sequential"'),
     *((text, "give whole numbers [Stack-GS-J-Else]") for text in (
         "[]", "[7-8-32]", "[7-8-32-10", "[7/-8-32-10]", "[7-8,8-32-10]", "[7-8-3²-10]", "[7-8-32-10\n]",
         "[7-8-32-10/20]")),

@@ -7,7 +7,6 @@ import math
 from dataclasses import replace
 from itertools import chain, repeat
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -111,7 +110,7 @@ class Winners:
     ) -> tuple[TimedSolve | None, RaceState]:
         self.states.append(state)
         self.z, winner = problem.z, next(self.rest)
-        return (None if winner is None else TimedSolve(winner[0], (winner[1],), exact_x(problem), 9, 0.0)), state
+        return (None if winner is None else TimedSolve(winner[0], (winner[1],), exact_x(problem), 9)), state
 
 
 def exact_x(problem: Problem) -> torch.Tensor:
@@ -121,15 +120,8 @@ def exact_x(problem: Problem) -> torch.Tensor:
 def test_solvers_are_tightened_by_their_tolerance_or_by_a_sweep_for_each_power_of_ten() -> None:
     solvers = [jf.Solver(stopping=jf.Tolerance(2e-3)), jf.Solver(stopping=jf.MaxSweeps(2))]
     for factor, tighter in ((0.125, (jf.Tolerance(2.5e-4), jf.MaxSweeps(3))), (0.0125, (None, jf.MaxSweeps(4)))):
-        found = [solver.stopping for solver in planner.tighten(solvers, [], factor)]
+        found = [planner.tighten(solver, factor).stopping for solver in solvers]
         assert all(want in (None, stopping) for want, stopping in zip(tighter, found, strict=True))
-
-
-def test_the_worst_block_of_rounded_weights_is_tightened_to_the_exact_loop() -> None:
-    solvers = [jf.Solver(jf.Sequential(), int16_weights=is_rounded) for is_rounded in (True, True, False)]
-    solutions: Any = [SimpleNamespace(residual=torch.tensor([1e-5, residual])) for residual in (1e-4, 2e-4, 9.0)]
-    tightened = planner.tighten(solvers, solutions, 0.5)
-    assert [solver.int16_weights for solver in tightened] == [True, False, False]
 
 
 def test_a_plan_that_is_no_faster_when_verified_is_the_exact_loop(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -44,6 +44,7 @@ BROKEN: list[tuple[list[Any], Any, str]] = [
     (["format_version"], 2, "not a strategy of format_version 1"),
     (["solvers"], [], "solvers: 0 of them"),
     (["solvers", 0, "bf16_sweeps"], -1, r"solvers\[0\]: bf16_sweeps=-1"),
+    (["solvers", 0, "int16_weights"], False, r"solvers\[0\]: 'int16_weights' unknown"),
     (["prediction"], {}, "prediction: .*missing"),
     (["tolerance"], -1, "tolerance=-1"),
 ]

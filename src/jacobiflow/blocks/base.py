@@ -129,14 +129,11 @@ class AffineBlock(ABC):
         """Returns a copy of the cache with which the network runs in bfloat16."""
         raise NotImplementedError
 
-    def sequential_inverse(
-        self, z: Tokens, context: Context = NO_CONTEXT, guidance: Any = None, int16_weights: bool = False
-    ) -> TokensLogDet | None:
+    def sequential_inverse(self, z: Tokens, context: Context = NO_CONTEXT, guidance: Any = None) -> TokensLogDet | None:
         """Solves x_t = g(x)_t token by token in one call; returns x and the sums of log_scale(x).
 
-        With a `Guidance` g is that of the guided block. With `int16_weights` the weights are rounded to 16-bit
-        integers, which halves their bytes. Returns `None` if the block has no such call for this device, dtype or
-        installation, or if its weights have 16 bits already.
+        With a `Guidance` g is that of the guided block. Returns `None` if the block has no such call for this device,
+        dtype or installation.
         """
         return None
 

@@ -90,8 +90,6 @@ def _tune(flow: Flow, model: str, out: Path) -> Path:
 def _describe(solver: jf.Solver, num_tokens: int) -> tuple[str, str]:
     """Returns the tokens at a time and the stopping rule of a solver, in words."""
     tokens = str(solver.partition.stop(0, num_tokens))
-    if solver.int16_weights:
-        return tokens, "with weights of 16-bit integers, certified"
     if tokens == "1":
         return tokens, "exact"
     first = f"{solver.bf16_sweeps} sweeps in bfloat16, then " if solver.bf16_sweeps else ""

@@ -38,9 +38,9 @@ _CERTIFY_ALWAYS = "Check every block, even those solved token by token."
 _SENSITIVITY = "Measure how much rounding changes each sample, by drawing it a second time."
 _OFFLOAD = "Keep one block at a time on the device, for a model that is larger than it."
 _STRATEGIES = (
-    "auto (recommended) measures which is fastest on this machine. sequential: token by token; sequential:int16: with "
-    "rounded weights, checked. jacobi: sweeps of all tokens; window:N: of N tokens; gs-jacobi:G: of G segments. "
-    "jacobi-J, gs-jacobi:G-J and the paper's [Stack-GS-J-Else] make J sweeps, without a check. Or a .json file of plan."
+    "auto (recommended) measures which is fastest on this machine. sequential: token by token. jacobi: sweeps of all "
+    "tokens; window:N: of N tokens; gs-jacobi:G: of G segments. jacobi-J, gs-jacobi:G-J and the paper's "
+    "[Stack-GS-J-Else] make J sweeps, without a check. Or a .json file of plan."
 )
 
 

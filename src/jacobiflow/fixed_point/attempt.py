@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -62,14 +61,11 @@ def solve(
     """
     options = SolveOptions(certify=False, batch_size=batch_size, time_limit=time_limit)
     check_kind("solver", solver, Solver, "a Solver, such as Solver(Whole())")
-    return attempt(Problem.checked(block, z, context), replace(solver, int16_weights=False), options)
+    return attempt(Problem.checked(block, z, context), solver, options)
 
 
 def attempt(problem: Problem, solver: Solver, options: SolveOptions) -> Solution:
-    """Solves a problem once, without a certificate.
-
-    The residuals of answers by rounded weights are infinite until they are certified.
-    """
+    """Solves a problem once, without a certificate."""
     started = time.perf_counter()
     solver.check(*problem.z.shape[1:])
     if solver.bf16_sweeps and not supports(problem.block, "has_bf16"):
@@ -77,13 +73,13 @@ def attempt(problem: Problem, solver: Solver, options: SolveOptions) -> Solution
         raise InputValueError(f"bf16_sweeps={solver.bf16_sweeps}: {name} has no bfloat16 network; give 0")
     solution = None
     with no_gradients(problem.block):
-        for inverse, is_exact in _sequential_inverses(problem, solver):
+        for inverse in _sequential_inverses(problem, solver):
             answers = []
             for _, part in problem.batches(options.batch_size):
                 answers.append(inverse(part.z, part.context))
                 options.check_time()
             if None not in answers:
-                solution = _sequential_solution(problem, answers, is_exact)
+                solution = _sequential_solution(problem, answers)
                 break
         if solution is None:
             first = None
@@ -97,32 +93,29 @@ def attempt(problem: Problem, solver: Solver, options: SolveOptions) -> Solution
     return replace(solution, **tensors, seconds=time.perf_counter() - started)
 
 
-def _sequential_inverses(problem: Problem, solver: Solver) -> Iterator[tuple[SequentialInverse, bool]]:
-    """Yields calls that solve all tokens one after the other, and whether they are exact; each may have no answer."""
+def _sequential_inverses(problem: Problem, solver: Solver) -> Iterator[SequentialInverse]:
+    """Yields calls that solve all tokens one after the other; each may have no answer."""
     block: Any = problem.block
     if not len(problem) or not solver.partition.token_by_token(problem.num_tokens):
         return
     inverse = getattr(block, "sequential_inverse", None)
-    if inverse is not None and solver.int16_weights:
-        yield partial(inverse, int16_weights=True), False
     if inverse is not None:
-        yield inverse, True
+        yield inverse
     if problem.z.is_cuda and supports(block, "graph_safe"):
-        yield TokenLoop(block), True
+        yield TokenLoop(block)
 
 
-def _sequential_solution(problem: Problem, answers: Sequence[Any], is_exact: bool) -> Solution:
+def _sequential_solution(problem: Problem, answers: Sequence[Any]) -> Solution:
     """The solution of the answers of batches. A call counts as a sweep for each token."""
     x, log_det = map(torch.cat, zip(*answers, strict=True))
     failed = ~x.isfinite().all(dim=(1, 2))
-    residual = torch.full_like(log_det, 0.0 if is_exact else torch.inf)
     num_tokens = problem.num_tokens
     return Solution(
         x=x,
         status=torch.where(failed, Status.NONFINITE, Status.CONVERGED),
-        residual=residual.masked_fill(failed, torch.inf),
+        residual=torch.zeros_like(log_det).masked_fill(failed, torch.inf),
         log_det=log_det,
-        exact=torch.full_like(failed, is_exact),
+        exact=torch.ones_like(failed),
         used_fallback=torch.zeros_like(failed),
         sample_sweeps=torch.full_like(failed, num_tokens, dtype=torch.int64),
         sweeps=num_tokens * len(answers),

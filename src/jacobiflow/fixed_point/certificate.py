@@ -15,7 +15,7 @@ from jacobiflow.blocks.tokens import Tokens
 from jacobiflow.fixed_point.attempt import attempt
 from jacobiflow.fixed_point.guess import WarmStart
 from jacobiflow.fixed_point.options import CertifyMode, SolveOptions
-from jacobiflow.fixed_point.partition import Sequential, Whole
+from jacobiflow.fixed_point.partition import Sequential
 from jacobiflow.fixed_point.problem import Problem
 from jacobiflow.fixed_point.solution import Solution, Status
 from jacobiflow.fixed_point.solver import Solver, Tolerance
@@ -87,12 +87,9 @@ def solve_to_tolerance(problem: Problem, solver: Solver, options: SolveOptions) 
     started = time.perf_counter()
     has_promise = options.certify and options.tolerance is not None
     tolerance = options.tolerance if has_promise else solver.stopping.atol
-    if not options.certify or not tolerance:
-        solver = replace(solver, int16_weights=False)
     solution = attempt(problem, solver, options)
-    is_exact = solver.is_exact(problem.num_tokens)  # without a look at `solution.exact`, which waits for a GPU
-    if solver.int16_weights:  # the block may have nothing to round
-        is_exact = bool(solution.exact.all())
+    # Without a look at `solution.exact`, which waits for a GPU.
+    is_exact = solver.partition.token_by_token(problem.num_tokens)
     is_known = is_exact and supports(problem.block, "is_causal")
     if options.certify == "always" or (options.certify and not is_known):
         solution = _certify(problem, solution, options)
@@ -127,9 +124,8 @@ def _resume(problem: Problem, solver: Solver, options: SolveOptions, solution: S
     status = solution.status.masked_fill((solution.status == Status.MAX_SWEEPS) & has_ended, Status.CONVERGED)
     solution = replace(solution, status=status)
     rows = _is_above(solution, tolerance) & (status == Status.CONVERGED)
-    partition = Whole() if solver.int16_weights else solver.partition
     guess, stopping = WarmStart(solution.x[rows]), Tolerance(_RESUME_FACTOR * tolerance)
-    return _solve_again(problem, Solver(partition, guess, stopping, solver.correction), options, solution, rows)
+    return _solve_again(problem, Solver(solver.partition, guess, stopping, solver.correction), options, solution, rows)
 
 
 def _probe_rounding(

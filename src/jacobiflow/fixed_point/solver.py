@@ -90,13 +90,11 @@ def EarlyStop(ebound: float = 1e-8) -> Stopping:
 
 @dataclass(frozen=True)
 class Solver:
-    """A way to solve a block: four independent pieces, and 16-bit numbers if they are faster.
+    """A way to solve a block: four independent pieces, and sweeps in bfloat16 that come first.
 
     `Solver(Sequential())` is the exact loop, `Solver(Whole())` Jacobi, `Solver(Segments(G), stopping=MaxSweeps(J))`
     the paper's GS-Jacobi, `Solver(Window(n))` a sliding window. With `bf16_sweeps`, so many sweeps of all tokens come
-    first, by the network in bfloat16; their answer is then the guess. With `int16_weights` the exact loop takes weights
-    that are rounded to 16-bit integers, and its answer is certified as that of sweeps is. Without certificates, with a
-    tolerance of 0, and in a block that has no such loop or nothing to round, the weights are taken as they are.
+    first, by the network in bfloat16; their answer is then the guess.
 
     Example:
         >>> jf.Solver(jf.Window(32), jf.Zeros(), jf.Tolerance(1e-3)).partition
@@ -108,7 +106,6 @@ class Solver:
     stopping: Stopping = field(default_factory=lambda: Tolerance(DEFAULT_TOLERANCE))
     correction: Correction = field(default_factory=Plain)
     bf16_sweeps: int = 0
-    int16_weights: bool = False
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -124,11 +121,3 @@ class Solver:
         self.correction.check(token_channels)
         if self.bf16_sweeps and self.partition.token_by_token(num_tokens):
             raise InputValueError(f"bf16_sweeps={self.bf16_sweeps}: {self.partition} solves token by token; give 0")
-        if self.int16_weights and not self.partition.token_by_token(num_tokens):
-            raise InputValueError(
-                f"int16_weights=True with {self.partition}: they are for Sequential(), leave them out"
-            )
-
-    def is_exact(self, num_tokens: int) -> bool:
-        """Tells if answers are exact by construction: token by token, with the weights as they are."""
-        return self.partition.token_by_token(num_tokens) and not self.int16_weights

@@ -162,9 +162,9 @@ class MAFBlock(FlowBlock):
         return super().encode(x, context) if result is None else (result[0], -result[1])
 
     def sequential_inverse(
-        self, z: Tokens, context: Context = NO_CONTEXT, guidance: Guidance | None = None, int16_weights: bool = False
+        self, z: Tokens, context: Context = NO_CONTEXT, guidance: Guidance | None = None
     ) -> TokensLogDet | None:
-        return None if int16_weights else self._evaluate(z, context, guidance, is_inverse=True)
+        return self._evaluate(z, context, guidance, is_inverse=True)
 
     def _evaluate(
         self, tokens: Tokens, context: Context, guidance: Guidance | None, is_inverse: bool

@@ -62,17 +62,15 @@ class Library:
         return F.pad(values, (0, missing)) if missing else values
 
     def weight(
-        self, matrix: Tensor, shape: tuple[int, ...], dtype: torch.dtype, scales: Tensor | None, is_packed: bool
-    ) -> tuple[Weight, list[Tensor | None]]:
-        """Returns a weight for sums in `dtype`, and the tensors that it points to. A packed weight is a copy."""
+        self, matrix: Tensor, shape: tuple[int, ...], dtype: torch.dtype, is_packed: bool
+    ) -> tuple[Weight, Tensor]:
+        """Returns a weight for sums in `dtype`, and the tensor that it points to. A packed weight is a copy."""
         if matrix.dtype not in WEIGHT_FORMATS or torch.promote_types(matrix.dtype, torch.float32) != dtype:
             raise UnsupportedError(f"a weight of {matrix.dtype} for sums in {dtype}")
         matrix = check_tensor(matrix, shape, matrix.dtype)
         if is_packed:
             matrix = self._pack(matrix)
-        scales = None if scales is None else self.pad(scales, shape[:1], torch.float32)
-        weight = Weight(address_of(matrix), address_of(scales), WEIGHT_FORMATS[matrix.dtype], is_packed)
-        return weight, [matrix, scales]
+        return Weight(address_of(matrix), WEIGHT_FORMATS[matrix.dtype], is_packed), matrix
 
     def _pack(self, weight: Tensor) -> Tensor:
         (outputs, inputs), threads = weight.shape, torch.get_num_threads()

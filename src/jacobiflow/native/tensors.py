@@ -19,7 +19,7 @@ from jacobiflow.utils.checks import format_value
 MAX_INT32 = 2**31 - 1  # largest size or stride that most fields can hold
 WEIGHT_FORMATS = {
     torch.float32: WeightFormat.FLOAT32, torch.float64: WeightFormat.FLOAT64, torch.bfloat16: WeightFormat.BFLOAT16,
-    torch.float16: WeightFormat.FLOAT16, torch.int16: WeightFormat.INT16,
+    torch.float16: WeightFormat.FLOAT16,
 }  # fmt: skip
 _PLAIN = frozenset((Tensor, nn.Parameter))
 

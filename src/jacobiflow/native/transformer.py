@@ -80,7 +80,6 @@ class CausalTransformer:
     def invert(
         self, z: Float[Tensor, "b t d"], context: Float[Tensor, "#b #t c"] | None = None,
         guidance: GuidanceTerms | None = None, read_prefix: Callable[[slice], Prefix] | None = None,
-        is_rounded: bool = False,
     ) -> tuple[Float[Tensor, "b t d"], Float[Tensor, " b"]] | None:  # fmt: skip
         """Returns x = g(x) and the sums of its log-scales, or `None` if native code cannot compute them.
 
@@ -90,8 +89,6 @@ class CausalTransformer:
         Args:
             context: Added to the embeddings of tokens, in causal order.
             read_prefix: Returns the prefix of some rows of z.
-            is_rounded: Rounds weights to 16-bit integers with a scale for each output. The result is `None` if they
-                have 16 bits already.
         """
         native = usable_library(z)
         if native is None:
@@ -102,7 +99,7 @@ class CausalTransformer:
                 raise UnsupportedError("a context for another number of samples")
             networks = 1 if guidance is None else 2
             size = max(_MAX_ROWS_PER_THREAD * torch.get_num_threads() // networks, 1)
-            packed = _PackedTransformer(native, self, z.dtype, min(size, len(z)) * networks, networks, is_rounded)
+            packed = _PackedTransformer(native, self, z.dtype, min(size, len(z)) * networks, networks)
             x, log_det = torch.empty_like(z), z.new_zeros(len(z), dtype=torch.float64)
             for first in range(0, len(z), size):
                 rows = slice(first, first + size)
@@ -119,11 +116,10 @@ class _PackedTransformer:
     """The parameters of a network as native code reads them, for calls of at most `rows` rows."""
 
     def __init__(
-        self, native: Library, network: CausalTransformer, dtype: torch.dtype, rows: int, networks: int,
-        is_rounded: bool,
-    ) -> None:  # fmt: skip
+        self, native: Library, network: CausalTransformer, dtype: torch.dtype, rows: int, networks: int
+    ) -> None:
         self.native, self.dtype, self.rotation = native, dtype, network.rotation
-        self.memory: list[Tensor | None] = []  # what structures point to
+        self.memory: list[Tensor] = []  # what structures point to
         self.heads, self.depth, self.networks = network.heads, len(network.layers), networks
         self.tokens, self.values = len(network.position), network.proj_in.shape[1]
         self.channels, self.hidden = len(network.proj_in), len(network.layers[0]["up"])
@@ -132,7 +128,7 @@ class _PackedTransformer:
             raise UnsupportedError("heads that do not divide the channels, or whose channels make no pairs")
         if self.tokens * self.channels > MAX_INT32:
             raise UnsupportedError("a context whose rows are too far apart")
-        self.layers = self._pack_layers(network.layers, rows, is_rounded)
+        self.layers = self._pack_layers(network.layers, rows)
         outputs = self.values * (2 if network.has_scale else 1)
         position = check_tensor(self._converted(network.position), (self.tokens, self.channels), dtype)
         self.memory.append(position)
@@ -147,9 +143,7 @@ class _PackedTransformer:
             depth=self.depth, has_scale=network.has_scale, soft_clip=network.soft_clip,
         )  # fmt: skip
 
-    def _pack_layers(
-        self, layers: Sequence[Mapping[str, Tensor]], rows: int, is_rounded: bool
-    ) -> ctypes.Array[LayerArgs]:
+    def _pack_layers(self, layers: Sequence[Mapping[str, Tensor]], rows: int) -> ctypes.Array[LayerArgs]:
         shapes = layer_shapes(layers, self.tokens, self.channels, self.hidden)
         names = [name for name in shapes if name in MATRICES]
         matrices = [layer[name].detach() for layer in layers for name in names]
@@ -159,24 +153,24 @@ class _PackedTransformer:
                 raise UnsupportedError("weights of a dtype other than that of the tokens")
         has_fast_halves = self.parameter_dtype == torch.float32 and self.native.has_fast_halves
         halves = faster_halves(self.num_weights, rows // self._threads(rows, rows)[1]) if has_fast_halves else ()
-        stored = iter(zip(*stored_matrices(matrices, halves, is_rounded), strict=True))
+        stored = iter(stored_matrices(matrices, halves))
         has_whole_vectors = all(self.native.padded(n, self.dtype) == n for n in (self.channels, self.hidden))
         is_packed = self.num_weights < MIN_IN_PLACE or not has_whole_vectors
         table = (LayerArgs * self.depth)()
         for entry, layer in zip(table, layers, strict=True):
             for name in names:
-                setattr(entry, name, self._pack_weight(*next(stored), shapes[name], is_packed))
+                setattr(entry, name, self._pack_weight(next(stored), shapes[name], is_packed))
             for name in shapes.keys() - MATRICES:
                 setattr(entry, name, self._pad(layer[name], shapes[name]))
         return table
 
-    def _pack_weight(self, matrix: Tensor, scales: Tensor | None, shape: tuple[int, ...], is_packed: bool) -> Weight:
-        weight, tensors = self.native.weight(matrix, shape, self.dtype, scales, is_packed)
-        self.memory += tensors
+    def _pack_weight(self, matrix: Tensor, shape: tuple[int, ...], is_packed: bool) -> Weight:
+        weight, stored = self.native.weight(matrix, shape, self.dtype, is_packed)
+        self.memory.append(stored)
         return weight
 
     def _pack_projection(self, matrix: Tensor, shape: tuple[int, ...]) -> Weight:
-        return self._pack_weight(check_tensor(self._widened(matrix), shape, self.dtype), None, shape, is_packed=True)
+        return self._pack_weight(check_tensor(self._widened(matrix), shape, self.dtype), shape, is_packed=True)
 
     def _pad(self, values: Tensor, shape: tuple[int, ...]) -> int | None:
         """Returns the address of values, padded to whole vectors."""

@@ -34,8 +34,6 @@ _BF16_SWEEPS = 3
 """Sweeps in bfloat16 that come first; more would change nothing but the rounding of bfloat16."""
 _MAX_BF16_SHARE = 0.8
 """An evaluation in bfloat16 counts as faster below this share of the time of one in full precision."""
-_MAX_INT16_RESIDUAL = 0.2
-"""The largest residual of rounded weights, as a share of the tolerance."""
 _NEAR_FACTOR = 1.1
 """A solver is near the best up to this multiple of its time. Slower ones are abandoned, near ones timed again."""
 _MAX_LEADER_CHANGE = 0.23
@@ -58,20 +56,18 @@ class BlockTimings(NamedTuple):
         evaluation: By one network evaluation of all tokens.
         spread: The share by which timings of the same call differ.
         bf16_evaluation: By an evaluation in bfloat16; infinite if it is not faster.
-        int16_sequential: By the exact loop with weights of 16-bit integers; infinite if the block has no such loop.
     """
 
     sequential: float
     evaluation: float
     spread: float
     bf16_evaluation: float = math.inf
-    int16_sequential: float = math.inf
 
     @property
     def can_iterate(self) -> bool:
         """Tells if another solver, with its certificate, can be faster than the exact loop."""
         sweeps = min(_MIN_SWEEPS * self.evaluation, _BF16_SWEEPS * self.bf16_evaluation + self.evaluation)
-        return self.sequential > min(sweeps, self.int16_sequential) + self.evaluation
+        return self.sequential > sweeps + self.evaluation
 
 
 class TimedSolve(NamedTuple):
@@ -82,14 +78,12 @@ class TimedSolve(NamedTuple):
         timings: Seconds of each of its solves, certificates included.
         x: Its answers.
         sweeps: Sweeps of the slowest sample.
-        residual: The largest residual of a sample.
     """
 
     solver: Solver
     timings: tuple[float, ...]
     x: Tokens
     sweeps: int
-    residual: float
 
     @property
     def seconds(self) -> float:
@@ -131,19 +125,13 @@ class RaceState:
 def time_block(problem: Problem, try_bf16: bool = True) -> BlockTimings:
     """Times the exact loop and network evaluations of a block."""
     library_name()  # Compiles native code first, which would else count.
-    block: Any = problem.block
     device = problem.z.device
     sequential = _time_repeatedly(partial(attempt, problem, SEQUENTIAL, UNCERTIFIED), device)
     evaluation = _time_repeatedly(partial(problem.residual, problem.z), device)
     spread = max(timing_spread(sequential), timing_spread(evaluation))
     timings = BlockTimings(min(sequential), min(evaluation), spread)
-    # Weights of half the bytes save half of the loop at most, and need an evaluation for their certificate.
-    if timings.sequential > 2 * timings.evaluation:
-        run = partial(block.sequential_inverse, problem.z, problem.context, int16_weights=True)
-        if run() is not None:
-            timings = timings._replace(int16_sequential=min(_time_repeatedly(run, device)))
     can_pay = timings.sequential > _BF16_SWEEPS * timings.evaluation
-    if try_bf16 and can_pay and problem.num_tokens > 1 and supports(block, "has_bf16"):
+    if try_bf16 and can_pay and problem.num_tokens > 1 and supports(problem.block, "has_bf16"):
         share = _bf16_share(problem[:_NUM_BF16_SAMPLES])
         if share < _MAX_BF16_SHARE:
             timings = timings._replace(bf16_evaluation=share * timings.evaluation)
@@ -172,8 +160,6 @@ def candidates(num_tokens: int, tolerance: float, tuning: BlockTuning | None, ti
     solvers = [Solver(partition, guess, Tolerance(tolerance), correction) for partition in partitions]
     if math.isfinite(timings.bf16_evaluation):
         solvers += [replace(solver, bf16_sweeps=_BF16_SWEEPS) for solver in solvers]
-    if timings.int16_sequential + timings.evaluation < timings.sequential:
-        solvers.append(Solver(Sequential(), stopping=Tolerance(tolerance), int16_weights=True))
     return solvers
 
 
@@ -202,7 +188,7 @@ def race(
 def time_solve(problem: Problem, solver: Solver, options: SolveOptions) -> TimedSolve:
     """Times a solve with certificates. Raises TimeoutError after the time limit of the options."""
     seconds, solution = time_call(partial(solve_to_tolerance, problem, solver, options), problem.z.device)
-    return TimedSolve(solver, (seconds,), solution.x, int(solution.sample_sweeps.max()), float(solution.residual.max()))
+    return TimedSolve(solver, (seconds,), solution.x, int(solution.sample_sweeps.max()))
 
 
 def near_limit(table: Iterable[TimedSolve], sequential: float) -> float:
@@ -246,14 +232,9 @@ def fix_sweeps(table: Iterable[TimedSolve]) -> list[Solver]:
     ]
 
 
-def is_accurate(row: TimedSolve, tolerance: float) -> bool:
-    """Tells if rounded weights are far enough below the tolerance; other solvers always are."""
-    return not row.solver.int16_weights or row.residual <= _MAX_INT16_RESIDUAL * tolerance
-
-
 def solver_key(solver: Solver) -> Hashable:
     """Returns the part of a solver that solvers of different blocks have in common."""
-    return solver.partition, solver.bf16_sweeps, solver.int16_weights
+    return solver.partition, solver.bf16_sweeps
 
 
 def timing_spread(timings: Sequence[float]) -> float:
@@ -265,13 +246,11 @@ def timing_spread(timings: Sequence[float]) -> float:
 def _add_timed(
     problem: Problem, solvers: Iterable[Solver], table: list[TimedSolve], sequential: float, options: SolveOptions
 ) -> list[TimedSolve]:
-    """The table with a row for each solver that is near the best, and accurate."""
-    assert options.tolerance is not None
+    """The table with a row for each solver that is near the best."""
     for solver in solvers:
         with suppress(TimeoutError):
-            row = time_solve(problem, solver, replace(options, time_limit=near_limit(table, sequential)))
-            if is_accurate(row, options.tolerance):
-                table = [*table, row]
+            limit = near_limit(table, sequential)
+            table = [*table, time_solve(problem, solver, replace(options, time_limit=limit))]
     return table
 
 

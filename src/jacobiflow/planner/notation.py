@@ -25,8 +25,7 @@ from jacobiflow.utils.checks import format_value
 from jacobiflow.utils.serialization import registered_pieces
 
 _FORMS = (
-    "auto, sequential, sequential:int16, jacobi, jacobi-J, gs-jacobi:G, gs-jacobi:G-J, window:N, "
-    "or [Stack-GS-J-Else] such as [7-8-32-10]"
+    "auto, sequential, jacobi, jacobi-J, gs-jacobi:G, gs-jacobi:G-J, window:N, or [Stack-GS-J-Else] such as [7-8-32-10]"
 )
 _NUMBER = "[0-9]{1,9}"
 _NUMBERS = f"{_NUMBER}(?:/{_NUMBER})*"
@@ -62,7 +61,7 @@ def _parse_name(name: str, tolerance: float) -> Solver:
     if is_auto(name):
         raise InputValueError("is planned for a flow, a device and a batch: give it to sample, or use plan")
     if name == "sequential:int16":
-        return Solver(Sequential(), stopping=Tolerance(tolerance), int16_weights=True)
+        raise InputValueError('is no strategy any more; give "sequential"')
     partition: Partition | None
     sweeps = None
     if match := re.fullmatch(rf"jacobi(?:-({_NUMBER}))?", name):

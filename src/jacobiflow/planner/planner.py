@@ -14,7 +14,7 @@ import torch
 from jacobiflow.blocks.base import FlowBlock
 from jacobiflow.blocks.context import Context
 from jacobiflow.blocks.tokens import Tokens
-from jacobiflow.fixed_point import MaxSweeps, Solution, Solver, Tolerance
+from jacobiflow.fixed_point import MaxSweeps, Solver, Tolerance
 from jacobiflow.fixed_point.attempt import attempt
 from jacobiflow.fixed_point.certificate import solve_to_tolerance
 from jacobiflow.fixed_point.options import DEFAULT_TOLERANCE, SolveOptions
@@ -220,10 +220,10 @@ def _verify(
     few = tokens[:_NUM_COMPARED], context[:_NUM_COMPARED]
     stopping = Tolerance(_EXACT_FACTOR * tolerance)
     closer = [replace(solver, stopping=stopping, bf16_sweeps=0) for solver in draft.solvers]
-    exact, _ = _solve_blocks(flow, closer, *few, UNCERTIFIED, progress, limits)
+    exact = _solve_blocks(flow, closer, *few, UNCERTIFIED, progress, limits)
     for _ in range(_NUM_TRIALS):
         run = partial(_solve_blocks, flow, draft.solvers, tokens, context, SolveOptions(tolerance), progress)
-        seconds, (x, solutions) = time_call(run, tokens.device)
+        seconds, x = time_call(run, tokens.device)
         if num == batch_size:
             if seconds > max_seconds:  # The machine may have been busy.
                 seconds, _ = time_call(run, tokens.device)
@@ -233,28 +233,27 @@ def _verify(
             return None
         if draft.error <= tolerance:
             return draft
-        draft = draft._replace(solvers=tighten(draft.solvers, solutions, _SAFETY_FACTOR * tolerance / draft.error))
+        factor = _SAFETY_FACTOR * tolerance / draft.error
+        draft = draft._replace(solvers=tuple(tighten(solver, factor) for solver in draft.solvers))
     return None
 
 
 def _solve_blocks(
     flow: Flow, solvers: Sequence[Solver], x: Tokens, context: Context, options: SolveOptions,
     progress: Progress | None, time_limits: Sequence[float] | None = None,
-) -> tuple[Tokens, list[Solution]]:  # fmt: skip
-    """The inverse of tokens, and the solution of each block. After its time limit the exact loop solves a block."""
-    solutions = list[Solution]()
+) -> Tokens:  # fmt: skip
+    """The inverse of tokens. After its time limit the exact loop solves a block."""
     for i in reversed(range(len(solvers))):
         problem, limit = _block_problem(flow, i, x, context), None if time_limits is None else time_limits[i]
         try:
             solution = solve_to_tolerance(problem, solvers[i], replace(options, time_limit=limit))
         except TimeoutError:
             solution = solve_to_tolerance(problem, SEQUENTIAL, options)
-        solutions.insert(0, solution)
         del problem  # The next block is loaded once this one is free.
         x = flow.blocks[i].permutation.inverse(solution.x)
         if progress is not None:
             progress(len(solvers) - i, len(solvers), "verifying")
-    return x, solutions
+    return x
 
 
 def _max_error(x: Tokens, exact: Tokens) -> float:
@@ -263,17 +262,8 @@ def _max_error(x: Tokens, exact: Tokens) -> float:
     return max(difference.tolist(), default=math.inf)
 
 
-def tighten(solvers: Sequence[Solver], solutions: Sequence[Solution], factor: float) -> tuple[Solver, ...]:
-    """Returns solvers that come nearer: to `factor` times their tolerance, or with a sweep more per power of ten.
-
-    Of the blocks with rounded weights, the one with the largest residual is solved by the exact loop.
-    """
-    rounded = [i for i, solver in enumerate(solvers) if solver.int16_weights]
-    worst = max(rounded, key=lambda i: float(solutions[i].residual.max()), default=None)
-    return tuple(SEQUENTIAL if i == worst else _tighten_one(solver, factor) for i, solver in enumerate(solvers))
-
-
-def _tighten_one(solver: Solver, factor: float) -> Solver:
+def tighten(solver: Solver, factor: float) -> Solver:
+    """Returns a solver that comes nearer: to `factor` times its tolerance, or with a sweep more per power of ten."""
     atol, count = solver.stopping.atol, solver.stopping.max_sweeps
     if atol is not None:
         return replace(solver, stopping=Tolerance(factor * atol))

@@ -88,7 +88,6 @@ class Strategy(serialization.JsonDocument):
         """Reads a strategy from its name.
 
         - "sequential" solves token by token; "Original", a row of the paper's tables, is the same.
-        - "sequential:int16" does so with weights rounded to 16-bit integers, to `tolerance`.
         - To `tolerance`: "jacobi", "gs-jacobi:8" (8 segments), "window:24", and any registered partition, its name
           followed by its numbers.
         - A number of sweeps, with the early stop (`jacobiflow.EarlyStop`): "jacobi-30", "gs-jacobi:8-32".
@@ -150,7 +149,8 @@ class Strategy(serialization.JsonDocument):
         """
         if self.tolerance is not None:
             return self.tolerance
-        tolerances = [solver.stopping.atol for solver in self.solvers if not solver.is_exact(num_tokens)]
+        others = [solver for solver in self.solvers if not solver.partition.token_by_token(num_tokens)]
+        tolerances = [solver.stopping.atol for solver in others]
         return None if None in tolerances else max((atol for atol in tolerances if atol is not None), default=0.0)
 
     def with_tolerance(self, tolerance: float) -> Strategy:

@@ -140,7 +140,7 @@ class TransformerBlock(FlowBlock):
 
     @torch.no_grad()
     def sequential_inverse(
-        self, z: Tokens, context: Context = NO_CONTEXT, guidance: Guidance | None = None, int16_weights: bool = False
+        self, z: Tokens, context: Context = NO_CONTEXT, guidance: Guidance | None = None
     ) -> TokensLogDet | None:
         layers = self.layer_weights()
         network = CausalTransformer(
@@ -169,7 +169,7 @@ class TransformerBlock(FlowBlock):
             return Prefix(layers, torch.cat([part.hidden for part in parts]))
 
         prefix = read_prefix if self.prefix_length else None
-        return network.invert(z, self.embed_context(context.values), extrapolation, prefix, int16_weights)
+        return network.invert(z, self.embed_context(context.values), extrapolation, prefix)
 
     def affine(self, x: Tokens, start: int, stop: int, cache: TransformerCache) -> ScaleShift:
         size = max(_TOKENS_PER_PASS // (stop - start), 1)

@@ -109,14 +109,13 @@ struct GradientArgs {
   void* grad_context;          // (rows, context_features)
 };
 
-enum class WeightFormat : int32_t { float32, float64, bfloat16, float16, int16 };
+enum class WeightFormat : int32_t { float32, float64, bfloat16, float16 };
 
 // A weight (outputs, inputs): in panels of columns as jacobiflow_pack makes them, or row after row.
 struct Weight {
   const void* values;
-  const float* scales;      // (outputs) of int16, by which each output is multiplied; else null
   WeightFormat format;
-  int32_t is_packed;        // 1 if in panels
+  int32_t is_packed;  // 1 if in panels
 };
 
 // A transformer layer: h <- h + proj(attention(norm(h))), then h <- h + down(gelu(up(mlp_norm(h)))). Pointers after

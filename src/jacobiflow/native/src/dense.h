@@ -20,7 +20,6 @@ enum class BFloat16 : uint16_t {};  // the bits of a number
 enum class Float16 : uint16_t {};
 
 typedef uint16_t Halves __attribute__((vector_size(2 * float_lanes)));
-typedef int16_t Shorts __attribute__((vector_size(2 * float_lanes)));
 
 // Copies the bytes of a vector.
 template <typename Vector, typename Element>
@@ -36,10 +35,6 @@ inline Vector widen(const float* from) { return Simd<float>::load(from); }
 inline Simd<double>::Vector widen(const double* from) { return Simd<double>::load(from); }
 
 inline Vector widen(const BFloat16* from) { return (Vector)(__builtin_convertvector(read<Halves>(from), Bits) << 16); }
-
-inline Vector widen(const int16_t* from) {
-  return __builtin_convertvector(__builtin_convertvector(read<Shorts>(from), Integers), Vector);
-}
 
 inline Vector widen(const Float16* from) {
 #if defined(__AVX512F__)
@@ -191,17 +186,11 @@ inline void dense(const T* x, int stride, const Weight& weight, int inputs, int 
         switch (weight.format) {
           case WeightFormat::bfloat16: run(BFloat16()); break;
           case WeightFormat::float16: run(Float16()); break;
-          case WeightFormat::int16: run(int16_t()); break;
           default: run(float());
         }
       }
       for (int r = 0; r < height; r++)
-        for (int v = 0; v < vectors; v++) {
-          auto& sums = out[r * panel_vectors + v];
-          if constexpr (std::is_same<T, float>::value)
-            if (weight.scales) sums *= Simd<T>::load(weight.scales + column + v * count);
-          use(row + r, column + v * count, sums);
-        }
+        for (int v = 0; v < vectors; v++) use(row + r, column + v * count, out[r * panel_vectors + v]);
     }
     column += vectors * count;
   }
