@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -12,8 +11,7 @@ import torch
 from PIL import Image
 
 import jacobiflow as jf
-from benchmarks import paper_sizes, strategies
-from benchmarks.paper_sizes import Way
+from benchmarks import strategies
 from jacobiflow.data import image_grid
 from tests.helpers.invented import make_report
 from tools.docs import render
@@ -76,44 +74,3 @@ def test_the_grid_has_the_papers_settings(crm: tuple[float, ...], tokens: int, p
     for text in ("Jacobi-30", "Jacobi-60", *(f"[{text}]" for text in published.split())):
         assert jf.Strategy.parse(text, report) in plans
     assert len(set(grid)) == len(grid)
-
-
-def eight_blocks(strategy: str, tokens: int) -> jf.Preset:
-    config = jf.TarFlowConfig(1, 2 * int(tokens**0.5), 2, channels=64, num_blocks=8, layers_per_block=1)
-    return jf.Preset("", "", config, jf.SamplingSettings(), strategy)
-
-
-def run_of(tokens: int) -> dict[str, Any]:
-    seconds = {"growing cache": 7.0, "fused loop": 0.5, f"float32 x {tokens}": 40.0, f"bfloat16 x {tokens}": 10.0}
-    for size, each in ((1, 2.0), (16, 3.0), (32, 5.0), (64, 8.0), (128, 15.0)):
-        seconds |= {f"float32 x {size}": each, f"bfloat16 x {size}": each / 2}
-    return {"batch_size": 1, "seconds": {name: {"min": value} for name, value in seconds.items()}}
-
-
-def block_of(**sweeps: list[int]) -> list[dict[str, Any]]:
-    ways = {"window": Way(0, 64), "whole": Way(0, 0), "mixed": Way(3, 0)}
-    return [{**ways[name]._asdict(), "sweeps": counts} for name, counts in sweeps.items()]
-
-
-# A model of 256 tokens with two tough blocks and two others, of two samples each.
-SWEEPS = {"models": {"ours": {"tokens": 256, "tough": [1, 3], "blocks": [
-    block_of(whole=[4, 6], mixed=[2, 2]), block_of(window=[20, 28], whole=[1, 1], mixed=[2, 2]),
-    block_of(whole=[5, 5], mixed=[2, 2]), block_of(window=[30, 32], whole=[1, 1], mixed=[2, 2]),
-]}}}  # fmt: skip
-
-
-def test_the_estimate_is_a_sum_over_blocks_of_sweeps_times_seconds() -> None:
-    seconds = paper_sizes.estimates(run_of(256), eight_blocks("[0/7-16/8-10/13-6]", 256), SWEEPS)
-    # A window sweep takes 8, a pass 40, or 10 in bfloat16; tough blocks take (24 + 31) / 2 sweeps, others 3 + 2 passes.
-    tough, others = 27.5 * 8, 3 * 10 + 2 * 40
-    assert seconds == pytest.approx({
-        "growing cache": 8 * 256 * 7, "loop in PyTorch": 8 * 256 * 2, "exact loop": 8 * 256 * 0.5,
-        "sweeps of ours": 2 * tough + 6 * others + 8 * 40,
-        "exact loop or sweeps of ours": 2 * 128 + 6 * 128,
-        "`[0/7-16/8-10/13-6]` in float32": 16 * 10 * 3 + 8 * 13 * 5 + 6 * 6 * 40,
-        "`[0/7-16/8-10/13-6]` in bfloat16": 16 * 10 * 1.5 + 8 * 13 * 2.5 + 6 * 6 * 10,
-    })  # fmt: skip
-    seconds = paper_sizes.estimates(run_of(1024), eight_blocks("[7-8-32-10]", 1024), SWEEPS)
-    assert seconds["sweeps of ours"] == pytest.approx(4 * 27.5 * 8 + 7 * 110 + 8 * 40)
-    # The loop takes 512 a block: sweeps are cheaper if they take 110 and a certificate, not if 880 and one.
-    assert seconds["exact loop or sweeps of ours"] == pytest.approx(512 + 7 * 150)

@@ -86,7 +86,11 @@ def gradients(
     """The gradients of `values` with cotangents for both, in `x`, the context and the parameters that need one."""
     inputs = [t for t in (x, context, *flow.parameters()) if t is not None and t.requires_grad]
     pairs = zip(values(flow, x, context, is_inverse), cotangents, strict=True)
-    outputs, weights = zip(*[pair for pair in pairs if pair[1] is not None], strict=True)
+    # A spline of one bin and one feature has a constant log-determinant, without a graph in some libraries.
+    pairs = [(out, cotangent) for out, cotangent in pairs if cotangent is not None and out.requires_grad]
+    if not pairs:
+        return [None] * len(inputs)
+    outputs, weights = zip(*pairs, strict=True)
     return list(torch.autograd.grad(outputs, inputs, weights, allow_unused=True))
 
 
@@ -281,5 +285,6 @@ def check(flow: nn.Module, x: Tensor, context: Tensor | None, domain: str = "lin
             if x.dtype == torch.float64:
                 assert error.max() <= 1e-10 * (1 + answer.abs().max())
             else:
-                floor = (1e-6 + 2e-5 / len(x)) * (1 + answer.abs().mean())  # a single row is no statistic
+                rows = len(x.unique(dim=0))  # A single row is no statistic.
+                floor = (1e-6 + 2e-5 / rows) * (1 + answer.abs().mean())
                 assert error.mean() <= 2 * error_of_library.mean() + floor

@@ -63,19 +63,3 @@ def test_bench_draws_a_flow_without_an_original_sampler_and_errors_that_are_not_
     figure = bench_figure([replace(comparison, results=comparison.results[1:])] * 3)
     figure.draw_without_rendering()
     assert [axis.axison for axis in figure.axes] == [True] * 3 + [False]
-
-
-def test_bench_labels_do_not_overlap_and_no_two_strategies_look_alike() -> None:
-    names = [f"folder_{i}/plan-of-a-very-long-name-$x$-{i}.json" for i in range(9)]
-    points = {name: (1e-4 * 1.9**i, 1e-12 * 10**i) for i, name in enumerate(names)}
-    figure = bench_figure([make_comparison(size, points) for size in (1, 4, 16)])
-    figure.draw_without_rendering()
-    for axis in figure.axes[:3]:
-        left, right = axis.get_xlim()
-        labels = [t for t, x in zip(axis.get_xticklabels(), axis.get_xticks(), strict=True) if left <= x <= right]
-        assert len(labels) >= 2 and texts_fit(figure, labels)
-    handles = [container.lines[0] for container in figure.axes[0].containers]
-    assert len({(line.get_color(), line.get_marker()) for line in handles}) == 9
-    legend = figure.legends[0].get_texts()
-    assert texts_fit(figure, legend)
-    assert legend[3].get_text().replace("\n", "").replace("\\$", "$") == names[0]
