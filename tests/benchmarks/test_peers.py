@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -112,8 +111,3 @@ def test_settings_are_those_of_the_papers() -> None:
     grid, stack = gs_jacobi_grid(two), f"{first}/{second}"
     for text in ("64-1-10", "8-32-20", "64/8-1/13-6", "16/8-12/13-6"):
         assert f"[{stack}-{text}]" in grid
-    metrics = one.metrics[one.settings.norm]
-    for components in (None, metrics.components[:1] * 8):  # no block is tough
-        even = replace(one, metrics={one.settings.norm: replace(metrics, components=components)})
-        assert gs_jacobi_grid(even) == PLAIN
-    assert gs_jacobi_grid(None, short=True) == PLAIN
