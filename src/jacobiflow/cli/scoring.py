@@ -211,11 +211,11 @@ def _choose_rows(parts: Iterable[Tensor], num: int) -> Tensor:
     """Joins the rows of `num` images, or `_MAX_PAIRWISE` of them at random, since they may be sorted by class."""
     is_chosen = torch.zeros(num, dtype=torch.bool)
     is_chosen[torch.randperm(num, generator=torch.Generator().manual_seed(0))[:_MAX_PAIRWISE]] = True
-    chosen, start = list[Tensor](), 0
+    rows, start = list[Tensor](), 0
     for part in parts:
-        chosen.append(part[is_chosen[start : start + len(part)]])
+        rows.append(part[is_chosen[start : start + len(part)]])
         start += len(part)
-    return torch.cat(chosen)
+    return torch.cat(rows)
 
 
 def paired_errors(folder: jf.SampleFolder, flow: Flow, num: int, batch_size: int) -> Score:

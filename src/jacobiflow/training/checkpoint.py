@@ -29,12 +29,12 @@ _FILE = "part-{:05}-of-{:05}.safetensors"
 @torch.no_grad()
 def write_state(folder: Path, state: Mapping[str, Tensor], processes: Processes) -> None:
     """Writes the tensors of a state to files of a folder; all processes call it."""
-    own = {name: _local_rows(x) for name, x in state.items() if processes.rank == 0 or isinstance(x, DTensor)}
-    parts = [part for part in split_tensors({name: rows for name, (rows, _) in own.items()}, MAX_SHARD_SIZE) if part]
+    local = {name: _local_rows(x) for name, x in state.items() if processes.rank == 0 or isinstance(x, DTensor)}
+    parts = [part for part in split_tensors({name: rows for name, (rows, _) in local.items()}, MAX_SHARD_SIZE) if part]
     counts = processes.gather(len(parts))
     for number, part in enumerate(parts, start=sum(counts[: processes.rank]) + 1):
         tensors = {name: rows.cpu().contiguous() for name, rows in part.items()}
-        content = save(tensors, {name: str(own[name][1]) for name in part})
+        content = save(tensors, {name: str(local[name][1]) for name in part})
         write_atomically(folder / _FILE.format(number, sum(counts)), content)
     processes.gather(None)  # All files are complete.
 
