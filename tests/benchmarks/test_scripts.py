@@ -335,7 +335,6 @@ def test_quality(run: Run, tmp_path: Path) -> None:
     line = ("fashion-p2", "--out", str(tmp_path / "rows.json"), "--strategy", "STARFlow", "--num", "2")
     (result,) = run("quality", *line, "--batch-size", "2", "--repeats", "1").values()
     assert [row["name"] for row in result["rows"]] == ["Original", "sequential", "STARFlow"]
-    assert result["model"] == "fashion-p2"
 
 
 def test_gpu(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
