@@ -43,6 +43,7 @@ def measured(value: int) -> Callable[[Any], Any]:
     return measure
 
 
+@pytest.mark.slow
 def test_a_digest_is_of_the_statements_that_a_benchmark_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folders = {name: shutil.copytree(folder, tmp_path / name) for name, folder in sources.FOLDERS.items()}
     monkeypatch.setattr(sources, "FOLDERS", folders)

@@ -34,6 +34,7 @@ def test_every_table_and_figure_has_a_command() -> None:
             assert (ROOT / f"{module.replace('.', '/')}.py").is_file(), name
 
 
+@pytest.mark.slow
 def test_figures_of_a_bundled_model_show_its_samples(tmp_path: Path) -> None:
     flow, report = jf.load("digits-p1"), render.result("digits-p1/report")
     draw_figures(flow, report, tmp_path, "digits", "[2/3-4-8-7]")

@@ -38,13 +38,10 @@ def features(pixels: Any) -> Any:
     return pixels.reshape(len(pixels), 64).astype(np.float64) @ SUMS.double().numpy()
 
 
-def run(out: Path, *names: str, final: int | None = None, flow: Any = FLOW) -> dict[str, Any]:
-    experiment = Experiment(flow, 0.8, 4, FeatureStatistics.from_features(Projection()(REAL)), Projection())
-    return score_samplers(experiment, names, NUM, final, out, {"model": "m"}, repeats=1)
-
-
 def test_rows_are_the_scores_of_their_samples(tmp_path: Path) -> None:
-    result = run(tmp_path / "rows.json", "jacobi-2", "STARFlow", final=24)
+    experiment = Experiment(FLOW, 0.8, 4, FeatureStatistics.from_features(Projection()(REAL)), Projection())
+    names, out = ("jacobi-2", "STARFlow"), tmp_path / "rows.json"
+    result = score_samplers(experiment, names, NUM, 24, out, {"model": "m"}, repeats=1)
     rows = result["rows"]
     assert [row["name"] for row in rows] == [ORIGINAL, "sequential", "jacobi-2", "STARFlow"]
     z, labels = draw_latents(NUM, 16, 4, 0), torch.arange(NUM) % 3
