@@ -45,8 +45,7 @@ def test_two_processes_and_two_parts_give_the_results_of_one(work: Path, tmp_pat
     for jobs in (second["two"], second["report"], third["job"], third["killed report"], third["1"]):
         assert [ended.code for ended in jobs] == [0, 0], jobs
     assert first["one"][0].claimed == sum(ended.claimed for ended in second["two"]) == 2 + 1 + 5 + 2 * 5
-    for one, other in (second["two"], second["report"]):
-        assert 1 / 3 < one.claimed / other.claimed < 3
+    assert all(ended.claimed > 0 for ended in (*second["two"], *second["report"]))
     assert "the scores follow once other parts have done 9 more units" in first["2"][0].out
     message = "error: scores-parts: holds scores of other inputs; give another folder, or --overwrite\n"
     assert [ended.err for ended in second["other"]] in ([message, ""], ["", message])

