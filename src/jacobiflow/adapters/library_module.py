@@ -41,6 +41,6 @@ def copy_with_tensors(module: nn.Module, tensors: Mapping[tuple[int, str], Tenso
             name: None if child is None else copies[child] for name, child in part._modules.items()
         }
         for kind in ("_parameters", "_buffers"):
-            own = vars(part)[kind]
-            vars(copy)[kind] = {name: tensors.get((id(own), name), tensor) for name, tensor in own.items()}
+            entries = vars(part)[kind]
+            vars(copy)[kind] = {name: tensors.get((id(entries), name), tensor) for name, tensor in entries.items()}
     return copies[module]

@@ -91,12 +91,12 @@ def address_of(tensor: Tensor | None) -> int | None:
 
 
 def addresses_of(
-    tensors: Sequence[Tensor], shapes: list[tuple[int, ...]], dtype: torch.dtype, known: array[int] | None = None
+    tensors: Sequence[Tensor], shapes: list[tuple[int, ...]], dtype: torch.dtype, previous: array[int] | None = None
 ) -> array[int]:
     """Returns the addresses of tensors. Raises UnsupportedError if one of them does not fit.
 
-    It does what `check_tensor` and `address_of` do, for calls with many tensors and few rows. Addresses that an earlier
-    call has returned for this dtype, `known`, are on a CPU and aligned.
+    It does what `check_tensor` and `address_of` do, for calls with many tensors and few rows. Addresses that the
+    `previous` call for this dtype returned are on a CPU and aligned, so they are not checked again.
     """
     try:
         fits = (
@@ -106,7 +106,7 @@ def addresses_of(
     except RuntimeError:  # A tensor is sparse or nested.
         fits = False
     addresses, size = array("Q", map(Tensor.data_ptr, tensors) if fits else ()), dtype.itemsize
-    if fits and addresses != known:
+    if fits and addresses != previous:
         fits = all(tensor.is_cpu for tensor in tensors) and all(address and not address % size for address in addresses)
     if not fits:
         raise UnsupportedError(f"tensors that are not of {dtype} on a CPU, of other shapes, not aligned, or freed")

@@ -104,7 +104,7 @@ def _environment(flow: Flow) -> tuple[Hashable, ...]:
 def _load_or_make(
     flow: Flow, weights: str, batch_size: int, tolerance: float, is_saved: bool, progress: Progress | None
 ) -> tuple[Strategy, bool]:
-    """Returns the plan in the cache folder, or a new one; and if the machine was busy, so that it was not saved."""
+    """Returns the plan in the cache folder, or a new one, and True if the machine was too busy to trust its timings."""
     power_of_two = 1 << (batch_size - 1).bit_length()
     batch_size = batch_size if exceeds_memory(flow, power_of_two) else power_of_two
     tuning = find_tuning(flow)
