@@ -62,11 +62,14 @@ class JobFolder:
             yield
 
     @contextmanager
-    def try_lock(self, unit: str) -> Iterator[bool]:
-        """Locks a unit until the block ends; yields False if another process has locked it."""
+    def claim(self, unit: str) -> Iterator[bool]:
+        """Locks a unit until the block ends; yields False if it is finished, or if another process has locked it."""
+        if self.is_finished(unit):
+            yield False
+            return
         try:
             with locked(self.path, f"{LOCK}-{unit}"):
-                yield True
+                yield not self.is_finished(unit)  # Another process may have finished it meanwhile.
                 if self.is_finished(unit):
                     self._remove_locks(unit)
         except FolderInUseError:
