@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import jacobiflow as jf
 from jacobiflow.cli import loading, options
-from jacobiflow.cli.job import as_command
 from jacobiflow.cli.output import format_count, format_duration, format_rate, progress_bar
 from jacobiflow.errors import InputValueError
 from jacobiflow.utils.provenance import Provenance
@@ -28,61 +27,56 @@ _SHEET = "samples.png"
 _SHEET_IMAGES = 100
 _OURS = "ours"
 _SHORT = 1.0  # seconds of the original sampler below which one run is no measure
-_BATCH_SIZE = (
-    "Images solved together, or auto: as many as fit in memory. Default: the batch size of the samples already in "
-    "--out, else --num, at most 64."
-)
-_DENOISE = "Rate of one denoising step; 0 is off. Default: as recommended by the model."
-_CERTIFY = "Measure each sample's residual, and solve it again if it is above the tolerance."
-_CERTIFY_ALWAYS = "Check every block, even those solved token by token."
-_SENSITIVITY = "Measure how much rounding changes each sample, by drawing it a second time."
-_OFFLOAD = "Keep one block at a time on the device, for a model that is larger than it."
-_STRATEGIES = (
-    "auto (recommended) measures which is fastest on this machine. sequential: token by token. jacobi: sweeps of all "
-    "tokens; window:N: of N tokens; gs-jacobi:G: of G segments. jacobi-J, gs-jacobi:G-J and the paper's "
-    "[Stack-GS-J-Else] make J sweeps, without a check. Or a .json file of plan."
-)
 
 
-@dataclass(frozen=True)
-class SampleConfig:
-    """Options of `jacobiflow sample`."""
+@dataclass(frozen=True, kw_only=True)
+class SampleConfig(options.Config):
+    """Options of `jacobiflow sample`.
+
+    Attributes:
+        num: Number of samples.
+        batch_size: Images solved together, or auto: as many as fit in memory. Default: the batch size of the samples
+            already in --out, else --num, at most 64.
+        shard_size: Samples in a file. A run that was stopped keeps whole files. Default: about 1,024.
+        files: png: also a file for each image, in folders by class.
+        strategy: auto (recommended) measures which is fastest on this machine. sequential: token by token. jacobi:
+            sweeps of all tokens; window:N: of N tokens; gs-jacobi:G: of G segments. jacobi-J, gs-jacobi:G-J and the
+            paper's [Stack-GS-J-Else] make J sweeps, without a check. Or a .json file of plan.
+        denoise: Rate of one denoising step; 0 is off. Default: as recommended by the model.
+        plain: No guidance and no denoising.
+        certify: Measure each sample's residual, and solve it again if it is above the tolerance.
+        certify_always: Check every block, even those solved token by token.
+        sensitivity: Measure how much rounding changes each sample, by drawing it a second time.
+        compare: Also draw the first batch by the original sampler, and compare.
+        offload: Keep one block at a time on the device, for a model that is larger than it.
+        overwrite: Replace the samples in the folder.
+        out: Folder for the samples and samples.png.
+    """
 
     model: options.Model = "fashion-p2"
-    num: Annotated[int, options.model_option(min=1, max=100_000_000, help="Number of samples.")] = 16
+    num: Annotated[int, options.MODEL, options.within(1, 100_000_000)] = 16
     labels: options.Labels = "balanced"
     prompts: options.Prompts = None
     encode_text: options.EncodeText = None
     seed: options.Seed = 0
-    batch_size: Annotated[str | None, options.speed_option(help=_BATCH_SIZE)] = None
-    shard_size: Annotated[
-        int | None,
-        options.output_option(
-            min=1,
-            help="Samples in a file. A run that was stopped keeps whole files. Default: about 1,024.",
-        ),
-    ] = None
-    files: Annotated[
-        Literal["npz", "png"], options.output_option(help="png: also a file for each image, in folders by class.")
-    ] = "npz"
-    strategy: Annotated[str, options.speed_option(help=_STRATEGIES)] = "auto"
+    batch_size: Annotated[str | None, options.SPEED] = None
+    shard_size: Annotated[int | None, options.OUTPUT, options.within(1)] = None
+    files: Annotated[Literal["npz", "png"], options.OUTPUT] = "npz"
+    strategy: Annotated[str, options.SPEED, options.STRATEGY] = "auto"
     tolerance: options.Tolerance = None
     report: options.ReportFile = None
     guidance: options.RecommendedGuidance = None
-    denoise: Annotated[float | None, options.guidance_option(help=_DENOISE)] = None
-    plain: Annotated[bool, options.guidance_option("--plain", help="No guidance and no denoising.")] = False
-    certify: Annotated[bool, options.speed_option(help=_CERTIFY)] = True
-    certify_always: Annotated[bool, options.speed_option("--certify-always", help=_CERTIFY_ALWAYS)] = False
-    sensitivity: Annotated[bool, options.speed_option("--sensitivity", help=_SENSITIVITY)] = False
-    compare: Annotated[
-        bool, options.speed_option("--compare", help="Also draw the first batch by the original sampler, and compare.")
-    ] = False
+    denoise: Annotated[float | None, options.GUIDANCE] = None
+    plain: Annotated[options.Flag, options.GUIDANCE] = False
+    certify: Annotated[options.Flag, options.SPEED, options.NEGATABLE] = True
+    certify_always: Annotated[options.Flag, options.SPEED] = False
+    sensitivity: Annotated[options.Flag, options.SPEED] = False
+    compare: Annotated[options.Flag, options.SPEED] = False
     device: options.Device = "auto"
-    offload: Annotated[bool, options.speed_option("--offload", help=_OFFLOAD)] = False
+    offload: Annotated[options.Flag, options.SPEED] = False
     dtype: options.Dtype = "float32"
-    part: options.Part = None
-    overwrite: Annotated[bool, options.output_option("--overwrite", help="Replace the samples in the folder.")] = False
-    out: Annotated[Path, options.output_option(help="Folder for the samples and samples.png.")] = Path("out/samples")
+    overwrite: Annotated[options.Flag, options.OUTPUT] = False
+    out: Annotated[Path, options.OUTPUT] = Path("out/samples")
 
 
 @dataclass(frozen=True)
@@ -122,7 +116,6 @@ class SampleResult(Provenance):
     out: str
     shards: int
     processes: int
-    part: str
     num_new: int
     seconds: float
     preparation_seconds: float
@@ -142,7 +135,6 @@ def run(config: SampleConfig, processes: Processes) -> SampleResult | None:
 
     The same command again resumes a run that was stopped. Several processes share the work, and write the same bytes:
     torchrun --nproc-per-node 2 -m -- jacobiflow sample ..., or srun.
-    Jobs that cannot communicate share it with --part 1/8, --part 2/8, and so on.
 
     Example: jacobiflow sample --model fashion-p2 --num 20 --compare --out out/demo
     """
@@ -150,7 +142,6 @@ def run(config: SampleConfig, processes: Processes) -> SampleResult | None:
 
     _check_options(config)
     size = options.parse_batch_size(config.batch_size)
-    part = jf.Part.parse(config.part)
     device = processes.device(loading.pick_device(config.device))
     flow = loading.load_model(config.model, device, config.dtype, offload=config.offload)
     classes = options.parse_labels(config.labels, config.num, flow, config.seed)
@@ -169,7 +160,7 @@ def run(config: SampleConfig, processes: Processes) -> SampleResult | None:
             certify="always" if config.certify_always else config.certify, sensitivity=config.sensitivity,
             batch_size=batch_size, shard_size=shard_size, files=config.files, model=config.model,
             report=loading.load_report(config.report, flow), overwrite=config.overwrite, processes=processes,
-            progress=progress, part=part,
+            progress=progress,
         )  # fmt: skip
         if processes.rank > 0:
             return None
@@ -182,7 +173,7 @@ def run(config: SampleConfig, processes: Processes) -> SampleResult | None:
     return SampleResult(
         model=config.model, num=config.num, seed=config.seed, batch_size=manifest.batch_size,
         strategy=config.strategy, settings=loading.settings_text(settings), origin=origin, denoise=manifest.denoise,
-        out=str(config.out), shards=manifest.num_shards, processes=processes.count, part=str(part),
+        out=str(config.out), shards=manifest.num_shards, processes=processes.count,
         num_new=folder.num_new, seconds=folder.seconds, preparation_seconds=preparation_seconds,
         samples_per_second=folder.num_new / folder.seconds if folder.num_new else None,
         cost=folder.cost() if folder.is_complete else None,
@@ -197,8 +188,6 @@ def _check_options(config: SampleConfig) -> None:
         raise InputValueError(f"--report {config.report}: {config.strategy} has its own guesses; leave one of them out")
     if config.certify_always and not config.certify:
         raise InputValueError("--certify-always: excludes --no-certify; leave one of them out")
-    if config.compare and config.part is not None:
-        raise InputValueError("--compare: excludes --part; compare in a run of its own")
 
 
 def _sizes(config: SampleConfig, size: int | None, flow: Flow) -> tuple[int | None, int | None]:
@@ -296,10 +285,7 @@ def show(result: SampleResult) -> None:
     if result.comparison is not None:
         _print_comparison(result, result.comparison)
     if not is_complete:
-        print(
-            f"part {result.part} has drawn its samples into {result.out}; others are missing, which jacobiflow info "
-            f"--check {result.out} names"
-        )
+        print(f"samples of {result.out} are missing, which jacobiflow info --check {result.out} names")
         return
     sheet = f", {_SHEET}" * result.has_sheet
     print(f"wrote {result.out}: {format_count(result.shards, 'shard')}, manifest.json, strategy.json{sheet}")
@@ -337,7 +323,8 @@ def _format_seconds(seconds: float) -> str:
     return f"{seconds:.3g} s" if seconds < 100 else f"{seconds:,.0f} s"
 
 
-def _describe_kept(config: SampleConfig) -> str:
+def describe_kept(config: SampleConfig) -> str:
+    """Describes the samples that Ctrl-C leaves, and how to go on."""
     folder = _open_earlier(config.out)
     if folder is None:
         return "no sample is drawn; run the same command to start again"
@@ -346,6 +333,3 @@ def _describe_kept(config: SampleConfig) -> str:
         "" if num_kept else f"; a file is kept once its {folder.manifest.shard_size:,} samples are drawn (--shard-size)"
     )
     return f"{num_kept:,} of {num:,} samples are kept in {config.out}{hint}; run the same command to resume"
-
-
-sample = as_command(SampleConfig, run, show, _describe_kept)

@@ -87,10 +87,8 @@ class Manifest:
         if self.classes and len(self.classes) != self.num_classes:
             raise InputValueError(f"classes={format_value(self.classes)}: give {self.num_classes} names, or none")
         if self.num_shards > _MAX_SHARDS:
-            raise InputValueError(
-                f"shard_size={self.shard_size}: {self.num_shards:,} shards; give a larger one, for at most "
-                f"{_MAX_SHARDS:,}"
-            )
+            message = f"{self.num_shards:,} shards; give a larger one, for at most {_MAX_SHARDS:,}"
+            raise InputValueError(message, argument="shard_size", value=self.shard_size)
 
     @property
     def has_pictures(self) -> bool:
@@ -113,18 +111,17 @@ class Manifest:
 
     def check_resumes(self, other: Manifest, folder: Path) -> None:
         """Raises SampleFolderError if a run with the settings `other` would draw other samples."""
-        remedy = "give another folder, or overwrite=True to replace them"
+        remedy = "give another folder, or overwrite it"
         if other.num < self.num:
             raise SampleFolderError(
-                f"{folder}: holds a run of {self.num:,} samples, more than {other.num:,}; give num={self.num}, or "
-                f"{remedy}"
+                f"{folder}: holds a run of {self.num:,} samples, more than {other.num:,}; ask for as many, {remedy}"
             )
         for entry in fields(self):
             have, want = getattr(self, entry.name), getattr(other, entry.name)
             if entry.name in _MAY_CHANGE or have == want:
                 continue
             texts = (str(value) if isinstance(value, Guidance) else format_value(value) for value in (have, want))
-            what = _CHECKSUMS.get(entry.name, f"{entry.name}={', not '.join(texts)}")
+            what = _CHECKSUMS.get(entry.name, f"{entry.name.replace('_', ' ')} {', not '.join(texts)}")
             raise SampleFolderError(f"{folder}: holds samples of {what}; {remedy}")
 
     def class_folder(self, label: int) -> str:

@@ -176,7 +176,8 @@ def _sizes(num: int, batch_size: int | None, shard_size: int | None) -> tuple[in
     shard_size = max(_SHARD_SIZE // batch_size, 1) * batch_size if shard_size is None else shard_size
     shard_size = check_count("shard_size", shard_size, maximum=MAX_SAMPLES)
     if shard_size % batch_size:
-        raise InputValueError(f"shard_size={shard_size}: give a multiple of the batch size, {batch_size}")
+        message = f"give a multiple of the batch size, {batch_size}"
+        raise InputValueError(message, argument="shard_size", value=shard_size)
     return batch_size, shard_size
 
 
@@ -184,11 +185,10 @@ def _check_file_format(flow: Flow, files: Any) -> None:
     if check_choice("files", files, get_args(Files)) == "png":
         pillow()
         if flow.image_shape is None:
-            raise InputValueError("files='png': for flows over images; give 'npz'")
+            raise InputValueError("for flows over images; give 'npz'", argument="files", value="'png'")
         if flow.image_shape[0] not in PICTURE_CHANNELS:
-            raise InputValueError(
-                f"files='png': for grey and colour images, and this flow has {flow.image_shape[0]} channels; give 'npz'"
-            )
+            message = f"for grey and colour images, and this flow has {flow.image_shape[0]} channels; give 'npz'"
+            raise InputValueError(message, argument="files", value="'png'")
 
 
 def _start_or_resume(
