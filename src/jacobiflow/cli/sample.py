@@ -2,87 +2,81 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from time import perf_counter
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import jacobiflow as jf
 from jacobiflow.cli import loading, options
-from jacobiflow.cli.job import as_command
 from jacobiflow.cli.output import format_count, format_duration, format_rate, progress_bar
 from jacobiflow.errors import InputValueError
 from jacobiflow.utils.provenance import Provenance
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from jacobiflow.blocks.context import Context
-    from jacobiflow.distributed import Processes
-    from jacobiflow.evaluation.differences import PairedError
+    from jacobiflow.comparison.compare import Comparison
+    from jacobiflow.evaluation import PairedError
     from jacobiflow.models.flow import Flow
-    from jacobiflow.sampling.folder import Cost
     from jacobiflow.sampling.result import Outcome
     from jacobiflow.utils.progress import Progress
 
 _SHEET = "samples.png"
 _SHEET_IMAGES = 100
-_OURS = "ours"
 _SHORT = 1.0  # seconds of the original sampler below which one run is no measure
-_BATCH_SIZE = (
-    "Images solved together, or auto: as many as fit in memory. Default: the batch size of the samples already in "
-    "--out, else --num, at most 64."
-)
-_DENOISE = "Rate of one denoising step; 0 is off. Default: as recommended by the model."
-_CERTIFY = "Measure each sample's residual, and solve it again if it is above the tolerance."
-_CERTIFY_ALWAYS = "Check every block, even those solved token by token."
-_SENSITIVITY = "Measure how much rounding changes each sample, by drawing it a second time."
-_OFFLOAD = "Keep one block at a time on the device, for a model that is larger than it."
-_STRATEGIES = (
-    "auto (recommended) measures which is fastest on this machine. sequential: token by token. jacobi: sweeps of all "
-    "tokens; window:N: of N tokens; gs-jacobi:G: of G segments. jacobi-J, gs-jacobi:G-J and the paper's "
-    "[Stack-GS-J-Else] make J sweeps, without a check. Or a .json file of plan."
-)
 
 
-@dataclass(frozen=True)
-class SampleConfig:
-    """Options of `jacobiflow sample`."""
+@dataclass(frozen=True, kw_only=True)
+class SampleConfig(options.Config):
+    """Options of `jacobiflow sample`.
+
+    Attributes:
+        num: Number of samples.
+        batch_size: Images solved together, or auto: as many as fit in memory. Default: the batch size of the samples
+            already in --out, else --num, at most 64.
+        shard_size: Samples in a file. A run that was stopped keeps whole files. Default: about 1,024.
+        files: png: also a file for each image, in folders by class.
+        strategy: auto (recommended) measures which is fastest on this machine. sequential: token by token. jacobi:
+            sweeps of all tokens; window:N: of N tokens; gs-jacobi:G: of G segments. jacobi-J, gs-jacobi:G-J and the
+            paper's [Stack-GS-J-Else] make J sweeps, without a check. Or a .json file of plan.
+        denoise: Rate of one denoising step; 0 is off. Default: as recommended by the model.
+        plain: No guidance and no denoising.
+        certify: Measure each sample's residual, and solve it again if it is above the tolerance.
+        certify_always: Check every block, even those solved token by token.
+        sensitivity: Measure how much rounding changes each sample, by drawing it a second time.
+        compare: Also draw the first batch by the original sampler, and compare.
+        offload: Keep one block at a time on the device, for a model that is larger than it.
+        overwrite: Replace the samples in the folder.
+        out: Folder for the samples and samples.png.
+    """
 
     model: options.Model = "fashion-p2"
-    num: Annotated[int, options.model_option(min=1, max=100_000_000, help="Number of samples.")] = 16
+    num: Annotated[int, options.MODEL, options.within(1, 100_000_000)] = 16
     labels: options.Labels = "balanced"
     prompts: options.Prompts = None
     encode_text: options.EncodeText = None
     seed: options.Seed = 0
-    batch_size: Annotated[str | None, options.speed_option(help=_BATCH_SIZE)] = None
-    shard_size: Annotated[
-        int | None,
-        options.output_option(
-            min=1,
-            help="Samples in a file. A run that was stopped keeps whole files. Default: about 1,024.",
-        ),
-    ] = None
-    files: Annotated[
-        Literal["npz", "png"], options.output_option(help="png: also a file for each image, in folders by class.")
-    ] = "npz"
-    strategy: Annotated[str, options.speed_option(help=_STRATEGIES)] = "auto"
+    batch_size: Annotated[str | None, options.SPEED] = None
+    shard_size: Annotated[int | None, options.OUTPUT, options.within(1)] = None
+    files: Annotated[Literal["npz", "png"], options.OUTPUT] = "npz"
+    strategy: Annotated[str, options.SPEED, options.STRATEGY] = "auto"
     tolerance: options.Tolerance = None
     report: options.ReportFile = None
     guidance: options.RecommendedGuidance = None
-    denoise: Annotated[float | None, options.guidance_option(help=_DENOISE)] = None
-    plain: Annotated[bool, options.guidance_option("--plain", help="No guidance and no denoising.")] = False
-    certify: Annotated[bool, options.speed_option(help=_CERTIFY)] = True
-    certify_always: Annotated[bool, options.speed_option("--certify-always", help=_CERTIFY_ALWAYS)] = False
-    sensitivity: Annotated[bool, options.speed_option("--sensitivity", help=_SENSITIVITY)] = False
-    compare: Annotated[
-        bool, options.speed_option("--compare", help="Also draw the first batch by the original sampler, and compare.")
-    ] = False
+    denoise: Annotated[float | None, options.GUIDANCE] = None
+    plain: Annotated[options.Flag, options.GUIDANCE] = False
+    certify: Annotated[options.Flag, options.SPEED, options.NEGATABLE] = True
+    certify_always: Annotated[options.Flag, options.SPEED] = False
+    sensitivity: Annotated[options.Flag, options.SPEED] = False
+    compare: Annotated[options.Flag, options.SPEED] = False
     device: options.Device = "auto"
-    offload: Annotated[bool, options.speed_option("--offload", help=_OFFLOAD)] = False
+    offload: Annotated[options.Flag, options.SPEED] = False
     dtype: options.Dtype = "float32"
-    part: options.Part = None
-    overwrite: Annotated[bool, options.output_option("--overwrite", help="Replace the samples in the folder.")] = False
-    out: Annotated[Path, options.output_option(help="Folder for the samples and samples.png.")] = Path("out/samples")
+    overwrite: Annotated[options.Flag, options.OUTPUT] = False
+    out: Annotated[Path, options.OUTPUT] = Path("out/samples")
 
 
 @dataclass(frozen=True)
@@ -181,7 +175,8 @@ def run(config: SampleConfig) -> SampleResult | None:
         shards=spec.num_shards, num_new=folder.num_new, seconds=folder.seconds,
         preparation_seconds=preparation_seconds,
         samples_per_second=folder.num_new / folder.seconds if folder.num_new else None, outcome=folder.outcome(),
-        comparison=comparison, error=error, rounding=rounding, has_sheet=spec.has_pictures, machine=describe_machine(flow.var.device),
+        comparison=comparison, error=error, rounding=rounding, has_sheet=spec.has_pictures,
+        machine=describe_machine(flow.var.device),
     )  # fmt: skip
 
 
@@ -216,6 +211,8 @@ def _compare(
     flow: Flow, folder: jf.SampleFolder, context: Context, progress: Progress | None
 ) -> tuple[Comparison, float | None]:
     """Times the original sampler and the strategy on the first batch; also returns how much rounding changes it."""
+    import torch
+
     from jacobiflow.comparison.compare import compare_samplers
     from jacobiflow.fixed_point.options import SolveOptions
     from jacobiflow.models.latents import draw_latents
@@ -228,24 +225,20 @@ def _compare(
     request = SamplingRequest(flow, context[:num], SolveOptions(certify=spec.certify), Outputs(denoise=spec.denoise))
     if progress is not None:
         progress(0, 1, "timing")  # Shows the bar: the original sampler may take minutes until the first step.
-    import torch
-
     with torch.no_grad():
         rounding = sample_with_strategy(replace(request, outputs=Outputs(sensitivity=True)), strategy, z)
         runs = {spec.strategy: partial(sample_with_strategy, request, strategy, z)}
-        timed = partial(
-            compare_samplers, flow, z, context[:num].values, runs, denoise=spec.denoise, progress=progress
-        )
+        timed = partial(compare_samplers, flow, z, context[:num].values, runs, denoise=spec.denoise, progress=progress)
         comparison = timed(repeats=1, warm_up=False)
         if comparison.result(comparison.original).seconds.median < _SHORT:
             comparison = timed()
     return comparison, rounding.outcome.sensitivity
 
 
-def _save_sheet(
-    folder: jf.SampleFolder, comparison: Comparison | None, names: list[str], path: Path
-) -> None:
+def _save_sheet(folder: jf.SampleFolder, comparison: Comparison | None, names: list[str], path: Path) -> None:
     """Saves the first samples as one picture; those of a comparison beside those of the original sampler."""
+    import torch
+
     from jacobiflow import data, plots
 
     num = min(folder.spec.num, _SHEET_IMAGES)
@@ -295,6 +288,7 @@ def _describe_speed(result: SampleResult) -> str:
 
 
 def _print_comparison(result: SampleResult, comparison: Comparison) -> None:
+    assert result.error is not None
     original, ours = (comparison.result(name) for name in (comparison.original, result.strategy))
     speed_up = comparison.speed_up(ours, comparison.original)
     denoising = "denoising included" if result.denoise else "without denoising"
@@ -322,6 +316,3 @@ def describe_kept(config: SampleConfig) -> str:
     num, num_kept = folder.spec.num, folder.num_drawn
     hint = "" if num_kept else f"; a file is kept once its {folder.spec.shard_size:,} samples are drawn (--shard-size)"
     return f"{num_kept:,} of {num:,} samples are kept in {config.out}{hint}; run the same command to resume"
-
-
-sample = as_command(SampleConfig, run, show, describe_kept)

@@ -96,9 +96,8 @@ def run(job: Job, path: str | Path, *, overwrite: bool = False, progress: Progre
         JobFolderError: If the folder holds a job of another spec, or other files.
     """
     if overwrite and find_launch().count > 1:
-        raise InputValueError(
-            "overwrite=True: several processes would remove each other's work; remove the folder first"
-        )
+        message = "several processes would remove each other's work; remove the folder first"
+        raise InputValueError(message, argument="overwrite", value=True)
     folder, missing, started = job.folder(path), tuple[str, ...](), time.perf_counter()
     with folder.lock():
         earlier = folder.read_spec()

@@ -35,15 +35,15 @@ from jacobiflow.utils.timing import describe_machine
 if TYPE_CHECKING:
     from typing_extensions import TypedDict, Unpack
 
-    from jacobiflow.blocks.guidance import SamplingSettings
     from jacobiflow.fixed_point import CertifyMode
     from jacobiflow.models.labels import ContextLike
+    from jacobiflow.sampling.request import Settings
 
     class SamplingArguments(TypedDict, total=False):
         """Arguments of `jacobiflow.sample`."""
 
         context: ContextLike | None
-        settings: SamplingSettings | str | None
+        settings: Settings
         certify: CertifyMode
         sensitivity: bool
         log_prob: bool | None
@@ -218,7 +218,8 @@ def _resolve_sizes(num: int, batch_size: int | None, shard_size: int | None) -> 
     shard_size = max(_SHARD_SIZE // batch_size, 1) * batch_size if shard_size is None else shard_size
     shard_size = check_count("shard_size", shard_size, maximum=MAX_SAMPLES)
     if shard_size % batch_size:
-        raise InputValueError(f"shard_size={shard_size}: give a multiple of the batch size, {batch_size}")
+        message = f"give a multiple of the batch size, {batch_size}"
+        raise InputValueError(message, argument="shard_size", value=shard_size)
     return batch_size, shard_size
 
 
@@ -226,8 +227,7 @@ def _check_file_format(flow: Flow, files: Any) -> None:
     if check_choice("files", files, get_args(Files)) == "png":
         pillow()
         if flow.image_shape is None:
-            raise InputValueError("files='png': for flows over images; give 'npz'")
+            raise InputValueError("for flows over images; give 'npz'", argument="files", value="'png'")
         if flow.image_shape[0] not in PICTURE_CHANNELS:
-            raise InputValueError(
-                f"files='png': for grey and colour images, and this flow has {flow.image_shape[0]} channels; give 'npz'"
-            )
+            message = f"for grey and colour images, and this flow has {flow.image_shape[0]} channels; give 'npz'"
+            raise InputValueError(message, argument="files", value="'png'")

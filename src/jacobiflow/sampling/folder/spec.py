@@ -67,10 +67,8 @@ class SampleSpec:
 
     def __post_init__(self) -> None:
         if self.num_shards > _MAX_SHARDS:
-            raise InputValueError(
-                f"shard_size={self.shard_size}: {self.num_shards:,} shards; give a larger one, for at most "
-                f"{_MAX_SHARDS:,}"
-            )
+            message = f"{self.num_shards:,} shards; give a larger one, for at most {_MAX_SHARDS:,}"
+            raise InputValueError(message, argument="shard_size", value=self.shard_size)
 
     @property
     def has_pictures(self) -> bool:
