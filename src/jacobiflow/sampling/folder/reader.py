@@ -76,6 +76,11 @@ class SampleFolder:
         return cls(Path(path), serialization.decode(SampleSpec, spec, str(path)))
 
     @property
+    def machine(self) -> dict[str, Any]:
+        """The machine on which the run began."""
+        return _job_folder(self.path).machine()
+
+    @property
     def is_complete(self) -> bool:
         """True if all samples are drawn. Files may have been removed or damaged since, see `problems`."""
         return _job_folder(self.path).read_result() is not None
