@@ -18,6 +18,7 @@ ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "utils": set(),
     "native": set(),
+    "jobs": set(),
     "blocks": set(),
     "models": {"blocks", "native"},
     "fixed_point": {"blocks"},
