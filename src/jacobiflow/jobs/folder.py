@@ -172,8 +172,8 @@ class JobFolder:
 
     def write_result(self, result: Any) -> None:
         """Removes temporary files of killed processes, and writes the result, a JSON object."""
-        for folder in {path.parent for path in (self.path / MANIFEST, *self._list_files())}:
-            files.remove_partials(folder)
+        for pattern in (MANIFEST, *self._patterns()):
+            files.remove_partials(self.path, pattern)
         files.write_json(self.path / self.result_name, result)
 
     def read_result(self) -> Any:
@@ -197,7 +197,7 @@ class JobFolder:
 
     def clear(self) -> None:
         """Removes the result, the records and the files of the units, but neither the manifest nor other files."""
-        paths = self._list_files()
+        paths = [path for pattern in self._patterns() for path in sorted(self.path.glob(pattern))]
         for path in paths:
             path.unlink(missing_ok=True)
         folders = {folder for path in paths for folder in path.parents if self.path in folder.parents}
@@ -205,13 +205,9 @@ class JobFolder:
             with suppress(OSError):  # The folder is not empty.
                 folder.rmdir()
 
-    def _list_files(self) -> list[Path]:
-        """Lists the result, the records, and the files that the patterns name."""
-        return [
-            path
-            for pattern in (self.result_name, "units/*.json", *self.patterns)
-            for path in sorted(self.path.glob(pattern))
-        ]
+    def _patterns(self) -> tuple[str, ...]:
+        """Returns glob patterns of the result, the records and the files of the units."""
+        return (self.result_name, "units/*.json", *self.patterns)
 
     def _read_record(self, unit: str) -> dict[str, Any] | None:
         """Returns the record of a unit; None if it is missing or damaged."""
