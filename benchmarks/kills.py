@@ -20,9 +20,7 @@ from typing import Any
 
 from benchmarks.common import RESULTS, Json, complete, parser
 
-MOMENTS = 20
-NUM_PROCESSES = 3
-LIMIT = 600  # Seconds in which a run must end.
+MOMENTS, NUM_PROCESSES = 20, 3
 COMMANDS = {
     "sample": "sample --model digits-p1 --num 96 --batch-size 4 --shard-size 4 --strategy jacobi",
     "evaluate": "evaluate --model digits-p1 --images digits --test-images 500 --batch-size 16",
@@ -40,21 +38,23 @@ def start(line: str, out: Path) -> subprocess.Popen[str]:
 
 
 def finish(processes: list[subprocess.Popen[str]]) -> None:
-    errors = [process.communicate(timeout=LIMIT)[1] for process in processes]
+    errors = [process.communicate(timeout=600)[1] for process in processes]
     assert not any(process.returncode for process in processes), errors
 
 
 def read_folder(out: Path) -> dict[str, Any]:
     """The content of all files that are not hidden, without what varies."""
-    paths = [path for path in out.rglob("*") if path.is_file() and not path.name.startswith(".")]
-    contents = {str(path.relative_to(out)): path.read_bytes() for path in paths}
-    return {name: strip(json.loads(data)) if name.endswith(".json") else data for name, data in contents.items()}
+    paths = {str(path.relative_to(out)): path for path in out.rglob("*") if path.is_file()}
+    return {name: read(path) for name, path in paths.items() if not path.name.startswith(".")}
 
 
-def strip(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {name: strip(entry) for name, entry in value.items() if not VARYING.fullmatch(name)}
-    return [strip(entry) for entry in value] if isinstance(value, list) else value
+def read(path: Path) -> Any:
+    data = path.read_bytes()
+    return json.loads(data, object_hook=without_times) if path.suffix == ".json" else data
+
+
+def without_times(entries: Json) -> Json:
+    return {name: value for name, value in entries.items() if not VARYING.fullmatch(name)}
 
 
 def kill(line: str, out: Path, victim: int, delay: float) -> tuple[bool, float]:
