@@ -118,6 +118,7 @@ REFUSED = {
     f"{SAMPLE} --json out-x/f.json": "--json out-x/f.json: is in out-x, which this command uses; give another file",
     f"{SAMPLE} --strategy window.json --json pets/../window.json": "is in window.json, which this command uses",
     f"{PLAN} --batch-size 1000000000": "--batch-size 1000000000: give a whole number from 1 to 65,536, or auto",
+    f"{PLAN} --out model/new/../tuning.json": "--out model/new/../tuning.json: is in model, which this command uses",
     f"{PLAN} --tolerance -1": "--tolerance -1.0: give a positive number; at 0 use",
     f"{MEASURE} --seed 18446744073709551616": 'Invalid value "18446744073709551616" for --seed. Must be <= ',
     f"{MEASURE} --segments 0": 'Invalid value "0" for --segments. Must be >= 1. See jacobiflow calibrate --help.',

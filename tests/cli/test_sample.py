@@ -67,7 +67,7 @@ def test_it_writes_what_the_library_draws(strategy: str, run: Any, tmp_path: Pat
 
 def test_compare_prints_both_rows_and_the_error(run: Any, tmp_path: Path) -> None:
     strategy, labels = "[1-4-3-5]", torch.tensor([0, 1, 2, 0])
-    result = run(f"sample --model model --num 4 --strategy {strategy} --compare --out {tmp_path} --json {tmp_path}/f")
+    result = run(f"sample --model model --num 4 --strategy {strategy} --compare --out {tmp_path}/o --json {tmp_path}/f")
     assert result.code == 0
     entries = figures(tmp_path / "f")["comparison"]
     assert entries["original"] == "growing cache"
@@ -85,7 +85,7 @@ def test_compare_prints_both_rows_and_the_error(run: Any, tmp_path: Path) -> Non
     text = f"largest difference from the original sampler {largest:.1e}; "
     text += f"rounding changes these samples by up to {rounding:.1e}"
     assert re.search(rf"\n{line}[\d.]+x faster\n{text}\n", result.out)
-    assert (tmp_path / "samples.png").exists()
+    assert (tmp_path / "o/samples.png").exists()
 
 
 def test_latents_of_an_autoencoder_are_no_picture(run: Any, tmp_path: Path) -> None:
@@ -102,13 +102,13 @@ def test_latents_of_an_autoencoder_are_no_picture(run: Any, tmp_path: Path) -> N
 def test_guidance_denoising_tolerance_and_report_reach_the_library(run: Any, tmp_path: Path) -> None:
     settings = "--guidance 0.7,attn_temperature=0.8,annealed=false,on=shift --denoise 0.9"
     line = f"sample --model model --num 3 --strategy jacobi --report report.json --tolerance 1e-5 {settings}"
-    line += f" --out {tmp_path}"
+    line += f" --out {tmp_path}/o"
     assert run(f"{line} --json {tmp_path}/f").code == 0
     flow = jf.load("./model").guided(jf.Guidance(0.7, annealed=False, on="shift", attn_temperature=0.8))
     plan = jf.Strategy.parse("jacobi", jf.CalibrationReport.load("report.json"), tolerance=1e-5)
     want = jf.sample(flow, 3, torch.arange(3), strategy=plan, settings=jf.SamplingSettings(denoise=0.9))
-    assert np.array_equal(drawn(tmp_path)["arr_0"], levels(want.images))
-    assert jf.SampleFolder.open(tmp_path).strategy() == plan
+    assert np.array_equal(drawn(tmp_path / "o")["arr_0"], levels(want.images))
+    assert jf.SampleFolder.open(tmp_path / "o").strategy() == plan
     entries = figures(tmp_path / "f")
     assert entries["settings"] == settings
     assert entries["residual"] <= 1e-5

@@ -132,7 +132,7 @@ def run(arguments: Sequence[str]) -> int:
             make_config, values, _ = app.parse_args(words, print_error=False, exit_on_error=False)
             config = make_config(*values.args, **values.kwargs)  # None after --help and --version.
             code = 0 if config is None else _run_command(config)
-            sys.stdout.flush()
+            print(end="", flush=True)
             return code
     except CycloptsError as error:
         message = f"{error} See {' '.join(('jacobiflow', *(error.command_chain or ())))} --help."

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -76,7 +77,8 @@ def run(config: PlanConfig) -> PlanResult:
     """
     from jacobiflow.models.memory import batch_bytes, find_batch_size
 
-    output_files.check_output("--out", config.out)
+    is_model_file = any(fnmatch(config.out.name, name) for name in ("config.json", "report*.json", "tuning*.json"))
+    output_files.check_output("--out", config.out, *[config.model] if is_model_file else [])
     if config.out.suffix != ".json":
         raise InputValueError(f"--out {config.out}: give a file that ends in .json")
     size = options.parse_batch_size(config.batch_size)
