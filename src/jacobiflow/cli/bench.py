@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -12,7 +12,6 @@ from jacobiflow.cli.output import format_count, progress_bar, show_table
 from jacobiflow.utils.provenance import Provenance
 
 if TYPE_CHECKING:
-    from jacobiflow.blocks.guidance import Guidance
     from jacobiflow.comparison.compare import Comparison, SamplerResult
     from jacobiflow.models.flow import Flow
     from jacobiflow.utils.progress import Progress
@@ -28,7 +27,12 @@ residual: the largest |g(x) - x|; exact: every block was solved token by token
 
 @dataclass(frozen=True, kw_only=True)
 class BenchConfig(options.Config):
-    """Options of `jacobiflow bench`.
+    """Time strategies and measure their errors.
+
+    The strategies, the original sampler and the exact loop run in turn on the same latents. Errors are differences
+    from the images of the exact loop.
+
+    Example: jacobiflow bench --model digits-p1 --strategy jacobi --strategy "[2-4-5-6]" --repeats 3
 
     Attributes:
         strategy: A strategy as in jacobiflow sample; may be repeated. The original sampler, the exact loop and an
@@ -61,38 +65,25 @@ class BenchConfig(options.Config):
 
 @dataclass(frozen=True)
 class BenchResult(Provenance):
-    """Timings and errors of strategies, one comparison for each batch size."""
+    """Timings and errors of strategies.
 
-    model: str
-    num_tokens: int
-    num_blocks: int
-    dtype: str
-    seed: int
-    labels: str
-    guidance: Guidance | None
-    tolerance: float | None
-    report: str | None
-    certify: bool
-    repeats: int
-    native_loops: str
+    Attributes:
+        settings: A line that names the guidance.
+        native_loops: The instruction set of the native exact loops.
+        comparisons: One for each batch size.
+    """
+
     settings: str
-    out: str
+    native_loops: str
     comparisons: tuple[Comparison, ...]
 
     def to_json(self) -> dict[str, Any]:
         """Returns all entries, with the rows of the comparisons."""
-        guidance = None if self.guidance is None else asdict(self.guidance)
-        return vars(self) | {"guidance": guidance, "comparisons": [each.to_json() for each in self.comparisons]}
+        return vars(self) | {"comparisons": [comparison.to_json() for comparison in self.comparisons]}
 
 
 def run(config: BenchConfig) -> BenchResult:
-    """Time strategies and measure their errors.
-
-    The strategies, the original sampler and the exact loop run in turn on the same latents. Errors are differences
-    from the images of the exact loop.
-
-    Example: jacobiflow bench --model digits-p1 --strategy jacobi --strategy "[2-4-5-6]" --repeats 3
-    """
+    """Times the strategies, and writes the table and the figure."""
     from jacobiflow import native, plots
     from jacobiflow.utils import files, timing
 
@@ -102,16 +93,13 @@ def run(config: BenchConfig) -> BenchResult:
     with progress_bar() as progress:
         cases = _prepare(config, flow, progress)
     with files.output_directory(config.out, "benchmark", (_FIGURE, _TABLE)), progress_bar() as progress:
-        comparisons = tuple(case(progress=progress) for case in cases)
         result = BenchResult(
-            model=config.model, num_tokens=flow.config.num_tokens, num_blocks=flow.config.num_blocks,
-            dtype=config.dtype, seed=config.seed, labels=config.labels, guidance=flow.guidance,
-            tolerance=config.tolerance, report=None if config.report is None else str(config.report),
-            certify=config.certify, repeats=config.repeats, native_loops=native.describe(), settings=settings,
-            out=str(config.out), comparisons=comparisons, machine=timing.describe_machine(flow.var.device),
+            settings=settings, native_loops=native.describe(),
+            comparisons=tuple(case(progress=progress) for case in cases),
+            machine=timing.describe_machine(flow.var.device),
         )  # fmt: skip
-        plots.save_png(plots.bench_figure(comparisons), config.out / _FIGURE)
-        files.write_json(config.out / _TABLE, result.to_json())
+        plots.save_png(plots.bench_figure(result.comparisons), config.out / _FIGURE)
+        options.write_results(config.out / _TABLE, config, result)
     return result
 
 
@@ -125,8 +113,7 @@ def _prepare(config: BenchConfig, flow: Flow, progress: Progress | None) -> list
     from jacobiflow.sampling.request import SamplingRequest
     from jacobiflow.sampling.sample import sample_with_strategy
 
-    strategies = dict.fromkeys(config.strategy)
-    names = [name for name in strategies if name != baselines.SEQUENTIAL]
+    names = [name for name in dict.fromkeys(config.strategy) if name != baselines.SEQUENTIAL]
     guesses, solve_options = loading.load_report(config.report, flow), SolveOptions(certify=config.certify)
     cases = []
     for size in dict.fromkeys(config.batch_size):
@@ -144,19 +131,17 @@ def _prepare(config: BenchConfig, flow: Flow, progress: Progress | None) -> list
     return cases
 
 
-def show(result: BenchResult) -> None:
+def show(config: BenchConfig, result: BenchResult) -> None:
     """Prints a table for each batch size."""
     machine = result.machine
     print(
-        f"{result.model} on {machine['processor']}, {format_count(machine['cores'], 'core')}, "
+        f"{config.model} on {machine['processor']}, {format_count(machine['cores'], 'core')}, "
         f"{format_count(machine['threads'], 'thread')}, device {machine['device']}, "
         f"PyTorch {machine['torch']}\nnative exact loops: {result.native_loops}\n{result.settings}"
     )
     for comparison in result.comparisons:
         _print_comparison(comparison)
-    print(_LEGEND)
-    out = Path(result.out)
-    print(f"wrote {out / _FIGURE} and {out / _TABLE}")
+    print(f"{_LEGEND}\nwrote {config.out / _FIGURE} and {config.out / _TABLE}")
 
 
 def _print_comparison(comparison: Comparison) -> None:

@@ -25,7 +25,13 @@ _TOLERANCE = 1e-3  # The tables count sweeps to this tolerance.
 
 @dataclass(frozen=True, kw_only=True)
 class CalibrateConfig(options.Config):
-    """Options of `jacobiflow calibrate`.
+    """Measure how hard each block of a flow is to invert.
+
+    Measures the metrics of the GS-Jacobi paper, IGM and CRM, and sweeps, and derives a strategy. The same command again
+    resumes after an interruption, from the results in OUT.partial. Several processes share the work, started by
+    torchrun or srun.
+
+    Example: jacobiflow calibrate --per-class --images fashion-512 --out out/report.json
 
     Attributes:
         num: Number of images, which the seed chooses; all if there are fewer.
@@ -80,14 +86,7 @@ class CalibrateResult(Provenance):
 
 
 def run(config: CalibrateConfig, processes: Processes) -> CalibrateResult:
-    """Measure how hard each block of a flow is to invert.
-
-    Measures the metrics of the GS-Jacobi paper, IGM and CRM, and sweeps, and derives a strategy. The same command again
-    resumes after an interruption, from the results in OUT.partial. Several processes share the work, started by
-    torchrun or srun.
-
-    Example: jacobiflow calibrate --per-class --images fashion-512 --out out/report.json
-    """
+    """Measures the flow, and writes the report."""
     import torch
 
     from jacobiflow.data import Noise, load_images, noisy_images
@@ -123,7 +122,7 @@ def run(config: CalibrateConfig, processes: Processes) -> CalibrateResult:
     )  # fmt: skip
 
 
-def show(result: CalibrateResult) -> None:
+def show(config: CalibrateConfig, result: CalibrateResult) -> None:
     """Prints the report, and how to use it."""
     _print_report(result.report)
     print(f"wrote {result.out}\nuse it: {result.use}")

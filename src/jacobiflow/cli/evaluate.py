@@ -48,7 +48,12 @@ _ROWS = (
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig(options.Config):
-    """Options of `jacobiflow evaluate`.
+    """Score a model and its samples.
+
+    FID of the samples, their errors and residuals, and the model's likelihood of test images. The same command again
+    resumes after an interruption. Several processes share the work, started by torchrun or srun.
+
+    Example: jacobiflow evaluate --model fashion-p2 --samples out/demo --images fashion-mnist
 
     Attributes:
         samples: A folder that jacobiflow sample wrote.
@@ -83,13 +88,7 @@ class EvaluateConfig(options.Config):
 
 
 def run(config: EvaluateConfig, processes: Processes) -> EvaluateResult | None:
-    """Score a model and its samples.
-
-    FID of the samples, their errors and residuals, and the model's likelihood of test images. The same command again
-    resumes after an interruption. Several processes share the work, started by torchrun or srun.
-
-    Example: jacobiflow evaluate --model fashion-p2 --samples out/demo --images fashion-mnist
-    """
+    """Computes the scores that are not in the folder yet."""
     from jacobiflow.cli import scoring
 
     part = jf.Part()
@@ -283,7 +282,7 @@ def _finish(
     return result
 
 
-def show(result: EvaluateResult) -> None:
+def show(config: EvaluateConfig, result: EvaluateResult) -> None:
     """Prints the scores as a table."""
     if result.earlier:
         print(f"computed by an earlier run: {', '.join(result.earlier)}")

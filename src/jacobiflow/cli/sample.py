@@ -31,7 +31,16 @@ _SHORT = 1.0  # seconds of the original sampler below which one run is no measur
 
 @dataclass(frozen=True, kw_only=True)
 class SampleConfig(options.Config):
-    """Options of `jacobiflow sample`.
+    """Draw samples into a folder, exact or certified.
+
+    Guidance and denoising are as the model recommends. --guidance and --denoise each replace one of them; --plain
+    turns both off.
+
+    The same command again resumes a run that was stopped. Any number of processes that run the same command share the
+    work, and write the same bytes: from several terminals, the tasks of srun or of an array, or torchrun
+    --nproc-per-node 2 -m -- jacobiflow sample ...
+
+    Example: jacobiflow sample --model fashion-p2 --num 20 --compare --out out/demo
 
     Attributes:
         num: Number of samples.
@@ -121,17 +130,7 @@ class SampleResult(Provenance):
 
 
 def run(config: SampleConfig) -> SampleResult | None:
-    """Draw samples into a folder, exact or certified.
-
-    Guidance and denoising are as the model recommends. --guidance and --denoise each replace one of them; --plain
-    turns both off.
-
-    The same command again resumes a run that was stopped. Any number of processes that run the same command share the
-    work, and write the same bytes: from several terminals, the tasks of srun or of an array, or torchrun
-    --nproc-per-node 2 -m -- jacobiflow sample ...
-
-    Example: jacobiflow sample --model fashion-p2 --num 20 --compare --out out/demo
-    """
+    """Draws the samples, and compares the first batch with the original sampler if asked to."""
     from jacobiflow.evaluation import paired_error
     from jacobiflow.jobs.launch import find_launch, local_device
     from jacobiflow.utils.timing import describe_machine
@@ -256,7 +255,7 @@ def _class_names(flow: Flow, labels: Tensor | None) -> list[str]:
     return [flow.classes[k] if flow.classes and k >= 0 else f"class {k}" for k in classes]
 
 
-def show(result: SampleResult) -> None:
+def show(config: SampleConfig, result: SampleResult) -> None:
     """Prints the samples, their speed and exactness, and the files."""
     print(
         f"{result.model}: {format_count(result.num, 'sample')} by {result.strategy} on {result.machine['device']}, "
