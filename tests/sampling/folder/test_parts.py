@@ -71,7 +71,7 @@ def test_processes_and_parts_share_the_work_and_may_be_killed(want: Any, tmp_pat
     assert all(ended.claimed > 0 for ended in both)
     assert (figures(tmp_path / "f.json")["processes"], figures(tmp_path / "f.json")["num_new"]) == (2, NUM)
     assert third["other"][0].err + third["other"][1].err == (
-        "error: two: holds samples of --seed 0, not 1; give another folder, or --overwrite to replace them\n"
+        "error: two: holds samples of seed 0, not 1; give another folder, or overwrite it\n"
     )
 
     assert [ended.code for ended in second["1"]] == [0, 0] and second["2"][0].code == -9
@@ -113,7 +113,7 @@ def test_parts_refuse_what_differs_and_the_same_part_twice(tmp_path: Path, monke
             ({"part": jf.Part(1, 2)}, "another run of part 1/2 is writing to it; wait for it, stop it"),
             ({"part": jf.Part(2, 3)}, "part 1/2 of another run is writing to it; wait for it"),
             ({}, "part 1/2 of another run is writing to it"),
-            ({"part": jf.Part(2, 2), "seed": 1}, "holds samples of seed=0, not 1"),
+            ({"part": jf.Part(2, 2), "seed": 1}, "holds samples of seed 0, not 1"),
             ({"part": jf.Part(2, 2), "num": 12}, "parts of 10 samples are running; give num=10"),
         ]
         for changed, words in refusals:

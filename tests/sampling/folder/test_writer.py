@@ -28,7 +28,7 @@ from tests.helpers.scoring import levels
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 OTHER = jf.Strategy.uniform(jf.Solver(jf.Window(5)), 1)
-REPLACE = "give another folder, or overwrite=True to replace them"
+REPLACE = "give another folder, or overwrite it"
 SMALL = to_float32(make_flow(num_classes=3, noise_std=0.1))  # of 8x8 grey images
 GUIDANCE = jf.Guidance(0.7, annealed=False, on="shift", attn_temperature=0.8)
 DENOISED = jf.SamplingSettings(GUIDANCE, 0.9)
@@ -104,7 +104,7 @@ def test_sensitivity_is_in_the_shards_and_the_outcome(tmp_path: Path) -> None:
     assert jf.SampleFolder.open(tmp_path).sensitivity() is not None
     (tmp_path / "shards" / "00001.json").unlink()
     assert draw(tmp_path, sensitivity=True).num_new == 4
-    with pytest.raises(SampleFolderError, match="holds samples of sensitivity=True, not False; give another folder"):
+    with pytest.raises(SampleFolderError, match="holds samples of sensitivity True, not False; give another folder"):
         draw(tmp_path)
     assert draw(tmp_path, overwrite=True).sensitivity() is None
 
@@ -176,13 +176,13 @@ def test_a_folder_of_other_files_is_not_written_to(tmp_path: Path) -> None:
 def test_other_settings_are_refused_before_anything_is_changed(out: Path) -> None:
     before = everything(out)
     changes: dict[str, dict[str, Any]] = {
-        "a run of 10 samples, more than 9; give num=10, or": {"num": 9},
-        "samples of seed=0, not 1;": {"seed": 1},
-        "samples of guidance=None, not 0.7,attn_temperature=0.8,annealed=false,on=shift;": {
+        "a run of 10 samples, more than 9; ask for as many,": {"num": 9},
+        "samples of seed 0, not 1;": {"seed": 1},
+        "samples of guidance None, not 0.7,attn_temperature=0.8,annealed=false,on=shift;": {
             "flow": tiny_flow().guided(GUIDANCE)
         },
         "samples of other labels or prompts;": {"labels": None},
-        "samples of strategy='invented', not 'a Strategy';": {"strategy": OTHER},
+        "samples of strategy 'invented', not 'a Strategy';": {"strategy": OTHER},
         "samples of another strategy;": {"plan": lambda: OTHER},
     }
     for words, changed in changes.items():
