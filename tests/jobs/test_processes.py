@@ -113,7 +113,7 @@ def test_a_unit_that_raises_ends_its_process(times: int, tmp_path: Path, capfd: 
 
 def test_a_run_tells_its_progress_and_what_it_has_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     steps: list[Any] = []
-    first = run(Digests(Spec(2)), tmp_path, progress=lambda *step: steps.append(step))
+    first = run(Digests(Spec(2)), tmp_path, progress=lambda done, total, what: steps.append((done, total, what)))
     assert steps == [(1, 1, "digests"), *((i, 4, "digests") for i in range(1, 5))]
     assert (first.is_reducer, first.missing) == (True, ("00000", "00001"))
     (tmp_path / "digest.json").unlink()

@@ -65,15 +65,15 @@ class JobFolder:
             yield
 
     @contextmanager
-    def try_lock(self, unit: str) -> Iterator[bool]:
-        """Locks a unit until the block ends; yields False if another process has locked it."""
+    def claim(self, unit: str) -> Iterator[bool]:
+        """Locks a unit until the block ends; yields False if it is finished, or if another process has locked it."""
         with ExitStack() as stack:
-            try:
-                stack.enter_context(locked(self.path, f"{LOCK}-{unit}"))
-                is_locked = True
-            except FolderInUseError:
-                is_locked = False
-            yield is_locked
+            is_mine = False
+            if not self.is_finished(unit):
+                with suppress(FolderInUseError):
+                    stack.enter_context(locked(self.path, f"{LOCK}-{unit}"))
+                    is_mine = not self.is_finished(unit)  # Another process may have finished it meanwhile.
+            yield is_mine
 
     @contextmanager
     def use(self) -> Iterator[None]:
@@ -165,8 +165,8 @@ class JobFolder:
     def discard_damaged(self, unit: str) -> None:
         """Removes the record of a finished unit whose files have changed, so that it is computed again."""
         if self.is_finished(unit) and not self.is_intact(unit):
-            with self.try_lock(unit) as is_locked:
-                if is_locked and not self.is_intact(unit):
+            with suppress(FolderInUseError), locked(self.path, f"{LOCK}-{unit}"):
+                if not self.is_intact(unit):
                     self._record_file(unit).unlink(missing_ok=True)
                     warnings.warn(f"{self.path}: {unit} was damaged, and is computed again", stacklevel=3)
 

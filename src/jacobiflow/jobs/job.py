@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -123,7 +123,7 @@ def run(job: Job, path: str | Path, *, overwrite: bool = False, progress: Progre
             for unit in units:
                 folder.discard_damaged(unit)
             missing = tuple(unit for unit in units if not folder.is_finished(unit))
-            for unit, note in _claim(folder, units, progress):
+            for unit, note in _claim(folder, units, None if progress is None else partial(progress, what=job.kind)):
                 folder.write(unit, job.compute(unit, folder, note))
         seconds = time.perf_counter() - started
         with folder.lock():
@@ -160,35 +160,31 @@ def _start(job: Job, folder: JobFolder, overwrite: bool) -> None:
 
 
 def _claim(
-    folder: JobFolder, units: Mapping[str, int], progress: Progress | None
+    folder: JobFolder, units: Mapping[str, int], progress: Callable[[int, int], object] | None
 ) -> Iterator[tuple[str, Progress | None]]:
     """Yields the units that this process computes, each locked until the next one, until all units are finished.
 
-    With each unit comes its `Progress`, which counts as that of all units.
+    With each comes a `Progress` of the unit, which counts as that of all units.
     """
     todo, total = dict(units), sum(units.values())
     num_left = total
     while todo:
         has_waited = True
         for unit, size in list(todo.items()):
-            if not folder.is_finished(unit):
-                with folder.try_lock(unit) as is_locked:
-                    if is_locked and not folder.is_finished(unit):  # Another process may have finished it meanwhile.
-                        yield (
-                            unit,
-                            progress and partial(_add_progress, progress, folder.kind, total - num_left, size, total),
-                        )
-                        has_waited = False
+            with folder.claim(unit) as is_mine:
+                if is_mine:
+                    yield unit, progress and partial(_add_progress, progress, total - num_left, size, total)
+                    has_waited = False
             if folder.is_finished(unit):
                 num_left -= todo.pop(unit)
                 if progress is not None:
-                    progress(total - num_left, total, folder.kind)
+                    progress(total - num_left, total)
         if todo and has_waited:
             time.sleep(_POLL_SECONDS)
 
 
 def _add_progress(
-    progress: Progress, kind: str, num_done: int, size: int, total: int, done: int, out_of: int, what: str
+    progress: Callable[[int, int], object], num_done: int, size: int, total: int, done: int, out_of: int, what: str
 ) -> None:
     """Reports the progress of a unit, which is `done / out_of`, as that of its stage."""
-    progress(num_done + size * done // out_of, total, kind)
+    progress(num_done + size * done // out_of, total)
