@@ -5,10 +5,9 @@ from __future__ import annotations
 import time
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -123,7 +122,7 @@ def run(job: Job, path: str | Path, *, overwrite: bool = False, progress: Progre
             for unit in units:
                 folder.discard_damaged(unit)
             missing = tuple(unit for unit in units if not folder.is_finished(unit))
-            for unit, note in _claim(folder, units, None if progress is None else partial(progress, what=job.kind)):
+            for unit, note in _claim(folder, units, progress):
                 folder.write(unit, job.compute(unit, folder, note))
         seconds = time.perf_counter() - started
         with folder.lock():
@@ -160,11 +159,11 @@ def _start(job: Job, folder: JobFolder, overwrite: bool) -> None:
 
 
 def _claim(
-    folder: JobFolder, units: Mapping[str, int], progress: Callable[[int, int], object] | None
+    folder: JobFolder, units: Mapping[str, int], progress: Progress | None
 ) -> Iterator[tuple[str, Progress | None]]:
     """Yields the units that this process computes, each locked until the next one, until all units are finished.
 
-    With each comes a `Progress` of the unit, which counts as that of all units.
+    With each unit comes its `Progress`, which counts as that of all units.
     """
     todo, total = dict(units), sum(units.values())
     num_left = total
@@ -173,18 +172,25 @@ def _claim(
         for unit, size in list(todo.items()):
             with folder.claim(unit) as is_mine:
                 if is_mine:
-                    yield unit, progress and partial(_add_progress, progress, total - num_left, size, total)
+                    yield unit, progress and _PartOfProgress(progress, folder.kind, total - num_left, size, total)
                     has_waited = False
             if folder.is_finished(unit):
                 num_left -= todo.pop(unit)
                 if progress is not None:
-                    progress(total - num_left, total)
+                    progress(total - num_left, total, folder.kind)
         if todo and has_waited:
             time.sleep(_POLL_SECONDS)
 
 
-def _add_progress(
-    progress: Callable[[int, int], object], num_done: int, size: int, total: int, done: int, out_of: int, what: str
-) -> None:
-    """Reports the progress of a unit, which is `done / out_of`, as that of its stage."""
-    progress(num_done + size * done // out_of, total)
+@dataclass(frozen=True)
+class _PartOfProgress:
+    """The progress of a unit as a part of that of its stage."""
+
+    progress: Progress
+    kind: str
+    num_before: int
+    size: int
+    total: int
+
+    def __call__(self, done: int, total: int, what: str) -> None:
+        self.progress(self.num_before + self.size * done // total, self.total, self.kind)
