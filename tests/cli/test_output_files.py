@@ -18,7 +18,6 @@ def test_an_output_is_no_file_of_a_bundled_model() -> None:
         for option, inputs in (("--out", ()), ("--json", (name,))):
             with pytest.raises(jf.InputError, match=rf"^{option} .*model\.safetensors: .*reads.*; give another file$"):
                 check_output(option, folder / "model.safetensors", name, *inputs)
-        check_output("--out", folder / "report.json", name, replaces="report*.json")  # as `make calibration` does
         with pytest.raises(jf.InputError, match="this command reads or writes that file itself"):
             check_output("--out", folder / "report.json", name)
 
@@ -29,7 +28,6 @@ OUTPUTS = {
     "sample --num 2 --out D/inner --json D": "--json D",
     "evaluate --images pets --save-stats E/evaluation.json --out E --model model": "--save-stats E/evaluation.json",
     "bench --out D --json D/bench.png": "--json D/bench.png",
-    "calibrate --images pets --out model/tuning.json --model model": "--out model/tuning.json",
     "plan --out model/new/../report-new.json --model model": "--out model/new/../report-new.json",
     "plan --tune --out model/tuning.json --model model": "--out model/tuning.json",
     "plan --tune --out P/tuning.json --model digits-p1": "--out P/tuning.json",

@@ -106,7 +106,7 @@ def run(job: Job, path: str | Path, *, overwrite: bool = False, progress: Progre
             folder.clear(job.patterns)
             earlier = None
         folder.start(job.spec, job.spec if earlier is None else job.earlier_spec(earlier), job.machine)
-        if folder.read_result() is not None and not _discard_damaged(job, folder):
+        if _is_complete(job, folder) and folder.read_result() is not None:
             return JobRun(folder.read_result(), False, missing, seconds)
     while True:
         for units in job.stages(folder):
@@ -118,15 +118,19 @@ def run(job: Job, path: str | Path, *, overwrite: bool = False, progress: Progre
                 job.spec, job.spec, job.machine
             )  # Raises an error if another process has begun a larger job here.
             is_reducer = folder.read_result() is None
-            if not is_reducer or not _discard_damaged(job, folder):
+            if not is_reducer or _is_complete(job, folder):
                 if is_reducer:
                     folder.write_result(job.reduce(folder))
                 return JobRun(folder.read_result(), is_reducer, missing, seconds)
 
 
-def _discard_damaged(job: Job, folder: JobFolder) -> bool:
-    """Removes the records of damaged units of the first stage that has any; tells if there were any."""
-    return any(folder.discard_damaged(list(units)) for units in job.stages(folder))
+def _is_complete(job: Job, folder: JobFolder) -> bool:
+    """Tells if all units are finished and intact; removes the records of damaged ones of the first incomplete stage."""
+    for units in job.stages(folder):
+        folder.discard_damaged([unit for unit in units if folder.is_finished(unit)])
+        if not all(map(folder.is_finished, units)):
+            return False
+    return True
 
 
 def _share(job: Job, folder: JobFolder, units: Mapping[str, int], progress: Progress | None) -> tuple[str, ...]:
