@@ -28,7 +28,6 @@ from jacobiflow.calibration import (
     measure_distances,
 )
 from jacobiflow.calibration.report import guesses_by_name
-from jacobiflow.data import Noise, add_noise, digits
 from jacobiflow.models.latents import draw_latents
 from jacobiflow.utils.progress import Progress
 from tests.helpers.calibration_problems import linear_flow, randn, runs_of, way_back
@@ -242,17 +241,6 @@ def test_overflow_in_encoding_or_in_the_exact_inverse_is_refused(i: int) -> None
     for pixel, message in ((1.0, f"images overflow in block {i} when"), (0.01, f"of 2 fresh latents .* of block {i};")):
         with pytest.raises(ValueError, match=message):
             jf.calibrate(flow, torch.full((2, 1, 3, 3), pixel).double())
-
-
-@pytest.mark.slow
-def test_real_weights_and_images() -> None:
-    """16 digits give nearly the metrics of the bundled report."""
-    flow, (images, labels) = jf.load("digits-p1"), digits().batch(slice(0, 16))
-    images = add_noise(images, Noise("gaussian", 0.1), torch.Generator().manual_seed(0))
-    report = jf.calibrate(flow, images, labels, num_convergence_samples=2)
-    bundled = CalibrationReport.load(flow.report_files[0])
-    assert report.tough_blocks == bundled.tough_blocks
-    assert report.crm == pytest.approx(bundled.crm, rel=0.15)
 
 
 def calibrate_to(out: Path, progress: Progress | None = None, barrier: Barrier | None = None, **changed: Any) -> bytes:

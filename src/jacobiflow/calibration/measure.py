@@ -149,7 +149,7 @@ class CalibrationJob(jobs.Job):
         segments, seed = check_count("segments", segments), check_seed(seed)
         Segments(segments).check(flow.config.num_tokens)
         check_flag("per_class", per_class)
-        _check_images(images)
+        _check_images(flow, images)
         if labels is None and per_class:
             raise InputValueError("per_class: give the labels of the images")
         checked = flow.check_one_context(labels, context, len(images))
@@ -267,7 +267,9 @@ class CalibrationJob(jobs.Job):
         ).to_json()
 
 
-def _check_images(images: Images) -> None:
+def _check_images(flow: Flow, images: Images) -> None:
+    if isinstance(images, Tensor):
+        flow.check_data(images, "images")
     try:
         num = len(images)
         images[torch.tensor([0, 0])]

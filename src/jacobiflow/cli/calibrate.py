@@ -119,7 +119,7 @@ def run(config: CalibrateConfig, processes: object = None) -> CalibrateResult | 
     was_complete = out.exists()
     with progress_bar(is_shown=find_launch().rank == 0) as progress:
         outcome = jobs.run(job, config.out, progress=progress)
-    if not outcome.is_reducer and not was_complete:
+    if not outcome.is_reducer and (find_launch().rank or not was_complete):
         print(f"another process wrote {out}")
         return None
     use = ["jacobiflow", "sample", "--model", config.model, "--report", str(out)]
