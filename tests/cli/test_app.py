@@ -25,7 +25,7 @@ PANELS = ("Model and samples", "Images", "Training", "Measurements", "Speed and 
           "Output")  # fmt: skip
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(Path(jf.__file__).parent.parent)}
 SAMPLE = "sample --model model --strategy jacobi-1 --num 2 --out out-x"
-MEASURE = "calibrate --model model --images pets --segments 2 --convergence-samples 1 --out out-x/r.json"
+MEASURE = "calibrate --model model --images pets --segments 2 --convergence-samples 1 --out out-x"
 PLAN = "plan --model model --out out-x/p.json"
 
 
@@ -125,10 +125,9 @@ REFUSED = {
     f"{MEASURE} --per-class --unconditional": "--per-class: leave out --unconditional",
     f"{MEASURE} --model plain --per-class": "--per-class: this model has no classes; leave it out",
     f"{MEASURE} --images herd": "label 4: this flow has classes 0 to 2",
-    f"{MEASURE} --out pets/class0/0.png": "is in pets, which this command uses; give another file",
-    f"{MEASURE} --out model/config.json": "is in model, which this command uses; give another file",
     "train --images digits --out out-x --steps 0": "--steps 0: give a positive whole number",
     "train --images digits --out out-x --steps 1 --blocks 0": "--blocks 0: give a positive whole number",
+    f"{MEASURE} --out pets": "pets: holds files that this command did not write; give a new or empty folder",
 }
 
 

@@ -89,6 +89,12 @@ def test_bench_and_plan_take_the_recommended_guidance(flow: Flow, run: Any, refu
     bench = f"bench --model {tmp_path}/model --strategy jacobi-1 --batch-size 1 --repeats 1 --out {tmp_path}/bench"
     plan = f"plan --model {tmp_path}/model --batch-size 1 --out {tmp_path}/plan.json"
     for line in (bench, plan):
-        assert "settings: --guidance 0.7,attn_temperature=1.4 (recommended by the model; --plain turns it off)\n" in run(line).out
+        assert (
+            "settings: --guidance 0.7,attn_temperature=1.4 (recommended by the model; --plain turns it off)\n"
+            in run(line).out
+        )
         refuse(f"{line} --plain --guidance 1", "--plain: excludes --guidance")
-    assert "settings: no guidance, no denoising; the recommended guidance needs labels\n" in run(f"{bench} --labels none").out
+    assert (
+        "settings: no guidance, no denoising; the recommended guidance needs labels\n"
+        in run(f"{bench} --labels none").out
+    )

@@ -112,7 +112,7 @@ def _in_processes(run: Callable[..., Any]) -> Callable[[Any], Any]:
 
 
 register("sample", sample.SampleConfig, sample.run, sample.show, sample.describe_kept)
-register("calibrate", calibrate.CalibrateConfig, _in_processes(calibrate.run), calibrate.show, calibrate.describe_kept)
+register("calibrate", calibrate.CalibrateConfig, calibrate.run, calibrate.show, calibrate.describe_kept)
 register("plan", plan.PlanConfig, plan.run, plan.show)
 register("bench", bench.BenchConfig, bench.run, bench.show)
 register("evaluate", evaluate.EvaluateConfig, _in_processes(evaluate.run), evaluate.show, evaluate.describe_kept)

@@ -78,13 +78,14 @@ class JobRun:
 
     Attributes:
         result: The result, a JSON object.
-        is_reducer: Whether this process made the result.
+        is_reporter: Whether this process shall print the result. It has reduced the job; or it found the job complete,
+            and is the first process of its launcher.
         missing: The units of the last stage that were not finished when this process came to it.
         seconds: The time from then until all were finished.
     """
 
     result: Any
-    is_reducer: bool
+    is_reporter: bool
     missing: tuple[str, ...]
     seconds: float
 
@@ -114,7 +115,7 @@ def run(job: Job, path: str | Path, *, overwrite: bool = False, progress: Progre
             _start(job, folder, overwrite)
             result = folder.read_result()
             if result is not None and all(folder.is_intact(unit) for units in job.stages(folder) for unit in units):
-                return JobRun(result, False, missing, 0.0)
+                return JobRun(result, find_launch().rank == 0, missing, 0.0)
             folder.discard_result()
             stack.enter_context(folder.use())
         for units in job.stages(folder):
