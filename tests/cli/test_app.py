@@ -184,9 +184,12 @@ def test_ctrl_c_once_more_does_not_interrupt_the_exit() -> None:
 
 def test_incomplete_variables_of_torchrun_are_one_line(refuse: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     for variables, message in (
-        ({"TORCHELASTIC_RUN_ID": "test", "WORLD_SIZE": "2"}, "RANK is not set"),
-        ({"LOCAL_RANK": "0"}, "RANK is not set; start the processes by torchrun or srun"),
-        ({"RANK": "abc"}, "a variable of torchrun or srun is not a number ("),
+        (
+            {"TORCHELASTIC_RUN_ID": "test", "WORLD_SIZE": "2"},
+            "RANK, WORLD_SIZE, LOCAL_RANK: missing or not numbers ('RANK')",
+        ),
+        ({"LOCAL_RANK": "0"}, "start the processes by torchrun or srun, or unset WORLD_SIZE for one"),
+        ({"RANK": "abc"}, "missing or not numbers (invalid literal"),
     ):
         for name, value in variables.items():
             monkeypatch.setenv(name, value)

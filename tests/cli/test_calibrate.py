@@ -107,7 +107,7 @@ def test_the_proposed_command_certifies_its_samples(run: Any, tmp_path: Path) ->
 
 
 def test_num_draws_some_images_by_the_seed(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    job = Mock(side_effect=jf.InputError)
+    job = Mock(side_effect=jf.InputError("no"))
     monkeypatch.setattr("jacobiflow.calibration.measure.CalibrationJob", job)
     data = load_images("pets", 8, 1)
     assert data.labels is not None

@@ -121,6 +121,9 @@ def test_a_run_tells_its_progress_and_what_it_has_done(tmp_path: Path, monkeypat
     with pytest.warns(UserWarning, match="begun on another machine"):
         again = run(Digests(Spec(2)), tmp_path)
     assert (again.result, again.is_reporter, again.missing) == (first.result, True, ())
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "1")
     assert not run(Digests(Spec(2)), tmp_path).is_reporter
 
 

@@ -121,7 +121,7 @@ class CalibrationSpec(CalibrationSettings):
     precision: str
     weights_sha256: str
     images_sha256: str
-    context_sha256: str
+    labels_or_context_sha256: str
 
 
 class CalibrationJob(jobs.Job):
@@ -168,7 +168,7 @@ class CalibrationJob(jobs.Job):
             **vars(self.settings), classes=tuple(classes), batch_size=batch_size, precision=flow.precision,
             weights_sha256=fingerprint(flow),
             images_sha256=_sha256(self.statistics.read(rows) for rows in chain(*self.statistics.chunks)),
-            context_sha256=_sha256([] if values is None else [values]),
+            labels_or_context_sha256=_sha256([] if values is None else [values]),
         )  # fmt: skip
 
     def stages(self, folder: JobFolder) -> Iterator[Mapping[str, int]]:

@@ -220,7 +220,7 @@ def _choose_rows(parts: Iterable[Tensor], num: int) -> Tensor:
 
 def paired_errors(folder: jf.SampleFolder, flow: Flow, num: int, batch_size: int) -> Score:
     """Returns a score that compares the first samples with the exact loop's at the same latents, batch by batch."""
-    if folder.spec.context_sha256 is not None and folder.labels(0) is None:
+    if folder.spec.labels_or_context_sha256 is not None and folder.labels(0) is None:
         raise InputValueError("--paired: the samples' texts or numbers are not in the folder; give --paired 0")
     units = tuple(
         Unit(f"errors-{start:08}", Scores, partial(_batch_errors, folder, flow, start, min(start + batch_size, num)))

@@ -222,5 +222,5 @@ class JobFolder:
 def _describe_difference(name: str, earlier: Any, new: Any) -> str:
     """Describes an entry in which two specs differ; checksums say only that something is other."""
     if name.endswith("_sha256"):
-        return f"other {name.removesuffix('_sha256')}"
+        return f"other {name.removesuffix('_sha256').replace('_', ' ')}"
     return f"{name.replace('_', ' ')} {format_value(earlier)}, not {format_value(new)}"
