@@ -28,7 +28,8 @@ ALLOWED: dict[str, set[str]] = {
     "comparison": {"blocks", "evaluation", "models", "sampling"},
     "data": set(),
     "distributed": set(),
-    "evaluation": {"data", "models", "distributed"},
+    "evaluation": {"blocks", "data", "jobs", "models", "sampling"},
+    "jobs": set(),
     "training": {"blocks", "data", "models", "distributed"},
     "plots": {"comparison", "data"},
 }

@@ -181,15 +181,6 @@ def test_a_class_for_each_subfolder_in_order_of_name(tmp_path: Path) -> None:
     assert np.array_equal(flat.images[:].permute(0, 2, 3, 1), pixels[1:3])
 
 
-@pytest.mark.parametrize("names", [["a/self", "a/twin"], ["a/b/self"]])
-def test_a_link_to_a_folder_above_is_refused(names: list[str], tmp_path: Path) -> None:
-    write_image(tmp_path / "a" / "b" / "0.png", random_bytes(8, 8))
-    for name in names:
-        (tmp_path / name).symlink_to(tmp_path / "a", target_is_directory=True)
-    with pytest.raises(DataError, match=r"/a/.*: links make the images of this folder count twice; remove"):
-        image_folder(tmp_path, 8)
-
-
 def test_size_and_colour(tmp_path: Path) -> None:
     """The shorter side is resized, and the centre cropped. By default they are those of the images."""
     wide, tall = random_bytes(7, 10), random_bytes(31, 8)
