@@ -111,8 +111,6 @@ def run(config: EvaluateConfig, processes: Any = None) -> EvaluationResult | Non
 def _check_options(config: EvaluateConfig) -> str:
     """Raises InputValueError for options that lack others; returns `--features` or its default."""
     samples, images, stats, save_stats = config.samples, config.images, config.stats, config.save_stats
-    inputs = (images, stats, config.inception, samples, config.features)
-    output_files.check_output("--save-stats", save_stats, config.model, *inputs, outputs=(config.out,))
     if samples is not None and not samples.is_dir():
         command = shlex.join(("jacobiflow", "sample", "--model", config.model, "--out", str(samples)))
         raise InputValueError(f"--samples {samples}: no such folder; draw samples first: {command}")
@@ -126,6 +124,8 @@ def _check_options(config: EvaluateConfig) -> str:
         raise InputValueError(f"--save-stats {save_stats}: give --images and --features, whose statistics they are")
     if features != "none" and images is None and stats is None:
         raise InputValueError(f"--features {features}: give --images or --stats, to compare with")
+    inputs = (images, stats, config.inception, samples, config.features)
+    output_files.check_output("--save-stats", save_stats, config.model, *inputs, outputs=(config.out,))
     return features if samples is not None or save_stats is not None else "none"
 
 
