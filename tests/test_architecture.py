@@ -29,7 +29,7 @@ ALLOWED: dict[str, set[str]] = {
     "comparison": {"blocks", "evaluation", "models", "sampling"},
     "data": set(),
     "distributed": set(),
-    "evaluation": {"data", "models", "jobs"},
+    "evaluation": {"blocks", "data", "jobs", "models", "sampling"},
     "training": {"blocks", "data", "models", "distributed"},
     "plots": {"comparison", "data"},
 }

@@ -115,7 +115,7 @@ register("sample", sample.SampleConfig, sample.run, sample.show, sample.describe
 register("calibrate", calibrate.CalibrateConfig, calibrate.run, calibrate.show, calibrate.describe_kept)
 register("plan", plan.PlanConfig, plan.run, plan.show)
 register("bench", bench.BenchConfig, bench.run, bench.show)
-register("evaluate", evaluate.EvaluateConfig, _in_processes(evaluate.run), evaluate.show, evaluate.describe_kept)
+register("evaluate", evaluate.EvaluateConfig, evaluate.run, evaluate.show, evaluate.describe_kept)
 register("train", train.TrainOptions, _in_processes(train.run), train.show, train.describe_kept)
 register("convert", convert.ConvertConfig, convert.run, convert.show)
 register("info", info.InfoConfig, info.run, info.show)

@@ -145,12 +145,19 @@ class JobFolder:
 
     def value(self, unit: str) -> Any:
         """Returns the value of a finished unit."""
+        return self._finished_record(unit)["value"]
+
+    def checksums(self, unit: str) -> dict[str, str]:
+        """Returns the checksum of each file of a finished unit, by the name of the file."""
+        return dict(self._finished_record(unit)["files"])
+
+    def _finished_record(self, unit: str) -> dict[str, Any]:
         record = self._read_record(unit)
         if record is None:
             raise JobFolderError(
                 f"{self._record_file(unit)}: missing or damaged; run the same command again, which restores it"
             )
-        return record["value"]
+        return record
 
     def is_intact(self, unit: str) -> bool:
         """Tells whether a unit is finished, and its files match their checksums."""

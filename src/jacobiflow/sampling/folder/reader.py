@@ -29,7 +29,7 @@ from jacobiflow.planner import Strategy
 from jacobiflow.sampling.folder.spec import KIND, RESULT, STRATEGY, VERSION, SampleSpec
 from jacobiflow.sampling.result import Outcome
 from jacobiflow.utils import serialization
-from jacobiflow.utils.files import regular_file
+from jacobiflow.utils.files import json_bytes, regular_file, sha256
 
 # The dtypes of the arrays in a shard.
 _DTYPES = {
@@ -104,6 +104,11 @@ class SampleFolder:
             f"{self.path}: {unit} is missing, or does not match its checksum; {_REMEDY}"
             for unit in units if not folder.is_intact(unit)
         ]  # fmt: skip
+
+    def sha256(self) -> str:
+        """Returns the checksum of the checksums of all shards."""
+        folder = _job_folder(self.path)
+        return sha256(json_bytes([folder.checksums(self.spec.unit(i)) for i in range(self.spec.num_shards)]))
 
     def images(self, index: int) -> Tensor:
         """Returns the images (n, c, h, w) of a shard, in 8 bits if they are grey or in colour.
