@@ -1,23 +1,20 @@
 """Draws the figures of the method and of result files: `python -m tools.pictures.figures [NAME ...]`.
 
-overview.png, partitions.png and front.gif show the method; error-against-time.png, regimes.png, masked-flows.png,
+partitions.png and front.gif show the method; error-against-time.png, regimes.png, masked-flows.png,
 speed.png, training.png and alanine.png show result files. speed-dark.png is speed.png for README in the dark.
 """
 
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from matplotlib.axes import Axes
-from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
-from matplotlib.legend_handler import HandlerTuple
-from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle
 from PIL import Image
 
 import jacobiflow as jf
@@ -27,10 +24,9 @@ from jacobiflow.models.latents import draw_latents
 from jacobiflow.plots import sampler_style, save_png
 from jacobiflow.plots.style import TEXT_COLOR, new_figure, plain_ticks, simplify_axes, use_style
 from tools.docs.render import format_speed_up, result, strategy
-from tools.pictures.front import Recorder, readable, record, save_animation
-from tools.pictures.palette import EASY_BLOCK, FINAL_TOKEN, ORDERED, OTHERS, TOUGH_BLOCK, WAITING_TOKEN
+from tools.pictures.front import Recorder, record, save_animation, token_colors
+from tools.pictures.palette import ORDERED, OTHERS, readable
 
-SWEPT = sampler_style("gs-jacobi").color
 MODEL = "emoji-p2"
 LUMINANCE = np.array([0.213, 0.715, 0.072])  # of red, green and blue, as CSS has them
 ROUNDING = 1e-6  # Smaller errors are drawn here.
@@ -51,94 +47,38 @@ def partitions() -> Figure:
         "GS-Jacobi, 4 segments": jf.Solver(jf.Segments(4), stopping=tolerance),
         "window of 12": jf.Solver(jf.Window(12), stopping=tolerance),
     }
-    colors = [sampler_style(name).color for name in solvers]
     figure = new_figure(5.2)
     axes = figure.subplots(2, 2, sharex=True, sharey=True).ravel()
-    for axis, color, (name, solver) in zip(axes, colors, solvers.items(), strict=True):
-        recorder = Recorder(block)
+    for axis, (name, solver) in zip(axes, solvers.items(), strict=True):
+        recorder, color = Recorder(block), sampler_style(name).color
         solution = jf.solve(recorder, z, solver, label)
         raster = np.ones((flow.config.num_tokens, flow.config.num_tokens, 3))
-        for row, (start, stop) in enumerate(recorder.runs):
-            raster[row] = to_rgb(WAITING_TOKEN)
-            raster[row, :start], raster[row, start:stop] = to_rgb(FINAL_TOKEN), to_rgb(color)
+        raster[: len(recorder.runs)] = token_colors(recorder.runs, flow.config.num_tokens, color)
         axis.imshow(raster, interpolation="none", aspect="auto")
         count = f"{solution.sweeps} sweeps, {solution.token_evaluations} evaluations"
         axis.set_title(f"{name}:\n{count}", color=readable(color))
-    for axis in axes[2:]:
-        axis.set_xlabel("token")
+    figure.supxlabel("token; grey: final, in colour: evaluated, light: waiting")
     figure.supylabel("sweep")
-    final, *colored, waiting = (Rectangle((0, 0), 1, 1, color=shade) for shade in (FINAL_TOKEN, *colors, WAITING_TOKEN))
-    handles: list[Any] = [final, tuple(colored), waiting]
-    figure.legend(
-        handles, ["final", "swept", "waiting"], loc="outside lower center", ncols=3,
-        handlelength=4, handler_map={tuple: HandlerTuple(ndivide=None, pad=0.2)},
-    )  # fmt: skip
     return figure
 
 
-@use_style
-def overview() -> Figure:
-    """Sampling: noise through the blocks, the tough one cut into segments (cf. Figures 1 and 6)."""
-    figure = new_figure(3.8)
-    figure.set_layout_engine("none")
-    axis = figure.add_axes((0.01, 0, 0.98, 1))
-    axis.set(xlim=(0, 22), ylim=(-1.4, 9.2))
-    axis.axis("off")
-    _chain(axis)
-    _segments(axis)
-    return figure
+def scale_axes(axis: Axes, x_subs: Sequence[float] = (1, 3), y_subs: Sequence[float] = (1, 3)) -> None:
+    """Makes both axes logarithmic, with plain numbers at these multiples of the powers of ten."""
+    axis.set(xscale="log", yscale="log")
+    plain_ticks(axis.xaxis, x_subs)
+    plain_ticks(axis.yaxis, y_subs)
+    simplify_axes(axis)
 
 
-def _chain(axis: Axes) -> None:
-    left, middle = 2.9, 6.75
-    for number in reversed(range(8)):
-        color, ink = (TOUGH_BLOCK, "white") if number == 7 else (EASY_BLOCK, TEXT_COLOR)
-        axis.add_patch(FancyBboxPatch((left, 6.2), 1.3, 1.1, boxstyle="round,pad=0.05", fc=color, ec="none"))
-        axis.text(left + 0.65, middle, str(number), ha="center", va="center", color=ink)
-        _arrow(axis, (left - 0.75, middle), (left - 0.05, middle))
-        left += 2.05
-    _arrow(axis, (left - 0.75, middle), (left - 0.05, middle))
-    axis.text(0, middle, "noise z", va="center", color=TEXT_COLOR)
-    axis.text(left + 0.1, middle, "image x", va="center", color=TEXT_COLOR)
-    axis.text(3.55, 7.8, "tough\nblock", ha="center", color=TEXT_COLOR)
-    text = "easy blocks: all tokens at once, x ← g(x),\nuntil |g(x) − x| ≤ tolerance"
-    axis.text(12.3, 7.8, text, ha="center", color=TEXT_COLOR)
+def scale_features(axis: Axes, y_subs: Sequence[float]) -> None:
+    """Makes both axes logarithmic, with the numbers of features that were measured."""
+    scale_axes(axis, y_subs=y_subs)
+    axis.set_xticks([2, 5, 10, 20, 64], ["2", "5", "10", "20", "64"])
+    axis.minorticks_off()
 
 
-def _segments(axis: Axes) -> None:
-    axis.plot([2.9, 1.0], [6.1, 5.2], color=TOUGH_BLOCK, lw=0.8)
-    axis.plot([4.2, 21.0], [6.1, 5.2], color=TOUGH_BLOCK, lw=0.8)
-    for i, shade in enumerate((FINAL_TOKEN, SWEPT, WAITING_TOKEN, WAITING_TOKEN)):
-        left = 1.0 + 5.0 * i
-        for token in range(6):
-            axis.add_patch(Rectangle((left + 0.75 * token, 2.6), 0.65, 0.65, fc=shade, ec=TEXT_COLOR, lw=0.5))
-        axis.text(left + 2.2, 2.1, f"segment {i + 1}", ha="center", color=TEXT_COLOR)
-        if i < 3:
-            _arrow(axis, (left + 4.5, 2.92), (left + 4.95, 2.92))
-    _arrow(axis, (9.9, 3.4), (6.4, 3.4), connectionstyle="arc3,rad=0.35", mutation_scale=12, color=SWEPT, lw=1.4)
-    axis.text(8.2, 4.55, "sweeps: x ← g(x) for its tokens", ha="center", color=readable(SWEPT))
-    for x, text in (
-        (3.2, "final: cached,\nnot evaluated\nagain"),
-        (8.2, "swept together\nto the tolerance,\nor J times"),
-        (15.7, "waiting"),
-    ):
-        axis.text(x, 1.75, text, ha="center", va="top", color=TEXT_COLOR)
-    text = "segments one after another (Gauss-Seidel);\ninside a segment all tokens at once (Jacobi)"
-    axis.text(11, -1.2, text, ha="center", color=TEXT_COLOR)
-
-
-def _arrow(axis: Axes, start: tuple[float, float], end: tuple[float, float], **style: Any) -> None:
-    settings: dict[str, Any] = {"arrowstyle": "-|>", "mutation_scale": 10, "color": TEXT_COLOR, "lw": 1}
-    axis.add_patch(FancyArrowPatch(start, end, **settings | style))
-
-
-def panels_of(count: int, height: float) -> tuple[Figure, list[Axes]]:
-    """A figure with panels in two columns."""
-    figure = new_figure(height)
-    panels = figure.subplots(-(-count // 2), 2, sharex=True, sharey=True, squeeze=False).ravel()
-    for axis in panels[count:]:
-        axis.set_visible(False)
-    return figure, [*panels[:count]]
+def share_legend(figure: Figure) -> None:
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=2)
 
 
 @use_style
@@ -162,10 +102,9 @@ def error_against_time() -> Figure:
             for name, label, line in (("sequential", "exact loop", "--"), ("growing cache", "original sampler", "-.")):
                 seconds = strategy(performance["final"][batch], name)["seconds"]["median"]
                 axis.axvline(seconds, color=sampler_style(name).color, linestyle=line, linewidth=1.2, label=label)
-            axis.set(xscale="log", yscale="log", ylim=(4e-7, 10))
+            scale_axes(axis)
+            axis.set_ylim(4e-7, 10)
             axis.set_yticks([ROUNDING, 1e-4, 1e-2, 1], ["rounding", "1e-4", "1e-2", "1"])
-            plain_ticks(axis.xaxis, (1, 3))
-            simplify_axes(axis)
         column[0].set_title(f"batch {batch}")
     for axis, sampler in zip(panels[:, 0], samplers, strict=True):
         axis.set_ylabel(textwrap.fill(sampler, 16), color=readable(sampler_style(sampler).color), weight="bold")
@@ -211,13 +150,11 @@ def regimes() -> Figure:
         )  # fmt: skip
         for way, name, line in ((PASS, "5 sweeps, float32", "-"), (BF16_PASS, "5 sweeps, bfloat16", ":")):
             axis.plot(sizes, [5 * in_passes(run, way) for run in random], line, color=color, label=name)
-        axis.set(xscale="log", yscale="log", title=f"batch {batch}")
-        plain_ticks(axis.xaxis, (1,))
-        plain_ticks(axis.yaxis, (1, 3))
-        simplify_axes(axis)
+        axis.set_title(f"batch {batch}")
+        scale_axes(axis, x_subs=(1,))
     figure.supxlabel("weights of a block, MB")
     figure.supylabel("time of a block's inverse, in encoding passes")
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=2)
+    share_legend(figure)
     return figure
 
 
@@ -225,7 +162,8 @@ def regimes() -> Figure:
 def masked_flows() -> Figure:
     """Speed-ups of zuko's flows against features: a panel for a flow and a direction, a line for a number of rows."""
     markers = {1: "o", 100: "^", 10_000: "s", 1_000_000: "D"}
-    figure, panels = panels_of(4, 5.4)
+    figure = new_figure(5.4)
+    panels = figure.subplots(2, 2, sharex=True, sharey=True).ravel()
     kinds = [(direction, flow) for direction in ("slow", "fast") for flow in ("MAF", "NSF")]
     runs = [run for run in result("masked-flows")["runs"] if run["library"] == "zuko" and run["features"] <= 64]
     for axis, kind in zip(panels, kinds, strict=True):
@@ -236,14 +174,11 @@ def masked_flows() -> Figure:
             color, label = ORDERED(0.8 * place / (len(markers) - 1)), f"{rows:,} row{'s' * (rows > 1)}"
             axis.plot(*zip(*points, strict=True), color=color, marker=marker, label=label)
         axis.axhline(1, color="black", linewidth=0.8)
-        axis.set(xscale="log", yscale="log", title=f"{flow}, {'sampling' if direction == 'slow' else 'log_prob'}")
-        plain_ticks(axis.yaxis, (1,))
-        axis.set_xticks([2, 5, 10, 20, 64], ["2", "5", "10", "20", "64"])
-        axis.minorticks_off()
-        simplify_axes(axis)
+        axis.set_title(f"{flow}, {'sampling' if direction == 'slow' else 'log_prob'}")
+        scale_features(axis, y_subs=(1,))
     figure.supxlabel("features")
     figure.supylabel("speed-up over zuko")
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=2)
+    share_legend(figure)
     return figure
 
 
@@ -268,11 +203,8 @@ def speed() -> Figure:
         axis.annotate(text, points[-1], offset, textcoords="offset points", color=readable(color), ha=side, va=end)
     axis.axhline(1, color=TEXT_COLOR, linewidth=0.8)
     axis.text(2, 1.1, "zuko alone", color=TEXT_COLOR)
-    axis.set(xscale="log", yscale="log", ylim=(0.8, 2000), xlabel="features", ylabel="speed-up over zuko")
-    axis.set_xticks([2, 5, 10, 20, 64], ["2", "5", "10", "20", "64"])
-    axis.minorticks_off()
-    plain_ticks(axis.yaxis, (1, 3))
-    simplify_axes(axis)
+    axis.set(ylim=(0.8, 2000), xlabel="features", ylabel="speed-up over zuko")
+    scale_features(axis, y_subs=(1, 3))
     return figure
 
 
@@ -367,7 +299,7 @@ def main() -> None:
     options = parser(__doc__)
     options.add_argument("names", nargs="*", metavar="NAME", help="such as training; by default all, and front.gif")
     names = options.parse_args().names
-    for draw in (overview, partitions, error_against_time, regimes, masked_flows, speed, training, alanine):
+    for draw in (partitions, error_against_time, regimes, masked_flows, speed, training, alanine):
         name = draw.__name__.replace("_", "-")
         if not names or name in names:
             save_png(draw(), FIGURES / f"{name}.png")
