@@ -195,45 +195,21 @@ def fitted_sweeps(model: str, blocks: Iterable[int]) -> str:
     return paper_facts.number_range([means[block] for block in blocks])
 
 
-def sampling_range() -> str:
-    """The range of times faster that zuko's flows draw 10,000 samples, such as "5 to 150"."""
-    flows = {"library": "zuko", "rows": 10_000, "direction": "slow"}
-    runs = [
-        run for run in result("masked-flows")["runs"] if flows.items() <= run.items() and run["flow"] in ("MAF", "NSF")
-    ]
-    return paper_facts.number_range([run["speed_up"] for run in runs], ".0f")
+def select(name: str, **values: Any) -> list[Json]:
+    """The runs of a result that have these values; a tuple lists several values."""
+    accepted = {key: value if isinstance(value, tuple) else (value,) for key, value in values.items()}
+    return [run for run in result(name)["runs"] if all(run.get(key) in accepted[key] for key in accepted)]
 
 
 def speed_up_range(name: str, **values: Any) -> str:
-    """The range of the speed-ups of a result's runs with these values."""
-    runs = [run for run in result(name)["runs"] if values.items() <= run.items()]
-    return paper_facts.number_range([run["speed_up"] for run in runs], ".0f")
+    """The range of the speed-ups of a result's runs with these values, such as "5 to 150"."""
+    return paper_facts.number_range([run["speed_up"] for run in select(name, **values)], ".0f")
 
 
-def to_images_speed_up(model: str, batch: int) -> str:
-    """The speed-up of `auto` over the original sampler, from latents to images."""
-    seconds = where(result("model-speed")["runs"], model=model, batch=batch)["seconds"]
-    return format_speed_up(seconds["original sampler, to images"]["median"] / seconds["auto, to images"]["median"])
-
-
-def to_images_range() -> str:
-    """The range of times faster that batches of `fashion-p2` are drawn and denoised, such as "6 to 20"."""
-    seconds = [run["seconds"] for run in result("model-speed")["runs"] if run["model"] == "fashion-p2"]
-    ratios = [each["original sampler, to images"]["median"] / each["auto, to images"]["median"] for each in seconds]
-    return paper_facts.number_range(ratios, ".0f")
-
-
-def boltzmann_range(name: str) -> str:
-    """The range of speed-ups of a way to sample over the original sampler, over all models and batches."""
-    runs = [run["seconds"] for run in result("boltzmann")["runs"] if "growing cache" in run.get("seconds", {})]
-    ratios = [seconds["growing cache"]["median"] / seconds[name]["median"] for seconds in runs if name in seconds]
-    return paper_facts.number_range(ratios)
-
-
-def median_ratio(name: str, slow: str, fast: str, **values: Any) -> float:
-    """How many times as long one way takes as another, in the run of a result with these values."""
-    seconds = where(result(name)["runs"], **values)["seconds"]
-    return float(seconds[slow]["median"] / seconds[fast]["median"])
+def ratios(name: str, slow: str, fast: str, **values: Any) -> list[float]:
+    """How many times as long one way takes as another, in each run of a result with these values that has both."""
+    timed = [run["seconds"] for run in select(name, **values) if {slow, fast} <= run.get("seconds", {}).keys()]
+    return [seconds[slow]["median"] / seconds[fast]["median"] for seconds in timed]
 
 
 def star_follows(group: str) -> str:
@@ -269,13 +245,13 @@ def _environment() -> jinja2.Environment:
         loader=templates, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     functions = {function.__name__: function for function in (
-        boltzmann_range, paper_facts.agreement, paper_facts.best_guess, paper_facts.mean_sweeps,
+        paper_facts.agreement, paper_facts.best_guess, paper_facts.mean_sweeps, paper_facts.number_range,
         paper_facts.segment_sweeps, paper_facts.sweeps_range, paper_facts.tough_share, chord_share, duration, fastest,
-        fastest_way, fitted_sweeps, format_speed_up, grouped, least_accurate, loop_speed_up, median_ratio,
-        paper_megabytes, paper_sizes.counted, paper_sizes.estimates, paper_sizes.runs_of, paper_sizes.tough_blocks,
-        phase_seconds, plain_sweeps, plan, rank_correlation, recommendation, regimes.best_in_passes,
-        regimes.in_passes, result, sampler, sampling_range, slowest_by_batch, speed_up_range, star_follows, strategy,
-        sweep_ways, to_images_range, to_images_speed_up, where,
+        fastest_way, fitted_sweeps, format_speed_up, grouped, least_accurate, loop_speed_up, paper_megabytes,
+        paper_sizes.counted, paper_sizes.estimates, paper_sizes.runs_of, paper_sizes.tough_blocks, phase_seconds,
+        plain_sweeps, plan, rank_correlation, ratios, recommendation, regimes.best_in_passes,
+        regimes.in_passes, result, sampler, slowest_by_batch, speed_up_range, star_follows, strategy,
+        sweep_ways, where,
     )}  # fmt: skip
     environment.globals |= functions | {
         "calls": {"sampling": "inverse", "density": "`log_prob`"},

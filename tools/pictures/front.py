@@ -119,7 +119,7 @@ def _trajectory(
 @use_style
 def save_animation(title: str, trajectories: Mapping[str, Trajectory], path: Path) -> None:
     """Writes a GIF with a frame for each call of the longest trajectory: images above, tokens below."""
-    figure = Figure(figsize=(5.6, 4.7), dpi=130, layout="constrained")
+    figure = Figure(figsize=(5.6, 4.7), dpi=100, layout="constrained")
     axes = figure.subplots(2, len(trajectories))
     figure.suptitle(title)
     figure.supxlabel(CAPTION)
