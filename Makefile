@@ -188,8 +188,7 @@ emoji: setup
 	npm install --no-save --no-package-lock $(EMOJI)
 	$(BIN)/python -m tools.models.make_images emoji
 
-# Redraws the figures of the method, those of the result files, the sheets of samples, and the terminal of the site's first page;
-# names results of other code.
+# Redraws the figures of the method, those of the result files, the sheets of samples, and the terminal of the site's first page.
 figures: render
 	$(BIN)/python -m tools.pictures.sheets
 	$(BIN)/python -m tools.pictures.figures

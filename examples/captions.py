@@ -22,7 +22,6 @@ from torch.utils.data import TensorDataset
 import jacobiflow as jf
 from jacobiflow import plots, training
 from jacobiflow.data import read_image
-from jacobiflow.models import Flow
 
 MODEL = Path(__file__).parent / "emoji-star"
 RUN = Path("runs/emoji-star")
@@ -80,32 +79,16 @@ def train(steps: int) -> None:
     torch.manual_seed(0)
     flow = jf.STARFlow(CONFIG)
     flow.blocks[-1].null_text.copy_(encode_text([""])[0])
-    settings = training.TrainConfig(steps, batch_size=32, sample_every=500)
+    settings = training.TrainConfig(steps, batch_size=32)
+    average = training.train(flow, TensorDataset(images, states), settings, RUN, on_step=print_every_100)
+    average.recommended = SETTINGS
+    average.save_pretrained(MODEL, dtype=torch.bfloat16)
 
-    def on_step(metrics: training.TrainMetrics) -> None:
-        if metrics.step % 50 == 0:
-            print(
-                f"step {metrics.step}/{steps}  {metrics.bits_per_dim:.3f} bits/dim  {metrics.seconds:.0f} s", flush=True
-            )
 
-    def on_sample(average: Flow, step: int) -> None:
-        assert isinstance(average, jf.STARFlow)
-        average.encode_text = encode_text
-        write_sheet(average, PROMPTS, RUN / f"samples-{step:06d}.png")
-
-    with jf.processes() as processes:
-        average = training.train(
-            flow,
-            TensorDataset(images, states),
-            settings,
-            RUN,
-            on_step=on_step,
-            on_sample=on_sample,
-            processes=processes,
-        )
-    if processes.rank == 0:
-        average.recommended = SETTINGS
-        average.save_pretrained(MODEL, dtype=torch.bfloat16)
+def print_every_100(metrics: training.TrainMetrics) -> None:
+    """Prints the metrics of every hundredth step."""
+    if metrics.step % 100 == 0:
+        print(f"step {metrics.step}  {metrics.bits_per_dim:.3f} bits/dim  {metrics.seconds:.0f} s", flush=True)
 
 
 def load() -> jf.STARFlow:

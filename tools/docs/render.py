@@ -25,7 +25,7 @@ import torch
 import jacobiflow as jf
 from benchmarks import paper_sizes, regimes
 from benchmarks.common import MODELS, RESULTS, Json, parser
-from benchmarks.sources import ROOT, code_digest
+from benchmarks.sources import ROOT
 from jacobiflow.calibration import rank_correlation
 from jacobiflow.calibration.convergence import TOLERANCES
 from jacobiflow.calibration.report import GUESS_NAMES
@@ -40,22 +40,6 @@ SAMPLERS = {
     "sequential, in PyTorch": "exact loop, in PyTorch",
 }
 MEASURES = {"fashion_fid": "fashion-FID", "emoji_fid": "emoji-FID", "pixel_distance": "Fréchet distance of the pixels"}
-
-
-def old_results() -> list[str]:
-    """A line for each result file of a benchmark with rows of other code than the present."""
-    lines = []
-    for path in sorted(RESULTS.glob("*.json")):
-        content = json.loads(path.read_text())
-        module = content.get("command", "").removeprefix("python -m ").split(" ")[0]
-        if module.startswith("tools.") or "version" in content:  # a model, or what a command wrote
-            continue
-        rows = content.get("runs", [content])
-        present = code_digest(module) if module.startswith("benchmarks.") else None
-        old = sum(row.get("code") is None or row["code"] != present for row in rows)
-        if old:
-            lines.append(f"{path.relative_to(ROOT)}: {old} of {len(rows)} rows are of other code")
-    return lines
 
 
 def machines(page: str) -> set[str]:
@@ -161,21 +145,6 @@ def slowest_by_batch(counts: Sequence[Sequence[int]]) -> str:
     return " / ".join(f"{paper_sizes.mean_slowest(counts, batch):.1f}" for batch in regimes.BATCH_SIZES)
 
 
-def recommendation(search: Json) -> str:
-    """The recommended settings of a search, and their distance to real images."""
-    rows, settings = search["rows"], search["recommended"]
-    (measure,) = MEASURES.keys() & search["best"].keys()
-    guidance = settings["guidance"] or {"weight": 0, "attn_temperature": 1}
-    rate = settings["denoise"]
-    weight, temperature = guidance["weight"], guidance["attn_temperature"]
-    distance = where(rows, weight=weight, attn_temperature=temperature, denoise=rate)[measure]
-    plain = where(rows, weight=0, attn_temperature=1, denoise=0)[measure]
-    words = [f"guidance of weight {weight:g} at attention temperature {temperature:g}"]
-    words = words * bool(settings["guidance"]) + [f"denoising rate {rate:g}"] * bool(rate)
-    text = f"{MEASURES[measure]} {distance:.3f} of {search['num']:,} samples"
-    return f"{', '.join(words)}: {text}, {plain:.3f} without" if words else f"none: {text}"
-
-
 def chord_share(preset: str) -> float:
     """Multiplications of a chord over those of a block's dense layers, for a token."""
     config = jf.PRESETS[preset].config
@@ -249,7 +218,7 @@ def _environment() -> jinja2.Environment:
         paper_facts.segment_sweeps, paper_facts.sweeps_range, paper_facts.tough_share, chord_share, duration, fastest,
         fastest_way, fitted_sweeps, format_speed_up, grouped, least_accurate, loop_speed_up, paper_megabytes,
         paper_sizes.counted, paper_sizes.estimates, paper_sizes.runs_of, paper_sizes.tough_blocks, phase_seconds,
-        plain_sweeps, plan, rank_correlation, ratios, recommendation, regimes.best_in_passes,
+        plain_sweeps, plan, rank_correlation, ratios, regimes.best_in_passes,
         regimes.in_passes, result, sampler, slowest_by_batch, speed_up_range, star_follows, strategy,
         sweep_ways, where,
     )}  # fmt: skip
@@ -271,4 +240,3 @@ if __name__ == "__main__":
         text = path.read_text()
         if (rendered := render(text)) != text:
             write_atomically(path, rendered.encode())
-    print("\n".join(old_results()))

@@ -6,7 +6,7 @@ the causal order of the block.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import onnx
@@ -42,20 +42,21 @@ def stored_weights(block: Any) -> dict[str, Tensor]:
     return stored
 
 
-class BlockFunctions:
-    """The functions of a block of a flow with classes that become graphs.
+class BlockFunctions(torch.nn.Module):
+    """The functions of a block of a flow with classes that become graphs: a sweep, and a gradient.
 
     `stored` are the weights of the block. S = 4 * layers * width are the keys and values of a token, in two rows, with
     the label and without a label.
     """
 
     def __init__(self, config: jf.TarFlowConfig, guidance: jf.Guidance) -> None:
+        super().__init__()
         self.layers, self.heads = config.layers_per_block, config.channels // config.head_dim
         self.scale = config.head_dim**-0.5
         self.row_scales = torch.tensor([self.scale, self.scale / guidance.attn_temperature]).view(2, 1, 1, 1)
         self.guidance = torch.stack(guidance.weights(torch.zeros(1, config.num_tokens, 1))).unsqueeze(2)
 
-    def step(
+    def forward(
         self, stored: Mapping[str, Tensor], x: Tensor, z: Tensor, cache: Tensor, label: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Returns g of entries m + 1 to m + n under guidance, (n, C), and the keys and values of n tokens, (n, S).
@@ -116,19 +117,8 @@ class BlockFunctions:
         return out, torch.stack(new).permute(4, 0, 1, 2, 3, 5).flatten(1)
 
 
-class _Module(torch.nn.Module):
-    """A function as `torch.export` takes it."""
-
-    def __init__(self, function: Callable[..., Any]) -> None:
-        super().__init__()
-        self.function = function
-
-    def forward(self, *inputs: Any) -> Any:
-        return self.function(*inputs)
-
-
 def block_graphs(config: jf.TarFlowConfig, guidance: jf.Guidance, stored: Mapping[str, Tensor]) -> dict[str, bytes]:
-    """Returns the two graphs of a flow's blocks, `BlockFunctions.step` and `BlockFunctions.gradient`.
+    """Returns the two graphs of a flow's blocks, `BlockFunctions.forward` and `BlockFunctions.gradient`.
 
     `stored` are the weights of any of its blocks.
     """
@@ -137,9 +127,10 @@ def block_graphs(config: jf.TarFlowConfig, guidance: jf.Guidance, stored: Mappin
     cache, label = torch.zeros(4, 4 * config.layers_per_block * config.channels), torch.tensor([0])
     step, gradient = (stored, x[:3], z[:3], cache, label), (stored, x, z, label)
     sizes = dict.fromkeys(stored), *({0: Dim.DYNAMIC},) * 3, None
-    exported = torch.export.export(_Module(functions.step), step, dynamic_shapes=(sizes,))
+    exported = torch.export.export(functions, step, dynamic_shapes=sizes)
     # A derivative is traced first, since torch.export does not differentiate.
-    derivative = torch.export.export(make_fx(_Module(functions.gradient))(*gradient), gradient)
+    traced = make_fx(lambda *inputs: functions.gradient(*inputs))(*gradient)
+    derivative = torch.export.export(traced, gradient)
     return {
         "step": _to_onnx(exported, stored, ["x", "z", "cache", "label"], ["g", "keys"]),
         "gradient": _to_onnx(derivative, stored, ["x", "dz", "label"], ["z", "dx"]),
