@@ -42,14 +42,6 @@ SAMPLERS = {
 MEASURES = {"fashion_fid": "fashion-FID", "emoji_fid": "emoji-FID", "pixel_distance": "Fréchet distance of the pixels"}
 
 
-def machines(page: str) -> set[str]:
-    """The machines on which the times of a page were measured."""
-    sources = " ".join(match["source"] for match in REGION.finditer(page))
-    names = {path.stem for path in RESULTS.glob("*.json")} & set(re.findall(r"[\w-]+", sources))
-    results = [result(name) for name in names if not result(name).get("command", "").startswith("python -m tools.")]
-    return {content["machine"]["processor"] for content in results if '"seconds"' in json.dumps(content)}
-
-
 def pages() -> list[Path]:
     """All pages of the documentation and the model cards."""
     return [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), *sorted(MODELS.glob("*/README.md"))]

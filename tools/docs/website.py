@@ -25,10 +25,10 @@ from tools.page import live_page
 
 MERMAID, KATEX = "mermaid.min.js", "katex.min.js"
 _CONFIG = ROOT / "docs/zensical.toml"
-_MERMAID_VERSION = "12.3.0"
-_MERMAID_SHA512 = "4113TdXeLAsMruJ79OpFL5O8+LTFXhQqZ260rF3tgUmiNAtRm4Uume04I+65PRN6yZ69J4f8rVYWW8zRk65UYw=="
-_KATEX_VERSION = "0.19.1"
-_KATEX_SHA512 = "jG8uKntjSEcm2EpQOh0XturpPuuC9r3Sq5HLHdsFdWZT27E672SF19QEi+of0/YeOy15lDgRhKvr5614uRrEfA=="
+_SCRIPTS = {  # versions, and SHA-512 of the packages
+    MERMAID: ("12.3.0", "4113TdXeLAsMruJ79OpFL5O8+LTFXhQqZ260rF3tgUmiNAtRm4Uume04I+65PRN6yZ69J4f8rVYWW8zRk65UYw=="),
+    KATEX: ("0.19.1", "jG8uKntjSEcm2EpQOh0XturpPuuC9r3Sq5HLHdsFdWZT27E672SF19QEi+of0/YeOy15lDgRhKvr5614uRrEfA=="),
+}
 _MATH = r"""<script>
 for (const formula of document.querySelectorAll(".math, .arithmatex")) {
   const text = formula.textContent.replace(/^\\\(|\\\)$/g, ""), displayMode = formula.matches(".math");
@@ -62,18 +62,11 @@ def build(out: Path) -> Path:
     (source / "reference/commands.md").write_text(_commands())
     for name in ("site.css", "site.js"):
         shutil.copyfile(ROOT / "docs" / name, source / name)
-    listed = {name: title for title, name in re.findall(r'"([^"]+)" = "([^"]+\.md)"', _CONFIG.read_text())}
+    listed = re.findall(r'" = "([^"]+\.md)"', _CONFIG.read_text())
     wrong = pages.missing + [f"{_CONFIG} does not list {name}" for name in pages.names.values() if name not in listed]
-    for name, title in listed.items():
-        heading = re.search(r"^# (.+)$", (source / name).read_text(), re.MULTILINE)
-        if heading is not None and heading[1].strip("`") != title:
-            wrong.append(f"{name} has the title {heading[1]!r}, {_CONFIG} lists it as {title!r}")
     if wrong:
         raise ValueError("\n".join(wrong))
-    for script, version, checksum in (
-        (MERMAID, _MERMAID_VERSION, _MERMAID_SHA512),
-        (KATEX, _KATEX_VERSION, _KATEX_SHA512),
-    ):
+    for script, (version, checksum) in _SCRIPTS.items():
         (file,) = npm_files(script.partition(".")[0], version, checksum, [script])
         shutil.copyfile(file, source / script)
     config = shutil.copyfile(_CONFIG, out / _CONFIG.name)
@@ -83,22 +76,17 @@ def build(out: Path) -> Path:
 
 
 def _markdown(path: str, page: Path, repository: str) -> str:
-    """The Markdown of a file of the repository; the pictures of a notebook are written beside the page."""
+    """The Markdown of a file of the repository; the pictures of a notebook are written to a folder beside the page."""
     if not path.endswith(".ipynb"):
         return (ROOT / path).read_text()
-    colab = repository.replace("https://github.com", "https://colab.research.google.com/github")
-    heading, text = _notebook(ROOT / path, page).split("\n", 1)
-    return f"{heading}\n\n[Open in Colab]({colab}/blob/main/{path})\n{text}"
-
-
-def _notebook(path: Path, page: Path) -> str:
-    """A notebook as Markdown; its pictures are written to a folder beside the page."""
-    settings = {"output_files_dir": page.stem, "unique_key": path.stem}
-    text, resources = MarkdownExporter().from_filename(str(path), resources=settings)
+    settings = {"output_files_dir": page.stem, "unique_key": page.stem}
+    text, resources = MarkdownExporter().from_filename(str(ROOT / path), resources=settings)
     page.with_suffix("").mkdir(parents=True, exist_ok=True)
     for name, data in resources["outputs"].items():
         (page.parent / name).write_bytes(data)
-    return str(text)
+    colab = repository.replace("https://github.com", "https://colab.research.google.com/github")
+    heading, text = text.split("\n", 1)
+    return f"{heading}\n\n[Open in Colab]({colab}/blob/main/{path})\n{text}"
 
 
 def _commands() -> str:

@@ -1,21 +1,19 @@
 """Draws the figures of the method and of result files: `python -m tools.pictures.figures [NAME ...]`.
 
 partitions.png and front.gif show the method; error-against-time.png, regimes.png, masked-flows.png,
-speed.png, training.png and alanine.png show result files. speed-dark.png is speed.png for README in the dark.
+speed.png, training.png and alanine.png show result files.
 """
 
 from __future__ import annotations
 
 import textwrap
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from PIL import Image
 
 import jacobiflow as jf
 from benchmarks.common import FIGURES, Json, parser
@@ -23,12 +21,11 @@ from benchmarks.regimes import BF16_PASS, EXACT_LOOP, LOOP_IN_PYTORCH, PASS, in_
 from jacobiflow.models.latents import draw_latents
 from jacobiflow.plots import sampler_style, save_png
 from jacobiflow.plots.style import TEXT_COLOR, new_figure, plain_ticks, simplify_axes, use_style
-from tools.docs.render import format_speed_up, result, strategy
+from tools.docs.render import format_speed_up, phase_seconds, result, strategy
 from tools.pictures.front import Recorder, record, save_animation, token_colors
 from tools.pictures.palette import ORDERED, OTHERS, readable
 
 MODEL = "emoji-p2"
-LUMINANCE = np.array([0.213, 0.715, 0.072])  # of red, green and blue, as CSS has them
 ROUNDING = 1e-6  # Smaller errors are drawn here.
 SAMPLE, LABEL = 10, 1  # a person of seed 0, whose number of sweeps is about the median of the first 20
 
@@ -213,29 +210,25 @@ def training() -> Figure:
     """Whole fits by a library and accelerated: training and samples, as shares of the library's time."""
     fits = [run for run in result("fits")["runs"] if run["program"] in ("sbi NPE", "pocomc")]
     colors = {"training": sampler_style("auto").color, "sampling": sampler_style("jacobi").color}
-    figure = new_figure(0.85 * len(fits))
+    figure = new_figure(0.8 * len(fits))
     axis = figure.subplots()
+    labels: dict[float, str] = {}
     for place, run in enumerate(fits):
-        above = 3 * place - 0.75
-        library, total = run["program"].split()[0], run["total"]["library"]
-        axis.text(0, above, f"{library}, {run['flow']}", va="center", weight="bold", color=TEXT_COLOR)
         for row, way in enumerate(("library", "accelerated")):
             y, left = 3 * place + 0.85 * row, 0.0
+            labels[y] = f"{run['program'].split()[0]}, {run['flow']}" if way == "library" else way
             for phase, color in colors.items():
-                seconds = sum(run["seconds"][way][phase].values())
-                axis.barh(y, seconds / total, 0.75, left, color=color)
-                if phase == "training":
-                    text = f"training {seconds_text(seconds)}" if seconds > 0.3 * total else seconds_text(seconds)
-                    axis.text(left + seconds / total / 2, y, text, ha="center", va="center", color="white")
-                elif way == "library":
-                    text = f"samples {seconds_text(seconds)}"
-                    axis.text(1, above, text, ha="right", va="center", color=readable(color))
-                left += seconds / total
+                share = phase_seconds(run, way, phase) / run["total"]["library"]
+                axis.barh(y, share, 0.75, left, color=color, label=phase)
+                left += share
             text = seconds_text(run["total"][way]) + (f", {format_speed_up(run['speed_up'])} faster" if row else "")
             axis.text(left + 0.01, y, text, va="center", color=TEXT_COLOR)
-            axis.text(-0.01, y, "accelerated" if row else library, ha="right", va="center", color=TEXT_COLOR)
-    axis.set(xlim=(-0.2, 1.13), ylim=(3 * len(fits) - 1.6, -1.2))
-    axis.axis("off")
+    axis.set_yticks([*labels], labels.values())
+    axis.tick_params(length=0)
+    axis.set(xlim=(0, 1.13), xticks=[])
+    axis.invert_yaxis()
+    axis.spines[:].set_visible(False)
+    figure.legend(axis.containers[:2], colors, loc="outside upper center", ncols=2)
     return figure
 
 
@@ -272,15 +265,6 @@ def alanine() -> Figure:
     return figure
 
 
-def in_dark(path: Path) -> Image.Image:
-    """A chart for a dark page, as docs/site.css shows it: light and dark are exchanged, and hues are kept."""
-    with Image.open(path) as chart:
-        levels = 255 - np.asarray(chart.convert("RGB"), float)
-    turned = 2 * (levels @ LUMINANCE)[..., None] - levels
-    background = np.array([0x0D, 0x11, 0x17])  # of GitHub
-    return Image.fromarray((255 - (255 - turned.clip(0, 255)) * (255 - background) / 255).astype(np.uint8))
-
-
 def seconds_text(seconds: float) -> str:
     return f"{seconds:.{0 if seconds >= 9.95 else 1 if seconds >= 0.95 else 2}f} s"
 
@@ -303,8 +287,6 @@ def main() -> None:
         name = draw.__name__.replace("_", "-")
         if not names or name in names:
             save_png(draw(), FIGURES / f"{name}.png")
-    if not names or "speed" in names:
-        save_png(in_dark(FIGURES / "speed.png"), FIGURES / "speed-dark.png")
     if not names:
         front()
 
