@@ -154,22 +154,19 @@ class Frames(Dataset[Tensor]):
 
 
 def train(steps: int) -> None:
-    """Trains by maximum likelihood on frames drawn by their weights; the same command again resumes a stopped run."""
+    """Trains by maximum likelihood on frames drawn by their weights; the same command again resumes a stopped run.
+
+    `RUN` has the losses, in metrics.jsonl.
+    """
     positions, weights = frames()
     internal = to_internal(positions.double())
     coordinates = Coordinates.fit(internal, weights)
     torch.manual_seed(0)
     settings = training.TrainConfig(steps, batch_size=128, learning_rate=3e-3, bf16=False)
     data = Frames(internal, weights, coordinates)
-    average = training.train(jf.TarFlow(CONFIG), data, settings, RUN, on_step=print_every_100)
+    average = training.train(jf.TarFlow(CONFIG), data, settings, RUN)
     average.save_pretrained(MODEL)
     coordinates.save(MODEL / "coordinates.json")
-
-
-def print_every_100(metrics: training.TrainMetrics) -> None:
-    """Prints the metrics of every hundredth step."""
-    if metrics.step % 100 == 0:
-        print(f"step {metrics.step}  loss {metrics.loss:.4f}  {metrics.seconds:.0f} s", flush=True)
 
 
 def bin_shares(phi: Tensor, weights: Tensor) -> Any:

@@ -73,22 +73,19 @@ def captioned_emoji(package: Path = PACKAGE) -> tuple[UInt8[Tensor, "n 3 32 32"]
 
 
 def train(steps: int) -> None:
-    """Trains the model; the same command again resumes a run that was stopped."""
+    """Trains the model; the same command again resumes a run that was stopped.
+
+    `RUN` has the losses, in metrics.jsonl.
+    """
     images, captions, _ = captioned_emoji()
     states = encode_text(captions)
     torch.manual_seed(0)
     flow = jf.STARFlow(CONFIG)
     flow.blocks[-1].null_text.copy_(encode_text([""])[0])
     settings = training.TrainConfig(steps, batch_size=32)
-    average = training.train(flow, TensorDataset(images, states), settings, RUN, on_step=print_every_100)
+    average = training.train(flow, TensorDataset(images, states), settings, RUN)
     average.recommended = SETTINGS
     average.save_pretrained(MODEL, dtype=torch.bfloat16)
-
-
-def print_every_100(metrics: training.TrainMetrics) -> None:
-    """Prints the metrics of every hundredth step."""
-    if metrics.step % 100 == 0:
-        print(f"step {metrics.step}  {metrics.bits_per_dim:.3f} bits/dim  {metrics.seconds:.0f} s", flush=True)
 
 
 def load() -> jf.STARFlow:

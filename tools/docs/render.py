@@ -156,7 +156,7 @@ def fitted_sweeps(model: str, blocks: Iterable[int]) -> str:
     return paper_facts.number_range([means[block] for block in blocks])
 
 
-def select(name: str, **values: Any) -> list[Json]:
+def find_runs(name: str, **values: Any) -> list[Json]:
     """The runs of a result that have these values; a tuple lists several values."""
     accepted = {key: value if isinstance(value, tuple) else (value,) for key, value in values.items()}
     return [run for run in result(name)["runs"] if all(run.get(key) in accepted[key] for key in accepted)]
@@ -164,25 +164,18 @@ def select(name: str, **values: Any) -> list[Json]:
 
 def speed_up_range(name: str, **values: Any) -> str:
     """The range of the speed-ups of a result's runs with these values, such as "5 to 150"."""
-    return paper_facts.number_range([run["speed_up"] for run in select(name, **values)], ".0f")
+    return paper_facts.number_range([run["speed_up"] for run in find_runs(name, **values)], ".0f")
 
 
 def ratios(name: str, slow: str, fast: str, **values: Any) -> list[float]:
     """How many times as long one way takes as another, in each run of a result with these values that has both."""
-    timed = [run["seconds"] for run in select(name, **values) if {slow, fast} <= run.get("seconds", {}).keys()]
+    timed = [run["seconds"] for run in find_runs(name, **values) if {slow, fast} <= run.get("seconds", {}).keys()]
     return [seconds[slow]["median"] / seconds[fast]["median"] for seconds in timed]
 
 
 def star_follows(group: str) -> str:
     """The share of guided samples of a category of captions that are nearest to the emoji of their caption."""
     return f"{where(result('captions')['runs'], follows='guided')['groups'][group]['nearest']:.0%}"
-
-
-def loop_speed_up(flow: str) -> str:
-    """The speed-up of an accelerated fit of zuko by batches by index and a fused optimizer."""
-    loops = [run["total"]["accelerated"] for run in result("fits")["runs"] if "loop" in run and run["flow"] == flow]
-    loader, by_index = loops
-    return format_speed_up(loader / by_index)
 
 
 def phase_seconds(fit: Json, way: str, phase: str) -> float:
@@ -208,7 +201,7 @@ def _environment() -> jinja2.Environment:
     functions = {function.__name__: function for function in (
         paper_facts.agreement, paper_facts.best_guess, paper_facts.mean_sweeps, paper_facts.number_range,
         paper_facts.segment_sweeps, paper_facts.sweeps_range, paper_facts.tough_share, chord_share, duration, fastest,
-        fastest_way, fitted_sweeps, format_speed_up, grouped, least_accurate, loop_speed_up, paper_megabytes,
+        fastest_way, find_runs, fitted_sweeps, format_speed_up, grouped, least_accurate, paper_megabytes,
         paper_sizes.counted, paper_sizes.estimates, paper_sizes.runs_of, paper_sizes.tough_blocks, phase_seconds,
         plain_sweeps, plan, rank_correlation, ratios, regimes.best_in_passes,
         regimes.in_passes, result, sampler, slowest_by_batch, speed_up_range, star_follows, strategy,

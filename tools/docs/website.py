@@ -1,4 +1,4 @@
-"""Builds the site into out/site, and checks its pages in Chromium: `python -m tools.docs.website`, or `make docs`.
+"""Builds the site into out/site: `python -m tools.docs.website`, or `make docs`.
 
 The Markdown files of the repository link to each other and to sources as GitHub shows them. In the site a link to
 another page leads to that page, one to README to the site's start, one to a picture or a file of docs/ to a copy of it,
@@ -19,7 +19,6 @@ import tomllib
 from nbconvert import MarkdownExporter
 
 from benchmarks.sources import ROOT
-from tools.chromium import CHROMIUM, chromium, served
 from tools.npm import npm_files
 from tools.page import live_page
 
@@ -36,8 +35,6 @@ for (const formula of document.querySelectorAll(".math, .arithmatex")) {
 }
 </script>
 """  # MathML, which browsers draw by themselves
-_PHONE = (390, 800)
-_CUT_OFF = "[...document.querySelectorAll('.md-content table')].some(t => t.getBoundingClientRect().right > innerWidth)"
 _CODE = re.compile(
     r"^(?P<fence>```+|~~~+).*?^(?P=fence)[ ]*$|(?P<ticks>`+)(?!`).+?(?<!`)(?P=ticks)(?!`)", re.DOTALL | re.MULTILINE
 )
@@ -166,31 +163,5 @@ def _outside_code(text: str, change: Callable[[str], str]) -> str:
     return "".join([*parts, change(text[end:])])
 
 
-def check_pages(site: Path) -> list[str]:
-    """Returns problems of pages in a browser: wider than a phone, tables that are cut off, or files of other hosts."""
-    wrong: list[str] = []
-    with served(site) as address, chromium() as browser:
-        tab = browser.new_page(viewport={"width": _PHONE[0], "height": _PHONE[1]})
-        urls: set[str] = set()
-        tab.on("request", lambda request: urls.add(request.url))
-        for page in sorted(site.rglob("index.html")):
-            name = str(page.parent.relative_to(site)) if page.parent != site else "index"
-            tab.goto(f"{address}/{'' if name == 'index' else f'{name}/'}")
-            if tab.evaluate("document.documentElement.scrollWidth") > _PHONE[0]:
-                wrong.append(f"{name}: wider than a phone of {_PHONE[0]} pixels")
-            if tab.evaluate(_CUT_OFF):
-                wrong.append(f"{name}: a table is cut off on a phone of {_PHONE[0]} pixels")
-    return wrong + [f"a page asks another host for {url}" for url in sorted(urls) if not url.startswith(address)]
-
-
-def main() -> None:
-    """Builds the site and checks it."""
-    site = build(ROOT / "out")
-    if CHROMIUM is None:
-        print("no Chromium is installed, so the pages were not looked at")
-    elif wrong := check_pages(site):
-        raise SystemExit("\n".join(wrong))
-
-
 if __name__ == "__main__":
-    main()
+    build(ROOT / "out")

@@ -21,7 +21,7 @@ from benchmarks.regimes import BF16_PASS, EXACT_LOOP, LOOP_IN_PYTORCH, PASS, in_
 from jacobiflow.models.latents import draw_latents
 from jacobiflow.plots import sampler_style, save_png
 from jacobiflow.plots.style import TEXT_COLOR, new_figure, plain_ticks, simplify_axes, use_style
-from tools.docs.render import format_speed_up, phase_seconds, result, strategy
+from tools.docs.render import find_runs, format_speed_up, phase_seconds, result, strategy
 from tools.pictures.front import Recorder, record, save_animation, token_colors
 from tools.pictures.palette import ORDERED, OTHERS, readable
 
@@ -162,7 +162,7 @@ def masked_flows() -> Figure:
     figure = new_figure(5.4)
     panels = figure.subplots(2, 2, sharex=True, sharey=True).ravel()
     kinds = [(direction, flow) for direction in ("slow", "fast") for flow in ("MAF", "NSF")]
-    runs = [run for run in result("masked-flows")["runs"] if run["library"] == "zuko" and run["features"] <= 64]
+    runs = [run for run in find_runs("masked-flows", library="zuko") if run["features"] <= 64]
     for axis, kind in zip(panels, kinds, strict=True):
         direction, flow = kind
         for place, (rows, marker) in enumerate(markers.items()):
@@ -182,33 +182,27 @@ def masked_flows() -> Figure:
 @use_style
 def speed() -> Figure:
     """README's chart: speed-ups of sampling from zuko's flows, against the number of features."""
-    runs = [run for run in result("masked-flows")["runs"] if (run["library"], run["direction"]) == ("zuko", "slow")]
-    figure = new_figure(3.2)
+    figure = new_figure(3.6)
     axis = figure.subplots()
-    for flow, name, offset, side, end in (("MAF", "auto", (0, -68), "right", "top"),
-                                          ("NSF", "gs-jacobi", (0, 10), "center", "bottom")):  # fmt: skip
+    for flow, name in (("MAF", "auto"), ("NSF", "gs-jacobi")):
         color, marker = sampler_style(name)
-        speed_ups = []
-        for rows, line in ((100, ":"), (10_000, "-")):
-            same = [run for run in runs if (run["flow"], run["rows"], run["hidden"]) == (flow, rows, 50)]
-            points = [(run["features"], run["speed_up"]) for run in same]
-            axis.plot(*zip(*points, strict=True), line, color=color, marker=marker)
-            speed_ups.append(format_speed_up(points[-1][1]))
-        text = "{2}, {3} features: {1} for 10,000 samples\n(dotted: {0} for 100 samples)".format(
-            *speed_ups, flow, points[-1][0]
-        )
-        axis.annotate(text, points[-1], offset, textcoords="offset points", color=readable(color), ha=side, va=end)
+        for rows, line in ((10_000, "-"), (100, ":")):
+            runs = find_runs("masked-flows", library="zuko", direction="slow", flow=flow, rows=rows, hidden=50)
+            points = [(run["features"], run["speed_up"]) for run in runs]
+            label = f"{flow}, {rows:,} samples"
+            axis.plot(*zip(*points, strict=True), line, color=color, marker=marker, label=label)
     axis.axhline(1, color=TEXT_COLOR, linewidth=0.8)
     axis.text(2, 1.1, "zuko alone", color=TEXT_COLOR)
     axis.set(ylim=(0.8, 2000), xlabel="features", ylabel="speed-up over zuko")
     scale_features(axis, y_subs=(1, 3))
+    share_legend(figure)
     return figure
 
 
 @use_style
 def training() -> Figure:
     """Whole fits by a library and accelerated: training and samples, as shares of the library's time."""
-    fits = [run for run in result("fits")["runs"] if run["program"] in ("sbi NPE", "pocomc")]
+    fits = find_runs("fits", program=("sbi NPE", "pocomc"))
     colors = {"training": sampler_style("auto").color, "sampling": sampler_style("jacobi").color}
     figure = new_figure(0.8 * len(fits))
     axis = figure.subplots()
@@ -228,7 +222,8 @@ def training() -> Figure:
     axis.set(xlim=(0, 1.13), xticks=[])
     axis.invert_yaxis()
     axis.spines[:].set_visible(False)
-    figure.legend(axis.containers[:2], colors, loc="outside upper center", ncols=2)
+    handles, names = axis.get_legend_handles_labels()
+    figure.legend(handles[:2], names[:2], loc="outside upper center", ncols=2)
     return figure
 
 
