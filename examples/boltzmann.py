@@ -1,7 +1,7 @@
 """A Boltzmann generator for alanine dipeptide: `python -m examples.boltzmann simulate`, then `train`, then `weigh`.
 
-`weigh` works with the bundled weights, without a simulation. The example needs openmm: pip install
-'jacobiflow[molecules]'.
+`weigh` works with the bundled weights, without a simulation. `train` writes its losses to the run folder. The example
+needs openmm: pip install 'jacobiflow[molecules]'.
 """
 
 from __future__ import annotations
@@ -154,10 +154,7 @@ class Frames(Dataset[Tensor]):
 
 
 def train(steps: int) -> None:
-    """Trains by maximum likelihood on frames drawn by their weights; the same command again resumes a stopped run.
-
-    `RUN` has the losses, in metrics.jsonl.
-    """
+    """Trains by maximum likelihood on frames drawn by their weights; the same command again resumes a stopped run."""
     positions, weights = frames()
     internal = to_internal(positions.double())
     coordinates = Coordinates.fit(internal, weights)
@@ -185,15 +182,11 @@ def weigh(num: int, seed: int) -> None:
     flow, coordinates = jf.load(MODEL), Coordinates.load(MODEL / "coordinates.json")
     started = time.perf_counter()
     samples = jf.sample(flow, num, seed=seed, batch_size=512)
-    seconds = time.perf_counter() - started
+    print(f"{samples.outcome}; {num / (time.perf_counter() - started):,.0f} a second")
     energy, positions = coordinates.energy(samples.tokens)
     weights = jf.importance(samples, energy)
     phi, psi = (torsion(*positions[:, atoms].unbind(dim=1)) for atoms in (PHI, PSI))
     is_right = (phi > 0).double()
-    print(samples.outcome)
-    print(
-        f"{num / seconds:,.0f} proposals a second; their energies took {time.perf_counter() - started - seconds:.1f} s"
-    )
     print(f"effective sample size: {weights.effective_sample_size / num:.1%} of {num:,}")
     print(f"phi > 0: {is_right.mean():.2%} of proposals, {weights.mean(is_right):.2%} reweighted")
     print(f"mean of cos(psi): {psi.cos().mean():.4f} of proposals, {weights.mean(psi.cos()):.4f} reweighted")

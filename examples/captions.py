@@ -1,7 +1,7 @@
 """A small STARFlow of captioned emoji: `python -m examples.captions sample "yellow heart" "large blue diamond"`.
 
 `sample` works with the bundled weights. Without a prompt it draws those that come out well. `train` trains new weights
-in the place of the bundled ones, and needs the emoji, which `make emoji` fetches.
+in the place of the bundled ones, and writes its losses to the run folder. It needs the emoji of `make emoji`.
 """
 
 from __future__ import annotations
@@ -73,10 +73,7 @@ def captioned_emoji(package: Path = PACKAGE) -> tuple[UInt8[Tensor, "n 3 32 32"]
 
 
 def train(steps: int) -> None:
-    """Trains the model; the same command again resumes a run that was stopped.
-
-    `RUN` has the losses, in metrics.jsonl.
-    """
+    """Trains the model; the same command again resumes a run that was stopped."""
     images, captions, _ = captioned_emoji()
     states = encode_text(captions)
     torch.manual_seed(0)
