@@ -52,7 +52,7 @@ fuzz: setup
 # Mutation testing: the share of small faults that `make test` catches, out/mutants.json (about an hour on two cores; it goes on
 # where it was stopped).
 mutants: setup
-	$(BIN)/python -m tools.mutation.mutants
+	$(BIN)/python -m tools.mutants
 
 # Measures all that README, the model cards and the pages show (a day on two idle cores). It goes on if it was stopped, measures
 # again what is of other code, and refuses to go on with the results of another machine. Each part is a target of its own.
@@ -194,8 +194,7 @@ emoji: setup
 	npm install --no-save --no-package-lock $(EMOJI)
 	$(BIN)/python -m tools.models.make_images emoji
 
-# Redraws the figures of the method, those of the result files, the sheets of samples, and the terminal of the site's first page;
-# names results of other code.
+# Redraws the figures of the method, those of the result files, the sheets of samples, and the terminal of the site's first page.
 figures: render
 	$(BIN)/python -m tools.pictures.sheets
 	$(BIN)/python -m tools.pictures.figures
