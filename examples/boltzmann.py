@@ -175,14 +175,10 @@ def train(steps: int) -> None:
         if metrics.step % 100 == 0:
             print(f"step {metrics.step}/{steps}  loss {metrics.loss:.4f}  {metrics.seconds:.0f} s", flush=True)
 
-    with jf.processes() as processes:
-        average = training.train(
-            jf.TarFlow(CONFIG), Frames(internal, weights, coordinates), settings, RUN, on_step=on_step,
-            processes=processes,
-        )  # fmt: skip
-    if processes.rank == 0:
-        average.save_pretrained(MODEL)
-        coordinates.save(MODEL / "coordinates.json")
+    data = Frames(internal, weights, coordinates)
+    average = training.train(jf.TarFlow(CONFIG), data, settings, RUN, on_step=on_step)
+    average.save_pretrained(MODEL)
+    coordinates.save(MODEL / "coordinates.json")
 
 
 def bin_shares(phi: Tensor, weights: Tensor) -> Any:

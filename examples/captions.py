@@ -93,19 +93,9 @@ def train(steps: int) -> None:
         average.encode_text = encode_text
         write_sheet(average, PROMPTS, RUN / f"samples-{step:06d}.png")
 
-    with jf.processes() as processes:
-        average = training.train(
-            flow,
-            TensorDataset(images, states),
-            settings,
-            RUN,
-            on_step=on_step,
-            on_sample=on_sample,
-            processes=processes,
-        )
-    if processes.rank == 0:
-        average.recommended = SETTINGS
-        average.save_pretrained(MODEL, dtype=torch.bfloat16)
+    average = training.train(flow, TensorDataset(images, states), settings, RUN, on_step=on_step, on_sample=on_sample)
+    average.recommended = SETTINGS
+    average.save_pretrained(MODEL, dtype=torch.bfloat16)
 
 
 def load() -> jf.STARFlow:

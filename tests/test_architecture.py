@@ -29,7 +29,8 @@ ALLOWED: dict[str, set[str]] = {
     "data": set(),
     "distributed": set(),
     "evaluation": {"data", "models", "distributed"},
-    "training": {"blocks", "data", "models", "distributed"},
+    "jobs": set(),
+    "training": {"blocks", "data", "jobs", "models"},
     "plots": {"comparison", "data"},
 }
 EVERYWHERE = {"errors", "utils"}  # any part may import these

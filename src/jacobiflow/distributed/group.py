@@ -90,9 +90,9 @@ class Processes:
         """Yields the units of work for this process. A free process takes the next unit, so costs may differ.
 
         Example:
-            >>> import jacobiflow as jf
-            >>> with jf.processes() as processes:
-            ...     list(processes.claim(["shard 0", "shard 1"]))
+            >>> from jacobiflow.distributed import processes
+            >>> with processes() as group:
+            ...     list(group.claim(["shard 0", "shard 1"]))
             ['shard 0', 'shard 1']
         """
         if self.store is None:
@@ -138,9 +138,9 @@ def processes() -> Iterator[Processes]:
         ProcessFailed: If another process failed.
 
     Example:
-        >>> import jacobiflow as jf
-        >>> with jf.processes() as processes:
-        ...     processes.rank, processes.count
+        >>> from jacobiflow.distributed import processes
+        >>> with processes() as group:
+        ...     group.rank, group.count
         (0, 1)
     """
     launch = find_launch(os.environ)
