@@ -76,9 +76,9 @@ class ParallelFlow:
         """Adds the gradients of a part of a step, and exchanges them with the other processes after the last part."""
         if self.is_sharded:
             self.loss.set_requires_gradient_sync(is_last_part)  # type: ignore[operator]
-        has_replicas = world_size() > 1 and not self.is_sharded
-        with self._replicated.no_sync() if has_replicas and not is_last_part else nullcontext():
-            losses = self._replicated(*to_flow(batch, self.flow))
+        model = self._replicated
+        with model.no_sync() if isinstance(model, DistributedDataParallel) and not is_last_part else nullcontext():
+            losses = model(*to_flow(batch, self.flow))
             # Both DDP and FSDP divide the sum of the gradients by the number of processes.
             (losses.loss.sum() * (world_size() / self.config.batch_size)).backward()
         return losses
@@ -119,12 +119,13 @@ class ParallelFlow:
         if self.is_sharded:
             options = StateDictOptions(full_state_dict=True, cpu_offload=True)
             state = get_model_state_dict(flow.stored, options=options)  # It is empty in the other processes.
-            with torch.device("meta"):
-                whole = type(flow.stored)(flow.config)
             if rank() == 0:
+                with torch.device("meta"):
+                    whole = type(flow.stored)(flow.stored.config)
                 whole.load_state_dict(state, assign=True)
-            whole.requires_grad_(False).recommended, whole.classes = flow.recommended, flow.classes
-            flow = whole
+                whole.requires_grad_(False).recommended = flow.recommended
+                whole.classes = flow.classes
+                return whole
         return flow if rank() == 0 else None
 
 

@@ -51,8 +51,7 @@ def process_group() -> Iterator[None]:
                 "command again, which resumes"
             ) from error
         raise
-    finally:
-        dist.destroy_process_group()
+    dist.destroy_process_group()  # After an error the others are connected until this process has printed it.
 
 
 def _set_slurm_address() -> None:

@@ -62,8 +62,11 @@ def train(
     The loss is mean(z^2) / 2 - log-det / D. Images have Gaussian noise of the standard deviation `noise_std` of the
     flow's config, or are uniformly dequantised if it is 0; tokens have Gaussian noise or none. A flow without scales
     also learns its prior variance, as a moving average of z^2. The first batch initialises the flow, see
-    `Flow.initialize`. The data of a step, their noise and dropped labels depend on the seed and the step only: by any
-    number of processes the weights are the same to rounding.
+    `Flow.initialize`.
+
+    If `torch.distributed` is initialized, its processes share each batch; all of them call this function. The data of a
+    step, their noise and dropped labels depend on the seed and the step only, so the weights are those of one process,
+    to rounding.
 
     Each checkpoint also writes the averaged flow as a model folder, which can be sampled during the run. If the data
     have Gaussian noise, it recommends a denoising step at rate 1. It has the names of the classes of an `ImageDataset`.
