@@ -87,7 +87,7 @@ class TrainResult(Provenance):
     last_step: TrainMetrics | None
 
 
-def run(config: TrainOptions, processes: Any = None) -> TrainResult:
+def run(config: TrainOptions, processes: Any = None) -> TrainResult | None:
     """Train a TarFlow or a MAF.
 
     The same command again resumes a run that was stopped. Ctrl-C, SIGTERM and SIGUSR1 save a checkpoint and end the
@@ -139,7 +139,9 @@ def run(config: TrainOptions, processes: Any = None) -> TrainResult:
             flow, data, config.training, config.out, held_out=held_out, transform=transform,
             on_step=print_metrics, on_sample=save_samples, progress=progress,
         )  # fmt: skip
-    if is_first and start >= config.training.steps:
+    if not is_first:
+        return None
+    if start >= config.training.steps:
         print(f"all steps are done: the run is at step {start:,}", file=sys.stderr)
     metrics = training.read_metrics(config.out)
     last_step = metrics[-1] if metrics else None  # The user may have deleted the file of a run that is complete.
