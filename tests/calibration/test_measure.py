@@ -217,7 +217,7 @@ IMAGES = images_of(FLOW)
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"images": IMAGES / (torch.arange(7) != 5).view(-1, 1, 1, 1)}, "images=.* holds a NaN or an infinity"),
+        ({"images": IMAGES / (torch.arange(7) != 5).view(-1, 1, 1, 1)}, "images=.*: holds a NaN or an infinity"),
         ({"images": list(IMAGES)}, "images of type list: give a tensor"),
         ({"labels": torch.arange(7)}, "label 6: this flow has classes 0 to 2"),
         ({"segments": 17}, "there are only 16 tokens"),
@@ -316,6 +316,6 @@ def test_a_kill_costs_only_the_measurement_in_work(tmp_path: Path, monkeypatch: 
 
 
 def test_a_folder_in_place_of_a_report_is_refused_before_work(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"out='.*': is a folder; give a file"):
+    with pytest.raises(ValueError, match=r"out=.*: is a folder; give a file"):
         jf.calibrate(FLOW, IMAGES, progress=Mock(side_effect=AssertionError), out=tmp_path)
     assert not [*tmp_path.iterdir()]

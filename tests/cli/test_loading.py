@@ -66,7 +66,7 @@ def test_samples_are_drawn_as_recommended_and_resumed_in_no_other_way(
     assert run(f"{line} {text}").code == 0  # the same settings by hand
     refuse(
         f"{line} --plain",
-        "holds samples of --guidance 0.7,attn_temperature=1.4, not None; give another folder, or --overwrite",
+        "holds samples of guidance 0.7,attn_temperature=1.4, not None; give another folder, or overwrite it",
     )
     refuse(f"{line} --plain --denoise 1.0", "--plain: excludes --guidance and --denoise; leave one of them out")
 

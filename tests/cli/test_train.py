@@ -91,7 +91,7 @@ def test_sizes_that_do_not_fit_name_one_that_does(refuse: Any, photos: Path, tmp
     refuse(f"{line} --image-size 32", "pixels on a side; give --image-size 12, or remove them\n")
     refuse(
         f"{line} --image-size 9",
-        "--patch-size 2 does not divide --image-size 9; give --patch-size 3, or --image-size 8\n",
+        "--patch-size 2: does not divide the side of the images, 9; give 3, or images of 8\n",
     )
 
 

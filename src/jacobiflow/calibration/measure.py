@@ -123,7 +123,7 @@ def calibrate(
         return _make_report(statistics, settings, MeasurementStore())
     check_path("out", out)
     if (out := Path(out)).is_dir():
-        raise InputValueError(f"out={str(out)!r}: is a folder; give a file")
+        raise InputValueError("is a folder; give a file", argument="out", value=out)
     folder = Path(f"{out}.partial")
     with ExitStack() as lock:
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 import shlex
 from dataclasses import astuple, dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import jacobiflow as jf
 from jacobiflow.cli import loading, options, output_files
-from jacobiflow.cli.job import as_command
 from jacobiflow.cli.output import progress_bar, show_table
 from jacobiflow.errors import InputValueError
 from jacobiflow.utils.provenance import Provenance
@@ -23,39 +23,36 @@ _METRIC_NAMES = {"crm": "CRM", "gamma": "|Gamma|"}
 _TOLERANCE = 1e-3  # The tables count sweeps to this tolerance.
 
 
-@dataclass(frozen=True)
-class CalibrateConfig:
-    """Options of `jacobiflow calibrate`."""
+@dataclass(frozen=True, kw_only=True)
+class CalibrateConfig(options.Config):
+    """Options of `jacobiflow calibrate`.
 
-    images: options.Images
-    out: Annotated[Path, options.output_option(help="File for the report (JSON).")]
+    Attributes:
+        num: Number of images, which the seed chooses; all if there are fewer.
+        clean: Add no training noise to the images, as the paper's code does.
+        unconditional: Do not use the images' labels.
+        norm: Norm in IGM and CRM: 2 is the spectral norm.
+        segments: Number of segments of a tough block that are measured one by one.
+        convergence_samples: Number of samples in each convergence curve.
+        per_class: Also measure each class by itself (Appendix E of the paper).
+        out: File for the report (JSON).
+    """
+
     model: options.Model = "fashion-p2"
-    num: Annotated[
-        int, options.data_option(min=2, help="Number of images, which the seed chooses; all if there are fewer.")
-    ] = 512
-    clean: Annotated[
-        bool, options.data_option("--clean", help="Add no training noise to the images, as the paper's code does.")
-    ] = False
-    unconditional: Annotated[bool, options.data_option("--unconditional", help="Do not use the images' labels.")] = (
-        False
-    )
-    norm: Annotated[
-        Literal["2", "fro", "1"], options.measure_option(help="Norm in IGM and CRM: 2 is the spectral norm.")
-    ] = "2"
-    segments: Annotated[
-        int, options.measure_option(min=1, help="Number of segments of a tough block that are measured one by one.")
-    ] = 8
-    convergence_samples: Annotated[
-        int, options.measure_option(min=1, help="Number of samples in each convergence curve.")
-    ] = 32
-    per_class: Annotated[
-        bool, options.measure_option("--per-class", help="Also measure each class by itself (Appendix E of the paper).")
-    ] = False
+    images: options.Images
+    num: Annotated[int, options.DATA, options.within(2)] = 512
+    clean: Annotated[options.Flag, options.DATA] = False
+    unconditional: Annotated[options.Flag, options.DATA] = False
+    norm: Annotated[Literal["2", "fro", "1"], options.MEASUREMENT] = "2"
+    segments: Annotated[int, options.MEASUREMENT, options.within(1)] = 8
+    convergence_samples: Annotated[int, options.MEASUREMENT, options.within(1)] = 32
+    per_class: Annotated[options.Flag, options.MEASUREMENT] = False
     guidance: options.Guidance = "0"
     batch_size: options.NetworkBatchSize = 64
     seed: options.Seed = 0
     device: options.Device = "auto"
     dtype: options.Dtype = "float32"
+    out: Annotated[Path, options.OUTPUT]
 
 
 @dataclass(frozen=True)
@@ -96,7 +93,8 @@ def run(config: CalibrateConfig, processes: Processes) -> CalibrateResult:
     from jacobiflow.data import Noise, load_images, noisy_images
     from jacobiflow.utils.timing import describe_machine
 
-    output_files.check_output("--out", config.out, config.model, config.images, replaces="report*.json")
+    is_report = fnmatch(config.out.name, "report*.json")  # Such a file belongs in the model's folder.
+    output_files.check_output("--out", config.out, config.images, *[] if is_report else [config.model])
     device = processes.device(loading.pick_device(config.device))
     flow = loading.load_model(config.model, device, config.dtype, config.guidance)
     is_labelled = bool(flow.config.num_classes) and not config.unconditional
@@ -195,11 +193,9 @@ def _format_spread(spread: tuple[float, float] | None) -> str:
     return "" if spread is None else "±".join(map(_format_number, spread))
 
 
-def _describe_kept(config: CalibrateConfig) -> str:
+def describe_kept(config: CalibrateConfig) -> str:
+    """Describes the measurements that Ctrl-C leaves, and how to go on."""
     folder = Path(f"{config.out}.partial")
     if not folder.exists():
         return "nothing is measured yet; run the same command to start again"
     return f"finished measurements are kept in {folder}; run the same command to resume"
-
-
-calibrate = as_command(CalibrateConfig, run, show, _describe_kept)

@@ -62,11 +62,14 @@ class JobFolder:
             yield
 
     @contextmanager
-    def try_lock(self, unit: str) -> Iterator[bool]:
-        """Locks a unit until the block ends; yields False if another process has locked it."""
+    def claim(self, unit: str) -> Iterator[bool]:
+        """Locks a unit until the block ends; yields False if it is finished, or if another process has locked it."""
+        if self.is_finished(unit):
+            yield False
+            return
         try:
             with locked(self.path, f"{LOCK}-{unit}"):
-                yield True
+                yield not self.is_finished(unit)  # Another process may have finished it meanwhile.
                 if self.is_finished(unit):
                     self._remove_locks(unit)
         except FolderInUseError:
@@ -213,4 +216,4 @@ def _describe_difference(name: str, earlier: Any, new: Any) -> str:
     """Describes an entry in which two specs differ; checksums say only that something is other."""
     if name.endswith("_sha256"):
         return f"other {name.removesuffix('_sha256')}"
-    return f"{name}={format_value(earlier)}, not {format_value(new)}"
+    return f"{name.replace('_', ' ')} {format_value(earlier)}, not {format_value(new)}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -96,10 +96,9 @@ def run(job: Job, path: str | Path, *, overwrite: bool = False, progress: Progre
         JobFolderError: If the folder holds a job of another spec, or other files.
     """
     if overwrite and find_launch().count > 1:
-        raise InputValueError(
-            "overwrite=True: several processes would remove each other's work; remove the folder first"
-        )
-    folder, missing, seconds = job.folder(path), tuple[str, ...](), 0.0
+        message = "several processes would remove each other's work; remove the folder first"
+        raise InputValueError(message, argument="overwrite", value=True)
+    folder, missing, started = job.folder(path), tuple[str, ...](), time.perf_counter()
     with folder.lock():
         earlier = folder.read_spec()
         if overwrite and (folder.read_result() is not None or earlier != serialization.encode(job.spec)):
@@ -107,16 +106,16 @@ def run(job: Job, path: str | Path, *, overwrite: bool = False, progress: Progre
             earlier = None
         folder.start(job.spec, job.spec if earlier is None else job.earlier_spec(earlier), job.machine)
         if folder.read_result() is not None and not _discard_damaged(job, folder):
-            return JobRun(folder.read_result(), False, missing, seconds)
+            return JobRun(folder.read_result(), False, missing, 0.0)
     while True:
         for units in job.stages(folder):
             started = time.perf_counter()
-            missing = _share(job, folder, units, progress)
-            seconds = time.perf_counter() - started
+            missing = tuple(unit for unit in units if not folder.is_finished(unit))
+            for unit, note in _claim(folder, units, None if progress is None else partial(progress, what=job.kind)):
+                folder.write(unit, job.compute(unit, folder, note))
+        seconds = time.perf_counter() - started
         with folder.lock():
-            folder.start(
-                job.spec, job.spec, job.machine
-            )  # Raises an error if another process has begun a larger job here.
+            folder.start(job.spec, job.spec, job.machine)  # An error if another process has begun a larger job here.
             is_reducer = folder.read_result() is None
             if not is_reducer or not _discard_damaged(job, folder):
                 if is_reducer:
@@ -129,28 +128,32 @@ def _discard_damaged(job: Job, folder: JobFolder) -> bool:
     return any(folder.discard_damaged(list(units)) for units in job.stages(folder))
 
 
-def _share(job: Job, folder: JobFolder, units: Mapping[str, int], progress: Progress | None) -> tuple[str, ...]:
-    """Computes units until all are finished, by this process or by others; returns those that were missing."""
-    todo = {unit: size for unit, size in units.items() if not folder.is_finished(unit)}
-    missing, total = tuple(todo), sum(units.values())
-    num_left = sum(todo.values())
+def _claim(
+    folder: JobFolder, units: Mapping[str, int], progress: Callable[[int, int], object] | None
+) -> Iterator[tuple[str, Progress | None]]:
+    """Yields the units that this process computes, each locked until the next one, until all units are finished.
+
+    With each comes a `Progress` of the unit, which counts as that of all units.
+    """
+    todo, total = dict(units), sum(units.values())
+    num_left = total
     while todo:
-        has_computed = False
+        has_waited = True
         for unit, size in list(todo.items()):
-            with folder.try_lock(unit) as is_locked:
-                if is_locked and not folder.is_finished(unit):
-                    note = progress and partial(_add_progress, progress, total - num_left, size, total)
-                    folder.write(unit, job.compute(unit, folder, note))
-                    has_computed = True
+            with folder.claim(unit) as is_mine:
+                if is_mine:
+                    yield unit, progress and partial(_add_progress, progress, total - num_left, size, total)
+                    has_waited = False
             if folder.is_finished(unit):
                 num_left -= todo.pop(unit)
                 if progress is not None:
-                    progress(total - num_left, total, job.kind)
-        if todo and not has_computed:
+                    progress(total - num_left, total)
+        if todo and has_waited:
             time.sleep(_POLL_SECONDS)
-    return missing
 
 
-def _add_progress(progress: Progress, num_done: int, size: int, total: int, done: int, out_of: int, what: str) -> None:
+def _add_progress(
+    progress: Callable[[int, int], object], num_done: int, size: int, total: int, done: int, out_of: int, what: str
+) -> None:
     """Reports the progress of a unit, which is `done / out_of`, as that of its stage."""
-    progress(num_done + size * done // out_of, total, what)
+    progress(num_done + size * done // out_of, total)
