@@ -79,7 +79,7 @@ def test_a_death_ends_all_and_the_next_run_ends_as_one_process(
 @FORKS
 def test_a_signal_ends_all_after_the_same_step_and_another_run_is_refused(alone: Path, tmp_path: Path) -> None:
     first = launch(SRUN, tmp_path, "--shard --stop 3")
-    assert first.returncode >= 128 and last_step(tmp_path) == 4
+    assert first.returncode != 0 and last_step(tmp_path) == 4
     other = launch(SRUN, tmp_path, "--seed 1")
     assert other.returncode != 0 and "of another run (seed=0, not 1)" in other.stderr
     training_program.run(str(tmp_path))
