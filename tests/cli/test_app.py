@@ -25,7 +25,7 @@ PANELS = ("Model and samples", "Images", "Training", "Measurements", "Speed and 
           "Output")  # fmt: skip
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(Path(jf.__file__).parent.parent)}
 SAMPLE = "sample --model model --strategy jacobi-1 --num 2 --out out-x"
-MEASURE = "calibrate --model model --images pets --segments 2 --convergence-samples 1 --out out-x/r.json"
+MEASURE = "calibrate --model model --images pets --segments 2 --convergence-samples 1 --out out-x"
 PLAN = "plan --model model --out out-x/p.json"
 
 
@@ -118,16 +118,16 @@ REFUSED = {
     f"{SAMPLE} --json out-x/f.json": "--json out-x/f.json: is in out-x, which this command uses; give another file",
     f"{SAMPLE} --strategy window.json --json pets/../window.json": "is in window.json, which this command uses",
     f"{PLAN} --batch-size 1000000000": "--batch-size 1000000000: give a whole number from 1 to 65,536, or auto",
+    f"{PLAN} --out model/new/../tuning.json": "--out model/new/../tuning.json: is in model, which this command uses",
     f"{PLAN} --tolerance -1": "--tolerance -1.0: give a positive number; at 0 use",
     f"{MEASURE} --seed 18446744073709551616": 'Invalid value "18446744073709551616" for --seed. Must be <= ',
     f"{MEASURE} --segments 0": 'Invalid value "0" for --segments. Must be >= 1. See jacobiflow calibrate --help.',
     f"{MEASURE} --per-class --unconditional": "--per-class: leave out --unconditional",
     f"{MEASURE} --model plain --per-class": "--per-class: this model has no classes; leave it out",
     f"{MEASURE} --images herd": "label 4: this flow has classes 0 to 2",
-    f"{MEASURE} --out pets/class0/0.png": "is in pets, which this command uses; give another file",
-    f"{MEASURE} --out model/config.json": "is in model, which this command uses; give another file",
     "train --images digits --out out-x --steps 0": "--steps 0: give a positive whole number",
     "train --images digits --out out-x --steps 1 --blocks 0": "--blocks 0: give a positive whole number",
+    f"{MEASURE} --out pets": "pets: holds files that this command did not write; give a new or empty folder",
 }
 
 

@@ -112,7 +112,7 @@ def _in_processes(run: Callable[..., Any]) -> Callable[[Any], Any]:
 
 
 register("sample", sample.SampleConfig, sample.run, sample.show, sample.describe_kept)
-register("calibrate", calibrate.CalibrateConfig, _in_processes(calibrate.run), calibrate.show, calibrate.describe_kept)
+register("calibrate", calibrate.CalibrateConfig, calibrate.run, calibrate.show, calibrate.describe_kept)
 register("plan", plan.PlanConfig, plan.run, plan.show)
 register("bench", bench.BenchConfig, bench.run, bench.show)
 register("evaluate", evaluate.EvaluateConfig, _in_processes(evaluate.run), evaluate.show, evaluate.describe_kept)
@@ -132,7 +132,7 @@ def run(arguments: Sequence[str]) -> int:
             make_config, values, _ = app.parse_args(words, print_error=False, exit_on_error=False)
             config = make_config(*values.args, **values.kwargs)  # None after --help and --version.
             code = 0 if config is None else _run_command(config)
-            sys.stdout.flush()
+            print(end="", flush=True)
             return code
     except CycloptsError as error:
         message = f"{error} See {' '.join(('jacobiflow', *(error.command_chain or ())))} --help."

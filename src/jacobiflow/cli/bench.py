@@ -98,7 +98,8 @@ def run(config: BenchConfig) -> BenchResult:
 
     flow = loading.load_model(config.model, config.device, config.dtype)
     has_context = config.labels != "none" and not flow.reads_text
-    flow, settings = loading.guide(flow, config.guidance, config.plain, has_context)
+    settings, origin = loading.resolve_settings(flow, config.guidance, 0.0, config.plain, has_context)
+    flow = flow.guided(settings.guidance)
     with progress_bar() as progress:
         cases = _prepare(config, flow, progress)
     with files.output_directory(config.out, "benchmark", (_FIGURE, _TABLE)), progress_bar() as progress:
@@ -107,7 +108,7 @@ def run(config: BenchConfig) -> BenchResult:
             model=config.model, num_tokens=flow.config.num_tokens, num_blocks=flow.config.num_blocks,
             dtype=config.dtype, seed=config.seed, labels=config.labels, guidance=flow.guidance,
             tolerance=config.tolerance, report=None if config.report is None else str(config.report),
-            certify=config.certify, repeats=config.repeats, native_loops=native.describe(), settings=settings,
+            certify=config.certify, repeats=config.repeats, native_loops=native.describe(), settings=origin,
             out=str(config.out), comparisons=comparisons, machine=timing.describe_machine(flow.var.device),
         )  # fmt: skip
         plots.save_png(plots.bench_figure(comparisons), config.out / _FIGURE)

@@ -122,7 +122,7 @@ def _prepare(config: EvaluateConfig, processes: Processes) -> tuple[EvaluateResu
     from jacobiflow.utils import files, timing
 
     inputs = (config.images, config.stats, config.inception, config.samples, config.features)
-    output_files.check_output("--save-stats", config.save_stats, config.model, *inputs, config.out)
+    output_files.check_output("--save-stats", config.save_stats, *inputs)
     files.check_own(config.out, "evaluation")
     features = _check_options(config)
     device = processes.device(loading.pick_device(config.device))

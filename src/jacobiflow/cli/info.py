@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import jacobiflow as jf
 from jacobiflow.cli import loading, options
 from jacobiflow.cli.output import one_line, show_table
 from jacobiflow.errors import InputError, InputValueError
-
-if TYPE_CHECKING:
-    from jacobiflow.models.memory import MemoryNeeds
-    from jacobiflow.sampling.result import Outcome
 
 _LIBRARIES = ("zuko", "nflows", "normflows", "pyro-ppl", "sbi")  # The libraries that `accelerate` supports.
 _MAX_ROUND_TRIP_ERROR = 1e-3  # Largest change of a latent that is decoded and encoded again.
@@ -37,54 +33,25 @@ class InfoConfig(options.Config):
 
 
 @dataclass(frozen=True)
-class ModelInfo:
-    """A model and this machine, as names and values."""
-
-    model: dict[str, Any]
-    machine: dict[str, Any]
-
-    def to_json(self) -> dict[str, Any]:
-        """Returns all values by their names."""
-        return self.model | self.machine
-
-
-@dataclass(frozen=True)
-class MemoryInfo:
-    """The memory that sampling from a model takes, by dtype.
+class InfoResult:
+    """The answer of the command.
 
     Attributes:
-        free: Free memory of the device in bytes.
+        values: The answer for `--json`.
+        text: Lines to print, each with the headings and the rows of a table below it, if any.
+        problems: Problems of a folder.
     """
 
-    model: str
-    device: str
-    free: int
-    guidance: str
-    needs: dict[str, MemoryNeeds]
+    values: dict[str, Any]
+    text: Sequence[tuple[str, Sequence[tuple[str, ...]]]]
+    problems: Sequence[str] = ()
 
     def to_json(self) -> dict[str, Any]:
-        """Returns the fields, and the needs beside them."""
-        needs = {name: asdict(each) for name, each in self.needs.items()}
-        return {"model": self.model, "device": self.device, "free": self.free, "guidance": self.guidance, **needs}
+        """Returns the values."""
+        return self.values
 
 
-@dataclass(frozen=True)
-class FolderCheck:
-    """The problems of a folder.
-
-    Attributes:
-        checked: What the folder holds.
-        problems: A line with its remedy for each problem.
-        outcome: The outcome of samples without a problem.
-    """
-
-    path: str
-    checked: list[str]
-    problems: list[str]
-    outcome: Outcome | None = None
-
-
-def run(config: InfoConfig) -> ModelInfo | MemoryInfo | FolderCheck:
+def run(config: InfoConfig) -> InfoResult:
     """Show a model and this machine, or check a folder.
 
     Prints the model's shape, size and recommended settings, how its exact loops run here, and versions. Please add the
@@ -99,7 +66,7 @@ def run(config: InfoConfig) -> ModelInfo | MemoryInfo | FolderCheck:
     return _measure_memory(config.model) if config.memory else _describe(config.model)
 
 
-def _describe(model: str) -> ModelInfo:
+def _describe(model: str) -> InfoResult:
     from importlib.metadata import distributions
 
     from jacobiflow import native
@@ -114,10 +81,15 @@ def _describe(model: str) -> ModelInfo:
         "parameters": sum(p.numel() for p in flow.parameters()),
     }  # fmt: skip
     libraries = {each.name: each.version for each in distributions() if each.name in _LIBRARIES}
-    return ModelInfo(values, {"native_loops": native.describe(), **timing.describe_machine(), **libraries})
+    machine = {"native_loops": native.describe(), **timing.describe_machine(), **libraries}
+    tables = {"Model": values, "This machine": machine}
+    text = [
+        (title, [("", ""), *((name, str(value)) for name, value in table.items())]) for title, table in tables.items()
+    ]
+    return InfoResult(values | machine, text)
 
 
-def _measure_memory(model: str) -> MemoryInfo:
+def _measure_memory(model: str) -> InfoResult:
     """Measures what a model needs in each dtype, without loading its weights."""
     import torch
 
@@ -125,11 +97,23 @@ def _measure_memory(model: str) -> MemoryInfo:
     from jacobiflow.models.registry import load_shapes
 
     flow, device = load_shapes(model), torch.device(loading.pick_device("auto"))
+    free, guidance = free_memory(device), str(flow.guidance or "none")
     needs = {name: memory_needs(flow, device, getattr(torch, name)) for name in ("float32", "bfloat16")}
-    return MemoryInfo(model, str(device), free_memory(device), str(flow.guidance or "none"), needs)
+    values = {"model": model, "device": str(device), "free": free, "guidance": guidance}
+    labels = ("weights", "largest block", "copy for the exact loop", "keys and values of a sample", "all of a sample")
+    rows = [("", *needs)]
+    rows += [(label, *(_format_bytes(astuple(each)[i]) for each in needs.values())) for i, label in enumerate(labels)]
+    rows += [("batch", *(str(each.batch) for each in needs.values()))]
+    rows += [("batch, offloaded", *(str(each.offloaded_batch) for each in needs.values()))]
+    title = f"{free / 2**30:.3g} GiB are free on {device}; guidance: {guidance}; batches are powers of two"
+    return InfoResult(values | {name: asdict(each) for name, each in needs.items()}, [(title, rows)])
 
 
-def _check(path: str) -> FolderCheck:
+def _format_bytes(size: int | None) -> str:
+    return "-" if size is None else f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"
+
+
+def _check(path: str) -> InfoResult:
     from jacobiflow import training
     from jacobiflow.models.checkpoints.folder import CONFIG, INDEX, WEIGHTS, list_bundled
     from jacobiflow.utils.files import MANIFEST
@@ -144,8 +128,13 @@ def _check(path: str) -> FolderCheck:
     if not content:
         raise InputValueError(f"{path}: no model, samples or training run; give the folder of one, or a model's name")
     problems = [one_line(problem) for name in content for problem in kinds[name][1](folder)]
-    is_sound = "samples" in content and not problems
-    return FolderCheck(path, content, problems, jf.SampleFolder.open(folder).outcome() if is_sound else None)
+    values: dict[str, Any] = {"path": path, "checked": content, "problems": problems}
+    lines = problems or [f"{path}: no problem; checked {' and '.join(content)}"]
+    if "samples" in content and not problems:
+        outcome = jf.SampleFolder.open(folder).outcome()
+        values["outcome"] = asdict(outcome)
+        lines.append(str(outcome))
+    return InfoResult(values, [(line, ()) for line in lines], problems)
 
 
 def _model_problems(folder: Path) -> Iterator[str]:
@@ -179,33 +168,10 @@ def _model_problems(folder: Path) -> Iterator[str]:
         )
 
 
-def show(result: ModelInfo | MemoryInfo | FolderCheck) -> None:
-    """Prints tables of a model or its memory, or the problems of a folder."""
-    if isinstance(result, ModelInfo):
-        for title, values in (("Model", result.model), ("This machine", result.machine)):
-            print(title)
-            show_table(("", ""), [(name, str(value)) for name, value in values.items()], text=(0, 1))
-    elif isinstance(result, MemoryInfo):
-        _show_memory(result)
-    else:
-        no_problem = f"{result.path}: no problem; checked {' and '.join(result.checked)}"
-        print("\n".join(result.problems) or no_problem)
-        if result.outcome is not None:
-            print(result.outcome)
-
-
-def _show_memory(result: MemoryInfo) -> None:
-    print(
-        f"{result.free / 2**30:.3g} GiB are free on {result.device}; guidance: {result.guidance}; batches are powers "
-        "of two"
-    )
-    labels = ("weights", "largest block", "copy for the exact loop", "keys and values of a sample", "all of a sample")
-    needs = result.needs.values()
-    rows = [(label, *(_format_bytes(astuple(each)[i]) for each in needs)) for i, label in enumerate(labels)]
-    for label, field in (("batch", "batch"), ("batch, offloaded", "offloaded_batch")):
-        rows.append((label, *(str(getattr(each, field)) for each in needs)))
-    show_table(("", *result.needs), rows)
-
-
-def _format_bytes(size: int | None) -> str:
-    return "-" if size is None else f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"
+def show(result: InfoResult) -> None:
+    """Prints the lines and the tables."""
+    for line, rows in result.text:
+        print(line)
+        if rows:
+            columns = rows[0]  # Numbers have a heading, text has none.
+            show_table(columns, rows[1:], text=[i for i, heading in enumerate(columns) if not heading])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -76,19 +77,21 @@ def run(config: PlanConfig) -> PlanResult:
     """
     from jacobiflow.models.memory import batch_bytes, find_batch_size
 
-    output_files.check_output("--out", config.out)
+    is_model_file = any(fnmatch(config.out.name, name) for name in ("config.json", "report*.json", "tuning*.json"))
+    output_files.check_output("--out", config.out, *[config.model] if is_model_file else [])
     if config.out.suffix != ".json":
         raise InputValueError(f"--out {config.out}: give a file that ends in .json")
     size = options.parse_batch_size(config.batch_size)
     flow = loading.load_model(config.model, config.device, config.dtype)
-    flow, settings = loading.guide(flow, config.guidance, config.plain, has_context=True)
+    settings, origin = loading.resolve_settings(flow, config.guidance, 0.0, config.plain, has_context=True)
+    flow = flow.guided(settings.guidance)
     size = size or find_batch_size(flow, _MAX_AUTO_BATCH_SIZE)
     tuning = _tune(flow, config.model, config.out) if config.tune else jf.find_tuning(flow)
     strategy = jf.plan(flow, None if tuning is None else jf.Tuning.load(tuning), size, config.tolerance)
     config.out.parent.mkdir(parents=True, exist_ok=True)
     strategy.save(config.out)
     return PlanResult(
-        model=config.model, out=str(config.out), batch_size=size, guidance=str(flow.guidance or 0), settings=settings,
+        model=config.model, out=str(config.out), batch_size=size, guidance=str(flow.guidance or 0), settings=origin,
         tuning=None if tuning is None else str(tuning), num_tokens=flow.config.num_tokens,
         memory=batch_bytes(flow, size), strategy=strategy,
     )  # fmt: skip

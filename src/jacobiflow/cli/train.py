@@ -55,7 +55,7 @@ class TrainOptions(options.Config):
     """
 
     images: options.Images
-    flow: Annotated[str, options.MODEL, options.near_miss("tarflow", "maf")] = "tarflow"
+    flow: Annotated[str, options.MODEL, options.near_miss("tarflow", "maf", "starflow")] = "tarflow"
     patch_size: Annotated[int | None, options.MODEL] = None
     channels: Annotated[int, options.MODEL] = 128
     num_blocks: Annotated[int, options.MODEL, Parameter(name="--blocks")] = 8

@@ -1,7 +1,7 @@
 """The folder of a job.
 
 manifest.json    the kind of job, its spec and the checksum of the spec, and the machine on which it began
-units/NAME.json  the record of a finished unit: the checksums of its files, and its value
+units/NAME.json  the record of a finished unit: the checksums of its files, its value, and the checksum of both
 ...              the files of the units, under the names that the job gives them
 RESULT           the result, under the name that the job gives it
 .lock, .lock-*   locks, which the system releases when a process ends or dies
@@ -9,15 +9,16 @@ RESULT           the result, under the name that the job gives it
 
 from __future__ import annotations
 
+import secrets
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from jacobiflow.errors import InputValueError
-from jacobiflow.utils import files, serialization
+from jacobiflow.utils import files
 from jacobiflow.utils.checks import format_value
 from jacobiflow.utils.files import LOCK, MANIFEST, FolderInUseError, locked
 
@@ -48,12 +49,14 @@ class JobFolder:
         kind: The kind of job, such as "samples".
         version: Version of the format of this kind.
         result_name: Name of the file of the result.
+        patterns: Glob patterns of the files that the units write.
     """
 
     path: Path
     kind: str
     version: int
     result_name: str
+    patterns: tuple[str, ...] = ()
 
     @contextmanager
     def lock(self) -> Iterator[None]:
@@ -64,22 +67,25 @@ class JobFolder:
     @contextmanager
     def claim(self, unit: str) -> Iterator[bool]:
         """Locks a unit until the block ends; yields False if it is finished, or if another process has locked it."""
-        if self.is_finished(unit):
-            yield False
-            return
-        try:
-            with locked(self.path, f"{LOCK}-{unit}"):
-                yield not self.is_finished(unit)  # Another process may have finished it meanwhile.
-                if self.is_finished(unit):
-                    self._remove_locks(unit)
-        except FolderInUseError:
-            yield False
+        with ExitStack() as stack:
+            is_mine = False
+            if not self.is_finished(unit):
+                with suppress(FolderInUseError):
+                    stack.enter_context(locked(self.path, f"{LOCK}-{unit}"))
+                    is_mine = not self.is_finished(unit)  # Another process may have finished it meanwhile.
+            yield is_mine
+
+    @contextmanager
+    def use(self) -> Iterator[None]:
+        """Keeps other processes from changing the spec until the block ends."""
+        with locked(self.path, f"{LOCK}-{secrets.token_hex(8)}"):
+            yield
 
     def read_spec(self) -> dict[str, Any] | None:
         """Returns the spec of the job in the folder as a JSON object; None if the folder is new or empty.
 
         Raises:
-            JobFolderError: If the folder holds other files, or the manifest is damaged or of another version.
+            InputValueError: If the folder holds other files, or the manifest is damaged or of another version.
         """
         path = self.path / MANIFEST
         manifest = files.read_object(path)
@@ -96,37 +102,26 @@ class JobFolder:
             raise JobFolderError(f"{path}: has changed since it was written; restore it, or give another folder")
         return spec
 
-    def start(self, spec: Any, earlier_spec: Any, machine: Mapping[str, Any]) -> None:
-        """Writes the manifest, or checks that the job in the folder is of the same spec.
+    def check_spec(self, spec: Mapping[str, Any]) -> None:
+        """Raises JobFolderError if the job in the folder is of another spec; the message names all differences."""
+        earlier = self.read_spec() or {}
+        names = [name for name in {**earlier, **spec} if earlier.get(name) != spec.get(name)]
+        if names:
+            texts = "; ".join(_describe_difference(name, earlier.get(name), spec.get(name)) for name in names)
+            raise JobFolderError(f"{self.path}: holds {self.kind} of {texts}; give another folder, or overwrite it")
+
+    def write_manifest(self, spec: Mapping[str, Any], machine: Mapping[str, Any]) -> None:
+        """Starts a job, or changes its spec.
 
         Args:
-            spec: The spec, a dataclass.
-            earlier_spec: The spec that the job in the folder must have; that of fewer units may differ from `spec`.
-            machine: The machine of this process, see `jacobiflow.utils.timing.describe_machine`.
-
-        Raises:
-            JobFolderError: If the folder holds a job of another spec; the message names all differences.
+            spec: The spec as a JSON object.
+            machine: The machine on which the job began, see `jacobiflow.utils.timing.describe_machine`.
         """
-        earlier, new = self.read_spec(), serialization.encode(spec)
-        if earlier is not None:
-            want = serialization.encode(earlier_spec)
-            names = [name for name in {**earlier, **want} if earlier.get(name) != want.get(name)]
-            if names:
-                texts = "; ".join(_describe_difference(name, earlier.get(name), want.get(name)) for name in names)
-                raise JobFolderError(f"{self.path}: holds {self.kind} of {texts}; give another folder, or overwrite it")
-            if self.read_result() is None and self.machine() != machine:
-                warnings.warn(
-                    f"{self.path}: begun on another machine or by other versions: equal to rounding, not to the bit",
-                    stacklevel=2,
-                )
-        if earlier != new:
-            (self.path / self.result_name).unlink(missing_ok=True)
-            manifest = {
-                "kind": self.kind, "format_version": self.version,
-                "machine": machine if earlier is None else self.machine(),
-                "spec_sha256": files.sha256(files.json_bytes(new)), "spec": new,
-            }  # fmt: skip
-            files.write_json(self.path / MANIFEST, manifest)
+        manifest = {
+            "kind": self.kind, "format_version": self.version, "machine": machine,
+            "spec_sha256": files.sha256(files.json_bytes(spec)), "spec": spec,
+        }  # fmt: skip
+        files.write_json(self.path / MANIFEST, manifest)
 
     def machine(self) -> dict[str, Any]:
         """Returns the machine on which the job began."""
@@ -140,12 +135,13 @@ class JobFolder:
             # After a loss of power the record may be there without the files; their checksums show it.
             files.write_atomically(path, content, sync=False)
         checksums = {name: files.sha256(content) for name, content in output.files.items()}
+        record = {"files": checksums, "value": output.value}
         self._record_file(unit).parent.mkdir(exist_ok=True)
-        files.write_json(self._record_file(unit), {"files": checksums, "value": output.value})
+        files.write_json(self._record_file(unit), {**record, "sha256": files.sha256(files.json_bytes(record))})
 
     def is_finished(self, unit: str) -> bool:
-        """Tells whether a unit has a record."""
-        return self._record_file(unit).exists()
+        """Tells whether a unit has an intact record."""
+        return self._read_record(unit) is not None
 
     def value(self, unit: str) -> Any:
         """Returns the value of a finished unit."""
@@ -166,47 +162,58 @@ class JobFolder:
         except OSError:
             return False
 
-    def discard_damaged(self, units: Sequence[str]) -> bool:
-        """Removes the result, and the records of damaged units, so that they are computed again; tells if any are."""
-        damaged = [unit for unit in units if not self.is_intact(unit)]
-        for unit in damaged:
-            (self.path / self.result_name).unlink(missing_ok=True)
-            self._record_file(unit).unlink(missing_ok=True)
-        if damaged:
-            warnings.warn(f"{self.path}: {format_value(damaged)} were damaged, and are computed again", stacklevel=2)
-        return bool(damaged)
+    def discard_damaged(self, unit: str) -> None:
+        """Removes the record of a finished unit whose files have changed, so that it is computed again."""
+        if self.is_finished(unit) and not self.is_intact(unit):
+            with suppress(FolderInUseError), locked(self.path, f"{LOCK}-{unit}"):
+                if not self.is_intact(unit):
+                    self._record_file(unit).unlink(missing_ok=True)
+                    warnings.warn(f"{self.path}: {unit} was damaged, and is computed again", stacklevel=3)
 
     def write_result(self, result: Any) -> None:
-        """Writes the result, and removes locks and temporary files of killed processes."""
+        """Removes temporary files of killed processes, and writes the result, a JSON object."""
+        for pattern in (MANIFEST, *self._patterns()):
+            files.remove_partials(self.path, pattern)
         files.write_json(self.path / self.result_name, result)
-        self._remove_locks("*")
-        for folder in {self.path, *(path.parent for path in self.path.rglob(".*.partial"))}:
-            files.remove_partials(folder)
 
     def read_result(self) -> Any:
         """Returns the result as a JSON object; None if the job is not complete."""
         return files.read_object(self.path / self.result_name)
 
-    def clear(self, patterns: Sequence[str]) -> None:
-        """Removes the job: its result, records and files, which the glob patterns name, but no other file."""
+    def discard_result(self) -> None:
+        """Removes the result, since the job is not complete any more."""
         (self.path / self.result_name).unlink(missing_ok=True)
-        paths = [path for pattern in ("units/*.json", *patterns) for path in sorted(self.path.glob(pattern))]
-        for path in paths:
-            path.unlink()
-        for folder in sorted({path.parent for path in paths} | {self.path / "images"}, reverse=True):
-            with suppress(OSError):  # The folder is not empty.
-                if folder != self.path:
-                    folder.rmdir()
-        (self.path / MANIFEST).unlink(missing_ok=True)
 
-    def _remove_locks(self, units: str) -> None:
-        for path in self.path.glob(f"{LOCK}-{units}"):
-            with suppress(OSError):  # Windows removes no open file.
-                path.unlink()
+    def remove_locks(self) -> list[str]:
+        """Removes the locks that no process holds, such as those of killed ones; returns the names of the others."""
+        held = []
+        for path in self.path.glob(f"{LOCK}-*"):
+            try:
+                with locked(self.path, path.name), suppress(OSError):  # Windows removes no open file.
+                    path.unlink()
+            except FolderInUseError:
+                held.append(path.name)
+        return held
+
+    def clear(self) -> None:
+        """Removes the result, the records and the files of the units, but neither the manifest nor other files."""
+        paths = [path for pattern in self._patterns() for path in sorted(self.path.glob(pattern))]
+        for path in paths:
+            path.unlink(missing_ok=True)
+        folders = {folder for path in paths for folder in path.parents if self.path in folder.parents}
+        for folder in sorted(folders, reverse=True):
+            with suppress(OSError):  # The folder is not empty.
+                folder.rmdir()
+
+    def _patterns(self) -> tuple[str, ...]:
+        """Returns glob patterns of the result, the records and the files of the units."""
+        return (self.result_name, "units/*.json", *self.patterns)
 
     def _read_record(self, unit: str) -> dict[str, Any] | None:
-        record = files.read_object(self._record_file(unit))
-        return record if record is not None and isinstance(record.get("files"), dict) and "value" in record else None
+        """Returns the record of a unit; None if it is missing or damaged."""
+        record = files.read_object(self._record_file(unit)) or {}
+        checksum = record.pop("sha256", None)
+        return record if record and files.sha256(files.json_bytes(record)) == checksum else None
 
     def _record_file(self, unit: str) -> Path:
         return self.path / "units" / f"{unit}.json"

@@ -1,4 +1,4 @@
-"""The place of a process among those that torchrun or SLURM's srun has started."""
+"""Rank of this process, if torchrun or SLURM's srun has started it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,13 @@ _TORCHRUN, _SRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK"), ("SLURM_PROCID", "SLURM
 
 @dataclass(frozen=True)
 class Launch:
-    """The rank of a process, the number of processes, and the rank on its machine; (0, 1, 0) without a launcher."""
+    """Rank of a process.
+
+    Attributes:
+        rank: Number of the process, from 0.
+        count: Number of processes.
+        local_rank: Number of the process on its machine, from 0.
+    """
 
     rank: int = 0
     count: int = 1
@@ -21,7 +27,7 @@ class Launch:
 
 
 def find_launch(variables: Mapping[str, str] = os.environ) -> Launch:
-    """Reads the variables of torchrun, else those of srun.
+    """Reads the environment variables of torchrun, or those of srun; without them there is one process.
 
     Raises:
         InputValueError: If one of them is missing or is not a number.
@@ -39,11 +45,12 @@ def find_launch(variables: Mapping[str, str] = os.environ) -> Launch:
 
 
 def local_device(name: str) -> str:
-    """Returns the device of this process: of "cuda" the GPU with the local rank."""
+    """Returns the device of this process: its own GPU if `name` is "cuda" and there are several processes."""
     import torch
 
-    if name != "cuda" or find_launch().count == 1 or not torch.cuda.is_available():
+    launch = find_launch()
+    if name != "cuda" or launch.count == 1 or not torch.cuda.is_available():
         return name
-    index = find_launch().local_rank % torch.cuda.device_count()  # A launcher may show each process only one GPU.
+    index = launch.local_rank % torch.cuda.device_count()  # A launcher may show each process only one GPU.
     torch.cuda.set_device(index)  # Without it every process would allocate memory on the first GPU.
     return f"cuda:{index}"

@@ -50,7 +50,7 @@ class SampleFolder:
         spec: All that the samples depend on.
         num_new: The number of samples that were missing when `sample_to_folder` was called; 0 for an opened folder.
         seconds: The time until they were drawn, denoising included and planning excluded.
-        is_reducer: Whether this process completed the folder. One of those that share it does.
+        is_reporter: Whether this process shall print the outcome: one of those that share the folder.
 
     Example:
         >>> import tempfile, jacobiflow as jf
@@ -65,7 +65,7 @@ class SampleFolder:
     spec: SampleSpec
     num_new: int = 0
     seconds: float = 0.0
-    is_reducer: bool = False
+    is_reporter: bool = False
 
     @classmethod
     def open(cls, path: str | Path) -> SampleFolder:
