@@ -28,9 +28,8 @@ ALLOWED: dict[str, set[str]] = {
     "adapters": {"fixed_point", "native"},
     "comparison": {"blocks", "evaluation", "models", "sampling"},
     "data": set(),
-    "distributed": set(),
     "evaluation": {"blocks", "data", "jobs", "models", "sampling"},
-    "training": {"blocks", "data", "models", "distributed"},
+    "training": {"blocks", "data", "jobs", "models"},
     "plots": {"comparison", "data"},
 }
 EVERYWHERE = {"errors", "utils"}  # any part may import these

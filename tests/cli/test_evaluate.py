@@ -80,11 +80,11 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     others = "def no_rows(images):\n    rows(images)\ndef broken(images):\n    raise KeyError('gray')\n"
     (folder / "mine.py").write_text(rows + others)
     for name, settings in SAMPLES.items():
-        settings = {"strategy": "window:4", "model": "model", **settings}
-        flow, labels = jf.load(folder / settings["model"]), torch.arange(NUM) % 3
+        settings = {"strategy": "window:4", **settings}
+        flow, labels = jf.load(folder / settings.pop("model", "model")), torch.arange(NUM) % 3
         sample_to_folder(flow, NUM, folder / name, labels, batch_size=4, shard_size=8, **settings)
     shutil.copytree(folder / "samples", folder / "missing")
-    (folder / "missing" / "shards" / "00001.json").unlink()
+    (folder / "missing" / "units" / "shard-00001.json").unlink()
     return folder
 
 

@@ -92,31 +92,12 @@ def register(
     _commands[config_type] = _Command(run, show, describe_kept)
 
 
-def _in_processes(run: Callable[..., Any]) -> Callable[[Any], Any]:
-    """Returns a command's `run` with the processes that share it; the result is that of the first one."""
-
-    def run_shared(config: Any) -> Any:
-        from jacobiflow.distributed import ProcessFailed, processes
-
-        try:
-            with processes() as group:
-                result = run(config, group)
-                return result if group.rank == 0 else None
-        except ProcessFailed as error:
-            if error.is_reported:
-                raise SystemExit(_BAD_INPUT) from None
-            raise
-
-    run_shared.__doc__ = run.__doc__
-    return run_shared
-
-
 register("sample", sample.SampleConfig, sample.run, sample.show, sample.describe_kept)
 register("calibrate", calibrate.CalibrateConfig, calibrate.run, calibrate.show, calibrate.describe_kept)
 register("plan", plan.PlanConfig, plan.run, plan.show)
 register("bench", bench.BenchConfig, bench.run, bench.show)
 register("evaluate", evaluate.EvaluateConfig, evaluate.run, evaluate.show, evaluate.describe_kept)
-register("train", train.TrainOptions, _in_processes(train.run), train.show, train.describe_kept)
+register("train", train.TrainOptions, train.run, train.show, train.describe_kept)
 register("convert", convert.ConvertConfig, convert.run, convert.show)
 register("info", info.InfoConfig, info.run, info.show)
 
