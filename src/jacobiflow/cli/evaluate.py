@@ -7,6 +7,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
+from cyclopts import Parameter
+
 import jacobiflow as jf
 from jacobiflow.cli import loading, options, output_files
 from jacobiflow.cli.output import format_count, progress_bar, show_table
