@@ -52,7 +52,7 @@ fuzz: setup
 # Mutation testing: the share of small faults that `make test` catches, out/mutants.json (about an hour on two cores; it goes on
 # where it was stopped).
 mutants: setup
-	$(BIN)/python -m tools.mutation.mutants
+	$(BIN)/python -m tools.mutants
 
 # Measures all that README, the model cards and the pages show (a day on two idle cores). It goes on if it was stopped, measures
 # again what is of other code, and refuses to go on with the results of another machine. Each part is a target of its own.
@@ -89,26 +89,32 @@ GUIDED_fashion-p2 := --guidance 3,attn_temperature=1.4
 GUIDED_emoji-p2 := --guidance 4,attn_temperature=1.2
 CALIBRATED := $(MODELS:%=calibration-%)
 RECOMMENDED := recommended-fashion-p2 recommended-emoji-p2
-CALIBRATE = $(BIN)/jacobiflow calibrate --model $* --images $(IMAGES_$*)
+CALIBRATE = $(BIN)/jacobiflow calibrate --model $* --images $(IMAGES_$*) --out out/$@
 BUNDLED = src/jacobiflow/bundled/$*
 TUNE = $(BIN)/jacobiflow plan --tune --out out/plan.json
 .PHONY: $(CALIBRATED) $(RECOMMENDED)
 calibration: $(CALIBRATED) $(RECOMMENDED)
-	$(BIN)/jacobiflow calibrate --model digits-maf --images digits \
-		--out src/jacobiflow/bundled/digits-maf/report.json
+	$(BIN)/jacobiflow calibrate --model digits-maf --images digits --out out/calibration-digits-maf
+	mv out/calibration-digits-maf/report.json src/jacobiflow/bundled/digits-maf/report.json
+	rm -r out/calibration-digits-maf
 	$(TUNE) --model src/jacobiflow/bundled/digits-maf --plain
 	$(BIN)/python -m benchmarks.maf
 	$(RENDER)
 
 $(RECOMMENDED): recommended-%: setup
-	$(CALIBRATE) $(GUIDED_$*) --num 256 --convergence-samples 8 --out $(BUNDLED)/report-guided.json
+	$(CALIBRATE) $(GUIDED_$*) --num 256 --convergence-samples 8
+	mv out/$@/report.json $(BUNDLED)/report-guided.json
+	rm -r out/$@
 	$(TUNE) --model $(BUNDLED) $(GUIDED_$*)
 
 $(CALIBRATED): calibration-%: setup
-	$(CALIBRATE) --per-class --out $(BUNDLED)/report.json
+	$(CALIBRATE) --per-class
+	mv out/$@/report.json $(BUNDLED)/report.json
+	rm -r out/$@
 	$(TUNE) --model $(BUNDLED) --plain
-	$(CALIBRATE) --guidance 1 --out out/$*-guided.json
-	$(BIN)/python -m benchmarks.calibration $* out/$*-guided.json
+	$(CALIBRATE)-guided --guidance 1
+	$(BIN)/python -m benchmarks.calibration $* out/$@-guided/report.json
+	rm -r out/$@-guided
 	$(BIN)/python -m tools.pictures.paper_figures $* --strategy "$(CUT_$*)"
 	$(BIN)/python -m benchmarks.strategies $*
 
@@ -188,8 +194,7 @@ emoji: setup
 	npm install --no-save --no-package-lock $(EMOJI)
 	$(BIN)/python -m tools.models.make_images emoji
 
-# Redraws the figures of the method, those of the result files, the sheets of samples, and the terminal of the site's first page;
-# names results of other code.
+# Redraws the figures of the method, those of the result files, the sheets of samples, and the terminal of the site's first page.
 figures: render
 	$(BIN)/python -m tools.pictures.sheets
 	$(BIN)/python -m tools.pictures.figures

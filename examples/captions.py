@@ -1,7 +1,7 @@
 """A small STARFlow of captioned emoji: `python -m examples.captions sample "yellow heart" "large blue diamond"`.
 
 `sample` works with the bundled weights. Without a prompt it draws those that come out well. `train` trains new weights
-in the place of the bundled ones, and needs the emoji, which `make emoji` fetches.
+in the place of the bundled ones, and writes its losses to the run folder. It needs the emoji of `make emoji`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ from torch.utils.data import TensorDataset
 import jacobiflow as jf
 from jacobiflow import plots, training
 from jacobiflow.data import read_image
-from jacobiflow.models import Flow
 
 MODEL = Path(__file__).parent / "emoji-star"
 RUN = Path("runs/emoji-star")
@@ -80,32 +79,10 @@ def train(steps: int) -> None:
     torch.manual_seed(0)
     flow = jf.STARFlow(CONFIG)
     flow.blocks[-1].null_text.copy_(encode_text([""])[0])
-    settings = training.TrainConfig(steps, batch_size=32, sample_every=500)
-
-    def on_step(metrics: training.TrainMetrics) -> None:
-        if metrics.step % 50 == 0:
-            print(
-                f"step {metrics.step}/{steps}  {metrics.bits_per_dim:.3f} bits/dim  {metrics.seconds:.0f} s", flush=True
-            )
-
-    def on_sample(average: Flow, step: int) -> None:
-        assert isinstance(average, jf.STARFlow)
-        average.encode_text = encode_text
-        write_sheet(average, PROMPTS, RUN / f"samples-{step:06d}.png")
-
-    with jf.processes() as processes:
-        average = training.train(
-            flow,
-            TensorDataset(images, states),
-            settings,
-            RUN,
-            on_step=on_step,
-            on_sample=on_sample,
-            processes=processes,
-        )
-    if processes.rank == 0:
-        average.recommended = SETTINGS
-        average.save_pretrained(MODEL, dtype=torch.bfloat16)
+    settings = training.TrainConfig(steps, batch_size=32)
+    average = training.train(flow, TensorDataset(images, states), settings, RUN)
+    average.recommended = SETTINGS
+    average.save_pretrained(MODEL, dtype=torch.bfloat16)
 
 
 def load() -> jf.STARFlow:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import math
 
-import numpy as np
 import openmm
 import torch
 from jaxtyping import Float
@@ -24,18 +24,18 @@ ATOMS = (
 )  # fmt: skip
 PHI, PSI = (4, 6, 8, 14), (6, 8, 14, 16)
 FIELD, BIAS = {0}, {31}  # openmm's groups of forces: the force field, and what metadynamics adds
-_HEAVY = """
-ACE CH3 C 2.000 2.090 0.000
-ACE C C 3.427 2.641 0.000
-ACE O O 4.391 1.877 0.000
-ALA N N 3.555 3.970 0.000
-ALA CA C 4.853 4.614 0.000
-ALA CB C 5.661 4.221 1.232
-ALA C C 5.408 4.316 -1.200
-ALA O O 4.900 4.900 -2.200
-NME N N 6.400 3.500 -1.300
-NME C C 7.000 3.100 -2.600
-"""  # atoms from which openmm adds the hydrogens: residue, name, element, angstrom
+_HEAVY_ATOMS = """
+HETATM    1  CH3 ACE A   1       2.000   2.090   0.000  1.00  0.00           C
+HETATM    2  C   ACE A   1       3.427   2.641   0.000  1.00  0.00           C
+HETATM    3  O   ACE A   1       4.391   1.877   0.000  1.00  0.00           O
+HETATM    4  N   ALA A   2       3.555   3.970   0.000  1.00  0.00           N
+HETATM    5  CA  ALA A   2       4.853   4.614   0.000  1.00  0.00           C
+HETATM    6  CB  ALA A   2       5.661   4.221   1.232  1.00  0.00           C
+HETATM    7  C   ALA A   2       5.408   4.316  -1.200  1.00  0.00           C
+HETATM    8  O   ALA A   2       4.900   4.900  -2.200  1.00  0.00           O
+HETATM    9  N   NME A   3       6.400   3.500  -1.300  1.00  0.00           N
+HETATM   10  C   NME A   3       7.000   3.100  -2.600  1.00  0.00           C
+"""  # a PDB file, to which openmm adds the hydrogens
 
 
 def simulation(seed: int) -> tuple[app.Simulation, app.Metadynamics]:
@@ -44,16 +44,9 @@ def simulation(seed: int) -> tuple[app.Simulation, app.Metadynamics]:
     The force field is Amber ff99SB-ILDN in OBC implicit solvent. Nothing is constrained: hydrogens of 3 amu allow
     steps of 2 fs, and masses do not change which positions are likely.
     """
-    topology = app.Topology()
-    chain = topology.addChain()
-    residues = {name: topology.addResidue(name, chain) for name in ("ACE", "ALA", "NME")}
-    heavy = [line.rsplit(maxsplit=4) for line in _HEAVY.strip().split("\n")]
-    for label, symbol, *_ in heavy:
-        residue, name = label.split()
-        topology.addAtom(name, app.element.get_by_symbol(symbol), residues[residue])
-    topology.createStandardBonds()
     field = app.ForceField("amber99sbildn.xml", "amber99_obc.xml")
-    model = app.Modeller(topology, np.array([line[2:] for line in heavy], float) * unit.angstrom)
+    heavy = app.PDBFile(io.StringIO(_HEAVY_ATOMS.strip()))
+    model = app.Modeller(heavy.topology, heavy.positions)
     model.addHydrogens(field)
     system = field.createSystem(model.topology, nonbondedMethod=app.NoCutoff, constraints=None, hydrogenMass=3)
     phi = openmm.CustomTorsionForce("theta")
@@ -100,29 +93,19 @@ def to_internal(positions: Float[Tensor, "n 22 3"]) -> Float[Tensor, "n 22 3"]:
 def to_positions(internal: Float[Tensor, "n 22 3"]) -> tuple[Float[Tensor, "n 22 3"], Float[Tensor, " n"]]:
     """Returns positions, and log|det| of the map up to rigid motions: the sum of log(bond^2 sin(angle))."""
     positions, log_det = torch.zeros_like(internal), internal.new_zeros(len(internal))
-    for i, (_, atom, earlier) in enumerate(ATOMS):
-        bond, angle, turn = internal[:, i].unbind(dim=-1)
-        if not earlier:
-            continue
-        log_det = log_det + 2 * bond.abs().log()
+    axes = torch.eye(3, dtype=internal.dtype)
+    for i, (_, atom, earlier) in enumerate(ATOMS[1:], start=1):
+        bond, angle, turn = internal[:, i].unsqueeze(1).unbind(dim=2)
+        log_det = log_det + 2 * bond[:, 0].abs().log()
         if len(earlier) > 1:
-            log_det = log_det + angle.sin().abs().log()
-        start = positions[:, earlier[0]]
-        if len(earlier) == 1:
-            step = torch.stack((bond, 0 * bond, 0 * bond), dim=-1)
-        elif len(earlier) == 2:
-            step = torch.stack((bond * angle.cos(), bond * angle.sin(), 0 * bond), dim=-1)
-        else:
-            second, third = positions[:, earlier[1]], positions[:, earlier[2]]
-            along = _unit(second - start)
-            normal = _unit(torch.linalg.cross(third - second, along))
-            third_axis = torch.linalg.cross(along, normal)
-            step = bond.unsqueeze(-1) * (
-                angle.cos().unsqueeze(-1) * along
-                + (angle.sin() * turn.cos()).unsqueeze(-1) * third_axis
-                + (angle.sin() * turn.sin()).unsqueeze(-1) * normal
-            )
-        positions[:, atom] = start + step
+            log_det = log_det + angle[:, 0].sin().abs().log()
+        places = [positions[:, j] for j in earlier]
+        while len(places) < 3:  # The first three atoms stand in a fixed frame.
+            places.append(places[-1] + axes[len(places) - 1])
+        along = _unit(places[1] - places[0])
+        normal = _unit(torch.linalg.cross(places[2] - places[1], along))
+        across = turn.cos() * torch.linalg.cross(along, normal) + turn.sin() * normal
+        positions[:, atom] = places[0] + bond * (angle.cos() * along + angle.sin() * across)
     return positions, log_det
 
 

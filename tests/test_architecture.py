@@ -22,15 +22,14 @@ ALLOWED: dict[str, set[str]] = {
     "blocks": set(),
     "models": {"blocks", "native"},
     "fixed_point": {"blocks"},
-    "calibration": {"blocks", "fixed_point", "models", "distributed"},
+    "calibration": {"blocks", "fixed_point", "models", "jobs"},
     "planner": {"blocks", "calibration", "fixed_point", "models", "native"},
     "sampling": {"blocks", "calibration", "data", "fixed_point", "models", "planner", "jobs"},
     "adapters": {"fixed_point", "native"},
     "comparison": {"blocks", "evaluation", "models", "sampling"},
     "data": set(),
-    "distributed": set(),
-    "evaluation": {"data", "models", "distributed"},
-    "training": {"blocks", "data", "models", "distributed"},
+    "evaluation": {"blocks", "data", "jobs", "models", "sampling"},
+    "training": {"blocks", "data", "jobs", "models"},
     "plots": {"comparison", "data"},
 }
 EVERYWHERE = {"errors", "utils"}  # any part may import these

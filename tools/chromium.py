@@ -7,9 +7,8 @@ import http.server
 import shutil
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from playwright.sync_api import Browser, sync_playwright
 
@@ -24,10 +23,6 @@ def chromium() -> Iterator[Browser]:
 
 class _Silent(http.server.SimpleHTTPRequestHandler):
     def log_message(self, *_: object) -> None: ...
-
-    def copyfile(self, source: Any, outputfile: Any) -> None:
-        with suppress(ConnectionError):  # A browser that leaves a page closes its connections.
-            super().copyfile(source, outputfile)
 
 
 @contextmanager

@@ -18,17 +18,15 @@ def npm_files(name: str, version: str, sha512: str, files: Sequence[str]) -> lis
     """Files of a package's folder `dist`, fetched from the npm registry once and stored in build/web.
 
     Raises:
-        RuntimeError: If the registry cannot be reached, or sends a package with another SHA-512.
+        OSError: If the registry cannot be reached.
+        RuntimeError: If it sends a package with another SHA-512.
     """
     paths = [ROOT / "build" / "web" / f"{name}@{version}" / file for file in files]
     if all(path.is_file() for path in paths):
         return paths
     address = f"https://registry.npmjs.org/{name}/-/{name}-{version}.tgz"
-    try:
-        with urllib.request.urlopen(address, timeout=60) as response:
-            package = response.read()
-    except OSError as error:
-        raise RuntimeError(f"{address}: {error}; the first build needs the npm registry") from error
+    with urllib.request.urlopen(address, timeout=60) as response:
+        package = response.read()
     digest = base64.b64encode(hashlib.sha512(package).digest()).decode()
     if digest != sha512:
         raise RuntimeError(f"{address}: the registry sent another package (SHA-512 {digest})")

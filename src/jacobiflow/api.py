@@ -5,7 +5,6 @@ from jacobiflow.blocks.base import AffineBlock, Block
 from jacobiflow.blocks.context import Context
 from jacobiflow.blocks.guidance import Guidance, SamplingSettings
 from jacobiflow.calibration import CalibrationReport, calibrate, find_report
-from jacobiflow.distributed import Part, processes
 from jacobiflow.errors import CheckpointError, InputError
 from jacobiflow.fixed_point import (
     CausalLinear,
@@ -70,7 +69,6 @@ __all__ = [
     "MAFConfig",
     "MaxSweeps",
     "MeanAffine",
-    "Part",
     "Partition",
     "Plain",
     "Preset",
@@ -108,7 +106,6 @@ __all__ = [
     "importance",
     "load",
     "plan",
-    "processes",
     "register_piece",
     "sample",
     "sample_to_folder",

@@ -27,7 +27,7 @@ PANELS = ("Model and samples", "Images", "Training", "Measurements", "Speed and 
           "Output")  # fmt: skip
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(Path(jf.__file__).parent.parent)}
 SAMPLE = "sample --model model --strategy jacobi-1 --num 2 --out out-x"
-MEASURE = "calibrate --model model --images pets --segments 2 --convergence-samples 1 --out out-x/r.json"
+MEASURE = "calibrate --model model --images pets --segments 2 --convergence-samples 1 --out out-x"
 PLAN = "plan --model model --out out-x/p.json"
 
 
@@ -143,10 +143,9 @@ REFUSED = {
     f"{MEASURE} --per-class --unconditional": "--per-class: leave out --unconditional",
     f"{MEASURE} --model plain --per-class": "--per-class: this model has no classes; leave it out",
     f"{MEASURE} --images herd": "label 4: this flow has classes 0 to 2",
-    f"{MEASURE} --out pets/class0/0.png": "is in pets, which this command uses; give another file",
-    f"{MEASURE} --out model/config.json": "is in model, which this command uses; give another file",
     "train --images digits --out out-x --steps 0": "--steps 0: give a positive whole number",
     "train --images digits --out out-x --steps 1 --blocks 0": "--blocks 0: give a positive whole number",
+    f"{MEASURE} --out pets": "pets: holds files that this command did not write; give a new or empty folder",
 }
 
 
@@ -203,9 +202,12 @@ def test_ctrl_c_once_more_does_not_interrupt_the_exit() -> None:
 
 def test_incomplete_variables_of_torchrun_are_one_line(refuse: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     for variables, message in (
-        ({"TORCHELASTIC_RUN_ID": "test", "WORLD_SIZE": "2"}, "RANK is not set"),
-        ({"LOCAL_RANK": "0"}, "RANK is not set; start the processes by torchrun or srun"),
-        ({"RANK": "abc"}, "a variable of torchrun or srun is not a number ("),
+        (
+            {"TORCHELASTIC_RUN_ID": "test", "WORLD_SIZE": "2"},
+            "RANK, WORLD_SIZE, LOCAL_RANK: missing or not numbers ('RANK')",
+        ),
+        ({"LOCAL_RANK": "0"}, "start the processes by torchrun or srun, or unset WORLD_SIZE for one"),
+        ({"RANK": "abc"}, "missing or not numbers (invalid literal"),
     ):
         for name, value in variables.items():
             monkeypatch.setenv(name, value)

@@ -1,8 +1,10 @@
-"""`jacobiflow evaluate`: every figure once more from the images on disk."""
+"""`jacobiflow evaluate`: every score once more from the images on disk."""
 
 from __future__ import annotations
 
+import json
 import math
+import multiprocessing
 import os
 import shutil
 import sys
@@ -20,14 +22,14 @@ from PIL import Image
 
 import jacobiflow as jf
 from jacobiflow import evaluation
-from jacobiflow.cli import scoring
+from jacobiflow.cli import main
 from jacobiflow.data import Noise, load_images
 from jacobiflow.evaluation import (
     FeatureStatistics,
     bayes_accuracy,
     bits_per_dim,
+    job,
     kernel_distance,
-    likelihood,
     precision_recall,
 )
 from jacobiflow.sampling.folder import sample_to_folder
@@ -78,11 +80,11 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     others = "def no_rows(images):\n    rows(images)\ndef broken(images):\n    raise KeyError('gray')\n"
     (folder / "mine.py").write_text(rows + others)
     for name, settings in SAMPLES.items():
-        settings = {"strategy": "window:4", "model": "model", **settings}
-        flow, labels = jf.load(folder / settings["model"]), torch.arange(NUM) % 3
+        settings = {"strategy": "window:4", **settings}
+        flow, labels = jf.load(folder / settings.pop("model", "model")), torch.arange(NUM) % 3
         sample_to_folder(flow, NUM, folder / name, labels, batch_size=4, shard_size=8, **settings)
     shutil.copytree(folder / "samples", folder / "missing")
-    (folder / "missing" / "shards" / "00001.json").unlink()
+    (folder / "missing" / "units" / "shard-00001.json").unlink()
     return folder
 
 
@@ -99,12 +101,13 @@ def evaluated(run: Any, out: Path, words: str) -> tuple[dict[str, Any], str]:
     """The scores in evaluation.json, and what was printed, in one line."""
     result = run(f"evaluate --model {words} --overwrite --out {out}/new/out")
     assert result.code == 0, result.err
-    return flat(figures(out / "new" / "out" / "evaluation.json")), " ".join(result.out.split())
+    return scores_in(out / "new" / "out"), " ".join(result.out.split())
 
 
-def flat(table: dict[str, Any]) -> dict[str, Any]:
-    """The scores in a table, what it says of the samples, and the other entries; those without a value are left out."""
-    entries = {**table, **(table["samples"] or {}), **table["scores"]}
+def scores_in(out: Path) -> dict[str, Any]:
+    """The scores of a folder, its outcome of the samples, and other entries; those without a value are left out."""
+    table = figures(out / "evaluation.json")
+    entries = {**(table["samples"] or {}), **table, **table["scores"]}
     return {name: value for name, value in entries.items() if value is not None}
 
 
@@ -127,8 +130,8 @@ def test_of_many_images_some_of_every_class_are_compared_in_pairs(
     run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A folder of images is sorted by class."""
-    monkeypatch.setattr(scoring, "_MAX_PAIRWISE", 30)
-    monkeypatch.setattr(evaluation, "kernel_distance", compare := Mock(return_value=(0.0, 0.0)))
+    monkeypatch.setattr(job, "_MAX_PAIRWISE", 30)
+    monkeypatch.setattr(job, "kernel_distance", compare := Mock(return_value=(0.0, 0.0)))
     evaluated(run, tmp_path, "model --samples samples --features mine.py:rows --paired 0 --images [red]x")
     (real, fake), every = compare.call_args.args, real_features("[red]x")
     places = [int(abs(every - row).sum(axis=1).argmin()) for row in real.numpy()]
@@ -140,22 +143,22 @@ def test_certificates_are_those_of_the_shards(run: Any, tmp_path: Path) -> None:
     scores, out = evaluated(run, tmp_path, "model --samples samples --features none --paired 0")
     shards = [np.load(path) for path in sorted(Path("samples/shards").glob("*.npz"))]
     values = np.concatenate([shard["residual"] for shard in shards])
-    resolved, found = sum(int(shard["used_fallback"].sum()) for shard in shards), scores["residuals"]
-    assert found == {"median": sorted(values)[5], "max": values.max()}
+    resolved = sum(int(shard["used_fallback"].sum()) for shard in shards)
+    assert (scores["median_residual"], scores["residual"]) == (sorted(values)[5], values.max())
     assert (scores["num_fallback"], scores["num_nonfinite"]) == (resolved, 0)
     assert resolved > 0
     assert f"residual {values.max():.1e} largest; median" in out
     assert 0 < int((values > 1e-7).sum()) == scores["num_above"]
     scores, out = evaluated(run, tmp_path, "model --samples guided --features none --paired 0")
-    assert "residuals" not in scores and "largest; median" not in out  # drawn with --no-certify
+    assert "median_residual" not in scores and "largest; median" not in out  # drawn with --no-certify
 
 
 def test_samples_that_are_not_finite_are_reported(run: Any, tmp_path: Path) -> None:
     scores, out = evaluated(run, tmp_path, "overflowing --samples lost --features none")
-    assert (scores["num_nonfinite"], scores["residuals"]) == (NUM, {"median": math.inf, "max": math.inf})
+    assert (scores["num_nonfinite"], scores["median_residual"]) == (NUM, math.inf)
     assert f"{NUM} not finite, since the exact inverse overflows too" in out
     assert not on_disk("lost").any()
-    assert (scores["paired"]["max"], scores["stored"]) == (0, {"share": 0, "levels": 0})
+    assert (scores["paired"]["max"], scores["paired"]["pixels"]) == (0, {"share": 0, "levels": 0})
 
 
 def test_paired_errors_are_to_the_sequential_loop(run: Any, tmp_path: Path) -> None:
@@ -170,8 +173,7 @@ def test_paired_errors_are_to_the_sequential_loop(run: Any, tmp_path: Path) -> N
     found = scores["paired"]
     assert (found["max"], found["rms"]) == pytest.approx((largest, rms), rel=1e-6)
     assert (found["num"], found["psnr"]) == (num, pytest.approx(20 * math.log10(2 / rms)))
-    assert found["pixels"] == pixel_figures(levels(images), levels(exact))
-    assert scores["stored"] == pixel_figures(on_disk("guided")[:num], levels(exact))
+    assert found["pixels"] == pixel_figures(on_disk("guided")[:num], levels(exact))
     assert f"largest error {largest:.1e} {num} samples, against the exact loop" in out
     assert scores["sensitivity"] == draw(strategy="sequential", sensitivity=True).outcome.sensitivity
     assert f"sensitivity {scores['sensitivity']:.1e} largest change" in out
@@ -193,7 +195,7 @@ def test_likelihood_is_of_evenly_spaced_test_images(
     assert scores[name] == pytest.approx(bits_per_dim(flow, data, noise, seed), rel=1e-6)
     if model == "model":
         assert scores["bayes_accuracy"] == bayes_accuracy(flow, data, noise, seed)
-    assert ("samples" in scores, scores["likelihood_images"]) == (False, f"{num} images of test")
+    assert (scores["test_images"], scores["likelihood_images"]) == (num, "images of test")
 
 
 def write_idx(folder: Path, stem: str, num: int) -> None:
@@ -211,63 +213,55 @@ def test_images_are_named_training_or_test_images_if_they_are(run: Any, tmp_path
     base = "--features mine.py:rows --paired 0 --images"
     scores, _ = evaluated(run, tmp_path, f"model --samples samples {base} {tmp_path}/idx")
     assert scores["against"] == f"training images of {tmp_path}/idx"
-    assert (scores["likelihood_images"], scores["test_images"]) == (f"3 test images of {tmp_path}/idx", 3)
-    scores, out = evaluated(run, tmp_path, "plain --images fashion-512 --test-images 4")
-    assert "4 training images of fashion-512, uniformly dequantised" in out and "test_images" not in scores
+    assert (scores["test_images"], scores["likelihood_images"]) == (3, f"test images of {tmp_path}/idx")
+    _, out = evaluated(run, tmp_path, "plain --images fashion-512 --test-images 4")
+    assert "4 training images of fashion-512, uniformly dequantised" in out
 
 
-def test_the_same_command_again_computes_only_what_is_missing(
-    run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_the_same_command_computes_only_missing_units(
+    run: Any, refuse: Any, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Scores are written one by one. They belong to their inputs."""
+    log, out = tmp_path_factory.mktemp("log") / "log", tmp_path / "o"
     (tmp_path / "mine.py").write_text(
-        f"def rows(images):\n    print(len(images), file=open('{tmp_path}/log', 'a'))\n"
-        "    return images.double().mean(dim=(1, 3))\n"
+        f"def rows(images):\n    print(len(images), file=open('{log}', 'a'))\n"
+        "    return images.double().mean(dim=(1, 3))"
     )
     shutil.copytree("test", tmp_path / "images")
-    table, log = tmp_path / "o" / "evaluation.json", tmp_path / "log"
     line = f"evaluate --model model --samples samples --images {tmp_path}/images --features {tmp_path}/mine.py:rows"
-    line += f" --out {table.parent}"
+    line += f" --out {out}"
     with monkeypatch.context() as patch:
-        patch.setattr(evaluation, "kernel_distance", Mock(side_effect=KeyboardInterrupt))
-        assert run(line).code == 130
-    first = flat(figures(table))
-    assert {"frechet_distance", "paired", "bits_per_dim_noisy"} < set(first) and "precision" not in first
-    with monkeypatch.context() as patch:
-        for name in ("frechet_distance", "sample_errors"):
-            patch.setattr(evaluation, name, Mock(side_effect=AssertionError))
-        patch.setattr(likelihood, "total_bits_per_dim", Mock(side_effect=AssertionError))
-        log.unlink()
-        result = run(line)
-    assert log.read_text().split() == ["1"]  # The features were stored; only the function was tried.
-    assert "computed by an earlier run: errors, bits per dimension, class accuracy, FID" in " ".join(result.out.split())
-    assert "precision" in flat(figures(table)) and first["paired"] == flat(figures(table))["paired"]
-    assert sorted(os.listdir(table.parent)) == [".lock", "evaluation.json", "manifest.json"]
-    log.unlink()
-    read = list[str]()
-    monkeypatch.setattr(Path, "read_bytes", lambda path: read.append(path.suffix) or path.open("rb").read())
-    for num_read in (0, 24):
-        assert "earlier run" in run(line).out
-        assert read.count(".png") == num_read, "images are read only if one may have changed"
-        next((tmp_path / "images").rglob("*.png")).touch()
-    assert log.read_text().split() == ["1", "1"]  # only the trial of the function
-
-
-def test_scores_of_other_inputs_stay_unless_they_are_overwritten(run: Any, refuse: Any, tmp_path: Path) -> None:
-    shutil.copytree("test", tmp_path / "images")
-    table = tmp_path / "o" / "evaluation.json"
-    line = f"evaluate --model model --images {tmp_path}/images --features none --out {table.parent}"
-    assert run(line).code == 0
-    first = flat(figures(table))
-    message = "o: holds scores of other inputs; give another folder, or --overwrite\n"
+        patch.setattr(job, "kernel_distance", Mock(side_effect=KeyboardInterrupt))
+        stopped = run(line)
+    assert (stopped.code, (out / "evaluation.json").exists()) == (130, False)
+    assert log.read_text().split() == ["1", "24", "8", "4"]  # The function is tried on one image.
+    monkeypatch.setattr(job, "_measure_errors", Mock(side_effect=AssertionError))
+    first = run(line)
+    assert (first.code, run(line).out) == (0, first.out)
+    assert log.read_text().split()[4:] == ["1", "1"]
+    message = "o: holds evaluation of --seed 0, not 1; give another folder, or overwrite it\n"
     refuse(f"{line} --seed 1", message)
     one, other, *_ = sorted((tmp_path / "images").rglob("*.png"))
     shutil.copyfile(one, other)
-    refuse(line, message)
-    assert "earlier run" not in run(f"{line} --overwrite").out
-    assert flat(figures(table))["bits_per_dim_noisy"] != first["bits_per_dim_noisy"]
-    table.write_text("{}")  # of another version
-    refuse(line, message)
+    refuse(line, "o: holds evaluation of other images; give another folder, or overwrite it\n")
+    words = line.removeprefix("evaluate --model ").removesuffix(f" --out {out}")
+    assert (
+        evaluated(run, tmp_path, f"{words} --paired 0")[0]["bits_per_dim_noisy"] != scores_in(out)["bits_per_dim_noisy"]
+    )
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
+def test_two_processes_give_the_scores_of_one(run: Any, tmp_path: Path) -> None:
+    line = "evaluate --model model --samples guided --images test --features mine.py:rows --paired 9 --batch-size 2"
+    assert run(f"{line} --out {tmp_path}/one").code == 0
+    context = multiprocessing.get_context("fork")
+    processes = [context.Process(target=main, args=([*line.split(), "--out", f"{tmp_path}/two"],)) for _ in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+    assert [process.exitcode for process in processes] == [0, 0]
+    one, two = (json.loads((tmp_path / name / "evaluation.json").read_text()) for name in ("one", "two"))
+    assert one == two
 
 
 REFUSED = {
@@ -275,8 +269,8 @@ REFUSED = {
     "model --features mine.py:rows --images test": "--features mine.py:rows: give --samples, too",
     "model --samples samples --features mine.py:no_rows --images test": "result of the feature function=None",
     "model --samples samples --features mine.py:broken --images test": "--features: its function raised KeyError ('gr",
-    "model --samples samples --features mine.py:rows --stats wide.pth": "--stats wide.pth: of 29 features, but",
-    "model --samples samples --features mine.py:rows --images one": "between 1 images and 12 samples: give at",
+    "model --samples samples --features mine.py:rows --stats wide.pth": "29 features against 28: give the same",
+    "model --samples samples --features mine.py:rows --images one": "1 images against 12: give at least 2 of each",
     "model --samples samples --features mine.py:rows --images pipe": "Not a regular file",
     "model --samples samples --features inception": "--features inception: give --images or --stats",
     "model --samples samples --images few --features mine.py:no": "mine.py:no: no function of this name",
@@ -292,9 +286,7 @@ REFUSED = {
 def test_what_cannot_work_is_refused_before_anything_is_computed(
     line: str, refuse: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in ("frechet_distance", "sample_errors"):
-        monkeypatch.setattr(evaluation, name, Mock(side_effect=AssertionError))
-    monkeypatch.setattr(likelihood, "total_bits_per_dim", Mock(side_effect=AssertionError))
+    monkeypatch.setattr(job.EvaluationJob, "compute", Mock(side_effect=AssertionError))
     refuse(f"evaluate --model {line} --out out-x", REFUSED[line])
 
 
@@ -334,6 +326,6 @@ def test_tokens_have_the_scores_that_need_no_images(run: Any, refuse: Any, tmp_p
     draw = partial(jf.sample, flow, 10, [0] * 10)
     largest, rms = difference(draw(strategy="jacobi-2").tokens[:7], draw(strategy="sequential").tokens[:7])
     assert (scores["paired"]["max"], scores["paired"]["rms"]) == pytest.approx((largest, rms), rel=1e-4)
-    assert (scores["paired"]["num"], scores["paired"]["psnr"], "stored" in scores) == (7, None, False)
+    assert (scores["paired"]["num"], scores["paired"]["psnr"], scores["paired"]["pixels"]) == (7, None, None)
     assert scores["sensitivity"] > 0 and "PSNR" not in out
     refuse(f"evaluate --model {words} --images test --out out-x", "over 12 tokens, and images are asked for")

@@ -14,10 +14,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
-from hypothesis import example, given
-from hypothesis import strategies as st
-from hypothesis.extra import numpy as hnp
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -120,37 +116,16 @@ def test_a_folder_of_idx_files(tmp_path: Path) -> None:
             idx_folder(tmp_path)
 
 
-@st.composite
-def idx_files(draw: st.DrawFn) -> tuple[bytes, Bytes | None]:
-    """Any bytes; or the IDX file of images, perhaps gzipped: with the images, or damaged."""
-    if draw(st.booleans()):
-        return draw(st.binary(max_size=64)), None
-    array = draw(hnp.arrays(np.uint8, hnp.array_shapes(min_dims=3, max_dims=3, max_side=5)))
-    content = bytearray(gzip.compress(idx_bytes(array), mtime=0) if draw(st.booleans()) else idx_bytes(array))
-    if draw(st.booleans()):
-        return bytes(content), array
-    content[draw(st.integers(0, min(len(content), 32) - 1))] ^= draw(st.integers(0, 255))
-    return bytes(content[: draw(st.integers(0, len(content)))]), None
-
-
-@given(file=idx_files())
-@example((b"\0\0\x08", None))
-@example((b"\0\0\x08\xff" + bytes(4 * 255), None))  # more axes than NumPy has
-@example((b"\0\0\x08\x02" + b"\x80\0\0\0" * 2, None))  # 2^62 bytes
-@example((b"\x1f\x8b\x08\x00" + bytes(6) + b"\xff" * 8, None))  # zlib.error
-def test_idx_files_are_read_and_damaged_ones_refused(
-    tmp_path_factory: pytest.TempPathFactory, file: tuple[bytes, Bytes | None]
-) -> None:
-    content, array = file
-    folder = tmp_path_factory.mktemp("idx")
-    write_idx(folder, random_bytes(1, 1, 1), [0] * (1 if array is None else len(array)))
-    (folder / "train-images-idx3-ubyte.gz").write_bytes(content)
-    try:
-        data = idx_folder(folder)
-    except DataError as error:
-        assert array is None and str(folder) in str(error)
-    else:  # damage may be harmless
-        assert array is None or torch.equal(data.images[:, 0], torch.from_numpy(array))
+def test_a_broken_idx_file_is_named(tmp_path: Path) -> None:
+    whole = idx_bytes(random_bytes(3, 4, 4))
+    write_idx(tmp_path, random_bytes(3, 4, 4), [0, 1, 2])
+    for content in (
+        b"", b"\0\0\x08", b"text", b"\0\0\x0d" + whole[3:], whole[:-1], gzip.compress(whole)[:-9],
+        b"\0\0\x08\xff" + bytes(4 * 255),  # more axes than NumPy has
+    ):  # fmt: skip
+        (tmp_path / "train-images-idx3-ubyte.gz").write_bytes(content)
+        with pytest.raises(DataError, match=f"^{tmp_path}/train-images-idx3-ubyte.gz: broken .*; fetch the file again"):
+            idx_folder(tmp_path)
 
 
 def write_image(path: Path, pixels: Bytes) -> Path:
@@ -179,15 +154,6 @@ def test_a_class_for_each_subfolder_in_order_of_name(tmp_path: Path) -> None:
     flat = image_folder(folder / "b", 4)  # a folder without classes
     assert (flat.labels, flat.classes) == (None, ())
     assert np.array_equal(flat.images[:].permute(0, 2, 3, 1), pixels[1:3])
-
-
-@pytest.mark.parametrize("names", [["a/self", "a/twin"], ["a/b/self"]])
-def test_a_link_to_a_folder_above_is_refused(names: list[str], tmp_path: Path) -> None:
-    write_image(tmp_path / "a" / "b" / "0.png", random_bytes(8, 8))
-    for name in names:
-        (tmp_path / name).symlink_to(tmp_path / "a", target_is_directory=True)
-    with pytest.raises(DataError, match=r"/a/.*: links make the images of this folder count twice; remove"):
-        image_folder(tmp_path, 8)
 
 
 def test_size_and_colour(tmp_path: Path) -> None:
@@ -258,22 +224,3 @@ def test_errors_name_the_file(tmp_path: Path) -> None:
     ):
         with pytest.raises(ValueError, match=message):
             image_folder(tmp_path / name, size, channels)
-
-
-@pytest.mark.filterwarnings("ignore")  # Pillow warns of odd metadata
-@given(format=st.sampled_from(["PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP", "PPM"]), data=st.data())
-def test_damaged_images_are_refused_or_read(
-    tmp_path_factory: pytest.TempPathFactory, format: str, data: st.DataObject
-) -> None:
-    buffer = io.BytesIO()
-    Image.fromarray(random_bytes(8, 8, 3)).save(buffer, format)
-    content = bytearray(buffer.getvalue())
-    content[data.draw(st.integers(0, len(content) - 1))] ^= data.draw(st.integers(0, 255))
-    folder = tmp_path_factory.mktemp("damaged")
-    (folder / "0.png").write_bytes(content[: data.draw(st.integers(0, len(content)))])
-    try:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(Image, "MAX_IMAGE_PIXELS", 1 << 20)
-            assert image_folder(folder, 8).images.shape == (1, 3, 8, 8)
-    except DataError as error:
-        assert str(folder / "0.png") in str(error)

@@ -34,7 +34,7 @@ def start(out: Path, before: Callable[[str], None] = lambda unit: None) -> Any:
         before(unit)
 
     def work() -> None:
-        if run(Digests(SPEC, begin), out).is_reducer:
+        if run(Digests(SPEC, begin), out).is_reporter:
             log("reduce")
 
     process = multiprocessing.get_context("fork").Process(target=work)
@@ -113,15 +113,18 @@ def test_a_unit_that_raises_ends_its_process(times: int, tmp_path: Path, capfd: 
 
 def test_a_run_tells_its_progress_and_what_it_has_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     steps: list[Any] = []
-    first = run(Digests(Spec(2)), tmp_path, progress=lambda *step: steps.append(step))
+    first = run(Digests(Spec(2)), tmp_path, progress=lambda done, total, what: steps.append((done, total, what)))
     assert steps == [(1, 1, "digests"), *((i, 4, "digests") for i in range(1, 5))]
-    assert (first.is_reducer, first.missing) == (True, ("00000", "00001"))
+    assert (first.is_reporter, first.missing) == (True, ("00000", "00001"))
     (tmp_path / "digest.json").unlink()
     monkeypatch.setattr(Digests, "machine", {"threads": 2})
     with pytest.warns(UserWarning, match="begun on another machine"):
         again = run(Digests(Spec(2)), tmp_path)
-    assert (again.result, again.is_reducer, again.missing) == (first.result, True, ())
-    assert not run(Digests(Spec(2)), tmp_path).is_reducer
+    assert (again.result, again.is_reporter, again.missing) == (first.result, True, ())
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert not run(Digests(Spec(2)), tmp_path).is_reporter
 
 
 def test_what_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tools.mutation.mutants import Part, examine
+from tools.mutants import examine_all
 
 HALF = """
 from __future__ import annotations
@@ -23,18 +23,23 @@ def half(x: int | None = 0) -> Number | None:
 
 @pytest.mark.slow
 def test_mutants_of_a_small_tree(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    root, progress = tmp_path / "root", tmp_path / "progress.json"
+    root, out = tmp_path / "root", tmp_path / "out"
     for file, text in (
-        ("src/jacobiflow/__init__.py", HALF),
-        ("tests/test_half.py", "from jacobiflow import half\n\n\ndef test_half():\n    assert half(4) == 2\n"),
+        ("src/jacobiflow/__init__.py", ""),
+        ("src/jacobiflow/part/__init__.py", HALF),
+        (
+            "tests/part/test_half.py",
+            "from jacobiflow.part import half\n\n\ndef test_half():\n    assert half(3) == 1.5\n",
+        ),
     ):
-        (root / file).parent.mkdir(parents=True)
+        (root / file).parent.mkdir(parents=True, exist_ok=True)
         (root / file).write_text(text)
-    parts = {"solvers": Part("src/jacobiflow", "tests", 100)}
-    result = examine(root, parts, progress)["solvers"]
+    result = examine_all(root, {"part": 100}, out)
     # The condition, which has two places, the division and the 2 are tested; the default of x is not.
-    assert [survivor["line"] for survivor in result["survivors"]] == [7]
-    assert (result["places"], result["total"], result["killed"]) == (5, 5, 4)
-    assert capsys.readouterr().out.count(" tests/test_half.py::test_half") == 4
-    assert examine(root, parts, progress)["solvers"] == result
-    assert capsys.readouterr().out == "", "everything is in the file of an earlier run"
+    assert (result["part"]["total"], result["part"]["killed"]) == (5, 4)
+    (survivor,) = result["part"]["survivors"]
+    assert "-def half(x: int | None = 0)" in survivor
+    assert capsys.readouterr().out.count("part/__init__.py") == 5
+    assert examine_all(root, {"part": 100}, out) == result
+    assert capsys.readouterr().out == "", "everything is in the database of an earlier run"
+    assert (root / "src/jacobiflow/part/__init__.py").read_text() == HALF

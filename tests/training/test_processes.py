@@ -1,117 +1,143 @@
-"""Several processes train as one does: the same losses and weights, replicated or sharded, also after a death."""
+"""Several processes train as one does, replicated or sharded; if one ends, all do, and the next run resumes."""
 
 from __future__ import annotations
 
 import os
-import signal
+import re
+import subprocess
+import sys
+from datetime import timedelta
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
+import torch.distributed as dist
 from safetensors.torch import load_file
 
 import jacobiflow as jf
-from jacobiflow.training import read_metrics
-from tests.helpers.process_groups import Job, run_jobs
+from jacobiflow.training import processes, read_metrics
+from tests.helpers import training_program
 from tests.helpers.training_runs import last_step
 
-pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
-
-PROGRAM = """
-import os, signal, torch
-import jacobiflow as jf
-from jacobiflow.data import ImageDataset
-from jacobiflow.training import TrainConfig, train
-
-class Digits(ImageDataset):
-    num_read = 0
-
-    def __getitem__(self, index):
-        Digits.num_read += 1
-        if rank == {victim} and Digits.num_read == 20:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return super().__getitem__(index)
-
-def stop(metrics):
-    if metrics.step == {stop}:
-        signal.raise_signal(signal.SIGTERM)
-
-SIZES = {{"num_blocks": 2, "layers_per_block": 2, "num_classes": 10, "nvp": False, "head_dim": 8, "noise_std": 0.1}}
-images = torch.randint(256, (300, 1, 8, 8), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-labels = torch.arange(300) % 10
-with jf.processes() as processes:
-    torch.manual_seed(rank)  # The weights of the first process count.
-    flow = jf.TarFlow(jf.TarFlowConfig(1, 8, 4, 16, **SIZES))
-    config = TrainConfig(
-        6, batch_size=12, warmup=4, bf16=False, checkpoint_every=2, shard={shard}, recompute=True, accumulation=2
-    )
-    held_out = ImageDataset(images[:31], labels[:31])
-    data = Digits(images, labels, tuple("abcdefghij"))
-    train(flow, data, config, "{out}", held_out=held_out, on_step=stop, processes=processes)
-    local = [getattr(each, "_local_tensor", each).numel() for each in flow.parameters()]
-    print(sum(local) / sum(each.numel() for each in flow.parameters()))
-"""
+ROOT = Path(__file__).resolve().parent.parent.parent
+TORCHRUN = "torch.distributed.run --standalone --nproc-per-node 2 -m"
+SRUN = "tests.helpers.srun 2"
+PROGRAM = "tests.helpers.training_program"
+FORKS = pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
 
 
-def job(out: str, ranks: int, victim: int = -1, stop: int = -1, shard: bool = False) -> Job:
-    return Job(["python", PROGRAM.format(out=out, victim=victim, stop=stop, shard=shard)], ranks, None, out, "srun")
+def launch(launcher: str, out: Path, options: str = "") -> subprocess.CompletedProcess[str]:
+    variables = os.environ | {
+        "TORCH_CPP_LOG_LEVEL": "ERROR", "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join((str(Path(jf.__file__).parent.parent), str(ROOT))),
+    }  # fmt: skip
+    command = [sys.executable, "-m", *launcher.split(), PROGRAM, str(out), *options.split()]
+    return subprocess.run(command, env=variables, capture_output=True, text=True, timeout=300)
 
 
-JOBS = [  # Each folder is begun by one job, and ended by the other.
-    (job("sharded", 2, stop=3, shard=True), job("sharded", 3, shard=True)),
-    (job("killed 0", 2, victim=0), job("killed 0", 2)),
-]
-MORE_JOBS = [
-    (job("resumed by 1", 2, stop=3, shard=True), job("resumed by 1", 1)),
-    (job("resumed by 3", 2, stop=3), job("resumed by 3", 3, shard=True)),
-    (job("killed 1", 2, victim=1), job("killed 1", 2)),
-]
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory, one_thread: None) -> Path:
+    """The run of one process."""
+    out = tmp_path_factory.mktemp("alone")
+    training_program.run(str(out))
+    return out
 
 
-class Runs:
-    """The folders of runs, and how the processes of their two jobs ended."""
+def assert_equal_runs(out: Path, alone: Path) -> None:
+    """Equal losses and weights, but for the biases of keys: attention does not depend on them."""
+    have, want = read_metrics(out), read_metrics(alone)
+    assert [metrics.loss for metrics in have] == pytest.approx([metrics.loss for metrics in want], abs=1e-5)
+    assert last_step(out) == have[-1].step == 6
+    assert have[-1].held_out_loss == pytest.approx(want[-1].held_out_loss, abs=1e-5)
+    mine, other = (load_file(folder / "model.safetensors") for folder in (out, alone))
+    assert max(float((mine[key] - other[key]).abs().max()) for key in other if "qkv.bias" not in key) < 1e-5
+    assert jf.load(out).classes == training_program.NAMES
 
-    def __init__(self, folder: Path, jobs: list[tuple[Job, Job]], speed: float) -> None:
-        rounds = run_jobs([[job("alone", 1), jobs[0][0]], *([first] for first, _ in jobs[1:])], folder, speed)
-        self.folder, self.first = folder, {name: ranks for jobs in rounds for name, ranks in jobs.items()}
-        rounds = run_jobs([[last for _, last in jobs]], folder, speed)
-        self.last = rounds[0]
 
-
-@pytest.fixture(
-    scope="module", params=[(JOBS, 5), pytest.param((JOBS + MORE_JOBS, 1), marks=pytest.mark.slow)], ids=["two", "all"]
+@FORKS
+@pytest.mark.parametrize(
+    ("launcher", "killed", "options", "launcher_of_next"),
+    [
+        (TORCHRUN, 1, "", TORCHRUN),
+        (SRUN, 0, "--shard", SRUN.replace("2", "3")),
+        pytest.param(TORCHRUN, 0, "--shard", SRUN.replace("2", "1"), marks=pytest.mark.slow),
+        pytest.param(SRUN, 1, "", SRUN, marks=pytest.mark.slow),
+    ],
 )
-def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Runs:
-    return Runs(tmp_path_factory.mktemp("runs"), *request.param)
+def test_a_death_ends_all_and_the_next_run_ends_as_one_process(
+    launcher: str, killed: int, options: str, launcher_of_next: str, alone: Path, tmp_path: Path
+) -> None:
+    first = launch(launcher, tmp_path, f"{options} --kill {killed}")
+    assert first.returncode != 0 and last_step(tmp_path) < 6
+    last = launch(launcher_of_next, tmp_path, options)
+    assert last.returncode == 0, last.stderr
+    assert_equal_runs(tmp_path, alone)
+    shares = [float(share) for share in re.findall("share (.*)", last.stdout)]
+    assert shares == pytest.approx([1 / len(shares) if options else 1] * len(shares), abs=0.1)
 
 
-def test_losses_and_weights_are_those_of_one_process(runs: Runs) -> None:
-    """But for the biases of keys: attention does not depend on them, so that their gradients are rounding."""
-    want, other = read_metrics(runs.folder / "alone"), load_file(runs.folder / "alone" / "model.safetensors")
-    for name, ranks in runs.last.items():
-        assert [rank.code for rank in ranks] == [0] * len(ranks), ranks
-        have = read_metrics(runs.folder / name)
-        assert [metrics.loss for metrics in have] == pytest.approx([metrics.loss for metrics in want], abs=1e-5)
-        assert last_step(runs.folder / name) == have[-1].step == 6
-        assert have[-1].held_out_loss == pytest.approx(want[-1].held_out_loss, abs=1e-5)
-        mine = load_file(runs.folder / name / "model.safetensors")
-        assert max(float((mine[key] - other[key]).abs().max()) for key in other if "qkv.bias" not in key) < 1e-5
-        assert jf.load(runs.folder / name).classes == tuple("abcdefghij")
+@FORKS
+def test_a_signal_ends_all_after_the_same_step_and_another_run_is_refused(alone: Path, tmp_path: Path) -> None:
+    first = launch(SRUN, tmp_path, "--shard --stop 3")
+    assert first.returncode != 0 and last_step(tmp_path) == 4
+    other = launch(SRUN, tmp_path, "--seed 1")
+    assert other.returncode != 0 and "of another run (seed=0, not 1)" in other.stderr
+    training_program.run(str(tmp_path))
+    assert_equal_runs(tmp_path, alone)
 
 
-def test_a_sharded_process_holds_its_share_of_the_parameters(runs: Runs) -> None:
-    assert [float(rank.out) for rank in runs.last["sharded"]] == pytest.approx([1 / 3] * 3, abs=0.1)
+TASK = {
+    "SLURM_STEP_NUM_TASKS": "8", "SLURM_PROCID": "5", "SLURM_LOCALID": "1", "SLURM_JOB_ID": "1234",
+    "SLURM_STEP_ID": "3", "SLURM_STEP_NODELIST": "gpu[03-07,9],login1",
+}  # fmt: skip
 
 
-def test_a_signal_to_one_process_ends_all_after_the_same_step(runs: Runs) -> None:
-    for name in {"sharded", "resumed by 1", "resumed by 3"} & runs.first.keys():
-        assert all(rank.code == 1 for rank in runs.first[name])
-        assert sum("KeyboardInterrupt\n" in rank.err for rank in runs.first[name]) >= 1
+def address_of(**variables: str) -> tuple[str, int]:
+    """The address at which a task of srun joins the others."""
+    with (
+        patch.dict(os.environ, {**TASK, **variables}), patch.object(dist, "destroy_process_group"),
+        patch.object(dist, "init_process_group") as init, processes.process_group(),
+    ):  # fmt: skip
+        assert (init.call_args.kwargs["rank"], init.call_args.kwargs["world_size"]) == (5, 8)
+        return os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
 
 
-def test_a_death_ends_the_others_with_one_message(runs: Runs) -> None:
-    for victim in (int(name[-1]) for name in runs.first if name.startswith("killed")):
-        killed, other = runs.first[f"killed {victim}"][victim], runs.first[f"killed {victim}"][1 - victim]
-        assert (killed.code, other.code) == (-signal.SIGKILL, 1)
-        assert other.err.count("jacobiflow.distributed.watch.ProcessFailed: ") == 1
-        assert "ended without a message" in other.err
-        assert other.seconds - killed.seconds < 30
+def test_tasks_of_srun_meet_at_the_first_host() -> None:
+    host, port = address_of()
+    assert host == "gpu03" and 20_000 <= port < 30_000
+    assert address_of(SLURM_STEP_ID="4")[1] != port
+    assert address_of(MASTER_ADDR="me", MASTER_PORT="77") == ("me", 77)
+    # SLURM writes numbers of one width in brackets, alone or as a range.
+    for nodes, first in {"node1": "node1", "a-b,c": "a-b", "n[9]": "n9", "r-[10,7-8]-b,x": "r-10-b"}.items():
+        assert address_of(SLURM_STEP_NODELIST=nodes)[0] == first
+
+
+@pytest.mark.parametrize(
+    ("variables", "reason"),
+    [
+        ({"MASTER_ADDR": "localhost", "MASTER_PORT": "1"}, "time"),
+        ({"SLURM_STEP_NODELIST": ""}, "MASTER_ADDR"),
+        ({"SLURM_STEP_ID": "x"}, "'x'"),
+    ],
+)
+def test_processes_that_cannot_be_reached_are_one_line(variables: dict[str, str], reason: str) -> None:
+    message = rf"^process 5 of 8 cannot reach the others \(.*{reason}.*\); check .* MASTER_ADDR and MASTER_PORT$"
+    with (
+        patch.dict(os.environ, {**TASK, **variables}), patch.object(processes, "_TIMEOUT", timedelta(seconds=1)),
+        pytest.raises(jf.InputError, match=message), processes.process_group(),
+    ):  # fmt: skip
+        pass
+
+
+def test_the_loss_of_another_process_is_one_line() -> None:
+    with (
+        patch.dict(os.environ, TASK), patch.object(dist, "init_process_group"),
+        pytest.raises(jf.InputError, match=r"^process 5 of 8 has lost another process"), processes.process_group(),
+    ):  # fmt: skip
+        raise RuntimeError("[gloo/transport/tcp/pair.cc:538] Connection closed by peer")
+
+
+def test_one_process_needs_no_group() -> None:
+    for variables in ({}, {"SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}):
+        with patch.dict(os.environ, variables), processes.process_group():
+            assert (processes.rank(), processes.world_size(), dist.is_initialized()) == (0, 1, False)

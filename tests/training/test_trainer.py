@@ -20,7 +20,6 @@ from torch import Tensor
 
 import jacobiflow as jf
 from jacobiflow.data import ImageDataset
-from jacobiflow.distributed import Processes
 from jacobiflow.training import TrainConfig, TrainMetrics, folder, problems, read_metrics, train
 from tests.helpers.running import run_line
 from tests.helpers.training_runs import (
@@ -299,5 +298,5 @@ def test_a_damaged_checkpoint_is_refused_and_runs_no_code(undisturbed: Path, tmp
 
 def test_a_checkpoint_of_any_step_is_found(tmp_path: Path) -> None:
     for step in (5, 10**8, 10**9):
-        folder.write_checkpoint(tmp_path, step, {"x": torch.ones(2)}, Processes())
+        folder.write_checkpoint(tmp_path, step, {"x": torch.ones(2)})
         assert folder.last_checkpoint(tmp_path) == (step, *tmp_path.iterdir())

@@ -25,7 +25,7 @@ import torch
 import jacobiflow as jf
 from benchmarks import paper_sizes, regimes
 from benchmarks.common import MODELS, RESULTS, Json, parser
-from benchmarks.sources import ROOT, code_digest
+from benchmarks.sources import ROOT
 from jacobiflow.calibration import rank_correlation
 from jacobiflow.calibration.convergence import TOLERANCES
 from jacobiflow.calibration.report import GUESS_NAMES
@@ -40,30 +40,6 @@ SAMPLERS = {
     "sequential, in PyTorch": "exact loop, in PyTorch",
 }
 MEASURES = {"fashion_fid": "fashion-FID", "emoji_fid": "emoji-FID", "pixel_distance": "Fréchet distance of the pixels"}
-
-
-def old_results() -> list[str]:
-    """A line for each result file of a benchmark with rows of other code than the present."""
-    lines = []
-    for path in sorted(RESULTS.glob("*.json")):
-        content = json.loads(path.read_text())
-        module = content.get("command", "").removeprefix("python -m ").split(" ")[0]
-        if module.startswith("tools.") or "version" in content:  # a model, or what a command wrote
-            continue
-        rows = content.get("runs", [content])
-        present = code_digest(module) if module.startswith("benchmarks.") else None
-        old = sum(row.get("code") is None or row["code"] != present for row in rows)
-        if old:
-            lines.append(f"{path.relative_to(ROOT)}: {old} of {len(rows)} rows are of other code")
-    return lines
-
-
-def machines(page: str) -> set[str]:
-    """The machines on which the times of a page were measured."""
-    sources = " ".join(match["source"] for match in REGION.finditer(page))
-    names = {path.stem for path in RESULTS.glob("*.json")} & set(re.findall(r"[\w-]+", sources))
-    results = [result(name) for name in names if not result(name).get("command", "").startswith("python -m tools.")]
-    return {content["machine"]["processor"] for content in results if '"seconds"' in json.dumps(content)}
 
 
 def pages() -> list[Path]:
@@ -161,21 +137,6 @@ def slowest_by_batch(counts: Sequence[Sequence[int]]) -> str:
     return " / ".join(f"{paper_sizes.mean_slowest(counts, batch):.1f}" for batch in regimes.BATCH_SIZES)
 
 
-def recommendation(search: Json) -> str:
-    """The recommended settings of a search, and their distance to real images."""
-    rows, settings = search["rows"], search["recommended"]
-    (measure,) = MEASURES.keys() & search["best"].keys()
-    guidance = settings["guidance"] or {"weight": 0, "attn_temperature": 1}
-    rate = settings["denoise"]
-    weight, temperature = guidance["weight"], guidance["attn_temperature"]
-    distance = where(rows, weight=weight, attn_temperature=temperature, denoise=rate)[measure]
-    plain = where(rows, weight=0, attn_temperature=1, denoise=0)[measure]
-    words = [f"guidance of weight {weight:g} at attention temperature {temperature:g}"]
-    words = words * bool(settings["guidance"]) + [f"denoising rate {rate:g}"] * bool(rate)
-    text = f"{MEASURES[measure]} {distance:.3f} of {search['num']:,} samples"
-    return f"{', '.join(words)}: {text}, {plain:.3f} without" if words else f"none: {text}"
-
-
 def chord_share(preset: str) -> float:
     """Multiplications of a chord over those of a block's dense layers, for a token."""
     config = jf.PRESETS[preset].config
@@ -195,57 +156,26 @@ def fitted_sweeps(model: str, blocks: Iterable[int]) -> str:
     return paper_facts.number_range([means[block] for block in blocks])
 
 
-def sampling_range() -> str:
-    """The range of times faster that zuko's flows draw 10,000 samples, such as "5 to 150"."""
-    flows = {"library": "zuko", "rows": 10_000, "direction": "slow"}
-    runs = [
-        run for run in result("masked-flows")["runs"] if flows.items() <= run.items() and run["flow"] in ("MAF", "NSF")
-    ]
-    return paper_facts.number_range([run["speed_up"] for run in runs], ".0f")
+def find_runs(name: str, **values: Any) -> list[Json]:
+    """The runs of a result that have these values; a tuple lists several values."""
+    accepted = {key: value if isinstance(value, tuple) else (value,) for key, value in values.items()}
+    return [run for run in result(name)["runs"] if all(run.get(key) in accepted[key] for key in accepted)]
 
 
 def speed_up_range(name: str, **values: Any) -> str:
-    """The range of the speed-ups of a result's runs with these values."""
-    runs = [run for run in result(name)["runs"] if values.items() <= run.items()]
-    return paper_facts.number_range([run["speed_up"] for run in runs], ".0f")
+    """The range of the speed-ups of a result's runs with these values, such as "5 to 150"."""
+    return paper_facts.number_range([run["speed_up"] for run in find_runs(name, **values)], ".0f")
 
 
-def to_images_speed_up(model: str, batch: int) -> str:
-    """The speed-up of `auto` over the original sampler, from latents to images."""
-    seconds = where(result("model-speed")["runs"], model=model, batch=batch)["seconds"]
-    return format_speed_up(seconds["original sampler, to images"]["median"] / seconds["auto, to images"]["median"])
-
-
-def to_images_range() -> str:
-    """The range of times faster that batches of `fashion-p2` are drawn and denoised, such as "6 to 20"."""
-    seconds = [run["seconds"] for run in result("model-speed")["runs"] if run["model"] == "fashion-p2"]
-    ratios = [each["original sampler, to images"]["median"] / each["auto, to images"]["median"] for each in seconds]
-    return paper_facts.number_range(ratios, ".0f")
-
-
-def boltzmann_range(name: str) -> str:
-    """The range of speed-ups of a way to sample over the original sampler, over all models and batches."""
-    runs = [run["seconds"] for run in result("boltzmann")["runs"] if "growing cache" in run.get("seconds", {})]
-    ratios = [seconds["growing cache"]["median"] / seconds[name]["median"] for seconds in runs if name in seconds]
-    return paper_facts.number_range(ratios)
-
-
-def median_ratio(name: str, slow: str, fast: str, **values: Any) -> float:
-    """How many times as long one way takes as another, in the run of a result with these values."""
-    seconds = where(result(name)["runs"], **values)["seconds"]
-    return float(seconds[slow]["median"] / seconds[fast]["median"])
+def ratios(name: str, slow: str, fast: str, **values: Any) -> list[float]:
+    """How many times as long one way takes as another, in each run of a result with these values that has both."""
+    timed = [run["seconds"] for run in find_runs(name, **values) if {slow, fast} <= run.get("seconds", {}).keys()]
+    return [seconds[slow]["median"] / seconds[fast]["median"] for seconds in timed]
 
 
 def star_follows(group: str) -> str:
     """The share of guided samples of a category of captions that are nearest to the emoji of their caption."""
     return f"{where(result('captions')['runs'], follows='guided')['groups'][group]['nearest']:.0%}"
-
-
-def loop_speed_up(flow: str) -> str:
-    """The speed-up of an accelerated fit of zuko by batches by index and a fused optimizer."""
-    loops = [run["total"]["accelerated"] for run in result("fits")["runs"] if "loop" in run and run["flow"] == flow]
-    loader, by_index = loops
-    return format_speed_up(loader / by_index)
 
 
 def phase_seconds(fit: Json, way: str, phase: str) -> float:
@@ -269,13 +199,13 @@ def _environment() -> jinja2.Environment:
         loader=templates, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     functions = {function.__name__: function for function in (
-        boltzmann_range, paper_facts.agreement, paper_facts.best_guess, paper_facts.mean_sweeps,
+        paper_facts.agreement, paper_facts.best_guess, paper_facts.mean_sweeps, paper_facts.number_range,
         paper_facts.segment_sweeps, paper_facts.sweeps_range, paper_facts.tough_share, chord_share, duration, fastest,
-        fastest_way, fitted_sweeps, format_speed_up, grouped, least_accurate, loop_speed_up, median_ratio,
-        paper_megabytes, paper_sizes.counted, paper_sizes.estimates, paper_sizes.runs_of, paper_sizes.tough_blocks,
-        phase_seconds, plain_sweeps, plan, rank_correlation, recommendation, regimes.best_in_passes,
-        regimes.in_passes, result, sampler, sampling_range, slowest_by_batch, speed_up_range, star_follows, strategy,
-        sweep_ways, to_images_range, to_images_speed_up, where,
+        fastest_way, find_runs, fitted_sweeps, format_speed_up, grouped, least_accurate, paper_megabytes,
+        paper_sizes.counted, paper_sizes.estimates, paper_sizes.runs_of, paper_sizes.tough_blocks, phase_seconds,
+        plain_sweeps, plan, rank_correlation, ratios, regimes.best_in_passes,
+        regimes.in_passes, result, sampler, slowest_by_batch, speed_up_range, star_follows, strategy,
+        sweep_ways, where,
     )}  # fmt: skip
     environment.globals |= functions | {
         "calls": {"sampling": "inverse", "density": "`log_prob`"},
@@ -295,4 +225,3 @@ if __name__ == "__main__":
         text = path.read_text()
         if (rendered := render(text)) != text:
             write_atomically(path, rendered.encode())
-    print("\n".join(old_results()))

@@ -1,30 +1,25 @@
-"""ONNX graphs node by node, with the operators of a transformer, over one shared file of weights."""
+"""ONNX graphs of the blocks of a TarFlow, exported from PyTorch.
+
+All blocks of a flow have the same two graphs, and each block has a file of weights that both graphs read. Tokens are in
+the causal order of the block.
+"""
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 import onnx
 import torch
-from onnx import TensorProto, helper
 from torch import Tensor
+from torch.export import Dim
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.nn import functional as F
 
-from jacobiflow.utils.files import sha256
+import jacobiflow as jf
 
-OPSET, IR_VERSION = 20, 9
 LEVELS = 50  # of a weight, above 0 and below; the bundled model then compresses to less than 3 MB
-_TYPES = {
-    torch.int8: TensorProto.INT8, torch.float16: TensorProto.FLOAT16, torch.float32: TensorProto.FLOAT,
-}  # fmt: skip
-Shape = Sequence[int | str]
-
-
-def file_name(stem: str, content: bytes | bytearray, suffix: str) -> str:
-    """The name of a file of an export. Other content has another name, so that no file is overwritten by another."""
-    return f"{stem}-{sha256(content)[:16]}{suffix}"
+WEIGHTS = "weights"  # the name of the file of weights in a graph
 
 
 def round_rows(matrix: Tensor) -> tuple[Tensor, Tensor]:
@@ -33,103 +28,132 @@ def round_rows(matrix: Tensor) -> tuple[Tensor, Tensor]:
     return (matrix / steps).round().to(torch.int8), steps
 
 
-class SharedWeights:
-    """Tensors, one after another in `data`; a graph refers to them as external data of the file `location`.
+def stored_weights(block: Any) -> dict[str, Tensor]:
+    """Returns the weights of a block as its file has them: of a matrix the multiples and the steps of `round_rows`."""
+    stored = {}
+    for name, parameter in block.named_parameters():
+        value = parameter.detach().float()
+        if name == "pos_embed":
+            value = block.permutation(value, dim=0)
+        if value.ndim == 2:
+            stored[f"{name}.multiples"], stored[f"{name}.steps"] = round_rows(value)
+        else:
+            stored[name] = value
+    return stored
 
-    Matrices are stored as `round_rows` rounds them, others in float16 if that loses nothing, else in float32.
+
+class BlockFunctions(torch.nn.Module):
+    """The functions of a block of a flow with classes that become graphs: a sweep, and a gradient.
+
+    `stored` are the weights of the block. S = 4 * layers * width are the keys and values of a token, in two rows, with
+    the label and without a label.
     """
 
-    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
-        self.data = bytearray()
-        self._stored: dict[str, list[onnx.TensorProto]] = {}
-        for name, tensor in tensors.items():
-            tensor = tensor.detach().cpu().float()
-            half = tensor.half()
-            parts = round_rows(tensor) if tensor.ndim == 2 else [half if torch.equal(half.float(), tensor) else tensor]
-            self._stored[name] = [self._store(f"{name}/{i}", part) for i, part in enumerate(parts)]
-        self.location = file_name("weights", self.data, ".bin.gz")
-        for entry in itertools.chain(*self._stored.values()):
-            entry.external_data.add(key="location", value=self.location)
+    def __init__(self, config: jf.TarFlowConfig, guidance: jf.Guidance) -> None:
+        super().__init__()
+        self.layers, self.heads = config.layers_per_block, config.channels // config.head_dim
+        self.scale = config.head_dim**-0.5
+        self.row_scales = torch.tensor([self.scale, self.scale / guidance.attn_temperature]).view(2, 1, 1, 1)
+        self.guidance = torch.stack(guidance.weights(torch.zeros(1, config.num_tokens, 1))).unsqueeze(2)
 
-    def _store(self, name: str, tensor: Tensor) -> onnx.TensorProto:
-        raw = tensor.contiguous().numpy().tobytes()
-        entry = onnx.TensorProto(
-            name=name, dims=list(tensor.shape), data_type=_TYPES[tensor.dtype], data_location=TensorProto.EXTERNAL
-        )
-        for key, value in (("offset", len(self.data)), ("length", len(raw))):
-            entry.external_data.add(key=key, value=str(value))
-        self.data += raw
-        return entry
+    def forward(
+        self, stored: Mapping[str, Tensor], x: Tensor, z: Tensor, cache: Tensor, label: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Returns g of entries m + 1 to m + n under guidance, (n, C), and the keys and values of n tokens, (n, S).
 
-    def read(self, name: str) -> tuple[list[onnx.TensorProto], list[onnx.NodeProto]]:
-        """The stored tensors of the float32 value `name`, and the nodes that make it from them."""
-        stored = self._stored[name]
-        if len(stored) == 1:
-            return stored, [helper.make_node("Cast", [stored[0].name], [name], to=TensorProto.FLOAT)]
-        multiples, steps = (entry.name for entry in stored)
-        cast = helper.make_node("Cast", [multiples], [f"{name}/float"], to=TensorProto.FLOAT)
-        return stored, [cast, helper.make_node("Mul", [f"{name}/float", steps], [name])]
+        Args:
+            x: The tokens before the entries, (n, C).
+            z: The entries of the block's input, (n, C).
+            cache: Keys and values of the m tokens before `x`, (m, S).
+            label: The class, (1,).
+        """
+        first, stop = cache.shape[0] + 1, cache.shape[0] + x.shape[0] + 1
+        labels = torch.cat((label, torch.full_like(label, -1)))
+        (conditional, unconditional), keys = self._transformer(stored, x, cache, labels, self.row_scales)
+        log_scale, shift = conditional + self.guidance[:, first:stop] * (conditional - unconditional)
+        return log_scale.exp() * z + shift, keys
+
+    def gradient(self, stored: Mapping[str, Tensor], x: Tensor, dz: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns z, the block's output for its input `x`, and the gradient of log p at x, of which z has `dz`."""
+
+        x = x.detach().requires_grad_()
+        nothing = x.new_zeros(0, 2 * self.layers * stored["pos_embed.multiples"].shape[1])
+        (out,), _ = self._transformer(stored, x[:-1], nothing, label, self.scale)
+        log_scale, shift = F.pad(out, (0, 0, 1, 0))
+        z = (x - shift) * (-log_scale).exp()
+        (dx,) = torch.autograd.grad((z * dz).sum() - log_scale.sum(), x)
+        return z.detach(), dx
+
+    def _transformer(
+        self, stored: Mapping[str, Tensor], x: Tensor, cache: Tensor, labels: Tensor, scale: Tensor | float
+    ) -> tuple[Tensor, Tensor]:
+        """Returns log-scales and shifts (rows, 2, n, C), and keys and values; label -1 is the mean of all classes."""
+
+        def weight(name: str) -> Tensor:
+            return stored[name] if name in stored else stored[f"{name}.multiples"] * stored[f"{name}.steps"]
+
+        def linear(x: Tensor, name: str) -> Tensor:
+            return F.linear(x, weight(f"{name}.weight"), weight(f"{name}.bias"))
+
+        def norm(x: Tensor, name: str) -> Tensor:
+            return F.layer_norm(x, x.shape[-1:], weight(f"{name}.weight"), weight(f"{name}.bias"))
+
+        (m, _), (n, _), rows, classes = cache.shape, x.shape, labels.shape[0], weight("class_embed")
+        context = torch.cat((classes, classes.mean(dim=0, keepdim=True)))[labels]
+        h = linear(x, "proj_in") + weight("pos_embed")[m : m + n] + context
+        old = cache.view(m, self.layers, 2, rows, self.heads, h.shape[2] // self.heads).permute(1, 2, 3, 4, 0, 5)
+        is_later, new = torch.ones(n, m + n, dtype=torch.bool).triu(m + 1), []
+        for i in range(self.layers):
+            layer = f"attn_blocks.{i}"
+            qkv = linear(norm(h, f"{layer}.attention.norm"), f"{layer}.attention.qkv")
+            qkv = qkv.view(rows, n, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+            key, value = torch.cat((old[i], qkv[1:]), dim=3)
+            logits = (qkv[0] * scale @ key.mT).masked_fill(is_later, -torch.inf)
+            read = (logits.softmax(dim=-1) @ value).transpose(1, 2).flatten(2)
+            h = h + linear(read, f"{layer}.attention.proj")
+            h = h + linear(F.gelu(linear(norm(h, f"{layer}.mlp.norm"), f"{layer}.mlp.main.0")), f"{layer}.mlp.main.2")
+            new.append(qkv[1:])
+        out = linear(h, "proj_out").unflatten(2, (2, -1)).transpose(1, 2)
+        return out, torch.stack(new).permute(4, 0, 1, 2, 3, 5).flatten(1)
 
 
-class Graph:
-    """Nodes and constants, named as they come. Called with an operator, it adds a node."""
+def block_graphs(config: jf.TarFlowConfig, guidance: jf.Guidance, stored: Mapping[str, Tensor]) -> dict[str, bytes]:
+    """Returns the two graphs of a flow's blocks, `BlockFunctions.forward` and `BlockFunctions.gradient`.
 
-    def __init__(self, weights: SharedWeights) -> None:
-        self._nodes: list[onnx.NodeProto] = []
-        self._constants: list[onnx.TensorProto] = []
-        self._weights = weights
-        self._read: set[str] = set()
-        self._names = (f"t{i}" for i in itertools.count())
+    `stored` are the weights of any of its blocks.
+    """
+    functions, stored = BlockFunctions(config, guidance), dict(stored)
+    x, z = torch.zeros(2, config.num_tokens, config.token_channels)
+    cache, label = torch.zeros(4, 4 * config.layers_per_block * config.channels), torch.tensor([0])
+    step, gradient = (stored, x[:3], z[:3], cache, label), (stored, x, z, label)
+    sizes = dict.fromkeys(stored), *({0: Dim.DYNAMIC},) * 3, None
+    exported = torch.export.export(functions, step, dynamic_shapes=sizes)
+    # A derivative is traced first, since torch.export does not differentiate.
+    traced = make_fx(lambda *inputs: functions.gradient(*inputs))(*gradient)
+    derivative = torch.export.export(traced, gradient)
+    return {
+        "step": _to_onnx(exported, stored, ["x", "z", "cache", "label"], ["g", "keys"]),
+        "gradient": _to_onnx(derivative, stored, ["x", "dz", "label"], ["z", "dx"]),
+    }
 
-    def __call__(self, op: str, *inputs: str, outputs: int | str = 1, **attributes: Any) -> Any:
-        """Adds a node; returns the name of its output, or a list of names if there are several `outputs`."""
-        names = [outputs] if isinstance(outputs, str) else list(itertools.islice(self._names, outputs))
-        self._nodes.append(helper.make_node(op, list(inputs), names, **attributes))
-        return names[0] if len(names) == 1 else names
 
-    def ints(self, *values: int) -> str:
-        """A constant vector of integers: a shape, or axes."""
-        return self.constant(np.asarray(values, np.int64))
-
-    def number(self, value: float) -> str:
-        return self.constant(np.asarray(value, np.float32))
-
-    def constant(self, value: Any) -> str:
-        name = next(self._names)
-        self._constants.append(onnx.numpy_helper.from_array(value, name))
-        return name
-
-    def weight(self, name: str) -> str:
-        if name not in self._read:
-            stored, nodes = self._weights.read(name)
-            self._constants += stored
-            self._nodes += nodes
-            self._read.add(name)
-        return name
-
-    def linear(self, x: str, name: str) -> str:
-        return self("Gemm", x, self.weight(f"{name}.weight"), self.weight(f"{name}.bias"), transB=1)
-
-    def norm(self, x: str, name: str, outputs: int = 1) -> Any:
-        """The layer norm `name`; with three `outputs` also the mean and the inverse of the standard deviation."""
-        weight, bias = self.weight(f"{name}.weight"), self.weight(f"{name}.bias")
-        return self("LayerNormalization", x, weight, bias, epsilon=1e-5, outputs=outputs)
-
-    def split(self, x: str, parts: int, axis: int = 0) -> list[str]:
-        return self("Split", x, outputs=parts, axis=axis, num_outputs=parts)
-
-    def classes(self, name: str) -> str:
-        """The class embeddings of block `name`, a row for each class and then their mean, for no class."""
-        table = self("Squeeze", self.weight(f"{name}.class_embed"), self.ints(1))
-        return self("Concat", table, self("ReduceMean", table, self.ints(0)), axis=0)
-
-    def model(
-        self, floats: Mapping[str, Shape], ints: Mapping[str, Shape], outputs: Mapping[str, Shape]
-    ) -> onnx.ModelProto:
-        """The model with these inputs of float32 and int64, and outputs of float32."""
-        value = helper.make_tensor_value_info
-        inputs = [value(name, TensorProto.FLOAT, shape) for name, shape in floats.items()]
-        inputs += [value(name, TensorProto.INT64, shape) for name, shape in ints.items()]
-        results = [value(name, TensorProto.FLOAT, shape) for name, shape in outputs.items()]
-        graph = helper.make_graph(self._nodes, "jacobiflow", inputs, results, self._constants)
-        return helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR_VERSION)
+def _to_onnx(
+    exported: torch.export.ExportedProgram, stored: Mapping[str, Tensor], inputs: list[str], outputs: list[str]
+) -> bytes:
+    """Converts a function of `stored` and `inputs` to a graph of `inputs`, with `stored` in the file of weights."""
+    program = torch.onnx.export(
+        exported, input_names=[*stored, *inputs], output_names=outputs, dynamo=True, verbose=False
+    )
+    assert program is not None
+    model, offset = program.model_proto, 0
+    graph = model.graph
+    for name, tensor in stored.items():
+        entry = onnx.numpy_helper.from_array(tensor.numpy(), name)
+        onnx.external_data_helper.set_external_data(entry, WEIGHTS, offset, tensor.nbytes)
+        entry.ClearField("raw_data")
+        graph.initializer.append(entry)
+        offset += tensor.nbytes
+    del graph.input[: len(stored)]
+    for node in graph.node:  # which names lines of this file
+        node.ClearField("metadata_props")
+    return bytes(model.SerializeToString(deterministic=True))

@@ -7,16 +7,11 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import onnx
-import torch
-
 import jacobiflow as jf
 from benchmarks.sources import ROOT
-from jacobiflow.utils.files import write_atomically, write_json
+from jacobiflow.utils.files import sha256, write_atomically, write_json
 from tools.npm import npm_files
-from tools.page.block import block_graph
-from tools.page.denoising import denoising_graph
-from tools.page.graphs import SharedWeights, file_name, round_rows
+from tools.page.graphs import block_graphs, round_rows, stored_weights
 
 MODEL, WINDOW, TOLERANCE = "fashion-p2", 8, 1e-3
 STATIC = ROOT / "tools/page/static"
@@ -35,45 +30,35 @@ def round_weights(flow: jf.TarFlow) -> jf.TarFlow:
 
 
 def export(flow: jf.TarFlow, out: Path, guidance: jf.Guidance) -> dict[str, Any]:
-    """Writes a flow with classes and noise to the folder `out`, as ONNX graphs over one file of weights.
+    """Writes a flow with classes and noise to the folder `out`, as two ONNX graphs and the weights of each block.
 
-    The folder has a graph for each block and one for the denoising step. Its model.json names these files and has
-    sizes, the order in which each block reads the tokens, the prior's standard deviations, the weights of guidance, and
-    the window and the tolerance of the sweeps. The other files are compressed, and have a hash of their content in
-    their names, so a browser's cache is never stale.
+    Its model.json names these files and has sizes, the order in which each block reads the tokens, standard deviations
+    of the prior and of the noise, and the window and the tolerance of the sweeps. The other files are compressed, and
+    have a hash of their content in their names, so a browser's cache is never stale.
 
     Returns:
         The content of model.json.
     """
-    config, tensors = flow.config, dict[str, torch.Tensor](flow.named_parameters())
+    config, stored = flow.config, [stored_weights(block) for block in flow.blocks]
     assert isinstance(config, jf.TarFlowConfig)
-    for i, block in enumerate(flow.blocks):  # in the causal order of the block
-        tensors[f"blocks.{i}.pos_embed"] = block.permutation(block.pos_embed, dim=0)
-    weights = SharedWeights(tensors)
     out.mkdir(parents=True, exist_ok=True)
 
-    def add(name: str, content: bytes) -> str:
+    def add(stem: str, content: bytes) -> str:
+        name = f"{stem}-{sha256(content)[:16]}.gz"
         write_atomically(out / name, gzip.compress(content, mtime=0))
         return name
 
-    def add_graph(stem: str, graph: onnx.ModelProto) -> str:
-        content = graph.SerializeToString()
-        return add(file_name(stem, content, ".onnx.gz"), content)
-
-    log_scale, shift = guidance.weights(flow.var.new_zeros(1, config.num_tokens, 1))
-    sizes = ("num_tokens", "token_channels", "image_size", "in_channels", "patch_size", "num_classes")
+    weights = [b"".join(part.numpy().tobytes() for part in parts.values()) for parts in stored]
+    sizes = ("num_tokens", "token_channels", "image_size", "in_channels", "patch_size", "noise_std")
     manifest: dict[str, Any] = {
-        "weights": add(weights.location, bytes(weights.data)),
-        "blocks": [add_graph(f"block-{i}", block_graph(config, i, weights)) for i in range(config.num_blocks)],
-        "denoise": add_graph("denoise", denoising_graph(flow, weights)),
+        **{name: add(name, graph) for name, graph in block_graphs(config, guidance, stored[0]).items()},
+        "weights": [add(f"weights-{i}", content) for i, content in enumerate(weights)],
         "orders": [block.permutation.order for block in flow.blocks],
         **{name: getattr(config, name) for name in sizes},
         "keys_per_token": 4 * config.layers_per_block * config.channels,
         "window": WINDOW,
         "tolerance": TOLERANCE,
         "prior_scale": flow.var.detach().float().sqrt().flatten().tolist(),
-        "logit_scale": [1.0, 1 / guidance.attn_temperature],
-        "guidance": {"log_scale": log_scale.tolist(), "shift": shift.tolist()},
     }
     write_json(out / "model.json", manifest, indent=None)
     return manifest

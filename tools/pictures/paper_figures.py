@@ -21,11 +21,9 @@ from torch import Tensor
 import jacobiflow as jf
 from benchmarks.common import FIGURES, parser
 from jacobiflow.calibration import CalibrationReport, gs_jacobi_notation
-from jacobiflow.data import image_grid
 from jacobiflow.fixed_point import Latent, MaxSweeps, Solver, Whole, Zeros
 from jacobiflow.models.flow import Flow
 from jacobiflow.plots import comparison_sheet, rows_sheet, sampler_style, save_png
-from jacobiflow.plots.sheets import column_captions, stack_images
 from jacobiflow.plots.style import new_figure, simplify_axes, use_style
 from tools.pictures.palette import ORDERED
 
@@ -121,14 +119,14 @@ def label_sweeps(figure: Figure, report: CalibrationReport) -> None:
 
 
 def intermediates_sheet(intermediates: Sequence[Float[Tensor, "n c h w"]], denoised: bool) -> Image.Image:
-    """Draws `Samples.intermediates`, a line for each sample (Figure 3 of the paper).
+    """Draws `Samples.intermediates`, a row for each sample (Figure 3 of the paper).
 
     The first image is noise, and one follows for each block. `denoised` tells if the last one is denoised.
     """
     blocks = len(intermediates) - 1 - denoised
-    captions = ["noise", *(f"block {i}" for i in reversed(range(blocks))), *["denoised"] * denoised]
-    grid = image_grid(torch.stack(list(intermediates), dim=1).flatten(0, 1), len(intermediates))
-    return stack_images([column_captions(captions, grid.width), grid])
+    columns = ["noise", *(f"block {i}" for i in reversed(range(blocks))), *["denoised"] * denoised]
+    rows = torch.stack(list(intermediates), dim=1)
+    return rows_sheet([(f"sample {i}", row) for i, row in enumerate(rows)], columns)
 
 
 def strategies_of(report: CalibrationReport, notation: str) -> dict[str, jf.Strategy]:

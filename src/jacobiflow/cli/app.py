@@ -14,14 +14,13 @@ quick.
 
 from __future__ import annotations
 
-import inspect
 import io
 import os
 import signal
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -80,7 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 return 0
             command: Any = sys.modules[type(config).__module__]
             _prepare(config)
-            result = _in_processes(command.run)(config)
+            result = command.run(config)
             if result is None:
                 return 0
             command.show(config, result)
@@ -135,26 +134,6 @@ def _prepare(config: options.Config) -> None:
                 "correct or uninstall the package that it is in"
             ) from error
     output_files.check_output("--json", config.json, *(v for name, v in vars(config).items() if name != "json"))
-
-
-def _in_processes(run: Callable[..., Any]) -> Callable[[Any], Any]:
-    """Returns a command's `run`, with the processes that share it if it takes them; the first one has the result."""
-    if "processes" not in inspect.signature(run).parameters:
-        return run
-
-    def run_shared(config: Any) -> Any:
-        from jacobiflow.distributed import ProcessFailed, processes
-
-        try:
-            with processes() as group:
-                result = run(config, group)
-                return result if group.rank == 0 else None
-        except ProcessFailed as error:
-            if error.is_reported:
-                raise SystemExit(_BAD_INPUT) from None
-            raise
-
-    return run_shared
 
 
 def _is_first_process() -> bool:

@@ -89,12 +89,13 @@ def run(config: BenchConfig) -> BenchResult:
 
     flow = loading.load_model(config.model, config.device, config.dtype)
     has_context = config.labels != "none" and not flow.reads_text
-    flow, settings = loading.guide(flow, config.guidance, config.plain, has_context)
+    settings, origin = loading.resolve_settings(flow, config.guidance, 0.0, config.plain, has_context)
+    flow = flow.guided(settings.guidance)
     with progress_bar() as progress:
         cases = _prepare(config, flow, progress)
     with files.output_directory(config.out, "benchmark", (_FIGURE, _TABLE)), progress_bar() as progress:
         result = BenchResult(
-            settings=settings, native_loops=native.describe(),
+            settings=origin, native_loops=native.describe(),
             comparisons=tuple(case(progress=progress) for case in cases),
             machine=timing.describe_machine(flow.var.device),
         )  # fmt: skip

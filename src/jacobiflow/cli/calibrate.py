@@ -5,19 +5,17 @@ from __future__ import annotations
 import math
 import shlex
 from dataclasses import astuple, dataclass
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import jacobiflow as jf
-from jacobiflow.cli import loading, options, output_files
+from jacobiflow.cli import loading, options
 from jacobiflow.cli.output import progress_bar, show_table
 from jacobiflow.errors import InputValueError
 from jacobiflow.utils.provenance import Provenance
 
 if TYPE_CHECKING:
     from jacobiflow.calibration.metrics import Norm
-    from jacobiflow.distributed import Processes
 
 _METRIC_NAMES = {"crm": "CRM", "gamma": "|Gamma|"}
 _TOLERANCE = 1e-3  # The tables count sweeps to this tolerance.
@@ -28,10 +26,9 @@ class CalibrateConfig(options.Config):
     """Measure how hard each block of a flow is to invert.
 
     Measures the metrics of the GS-Jacobi paper, IGM and CRM, and sweeps, and derives a strategy. The same command again
-    resumes after an interruption, from the results in OUT.partial. Several processes share the work, started by
-    torchrun or srun.
+    resumes after an interruption. Several processes that run it share the work.
 
-    Example: jacobiflow calibrate --per-class --images fashion-512 --out out/report.json
+    Example: jacobiflow calibrate --per-class --images fashion-512 --out out/calibration
 
     Attributes:
         num: Number of images, which the seed chooses; all if there are fewer.
@@ -41,7 +38,7 @@ class CalibrateConfig(options.Config):
         segments: Number of segments of a tough block that are measured one by one.
         convergence_samples: Number of samples in each convergence curve.
         per_class: Also measure each class by itself (Appendix E of the paper).
-        out: File for the report (JSON).
+        out: Folder for report.json.
     """
 
     model: options.Model = "fashion-p2"
@@ -73,7 +70,6 @@ class CalibrateResult(Provenance):
     model: str
     images: str
     out: str
-    processes: int
     use: str
     report: jf.CalibrationReport
 
@@ -85,16 +81,18 @@ class CalibrateResult(Provenance):
         return vars(self) | metrics | {"mean_sweeps": self.report.mean_sweeps("noise", _TOLERANCE), "report": self.out}
 
 
-def run(config: CalibrateConfig, processes: Processes) -> CalibrateResult:
+def run(config: CalibrateConfig) -> CalibrateResult | None:
     """Measures the flow, and writes the report."""
     import torch
 
+    from jacobiflow import jobs
+    from jacobiflow.calibration.measure import CalibrationJob
     from jacobiflow.data import Noise, load_images, noisy_images
-    from jacobiflow.utils.timing import describe_machine
+    from jacobiflow.jobs.launch import find_launch, local_device
+    from jacobiflow.utils import files
 
-    is_report = fnmatch(config.out.name, "report*.json")  # Such a file belongs in the model's folder.
-    output_files.check_output("--out", config.out, config.images, *[] if is_report else [config.model])
-    device = processes.device(loading.pick_device(config.device))
+    files.check_own(config.out, CalibrationJob.kind)
+    device = local_device(loading.pick_device(config.device))
     flow = loading.load_model(config.model, device, config.dtype, config.guidance)
     is_labelled = bool(flow.config.num_classes) and not config.unconditional
     if config.per_class and not is_labelled:
@@ -108,17 +106,21 @@ def run(config: CalibrateConfig, processes: Processes) -> CalibrateResult:
         pixels = noisy_images(data, indices, Noise.of_std(flow.config.noise_std), config.seed)
     labels = labels if is_labelled else None
     norm: Norm = 2 if config.norm == "2" else 1 if config.norm == "1" else "fro"
-    with progress_bar(is_shown=processes.rank == 0) as progress:
-        report = jf.calibrate(
-            flow, pixels, labels, norm=norm, segments=config.segments,
-            num_convergence_samples=config.convergence_samples, per_class=config.per_class,
-            batch_size=config.batch_size, seed=config.seed, out=config.out, progress=progress, processes=processes,
-        )  # fmt: skip
-    use = ["jacobiflow", "sample", "--model", config.model, "--report", str(config.out)]
+    job = CalibrationJob(
+        flow, pixels, labels, norm, segments=config.segments, num_convergence_samples=config.convergence_samples,
+        per_class=config.per_class, batch_size=config.batch_size, seed=config.seed,
+    )  # fmt: skip
+    out = config.out / CalibrationJob.result_name
+    with progress_bar(is_shown=find_launch().rank == 0) as progress:
+        outcome = jobs.run(job, config.out, progress=progress)
+    if not outcome.is_reporter:
+        print(f"another process wrote {out}")
+        return None
+    use = ["jacobiflow", "sample", "--model", config.model, "--report", str(out)]
     use += ["--guidance", str(flow.guidance or 0)] + ["--labels", "none"] * (labels is None)
     return CalibrateResult(
-        model=config.model, images=config.images, out=str(config.out), processes=processes.count, use=shlex.join(use),
-        report=report, machine=describe_machine(flow.var.device),
+        model=config.model, images=config.images, out=str(out), use=shlex.join(use), machine=dict(job.machine),
+        report=jf.CalibrationReport.from_json(outcome.result),
     )  # fmt: skip
 
 
@@ -193,8 +195,5 @@ def _format_spread(spread: tuple[float, float] | None) -> str:
 
 
 def describe_kept(config: CalibrateConfig) -> str:
-    """Describes the measurements that Ctrl-C leaves, and how to go on."""
-    folder = Path(f"{config.out}.partial")
-    if not folder.exists():
-        return "nothing is measured yet; run the same command to start again"
-    return f"finished measurements are kept in {folder}; run the same command to resume"
+    """Describes what an interrupted run leaves, and how to go on."""
+    return f"finished measurements are kept in {config.out}; run the same command to resume"

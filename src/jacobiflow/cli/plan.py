@@ -75,15 +75,14 @@ def run(config: PlanConfig) -> PlanResult:
         raise InputValueError(f"--out {config.out}: give a file that ends in .json")
     size = options.parse_batch_size(config.batch_size)
     flow = loading.load_model(config.model, config.device, config.dtype)
-    flow, settings = loading.guide(flow, config.guidance, config.plain, has_context=True)
+    settings, origin = loading.resolve_settings(flow, config.guidance, 0.0, config.plain, has_context=True)
+    flow = flow.guided(settings.guidance)
+    size = size or find_batch_size(flow, _MAX_AUTO_BATCH_SIZE)
     tuning = _tune(flow, config.model, config.out) if config.tune else jf.find_tuning(flow)
-    strategy = jf.plan(
-        flow, None if tuning is None else jf.Tuning.load(tuning), size or find_batch_size(flow, _MAX_AUTO_BATCH_SIZE),
-        config.tolerance,
-    )  # fmt: skip
+    strategy = jf.plan(flow, None if tuning is None else jf.Tuning.load(tuning), size, config.tolerance)
     config.out.parent.mkdir(parents=True, exist_ok=True)
     strategy.save(config.out)
-    return PlanResult(strategy, tuning, settings, flow.config.num_tokens)
+    return PlanResult(strategy, tuning, origin, flow.config.num_tokens)
 
 
 def _tune(flow: Flow, model: str, out: Path) -> Path:

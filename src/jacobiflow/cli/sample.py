@@ -156,7 +156,7 @@ def run(config: SampleConfig) -> SampleResult | None:
             batch_size=batch_size, shard_size=shard_size, files=config.files,
             report=loading.load_report(config.report, flow), overwrite=config.overwrite, progress=progress,
         )  # fmt: skip
-        if not folder.is_reducer and (folder.num_new or find_launch().rank):
+        if not folder.is_reporter:
             print(f"all {config.num:,} samples are in {config.out}; another process prints their outcome")
             return None
         preparation_seconds = perf_counter() - started - folder.seconds

@@ -19,7 +19,6 @@ from jacobiflow.utils.provenance import Provenance
 
 if TYPE_CHECKING:
     from jacobiflow.data import ImageDataset, Split
-    from jacobiflow.distributed import Processes
     from jacobiflow.models.config import FlowConfig
     from jacobiflow.models.flow import Flow
     from jacobiflow.training import TrainMetrics
@@ -94,12 +93,14 @@ class TrainResult(Provenance):
     last_step: TrainMetrics | None
 
 
-def run(config: TrainOptions, processes: Processes) -> TrainResult:
+def run(config: TrainOptions) -> TrainResult | None:
     """Trains the flow, or resumes its training."""
     import torch
 
     from jacobiflow import plots, training
+    from jacobiflow.jobs.launch import find_launch, local_device
     from jacobiflow.training.folder import last_checkpoint
+    from jacobiflow.training.processes import process_group
     from jacobiflow.training.transforms import image_transform
     from jacobiflow.utils import timing
     from jacobiflow.utils.checks import check_device
@@ -107,13 +108,14 @@ def run(config: TrainOptions, processes: Processes) -> TrainResult:
     data = _training_images(config)
     held_out = _held_out_images(config, data)
     flow_class, flow_config = _flow_config(config, data)
-    device = check_device(processes.device(loading.pick_device(config.device)), must_exist=True)
+    device = check_device(local_device(loading.pick_device(config.device)), must_exist=True)
     torch.manual_seed(config.training.seed)
     flow = flow_class(flow_config).to(device)
     transform = image_transform(flow.require_images(), config.horizontal_flip, config.translate, config.hue)
 
     start, _ = last_checkpoint(config.out)
-    if processes.rank == 0:
+    is_first = find_launch().rank == 0
+    if is_first:
         print(_summary(config, data, held_out, flow), file=sys.stderr)
 
     def print_metrics(metrics: TrainMetrics) -> None:
@@ -132,12 +134,14 @@ def run(config: TrainOptions, processes: Processes) -> TrainResult:
         samples = jf.sample(average, num=20, labels=labels, seed=config.training.seed, strategy="sequential")
         plots.save_png(samples.grid(10), config.out / f"samples-{step:06d}.png")
 
-    with progress_bar(is_shown=processes.rank == 0) as progress:
+    with process_group(), progress_bar(is_shown=is_first) as progress:
         training.train(
             flow, data, config.training, config.out, held_out=held_out, transform=transform,
-            on_step=print_metrics, on_sample=save_samples, progress=progress, processes=processes,
+            on_step=print_metrics, on_sample=save_samples, progress=progress,
         )  # fmt: skip
-    if processes.rank == 0 and start >= config.training.steps:
+    if not is_first:
+        return None
+    if start >= config.training.steps:
         print(f"all steps are done: the run is at step {start:,}", file=sys.stderr)
     metrics = training.read_metrics(config.out)
     last_step = metrics[-1] if metrics else None  # The user may have deleted the file of a run that is complete.

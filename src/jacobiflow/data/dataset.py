@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch.utils.data import Dataset
 from jacobiflow.data.image_files import ImageFiles
 from jacobiflow.errors import DataError
 from jacobiflow.utils.checks import check_kind, format_value
+from jacobiflow.utils.files import sha256
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,6 +56,16 @@ class ImageDataset(Dataset[Any]):
     def batch(self, index: Tensor | slice) -> tuple[Float[Tensor, "b c h w"], Int[Tensor, " b"] | None]:
         """Returns images scaled to [-1, 1] and labels at `index`."""
         return scale(self.images[index]), None if self.labels is None else self.labels[index]
+
+    def evenly_spaced(self, num: int) -> ImageDataset:
+        """Returns `num` evenly spaced images, read into memory if they are in files."""
+        index = torch.arange(num) * len(self) // num
+        return replace(self, images=self.images[index], labels=None if self.labels is None else self.labels[index])
+
+    def sha256(self) -> str:
+        """Returns the SHA-256 of the images, or of their files, and of the labels."""
+        images = self.images.files if isinstance(self.images, ImageFiles) else (self.images.numpy().tobytes(),)
+        return sha256(*images, b"" if self.labels is None else self.labels.numpy().tobytes())
 
 
 def scale(images: UInt8[Tensor, "*n"]) -> Float[Tensor, "*n"]:

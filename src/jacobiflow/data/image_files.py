@@ -51,28 +51,18 @@ class ImageFiles:
     def __getitem__(self, index: Any) -> UInt8[Tensor, "*n c h w"]:
         if isinstance(index, int):
             return read_image(self.files[index], self.size, self.channels)
-        indices = torch.arange(len(self))[index]
-        if not indices.ndim:
-            return self[int(indices)]
-        images = torch.empty(len(indices), *self.shape[1:], dtype=torch.uint8)
-        for image, i in zip(images, indices.tolist(), strict=True):
-            image.copy_(read_image(self.files[i], self.size, self.channels))
-        return images
+        return torch.stack([self[i] for i in torch.arange(len(self))[index].tolist()])
 
 
 def image_sides(path: Path) -> tuple[int, int]:
     """Returns the width and the height of an image, without reading its pixels."""
-    from PIL import Image
-
-    with _usable(path), Image.open(regular_file(path)) as file:
+    with _opened(path) as file:
         return file.size
 
 
 def is_grey(path: Path) -> bool:
     """Tells whether all pixels of an image are grey."""
-    from PIL import Image
-
-    with _usable(path), Image.open(regular_file(path)) as file:
+    with _opened(path) as file:
         if file.mode in ("1", "L", "LA") or file.mode.startswith("I"):
             return True
         red, green, blue = np.asarray(_to_opaque(file).convert("RGB")).transpose(2, 0, 1)
@@ -80,10 +70,13 @@ def is_grey(path: Path) -> bool:
 
 
 @contextmanager
-def _usable(path: Path) -> Iterator[None]:
-    """Raises DataError in place of the many kinds of exceptions that Pillow raises for broken files."""
+def _opened(path: Path) -> Iterator[Image.Image]:
+    """Opens an image; raises DataError in place of the many kinds of exceptions that Pillow raises for broken files."""
+    from PIL import Image
+
     try:
-        yield
+        with Image.open(regular_file(path)) as file:
+            yield file
     except Exception as error:
         raise DataError(f"{path}: not a usable image ({error}); replace or remove it") from error
 
@@ -96,7 +89,7 @@ def read_image(path: Path, size: int, channels: int) -> UInt8[Tensor, "c h w"]:
     """
     from PIL import Image
 
-    with _usable(path), Image.open(regular_file(path)) as file:
+    with _opened(path) as file:
         image = _to_opaque(file).convert("L" if channels == 1 else "RGB")
     shorter = min(image.size)
     if shorter < size:

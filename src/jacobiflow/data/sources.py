@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import gzip
 import os
-import zipfile
-import zlib
 from dataclasses import replace
+from glob import glob
 from importlib import resources
 from pathlib import Path
 from typing import Literal, TypeAlias
@@ -34,7 +33,6 @@ _CLASSES = {
     ),
     "emoji": ("face", "person", "gesture", "profession", "fantasy", "hand"),
 }  # fmt: skip
-_BROKEN = (OSError, EOFError, LookupError, TypeError, ValueError, zlib.error, zipfile.BadZipFile)
 
 
 def load_images(
@@ -132,7 +130,7 @@ def _idx_file(folder: Path, name: str) -> NDArray[np.uint8]:
             raise DataError(f"starts with {data[:4].hex(' ') or 'nothing'}, not as an IDX file of unsigned bytes")
         shape = np.frombuffer(data, ">u4", data[3], offset=4)
         return np.frombuffer(data, np.uint8, offset=4 + 4 * len(shape)).reshape(shape).copy()
-    except _BROKEN as error:
+    except Exception as error:
         raise DataError(f"{path}: broken ({error}); fetch the file again") from error
 
 
@@ -140,7 +138,7 @@ def _npz_file(path: Path) -> ImageDataset:
     try:
         with np.load(regular_file(path), allow_pickle=False) as arrays:
             images, labels = arrays["images"], arrays.get("labels")
-    except _BROKEN as error:
+    except Exception as error:
         raise DataError(f"{path}: no .npz file with images and labels ({error})") from error
     return _dataset(path, images, labels)
 
@@ -168,54 +166,30 @@ def image_folder(folder: str | Path, size: int | None = None, channels: int | No
         channels: 3 for colour, 1 for grey; None for colour unless all images are grey.
 
     Raises:
-        DataError: If there is no image, a class has no image, images lie beside class folders, or links lead to
-            the same folder twice. Also when an image is read that is broken, animated, of 32-bit pixels or smaller
-            than `size`.
+        DataError: If there is no image, a class has no image, or images lie beside class folders. Also when an image
+            is read that is broken, animated, of 32-bit pixels or smaller than `size`.
     """
     root = Path(folder)
     size, channels = size and check_count("size", size), channels and check_choice("channels", channels, (1, 3))
     if not root.is_dir():
         raise DataError(f"{root}: no such folder")
-    direct, subfolders = _list_folder(root)
-    classes = {path.name: _images_below(path) for path in subfolders}
-    files = [*direct, *(file for members in classes.values() for file in members)]
-    if not files:
+    paths = map(Path, glob("**/*", root_dir=root, recursive=True))  # Hidden files and folders are left out.
+    names = sorted(path for path in paths if path.suffix.lower() in SUFFIXES)
+    if not names:
         raise DataError(f"{root}: no image in it (looked for {', '.join(sorted(SUFFIXES))})")
-    if direct and len(files) > len(direct):
-        raise DataError(f"{root}: {direct[0].name} lies beside class folders; move it into one")
-    if direct:
-        classes = {}
-    for name, members in classes.items():
-        if not members:
-            raise DataError(f"{root / name}: class folder without an image; add some, or remove it")
+    classes = sorted(path.name for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
+    direct = [name for name in names if len(name.parts) == 1]
+    if direct and len(direct) < len(names):
+        raise DataError(f"{root}: {direct[0]} lies beside class folders; move it into one")
+    numbers = {} if direct else {name: number for number, name in enumerate(classes)}
+    for name in sorted(numbers.keys() - {path.parts[0] for path in names}):
+        raise DataError(f"{root / name}: class folder without an image; add some, or remove it")
+    files = tuple(root / name for name in names)
     if size is None:
         size = min(min(image_sides(file)) for file in files)
     if channels is None:
         channels = 1 if all(map(is_grey, files)) else 3
-    images = ImageFiles(tuple(files), size, channels)
+    images = ImageFiles(files, size, channels)
     images[0]  # Raises an error for too large a size.
-    labels = [label for label, members in enumerate(classes.values()) for _ in members]
-    return ImageDataset(images, torch.tensor(labels) if classes else None, tuple(classes))
-
-
-def _list_folder(folder: Path) -> tuple[list[Path], list[Path]]:
-    """Returns the images and the subfolders of a folder, sorted by name."""
-    entries = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
-    subfolders = [path for path in entries if path.is_dir()]
-    images = [path for path in entries if path.suffix.lower() in SUFFIXES and path not in subfolders]
-    return images, subfolders
-
-
-def _images_below(folder: Path) -> list[Path]:
-    """Returns the images in a folder and its subfolders."""
-    files, folders, visited = list[Path](), [folder], set[tuple[int, int]]()
-    while folders:
-        folder = folders.pop()
-        status = folder.stat()
-        if (status.st_dev, status.st_ino) in visited:
-            raise DataError(f"{folder}: links make the images of this folder count twice; remove the links")
-        visited.add((status.st_dev, status.st_ino))
-        images, subfolders = _list_folder(folder)
-        files += images
-        folders += reversed(subfolders)
-    return files
+    labels = torch.tensor([numbers[name.parts[0]] for name in names]) if numbers else None
+    return ImageDataset(images, labels, tuple(numbers))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, UInt8
@@ -49,12 +49,6 @@ class PixelDifference:
     share: float
     levels: int
 
-    @classmethod
-    def merge(cls, parts: Sequence[tuple[int, PixelDifference]]) -> PixelDifference:
-        """Returns the difference of all images, from that of parts of them and the number of images in each."""
-        num = sum(count for count, _ in parts)
-        return cls(sum(count * part.share for count, part in parts) / num, max(part.levels for _, part in parts))
-
 
 @dataclass(frozen=True)
 class SampleErrors:
@@ -77,11 +71,14 @@ class SampleErrors:
     @classmethod
     def merge(cls, parts: Sequence[SampleErrors]) -> SampleErrors:
         """Returns the errors of all samples, from those of parts of them."""
-        num = sum(part.num for part in parts)
+        num, pixels = sum(part.num for part in parts), None
         rms = math.sqrt(sum(part.num * part.rms**2 for part in parts) / num)
-        pixels = [(part.num, part.pixels) for part in parts if part.pixels is not None]
-        merged = cls(num, max(part.max for part in parts), rms)
-        return replace(merged, psnr=_psnr(rms), pixels=PixelDifference.merge(pixels)) if pixels else merged
+        by_part = [(part.num, part.pixels) for part in parts if part.pixels is not None]
+        if by_part:
+            share = sum(count * each.share for count, each in by_part) / num
+            pixels = PixelDifference(share, max(each.levels for _, each in by_part))
+        psnr = None if parts[0].psnr is None else _psnr(rms)
+        return cls(num, max(part.max for part in parts), rms, psnr, pixels)
 
 
 def sample_errors(samples: Float[Tensor, "n ..."], exact: Float[Tensor, "n ..."]) -> SampleErrors:

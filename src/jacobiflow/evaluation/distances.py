@@ -74,13 +74,9 @@ class FeatureStatistics:
             check_floating("sum", total, ("d",))
             check_floating("cov_sum", outer, (len(total), len(total)))
             statistics = cls(check_count("num_samples", int(num), minimum=2), total.double(), outer.double())
-            covariance = statistics.covariance()
-            if not covariance.float().isfinite().all():
-                raise InputValueError("the covariance is beyond the range of float32")
-            rounding = _MAX_ROUNDING * statistics.outer.abs().max() / statistics.num
-            is_symmetric = (covariance - covariance.T).abs().max() <= rounding
-            if not is_symmetric or torch.linalg.eigvalsh(covariance).min() < -rounding:
-                raise InputValueError("cov_sum gives no covariance: it is not symmetric, or a variance is negative")
+            variance = statistics.covariance().float().diagonal()
+            if not variance.isfinite().all() or (variance < -_MAX_ROUNDING * outer.diagonal().max() / num).any():
+                raise InputValueError("cov_sum gives a variance that is negative, or not finite")
         except (LookupError, TypeError, ValueError, OverflowError) as error:
             raise DataError(
                 f"{path}: no statistics of FrechetInceptionDistance ({error}); give {_EXPECTED_FILE}"
@@ -113,10 +109,7 @@ def frechet_distance(real: FeatureStatistics, fake: FeatureStatistics) -> float:
         >>> round(frechet_distance(real, fake), 6)
         8.0
     """
-    if len(real.sum) != len(fake.sum):
-        raise DataError(f"statistics of {len(real.sum)} features against {len(fake.sum)}: give the same features")
-    if min(real.num, fake.num) < 2:
-        raise DataError(f"a Fréchet distance between {real.num} and {fake.num} images: give at least 2 of each")
+    check_comparable((real.num, len(real.sum)), (fake.num, len(fake.sum)))
     means, first, second = real.sum / real.num - fake.sum / fake.num, real.covariance(), fake.covariance()
     product = first @ second
     if not torch.isfinite(torch.stack((first, second, product))).all():  # LAPACK would corrupt memory
@@ -161,11 +154,16 @@ def precision_recall(real: Float[Tensor, "n d"], fake: Float[Tensor, "m d"]) -> 
     return float(shares["precision"]), float(shares["recall"])
 
 
+def check_comparable(real: tuple[int, int], fake: tuple[int, int], min_images: int = 2) -> None:
+    """Raises DataError if features of these shapes (n, d) cannot be compared."""
+    if real[1] != fake[1]:
+        raise DataError(f"{real[1]} features against {fake[1]}: give the same features of both sets")
+    if min(real[0], fake[0]) < min_images:
+        raise DataError(f"{real[0]} images against {fake[0]}: give at least {min_images} of each")
+
+
 def _check_features(what: str, real: Tensor, fake: Tensor, min_images: int) -> None:
     require_eval_extra(what)
-    if real.shape[1] != fake.shape[1]:
-        raise DataError(f"{real.shape[1]} features against {fake.shape[1]}: give the same features of both sets")
-    if min(len(real), len(fake)) < min_images:
-        raise DataError(f"{len(real)} images against {len(fake)}: give at least {min_images} of each")
+    check_comparable((len(real), real.shape[1]), (len(fake), fake.shape[1]), min_images)
     if not (torch.isfinite(real).all() and torch.isfinite(fake).all()):
         raise DataError("features that are not finite: check the images")

@@ -65,15 +65,15 @@ class JobFolder:
             yield
 
     @contextmanager
-    def try_lock(self, unit: str) -> Iterator[bool]:
-        """Locks a unit until the block ends; yields False if another process has locked it."""
+    def claim(self, unit: str) -> Iterator[bool]:
+        """Locks a unit until the block ends; yields False if it is finished, or if another process has locked it."""
         with ExitStack() as stack:
-            try:
-                stack.enter_context(locked(self.path, f"{LOCK}-{unit}"))
-                is_locked = True
-            except FolderInUseError:
-                is_locked = False
-            yield is_locked
+            is_mine = False
+            if not self.is_finished(unit):
+                with suppress(FolderInUseError):
+                    stack.enter_context(locked(self.path, f"{LOCK}-{unit}"))
+                    is_mine = not self.is_finished(unit)  # Another process may have finished it meanwhile.
+            yield is_mine
 
     @contextmanager
     def use(self) -> Iterator[None]:
@@ -145,12 +145,19 @@ class JobFolder:
 
     def value(self, unit: str) -> Any:
         """Returns the value of a finished unit."""
+        return self._finished_record(unit)["value"]
+
+    def checksums(self, unit: str) -> dict[str, str]:
+        """Returns the checksum of each file of a finished unit, by the name of the file."""
+        return dict(self._finished_record(unit)["files"])
+
+    def _finished_record(self, unit: str) -> dict[str, Any]:
         record = self._read_record(unit)
         if record is None:
             raise JobFolderError(
                 f"{self._record_file(unit)}: missing or damaged; run the same command again, which restores it"
             )
-        return record["value"]
+        return record
 
     def is_intact(self, unit: str) -> bool:
         """Tells whether a unit is finished, and its files match their checksums."""
@@ -165,8 +172,8 @@ class JobFolder:
     def discard_damaged(self, unit: str) -> None:
         """Removes the record of a finished unit whose files have changed, so that it is computed again."""
         if self.is_finished(unit) and not self.is_intact(unit):
-            with self.try_lock(unit) as is_locked:
-                if is_locked and not self.is_intact(unit):
+            with suppress(FolderInUseError), locked(self.path, f"{LOCK}-{unit}"):
+                if not self.is_intact(unit):
                     self._record_file(unit).unlink(missing_ok=True)
                     warnings.warn(f"{self.path}: {unit} was damaged, and is computed again", stacklevel=3)
 
@@ -222,5 +229,5 @@ class JobFolder:
 def _describe_difference(name: str, earlier: Any, new: Any) -> str:
     """Describes an entry in which two specs differ; checksums say only that something is other."""
     if name.endswith("_sha256"):
-        return f"other {name.removesuffix('_sha256')}"
+        return f"other {name.removesuffix('_sha256').replace('_', ' ')}"
     return f"{name.replace('_', ' ')} {format_value(earlier)}, not {format_value(new)}"

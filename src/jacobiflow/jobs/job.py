@@ -8,7 +8,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -79,13 +78,14 @@ class JobRun:
 
     Attributes:
         result: The result, a JSON object.
-        is_reducer: Whether this process made the result.
+        is_reporter: Whether this process shall print the result. It has reduced the job; or it found the job complete,
+            and is the first process of its launcher.
         missing: The units of the last stage that were not finished when this process came to it.
         seconds: The time from then until all were finished.
     """
 
     result: Any
-    is_reducer: bool
+    is_reporter: bool
     missing: tuple[str, ...]
     seconds: float
 
@@ -115,7 +115,7 @@ def run(job: Job, path: str | Path, *, overwrite: bool = False, progress: Progre
             _start(job, folder, overwrite)
             result = folder.read_result()
             if result is not None and all(folder.is_intact(unit) for units in job.stages(folder) for unit in units):
-                return JobRun(result, False, missing, 0.0)
+                return JobRun(result, find_launch().rank == 0, missing, 0.0)
             folder.discard_result()
             stack.enter_context(folder.use())
         for units in job.stages(folder):
@@ -171,14 +171,10 @@ def _claim(
     while todo:
         has_waited = True
         for unit, size in list(todo.items()):
-            if not folder.is_finished(unit):
-                with folder.try_lock(unit) as is_locked:
-                    if is_locked and not folder.is_finished(unit):  # Another process may have finished it meanwhile.
-                        yield (
-                            unit,
-                            progress and partial(_add_progress, progress, folder.kind, total - num_left, size, total),
-                        )
-                        has_waited = False
+            with folder.claim(unit) as is_mine:
+                if is_mine:
+                    yield unit, progress and _PartOfProgress(progress, folder.kind, total - num_left, size, total)
+                    has_waited = False
             if folder.is_finished(unit):
                 num_left -= todo.pop(unit)
                 if progress is not None:
@@ -187,8 +183,15 @@ def _claim(
             time.sleep(_POLL_SECONDS)
 
 
-def _add_progress(
-    progress: Progress, kind: str, num_done: int, size: int, total: int, done: int, out_of: int, what: str
-) -> None:
-    """Reports the progress of a unit, which is `done / out_of`, as that of its stage."""
-    progress(num_done + size * done // out_of, total, kind)
+@dataclass(frozen=True)
+class _PartOfProgress:
+    """The progress of a unit as a part of that of its stage."""
+
+    progress: Progress
+    kind: str
+    num_before: int
+    size: int
+    total: int
+
+    def __call__(self, done: int, total: int, what: str) -> None:
+        self.progress(self.num_before + self.size * done // total, self.total, self.kind)

@@ -13,30 +13,28 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from jacobiflow.distributed import Processes
 from jacobiflow.errors import InputValueError, first_line
-from jacobiflow.models.checkpoints.folder import MAX_SHARD_SIZE
-from jacobiflow.models.checkpoints.tensors import split_tensors
-from jacobiflow.utils.files import regular_file, write_atomically
+from jacobiflow.training.processes import barrier, rank, world_size
+from jacobiflow.utils.files import atomic_path, regular_file
 
 _FILE = "part-{:05}-of-{:05}.safetensors"
 
 
 @torch.no_grad()
-def write_state(folder: Path, state: Mapping[str, Tensor], processes: Processes) -> None:
-    """Writes the tensors of a state to files of a folder; all processes call it."""
-    local = {name: _local_rows(x) for name, x in state.items() if processes.rank == 0 or isinstance(x, DTensor)}
-    parts = [part for part in split_tensors({name: rows for name, (rows, _) in local.items()}, MAX_SHARD_SIZE) if part]
-    counts = processes.gather(len(parts))
-    for number, part in enumerate(parts, start=sum(counts[: processes.rank]) + 1):
-        tensors = {name: rows.cpu().contiguous() for name, rows in part.items()}
-        content = save(tensors, {name: str(local[name][1]) for name in part})
-        write_atomically(folder / _FILE.format(number, sum(counts)), content)
-    processes.gather(None)  # All files are complete.
+def write_state(folder: Path, state: Mapping[str, Tensor]) -> None:
+    """Writes the tensors of a state to a file of each process in a folder; all processes call it."""
+    num_files = world_size() if any(isinstance(x, DTensor) for x in state.values()) else 1
+    if rank() < num_files:
+        local = {name: _local_rows(x) for name, x in state.items() if rank() == 0 or isinstance(x, DTensor)}
+        tensors = {name: rows.cpu().contiguous() for name, (rows, _) in local.items()}
+        first_rows = {name: str(first) for name, (_, first) in local.items()}
+        with atomic_path(folder / _FILE.format(rank() + 1, num_files)) as path:
+            save_file(tensors, path, first_rows)
+    barrier()  # All files are complete.
 
 
 @torch.no_grad()

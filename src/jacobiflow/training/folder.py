@@ -20,9 +20,9 @@ from typing import Any
 import msgspec
 from torch import Tensor
 
-from jacobiflow.distributed import Processes
 from jacobiflow.errors import InputError, InputValueError, first_line
 from jacobiflow.training.checkpoint import check_state, write_state
+from jacobiflow.training.processes import barrier, rank
 from jacobiflow.utils import files
 from jacobiflow.utils.checks import format_value
 
@@ -118,17 +118,18 @@ def last_checkpoint(out: Path) -> tuple[int, Path | None]:
     return (int(paths[-1].name.rpartition("-")[2]), paths[-1]) if paths else (0, None)
 
 
-def write_checkpoint(out: Path, step: int, state: Mapping[str, Tensor], processes: Processes) -> None:
+def write_checkpoint(out: Path, step: int, state: Mapping[str, Tensor]) -> None:
     """Writes a checkpoint, to which every process adds its part, and removes earlier ones."""
     path, partial = out / _CHECKPOINT.format(step), out / _PARTIAL
-
-    def replace_earlier() -> None:
+    if path.exists():
+        return
+    if rank() == 0:
+        partial.mkdir()
+    barrier()
+    write_state(partial, state)
+    if rank() == 0:
         partial.rename(path)
         remove_leftovers(out)
-
-    processes.run_on_rank_zero(partial.mkdir)
-    write_state(partial, state, processes)
-    processes.run_on_rank_zero(replace_earlier)
 
 
 def remove_leftovers(out: Path) -> None:

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import repeat
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset
 
 from jacobiflow.data.dataset import scale
 from jacobiflow.data.noise import Noise, keyed_generator, keyed_seed
-from jacobiflow.distributed import Processes
 from jacobiflow.training.config import TrainConfig
+from jacobiflow.training.processes import rank, world_size
 
 _ORDER, TRAINING, HELD_OUT = 0, 1, 3  # Random streams; evaluation uses stream 2.
 _STRIDE = 0x9E3779B97F4A7C15  # Between the seeds of two items: 2^64 over the golden ratio, odd.
@@ -84,35 +83,27 @@ class NoisyItems(Dataset[Any]):
         return x, numbers, torch.rand(()) < self.dropout, *map(torch.as_tensor, context)
 
 
-class StepKeys(Sampler[list[Key]]):
-    """The keys of this process for each part of each step. An epoch reads all items once, in a new order.
-
-    Args:
-        num: Number of items.
-        steps: The steps, counted from 0.
-    """
-
-    def __init__(self, num: int, steps: range, config: TrainConfig, processes: Processes) -> None:
-        self.num, self.steps, self.config, self.processes = num, steps, config, processes
-        self._order = lru_cache(maxsize=1)(self._draw_order)
-
-    def __iter__(self) -> Iterator[list[Key]]:
-        for step in self.steps:
-            share = self.of_step(step)[self.processes.rank :: self.processes.count]
-            for part in range(self.config.accumulation):
-                yield share[part :: self.config.accumulation]
-
-    def of_step(self, step: int) -> list[Key]:
-        """Returns the keys of a step, for all processes."""
-        size = self.config.batch_size
-        epoch, batch = divmod(step, self.num // size)
-        return list(zip(repeat(epoch), self._order(epoch)[batch * size : (batch + 1) * size]))
-
-    def _draw_order(self, epoch: int) -> list[int]:
-        return torch.randperm(self.num, generator=keyed_generator(self.config.seed, _ORDER, epoch)).tolist()
+def keys_of_step(num: int, step: int, config: TrainConfig) -> list[Key]:
+    """Returns the keys of a step, counted from 0, for all processes. An epoch reads all `num` items in a new order."""
+    size = config.batch_size
+    epoch, batch = divmod(step, num // size)
+    return [(epoch, index) for index in _order(num, config.seed, epoch)[batch * size : (batch + 1) * size]]
 
 
-def load_batches(items: NoisyItems, keys: Sampler[list[Key]] | Sequence[list[Key]], workers: int) -> Iterator[Batch]:
+def keys_of_process(num: int, steps: range, config: TrainConfig) -> Iterator[list[Key]]:
+    """Yields the keys of this process for each part of each step."""
+    for step in steps:
+        share = keys_of_step(num, step, config)[rank() :: world_size()]
+        for part in range(config.accumulation):
+            yield share[part :: config.accumulation]
+
+
+@lru_cache(maxsize=1)
+def _order(num: int, seed: int, epoch: int) -> list[int]:
+    return torch.randperm(num, generator=keyed_generator(seed, _ORDER, epoch)).tolist()
+
+
+def load_batches(items: NoisyItems, keys: Iterable[list[Key]], workers: int) -> Iterator[Batch]:
     """Yields a batch for each list of keys, read by worker processes if there are any."""
     yield from DataLoader(
         items, batch_sampler=keys, num_workers=workers, collate_fn=Batch._make,

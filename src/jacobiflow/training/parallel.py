@@ -9,16 +9,16 @@ import torch
 import torch.distributed as dist
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
-from jacobiflow.distributed import Processes
 from jacobiflow.models.flow import Flow
 from jacobiflow.training.config import TrainConfig
 from jacobiflow.training.loading import Batch
+from jacobiflow.training.processes import rank, world_size
 
 
 class Losses(NamedTuple):
@@ -52,10 +52,10 @@ class ParallelFlow:
         average: Computes those of the averaged flow.
     """
 
-    def __init__(self, flow: Flow, config: TrainConfig, processes: Processes) -> None:
-        self.flow, self.config, self.processes = flow, config, processes
-        self.is_sharded = config.shard and processes.count > 1
-        if processes.count > 1:
+    def __init__(self, flow: Flow, config: TrainConfig) -> None:
+        self.flow, self.config = flow, config
+        self.is_sharded = config.shard and world_size() > 1
+        if world_size() > 1:
             for tensor in flow.state_dict().values():
                 dist.broadcast(tensor, src=0)
         self.loss = FlowLoss(flow, config.bf16)
@@ -63,24 +63,24 @@ class ParallelFlow:
         self.average: FlowLoss = self._average.module.requires_grad_(False)  # type: ignore[assignment]
         self._replicated: Any = self.loss
         if self.is_sharded:
-            mesh = init_device_mesh(flow.var.device.type, (processes.count,))
+            mesh = init_device_mesh(flow.var.device.type, (world_size(),))
             for module in (self.loss, self.average):
                 for block in module.flow.blocks:
                     for layer in getattr(block, "attn_blocks", ()):
                         fully_shard(layer, mesh=mesh)
                 fully_shard(module, mesh=mesh)
-        elif processes.count > 1:
+        elif world_size() > 1:
             self._replicated = DistributedDataParallel(self.loss)
 
     def backward(self, batch: Batch, is_last_part: bool) -> Losses:
         """Adds the gradients of a part of a step, and exchanges them with the other processes after the last part."""
         if self.is_sharded:
             self.loss.set_requires_gradient_sync(is_last_part)  # type: ignore[operator]
-        has_replicas = self.processes.count > 1 and not self.is_sharded
-        with self._replicated.no_sync() if has_replicas and not is_last_part else nullcontext():
-            losses = self._replicated(*to_flow(batch, self.flow))
+        model = self._replicated
+        with model.no_sync() if isinstance(model, DistributedDataParallel) and not is_last_part else nullcontext():
+            losses = model(*to_flow(batch, self.flow))
             # Both DDP and FSDP divide the sum of the gradients by the number of processes.
-            (losses.loss.sum() * (self.processes.count / self.config.batch_size)).backward()
+            (losses.loss.sum() * (world_size() / self.config.batch_size)).backward()
         return losses
 
     @torch.no_grad()
@@ -90,7 +90,7 @@ class ParallelFlow:
 
     def sum_over_processes(self, values: Tensor) -> Tensor:
         """Returns the sum of the values of all processes."""
-        if self.processes.count > 1:
+        if world_size() > 1:
             dist.all_reduce(values)
         return values
 
@@ -113,23 +113,20 @@ class ParallelFlow:
     def averaged_flow(self) -> Flow | None:
         """Returns the averaged flow in the first process, and None in the others; all of them call this.
 
-        If it is sharded, it is the flow that a model folder stores, whose weights are copied to the memory of the first
-        process, one tensor at a time.
+        If it is sharded, it is the flow that a model folder stores, with the whole weights in the memory of the CPU.
         """
         flow = self.average.flow
         if self.is_sharded:
-            state, flow = {}, flow.stored
-            for name, tensor in flow.state_dict().items():
-                whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-                if self.processes.rank == 0:
-                    state[name] = whole.cpu()
-            if self.processes.rank == 0:
+            options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+            state = get_model_state_dict(flow.stored, options=options)  # It is empty in the other processes.
+            if rank() == 0:
                 with torch.device("meta"):
-                    flow = type(flow)(flow.config)
-                flow.load_state_dict(state, assign=True)
-                flow.requires_grad_(False).recommended = self.average.flow.recommended
-                flow.classes = self.average.flow.classes
-        return flow if self.processes.rank == 0 else None
+                    whole = type(flow.stored)(flow.stored.config)
+                whole.load_state_dict(state, assign=True)
+                whole.requires_grad_(False).recommended = flow.recommended
+                whole.classes = flow.classes
+                return whole
+        return flow if rank() == 0 else None
 
 
 def to_flow(batch: Batch, flow: Flow) -> tuple[Tensor, Tensor | None]:

@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,6 @@ from torch.distributed.tensor import DTensor
 from jacobiflow.blocks.guidance import SamplingSettings
 from jacobiflow.data.dataset import ImageDataset
 from jacobiflow.data.noise import Noise
-from jacobiflow.distributed import Processes
 from jacobiflow.errors import InputValueError
 from jacobiflow.models.checkpoints.folder import check_own_model, write_model
 from jacobiflow.models.flow import Flow, check_flow
@@ -27,8 +25,17 @@ from jacobiflow.training import folder
 from jacobiflow.training.checkpoint import read_state
 from jacobiflow.training.config import MAY_CHANGE, TrainConfig
 from jacobiflow.training.folder import TrainMetrics
-from jacobiflow.training.loading import HELD_OUT, TRAINING, Batch, NoisyItems, StepKeys, load_batches
+from jacobiflow.training.loading import (
+    HELD_OUT,
+    TRAINING,
+    Batch,
+    NoisyItems,
+    keys_of_process,
+    keys_of_step,
+    load_batches,
+)
 from jacobiflow.training.parallel import ParallelFlow, to_flow
+from jacobiflow.training.processes import barrier, rank, world_size
 from jacobiflow.training.signals import StopSignals
 from jacobiflow.utils.checks import check_kind
 from jacobiflow.utils.files import append, locked
@@ -49,15 +56,17 @@ def train(
     on_step: Callable[[TrainMetrics], None] | None = None,
     on_sample: Callable[[Flow, int], None] | None = None,
     progress: Progress | None = None,
-    processes: Processes | None = None,
 ) -> Flow:
     """Trains a flow by maximum likelihood.
 
     The loss is mean(z^2) / 2 - log-det / D. Images have Gaussian noise of the standard deviation `noise_std` of the
     flow's config, or are uniformly dequantised if it is 0; tokens have Gaussian noise or none. A flow without scales
     also learns its prior variance, as a moving average of z^2. The first batch initialises the flow, see
-    `Flow.initialize`. The data of a step, their noise and dropped labels depend on the seed and the step only: by any
-    number of processes the weights are the same to rounding.
+    `Flow.initialize`.
+
+    If `torch.distributed` is initialized, its processes share each batch; all of them call this function. The data of a
+    step, their noise and dropped labels depend on the seed and the step only, so the weights are those of one process,
+    to rounding.
 
     Each checkpoint also writes the averaged flow as a model folder, which can be sampled during the run. If the data
     have Gaussian noise, it recommends a denoising step at rate 1. It has the names of the classes of an `ImageDataset`.
@@ -80,7 +89,6 @@ def train(
         on_sample: Called with the averaged flow and the step in the first process, every `sample_every` steps
             and after the last one.
         progress: Called after every step in the first process.
-        processes: The processes that share the work, see `jacobiflow.processes`. Each of them calls this function.
 
     Returns:
         The flow with averaged weights. If it is sharded, it is read from `out`.
@@ -97,32 +105,30 @@ def train(
         ...     train(flow, digits(), TrainConfig(steps=2), out).config == jf.load(out).config
         True
     """
-    processes = Processes() if processes is None else processes
-    noise = _check(flow, data, config, processes)
+    noise = _check(flow, data, config)
     out = Path(out)
     items = NoisyItems(data, transform, noise, config.label_dropout, config.seed, TRAINING)
     held_out = None if held_out is None else NoisyItems(held_out, None, noise, 0.0, config.seed, HELD_OUT)
     run = _describe(flow, config, items)
     with ExitStack() as stack:
-
-        def prepare_folder() -> None:
+        if rank() == 0:
             stack.enter_context(locked(out))
             check_own_model(out)
             folder.start_or_resume(out, run)
-
-        processes.run_on_rank_zero(prepare_folder)
-        processes.check_sees(out / folder.RUN)
+        barrier()
+        if not (out / folder.RUN).exists():
+            raise InputValueError(f"{out}: process {rank()} does not see it; give a folder on a shared disk")
         stop = stack.enter_context(StopSignals())
-        state = _Run(flow, items, held_out, config, out, processes)
+        state = _Run(flow, items, held_out, config, out)
         board = None
-        if processes.rank == 0 and state.step < config.steps:
+        if rank() == 0 and state.step < config.steps:
             board = stack.enter_context(folder.open_board(out, state.step))
         for metrics in state.steps(stop):
             if board is not None:
                 board(metrics)
-            if processes.rank == 0 and on_step is not None:
+            if rank() == 0 and on_step is not None:
                 on_step(metrics)
-            if processes.rank == 0 and progress is not None:
+            if rank() == 0 and progress is not None:
                 progress(metrics.step, config.steps, "training")
             if on_sample is not None and (metrics.step % config.sample_every == 0 or metrics.step == config.steps):
                 average = state.parallel.averaged_flow()
@@ -134,7 +140,7 @@ def train(
     return type(flow).from_pretrained(out) if state.parallel.is_sharded else state.parallel.average.flow
 
 
-def _check(flow: Flow, data: Any, config: TrainConfig, processes: Processes) -> Noise | None:
+def _check(flow: Flow, data: Any, config: TrainConfig) -> Noise | None:
     """Raises ValueError if flow, data and settings do not fit each other; returns the noise of the data."""
     check_flow(flow)
     check_kind("config", config, TrainConfig, "a TrainConfig")
@@ -143,10 +149,10 @@ def _check(flow: Flow, data: Any, config: TrainConfig, processes: Processes) -> 
     if len(data) < config.batch_size:
         message = f"there are only {len(data)} samples"
         raise InputValueError(message, argument="batch_size", value=config.batch_size)
-    parts = processes.count * config.accumulation
+    parts = world_size() * config.accumulation
     if config.batch_size < parts:
         raise InputValueError(
-            f"less than a sample for each of {processes.count} processes and {config.accumulation} parts; give at "
+            f"less than a sample for each of {world_size()} processes and {config.accumulation} parts; give at "
             f"least {parts}",
             argument="batch_size",
             value=config.batch_size,
@@ -187,18 +193,16 @@ class _Run:
     """
 
     def __init__(
-        self, flow: Flow, items: NoisyItems, held_out: NoisyItems | None, config: TrainConfig, out: Path,
-        processes: Processes,
-    ) -> None:  # fmt: skip
-        self.items, self.held_out, self.config, self.out, self.processes = items, held_out, config, out, processes
+        self, flow: Flow, items: NoisyItems, held_out: NoisyItems | None, config: TrainConfig, out: Path
+    ) -> None:
+        self.items, self.held_out, self.config, self.out = items, held_out, config, out
         self.step, checkpoint = folder.last_checkpoint(out)
-        self.seconds, self.stopped = 0.0, False
-        self._checkpoint_step, self._model_step = self.step if checkpoint else -1, -1
+        self.seconds, self.stopped, self._saved_step = 0.0, False, -1
         self._unsaved_lines = list[str]()
         if checkpoint is None and type(flow).initialize is not Flow.initialize:
-            keys = StepKeys(len(items.data), range(1), config, Processes()).of_step(0)
+            keys = keys_of_step(len(items.data), 0, config)
             flow.initialize(*to_flow(items.__getitems__(keys), flow))
-        self.parallel = ParallelFlow(flow, config, processes)
+        self.parallel = ParallelFlow(flow, config)
         average = self.parallel.average.flow
         if flow.config.noise_std:
             average.recommended = SamplingSettings(denoise=1.0)
@@ -209,12 +213,13 @@ class _Run:
             self.parallel.update_average()
         else:
             self._resume(checkpoint)
-        processes.run_on_rank_zero(partial(folder.remove_later, out, self.step))
+        if rank() == 0:
+            folder.remove_later(out, self.step)
 
     def steps(self, stop: StopSignals) -> Iterator[TrainMetrics]:
         """Takes the steps that are left, and yields their metrics."""
         config = self.config
-        keys = StepKeys(len(self.items.data), range(self.step, config.steps), config, self.processes)
+        keys = keys_of_process(len(self.items.data), range(self.step, config.steps), config)
         batches = load_batches(self.items, keys, config.workers)
         while self.step < config.steps and not self.stopped:
             metrics = self._advance(batches, stop)
@@ -259,11 +264,12 @@ class _Run:
 
     def _held_out_loss(self, items: NoisyItems) -> float:
         """Returns the mean loss of the averaged flow on held-out data."""
-        num, processes = len(items.data), self.processes
-        share = -(-num // processes.count)  # Every process runs as many batches, which sharded layers need.
-        keys = [(0, (processes.rank * share + i) % num) for i in range(share)]
-        num_own = max(0, min(share, num - processes.rank * share))
-        size = -(-self.config.batch_size // processes.count)
+        num = len(items.data)
+        share = -(-num // world_size())  # Every process runs as many batches, which sharded layers need.
+        first = rank() * share
+        keys = [(0, (first + i) % num) for i in range(share)]
+        num_own = max(0, min(share, num - first))
+        size = -(-self.config.batch_size // world_size())
         losses = [
             self.parallel.losses_of_average(batch).loss
             for batch in load_batches(items, [keys[i : i + size] for i in range(0, share, size)], self.config.workers)
@@ -273,18 +279,17 @@ class _Run:
 
     def save(self) -> None:
         """Writes the metrics, the model folder and the checkpoint of this step, unless they are written."""
-        if self.processes.rank == 0 and self._unsaved_lines:
-            append(self.out / folder.METRICS, "".join(self._unsaved_lines))
+        if self._saved_step == self.step:
+            return
+        average = self.parallel.averaged_flow()
+        if average is not None:
+            if self._unsaved_lines:
+                append(self.out / folder.METRICS, "".join(self._unsaved_lines))
+            write_model(average.stored, self.out)
         self._unsaved_lines.clear()
-        if self._model_step != self.step:
-            average = self.parallel.averaged_flow()
-            if average is not None:
-                write_model(average.stored, self.out)
-            self.processes.gather(None)  # All processes see the model.
-            self._model_step = self.step
-        if self._checkpoint_step != self.step:
-            folder.write_checkpoint(self.out, self.step, self._state(), self.processes)
-            self._checkpoint_step = self.step
+        folder.write_checkpoint(self.out, self.step, self._state())
+        self._saved_step = self.step
+        barrier()  # All processes see the files.
 
     def _state(self) -> dict[str, Tensor]:
         """Returns the tensors of a checkpoint by their names."""

@@ -170,10 +170,10 @@ def test_a_folder_of_other_files_is_not_written_to(tmp_path: Path) -> None:
 def test_other_settings_are_refused_before_anything_is_changed(out: Path) -> None:
     before = everything(out)
     changes: dict[str, dict[str, Any]] = {
-        "num 10, not 9; other context;": {"num": 9},
+        "num 10, not 9; other labels or context;": {"num": 9},
         "seed 0, not 1; certify True, not False;": {"seed": 1, "certify": False},
         "guidance None, not {'weight': 0.7, .*": {"flow": tiny_flow().guided(GUIDANCE)},
-        "other context;": {"labels": None},
+        "other labels or context;": {"labels": None},
         "strategy 'invented', not 'a Strategy'": {"strategy": OTHER},
         "other strategy;": {"plan": lambda: OTHER},
         "other weights;": {"flow": to_float32(make_flow(num_classes=3, noise_std=0.1, image_size=4, patch_size=2))},

@@ -99,4 +99,4 @@ def test_missing_files_are_named(browser: Browser, address: str) -> None:
     page.route("**/weights-*", lambda route: route.fulfill(status=404))
     page.goto(address)
     page.locator("#outcome", has_text="did not work").wait_for()
-    assert re.search(r"model/weights-\w+\.bin\.gz: 404", page.inner_text("#outcome"))
+    assert re.search(r"model/weights-\d-\w+\.gz: 404", page.inner_text("#outcome"))

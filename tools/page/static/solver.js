@@ -4,41 +4,35 @@ import * as ort from "./ort/ort.wasm.min.mjs";
 ort.env.wasm.numThreads = 1;
 ort.env.wasm.wasmPaths = new URL("ort/", import.meta.url).href;
 
-const range = (start, stop) => BigInt64Array.from({ length: stop - start }, (_, i) => BigInt(start + i));
 const tensor = (type, data, dims) => new ort.Tensor(type, data, dims);
 
 export class Solver {
-  // `files` are the bytes of the exported model's files, by name.
+  // `files` are the bytes of the exported model's files, by name. All blocks have the same two graphs.
   static async load(model, files) {
-    const externalData = [{ path: model.weights, data: files[model.weights] }];
-    const open = (name, graphOptimizationLevel) => {
-      const options = { externalData, graphOptimizationLevel, executionProviders: ["wasm"], logSeverityLevel: 3 };
-      return ort.InferenceSession.create(files[name], options);
+    const open = (graph, weights) => {
+      const options = { executionProviders: ["wasm"], logSeverityLevel: 3 };
+      return ort.InferenceSession.create(files[graph], { ...options, externalData: [{ path: "weights", data: files[weights] }] });
     };
-    const sessions = [];
-    for (const name of model.blocks) sessions.push(await open(name, "all"));
-    const denoiser = await open(model.denoise, "disabled"); // it runs once for a picture
-    return Object.assign(new Solver(), model, { model, sessions, denoiser });
+    const steps = [], gradients = [];
+    for (const weights of model.weights) {
+      steps.push(await open(model.step, weights));
+      gradients.push(await open(model.gradient, weights));
+    }
+    return Object.assign(new Solver(), model, { model, steps, gradients });
   }
 
   // Computes g of entries [first, stop) of x from the keys of the tokens before first - 1, and stores those of the tokens
   // that it reads.
   async evaluate(state, first, stop) {
-    const { token_channels: c, keys_per_token: s, guidance } = this;
+    const { token_channels: c, keys_per_token: s } = this;
     const { block, x, z, keys, label } = state;
     const count = stop - first;
-    const weights = [guidance.log_scale, guidance.shift].flatMap((all) => all.slice(first, stop));
-    const feeds = {
+    const out = await this.steps[block].run({
       x: tensor("float32", x.subarray((first - 1) * c, (stop - 1) * c), [count, c]),
       z: tensor("float32", z.subarray(first * c, stop * c), [count, c]),
-      places: tensor("int64", range(first - 1, stop - 1), [count]),
       cache: tensor("float32", keys.subarray(0, (first - 1) * s), [first - 1, s]),
-      cache_places: tensor("int64", range(0, first - 1), [first - 1]),
-      logit_scale: tensor("float32", Float32Array.from(this.logit_scale), [2]),
-      labels: tensor("int64", BigInt64Array.of(BigInt(label), BigInt(this.num_classes)), [2]),
-      guidance: tensor("float32", Float32Array.from(weights), [2, count, 1]),
-    };
-    const out = await this.sessions[block].run(feeds);
+      label: tensor("int64", BigInt64Array.of(BigInt(label)), [1]),
+    });
     keys.set(out.keys.data, (first - 1) * s);
     return out.g.data;
   }
@@ -86,7 +80,7 @@ export class Solver {
   // block after each network call. Windows of one token are the exact loop, which needs no certificate.
   async *solve(latents, label, size) {
     let tokens = latents.map((value, i) => value * this.prior_scale[i]);
-    for (let block = this.sessions.length - 1; block >= 0; block--) {
+    for (let block = this.steps.length - 1; block >= 0; block--) {
       const z = this.permuted(tokens, block);
       const keys = new Float32Array(this.num_tokens * this.keys_per_token);
       const state = { block, z, x: z.slice(), keys, label, front: 1 };
@@ -104,8 +98,20 @@ export class Solver {
 
   // Takes one score step: x + sigma^2 grad log p(x | label).
   async denoised(tokens, label) {
-    const x = tensor("float32", tokens, [this.num_tokens, this.token_channels]);
-    const result = await this.denoiser.run({ x, label: tensor("int64", BigInt64Array.of(BigInt(label)), [1]) });
-    return result.denoised.data.slice();
+    const dims = [this.num_tokens, this.token_channels], inputs = [];
+    const differentiate = (block, x, dz) => this.gradients[block].run({
+      x: tensor("float32", x, dims), dz: tensor("float32", dz, dims), label: tensor("int64", BigInt64Array.of(BigInt(label)), [1]),
+    });
+    let x = tokens;
+    for (const block of this.gradients.keys()) {
+      inputs.push(this.permuted(x, block));
+      x = this.permuted((await differentiate(block, inputs[block], x)).z.data, block);
+    }
+    let gradient = x.map((value, i) => -value / this.prior_scale[i] ** 2);
+    for (const block of [...this.gradients.keys()].reverse()) {
+      const { dx } = await differentiate(block, inputs[block], this.permuted(gradient, block));
+      gradient = this.permuted(dx.data, block);
+    }
+    return tokens.map((value, i) => value + this.noise_std ** 2 * gradient[i]);
   }
 }

@@ -7,7 +7,7 @@ let current; // the number of the race that is running
 
 async function load() {
   const model = JSON.parse(new TextDecoder().decode(await read("model.json")));
-  const names = [model.weights, ...model.blocks, model.denoise];
+  const names = [model.step, model.gradient, ...model.weights];
   const files = await Promise.all(names.map(async (name) => [name, await read(name)]));
   const solver = await Solver.load(model, Object.fromEntries(files));
   await warmUp(solver);

@@ -22,7 +22,7 @@ from jacobiflow.models.labels import Labels
 from jacobiflow.models.latents import MAX_SAMPLES, draw_latents
 from jacobiflow.planner import Strategy, choose, is_auto
 from jacobiflow.sampling.folder.reader import SampleFolder
-from jacobiflow.sampling.folder.spec import KIND, RESULT, STRATEGY, VERSION, Files, SampleSpec, context_sha256
+from jacobiflow.sampling.folder.spec import KIND, RESULT, STRATEGY, VERSION, Files, SampleSpec, labels_or_context_sha256
 from jacobiflow.sampling.request import SamplingRequest
 from jacobiflow.sampling.result import Outcome, Samples, npz_bytes, pillow, png_bytes
 from jacobiflow.sampling.sample import sample_with_strategy
@@ -119,7 +119,7 @@ def sample_to_folder(
     plan = None if planned else choose(flow, strategy, batch_size, tolerance=tolerance, report=report)
     spec = SampleSpec(
         num=num, shape=flow.image_shape or (config.num_tokens, config.token_channels), num_tokens=config.num_tokens,
-        seed=seed, context_sha256=context_sha256(request.context), num_classes=config.num_classes,
+        seed=seed, labels_or_context_sha256=labels_or_context_sha256(request.context), num_classes=config.num_classes,
         classes=tuple(flow.classes), batch_size=batch_size, shard_size=shard_size, files=files,
         weights_sha256=fingerprint(flow), dtype=flow.precision,
         strategy="a Strategy" if isinstance(strategy, Strategy) else str(strategy),
@@ -130,9 +130,9 @@ def sample_to_folder(
     job = SampleJob(spec, describe_machine(flow.var.device), request, strategy if plan is None else plan, report)
     run = jobs.run(job, out, overwrite=overwrite, progress=progress)
     num_new = sum(len(spec.span(i)) for i in range(spec.num_shards) if spec.unit(i) in run.missing)
-    folder = SampleFolder(Path(out), spec, num_new, run.seconds, run.is_reducer)
+    folder = SampleFolder(Path(out), spec, num_new, run.seconds, run.is_reporter)
     outcome = folder.outcome()
-    if outcome.has_shortfall and (run.is_reducer or not run.missing):
+    if outcome.has_shortfall and run.is_reporter:
         warnings.warn(str(outcome), stacklevel=2)
     return folder
 
@@ -177,7 +177,9 @@ class SampleJob(jobs.Job):
     def earlier_spec(self, earlier: Mapping[str, Any]) -> SampleSpec:
         """Returns the spec of fewer samples, under the first of the labels."""
         num = min(serialization.decode(SampleSpec, earlier).num, self.spec.num)
-        return replace(self.spec, num=num, context_sha256=context_sha256(self.request.context[:num]))
+        return replace(
+            self.spec, num=num, labels_or_context_sha256=labels_or_context_sha256(self.request.context[:num])
+        )
 
     def _files(self, index: int, samples: Samples) -> dict[str, bytes]:
         """Returns the files of a shard. A picture with a value that is not finite is black."""

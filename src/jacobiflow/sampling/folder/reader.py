@@ -29,7 +29,7 @@ from jacobiflow.planner import Strategy
 from jacobiflow.sampling.folder.spec import KIND, RESULT, STRATEGY, VERSION, SampleSpec
 from jacobiflow.sampling.result import Outcome
 from jacobiflow.utils import serialization
-from jacobiflow.utils.files import regular_file
+from jacobiflow.utils.files import json_bytes, regular_file, sha256
 
 # The dtypes of the arrays in a shard.
 _DTYPES = {
@@ -50,7 +50,7 @@ class SampleFolder:
         spec: All that the samples depend on.
         num_new: The number of samples that were missing when `sample_to_folder` was called; 0 for an opened folder.
         seconds: The time until they were drawn, denoising included and planning excluded.
-        is_reducer: Whether this process completed the folder. One of those that share it does.
+        is_reporter: Whether this process shall print the outcome: one of those that share the folder.
 
     Example:
         >>> import tempfile, jacobiflow as jf
@@ -65,7 +65,7 @@ class SampleFolder:
     spec: SampleSpec
     num_new: int = 0
     seconds: float = 0.0
-    is_reducer: bool = False
+    is_reporter: bool = False
 
     @classmethod
     def open(cls, path: str | Path) -> SampleFolder:
@@ -104,6 +104,11 @@ class SampleFolder:
             f"{self.path}: {unit} is missing, or does not match its checksum; {_REMEDY}"
             for unit in units if not folder.is_intact(unit)
         ]  # fmt: skip
+
+    def sha256(self) -> str:
+        """Returns the checksum of the checksums of all shards."""
+        folder = _job_folder(self.path)
+        return sha256(json_bytes([folder.checksums(self.spec.unit(i)) for i in range(self.spec.num_shards)]))
 
     def images(self, index: int) -> Tensor:
         """Returns the images (n, c, h, w) of a shard, in 8 bits if they are grey or in colour.

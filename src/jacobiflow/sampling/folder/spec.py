@@ -33,7 +33,7 @@ class SampleSpec:
         num: Number of samples.
         shape: Shape of a sample: (C, H, W) for images, (T, C) for tokens.
         num_tokens: Number of tokens T.
-        context_sha256: Checksum of the labels as little-endian int64, or of a context as float32; None without both.
+        labels_or_context_sha256: Checksum of the labels as little-endian int64, or of another context as float32.
         classes: The names of the classes, which the folders of PNGs have; empty without names.
         shard_size: Samples in a shard. Shard i begins with sample `shard_size * i`.
         weights_sha256: Fingerprint of the weights.
@@ -48,7 +48,7 @@ class SampleSpec:
     shape: tuple[int, ...]
     num_tokens: Count
     seed: int
-    context_sha256: str | None
+    labels_or_context_sha256: str | None
     num_classes: int
     classes: tuple[str, ...]
     batch_size: Count
@@ -99,7 +99,7 @@ class SampleSpec:
         return f"{number}-{name}" if name not in ("", number) else number
 
 
-def context_sha256(context: Context) -> str | None:
+def labels_or_context_sha256(context: Context) -> str | None:
     """Returns the SHA-256 of labels as little-endian int64, or of another context as float32."""
     values = context.values
     if values is None:
