@@ -135,7 +135,7 @@ REFUSED = {
     f"{SAMPLE} --json pets": "--json pets: cannot be written; give a file in a folder that can be",
     f"{SAMPLE} --json out-x/f.json": "--json out-x/f.json: is in out-x, which this command uses; give another file",
     f"{SAMPLE} --strategy window.json --json pets/../window.json": "is in window.json, which this command uses",
-    f"{PLAN} --batch-size 1000000000": "--batch-size 1000000000: give a whole number from 1 to 65,536, or auto",
+    f"{PLAN} --batch-size 1000000000": 'Invalid value "1000000000" for --batch-size. Must be <= 65536.',
     f"{PLAN} --out model/new/../tuning.json": "--out model/new/../tuning.json: is in model, which this command uses",
     f"{PLAN} --tolerance -1": "--tolerance -1.0: give a positive number; at 0 use",
     f"{MEASURE} --seed 18446744073709551616": 'Invalid value "18446744073709551616" for --seed. Must be <= ',

@@ -57,7 +57,7 @@ def test_settings_reach_the_library(run: Any, tmp_path: Path) -> None:
     result = run(f"bench --model model {line} {GUIDED} --dtype float64 --out {tmp_path}")
     assert result.err == ""
     entries, flow = figures(tmp_path / "bench.json"), jf.load("./model", dtype="float64")
-    assert (entries["settings"], entries["report"]) == (f"guidance: {GUIDANCE}", "report.json")
+    assert (entries["settings"], entries["report"]) == (f"settings: --guidance {GUIDANCE}", "report.json")
     draw = partial(jf.sample, flow.guided(GUIDANCE), 3, torch.tensor([0, 2, 0]))
     plan = jf.Strategy.parse("jacobi", jf.CalibrationReport.load("report.json"), tolerance=1e-6)
     rows, exact = rows_of(tmp_path), draw(strategy="sequential").images

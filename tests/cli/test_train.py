@@ -106,7 +106,10 @@ def test_held_out_images_have_the_classes_of_the_training_images(refuse: Any, ph
 def test_bad_settings_leave_no_folder(refuse: Any, tmp_path: Path) -> None:
     line = f"train --images fashion-512 --head-dim 16 --out {tmp_path}/a/b"
     refuse(f"{line} --steps 0", "--steps 0: give a positive whole number")
-    refuse(f"{line} --steps 3 --image-size 60", "--image-size 60: the smallest images have 28 pixels on a side; give --image-size 28\n")
+    refuse(
+        f"{line} --steps 3 --image-size 60",
+        "--image-size 60: the smallest images have 28 pixels",
+    )
 
 
 def test_a_flow_that_the_command_cannot_train_is_refused_and_not_offered(

@@ -79,12 +79,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 return 0
             command: Any = sys.modules[type(config).__module__]
             _prepare(config)
+            from jacobiflow.utils.files import write_json  # It needs no PyTorch, but packages that take time to import.
+
             result = command.run(config)
             if result is None:
                 return 0
             command.show(config, result)
             if config.json is not None:
-                options.write_results(config.json, config, result)
+                config.json.parent.mkdir(parents=True, exist_ok=True)
+                write_json(config.json, output.to_json(config) | output.to_json(result))
             return _BAD_INPUT if getattr(result, "problems", ()) else 0
     except KeyboardInterrupt:
         if _is_first_process():

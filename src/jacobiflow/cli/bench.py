@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 from jacobiflow.cli import loading, options
-from jacobiflow.cli.output import format_count, progress_bar, show_table
+from jacobiflow.cli.output import format_count, progress_bar, show_table, to_json
 from jacobiflow.utils.provenance import Provenance
 
 if TYPE_CHECKING:
@@ -77,10 +77,6 @@ class BenchResult(Provenance):
     native_loops: str
     comparisons: tuple[Comparison, ...]
 
-    def to_json(self) -> dict[str, Any]:
-        """Returns all entries, with the rows of the comparisons."""
-        return vars(self) | {"comparisons": [comparison.to_json() for comparison in self.comparisons]}
-
 
 def run(config: BenchConfig) -> BenchResult:
     """Times the strategies, and writes the table and the figure."""
@@ -100,7 +96,7 @@ def run(config: BenchConfig) -> BenchResult:
             machine=timing.describe_machine(flow.var.device),
         )  # fmt: skip
         plots.save_png(plots.bench_figure(result.comparisons), config.out / _FIGURE)
-        options.write_results(config.out / _TABLE, config, result)
+        files.write_json(config.out / _TABLE, to_json(config) | to_json(result))
     return result
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -49,10 +49,6 @@ class ConvertResult:
 
     description: str
     config: FlowConfig
-
-    def to_json(self) -> dict[str, Any]:
-        """Returns the config of the flow."""
-        return asdict(self.config)
 
 
 def run(config: ConvertConfig) -> ConvertResult:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -41,13 +41,16 @@ _GUIDANCE = (
     "Weight of classifier-free guidance, such as 3; 0 is none. Options follow after commas: 4,attn_temperature=1.2; "
     "others are annealed=false, on=scale, on=shift, rule=density."
 )
+_MODEL = "Name of a bundled model, a model folder, or an id of the Hugging Face Hub."
 _LABELS = (
     "Classes of the samples: balanced (all in turn), random, none, names or numbers to take in turn, such as cat,dog "
     "or 0,3, or a .txt or .npy file with a number for each sample."
 )
 _PROMPTS = "For a STARFlow: a text, or a .txt file with a text on each line. They are taken in turn."
-_ENCODE_TEXT = "The text encoder: FILE.py:FUNCTION, or the hub id or folder of a T5 encoder."
+_DEVICE = "cpu, cuda, cuda:1 or mps; auto is a CUDA GPU if there is one, else the CPU."
+_REPORT = "A report of calibrate, which says where the iteration of each block starts."
 _TOLERANCE = "Largest residual |g(x) - x| that a sample may have in any block. Default: 1e-3, or that of the strategy."
+_ENCODE_TEXT = "The text encoder: FILE.py:FUNCTION, or the hub id or folder of a T5 encoder."
 
 
 def within(least: int, most: int | None = None) -> Parameter:
@@ -89,39 +92,33 @@ def _suggest(value: str, names: Sequence[str]) -> str:
     return "".join(f' Did you mean "{name}"?' for name in get_close_matches(value, names, n=1, cutoff=0.7))
 
 
+def _check_batch_size(_: Any, size: int | str | None) -> None:
+    if isinstance(size, int):
+        Number(gte=1, lte=MAX_BATCH_SIZE)(int, size)
+
+
 STRATEGY = near_miss("auto", "sequential", "jacobi", "gs-jacobi", "window")
 Flag = Annotated[bool, Parameter(show_default=False)]
-Model = Annotated[
-    str,
-    MODEL,
-    Parameter(
-        validator=_check_model, help="Name of a bundled model, a model folder, or an id of the Hugging Face Hub."
-    ),
-]
+Model = Annotated[str, MODEL, Parameter(validator=_check_model, help=_MODEL)]
 Prompts = Annotated[str | None, MODEL, Parameter(help=_PROMPTS)]
 EncodeText = Annotated[str | None, MODEL, Parameter(help=_ENCODE_TEXT)]
 Images = Annotated[str, DATA, Parameter(help=f"The images: {SOURCES}")]
 Labels = Annotated[str, MODEL, Parameter(help=_LABELS)]
 Seed = Annotated[int, MODEL, within(0, 2**63 - 1), Parameter(help="Seed of all random numbers.")]
-Device = Annotated[
-    str, SPEED, Parameter(help="cpu, cuda, cuda:1 or mps; auto is a CUDA GPU if there is one, else the CPU.")
-]
+Device = Annotated[str, SPEED, Parameter(help=_DEVICE)]
 Dtype = Annotated[
     Literal["float32", "float64", "bfloat16", "float16", "tf32"],
     SPEED,
     Parameter(help="Numbers of the network; tf32 on a GPU only."),
 ]
-ReportFile = Annotated[
-    Path | None,
-    SPEED,
-    Parameter(help="A report of calibrate, which says where the iteration of each block starts."),
-]
+ReportFile = Annotated[Path | None, SPEED, Parameter(help=_REPORT)]
 Guidance = Annotated[str, GUIDANCE, Parameter(help=_GUIDANCE)]
 RecommendedGuidance = Annotated[
     str | None, GUIDANCE, Parameter(help=f"{_GUIDANCE} Default: as recommended by the model.")
 ]
 NoGuidance = Annotated[Flag, GUIDANCE, Parameter(help="No guidance.")]
 Tolerance = Annotated[float | None, SPEED, Parameter(help=_TOLERANCE)]
+BatchSize = Annotated[int | Literal["auto"], SPEED, Parameter(validator=_check_batch_size)]
 NetworkBatchSize = Annotated[
     int, SPEED, within(1, MAX_BATCH_SIZE), Parameter(help="Images that go through the network together.")
 ]
@@ -140,27 +137,6 @@ class Config:
     def __init_subclass__(cls) -> None:
         """Joins the lines of each paragraph of the docstring: `--help` is as wide as the terminal."""
         cls.__doc__ = re.sub(r"(?<=\S)\n( {4}| {12,})(?=\S)", " ", cls.__doc__ or "")
-
-    def to_json(self) -> dict[str, Any]:
-        """Returns the options by their names in Python."""
-        return {name: str(value) if isinstance(value, Path) else value for name, value in asdict(self).items()}
-
-
-def write_results(path: Path, config: Config, result: Any) -> None:
-    """Writes the options and the results of a command as JSON."""
-    from jacobiflow.utils.files import write_json
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path, config.to_json() | (result.to_json() if hasattr(result, "to_json") else asdict(result)))
-
-
-def parse_batch_size(text: str | None) -> int | None:
-    """Returns the number of `--batch-size`; None for "auto" or without the option."""
-    if text is None or text == "auto":
-        return None
-    if not re.fullmatch("[0-9]{1,5}", text) or not 0 < int(text) <= MAX_BATCH_SIZE:
-        raise InputValueError(f"--batch-size {text[:40]}: give a whole number from 1 to {MAX_BATCH_SIZE:,}, or auto")
-    return int(text)
 
 
 def parse_labels(text: str, num: int, flow: Flow, seed: int) -> Tensor | None:

@@ -1,11 +1,13 @@
-"""Printing of tables, numbers, progress, and errors in one line."""
+"""Tables, numbers, progress, results as JSON, and errors in one line."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import fields, is_dataclass
+from pathlib import Path
 from time import monotonic
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from jacobiflow.utils.progress import Progress
@@ -90,6 +92,17 @@ def progress_bar(is_shown: bool = True) -> Iterator[Progress | None]:
                 printed = monotonic()
 
         yield progress
+
+
+def to_json(value: Any) -> Any:
+    """Returns the JSON value of a config or a result; a class may have a method `to_json` of its own."""
+    if hasattr(value, "to_json"):
+        return value.to_json()
+    if is_dataclass(value):
+        return {entry.name: to_json(getattr(value, entry.name)) for entry in fields(value)}
+    if isinstance(value, list | tuple):
+        return [to_json(entry) for entry in value]
+    return str(value) if isinstance(value, Path) else value
 
 
 def one_line(message: str) -> str:

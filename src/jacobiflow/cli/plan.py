@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import jacobiflow as jf
 from jacobiflow.cli import loading, options, output_files
@@ -37,7 +37,7 @@ class PlanConfig(options.Config):
 
     model: options.Model = "fashion-p2"
     tune: Annotated[options.Flag, options.SPEED] = False
-    batch_size: Annotated[str, options.SPEED] = "16"
+    batch_size: options.BatchSize = 16
     tolerance: Annotated[float, options.SPEED] = 1e-3
     guidance: options.RecommendedGuidance = None
     plain: options.NoGuidance = False
@@ -61,10 +61,6 @@ class PlanResult:
     settings: str
     num_tokens: int
 
-    def to_json(self) -> dict[str, Any]:
-        """Returns the file of the tuning and the strategy."""
-        return {"tuning": self.tuning and str(self.tuning), "strategy": self.strategy.to_json()}
-
 
 def run(config: PlanConfig) -> PlanResult:
     """Plans a strategy, and writes it."""
@@ -73,11 +69,10 @@ def run(config: PlanConfig) -> PlanResult:
     output_files.check_output("--out", config.out, config.model)
     if config.out.suffix != ".json":
         raise InputValueError(f"--out {config.out}: give a file that ends in .json")
-    size = options.parse_batch_size(config.batch_size)
     flow = loading.load_model(config.model, config.device, config.dtype)
     settings, origin = loading.resolve_settings(flow, config.guidance, 0.0, config.plain, has_context=True)
     flow = flow.guided(settings.guidance)
-    size = size or find_batch_size(flow, _MAX_AUTO_BATCH_SIZE)
+    size = find_batch_size(flow, _MAX_AUTO_BATCH_SIZE) if config.batch_size == "auto" else config.batch_size
     tuning = _tune(flow, config.model, config.out) if config.tune else jf.find_tuning(flow)
     strategy = jf.plan(flow, None if tuning is None else jf.Tuning.load(tuning), size, config.tolerance)
     config.out.parent.mkdir(parents=True, exist_ok=True)

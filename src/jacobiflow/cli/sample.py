@@ -68,7 +68,7 @@ class SampleConfig(options.Config):
     prompts: options.Prompts = None
     encode_text: options.EncodeText = None
     seed: options.Seed = 0
-    batch_size: Annotated[str | None, options.SPEED] = None
+    batch_size: options.BatchSize | None = None
     shard_size: Annotated[int | None, options.OUTPUT, options.within(1)] = None
     files: Annotated[Literal["npz", "png"], options.OUTPUT] = "npz"
     strategy: Annotated[str, options.SPEED, options.STRATEGY] = "auto"
@@ -136,7 +136,7 @@ def run(config: SampleConfig) -> SampleResult | None:
     from jacobiflow.utils.timing import describe_machine
 
     _check_options(config)
-    size = options.parse_batch_size(config.batch_size)
+    size = None if config.batch_size == "auto" else config.batch_size
     device = local_device(loading.pick_device(config.device))
     flow = loading.load_model(config.model, device, config.dtype, offload=config.offload)
     classes = options.parse_labels(config.labels, config.num, flow, config.seed)

@@ -114,20 +114,17 @@ def run(config: TrainOptions) -> TrainResult | None:
     transform = image_transform(flow.require_images(), config.horizontal_flip, config.translate, config.hue)
 
     start, _ = last_checkpoint(config.out)
-    is_first = find_launch().rank == 0
+    is_first, num_steps = find_launch().rank == 0, config.training.steps
     if is_first:
         print(_summary(config, data, held_out, flow), file=sys.stderr)
+        if start:
+            print(f"resumed at step {start:,} of {num_steps:,}", file=sys.stderr)
 
     def print_metrics(metrics: TrainMetrics) -> None:
-        if metrics.step == start + 1 > 1:
-            print(f"resumed at step {start:,} of {config.training.steps:,}", file=sys.stderr)
         if metrics.step % _PRINT_EVERY == 0 or metrics.held_out_loss is not None:
             held_out = "" if metrics.held_out_loss is None else f"  held out {metrics.held_out_loss:+.4f}"
             values = f"loss {metrics.loss:+.4f}{held_out}  {metrics.bits_per_dim:.3f} bits/dim"
-            print(
-                f"step {metrics.step:,} of {config.training.steps:,}  {values}  {metrics.seconds:.0f} s",
-                file=sys.stderr,
-            )
+            print(f"step {metrics.step:,} of {num_steps:,}  {values}  {metrics.seconds:.0f} s", file=sys.stderr)
 
     def save_samples(average: Flow, step: int) -> None:
         labels = options.parse_labels("balanced", 20, average, config.training.seed)
@@ -141,12 +138,9 @@ def run(config: TrainOptions) -> TrainResult | None:
         )  # fmt: skip
     if not is_first:
         return None
-    if start >= config.training.steps:
-        print(f"all steps are done: the run is at step {start:,}", file=sys.stderr)
     metrics = training.read_metrics(config.out)
     last_step = metrics[-1] if metrics else None  # The user may have deleted the file of a run that is complete.
-    machine = timing.describe_machine(device)
-    return TrainResult(flow_config, last_step, machine=machine)
+    return TrainResult(flow_config, last_step, machine=timing.describe_machine(device))
 
 
 def show(config: TrainOptions, result: TrainResult) -> None:
