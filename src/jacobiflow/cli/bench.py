@@ -89,14 +89,13 @@ def run(config: BenchConfig) -> BenchResult:
     flow = flow.guided(settings.guidance)
     with progress_bar() as progress:
         cases = _prepare(config, flow, progress)
-    with files.output_directory(config.out, "benchmark", (_FIGURE, _TABLE)), progress_bar() as progress:
-        result = BenchResult(
-            settings=origin, native_loops=native.describe(),
-            comparisons=tuple(case(progress=progress) for case in cases),
-            machine=timing.describe_machine(flow.var.device),
-        )  # fmt: skip
-        plots.save_png(plots.bench_figure(result.comparisons), config.out / _FIGURE)
-        files.write_json(config.out / _TABLE, to_json(config) | to_json(result))
+        with files.output_directory(config.out, "benchmark", (_FIGURE, _TABLE)):
+            comparisons = tuple(case(progress=progress) for case in cases)
+            result = BenchResult(
+                origin, native.describe(), comparisons, machine=timing.describe_machine(flow.var.device)
+            )
+            plots.save_png(plots.bench_figure(comparisons), config.out / _FIGURE)
+            files.write_json(config.out / _TABLE, to_json(config) | to_json(result))
     return result
 
 
@@ -116,14 +115,11 @@ def _prepare(config: BenchConfig, flow: Flow, progress: Progress | None) -> list
     for size in dict.fromkeys(config.batch_size):
         z = latents.draw_latents(size, flow.config.num_tokens, flow.config.token_channels, config.seed)
         classes = options.parse_labels(config.labels, size, flow, config.seed)
-        plans = {}
-        for name in names:
-            auto_tolerance = config.tolerance if planner.is_auto(name) else None
-            plans[name] = planner.choose(flow, name, size, tolerance=auto_tolerance, report=guesses, progress=progress)
-            if config.tolerance is not None:  # A strategy that stops after a number of sweeps stays as it is.
-                plans[name] = plans[name].with_tolerance(config.tolerance)
         request = SamplingRequest(flow, Context(classes), solve_options)
-        runs = {name: partial(sample_with_strategy, request, plan, z) for name, plan in plans.items()}
+        runs = {}
+        for name in names:
+            plan = planner.choose(flow, name, size, tolerance=config.tolerance, report=guesses, progress=progress)
+            runs[name] = partial(sample_with_strategy, request, plan, z)
         cases.append(partial(compare.compare_samplers, flow, z, classes, runs, repeats=config.repeats))
     return cases
 

@@ -23,7 +23,7 @@ class PlanConfig(options.Config):
     """Find the fastest strategy for a model on this machine.
 
     Times solvers on this machine, for one batch size and tolerance. The strategy "auto" makes the same plan by itself.
-    `sample --strategy` takes the file.
+    sample --strategy takes the file.
 
     Example: jacobiflow plan --model fashion-p2 --batch-size 4 --out out/plan.json
 

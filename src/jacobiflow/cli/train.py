@@ -171,7 +171,7 @@ def _training_images(config: TrainOptions) -> ImageDataset:
 
 def _held_out_images(config: TrainOptions, data: ImageDataset) -> ImageDataset | None:
     """Loads images of `--held-out`, or of the test split, in the size and colour of the training images."""
-    from jacobiflow.data import ImageDataset, available_splits, load_images
+    from jacobiflow.data import available_splits, load_images
 
     source = config.held_out or config.images
     split: Split = "test" if "test" in available_splits(source) else "train"
@@ -184,9 +184,7 @@ def _held_out_images(config: TrainOptions, data: ImageDataset) -> ImageDataset |
             f"--held-out {config.held_out}: its classes are {', '.join(held_out.classes)}, and those of "
             f"{config.images} are {', '.join(data.classes)}; give a folder with the same subfolders"
         )
-    step = -(-len(held_out) // _NUM_HELD_OUT)  # The images of a folder are sorted by class: some of each are taken.
-    labels = None if held_out.labels is None else held_out.labels[::step]
-    return ImageDataset(held_out.images[::step], labels)
+    return held_out.evenly_spaced(min(_NUM_HELD_OUT, len(held_out)))  # A folder's images are sorted by class.
 
 
 def _summary(config: TrainOptions, data: ImageDataset, held_out: ImageDataset | None, flow: Flow) -> str:
