@@ -23,9 +23,8 @@ import jinja2
 import torch
 
 import jacobiflow as jf
-from benchmarks import paper_sizes, regimes
-from benchmarks.common import MODELS, RESULTS, Json, parser
-from benchmarks.sources import ROOT, code_digest
+from benchmarks import MODELS, RESULTS, ROOT, regimes, search_guidance
+from benchmarks.lib.results import Json, code_digest, parser
 from jacobiflow.calibration import rank_correlation
 from jacobiflow.calibration.convergence import TOLERANCES
 from jacobiflow.calibration.report import GUESS_NAMES
@@ -47,12 +46,10 @@ def old_results() -> list[str]:
     lines = []
     for path in sorted(RESULTS.glob("*.json")):
         content = json.loads(path.read_text())
+        rows = content.get("runs", [])  # The other files are of models, and of commands.
         module = content.get("command", "").removeprefix("python -m ").split(" ")[0]
-        if module.startswith("tools.") or "version" in content:  # a model, or what a command wrote
-            continue
-        rows = content.get("runs", [content])
-        present = code_digest(module) if module.startswith("benchmarks.") else None
-        old = sum(row.get("code") is None or row["code"] != present for row in rows)
+        present = code_digest(module) if rows and module else ""
+        old = sum(row.get("code") != present for row in rows)
         if old:
             lines.append(f"{path.relative_to(ROOT)}: {old} of {len(rows)} rows are of other code")
     return lines
@@ -158,21 +155,19 @@ def fastest_way(estimates: Mapping[str, float]) -> str:
 
 
 def slowest_by_batch(counts: Sequence[Sequence[int]]) -> str:
-    return " / ".join(f"{paper_sizes.mean_slowest(counts, batch):.1f}" for batch in regimes.BATCH_SIZES)
+    return " / ".join(f"{regimes.mean_slowest(counts, batch):.1f}" for batch in regimes.BATCH_SIZES)
 
 
 def recommendation(search: Json) -> str:
     """The recommended settings of a search, and their distance to real images."""
-    rows, settings = search["rows"], search["recommended"]
-    (measure,) = MEASURES.keys() & search["best"].keys()
-    guidance = settings["guidance"] or {"weight": 0, "attn_temperature": 1}
-    rate = settings["denoise"]
-    weight, temperature = guidance["weight"], guidance["attn_temperature"]
-    distance = where(rows, weight=weight, attn_temperature=temperature, denoise=rate)[measure]
-    plain = where(rows, weight=0, attn_temperature=1, denoise=0)[measure]
+    rows, settings = search["runs"], search_guidance.recommended(search["runs"])
+    guidance, rate = settings.guidance or jf.Guidance(0.0), settings.denoise
+    weight, temperature = guidance.weight, guidance.attn_temperature
+    distance = where(rows, weight=weight, attn_temperature=temperature, denoise=rate)["distance"]
+    plain = where(rows, weight=0, attn_temperature=1, denoise=0)["distance"]
     words = [f"guidance of weight {weight:g} at attention temperature {temperature:g}"]
-    words = words * bool(settings["guidance"]) + [f"denoising rate {rate:g}"] * bool(rate)
-    text = f"{MEASURES[measure]} {distance:.3f} of {search['num']:,} samples"
+    words = words * bool(settings.guidance) + [f"denoising rate {rate:g}"] * bool(rate)
+    text = f"{MEASURES[rows[0]['measure']]} {distance:.3f} of {rows[0]['num']:,} samples"
     return f"{', '.join(words)}: {text}, {plain:.3f} without" if words else f"none: {text}"
 
 
@@ -190,7 +185,8 @@ def plain_sweeps(model: str, blocks: Iterable[int]) -> str:
 
 def fitted_sweeps(model: str, blocks: Iterable[int]) -> str:
     """The range of the mean sweeps of all tokens to 1e-3 with the fitted guess and correction."""
-    runs = [where(block, bf16_sweeps=0, window=0) for block in result("paper-sweeps")["models"][model]["blocks"]]
+    blocks_of_model = where(result("paper-sweeps")["runs"], model=model)["blocks"]
+    runs = [where(block, bf16_sweeps=0, window=0) for block in blocks_of_model]
     means = [sum(run["sweeps"]) / len(run["sweeps"]) for run in runs]
     return paper_facts.number_range([means[block] for block in blocks])
 
@@ -258,8 +254,8 @@ def sampler(name: str) -> str:
     return SAMPLERS.get(name, name)
 
 
-def sweep_ways(model: Json) -> list[paper_sizes.Way]:
-    return [way for tough in (True, False) for way in paper_sizes.counted(model, tough)]
+def sweep_ways(model: Json) -> list[regimes.Way]:
+    return [way for tough in (True, False) for way in regimes.counted(model, tough)]
 
 
 @cache
@@ -272,10 +268,10 @@ def _environment() -> jinja2.Environment:
         boltzmann_range, paper_facts.agreement, paper_facts.best_guess, paper_facts.mean_sweeps,
         paper_facts.segment_sweeps, paper_facts.sweeps_range, paper_facts.tough_share, chord_share, duration, fastest,
         fastest_way, fitted_sweeps, format_speed_up, grouped, least_accurate, loop_speed_up, median_ratio,
-        paper_megabytes, paper_sizes.counted, paper_sizes.estimates, paper_sizes.runs_of, paper_sizes.tough_blocks,
+        paper_megabytes, regimes.counted, regimes.estimates, regimes.runs_of, regimes.tough_blocks,
         phase_seconds, plain_sweeps, plan, rank_correlation, recommendation, regimes.best_in_passes,
-        regimes.in_passes, result, sampler, sampling_range, slowest_by_batch, speed_up_range, star_follows, strategy,
-        sweep_ways, to_images_range, to_images_speed_up, where,
+        regimes.in_passes, result, sampler, sampling_range, search_guidance.best_point, slowest_by_batch,
+        speed_up_range, star_follows, strategy, sweep_ways, to_images_range, to_images_speed_up, where,
     )}  # fmt: skip
     environment.globals |= functions | {
         "calls": {"sampling": "inverse", "density": "`log_prob`"},

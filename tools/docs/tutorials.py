@@ -20,7 +20,7 @@ import nbformat
 from nbclient import NotebookClient
 from PIL import Image
 
-from benchmarks.sources import ROOT
+from benchmarks import ROOT
 from jacobiflow.utils.files import write_atomically
 
 TUTORIALS = ROOT / "docs" / "tutorials"

@@ -18,7 +18,7 @@ from pathlib import Path
 import tomllib
 from nbconvert import MarkdownExporter
 
-from benchmarks.sources import ROOT
+from benchmarks import ROOT
 from tools.chromium import CHROMIUM, chromium, served
 from tools.npm import npm_files
 from tools.page import live_page

@@ -25,8 +25,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-from benchmarks.common import Json, parser
-from benchmarks.sources import ROOT
+from benchmarks import ROOT
+from benchmarks.lib.results import Json, parser
 from jacobiflow.utils.files import write_json
 from tools.mutation.faults import Mutant, draw
 

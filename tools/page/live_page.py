@@ -11,7 +11,7 @@ import onnx
 import torch
 
 import jacobiflow as jf
-from benchmarks.sources import ROOT
+from benchmarks import ROOT
 from jacobiflow.utils.files import write_atomically, write_json
 from tools.npm import npm_files
 from tools.page.block import block_graph
