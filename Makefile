@@ -89,25 +89,32 @@ GUIDED_fashion-p2 := --guidance 3,attn_temperature=1.4
 GUIDED_emoji-p2 := --guidance 4,attn_temperature=1.2
 CALIBRATED := $(MODELS:%=calibration-%)
 RECOMMENDED := recommended-fashion-p2 recommended-emoji-p2
-CALIBRATE = $(BIN)/jacobiflow calibrate --model $* --images $(IMAGES_$*)
+CALIBRATE = $(BIN)/jacobiflow calibrate --model $* --images $(IMAGES_$*) --out out/$@
 BUNDLED = src/jacobiflow/bundled/$*
 TUNE = $(BIN)/jacobiflow plan --tune --out out/plan.json
 .PHONY: $(CALIBRATED) $(RECOMMENDED)
 calibration: $(CALIBRATED) $(RECOMMENDED)
-	$(BIN)/jacobiflow calibrate --model digits-maf --images digits \
-		--out src/jacobiflow/bundled/digits-maf/report.json
+	$(BIN)/jacobiflow calibrate --model digits-maf --images digits --out out/calibration-digits-maf
+	mv out/calibration-digits-maf/report.json src/jacobiflow/bundled/digits-maf/report.json
+	rm -r out/calibration-digits-maf
 	$(TUNE) --model src/jacobiflow/bundled/digits-maf --plain
 	$(BIN)/python -m benchmarks.maf
 	$(RENDER)
 
 $(RECOMMENDED): recommended-%: setup
-	$(CALIBRATE) $(GUIDED_$*) --num 256 --convergence-samples 8 --out $(BUNDLED)/report-guided.json
+	$(CALIBRATE) $(GUIDED_$*) --num 256 --convergence-samples 8
+	mv out/$@/report.json $(BUNDLED)/report-guided.json
+	rm -r out/$@
 	$(TUNE) --model $(BUNDLED) $(GUIDED_$*)
 
 $(CALIBRATED): calibration-%: setup
-	$(CALIBRATE) --per-class --out $(BUNDLED)/report.json
+	$(CALIBRATE) --per-class
+	mv out/$@/report.json $(BUNDLED)/report.json
+	rm -r out/$@
 	$(TUNE) --model $(BUNDLED) --plain
-	$(CALIBRATE) --guidance 1 --out out/$*-guided.json
+	$(CALIBRATE)-guided --guidance 1
+	mv out/$@-guided/report.json out/$*-guided.json
+	rm -r out/$@-guided
 	$(BIN)/python -m tools.pictures.paper_figures $* --strategy "$(CUT_$*)"
 	$(BIN)/python -m benchmarks.performance $*-calibration-guided $*-strategies
 

@@ -36,8 +36,7 @@ COMMANDS = {
         "evaluate --model digits-p1 --images digits --test-images 500 --batch-size 16 --out {out}", "evaluation.json"
     ),
     "calibrate": (
-        "calibrate --model digits-p1 --images digits --num 64 --batch-size 16 --convergence-samples 8 "
-        "--out {out}/report.json",
+        "calibrate --model digits-p1 --images digits --num 64 --batch-size 16 --convergence-samples 8 --out {out}",
         "report.json",
     ),
     "train": (TRAIN, "model.safetensors"),

@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from typer.main import get_command
 
 import jacobiflow as jf
 from jacobiflow.cli.app import app
@@ -28,7 +27,6 @@ ROOT = Path(__file__).resolve().parent.parent
 CARDS = sorted((ROOT / "src/jacobiflow/bundled").glob("*/README.md"))
 PAGES = {page.stem if page not in CARDS else page.parent.name: page.read_text()
          for page in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), *CARDS)}  # fmt: skip
-HELP = {f"--help of {name}": command.help or "" for name, command in get_command(app).commands.items()}  # type: ignore[attr-defined]
 # A command is a line, with what comes before its name: a launcher, variables.
 COMMAND = re.compile(
     r"^ *(?:Example: )?(?:\w+=\w+ )*(?:torchrun .* -- +|srun (?:-\S+ )*)?jacobiflow (\w.*[^.\n])$", re.MULTILINE
@@ -38,6 +36,7 @@ SHORT = {
     "bench": "--repeats 1",
     "evaluate": "--paired 2 --test-images 4", "train": "--steps 2 --batch-size 8", "convert": "", "info": "",
 }  # fmt: skip
+HELP = {f"--help of {name}": app[name].help for name in SHORT}
 
 
 @pytest.fixture(scope="module")

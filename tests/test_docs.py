@@ -12,8 +12,7 @@ import shlex
 from pathlib import Path
 
 import pytest
-from typer.exceptions import TyperException
-from typer.main import get_command
+from cyclopts import CycloptsError, MissingArgumentError, ValidationError
 
 from benchmarks import search_guidance
 from jacobiflow.cli.app import app
@@ -56,13 +55,14 @@ def test_files_and_targets_of_make_that_a_page_names_exist(page):
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_the_command_line_takes_the_commands_of_sentences(page):
-    group = get_command(app)
     for text in IN_SENTENCES.findall(page.read_text()):
-        name, command, words = group.resolve_command(None, shlex.split(text)[1:])
+        words = [word for word in shlex.split(text)[1:] if word != "--traceback"]
         try:
-            command.make_context(name, words)
-        except TyperException as error:
-            assert str(error).startswith("Missing"), f"{text}: {error.format_message()}"  # a sentence may leave it out
+            app.parse_args(words, print_error=False, exit_on_error=False)
+        except (MissingArgumentError, ValidationError):
+            pass  # A sentence may leave it out, or name a model that is not here.
+        except CycloptsError as error:
+            pytest.fail(f"{text}: {error}")
 
 
 @pytest.mark.slow

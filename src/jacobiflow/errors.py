@@ -7,7 +7,21 @@ class InputError(Exception):
     """Base class of the errors that a caller can correct: a wrong argument, option, file or folder.
 
     The message names the value and the remedy. Every other exception is a fault of the library or of the machine.
+
+    Args:
+        message: What is wrong, or what to give.
+        argument: Name of the argument at fault, with which `str(error)` begins. The command line names its option.
+        value: Value of that argument, as the message shows it.
+
+    Example:
+        >>> error = InputValueError("give a positive whole number", argument="num", value=0)
+        >>> str(error)
+        'num=0: give a positive whole number'
     """
+
+    def __init__(self, message: str, *, argument: str | None = None, value: object = None) -> None:
+        super().__init__(message if argument is None else f"{argument}={value}: {message}")
+        self.message, self.argument, self.value = message, argument, value
 
 
 class InputTypeError(InputError, TypeError):

@@ -253,6 +253,12 @@ def test_clusters(run: Run) -> None:
     assert row["difference"] == 0
 
 
+def test_kills(run: Run) -> None:
+    line = "sample --model digits-p1 --num 8 --batch-size 2 --shard-size 2 --strategy jacobi"
+    (row,) = run("kills", COMMANDS={"sample": line}, MOMENTS=1)["kills"]
+    assert (row["rounds"], row["equal"]) == (1, 1)
+
+
 def test_search_guidance(run: Run) -> None:
     module = pytest.importorskip("benchmarks.search_guidance")
     (rows,) = run(

@@ -6,6 +6,8 @@ import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import astuple
 from functools import cache
+from multiprocessing import get_context
+from multiprocessing.synchronize import Barrier
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -26,9 +28,8 @@ from jacobiflow.calibration import (
     measure_distances,
 )
 from jacobiflow.calibration.report import guesses_by_name
-from jacobiflow.data import Noise, add_noise, digits
 from jacobiflow.models.latents import draw_latents
-from jacobiflow.utils.files import locked, write_json
+from jacobiflow.utils.progress import Progress
 from tests.helpers.calibration_problems import linear_flow, randn, runs_of, way_back
 from tests.helpers.problems import make_flow, make_maf
 
@@ -46,6 +47,10 @@ CASES: dict[str, tuple[Callable[[], Any], jf.Guidance | None, Any, int]] = {  # 
 def images_of(flow: Any) -> Tensor:
     config = flow.config
     return randn(7, config.in_channels, config.image_size, config.image_size, seed=2).tanh()
+
+
+FLOW = make_flow(num_classes=3)
+IMAGES = images_of(FLOW)
 
 
 class Case:
@@ -210,14 +215,10 @@ def test_calibrating_changes_nothing_else(classes: Case) -> None:
     (-flow.log_prob(images, classes.labels).mean()).backward()  # no tensor of inference mode is left in the flow
 
 
-FLOW = make_flow(num_classes=3)
-IMAGES = images_of(FLOW)
-
-
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"images": IMAGES / (torch.arange(7) != 5).view(-1, 1, 1, 1)}, "images=.* holds a NaN or an infinity"),
+        ({"images": IMAGES / (torch.arange(7) != 5).view(-1, 1, 1, 1)}, "images=.*: holds a NaN or an infinity"),
         ({"images": list(IMAGES)}, "images of type list: give a tensor"),
         ({"labels": torch.arange(7)}, "label 6: this flow has classes 0 to 2"),
         ({"segments": 17}, "there are only 16 tokens"),
@@ -242,80 +243,36 @@ def test_overflow_in_encoding_or_in_the_exact_inverse_is_refused(i: int) -> None
             jf.calibrate(flow, torch.full((2, 1, 3, 3), pixel).double())
 
 
-@pytest.mark.slow
-def test_real_weights_and_images() -> None:
-    """16 digits give nearly the metrics of the bundled report."""
-    flow, (images, labels) = jf.load("digits-p1"), digits().batch(slice(0, 16))
-    images = add_noise(images, Noise("gaussian", 0.1), torch.Generator().manual_seed(0))
-    report = jf.calibrate(flow, images, labels, num_convergence_samples=2)
-    bundled = CalibrationReport.load(flow.report_files[0])
-    assert report.tough_blocks == bundled.tough_blocks
-    assert report.crm == pytest.approx(bundled.crm, rel=0.15)
+def calibrate_to(out: Path, progress: Progress | None = None, barrier: Barrier | None = None, **changed: Any) -> bytes:
+    """Calibrates a small flow, once all processes of the barrier have come here; returns the bytes of the report."""
+    arguments = {"segments": 2, "num_convergence_samples": 2, "batch_size": 2} | changed
+    if barrier is not None:
+        barrier.wait()
+    jf.calibrate(FLOW, IMAGES, [0, 1, 2, 0, 1, 2, 0], progress=progress, out=out, **arguments)
+    return (out / "report.json").read_bytes()
 
 
-class Killed(BaseException):
-    """Stands for a kill: nothing in the library catches it."""
+def test_processes_share_a_calibration(tmp_path: Path) -> None:
+    """Their report is that of one process, which needs no folder."""
+    context = get_context("spawn")
+    barrier = context.Barrier(2)
+    other = context.Process(target=calibrate_to, args=(tmp_path / "two", None, barrier))
+    other.start()
+    assert calibrate_to(tmp_path / "two", barrier=barrier) == calibrate_to(tmp_path / "one")
+    other.join()
+    assert other.exitcode == 0
 
 
-def kill_at_write(number: int, monkeypatch: pytest.MonkeyPatch, run: Callable[[], Any]) -> list[str]:
-    """Runs a calibration that is killed when it stores the measurement of this number; returns the names before it."""
-    names = list[str]()
-
-    def write(path: Path, *rest: Any, **named: Any) -> None:
-        if len(names) == number - 1:
-            raise Killed
-        names.append(path.stem)
-        write_json(path, *rest, **named)
-
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr("jacobiflow.utils.store.write_json", write)
-        patch.setattr(CalibrationReport, "save", Mock(side_effect=Killed))
-        run()
-    return names
-
-
-def test_an_interrupted_calibration_goes_on_to_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Damaged measurements, and those of other settings, are made again; foreign files in the folder stay."""
-    flow, out, folder = make_maf(num_classes=0).float(), tmp_path / "r.json", tmp_path / "r.json.partial"
-    images = images_of(flow).float()
-
-    def calibrate(out: Path = out, seed: int = 0) -> bytes:
-        jf.calibrate(flow, images, segments=2, num_convergence_samples=2, seed=seed, out=out)
-        return out.read_bytes()
-
-    expected = calibrate(tmp_path / "calm.json")
-    kill_at_write(3, monkeypatch, calibrate)
-    damaged, other = folder / "means.json", folder / "metrics.json"
-    damaged.write_bytes(damaged.read_bytes()[:-9])
-    other.write_text(other.read_text().replace('"igm"', '"other"'))
-    assert calibrate() == expected
-    assert not folder.exists()
-    kill_at_write(3, monkeypatch, lambda: calibrate(seed=1))
-    with locked(folder), pytest.raises(ValueError, match="another run is writing"):
-        calibrate()
-    (folder / "block-mine.json").write_text("mine")
-    assert calibrate() == expected
-    assert sorted(entry.name for entry in folder.iterdir()) == [".lock", "block-mine.json", "manifest.json"]
-
-
-def test_a_kill_costs_only_the_measurement_in_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No finished measurement is made again, up to the report itself."""
-    flow, out, written = copy.deepcopy(make_flow(num_classes=3)).float(), tmp_path / "r.json", list[str]()
-    images, labels = images_of(flow).float(), [0, 1, 2, 0, 1, 2, 0]
-
-    def calibrate(out: Path = out) -> bytes:
-        jf.calibrate(flow, images, labels, segments=2, num_convergence_samples=2, per_class=True, out=out)
-        return out.read_bytes()
-
-    expected = calibrate(tmp_path / "calm.json")
-    while names := kill_at_write(2, monkeypatch, calibrate):
-        written += names
-    assert len(set(written)) == len(written) > 10
-    monkeypatch.setattr("jacobiflow.calibration.statistics.solve", None)
-    assert calibrate() == expected
-
-
-def test_a_folder_in_place_of_a_report_is_refused_before_work(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"out='.*': is a folder; give a file"):
-        jf.calibrate(FLOW, IMAGES, progress=Mock(side_effect=AssertionError), out=tmp_path)
-    assert not [*tmp_path.iterdir()]
+def test_an_interrupted_calibration_goes_on(tmp_path: Path) -> None:
+    """Finished measurements stay, damaged ones are made again. A folder of another calibration is refused."""
+    expected, out = calibrate_to(tmp_path / "calm"), tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt):
+        calibrate_to(out, Mock(side_effect=[None] * 20 + [KeyboardInterrupt]))
+    units = {path: path.stat().st_mtime_ns for path in out.glob("units/*.json")}
+    (out / "units" / "parameters-00.safetensors").write_bytes(b"")
+    with pytest.raises(ValueError, match="holds calibration of seed 0, not 1; batch size 2, not 1; give another"):
+        calibrate_to(out, seed=1, batch_size=1)
+    with pytest.warns(UserWarning, match="parameters-00 was damaged"):
+        assert calibrate_to(out) == expected
+    changed = {path.stem for path, time in units.items() if path.stat().st_mtime_ns != time}
+    assert changed == {"parameters-00"}

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import os
 import re
-from contextlib import nullcontext
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 from PIL import Image
 
 import jacobiflow as jf
-from jacobiflow.distributed import Processes
 from jacobiflow.evaluation import paired_error
 from jacobiflow.planner import Prediction
 from jacobiflow.utils.timing import describe_machine
@@ -77,9 +74,3 @@ def test_a_tolerance_is_for_the_strategies_that_have_one(run: Any, refuse: Any, 
     rows = rows_of(out)
     assert max(rows[name]["residual"] for name in ("window.json", "auto")) <= 1e-5 < rows["jacobi-2"]["residual"]
     refuse(f"{line} {planned} --batch-size 4 --out out-x", "the strategy was planned for batch")
-
-
-def test_of_several_processes_one_measures(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("jacobiflow.distributed.processes", lambda: nullcontext(Processes(1, 2)))
-    result = run(f"bench --model model --out {tmp_path}/out")
-    assert (result.code, result.out, result.err, [*tmp_path.iterdir()]) == (0, "", "", [])

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-import os
 import re
 import shlex
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
-from unittest.mock import DEFAULT, Mock
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -17,8 +16,9 @@ import torch
 
 import jacobiflow as jf
 from jacobiflow.calibration import gs_jacobi_notation
+from jacobiflow.cli.calibrate import CalibrateResult, show
 from jacobiflow.data import Noise, load_images, noisy_images
-from jacobiflow.utils.files import write_json
+from jacobiflow.jobs import JobRun
 from tests.helpers.running import figures
 from tests.helpers.scoring import levels
 
@@ -81,24 +81,23 @@ def calibrated(options: str) -> jf.CalibrationReport:
 
 @pytest.mark.parametrize("options", CALIBRATIONS)
 def test_it_writes_and_prints_what_the_library_measures(options: str, run: Any, tmp_path: Path) -> None:
-    path = tmp_path / "new" / "report.json"
-    result = run(f"calibrate --images pets {options} --out {path} --json {tmp_path}/new/json/f")
+    line = f"calibrate --images pets {options} --out {tmp_path}/new --json {tmp_path}/f"
+    result, want = run(line), calibrated(options)
     assert (result.code, result.err) == (0, "")
-    assert sorted(os.listdir(path.parent)) == ["json", "report.json"]
-    want = calibrated(options)
-    assert jf.CalibrationReport.load(path).to_json() == want.to_json()
-    assert figures(path.parent / "json" / "f")["igm"] == [dict(igm) for igm in want.igm]
+    assert jf.CalibrationReport.load(tmp_path / "new" / "report.json").to_json() == want.to_json()
+    assert figures(tmp_path / "f")["igm"] == [dict(igm) for igm in want.igm]
     assert_tables(result.out, want)
-    assert f"wrote {path}\n" in result.out
+    assert f"wrote {tmp_path}/new/report.json\n" in result.out
+    assert run(line) == result, "a complete calibration is printed again"
 
 
 def test_the_proposed_command_certifies_its_samples(run: Any, tmp_path: Path) -> None:
     """They are of the guided map, and of the labels, that the report is of."""
     options = f"--model model --images pets {GUIDED} --unconditional --convergence-samples 3"
-    line = f"calibrate {options} --out '{tmp_path}/my $1 r.json'"
+    line = f"calibrate {options} --out '{tmp_path}/my $1 r'"
     proposed = re.search(r"^use it: jacobiflow (sample .*)$", run(line).out, re.MULTILINE)
     assert proposed is not None
-    assert f"{tmp_path}/my $1 r.json" in shlex.split(proposed[1])
+    assert f"{tmp_path}/my $1 r/report.json" in shlex.split(proposed[1])
     result = run(f"{proposed[1]} --num 3 --out {tmp_path}/s")
     assert (result.code, result.err) == (0, "")
     want = jf.sample(jf.load("./model").guided(GUIDANCE), 3, strategy="sequential")
@@ -108,16 +107,15 @@ def test_the_proposed_command_certifies_its_samples(run: Any, tmp_path: Path) ->
 
 
 def test_num_draws_some_images_by_the_seed(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    calibrate = Mock(return_value=jf.CalibrationReport.load("report.json"))
-    monkeypatch.setattr("jacobiflow.api.calibrate", calibrate)
+    job = Mock(side_effect=jf.InputError)
+    monkeypatch.setattr("jacobiflow.calibration.measure.CalibrationJob", job)
     data = load_images("pets", 8, 1)
     assert data.labels is not None
     drawn = []
     for num, seed in ((4, 0), (4, 1)):
-        line = f"calibrate --model model --images pets --num {num} --seed {seed} --out {tmp_path}/r.json"
-        assert run(line).code == 0
+        run(f"calibrate --model model --images pets --num {num} --seed {seed} --out {tmp_path}/r")
         noisy = noisy_images(data, torch.arange(9), Noise("gaussian", 0.1), seed)
-        _, images, labels = calibrate.call_args.args
+        _, images, labels, _ = job.call_args.args
         places = [next(i for i in range(9) if torch.equal(noisy[i], image)) for image in images]
         assert len(set(places)) == len(places) == min(num, 9), "an image is drawn twice"
         assert labels.tolist() == data.labels[places].tolist()
@@ -125,27 +123,28 @@ def test_num_draws_some_images_by_the_seed(run: Any, tmp_path: Path, monkeypatch
     assert drawn[0] != drawn[1]
 
 
-def test_interrupted_it_goes_on_to_the_same_report(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    report = tmp_path / "r.json"
-    line = f"calibrate --model plain --images pets --segments 2 --convergence-samples 2 --out {report}"
-    with monkeypatch.context() as patch:
-        patch.setattr(
-            "jacobiflow.utils.store.write_json", Mock(wraps=write_json, side_effect=[DEFAULT, KeyboardInterrupt])
-        )
-        result = run(line)
-    kept = f"interrupted: finished measurements are kept in {report}.partial; run the same command to resume\n"
+def test_ctrl_c_says_how_to_go_on(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("jacobiflow.jobs.run", Mock(side_effect=KeyboardInterrupt))
+    result = run(f"calibrate --model plain --images pets --out {tmp_path}/r")
+    kept = f"interrupted: finished measurements are kept in {tmp_path}/r; run the same command to resume\n"
     assert (result.code, result.err) == (130, kept)
-    assert run(line).code == 0
 
 
-def test_crm_may_be_undefined(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    report = jf.CalibrationReport.load("report.json")
+def test_the_process_that_does_not_make_the_report_says_who_did(
+    run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("jacobiflow.jobs.run", Mock(return_value=JobRun({}, False, (), 0)))
+    result = run(f"calibrate --model plain --images pets --out {tmp_path}/r")
+    assert (result.code, result.out) == (0, f"another process wrote {tmp_path}/r/report.json\n")
+
+
+def test_crm_may_be_undefined(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    report = jf.CalibrationReport.load(work / "report.json")
     metrics = dict.fromkeys(report.metrics, replace(report.metrics[2], components=None))
     edited = replace(report, metrics=metrics, class_metrics={})
-    monkeypatch.setattr("jacobiflow.api.calibrate", Mock(return_value=edited))
-    result = run(f"calibrate --model model --images pets --out {tmp_path}/r.json")
-    assert (result.code, result.err) == (0, "")
-    assert "\nCRM is not defined: " in result.out and "The paper's strategies" not in result.out
-    rows = [line.split() for line in result.out.splitlines()]
+    show(CalibrateResult(model="", images="", out="", use="", report=edited, machine={}))
+    out = capsys.readouterr().out
+    assert "\nCRM is not defined: " in out and "The paper's strategies" not in out
+    rows = [line.split() for line in out.splitlines()]
     for i, sweeps in enumerate(report.mean_sweeps("noise", 1e-3)):
         assert [str(i), f"{sweeps:.1f}", f"{np.mean(report.gamma[i]):.2f}"] in rows

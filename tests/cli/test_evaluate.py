@@ -285,7 +285,6 @@ REFUSED = {
     "model --samples nowhere": "draw samples first: jacobiflow sample --model model --out nowhere",
     "plain --samples samples": "--samples samples: drawn from another flow (weights ",
     "model --images test --features none --save-stats s": "--save-stats s: give --images and --features",
-    "model --images test --features none --part 1/2 --overwrite": "remove the folder first",
 }
 
 

@@ -61,12 +61,12 @@ def test_samples_are_drawn_as_recommended_and_resumed_in_no_other_way(
     text = "--guidance 0.7,attn_temperature=1.4 --denoise 0.9"
     assert f"\nsettings: {text} (recommended by the model; --plain turns it off)\n" in result.out
     entries = figures(tmp_path / "f")
-    assert entries["comparison"]["error"]["max"] < 0.05  # the original sampler was guided and denoised alike
+    assert entries["error"]["max"] < 0.05  # the original sampler was guided and denoised alike
     assert "first batch of 3 again, denoising included: original sampler " in result.out
     assert run(f"{line} {text}").code == 0  # the same settings by hand
     refuse(
         f"{line} --plain",
-        "holds samples of --guidance 0.7,attn_temperature=1.4, not None; give another folder, or --overwrite",
+        "; denoise 0.9, not 0.0; give another folder, or overwrite it",
     )
     refuse(f"{line} --plain --denoise 1.0", "--plain: excludes --guidance and --denoise; leave one of them out")
 
@@ -89,6 +89,12 @@ def test_bench_and_plan_take_the_recommended_guidance(flow: Flow, run: Any, refu
     bench = f"bench --model {tmp_path}/model --strategy jacobi-1 --batch-size 1 --repeats 1 --out {tmp_path}/bench"
     plan = f"plan --model {tmp_path}/model --batch-size 1 --out {tmp_path}/plan.json"
     for line in (bench, plan):
-        assert "guidance: 0.7,attn_temperature=1.4 (recommended by the model; --plain turns it off)\n" in run(line).out
+        assert (
+            "settings: --guidance 0.7,attn_temperature=1.4 (recommended by the model; --plain turns it off)\n"
+            in run(line).out
+        )
         refuse(f"{line} --plain --guidance 1", "--plain: excludes --guidance")
-    assert "guidance: none; the recommended guidance needs labels\n" in run(f"{bench} --labels none").out
+    assert (
+        "settings: no guidance, no denoising; the recommended guidance needs labels\n"
+        in run(f"{bench} --labels none").out
+    )

@@ -78,7 +78,7 @@ def test_the_memory_of_a_model_is_shown_without_its_weights(run: Any, refuse: An
     assert sizes["float32"]["weights"] == 2 * sizes["bfloat16"]["weights"] > 4e6
     assert f"{sizes['bfloat16']['weights'] / 2**20:.1f} MiB" in result.out
     assert "guidance: 3,attn_temperature=1.4" in result.out
-    refuse("info --model petz --memory", "'petz': no such model")
+    refuse("info --model petz --memory", 'Invalid value "petz" for --model. No such model. Give a bundled name (')
 
 
 def test_check_of_a_model_uses_its_reports_and_its_weights(run: Any, refuse: Any, tmp_path: Path) -> None:
@@ -121,7 +121,7 @@ def test_convert_a_starflow(run: Any, refuse: Any, tmp_path: Path) -> None:
     want = f"--encode-text {tmp_path}/words.py:encode: its function raised TypeError (list indices must be integers"
     refuse(f"{line}2 --encode-text {tmp_path}/words.py:encode", want)
     (tmp_path / "words.py").write_text("encode = lambda prompts: None\n")
-    want = "result of --encode-text None of type NoneType: give a torch.Tensor of floating-point numbers (1, L, K)"
+    want = "result of encode_text=None of type NoneType: give a torch.Tensor of floating-point numbers (1, L, K)"
     refuse(f"{line}2 --encode-text {tmp_path}/words.py:encode", want)
     refuse(f"sample --model {tmp_path}/star --prompts cat --encode-text {tmp_path}/words.py:encode --out o-x", want)
 

@@ -33,7 +33,7 @@ def test_a_plan_is_one_that_sample_takes(run: Any, tmp_path: Path) -> None:
     result = run(f"{use[1]} --out {tmp_path}/s")
     assert (result.code, result.err) == (0, "")
     folder = jf.SampleFolder.open(tmp_path / "s")
-    assert (folder.manifest.num, folder.manifest.batch_size, folder.manifest.strategy) == (3, 3, str(out))
+    assert (folder.spec.num, folder.spec.batch_size, folder.spec.strategy) == (3, 3, str(out))
 
 
 def test_a_tuning_is_fitted_and_kept(run: Any, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 import jacobiflow as jf
-from jacobiflow.cli.plan import plan
+from jacobiflow.cli.plan import PlanConfig
 from jacobiflow.data import image_grid
 from jacobiflow.models.registry import FLOWS
 from tests.helpers.running import figures
@@ -91,7 +91,7 @@ def test_sizes_that_do_not_fit_name_one_that_does(refuse: Any, photos: Path, tmp
     refuse(f"{line} --image-size 32", "pixels on a side; give --image-size 12, or remove them\n")
     refuse(
         f"{line} --image-size 9",
-        "--patch-size 2 does not divide --image-size 9; give --patch-size 3, or --image-size 8\n",
+        "--patch-size 2: does not divide the side of the images, 9; give 3, or images of 8\n",
     )
 
 
@@ -120,8 +120,7 @@ def test_a_flow_that_the_command_cannot_train_is_refused_and_not_offered(
 
 
 def test_what_is_not_given_is_as_in_python() -> None:
-    batch_size = inspect.signature(plan).parameters["batch_size"].default
-    assert int(batch_size) == inspect.signature(jf.plan).parameters["batch_size"].default
+    assert int(PlanConfig.batch_size) == inspect.signature(jf.plan).parameters["batch_size"].default
 
 
 def test_options_become_the_settings_of_the_run(run: Any, tmp_path: Path) -> None:

@@ -89,7 +89,7 @@ def test_a_fit_finds_a_causal_linear_map() -> None:
         (lambda: jf.MeanAffine(SHIFT, SHIFT[:, :1]), r"MeanAffine: shift=a tensor \(5, 1\)"),
         (lambda: jf.MeanAffine(SHIFT, SHIFT).check(4, 2), r"MeanAffine.*\(5, 2\).*\(4, 2\)"),
         (lambda: jf.CausalLinear(torch.ones(3, 2, 4), SHIFT), r"CausalLinear: kernel=a tensor \(3, 2, 4\)"),
-        (lambda: jf.CausalLinear(KERNEL * math.nan, SHIFT), "CausalLinear: kernel=.* holds a NaN"),
+        (lambda: jf.CausalLinear(KERNEL * math.nan, SHIFT), "CausalLinear: kernel=.*: holds a NaN"),
         (lambda: jf.Solver(guess=jf.CausalLinear(KERNEL, SHIFT)).check(5, 1), r"CausalLinear.*\(5, 2\).*\(5, 1\)"),
         (lambda: jf.Solver(correction=jf.Chord(KERNEL)).check(5, 3), r"Chord\(kernel=\(3, 2, 2\)\).*tokens have 3"),
     ],

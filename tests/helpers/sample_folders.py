@@ -1,11 +1,10 @@
-"""Folders of samples for tests: runs that need no flow, and what two runs must have in common."""
+"""Folders of samples for tests: runs that need no flow, and kills."""
 
 from __future__ import annotations
 
-import json
 import os
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor
 
 import jacobiflow as jf
-from jacobiflow.sampling.folder import writer as module
+from jacobiflow.sampling.folder import job as module
 from jacobiflow.sampling.result import BlockStats, Samples
 
 PLAN = jf.Strategy.uniform(jf.Solver(jf.Window(4)), 1)
@@ -44,9 +43,7 @@ def run(
         return jf.sample_to_folder(flow or tiny_flow(), num, out, labels, **settings)
 
 
-def invented(
-    flow: Any, plan: Any, latents: Tensor, context: jf.Context, options: Any, outputs: Any, progress: Any
-) -> Samples:
+def invented(request: Any, plan: Any, latents: Tensor, progress: Any = None) -> Samples:
     """The latents as images. Where the first number is above 1 the sample is lost, where the second is, resolved."""
     images, certificate = latents.reshape(-1, 1, 4, 4).clone(), latents[:, 0, 2].abs()
     lost, resolved = latents[:, 0, 0] > 1, latents[:, 0, 1] > 1
@@ -55,7 +52,7 @@ def invented(
     stats = BlockStats(5, 7, 70, 0.5, certificate, status, none, resolved)
     if progress is not None:
         progress(len(latents), len(latents), "sampling")
-    return Samples(images, latents, context.values, None, (stats,), certificate, 1.0, None, 1.5, 0.25)
+    return Samples(images, latents, request.context.values, None, (stats,), certificate, 1.0, None, 1.5, 0.25)
 
 
 def pixels_in(folder: jf.SampleFolder) -> Any:
@@ -69,21 +66,9 @@ def everything(out: Path) -> dict[str, bytes]:
     return {str(path.relative_to(out)): path.read_bytes() for path in files}
 
 
-def facts(out: Path, foreign: Sequence[str] = ()) -> dict[str, Any]:
-    """The files that two runs of the same samples must share, without what the shards cost."""
-    files: dict[str, Any] = everything(out)
-    for name in {"samples.png", *foreign} & files.keys():
-        del files[name]
-    for name in files:
-        if name.startswith("shards/") and name.endswith(".json"):
-            files[name] = {**json.loads(files[name]), "cost": None}
-    return files
-
-
-def times(out: Path) -> dict[str, int]:
-    """When the files of the shards that have a record were written."""
-    done = [path.stem for path in (out / "shards").glob("*.json")]
-    return {p.name: p.stat().st_mtime_ns for p in (out / "shards").glob("*") if p.stem in done}
+def shards(out: Path) -> dict[str, bytes]:
+    """The files whose bytes depend on the spec only: shards, PNGs, manifest and strategy."""
+    return {name: data for name, data in everything(out).items() if not name.startswith(("units/", "outcome"))}
 
 
 class Killed(BaseException):

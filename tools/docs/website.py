@@ -19,6 +19,7 @@ import tomllib
 from nbconvert import MarkdownExporter
 
 from benchmarks import ROOT
+from jacobiflow.cli.app import app
 from tools.chromium import CHROMIUM, chromium, served
 from tools.npm import npm_files
 from tools.page import live_page
@@ -102,14 +103,9 @@ def _notebook(path: Path, page: Path) -> str:
 
 
 def _commands() -> str:
-    command = [sys.executable, "-m", "typer", "jacobiflow.cli.app", "utils", "docs", "--name", "jacobiflow"]
-    text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    text = text.replace("# `jacobiflow`", "# Command line", 1)
-    text = re.sub(r"\*\*Commands\*\*:\n\n(\* .*\n)+\n", "", text)  # whose descriptions are cut; their sections follow
-    text = re.sub(
-        r"^(Example|Examples): (.*?)\n\n", r"\1:\n\n```console\n\2\n```\n\n", text, flags=re.DOTALL | re.MULTILINE
-    )
-    return re.sub(r"^\*\*(\w+)\*\*:", r"\1:", text, flags=re.MULTILINE)
+    text = app.generate_docs().replace("# jacobiflow", "# Command line", 1)
+    text = re.sub(r"## Table of Contents\n\n(- .*\n)+\n", "", text)  # A list of the commands follows.
+    return re.sub(r"^Example: (.*)$", r"Example:\n\n```console\n\1\n```", text, flags=re.MULTILINE)
 
 
 class Pages:

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack, suppress
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save
 from torch import Tensor
 
+from jacobiflow import jobs
 from jacobiflow.calibration.convergence import ConvergenceCurve, gamma_norm, measure_distances
 from jacobiflow.calibration.metrics import NORMS, Norm
 from jacobiflow.calibration.report import (
@@ -25,29 +30,25 @@ from jacobiflow.calibration.report import (
 from jacobiflow.calibration.statistics import (
     BlockSolution,
     CalibrationStatistics,
-    ImageMeans,
-    ImageMetrics,
     Images,
     exact_solutions,
+    mean_affine,
 )
-from jacobiflow.distributed import Processes
 from jacobiflow.errors import InputTypeError, InputValueError
 from jacobiflow.fixed_point import Segments
+from jacobiflow.jobs import JobFolder, UnitOutput
 from jacobiflow.models.checkpoints.fingerprint import fingerprint
 from jacobiflow.models.flow import Flow, check_flow
 from jacobiflow.models.labels import ContextLike, Labels
 from jacobiflow.models.latents import FIRST_CALIBRATION_LATENT, MAX_SAMPLES, draw_latents
 from jacobiflow.utils.checks import check_choice, check_count, check_flag, check_path, check_seed
-from jacobiflow.utils.files import MANIFEST, output_directory
 from jacobiflow.utils.progress import Progress
-from jacobiflow.utils.store import MeasurementStore
-
-T = TypeVar("T")
+from jacobiflow.utils.serialization import decode, encode
+from jacobiflow.utils.timing import describe_machine
 
 # With fewer tokens in a segment the exact loop is faster.
 _MIN_SEGMENT_TOKENS = 4
 _CURVE_BATCH = 8  # samples that are swept together, until the slowest of them converges
-_GAMMA = "gamma"  # Stands for the norm of the error matrix in place of a guess.
 _GAMMA_SAMPLES = 8  # each sample costs some thirty backward passes for each block
 
 
@@ -65,7 +66,6 @@ def calibrate(
     seed: int = 0,
     progress: Progress | None = None,
     out: str | Path | None = None,
-    processes: Processes | None = None,
 ) -> CalibrationReport:
     """Measures the paper's metrics of each block, and the sweeps that they predict.
 
@@ -89,12 +89,12 @@ def calibrate(
         batch_size: Images in memory at a time.
         seed: Fixes the fresh latents. `jacobiflow.sample` never draws the same ones.
         progress: Is called after each step.
-        out: File for the report. If a call is interrupted, the same call continues from the measurements in
-            OUT.partial.
-        processes: The processes that share the work, see `jacobiflow.processes`. Each of them calls this function.
+        out: Folder for report.json and the measurements. If a call is interrupted, the same call continues from them.
+            Processes that make the same call at the same time share the work.
 
     Raises:
-        ValueError: If a fresh latent overflows in the exact inverse, or if another run calibrates to `out`.
+        ValueError: If a fresh latent overflows in the exact inverse, or if `out` holds another calibration or other
+            files.
 
     Example:
         >>> flow = jf.load("digits-p1")
@@ -102,47 +102,173 @@ def calibrate(
         >>> len(jf.calibrate(flow, images, num_convergence_samples=1).crm)
         4
     """
-    check_flow(flow)
-    norm = check_choice("norm", norm, NORMS)
-    num_samples = check_count("num_convergence_samples", num_convergence_samples, maximum=MAX_SAMPLES)
-    batch_size = check_count("batch_size", batch_size, maximum=MAX_SAMPLES)
-    segments, seed = check_count("segments", segments), check_seed(seed)
-    Segments(segments).check(flow.config.num_tokens)
-    check_flag("per_class", per_class)
-    _check_images(flow, images)
-    if labels is None and per_class:
-        raise InputValueError("per_class: give the labels of the images")
-    checked = flow.check_one_context(labels, context, len(images))
-    classes = sorted(set(checked.values.tolist())) if per_class and checked.values is not None else []
-    settings = CalibrationSettings(
-        len(images), checked.values is not None, norm, flow.guidance, segments, min(num_samples, len(images)), seed
-    )
-    processes = Processes() if processes is None else processes
-    statistics = CalibrationStatistics(flow, images, checked, classes, batch_size, progress, processes)
-    if out is None:
-        return _make_report(statistics, settings, MeasurementStore())
-    check_path("out", out)
-    if (out := Path(out)).is_dir():
-        raise InputValueError(f"out={str(out)!r}: is a folder; give a file")
-    folder = Path(f"{out}.partial")
-    with ExitStack() as lock:
+    job = CalibrationJob(
+        flow, images, labels, norm, context=context, segments=segments,
+        num_convergence_samples=num_convergence_samples, per_class=per_class, batch_size=batch_size, seed=seed,
+    )  # fmt: skip
+    if out is not None:
+        check_path("out", out)
+    with TemporaryDirectory() if out is None else nullcontext(out) as folder:
+        return CalibrationReport.from_json(jobs.run(job, folder, progress=progress).result)
 
-        def start() -> str:
-            lock.enter_context(output_directory(folder, "calibration", ()))
-            return _checksum(statistics, settings)
 
-        store = MeasurementStore(folder, processes.run_on_rank_zero(start))
-        processes.check_sees(folder / MANIFEST)
-        report = _make_report(statistics, settings, store)
-        if processes.rank == 0:
-            report.save(out)
-            with suppress(OSError):  # Windows removes no open file.
-                store.remove()
-    return report
+@dataclass(frozen=True)
+class CalibrationSpec(CalibrationSettings):
+    """All that the measurements of a calibration depend on; see `CalibrationStatistics`."""
+
+    classes: tuple[int, ...]
+    batch_size: int
+    precision: str
+    weights_sha256: str
+    images_sha256: str
+    context_sha256: str
+
+
+class CalibrationJob(jobs.Job):
+    """The job of `calibrate`; its arguments are those of `calibrate`.
+
+    Its units are
+    parameters-CHUNK: the sums of each block's parameters over a chunk of the images
+    solutions-SOURCE: the solutions of each block at the latents from which sweeps are measured
+    residuals-CHUNK: the sums of each guess's residuals over a chunk of the images
+    gamma-BLOCK: the norm of the error matrix at each solution
+    curves-BLOCK-SOURCE-GUESS-COUNT: the convergence curves of COUNT segments
+    """
+
+    kind, result_name, patterns = "calibration", "report.json", ("units/*.safetensors",)
+
+    def __init__(
+        self, flow: Flow, images: Images, labels: Labels | None = None, norm: Norm = 2, *,
+        context: ContextLike | None = None, segments: int, num_convergence_samples: int, per_class: bool,
+        batch_size: int, seed: int,
+    ) -> None:  # fmt: skip
+        check_flow(flow)
+        norm = check_choice("norm", norm, NORMS)
+        num_samples = check_count("num_convergence_samples", num_convergence_samples, maximum=MAX_SAMPLES)
+        batch_size = check_count("batch_size", batch_size, maximum=MAX_SAMPLES)
+        segments, seed = check_count("segments", segments), check_seed(seed)
+        Segments(segments).check(flow.config.num_tokens)
+        check_flag("per_class", per_class)
+        _check_images(flow, images)
+        if labels is None and per_class:
+            raise InputValueError("per_class: give the labels of the images")
+        checked = flow.check_one_context(labels, context, len(images))
+        values = checked.values
+        classes = sorted(set(values.tolist())) if per_class and values is not None else []
+        self.settings = CalibrationSettings(
+            len(images), values is not None, norm, flow.guidance, segments, min(num_samples, len(images)), seed
+        )
+        self.flow, self.statistics = flow, CalibrationStatistics(flow, images, checked, classes, batch_size)
+        num_samples = self.settings.num_convergence_samples
+        self._index = torch.arange(num_samples) * len(images) // num_samples  # of the images whose sweeps are measured
+        # Under guidance images have no latents.
+        self.sources: tuple[LatentSource, ...] = ("noise",) if flow.guidance else ("images", "noise")
+        self.machine = describe_machine(flow.var.device)
+        self.spec = CalibrationSpec(
+            **vars(self.settings), classes=tuple(classes), batch_size=batch_size, precision=flow.precision,
+            weights_sha256=fingerprint(flow),
+            images_sha256=_sha256(self.statistics.read(rows) for rows in chain(*self.statistics.chunks)),
+            context_sha256=_sha256([] if values is None else [values]),
+        )  # fmt: skip
+
+    def stages(self, folder: JobFolder) -> Iterator[Mapping[str, int]]:
+        """Yields units without requirements, those that need the mean parameters, and those that need the metrics."""
+        chunks, blocks = range(len(self.statistics.chunks)), self.statistics.blocks
+        parameters, residuals = ([f"{name}-{chunk:02}" for chunk in chunks] for name in ("parameters", "residuals"))
+        yield {**{f"solutions-{source}": len(blocks) for source in self.sources}, **dict.fromkeys(parameters, 1)}
+        self._means = self.statistics.means(load_file(folder.path / _file(unit)) for unit in parameters)
+        curves = [_curves(i, source, guess) for i in blocks for source in self.sources for guess in GUESS_NAMES]
+        yield dict.fromkeys([*residuals, *(f"gamma-{i}" for i in blocks), *curves], 1)
+        self._means |= self.statistics.means(load_file(folder.path / _file(unit)) for unit in residuals)
+        yield {unit: 1 for units in self._segment_curves().values() for unit in units.values()}
+
+    def _segment_curves(self) -> dict[int, dict[int, str]]:
+        """Returns the units of each tough block by number of segments, from fresh latents and the best guess by IGM."""
+        most = self.flow.config.num_tokens // _MIN_SEGMENT_TOKENS
+        counts = sorted({1, self.settings.segments, *(2**k for k in range(1, most.bit_length()))})
+        best = self.statistics.metrics(self._means, self.settings.norm, self.statistics.blocks).best_guess
+        tough = self.statistics.tough_blocks(self._means, self.settings.norm)
+        return {i: {count: _curves(i, "noise", best(i), count) for count in counts} for i in tough}
+
+    def compute(self, unit: str, folder: JobFolder, progress: Progress | None) -> UnitOutput:
+        """Computes sums and solutions as tensors in a file, norms and curves as a value."""
+        settings = self.settings
+        match unit.split("-"):
+            case "gamma", block:
+                return UnitOutput(value=self._gamma(int(block), folder))
+            case "curves", block, source, guess, count:
+                return UnitOutput(value=encode(self._measure(int(block), source, guess, int(count), folder)))
+            case "parameters", chunk:
+                tensors = self.statistics.sum_parameters(int(chunk))
+            case "residuals", chunk:
+                tensors = self.statistics.sum_residuals(int(chunk), self._means, settings.segments, settings.norm)
+            case _, source:
+                solutions = self._solve(source, progress)
+                tensors = {name: torch.stack([getattr(each, name) for each in solutions]) for name in ("x", "z")}
+        return UnitOutput({_file(unit): save({name: tensor.contiguous() for name, tensor in tensors.items()})})
+
+    def _solve(self, source: str, progress: Progress | None) -> list[BlockSolution]:
+        """Encodes images, or solves the blocks at fresh latents under the context of these images."""
+        if source == "images":
+            return self.statistics.image_solutions(self._index)
+        shape = len(self._index), self.flow.config.num_tokens, self.flow.config.token_channels
+        latents = draw_latents(*shape, self.spec.seed, FIRST_CALIBRATION_LATENT)
+        context = self.statistics.context_at(self._index)
+        return exact_solutions(self.flow, latents, context, self.spec.batch_size, progress)
+
+    def _read_solution(self, source: str, block: int, folder: JobFolder) -> BlockSolution:
+        with safe_open(folder.path / _file(f"solutions-{source}"), "pt") as file:
+            x, z = (file.get_slice(name)[block].to(self.flow.var.device) for name in ("x", "z"))
+        return BlockSolution(x, z, self.statistics.context_at(self._index))
+
+    def _gamma(self, block: int, folder: JobFolder) -> list[float]:
+        """Measures the norm of a block's error matrix at the first solutions."""
+        solution = next(self._read_solution(self.sources[0], block, folder).split(_GAMMA_SAMPLES))
+        norms = [gamma_norm(self.flow.inverse_block(block), *batch) for batch in solution.split(self.spec.batch_size)]
+        return torch.cat(norms).tolist()
+
+    def _measure(
+        self, block: int, source: str, guess: str, num_segments: int, folder: JobFolder
+    ) -> list[ConvergenceCurve]:
+        """Measures the convergence curve of each segment of a block."""
+        start, solution = (
+            guesses_by_name(mean_affine(self._means, block))[guess],
+            self._read_solution(source, block, folder),
+        )
+        distances = [
+            measure_distances(self.flow.inverse_block(block), x, z, start, context, num_segments)
+            for x, z, context in solution.split(min(self.spec.batch_size, _CURVE_BATCH))
+        ]
+        return [*map(ConvergenceCurve.from_distances, zip(*distances, strict=True))]
+
+    def reduce(self, folder: JobFolder) -> Any:
+        """Returns the report."""
+        config, settings, means, blocks = self.flow.config, self.settings, self._means, self.statistics.blocks
+        metrics, segments = partial(self.statistics.metrics, means), self._segment_curves()
+
+        def curves(unit: str) -> tuple[ConvergenceCurve, ...]:
+            return decode(tuple[ConvergenceCurve, ...], folder.value(unit))
+
+        return CalibrationReport(
+            fingerprint=self.spec.weights_sha256,
+            num_tokens=config.num_tokens,
+            token_channels=config.token_channels,
+            settings=settings,
+            metrics={norm: metrics(norm, blocks) for norm in NORMS},
+            segment_metrics={i: metrics(settings.norm, [i], settings.segments) for i in segments},
+            class_metrics={label: metrics(settings.norm, blocks, group=label) for label in self.spec.classes},
+            mean_affine=tuple(mean_affine(means, i) for i in blocks),
+            curves={
+                source: tuple({guess: curves(_curves(i, source, guess))[0] for guess in GUESS_NAMES} for i in blocks)
+                for source in self.sources
+            },
+            segment_curves={i: {n: curves(unit) for n, unit in units.items()} for i, units in segments.items()},
+            gamma=tuple(tuple(folder.value(f"gamma-{i}")) for i in blocks),
+        ).to_json()
 
 
 def _check_images(flow: Flow, images: Images) -> None:
-    if isinstance(images, torch.Tensor):
+    if isinstance(images, Tensor):
         flow.check_data(images, "images")
     try:
         num = len(images)
@@ -154,160 +280,18 @@ def _check_images(flow: Flow, images: Images) -> None:
         raise InputValueError(f"images: {num} of them; give at least 2, better 128, to take means over")
 
 
-def _checksum(statistics: CalibrationStatistics, settings: CalibrationSettings) -> str:
-    """Returns a checksum of all that the measurements depend on."""
+def _curves(block: int, source: LatentSource, guess: str, num_segments: int = 1) -> str:
+    """Returns the name of the unit of a block's convergence curves."""
+    return f"curves-{block}-{source}-{guess}-{num_segments}"
+
+
+def _file(unit: str) -> str:
+    """Returns the name of the file of a unit."""
+    return f"units/{unit}.safetensors"
+
+
+def _sha256(tensors: Iterable[Tensor]) -> str:
     digest = hashlib.sha256()
-    for rows in torch.arange(settings.num_images).split(statistics.batch_size):
-        digest.update(statistics.read(rows).cpu().numpy().tobytes())
-    if statistics.context.values is not None:
-        digest.update(statistics.context.values.cpu().numpy().tobytes())
-    flow = statistics.flow
-    others = (fingerprint(flow), flow.precision, settings, statistics.classes, statistics.batch_size)
-    digest.update(repr(others).encode())
+    for tensor in tensors:
+        digest.update(tensor.cpu().contiguous().view(torch.uint8).numpy().data)
     return digest.hexdigest()
-
-
-def _make_report(
-    statistics: CalibrationStatistics, settings: CalibrationSettings, store: MeasurementStore
-) -> CalibrationReport:
-    """Measures what is not in the store, by all processes."""
-    config = statistics.flow.config
-    means = _measure_together(statistics, store, "means", ImageMeans, statistics.image_means)
-    measure = partial(statistics.image_metrics, means, settings.segments, settings.norm)
-    metrics = _measure_together(statistics, store, "metrics", ImageMetrics, measure)
-    sweeps = _SweepMeasurement(statistics, settings, store, means, metrics)
-    curves = sweeps.measure()
-    blocks = range(config.num_blocks)
-    return CalibrationReport(
-        fingerprint=fingerprint(statistics.flow),
-        num_tokens=config.num_tokens,
-        token_channels=config.token_channels,
-        settings=settings,
-        metrics=metrics.metrics,
-        segment_metrics=metrics.segment_metrics,
-        class_metrics=metrics.class_metrics,
-        mean_affine=means.mean_affine,
-        curves={
-            source: tuple({guess: curves[_Unit(i, source, guess)][0] for guess in GUESS_NAMES} for i in blocks)
-            for source in sweeps.sources
-        },
-        segment_curves={
-            i: {unit.num_segments: curves[unit] for unit in sweeps.segment_units(i)} for i in metrics.segment_metrics
-        },
-        gamma=tuple(curves[_Unit(i, sweeps.sources[0], _GAMMA)] for i in blocks),
-    )
-
-
-def _measure_together(
-    statistics: CalibrationStatistics, store: MeasurementStore, name: str, declared: type[T], measure: Callable[[], T]
-) -> T:
-    """Returns what is stored, or measures it by all processes; the first one decides, and stores the result."""
-    value = statistics.processes.run_on_rank_zero(partial(store.load, name, declared))
-    if value is None:
-        value = measure()
-        statistics.processes.run_on_rank_zero(partial(store.save, name, value))
-    return value
-
-
-class _Unit(NamedTuple):
-    """A measurement of one process: the curves of a block from a guess, or the norm of its error matrix."""
-
-    block: int
-    source: LatentSource
-    guess: str
-    num_segments: int = 1
-
-    @property
-    def name(self) -> str:
-        """The name in the store."""
-        suffix = _GAMMA if self.guess == _GAMMA else f"{self.source}-{self.guess}-{self.num_segments}"
-        return f"block-{self.block}-{suffix}"
-
-
-@dataclass
-class _SweepMeasurement:
-    """The part of a calibration that sweeps the blocks from each source of latents and each guess."""
-
-    statistics: CalibrationStatistics
-    settings: CalibrationSettings
-    store: MeasurementStore
-    means: ImageMeans
-    metrics: ImageMetrics
-    solutions: dict[LatentSource, list[BlockSolution]] = field(default_factory=dict)
-
-    @property
-    def sources(self) -> tuple[LatentSource, ...]:
-        """The sources of the latents; under guidance images have no latents."""
-        return ("noise",) if self.settings.guidance else ("images", "noise")
-
-    def measure(self) -> dict[_Unit, Any]:
-        """Measures the curves and the norms of the error matrices, by all processes.
-
-        One process solves the fresh latents. Meanwhile the others measure what starts from images.
-        """
-        blocks = range(self.statistics.flow.config.num_blocks)
-        curves = [_Unit(i, source, guess) for i in blocks for source in self.sources for guess in GUESS_NAMES]
-        segments = [unit for i in self.metrics.segment_metrics for unit in self.segment_units(i)]
-        units = dict.fromkeys([*(_Unit(i, self.sources[0], _GAMMA) for i in blocks), *curves, *segments])
-        first = [unit for unit in units if unit.source == "images"]
-        second = [unit for unit in units if unit.source == "noise"]
-        progress = partial(self._measure_stored, [*first, *second])
-        fresh, *values = self._share([self._fresh_solutions, *(partial(progress, unit) for unit in first)])
-        device = self.statistics.flow.var.device
-        self.solutions["noise"] = [solution.to(device) for solution in fresh]
-        values += self._share([partial(progress, unit) for unit in second])
-        return dict(zip([*first, *second], values, strict=True))
-
-    def segment_units(self, i: int) -> list[_Unit]:
-        """Returns the units of a tough block by number of segments, from fresh latents and the best guess by IGM."""
-        best = self.metrics.metrics[self.settings.norm].best_guess(i)
-        most = self.statistics.flow.config.num_tokens // _MIN_SEGMENT_TOKENS
-        numbers = {1, self.settings.segments, *(2**k for k in range(1, most.bit_length()))}
-        return [_Unit(i, "noise", best, number) for number in sorted(numbers)]
-
-    def _share(self, work: Sequence[Callable[[], Any]]) -> list[Any]:
-        return list(self.statistics.processes.map(lambda call: call(), work))
-
-    def _fresh_solutions(self) -> list[BlockSolution]:
-        """Solves the blocks at fresh latents, under the context of the images."""
-        statistics, config = self.statistics, self.statistics.flow.config
-        num, seed = self.settings.num_convergence_samples, self.settings.seed
-        latents = draw_latents(num, config.num_tokens, config.token_channels, seed, FIRST_CALIBRATION_LATENT)
-        context = statistics.context_at(self._index)
-        solutions = exact_solutions(
-            statistics.flow, latents, context, statistics.batch_size, statistics.progress, self.store
-        )
-        if statistics.processes.count == 1:
-            return solutions
-        return [solution.to(torch.device("cpu")) for solution in solutions]  # Processes send values of the CPU.
-
-    @property
-    def _index(self) -> Tensor:
-        """The indices of the images whose sweeps are measured: evenly spaced."""
-        num = self.settings.num_convergence_samples
-        return torch.arange(num) * self.settings.num_images // num
-
-    def _measure_stored(self, units: Sequence[_Unit], unit: _Unit) -> Any:
-        """Returns what is stored of a unit, or measures it."""
-        declared: Any = tuple[float, ...] if unit.guess == _GAMMA else tuple[ConvergenceCurve, ...]
-        value = self.store.load_or_measure(unit.name, declared, partial(self._measure, unit))
-        if self.statistics.progress is not None:
-            self.statistics.progress(units.index(unit) + 1, len(units), "sweeps")
-        return value
-
-    def _measure(self, unit: _Unit) -> tuple[Any, ...]:
-        """Measures the norm of a block's error matrix at the first solutions, or a curve for each of its segments."""
-        if unit.source == "images" and "images" not in self.solutions:
-            self.solutions["images"] = self.statistics.image_solutions(self._index)
-        block = self.statistics.flow.inverse_block(unit.block)
-        solution = self.solutions[unit.source][unit.block]
-        size = self.statistics.batch_size
-        if unit.guess == _GAMMA:
-            samples = next(solution.split(_GAMMA_SAMPLES)).split(size)
-            return tuple(torch.cat([gamma_norm(block, x, z, context) for x, z, context in samples]).tolist())
-        guess = guesses_by_name(self.means.mean_affine[unit.block])[unit.guess]
-        distances = [
-            measure_distances(block, x, z, guess, context, unit.num_segments)
-            for x, z, context in solution.split(min(size, _CURVE_BATCH))
-        ]
-        return tuple(map(ConvergenceCurve.from_distances, zip(*distances, strict=True)))

@@ -23,7 +23,7 @@ def main(arguments: list[str] | None = None) -> int:
 
         return run(sys.argv[1:] if arguments is None else arguments)
     except ModuleNotFoundError as error:
-        if error.name != "typer":
+        if error.name != "cyclopts":
             raise
         print("error: the command line needs more packages: pip install 'jacobiflow[cli]'", file=sys.stderr)
         return 2

@@ -8,24 +8,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from jacobiflow.cli import loading, options
-from jacobiflow.cli.job import as_command
 from jacobiflow.cli.output import format_count, progress_bar, show_table
 from jacobiflow.utils.provenance import Provenance
 
 if TYPE_CHECKING:
     from jacobiflow.blocks.guidance import Guidance
     from jacobiflow.comparison.compare import Comparison, SamplerResult
-    from jacobiflow.distributed import Processes
     from jacobiflow.models.flow import Flow
     from jacobiflow.utils.progress import Progress
     from jacobiflow.utils.timing import Timing
 
 _FIGURE, _TABLE = "bench.png", "bench.json"
-_STRATEGY = (
-    "A strategy as in jacobiflow sample; may be repeated. Default: auto and jacobi. The original sampler, the "
-    "exact loop and an encoding pass are always timed."
-)
-_BATCH_SIZE = "Images solved together; may be repeated. Default: 1, 4 and 16."
 _LEGEND = """over: speed-up over the model's original sampler, and over the exact loop
 evals/token: evaluations of a block's network, for each token of each sample
 max error: largest difference from the exact loop's samples
@@ -33,26 +26,37 @@ residual: the largest |g(x) - x|; exact: every block was solved token by token
 *: not certified: the strategy stops after a fixed number of sweeps"""
 
 
-@dataclass(frozen=True)
-class BenchConfig:
-    """Options of `jacobiflow bench`."""
+@dataclass(frozen=True, kw_only=True)
+class BenchConfig(options.Config):
+    """Options of `jacobiflow bench`.
+
+    Attributes:
+        strategy: A strategy as in jacobiflow sample; may be repeated. The original sampler, the exact loop and an
+            encoding pass are always timed.
+        batch_size: Images solved together; may be repeated.
+        repeats: Number of timed rounds, after one that warms up.
+        certify: Certify the samples, within the measured time.
+        out: Folder for bench.png and bench.json.
+    """
 
     model: options.Model = "fashion-p2"
-    strategy: Annotated[list[str] | None, options.speed_option(help=_STRATEGY)] = None
-    batch_size: Annotated[
-        list[int] | None, options.speed_option(min=1, max=options.MAX_BATCH_SIZE, help=_BATCH_SIZE)
-    ] = None
-    repeats: Annotated[int, options.measure_option(min=1, help="Number of timed rounds, after one that warms up.")] = 5
+    strategy: Annotated[tuple[Annotated[str, options.STRATEGY], ...], options.SPEED] = ("auto", "jacobi")
+    batch_size: Annotated[tuple[Annotated[int, options.within(1, options.MAX_BATCH_SIZE)], ...], options.SPEED] = (
+        1,
+        4,
+        16,
+    )
+    repeats: Annotated[int, options.MEASUREMENT, options.within(1)] = 5
     tolerance: options.Tolerance = None
     report: options.ReportFile = None
     labels: options.Labels = "balanced"
     seed: options.Seed = 0
     guidance: options.RecommendedGuidance = None
     plain: options.NoGuidance = False
-    certify: Annotated[bool, options.speed_option(help="Certify the samples, within the measured time.")] = True
+    certify: Annotated[options.Flag, options.SPEED, options.NEGATABLE] = True
     device: options.Device = "auto"
     dtype: options.Dtype = "float32"
-    out: Annotated[Path, options.output_option(help="Folder for bench.png and bench.json.")] = Path("out/bench")
+    out: Annotated[Path, options.OUTPUT] = Path("out/bench")
 
 
 @dataclass(frozen=True)
@@ -81,23 +85,21 @@ class BenchResult(Provenance):
         return vars(self) | {"guidance": guidance, "comparisons": [each.to_json() for each in self.comparisons]}
 
 
-def run(config: BenchConfig, processes: Processes) -> BenchResult | None:
+def run(config: BenchConfig) -> BenchResult:
     """Time strategies and measure their errors.
 
     The strategies, the original sampler and the exact loop run in turn on the same latents. Errors are differences
-    from the images of the exact loop. One process works, so that timings are not disturbed; others wait for it.
+    from the images of the exact loop.
 
     Example: jacobiflow bench --model digits-p1 --strategy jacobi --strategy "[2-4-5-6]" --repeats 3
     """
     from jacobiflow import native, plots
     from jacobiflow.utils import files, timing
 
-    if processes.rank > 0:
-        return None
-    device = processes.device(loading.pick_device(config.device))
-    flow = loading.load_model(config.model, device, config.dtype)
+    flow = loading.load_model(config.model, config.device, config.dtype)
     has_context = config.labels != "none" and not flow.reads_text
-    flow, settings = loading.guide(flow, config.guidance, config.plain, has_context)
+    settings, origin = loading.resolve_settings(flow, config.guidance, 0.0, config.plain, has_context)
+    flow = flow.guided(settings.guidance)
     with progress_bar() as progress:
         cases = _prepare(config, flow, progress)
     with files.output_directory(config.out, "benchmark", (_FIGURE, _TABLE)), progress_bar() as progress:
@@ -106,7 +108,7 @@ def run(config: BenchConfig, processes: Processes) -> BenchResult | None:
             model=config.model, num_tokens=flow.config.num_tokens, num_blocks=flow.config.num_blocks,
             dtype=config.dtype, seed=config.seed, labels=config.labels, guidance=flow.guidance,
             tolerance=config.tolerance, report=None if config.report is None else str(config.report),
-            certify=config.certify, repeats=config.repeats, native_loops=native.describe(), settings=settings,
+            certify=config.certify, repeats=config.repeats, native_loops=native.describe(), settings=origin,
             out=str(config.out), comparisons=comparisons, machine=timing.describe_machine(flow.var.device),
         )  # fmt: skip
         plots.save_png(plots.bench_figure(comparisons), config.out / _FIGURE)
@@ -121,13 +123,14 @@ def _prepare(config: BenchConfig, flow: Flow, progress: Progress | None) -> list
     from jacobiflow.comparison import baselines, compare
     from jacobiflow.fixed_point.options import SolveOptions
     from jacobiflow.models import latents
-    from jacobiflow.sampling import sample
+    from jacobiflow.sampling.request import SamplingRequest
+    from jacobiflow.sampling.sample import sample_with_strategy
 
-    strategies = dict.fromkeys(config.strategy or ("auto", "jacobi"))
+    strategies = dict.fromkeys(config.strategy)
     names = [name for name in strategies if name != baselines.SEQUENTIAL]
     guesses, solve_options = loading.load_report(config.report, flow), SolveOptions(certify=config.certify)
     cases = []
-    for size in dict.fromkeys(config.batch_size or (1, 4, 16)):
+    for size in dict.fromkeys(config.batch_size):
         z = latents.draw_latents(size, flow.config.num_tokens, flow.config.token_channels, config.seed)
         classes = options.parse_labels(config.labels, size, flow, config.seed)
         plans = {}
@@ -136,10 +139,8 @@ def _prepare(config: BenchConfig, flow: Flow, progress: Progress | None) -> list
             plans[name] = planner.choose(flow, name, size, tolerance=auto_tolerance, report=guesses, progress=progress)
             if config.tolerance is not None:  # A strategy that stops after a number of sweeps stays as it is.
                 plans[name] = plans[name].with_tolerance(config.tolerance)
-        runs = {
-            name: partial(sample.sample_with_strategy, flow, plan, z, Context(classes), solve_options)
-            for name, plan in plans.items()
-        }
+        request = SamplingRequest(flow, Context(classes), solve_options)
+        runs = {name: partial(sample_with_strategy, request, plan, z) for name, plan in plans.items()}
         cases.append(partial(compare.compare_samplers, flow, z, classes, runs, repeats=config.repeats))
     return cases
 
@@ -180,11 +181,9 @@ def _print_comparison(comparison: Comparison) -> None:
 
 def _residual(row: SamplerResult) -> str:
     """Formats the largest residual, with an asterisk if the strategy has no tolerance."""
-    if row.is_exact:
-        return "exact"
-    if row.samples is None or row.residual is None:
+    if row.outcome is None or (row.outcome.residual is None and not row.outcome.is_exact):
         return ""
-    return f"{row.residual:.1e}{'*' * (row.samples.tolerance is None)}"
+    return "exact" if row.outcome.is_exact else f"{row.outcome.residual:.1e}{'*' * (row.outcome.tolerance is None)}"
 
 
 def _seconds(timing: Timing) -> tuple[str, str]:
@@ -193,6 +192,3 @@ def _seconds(timing: Timing) -> tuple[str, str]:
         f"{seconds:.{3 if seconds < 10 else 1}f}" for seconds in (timing.min, timing.median, timing.max)
     )
     return median, f"{least}-{most}"
-
-
-bench = as_command(BenchConfig, run, show)

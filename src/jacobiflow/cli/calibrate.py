@@ -9,53 +9,48 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import jacobiflow as jf
-from jacobiflow.cli import loading, options, output_files
-from jacobiflow.cli.job import as_command
+from jacobiflow.cli import loading, options
 from jacobiflow.cli.output import progress_bar, show_table
 from jacobiflow.errors import InputValueError
 from jacobiflow.utils.provenance import Provenance
 
 if TYPE_CHECKING:
     from jacobiflow.calibration.metrics import Norm
-    from jacobiflow.distributed import Processes
 
 _METRIC_NAMES = {"crm": "CRM", "gamma": "|Gamma|"}
 _TOLERANCE = 1e-3  # The tables count sweeps to this tolerance.
 
 
-@dataclass(frozen=True)
-class CalibrateConfig:
-    """Options of `jacobiflow calibrate`."""
+@dataclass(frozen=True, kw_only=True)
+class CalibrateConfig(options.Config):
+    """Options of `jacobiflow calibrate`.
 
-    images: options.Images
-    out: Annotated[Path, options.output_option(help="File for the report (JSON).")]
+    Attributes:
+        num: Number of images, which the seed chooses; all if there are fewer.
+        clean: Add no training noise to the images, as the paper's code does.
+        unconditional: Do not use the images' labels.
+        norm: Norm in IGM and CRM: 2 is the spectral norm.
+        segments: Number of segments of a tough block that are measured one by one.
+        convergence_samples: Number of samples in each convergence curve.
+        per_class: Also measure each class by itself (Appendix E of the paper).
+        out: Folder for report.json.
+    """
+
     model: options.Model = "fashion-p2"
-    num: Annotated[
-        int, options.data_option(min=2, help="Number of images, which the seed chooses; all if there are fewer.")
-    ] = 512
-    clean: Annotated[
-        bool, options.data_option("--clean", help="Add no training noise to the images, as the paper's code does.")
-    ] = False
-    unconditional: Annotated[bool, options.data_option("--unconditional", help="Do not use the images' labels.")] = (
-        False
-    )
-    norm: Annotated[
-        Literal["2", "fro", "1"], options.measure_option(help="Norm in IGM and CRM: 2 is the spectral norm.")
-    ] = "2"
-    segments: Annotated[
-        int, options.measure_option(min=1, help="Number of segments of a tough block that are measured one by one.")
-    ] = 8
-    convergence_samples: Annotated[
-        int, options.measure_option(min=1, help="Number of samples in each convergence curve.")
-    ] = 32
-    per_class: Annotated[
-        bool, options.measure_option("--per-class", help="Also measure each class by itself (Appendix E of the paper).")
-    ] = False
+    images: options.Images
+    num: Annotated[int, options.DATA, options.within(2)] = 512
+    clean: Annotated[options.Flag, options.DATA] = False
+    unconditional: Annotated[options.Flag, options.DATA] = False
+    norm: Annotated[Literal["2", "fro", "1"], options.MEASUREMENT] = "2"
+    segments: Annotated[int, options.MEASUREMENT, options.within(1)] = 8
+    convergence_samples: Annotated[int, options.MEASUREMENT, options.within(1)] = 32
+    per_class: Annotated[options.Flag, options.MEASUREMENT] = False
     guidance: options.Guidance = "0"
     batch_size: options.NetworkBatchSize = 64
     seed: options.Seed = 0
     device: options.Device = "auto"
     dtype: options.Dtype = "float32"
+    out: Annotated[Path, options.OUTPUT]
 
 
 @dataclass(frozen=True)
@@ -70,7 +65,6 @@ class CalibrateResult(Provenance):
     model: str
     images: str
     out: str
-    processes: int
     use: str
     report: jf.CalibrationReport
 
@@ -82,22 +76,24 @@ class CalibrateResult(Provenance):
         return vars(self) | metrics | {"mean_sweeps": self.report.mean_sweeps("noise", _TOLERANCE), "report": self.out}
 
 
-def run(config: CalibrateConfig, processes: Processes) -> CalibrateResult:
+def run(config: CalibrateConfig) -> CalibrateResult | None:
     """Measure how hard each block of a flow is to invert.
 
     Measures the metrics of the GS-Jacobi paper, IGM and CRM, and sweeps, and derives a strategy. The same command again
-    resumes after an interruption, from the results in OUT.partial. Several processes share the work, started by
-    torchrun or srun.
+    resumes after an interruption. Several processes that run it share the work.
 
-    Example: jacobiflow calibrate --per-class --images fashion-512 --out out/report.json
+    Example: jacobiflow calibrate --per-class --images fashion-512 --out out/calibration
     """
     import torch
 
+    from jacobiflow import jobs
+    from jacobiflow.calibration.measure import CalibrationJob
     from jacobiflow.data import Noise, load_images, noisy_images
-    from jacobiflow.utils.timing import describe_machine
+    from jacobiflow.jobs.launch import find_launch, local_device
+    from jacobiflow.utils import files
 
-    output_files.check_output("--out", config.out, config.model, config.images, replaces="report*.json")
-    device = processes.device(loading.pick_device(config.device))
+    files.check_own(config.out, CalibrationJob.kind)
+    device = local_device(loading.pick_device(config.device))
     flow = loading.load_model(config.model, device, config.dtype, config.guidance)
     is_labelled = bool(flow.config.num_classes) and not config.unconditional
     if config.per_class and not is_labelled:
@@ -111,17 +107,21 @@ def run(config: CalibrateConfig, processes: Processes) -> CalibrateResult:
         pixels = noisy_images(data, indices, Noise.of_std(flow.config.noise_std), config.seed)
     labels = labels if is_labelled else None
     norm: Norm = 2 if config.norm == "2" else 1 if config.norm == "1" else "fro"
-    with progress_bar(is_shown=processes.rank == 0) as progress:
-        report = jf.calibrate(
-            flow, pixels, labels, norm=norm, segments=config.segments,
-            num_convergence_samples=config.convergence_samples, per_class=config.per_class,
-            batch_size=config.batch_size, seed=config.seed, out=config.out, progress=progress, processes=processes,
-        )  # fmt: skip
-    use = ["jacobiflow", "sample", "--model", config.model, "--report", str(config.out)]
+    job = CalibrationJob(
+        flow, pixels, labels, norm, segments=config.segments, num_convergence_samples=config.convergence_samples,
+        per_class=config.per_class, batch_size=config.batch_size, seed=config.seed,
+    )  # fmt: skip
+    out = config.out / CalibrationJob.result_name
+    with progress_bar(is_shown=find_launch().rank == 0) as progress:
+        outcome = jobs.run(job, config.out, progress=progress)
+    if not outcome.is_reporter:
+        print(f"another process wrote {out}")
+        return None
+    use = ["jacobiflow", "sample", "--model", config.model, "--report", str(out)]
     use += ["--guidance", str(flow.guidance or 0)] + ["--labels", "none"] * (labels is None)
     return CalibrateResult(
-        model=config.model, images=config.images, out=str(config.out), processes=processes.count, use=shlex.join(use),
-        report=report, machine=describe_machine(flow.var.device),
+        model=config.model, images=config.images, out=str(out), use=shlex.join(use), machine=dict(job.machine),
+        report=jf.CalibrationReport.from_json(outcome.result),
     )  # fmt: skip
 
 
@@ -195,11 +195,6 @@ def _format_spread(spread: tuple[float, float] | None) -> str:
     return "" if spread is None else "±".join(map(_format_number, spread))
 
 
-def _describe_kept(config: CalibrateConfig) -> str:
-    folder = Path(f"{config.out}.partial")
-    if not folder.exists():
-        return "nothing is measured yet; run the same command to start again"
-    return f"finished measurements are kept in {folder}; run the same command to resume"
-
-
-calibrate = as_command(CalibrateConfig, run, show, _describe_kept)
+def describe_kept(config: CalibrateConfig) -> str:
+    """Describes what an interrupted run leaves, and how to go on."""
+    return f"finished measurements are kept in {config.out}; run the same command to resume"

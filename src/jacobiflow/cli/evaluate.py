@@ -10,9 +10,10 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+from cyclopts import Parameter
+
 import jacobiflow as jf
 from jacobiflow.cli import loading, options, output_files
-from jacobiflow.cli.job import as_command
 from jacobiflow.cli.output import format_count, progress_bar, show_table
 from jacobiflow.errors import InputError, InputValueError
 
@@ -26,10 +27,6 @@ if TYPE_CHECKING:
 _TABLE = "evaluation.json"
 _UNITS = "units"  # The folder of the results of units, until all scores are known.
 _SPLIT_NAMES = {"train": "training images", "test": "test images"}
-_FEATURES = (
-    "inception (FID), or FILE.py:FUNCTION for a function from 8-bit images (N, C, H, W) to features (N, d); or none. "
-    "Default: inception, if there are real images."
-)
 # The rows of the table: the score that a row needs, then its label, value and remark.
 _ROWS = (
     ("frechet_distance", "FID of {r.features}", "{s.frechet_distance:.4f}", "{f.num:,} samples against {r.against}"),
@@ -49,54 +46,53 @@ _ROWS = (
 )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class EvaluateConfig:
-    """Options of `jacobiflow evaluate`."""
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig(options.Config):
+    """Options of `jacobiflow evaluate`.
+
+    Attributes:
+        samples: A folder that jacobiflow sample wrote.
+        features: inception (FID), or FILE.py:FUNCTION for a function from 8-bit images (N, C, H, W) to features (N, d);
+            or none. Default: inception, if there are real images.
+        inception: File of Inception's weights. Default: it is downloaded.
+        stats: Statistics to compare with, such as *_fid_stats.pth.
+        save_stats: Write the statistics of --images to this file.
+        paired: Number of samples to compare with those of the exact loop.
+        test_images: Number of images whose likelihood is measured, evenly spaced in the test split if there is one.
+        overwrite: Replace the scores in the folder.
+        out: Folder for evaluation.json.
+    """
 
     model: options.Model = "fashion-p2"
-    samples: Annotated[Path | None, options.model_option(help="A folder that jacobiflow sample wrote.")] = None
-    images: Annotated[str | None, options.data_option(help=f"Real images to compare with: {options.SOURCES}")] = None
-    features: Annotated[str | None, options.measure_option(help=_FEATURES)] = None
-    inception: Annotated[
-        Path | None, options.measure_option(help="File of Inception's weights. Default: it is downloaded.")
-    ] = None
-    stats: Annotated[
-        Path | None, options.measure_option(help="Statistics to compare with, such as *_fid_stats.pth.")
-    ] = None
-    save_stats: Annotated[Path | None, options.output_option(help="Write the statistics of --images to this file.")] = (
+    samples: Annotated[Path | None, options.MODEL] = None
+    images: Annotated[str | None, options.DATA, Parameter(help=f"Real images to compare with: {options.SOURCES}")] = (
         None
     )
-    paired: Annotated[
-        int, options.measure_option(min=0, help="Number of samples to compare with those of the exact loop.")
-    ] = 64
-    test_images: Annotated[
-        int,
-        options.measure_option(
-            min=0,
-            help="Number of images whose likelihood is measured, evenly spaced in the test split if there is one.",
-        ),
-    ] = 1000
+    features: Annotated[str | None, options.MEASUREMENT] = None
+    inception: Annotated[Path | None, options.MEASUREMENT] = None
+    stats: Annotated[Path | None, options.MEASUREMENT] = None
+    save_stats: Annotated[Path | None, options.OUTPUT] = None
+    paired: Annotated[int, options.MEASUREMENT, options.within(0)] = 64
+    test_images: Annotated[int, options.MEASUREMENT, options.within(0)] = 1000
     batch_size: options.NetworkBatchSize = 64
     seed: options.Seed = 0
     device: options.Device = "auto"
     dtype: options.Dtype = "float32"
-    part: options.Part = None
-    overwrite: Annotated[bool, options.output_option("--overwrite", help="Replace the scores in the folder.")] = False
-    out: Annotated[Path, options.output_option(help="Folder for evaluation.json.")] = Path("out/evaluation")
+    overwrite: Annotated[options.Flag, options.OUTPUT] = False
+    out: Annotated[Path, options.OUTPUT] = Path("out/evaluation")
 
 
 def run(config: EvaluateConfig, processes: Processes) -> EvaluateResult | None:
     """Score a model and its samples.
 
     FID of the samples, their errors and residuals, and the model's likelihood of test images. The same command again
-    resumes after an interruption. Several processes share the work, started by torchrun or srun; jobs that cannot
-    communicate share it with --part.
+    resumes after an interruption. Several processes share the work, started by torchrun or srun.
 
     Example: jacobiflow evaluate --model fashion-p2 --samples out/demo --images fashion-mnist
     """
     from jacobiflow.cli import scoring
 
-    part = jf.Part.parse(config.part)
+    part = jf.Part()
     result, scores = _prepare(config, processes)
     with ExitStack() as locks, progress_bar(is_shown=processes.rank == 0) as progress:
         result = processes.run_on_rank_zero(partial(_start, config, result, part, locks))
@@ -126,7 +122,7 @@ def _prepare(config: EvaluateConfig, processes: Processes) -> tuple[EvaluateResu
     from jacobiflow.utils import files, timing
 
     inputs = (config.images, config.stats, config.inception, config.samples, config.features)
-    output_files.check_output("--save-stats", config.save_stats, config.model, *inputs, outputs=(config.out,))
+    output_files.check_output("--save-stats", config.save_stats, *inputs)
     files.check_own(config.out, "evaluation")
     features = _check_options(config)
     device = processes.device(loading.pick_device(config.device))
@@ -135,7 +131,7 @@ def _prepare(config: EvaluateConfig, processes: Processes) -> tuple[EvaluateResu
     scores, real, test = list[scoring.Score](), None, None
     likelihood_images = against = test_images = None
     if folder is not None and config.paired:
-        num = min(config.paired, folder.manifest.num)
+        num = min(config.paired, folder.spec.num)
         scores.append(scoring.paired_errors(folder, flow, num, config.batch_size))
     if config.images is not None and config.test_images:
         test, kind = _load_images(config.images, flow, "test", config.test_images)
@@ -157,7 +153,7 @@ def _prepare(config: EvaluateConfig, processes: Processes) -> tuple[EvaluateResu
     result = scoring.EvaluateResult(
         model=config.model, samples=None if folder is None else processes.run_on_rank_zero(partial(_describe, folder)),
         batch_size=config.batch_size, features=features, against=against, likelihood_images=likelihood_images,
-        test_images=test_images, out=str(config.out), part=str(jf.Part.parse(config.part)), scores=scoring.Scores(),
+        test_images=test_images, out=str(config.out), part=str(jf.Part()), scores=scoring.Scores(),
         inputs=checksum, image_files=image_files, machine=timing.describe_machine(flow.var.device),
     )  # fmt: skip
     return result, scores
@@ -166,8 +162,6 @@ def _prepare(config: EvaluateConfig, processes: Processes) -> tuple[EvaluateResu
 def _check_options(config: EvaluateConfig) -> str:
     """Raises ValueError for options that lack others; returns `--features` or its default."""
     samples, images, stats, save_stats = config.samples, config.images, config.stats, config.save_stats
-    if config.overwrite and config.part is not None:
-        raise InputValueError("--overwrite: would remove the scores of other parts; remove the folder first")
     if samples is not None and not samples.is_dir():
         command = shlex.join(("jacobiflow", "sample", "--model", config.model, "--out", str(samples)))
         raise InputValueError(f"--samples {samples}: no such folder; draw samples first: {command}")
@@ -189,7 +183,7 @@ def _open_samples(path: Path, flow: Flow, processes: Processes) -> jf.SampleFold
     from jacobiflow.models.checkpoints.fingerprint import check_fingerprint
 
     folder = jf.SampleFolder.open(path)
-    check_fingerprint(folder.manifest.fingerprint, flow, f"--samples {path}: drawn from", "give that one as --model")
+    check_fingerprint(folder.spec.weights_sha256, flow, f"--samples {path}: drawn from", "give that one as --model")
     for problem in processes.run_on_rank_zero(folder.problems):
         raise InputValueError(problem)
     return folder
@@ -313,11 +307,9 @@ def show(result: EvaluateResult) -> None:
     print(f"wrote {Path(result.out) / _TABLE}")
 
 
-def _describe_kept(config: EvaluateConfig) -> str:
+def describe_kept(config: EvaluateConfig) -> str:
+    """Describes the scores that Ctrl-C leaves, and how to go on."""
     num = len([*(config.out / _UNITS).glob("*.json")])
     if not num:
         return "nothing is computed yet; run the same command to start again"
     return f"{format_count(num, 'finished part')} are kept in {config.out}; run the same command to resume"
-
-
-evaluate = as_command(EvaluateConfig, run, show, _describe_kept)

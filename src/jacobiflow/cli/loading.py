@@ -13,9 +13,6 @@ from jacobiflow.errors import InputError, InputValueError
 if TYPE_CHECKING:
     from jacobiflow.models.flow import Flow
 
-_PLAIN_EXCLUDES = "--plain: excludes --guidance and --denoise; leave one of them out"
-_RECOMMENDED = " (recommended by the model; --plain turns it off)"
-
 
 def load_model(name: str, device: str, dtype: str, guidance: str = "0", offload: bool = False) -> Flow:
     """Loads the flow that the options of a command name; `--dtype tf32` is set for the whole process."""
@@ -47,35 +44,18 @@ def resolve_settings(
     flow: Flow, guidance: str | None, denoise: float | None, plain: bool, has_context: bool
 ) -> tuple[jf.SamplingSettings, str]:
     """Returns guidance and denoising, recommended by the model unless given, and a line that names them."""
-    if plain and denoise is not None:
-        raise InputValueError(_PLAIN_EXCLUDES)
-    recommended = jf.SamplingSettings() if plain else flow.recommended
-    value, note = resolve_guidance(flow, guidance, plain, has_context)
+    if plain and (guidance is not None or denoise):
+        raise InputValueError("--plain: excludes --guidance and --denoise; leave one of them out")
+    recommended, note = jf.SamplingSettings() if plain else flow.recommended, ""
+    value = recommended.guidance
+    if guidance is not None:
+        value = flow.guided(jf.Guidance.parse(guidance)).guidance
+    elif value and flow.has_conditions and not has_context:
+        value, note = None, f"; the recommended guidance needs {'prompts' if flow.reads_text else 'labels'}"
     settings = jf.SamplingSettings(value, recommended.denoise if denoise is None else denoise)
-    if settings == recommended != jf.SamplingSettings():
-        note = _RECOMMENDED
+    if guidance is None and not denoise and settings != jf.SamplingSettings() and not note:
+        note = " (recommended by the model; --plain turns it off)"
     return settings, f"settings: {settings_text(settings)}{note}"
-
-
-def resolve_guidance(
-    flow: Flow, guidance: str | None, plain: bool, has_context: bool
-) -> tuple[jf.Guidance | None, str]:
-    """Returns the guidance, recommended unless given, and a note if it needs labels or prompts that are missing."""
-    if plain and guidance is not None:
-        raise InputValueError(_PLAIN_EXCLUDES)
-    if plain or guidance is not None:
-        return flow.guided(None if guidance is None else jf.Guidance.parse(guidance)).guidance, ""
-    if flow.recommended.guidance and flow.has_conditions and not has_context:
-        return None, f"; the recommended guidance needs {'prompts' if flow.reads_text else 'labels'}"
-    return flow.recommended.guidance, ""
-
-
-def guide(flow: Flow, guidance: str | None, plain: bool, has_context: bool) -> tuple[Flow, str]:
-    """Returns the flow under its guidance, recommended unless given, and a line that names the guidance."""
-    value, note = resolve_guidance(flow, guidance, plain, has_context)
-    if value is not None and value == flow.recommended.guidance:
-        note = _RECOMMENDED
-    return flow.guided(value), f"guidance: {value or 'none'}{note}"
 
 
 def settings_text(settings: jf.SamplingSettings) -> str:

@@ -1,14 +1,17 @@
-"""Options that several commands share, and the parsing of their values."""
+"""Options that several commands share, the panels of `--help`, and the parsing of values."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from functools import partial
+from dataclasses import dataclass
+from difflib import get_close_matches
+from importlib.metadata import entry_points
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from typer import Option
+from cyclopts import Group, Parameter
+from cyclopts.validators import Number
 
 from jacobiflow.errors import InputValueError
 
@@ -17,22 +20,27 @@ if TYPE_CHECKING:
 
     from jacobiflow.models.flow import Flow
 
-GROUPS = (
-    "Model and samples", "Images", "Training", "Measurements", "Speed and exactness", "Guidance and denoising",
-    "Output", "Several processes", "Help",
+MODEL, DATA, TRAINING, MEASUREMENT, SPEED, GUIDANCE, OUTPUT = (
+    Parameter(group=Group(title, sort_key=position))
+    for position, title in enumerate((
+        "Model and samples", "Images", "Training", "Measurements", "Speed and exactness", "Guidance and denoising",
+        "Output",
+    ))
 )  # fmt: skip
-"""The groups of options in `--help`, in their order."""
+"""The panels of options in `--help`, in their order."""
 
-(
-    model_option, data_option, training_option, measure_option, speed_option, guidance_option, output_option,
-    process_option,
-) = (partial(Option, rich_help_panel=group) for group in GROUPS[:-1])  # fmt: skip
+NEGATABLE = Parameter(negative_bool="no-")
+"""For a flag that is on by default: `--no-FLAG` turns it off."""
 
 MAX_BATCH_SIZE = 65_536  # Latents of such a batch take 200 MB for images of 28x28 pixels.
 SOURCES = (
     "a folder of images, with a folder for each class if there are classes; an .npz file; a folder of IDX files; or "
     "digits, fashion-512, emoji-256, fashion-mnist."
 )
+EXTENSIONS = "jacobiflow"
+"""Entry point group of the packages that register classes of their own."""
+
+_BUNDLED = Path(__file__).parents[1] / "bundled"
 _GUIDANCE = (
     "Weight of classifier-free guidance, such as 3; 0 is none. Options follow after commas: 4,attn_temperature=1.2; "
     "others are annealed=false, on=scale, on=shift, rule=density."
@@ -44,30 +52,92 @@ _LABELS = (
 _PROMPTS = "For a STARFlow: a text, or a .txt file with a text on each line. They are taken in turn."
 _ENCODE_TEXT = "The text encoder: FILE.py:FUNCTION, or the hub id or folder of a T5 encoder."
 _TOLERANCE = "Largest residual |g(x) - x| that a sample may have in any block. Default: 1e-3, or that of the strategy."
-_PART = "One of N jobs that share the folder without communication: 1/8 is the first of eight. Start all of them."
 
-Model = Annotated[str, model_option(help="Name of a bundled model, a model folder, or an id of the Hugging Face Hub.")]
-Prompts = Annotated[str | None, model_option(help=_PROMPTS)]
-EncodeText = Annotated[str | None, model_option(help=_ENCODE_TEXT)]
-Images = Annotated[str, data_option(help=f"The images: {SOURCES}")]
-Labels = Annotated[str, model_option(help=_LABELS)]
-Seed = Annotated[int, model_option(min=0, max=2**63 - 1, help="Seed of all random numbers.")]
+
+def within(least: int, most: int | None = None) -> Parameter:
+    """Returns the check of a number from `least` to `most`."""
+    return Parameter(validator=Number(gte=least, lte=most))
+
+
+def suggest(value: str, names: Sequence[str]) -> str:
+    """Returns a question after the name that a value is close to, or "".
+
+    Example:
+        >>> suggest("fashion-p3", ["digits-p1", "fashion-p2"]), suggest("cat", ["digits-p1"])
+        (' Did you mean "fashion-p2"?', '')
+    """
+    return "".join(f' Did you mean "{name}"?' for name in get_close_matches(value, names, n=1, cutoff=0.7))
+
+
+def near_miss(*names: str) -> Parameter:
+    """Returns a check that refuses a misspelled name. Other values pass: an installed package may register them."""
+
+    def check(_: Any, values: Any) -> None:
+        for value in (values,) if isinstance(values, str) else values or ():
+            word = value.strip().lower().split("+")[0].split(":")[0].rstrip("0123456789").rstrip("-")
+            question = "" if word in names else suggest(word, names)
+            if question and not value.endswith(".json") and not entry_points(group=EXTENSIONS):
+                raise ValueError(question.strip())
+
+    return Parameter(validator=check)
+
+
+def _check_model(_: Any, name: str | None) -> None:
+    bundled = sorted(path.parent.name for path in _BUNDLED.glob("*/config.json"))
+    if name is not None and name not in bundled and "/" not in name and not Path(name).exists():
+        raise ValueError(
+            f"No such model.{suggest(name, bundled)} Give a bundled name ({', '.join(bundled)}), a folder, or a hub id "
+            "owner/name."
+        )
+
+
+STRATEGY = near_miss("auto", "sequential", "jacobi", "gs-jacobi", "window")
+Flag = Annotated[bool, Parameter(show_default=False)]
+Model = Annotated[
+    str,
+    MODEL,
+    Parameter(
+        validator=_check_model, help="Name of a bundled model, a model folder, or an id of the Hugging Face Hub."
+    ),
+]
+Prompts = Annotated[str | None, MODEL, Parameter(help=_PROMPTS)]
+EncodeText = Annotated[str | None, MODEL, Parameter(help=_ENCODE_TEXT)]
+Images = Annotated[str, DATA, Parameter(help=f"The images: {SOURCES}")]
+Labels = Annotated[str, MODEL, Parameter(help=_LABELS)]
+Seed = Annotated[int, MODEL, within(0, 2**63 - 1), Parameter(help="Seed of all random numbers.")]
 Device = Annotated[
-    str, speed_option(help="cpu, cuda, cuda:1 or mps; auto is a CUDA GPU if there is one, else the CPU.")
+    str, SPEED, Parameter(help="cpu, cuda, cuda:1 or mps; auto is a CUDA GPU if there is one, else the CPU.")
 ]
-Dtype = Annotated[str, speed_option(help="float32, float64, bfloat16, float16, or tf32 on a GPU.")]
+Dtype = Annotated[
+    Literal["float32", "float64", "bfloat16", "float16", "tf32"],
+    SPEED,
+    Parameter(help="Numbers of the network; tf32 on a GPU only."),
+]
 ReportFile = Annotated[
-    Path | None, speed_option(help="A report of calibrate, which says where the iteration of each block starts.")
+    Path | None,
+    SPEED,
+    Parameter(help="A report of calibrate, which says where the iteration of each block starts."),
 ]
-Guidance = Annotated[str, guidance_option(help=_GUIDANCE)]
-RecommendedGuidance = Annotated[str | None, guidance_option(help=f"{_GUIDANCE} Default: as recommended by the model.")]
-NoGuidance = Annotated[bool, guidance_option("--plain", help="No guidance.")]
-Tolerance = Annotated[float | None, speed_option(help=_TOLERANCE)]
-Part = Annotated[str | None, process_option(help=_PART, metavar="I/N")]
+Guidance = Annotated[str, GUIDANCE, Parameter(help=_GUIDANCE)]
+RecommendedGuidance = Annotated[
+    str | None, GUIDANCE, Parameter(help=f"{_GUIDANCE} Default: as recommended by the model.")
+]
+NoGuidance = Annotated[Flag, GUIDANCE, Parameter(help="No guidance.")]
+Tolerance = Annotated[float | None, SPEED, Parameter(help=_TOLERANCE)]
 NetworkBatchSize = Annotated[
-    int, speed_option(min=1, max=MAX_BATCH_SIZE, help="Images that go through the network together.")
+    int, SPEED, within(1, MAX_BATCH_SIZE), Parameter(help="Images that go through the network together.")
 ]
-Json = Annotated[Path | None, output_option(help="Also write the results to this file.")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Options of every command.
+
+    Attributes:
+        json: Also write the results to this file.
+    """
+
+    json: Annotated[Path | None, OUTPUT] = None
 
 
 def parse_batch_size(text: str | None) -> int | None:
@@ -110,7 +180,8 @@ def _parse_class(name: str, classes: Sequence[str]) -> int:
     try:
         return class_number(name, classes)
     except InputValueError as error:
-        raise InputValueError(f"{error}; or give balanced, random, none, or a .txt or .npy file") from None
+        message = f"{error.message}; or give balanced, random, none, or a .txt or .npy file"
+        raise InputValueError(message, argument=error.argument, value=error.value) from None
 
 
 def parse_prompts(text: str | None, encoder: str | None, num: int, flow: Flow) -> list[str] | None:

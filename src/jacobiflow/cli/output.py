@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import re
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from time import perf_counter
 from typing import TYPE_CHECKING
@@ -107,26 +106,6 @@ def progress_bar(is_shown: bool = True) -> Iterator[Progress | None]:
             bars.update(tasks[what], completed=done, total=total)
 
         yield progress
-
-
-def replace_arguments(message: str, options: Mapping[str, str]) -> str:
-    """Returns a message of the library with options in place of the arguments that it names.
-
-    Example:
-        >>> names = {"num": "--num", "overwrite": "--overwrite", "guidance": "--guidance"}
-        >>> replace_arguments("num=5: give less, or overwrite=True", names)
-        '--num 5: give less, or --overwrite'
-        >>> replace_arguments("samples of guidance=None, not 1.5", names)
-        'samples of no --guidance, not 1.5'
-    """
-
-    def to_option(match: re.Match[str]) -> str:
-        name, value = match.groups()
-        is_argument = name in options and (value is not None or "_" in name)
-        before, after = "no " * (value in ("=None", "=False")), " " * (value == "=")
-        return f"{before}{options[name]}{after}" if is_argument else match[0]
-
-    return re.sub(r"(?<![\w./-])(\w+)(=(?:True|False|None)\b(?! of type)|=)?", to_option, message)
 
 
 def one_line(message: str) -> str:

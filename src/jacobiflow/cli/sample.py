@@ -2,99 +2,81 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from time import perf_counter
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import jacobiflow as jf
 from jacobiflow.cli import loading, options
-from jacobiflow.cli.job import as_command
 from jacobiflow.cli.output import format_count, format_duration, format_rate, progress_bar
 from jacobiflow.errors import InputValueError
 from jacobiflow.utils.provenance import Provenance
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from jacobiflow.blocks.context import Context
-    from jacobiflow.distributed import Processes
-    from jacobiflow.evaluation.differences import PairedError
+    from jacobiflow.comparison.compare import Comparison
+    from jacobiflow.evaluation import PairedError
     from jacobiflow.models.flow import Flow
-    from jacobiflow.sampling.folder import Cost
     from jacobiflow.sampling.result import Outcome
     from jacobiflow.utils.progress import Progress
 
 _SHEET = "samples.png"
 _SHEET_IMAGES = 100
-_OURS = "ours"
 _SHORT = 1.0  # seconds of the original sampler below which one run is no measure
-_BATCH_SIZE = (
-    "Images solved together, or auto: as many as fit in memory. Default: the batch size of the samples already in "
-    "--out, else --num, at most 64."
-)
-_DENOISE = "Rate of one denoising step; 0 is off. Default: as recommended by the model."
-_CERTIFY = "Measure each sample's residual, and solve it again if it is above the tolerance."
-_CERTIFY_ALWAYS = "Check every block, even those solved token by token."
-_SENSITIVITY = "Measure how much rounding changes each sample, by drawing it a second time."
-_OFFLOAD = "Keep one block at a time on the device, for a model that is larger than it."
-_STRATEGIES = (
-    "auto (recommended) measures which is fastest on this machine. sequential: token by token. jacobi: sweeps of all "
-    "tokens; window:N: of N tokens; gs-jacobi:G: of G segments. jacobi-J, gs-jacobi:G-J and the paper's "
-    "[Stack-GS-J-Else] make J sweeps, without a check. Or a .json file of plan."
-)
 
 
-@dataclass(frozen=True)
-class SampleConfig:
-    """Options of `jacobiflow sample`."""
+@dataclass(frozen=True, kw_only=True)
+class SampleConfig(options.Config):
+    """Options of `jacobiflow sample`.
+
+    Attributes:
+        num: Number of samples.
+        batch_size: Images solved together, or auto: as many as fit in memory. Default: the batch size of the samples
+            already in --out, else --num, at most 64.
+        shard_size: Samples in a file. A run that was stopped keeps whole files. Default: about 1,024.
+        files: png: also a file for each image, in folders by class.
+        strategy: auto (recommended) measures which is fastest on this machine. sequential: token by token. jacobi:
+            sweeps of all tokens; window:N: of N tokens; gs-jacobi:G: of G segments. jacobi-J, gs-jacobi:G-J and the
+            paper's [Stack-GS-J-Else] make J sweeps, without a check. Or a .json file of plan.
+        denoise: Rate of one denoising step; 0 is off. Default: as recommended by the model.
+        plain: No guidance and no denoising.
+        certify: Measure each sample's residual, and solve it again if it is above the tolerance.
+        certify_always: Check every block, even those solved token by token.
+        sensitivity: Measure how much rounding changes each sample, by drawing it a second time.
+        compare: Also draw the first batch by the original sampler, and compare.
+        offload: Keep one block at a time on the device, for a model that is larger than it.
+        overwrite: Replace the samples in the folder.
+        out: Folder for the samples and samples.png.
+    """
 
     model: options.Model = "fashion-p2"
-    num: Annotated[int, options.model_option(min=1, max=100_000_000, help="Number of samples.")] = 16
+    num: Annotated[int, options.MODEL, options.within(1, 100_000_000)] = 16
     labels: options.Labels = "balanced"
     prompts: options.Prompts = None
     encode_text: options.EncodeText = None
     seed: options.Seed = 0
-    batch_size: Annotated[str | None, options.speed_option(help=_BATCH_SIZE)] = None
-    shard_size: Annotated[
-        int | None,
-        options.output_option(
-            min=1,
-            help="Samples in a file. A run that was stopped keeps whole files. Default: about 1,024.",
-        ),
-    ] = None
-    files: Annotated[
-        Literal["npz", "png"], options.output_option(help="png: also a file for each image, in folders by class.")
-    ] = "npz"
-    strategy: Annotated[str, options.speed_option(help=_STRATEGIES)] = "auto"
+    batch_size: Annotated[str | None, options.SPEED] = None
+    shard_size: Annotated[int | None, options.OUTPUT, options.within(1)] = None
+    files: Annotated[Literal["npz", "png"], options.OUTPUT] = "npz"
+    strategy: Annotated[str, options.SPEED, options.STRATEGY] = "auto"
     tolerance: options.Tolerance = None
     report: options.ReportFile = None
     guidance: options.RecommendedGuidance = None
-    denoise: Annotated[float | None, options.guidance_option(help=_DENOISE)] = None
-    plain: Annotated[bool, options.guidance_option("--plain", help="No guidance and no denoising.")] = False
-    certify: Annotated[bool, options.speed_option(help=_CERTIFY)] = True
-    certify_always: Annotated[bool, options.speed_option("--certify-always", help=_CERTIFY_ALWAYS)] = False
-    sensitivity: Annotated[bool, options.speed_option("--sensitivity", help=_SENSITIVITY)] = False
-    compare: Annotated[
-        bool, options.speed_option("--compare", help="Also draw the first batch by the original sampler, and compare.")
-    ] = False
+    denoise: Annotated[float | None, options.GUIDANCE] = None
+    plain: Annotated[options.Flag, options.GUIDANCE] = False
+    certify: Annotated[options.Flag, options.SPEED, options.NEGATABLE] = True
+    certify_always: Annotated[options.Flag, options.SPEED] = False
+    sensitivity: Annotated[options.Flag, options.SPEED] = False
+    compare: Annotated[options.Flag, options.SPEED] = False
     device: options.Device = "auto"
-    offload: Annotated[bool, options.speed_option("--offload", help=_OFFLOAD)] = False
+    offload: Annotated[options.Flag, options.SPEED] = False
     dtype: options.Dtype = "float32"
-    part: options.Part = None
-    overwrite: Annotated[bool, options.output_option("--overwrite", help="Replace the samples in the folder.")] = False
-    out: Annotated[Path, options.output_option(help="Folder for the samples and samples.png.")] = Path("out/samples")
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """The original sampler against the strategy, on the first batch; the seconds include denoising."""
-
-    original: str
-    original_seconds: float
-    seconds: float
-    speed_up: float
-    error: PairedError
-    sensitivity: float | None
+    overwrite: Annotated[options.Flag, options.OUTPUT] = False
+    out: Annotated[Path, options.OUTPUT] = Path("out/samples")
 
 
 @dataclass(frozen=True)
@@ -103,12 +85,13 @@ class SampleResult(Provenance):
 
     Attributes:
         settings: Guidance and denoising as options, and a note if the model recommends them.
-        num_new: Number of samples that this command drew.
-        seconds: The time in which it drew them, denoising included.
+        num_new: Number of samples that were missing when the command began.
+        seconds: The time in which they were drawn, denoising included.
         preparation_seconds: The time before, for a plan and the check of samples that are there.
         samples_per_second: num_new over seconds; None if all samples were there.
-        cost: The cost of all samples; None if other parts are missing, like `outcome`.
-        residual: The largest residual of all samples; None if it was not measured.
+        comparison: The strategy and the original sampler on the first batch, denoising included.
+        error: The difference of their samples.
+        rounding: The largest change of these samples by rounding, before denoising.
     """
 
     model: str
@@ -121,37 +104,41 @@ class SampleResult(Provenance):
     denoise: float
     out: str
     shards: int
-    processes: int
-    part: str
     num_new: int
     seconds: float
     preparation_seconds: float
     samples_per_second: float | None
-    cost: Cost | None
-    residual: float | None
-    outcome: Outcome | None
+    outcome: Outcome
     comparison: Comparison | None
+    error: PairedError | None
+    rounding: float | None
     has_sheet: bool
 
+    def to_json(self) -> dict[str, Any]:
+        """Returns all entries, with the rows of the comparison."""
+        parts = {name: value and asdict(value) for name, value in (("outcome", self.outcome), ("error", self.error))}
+        return vars(self) | parts | {"comparison": self.comparison and self.comparison.to_json()}
 
-def run(config: SampleConfig, processes: Processes) -> SampleResult | None:
+
+def run(config: SampleConfig) -> SampleResult | None:
     """Draw samples into a folder, exact or certified.
 
     Guidance and denoising are as the model recommends. --guidance and --denoise each replace one of them; --plain
     turns both off.
 
-    The same command again resumes a run that was stopped. Several processes share the work, and write the same bytes:
-    torchrun --nproc-per-node 2 -m -- jacobiflow sample ..., or srun.
-    Jobs that cannot communicate share it with --part 1/8, --part 2/8, and so on.
+    The same command again resumes a run that was stopped. Any number of processes that run the same command share the
+    work, and write the same bytes: from several terminals, the tasks of srun or of an array, or torchrun
+    --nproc-per-node 2 -m -- jacobiflow sample ...
 
     Example: jacobiflow sample --model fashion-p2 --num 20 --compare --out out/demo
     """
+    from jacobiflow.evaluation import paired_error
+    from jacobiflow.jobs.launch import find_launch, local_device
     from jacobiflow.utils.timing import describe_machine
 
     _check_options(config)
     size = options.parse_batch_size(config.batch_size)
-    part = jf.Part.parse(config.part)
-    device = processes.device(loading.pick_device(config.device))
+    device = local_device(loading.pick_device(config.device))
     flow = loading.load_model(config.model, device, config.dtype, offload=config.offload)
     classes = options.parse_labels(config.labels, config.num, flow, config.seed)
     texts = options.parse_prompts(config.prompts, config.encode_text, config.num, flow)
@@ -160,34 +147,35 @@ def run(config: SampleConfig, processes: Processes) -> SampleResult | None:
         flow, config.guidance, config.denoise, config.plain, context.values is not None
     )
     flow = flow.guided(settings.guidance)
-    batch_size, shard_size = processes.run_on_rank_zero(partial(_sizes, config, size, flow))
+    batch_size, shard_size = _sizes(config, size, flow)
     started = perf_counter()
-    with progress_bar(is_shown=processes.rank == 0) as progress:
+    with progress_bar(is_shown=find_launch().local_rank == 0) as progress:
         folder = jf.sample_to_folder(
             flow, config.num, config.out, seed=config.seed, context=context, settings=settings,
             strategy=config.strategy, tolerance=config.tolerance,
             certify="always" if config.certify_always else config.certify, sensitivity=config.sensitivity,
-            batch_size=batch_size, shard_size=shard_size, files=config.files, model=config.model,
-            report=loading.load_report(config.report, flow), overwrite=config.overwrite, processes=processes,
-            progress=progress, part=part,
+            batch_size=batch_size, shard_size=shard_size, files=config.files,
+            report=loading.load_report(config.report, flow), overwrite=config.overwrite, progress=progress,
         )  # fmt: skip
-        if processes.rank > 0:
+        if not folder.is_reporter:
+            print(f"all {config.num:,} samples are in {config.out}; another process prints their outcome")
             return None
         preparation_seconds = perf_counter() - started - folder.seconds
-        comparison = _compare(flow, folder, context, texts, progress) if config.compare else None
-    has_sheet = folder.manifest.has_pictures and folder.is_complete
-    if has_sheet and comparison is None:
-        _save_sheet(folder, config.out / _SHEET)
-    manifest, residual = folder.manifest, folder.residual() if folder.is_complete else None
+        comparison = rounding = error = None
+        if config.compare:
+            comparison, rounding = _compare(flow, folder, context, progress)
+            error = paired_error(*(comparison.result(name).x for name in (config.strategy, comparison.original)))
+    spec = folder.spec
+    if spec.has_pictures:
+        names = _class_names(flow, context.values) if texts is None else texts
+        _save_sheet(folder, comparison, names, config.out / _SHEET)
     return SampleResult(
-        model=config.model, num=config.num, seed=config.seed, batch_size=manifest.batch_size,
-        strategy=config.strategy, settings=loading.settings_text(settings), origin=origin, denoise=manifest.denoise,
-        out=str(config.out), shards=manifest.num_shards, processes=processes.count, part=str(part),
-        num_new=folder.num_new, seconds=folder.seconds, preparation_seconds=preparation_seconds,
-        samples_per_second=folder.num_new / folder.seconds if folder.num_new else None,
-        cost=folder.cost() if folder.is_complete else None,
-        residual=None if residual is None else float(residual.max()),
-        outcome=folder.outcome() if folder.is_complete else None, comparison=comparison, has_sheet=has_sheet,
+        model=config.model, num=config.num, seed=config.seed, batch_size=spec.batch_size, strategy=config.strategy,
+        settings=loading.settings_text(settings), origin=origin, denoise=spec.denoise, out=str(config.out),
+        shards=spec.num_shards, num_new=folder.num_new, seconds=folder.seconds,
+        preparation_seconds=preparation_seconds,
+        samples_per_second=folder.num_new / folder.seconds if folder.num_new else None, outcome=folder.outcome(),
+        comparison=comparison, error=error, rounding=rounding, has_sheet=spec.has_pictures,
         machine=describe_machine(flow.var.device),
     )  # fmt: skip
 
@@ -197,8 +185,6 @@ def _check_options(config: SampleConfig) -> None:
         raise InputValueError(f"--report {config.report}: {config.strategy} has its own guesses; leave one of them out")
     if config.certify_always and not config.certify:
         raise InputValueError("--certify-always: excludes --no-certify; leave one of them out")
-    if config.compare and config.part is not None:
-        raise InputValueError("--compare: excludes --part; compare in a run of its own")
 
 
 def _sizes(config: SampleConfig, size: int | None, flow: Flow) -> tuple[int | None, int | None]:
@@ -207,7 +193,7 @@ def _sizes(config: SampleConfig, size: int | None, flow: Flow) -> tuple[int | No
 
     earlier = None if config.overwrite else _open_earlier(config.out)
     if earlier is not None and size is None:
-        return earlier.manifest.batch_size, config.shard_size or earlier.manifest.shard_size
+        return earlier.spec.batch_size, config.shard_size or earlier.spec.shard_size
     if config.batch_size == "auto":
         size = find_batch_size(flow, min(config.num, options.MAX_BATCH_SIZE))
     return size, config.shard_size
@@ -222,114 +208,99 @@ def _open_earlier(out: Path) -> jf.SampleFolder | None:
 
 
 def _compare(
-    flow: Flow, folder: jf.SampleFolder, context: Context, prompts: list[str] | None, progress: Progress | None
-) -> Comparison:
-    """Draws the first batch again, by the original sampler and by the strategy, and saves a picture of both."""
-    from jacobiflow import evaluation, plots
-    from jacobiflow.comparison import compare
-    from jacobiflow.fixed_point.options import SolveOptions
-    from jacobiflow.models import latents
-    from jacobiflow.sampling import denoise, sample
-    from jacobiflow.utils import timing
+    flow: Flow, folder: jf.SampleFolder, context: Context, progress: Progress | None
+) -> tuple[Comparison, float | None]:
+    """Times the original sampler and the strategy on the first batch; also returns how much rounding changes it."""
+    import torch
 
-    manifest, config = folder.manifest, flow.config
-    num = min(manifest.num, manifest.batch_size)
-    context = context[:num].to(flow.var.device)
-    z = latents.draw_latents(num, config.num_tokens, config.token_channels, manifest.seed)
-    solve_options = SolveOptions(certify=manifest.certify)
-    run = partial(sample.sample_with_strategy, flow, folder.strategy(), z, context, solve_options)
+    from jacobiflow.comparison.compare import compare_samplers
+    from jacobiflow.fixed_point.options import SolveOptions
+    from jacobiflow.models.latents import draw_latents
+    from jacobiflow.sampling.request import Outputs, SamplingRequest
+    from jacobiflow.sampling.sample import sample_with_strategy
+
+    spec, strategy = folder.spec, folder.strategy()
+    num = min(spec.num, spec.batch_size)
+    z = draw_latents(num, spec.num_tokens, flow.config.token_channels, spec.seed)
+    request = SamplingRequest(flow, context[:num], SolveOptions(certify=spec.certify), Outputs(denoise=spec.denoise))
     if progress is not None:
         progress(0, 1, "timing")  # Shows the bar: the original sampler may take minutes until the first step.
-    runs = {_OURS: run}
-    timed = partial(compare.compare_samplers, flow, z, context.values, runs, progress=progress)
-    result = timed(repeats=1, warm_up=False)
-    if result.result(result.original).seconds.median < _SHORT:
-        result = timed()
-    original, ours = result.result(result.original), result.result(_OURS)
-    images, seconds = [original.x, ours.x], [original.seconds.median, ours.seconds.median]
-    if manifest.denoise:
-        for i, x in enumerate(images):
-            run_denoising = partial(denoise.denoise_checked, flow, x, context, manifest.denoise, 64)
-            denoise_seconds, images[i] = timing.time_call(run_denoising, x.device)
-            seconds[i] += denoise_seconds
-    if manifest.has_pictures:
-        labels = [] if prompts is not None or context.values is None else context.values.tolist()
-        classes = [flow.classes[k] if flow.classes and k >= 0 else f"class {k}" for k in labels]
-        first = slice(min(num, _SHEET_IMAGES))
-        names = "original sampler", manifest.strategy
-        sheet = plots.comparison_sheet(images[0][first], images[1][first], names, (prompts or classes)[first])
-        plots.save_png(sheet, folder.path / _SHEET)
-    return Comparison(
-        original=result.original,
-        original_seconds=seconds[0],
-        seconds=seconds[1],
-        speed_up=seconds[0] / seconds[1],
-        error=evaluation.paired_error(images[1], images[0]),
-        sensitivity=run(sample.Outputs(sensitivity=True)).outcome.sensitivity,
-    )
+    with torch.no_grad():
+        rounding = sample_with_strategy(replace(request, outputs=Outputs(sensitivity=True)), strategy, z)
+        runs = {spec.strategy: partial(sample_with_strategy, request, strategy, z)}
+        timed = partial(compare_samplers, flow, z, context[:num].values, runs, denoise=spec.denoise, progress=progress)
+        comparison = timed(repeats=1, warm_up=False)
+        if comparison.result(comparison.original).seconds.median < _SHORT:
+            comparison = timed()
+    return comparison, rounding.outcome.sensitivity
 
 
-def _save_sheet(folder: jf.SampleFolder, path: Path) -> None:
-    """Saves the first samples as one picture."""
+def _save_sheet(folder: jf.SampleFolder, comparison: Comparison | None, names: list[str], path: Path) -> None:
+    """Saves the first samples as one picture; those of a comparison beside those of the original sampler."""
     import torch
 
     from jacobiflow import data, plots
 
-    num = min(folder.manifest.num, _SHEET_IMAGES)
-    images = torch.cat([folder.images(i) for i in range(-(-num // folder.manifest.shard_size))])[:num]
-    plots.save_png(data.image_grid(data.scale(images), min(10, num)), path)
+    num = min(folder.spec.num, _SHEET_IMAGES)
+    if comparison is None:
+        images = torch.cat([folder.images(i) for i in range(-(-num // folder.spec.shard_size))])[:num]
+        picture = data.image_grid(data.scale(images), min(10, num))
+    else:
+        original, ours = (comparison.result(name).x[:num] for name in (comparison.original, folder.spec.strategy))
+        picture = plots.comparison_sheet(original, ours, ("original sampler", folder.spec.strategy), names[:num])
+    plots.save_png(picture, path)
+
+
+def _class_names(flow: Flow, labels: Tensor | None) -> list[str]:
+    classes = [] if labels is None else labels.tolist()
+    return [flow.classes[k] if flow.classes and k >= 0 else f"class {k}" for k in classes]
 
 
 def show(result: SampleResult) -> None:
     """Prints the samples, their speed and exactness, and the files."""
-    device, is_complete = result.machine["device"], result.cost is not None
-    print(f"{result.model}: {format_count(result.num, 'sample')} by {result.strategy} on {device}, batch size "
-          f"{result.batch_size}")  # fmt: skip
-    print(result.origin)
-    if is_complete and not result.num_new:
-        print(f"all {result.num:,} were there already, and match their checksums; --overwrite draws them again")
-    elif result.num_new:
+    print(
+        f"{result.model}: {format_count(result.num, 'sample')} by {result.strategy} on {result.machine['device']}, "
+        f"batch size {result.batch_size}\n{result.origin}"
+    )
+    if result.num_new:
         print(_describe_speed(result))
-    # A warning has told of a shortfall.
-    if result.outcome is not None and not result.outcome.has_shortfall:
+    else:
+        print(f"all {result.num:,} were there already, and match their checksums; --overwrite draws them again")
+    if not result.outcome.has_shortfall:  # A warning has told of a shortfall.
         print(result.outcome)
     if result.comparison is not None:
         _print_comparison(result, result.comparison)
-    if not is_complete:
-        print(
-            f"part {result.part} has drawn its samples into {result.out}; others are missing, which jacobiflow info "
-            f"--check {result.out} names"
-        )
-        return
     sheet = f", {_SHEET}" * result.has_sheet
     print(f"wrote {result.out}: {format_count(result.shards, 'shard')}, manifest.json, strategy.json{sheet}")
 
 
 def _describe_speed(result: SampleResult) -> str:
-    """Describes how many samples this command has drawn, and how fast."""
+    """Describes how many samples were drawn, and how fast."""
     num_kept = result.num - result.num_new
-    existing = f" ({num_kept:,} were there)" if num_kept and result.cost is not None else ""
+    existing = f" ({num_kept:,} were there)" * (num_kept > 0)
     denoising = ", denoising included" * (result.denoise > 0)
-    processes = f" by {result.processes} processes" * (result.processes > 1)
     preparation = result.preparation_seconds
     before = f" (planning and checks before: {format_duration(preparation)})" if preparation >= 1 else ""
     return (
-        f"drew {result.num_new:,}{existing}{processes} in {_format_seconds(result.seconds)}{denoising}: "
+        f"drew {result.num_new:,}{existing} in {_format_seconds(result.seconds)}{denoising}: "
         f"{format_rate(result.num_new, result.seconds)} a second{before}"
     )
 
 
 def _print_comparison(result: SampleResult, comparison: Comparison) -> None:
+    assert result.error is not None
+    original, ours = (comparison.result(name) for name in (comparison.original, result.strategy))
+    speed_up = comparison.speed_up(ours, comparison.original)
     denoising = "denoising included" if result.denoise else "without denoising"
     print(
-        f"first batch of {min(result.num, result.batch_size):,} again, {denoising}: original sampler "
-        f"{_format_seconds(comparison.original_seconds)}, here {_format_seconds(comparison.seconds)}: "
-        f"{comparison.speed_up:.{1 if comparison.speed_up < 10 else 0}f}x faster"
+        f"first batch of {comparison.batch_size:,} again, {denoising}: original sampler "
+        f"{_format_seconds(original.seconds.median)}, here {_format_seconds(ours.seconds.median)}: "
+        f"{speed_up:.{1 if speed_up < 10 else 0}f}x faster"
     )
     before = " before denoising" * (result.denoise > 0)
     print(
-        f"largest difference from the original sampler {comparison.error.max:.1e}; rounding changes these samples by "
-        f"up to {comparison.sensitivity:.1e}{before}"
+        f"largest difference from the original sampler {result.error.max:.1e}; rounding changes these samples by up "
+        f"to {result.rounding:.1e}{before}"
     )
 
 
@@ -337,15 +308,11 @@ def _format_seconds(seconds: float) -> str:
     return f"{seconds:.3g} s" if seconds < 100 else f"{seconds:,.0f} s"
 
 
-def _describe_kept(config: SampleConfig) -> str:
+def describe_kept(config: SampleConfig) -> str:
+    """Describes what an interrupted run leaves, and how to go on."""
     folder = _open_earlier(config.out)
     if folder is None:
         return "no sample is drawn; run the same command to start again"
-    num, num_kept = folder.manifest.num, folder.num_drawn
-    hint = (
-        "" if num_kept else f"; a file is kept once its {folder.manifest.shard_size:,} samples are drawn (--shard-size)"
-    )
+    num, num_kept = folder.spec.num, folder.num_drawn
+    hint = "" if num_kept else f"; a file is kept once its {folder.spec.shard_size:,} samples are drawn (--shard-size)"
     return f"{num_kept:,} of {num:,} samples are kept in {config.out}{hint}; run the same command to resume"
-
-
-sample = as_command(SampleConfig, run, show, _describe_kept)

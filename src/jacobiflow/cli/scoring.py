@@ -142,14 +142,14 @@ def distances(
     if folder is None:
         return scores
     statistics = None if stats is None else FeatureStatistics.load(stats)
-    num, num_real = folder.manifest.num, len(real.images) if statistics is None and real is not None else 2
+    num, num_real = folder.spec.num, len(real.images) if statistics is None and real is not None else 2
     if min(num, num_real) < 2:
         raise InputValueError(f"a distance between {num_real} images and {num} samples: give at least 2 of each")
     # A trial of the function, before hours of work.
     width = evaluation.extract_features(extractor, [folder.images(0)[:1]]).shape[1]
     if statistics is not None and len(statistics.sum) != width:
         raise InputValueError(f"--stats {stats}: of {len(statistics.sum)} features, but --features gives {width}")
-    shards = [partial(folder.images, index) for index in range(folder.manifest.num_shards)]
+    shards = [partial(folder.images, index) for index in range(folder.spec.num_shards)]
     units = _feature_units("features", extractor, shards)
     first = real_units if statistics is None else ()
     scores.append(Score("FID", (*first, *units), partial(_frechet_distance, statistics, len(first))))
@@ -220,7 +220,7 @@ def _choose_rows(parts: Iterable[Tensor], num: int) -> Tensor:
 
 def paired_errors(folder: jf.SampleFolder, flow: Flow, num: int, batch_size: int) -> Score:
     """Returns a score that compares the first samples with the exact loop's at the same latents, batch by batch."""
-    if folder.manifest.context_sha256 is not None and folder.labels(0) is None:
+    if folder.spec.context_sha256 is not None and folder.labels(0) is None:
         raise InputValueError("--paired: the samples' texts or numbers are not in the folder; give --paired 0")
     units = tuple(
         Unit(f"errors-{start:08}", Scores, partial(_batch_errors, folder, flow, start, min(start + batch_size, num)))
@@ -230,7 +230,7 @@ def paired_errors(folder: jf.SampleFolder, flow: Flow, num: int, batch_size: int
 
 
 def _batch_errors(folder: jf.SampleFolder, flow: Flow, start: int, stop: int) -> Scores:
-    manifest, config = folder.manifest, flow.config
+    manifest, config = folder.spec, flow.config
     shards = range(start // manifest.shard_size, -(-stop // manifest.shard_size))
     rows = slice(start - shards.start * manifest.shard_size, stop - shards.start * manifest.shard_size)
     labels = [part for i in shards if (part := folder.labels(i)) is not None]

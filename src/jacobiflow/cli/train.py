@@ -8,9 +8,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
+from cyclopts import Parameter
+
 import jacobiflow as jf
 from jacobiflow.cli import loading, options
-from jacobiflow.cli.job import as_command
 from jacobiflow.cli.output import format_count, progress_bar
 from jacobiflow.errors import InputValueError
 from jacobiflow.training.config import TrainConfig
@@ -24,52 +25,55 @@ if TYPE_CHECKING:
     from jacobiflow.training import TrainMetrics
 
 _PRINT_EVERY = 50  # Steps between lines of metrics.
-_NOISE = "tarflow: standard deviation of the images' Gaussian noise; 0 for uniform noise; default 0.1."
-_HELD_OUT = "Images whose loss is measured at checkpoints, at most 512. Default: the test split of --images, if any."
 _NUM_HELD_OUT = 512
 _MAX_NAMES = 12  # Names of classes that the summary lists.
-_IMAGE_SIZE = "Side in pixels to which images of a folder are scaled down. Default: the smallest side, if at most 256."
-_IMAGE_CHANNELS = "3 for colour, 1 for grey. Default: grey if all images are."
 _MAX_NATURAL_SIZE = 256  # Larger images are trained on only if --image-size is given: they take very long.
 
 
-@dataclass(frozen=True)
-class TrainOptions:
-    """The options of `jacobiflow train`."""
+@dataclass(frozen=True, kw_only=True)
+class TrainOptions(options.Config):
+    """Options of `jacobiflow train`.
+
+    Attributes:
+        out: Folder of the model, its checkpoint, metrics and samples.
+        flow: tarflow, or maf: a masked autoregressive flow.
+        patch_size: tarflow: side of a patch in pixels; default 2.
+        channels: Width of the transformers; maf: of the hidden layers.
+        num_blocks: Number of flow blocks.
+        layers_per_block: Transformer layers in a block; maf: hidden layers.
+        head_dim: tarflow: width of an attention head; default 64.
+        volume_preserving: tarflow: only shift values, and do not scale them.
+        noise_std: tarflow: standard deviation of the images' Gaussian noise; 0 for uniform noise; default 0.1.
+        image_size: Side in pixels to which images of a folder are scaled down. Default: the smallest side, if at most
+            256.
+        in_channels: 3 for colour, 1 for grey. Default: grey if all images are.
+        unconditional: Do not use the images' labels.
+        held_out: Images whose loss is measured at checkpoints, at most 512. Default: the test split of --images, if
+            any.
+        horizontal_flip: Mirror half of the images.
+        translate: Largest translation of an image in pixels.
+        hue: Largest change of the hue in degrees.
+    """
 
     images: options.Images
-    out: Annotated[Path, options.output_option(help="Folder of the model, its checkpoint, metrics and samples.")]
-    training: Annotated[TrainConfig, options.training_option()]
-    flow: Annotated[str, options.model_option(help="tarflow, or maf: a masked autoregressive flow.")] = "tarflow"
-    patch_size: Annotated[int | None, options.model_option(help="tarflow: side of a patch in pixels; default 2.")] = (
-        None
-    )
-    channels: Annotated[int, options.model_option(help="Width of the transformers; maf: of the hidden layers.")] = 128
-    num_blocks: Annotated[int, options.model_option("--blocks", help="Number of flow blocks.")] = 8
-    layers_per_block: Annotated[
-        int, options.model_option("--layers", help="Transformer layers in a block; maf: hidden layers.")
-    ] = 2
-    head_dim: Annotated[int | None, options.model_option(help="tarflow: width of an attention head; default 64.")] = (
-        None
-    )
-    volume_preserving: Annotated[
-        bool, options.model_option("--volume-preserving", help="tarflow: only shift values, and do not scale them.")
-    ] = False
-    noise_std: Annotated[float | None, options.model_option(help=_NOISE)] = None
-    image_size: Annotated[int | None, options.data_option(help=_IMAGE_SIZE)] = None
-    in_channels: Annotated[Literal["1", "3"] | None, options.data_option("--image-channels", help=_IMAGE_CHANNELS)] = (
-        None
-    )
-    unconditional: Annotated[bool, options.data_option("--unconditional", help="Do not use the images' labels.")] = (
-        False
-    )
-    held_out: Annotated[str | None, options.data_option(help=_HELD_OUT)] = None
-    horizontal_flip: Annotated[bool, options.data_option("--horizontal-flip", help="Mirror half of the images.")] = (
-        False
-    )
-    translate: Annotated[int, options.data_option(help="Largest translation of an image in pixels.")] = 0
-    hue: Annotated[float, options.data_option(help="Largest change of the hue in degrees.")] = 0.0
+    flow: Annotated[str, options.MODEL, options.near_miss("tarflow", "maf", "starflow")] = "tarflow"
+    patch_size: Annotated[int | None, options.MODEL] = None
+    channels: Annotated[int, options.MODEL] = 128
+    num_blocks: Annotated[int, options.MODEL, Parameter(name="--blocks")] = 8
+    layers_per_block: Annotated[int, options.MODEL, Parameter(name="--layers")] = 2
+    head_dim: Annotated[int | None, options.MODEL] = None
+    volume_preserving: Annotated[options.Flag, options.MODEL] = False
+    noise_std: Annotated[float | None, options.MODEL] = None
+    image_size: Annotated[int | None, options.DATA] = None
+    in_channels: Annotated[Literal["1", "3"] | None, options.DATA, Parameter(name="--image-channels")] = None
+    unconditional: Annotated[options.Flag, options.DATA] = False
+    held_out: Annotated[str | None, options.DATA] = None
+    horizontal_flip: Annotated[options.Flag, options.DATA] = False
+    translate: Annotated[int, options.DATA] = 0
+    hue: Annotated[float, options.DATA] = 0.0
+    training: Annotated[TrainConfig, options.TRAINING, options.NEGATABLE, Parameter(name="*")]
     device: options.Device = "auto"
+    out: Annotated[Path, options.OUTPUT]
 
 
 @dataclass(frozen=True)
@@ -256,13 +260,11 @@ def _trainable_flows() -> list[str]:
     )
 
 
-def _describe_checkpoint(config: TrainOptions) -> str:
+def describe_kept(config: TrainOptions) -> str:
+    """Describes the checkpoint that Ctrl-C leaves, and how to go on."""
     from jacobiflow.training.folder import last_checkpoint
 
     step, _ = last_checkpoint(config.out)
     if not step:
         return "before the first checkpoint; run the same command to start again"
     return f"checkpoint at step {step:,} of {config.training.steps:,} in {config.out}; run the same command to resume"
-
-
-train = as_command(TrainOptions, run, show, _describe_checkpoint)

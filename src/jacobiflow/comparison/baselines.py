@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from jacobiflow.blocks.guidance import Guidance
+from jacobiflow.blocks.guidance import Guidance, SamplingSettings
 from jacobiflow.models.flow import Flow, check_flow
 from jacobiflow.models.maf import MAF, MAFBlock
 from jacobiflow.models.masked_network import run_masked_layers
@@ -225,6 +225,9 @@ def original_sampler(flow: Flow) -> tuple[str, OriginalSampler]:
     return SEQUENTIAL, lambda flow, z, context: sequential_samples(flow, z, context).x
 
 
-def sequential_samples(flow: Flow, z: Tensor, context: Tensor | None) -> Samples:
+def sequential_samples(flow: Flow, z: Tensor, context: Tensor | None, denoise: float = 0.0) -> Samples:
     """Draws samples by this library's own loop, without certificates or densities."""
-    return sample(flow, latents=z, context=context, settings=None, strategy=SEQUENTIAL, certify=False, log_prob=False)
+    settings = SamplingSettings(denoise=denoise)
+    return sample(
+        flow, latents=z, context=context, settings=settings, strategy=SEQUENTIAL, certify=False, log_prob=False
+    )

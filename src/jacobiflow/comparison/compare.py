@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from jacobiflow.blocks.context import Context
 from jacobiflow.comparison.baselines import SEQUENTIAL, original_sampler, sequential_samples
 from jacobiflow.evaluation import PairedError, paired_error
 from jacobiflow.models.flow import Flow
-from jacobiflow.sampling.result import Samples
+from jacobiflow.sampling.denoise import denoise_checked
+from jacobiflow.sampling.result import Outcome, Samples
 from jacobiflow.utils.progress import Progress
 from jacobiflow.utils.timing import Timing, time_interleaved
 
@@ -39,40 +41,33 @@ class SamplerResult:
     x: Float[Tensor, "n ..."]
     samples: Samples | None = None
 
+    @cached_property
+    def outcome(self) -> Outcome | None:
+        """How exact the samples are, and what they cost; `None` for an original sampler."""
+        return None if self.samples is None else self.samples.outcome
+
     @property
     def evaluations_per_token(self) -> float | None:
         """Token evaluations over samples, blocks and tokens: 1 for the exact loop."""
-        if self.samples is None:
+        if self.samples is None or self.outcome is None:
             return None
         num, length, _ = self.samples.latents.shape
-        return self.samples.token_evaluations / (num * length * len(self.samples.stats))
-
-    @property
-    def residual(self) -> float | None:
-        """The largest residual |g(x) - x| of any sample in any block; `None` if it was not measured."""
-        if self.samples is None or self.samples.residual is None:
-            return None
-        return float(self.samples.residual.max())
-
-    @property
-    def is_exact(self) -> bool:
-        """True if every block of every sample was solved token by token."""
-        return self.samples is not None and bool(self.samples.exact.all())
+        return self.outcome.token_evaluations / (num * length * len(self.samples.stats))
 
     def to_json(self) -> dict[str, Any]:
-        """Returns a JSON value: attributes and properties, sweeps by block, and samples that were solved again."""
-        samples = self.samples
+        """Returns a JSON value."""
+        outcome = self.outcome
         return {
             "strategy": self.strategy,
             "seconds": asdict(self.seconds),
             "error": asdict(self.error),
-            "network_calls": None if samples is None else samples.network_calls,
-            "token_evaluations": None if samples is None else samples.token_evaluations,
+            "network_calls": outcome and outcome.network_calls,
+            "token_evaluations": outcome and outcome.token_evaluations,
             "evaluations_per_token": self.evaluations_per_token,
-            "residual": self.residual,
-            "exact": self.is_exact,
-            "used_fallback": None if samples is None else int(samples.used_fallback.sum()),
-            "sweeps": None if samples is None else [block.sweeps for block in samples.stats],
+            "residual": outcome and outcome.residual,
+            "exact": outcome is not None and outcome.is_exact,
+            "used_fallback": outcome and outcome.num_fallback,
+            "sweeps": outcome and list(outcome.sweeps),
         }
 
 
@@ -136,6 +131,7 @@ def compare_samplers(
     context: Tensor | None,
     runs: Mapping[str, Callable[[], Samples]],
     *,
+    denoise: float = 0.0,
     repeats: int = 5,
     warm_up: bool = True,
     progress: Progress | None = None,
@@ -147,15 +143,21 @@ def compare_samplers(
         latents: Standard normal latents, before the prior's scale.
         context: Context of each latent, or `None`.
         runs: Samplers by name, for the same latents, context and guidance. The baselines' names are taken.
+        denoise: Rate of a denoising step that the baselines take; `runs` take it themselves.
         repeats: Number of rounds that are timed.
         warm_up: If True, one more round comes first, which is not timed.
         progress: Is called after each run.
     """
     original, sample_original = original_sampler(flow)
-    sequential = partial(sequential_samples, flow, latents, context)
+    sequential = partial(sequential_samples, flow, latents, context, denoise)
     exact = sequential()
+
+    def run_original() -> Tensor:
+        x = sample_original(flow, exact.latents, exact.context)
+        return denoise_checked(flow, x, Context(exact.context), denoise, len(x)) if denoise else x
+
     all_runs: dict[str, Callable[[], Any]] = {
-        original: partial(sample_original, flow, exact.latents, exact.context),
+        original: run_original,
         SEQUENTIAL: sequential,  # replaces the original sampler if the flow has none
         **runs,
         ENCODING_PASS: torch.no_grad()(partial(flow.encode, exact.x, exact.context)),

@@ -69,10 +69,9 @@ class PatchConfig:
             whole = self.image_size // self.patch_size * self.patch_size
             divisors = [side for side in range(2, 17) if self.image_size % side == 0] or [1]
             divisor = min(divisors, key=lambda side: abs(side - self.patch_size))
-            remedy = f"give patch_size={divisor}" + f", or image_size={whole}" * (whole > 0)
-            raise InputValueError(
-                f"patch_size={self.patch_size} does not divide image_size={self.image_size}; {remedy}"
-            )
+            remedy = f"give {divisor}" + f", or images of {whole}" * (whole > 0)
+            message = f"does not divide the side of the images, {self.image_size}; {remedy}"
+            raise InputValueError(message, argument="patch_size", value=self.patch_size)
         check_number("noise_std", self.noise_std, expected="0 or a positive standard deviation")
 
 
@@ -80,7 +79,7 @@ def check_heads(channels: int | tuple[int, ...], head_dim: int) -> None:
     """Raises ValueError if `head_dim` does not divide the channels of every block."""
     for width in channels if isinstance(channels, tuple) else (channels,):
         if width % head_dim:
-            raise InputValueError(f"head_dim={head_dim} does not divide channels={width}")
+            raise InputValueError(f"does not divide the {width} channels", argument="head_dim", value=head_dim)
 
 
 def size_of_block(sizes: int | tuple[int, ...], index: int) -> int:
@@ -101,9 +100,8 @@ def check_sizes(config: FlowConfig) -> None:
             continue
         if isinstance(sizes, tuple) and declared is not int:
             if len(sizes) != config.num_blocks:
-                raise InputValueError(
-                    f"{entry.name}={format_value(sizes)}: give a number, or one for each of {config.num_blocks} blocks"
-                )
+                message = f"give a number, or one for each of {config.num_blocks} blocks"
+                raise InputValueError(message, argument=entry.name, value=format_value(sizes))
             for size in sizes:
                 check_count(entry.name, size, maximum=_MAX_SIZE)
         else:

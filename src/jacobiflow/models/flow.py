@@ -112,7 +112,8 @@ class Flow(Pretrained):
         """
         check_kind("guidance", guidance, Guidance | None, GIVE_GUIDANCE)
         if guidance is not None and guidance.weight and self._context_channels:
-            raise InputValueError(f"guidance={guidance}: for classes only, and this flow's context is numbers")
+            message = "for classes only, and this flow's context is numbers"
+            raise InputValueError(message, argument="guidance", value=guidance)
         view = copy.copy(self)
         view.guidance = guidance if guidance is not None and guidance.weight else None
         for block in self.blocks:
@@ -342,5 +343,6 @@ def check_rate(flow: Flow, rate: float, name: str = "denoise") -> float:
     """Returns the rate of denoising as a Python number; raises ValueError if the flow has no noise to remove."""
     rate = check_number(name, rate, expected="0 (off) or a positive rate")
     if rate and not flow.config.noise_std:
-        raise InputValueError(f"{name}={rate}: this flow's noise_std is 0, there is no noise to remove; give 0")
+        message = "the images of this flow's training had no noise, which it could remove; give 0"
+        raise InputValueError(message, argument=name, value=rate)
     return rate

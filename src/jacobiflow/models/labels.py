@@ -43,7 +43,7 @@ def convert_labels(labels: Any, num: int, classes: Sequence[str] = ()) -> Int[Te
         try:
             tensor = torch.as_tensor(np.array(labels))  # Arrays may be read-only or have negative strides.
         except (TypeError, ValueError) as error:
-            raise InputTypeError(f"labels={format_value(labels)}: give {give}") from error
+            raise InputTypeError(f"give {give}", argument="labels", value=format_value(labels)) from error
         tensor = tensor if tensor.ndim else tensor.repeat(num)
     if tensor.dtype in (torch.uint8, torch.int8, torch.int16):
         tensor = tensor.long()
@@ -58,7 +58,7 @@ def class_number(name: str, classes: Sequence[str]) -> int:
     close = get_close_matches(name, classes, n=1, cutoff=0.5)
     known = f"the classes are {', '.join(classes)}" if classes else "this model has no names of classes, give numbers"
     hint = f" (did you mean {close[0]}?)" if close else ""
-    raise InputValueError(f"labels={name}: no such class{hint}; {known}")
+    raise InputValueError(f"no such class{hint}; {known}", argument="labels", value=name)
 
 
 def check_labels(labels: Labels, num: int, num_classes: int, classes: Sequence[str] = ()) -> Int[Tensor, " n"]:
@@ -67,7 +67,8 @@ def check_labels(labels: Labels, num: int, num_classes: int, classes: Sequence[s
         raise InputValueError("labels given, but this flow has no classes: leave them out")
     tensor = convert_labels(labels, num, classes)
     if len(tensor) != num:
-        raise InputValueError(f"labels={format_value(labels)}: give {num} classes, one for each sample")
+        message = f"give {num} classes, one for each sample"
+        raise InputValueError(message, argument="labels", value=format_value(labels))
     if (tensor >= num_classes).any():
         raise InputValueError(_describe_unknown(tensor, num_classes))
     return tensor

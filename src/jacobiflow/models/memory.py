@@ -84,7 +84,8 @@ def find_batch_size(flow: Flow, limit: int) -> int:
     """
     sample, free = _sample_bytes(flow), free_memory(flow.var.device)
     if sample is None:
-        raise InputValueError("batch_size='auto': this flow does not say how much memory it takes; give a number")
+        message = "this flow does not say how much memory it takes; give a number"
+        raise InputValueError(message, argument="batch_size", value="auto")
     copied = _weight_copy_bytes(flow)
     num = _samples_that_fit(free, copied, sample)
     if num < 1:

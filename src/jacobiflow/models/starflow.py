@@ -253,7 +253,9 @@ class STARFlow(Flow):
         sizes = shapes.transformer_sizes()
         _, text_channels = shapes.shape(f"blocks.{len(sizes.layers) - 1}.proj_txt.weight", 2)
         if token_channels % patch_size**2:
-            raise CheckpointError(f"{source}: patch_size={patch_size}: its square must divide {token_channels} values")
+            raise CheckpointError(
+                f"{source}: a patch size of {patch_size}: its square must divide {token_channels} values"
+            )
         rotary = "feat_rope.freqs_cos"  # It has a row for each text token and each image token.
         text_tokens = shapes.shape(rotary, 2)[0] - num_tokens if rotary in state else STARFlowConfig.text_tokens
         return STARFlowConfig(
@@ -311,8 +313,8 @@ class STARFlow(Flow):
         """Raises ValueError if the states of the empty text are not known."""
         if not self.blocks[-1].null_text.any():
             raise InputValueError(
-                f"{name}: the states of the empty text are not in these weights; convert them again with encode_text, "
-                "or set flow.blocks[-1].null_text"
+                f"{name}: the states of the empty text are not in these weights; convert them again with a text "
+                "encoder, or set flow.blocks[-1].null_text"
             )
 
     def _encode_prompts(self, prompts: Any) -> Float[Tensor, "n l k"]:

@@ -296,16 +296,16 @@ def _image_config(config: TokenConfig, source: str, patch_size: int) -> TarFlowC
     side, num_tokens, token_channels = math.isqrt(config.num_tokens), config.num_tokens, config.token_channels
     if side**2 != num_tokens:
         raise CheckpointError(
-            f"{source}: {num_tokens} tokens, but square images have a square number of them; leave patch_size out for "
-            "a flow over tokens"
+            f"{source}: {num_tokens} tokens, but square images have a square number of them; leave the patch size out "
+            "for a flow over tokens"
         )
     if patch_size < 1 or token_channels % patch_size**2:
         raise CheckpointError(
-            f"{source}: patch_size={patch_size}: its square must divide the {token_channels} values of a token"
+            f"{source}: a patch size of {patch_size}: its square must divide the {token_channels} values of a token"
         )
     if not isinstance(config.channels, int) or not isinstance(config.layers_per_block, int) or config.context_channels:
         raise CheckpointError(
-            f"{source}: blocks of different sizes, or with a context of numbers; leave patch_size out"
+            f"{source}: blocks of different sizes, or with a context of numbers; leave the patch size out"
         )
     return TarFlowConfig(
         token_channels // patch_size**2, side * patch_size, patch_size, config.channels, config.num_blocks,

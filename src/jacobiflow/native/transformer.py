@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -105,8 +105,9 @@ class CausalTransformer:
                 rows = slice(first, first + size)
                 some = context if context is None or len(context) == 1 else context[rows]
                 prefix = None if read_prefix is None else read_prefix(rows)
-                if not packed.invert(z[rows], x[rows], log_det[rows], some, guidance, prefix):
-                    return None
+                for args in packed.calls(z[rows], x[rows], log_det[rows], some, guidance, prefix):
+                    if not native.solve_transformer(args, z.dtype):
+                        return None
         except UnsupportedError:  # PyTorch computes the inverse, or reports what is wrong
             return None
         return x, log_det.to(z.dtype)
@@ -188,11 +189,11 @@ class _PackedTransformer:
         """Returns values that PyTorch has computed from parameters in the dtype of the sums."""
         return values if values.dtype == self.dtype else self._widened(values)
 
-    def invert(
+    def calls(
         self, z: Tensor, x: Tensor, log_det: Tensor, context: Tensor | None, guidance: GuidanceTerms | None,
         prefix: Prefix | None,
-    ) -> bool:  # fmt: skip
-        """Writes the rows of `x` and `log_det`. Returns False without enough memory or threads."""
+    ) -> Iterator[TransformerArgs]:  # fmt: skip
+        """Yields the arguments of the calls that write the rows of `x` and `log_det`, some tokens each."""
         args, samples, rows = self.args, len(z), len(z) * self.networks
         prefix_length = 0 if prefix is None else prefix.layers[0].shape[3]
         length = prefix_length + self.tokens
@@ -220,9 +221,7 @@ class _PackedTransformer:
         step = max(int(_MAX_MULTIPLICATIONS / (self.num_weights * rows)), 1)
         for start in range(0, self.tokens, step):
             args.start, args.stop = start, min(start + step, self.tokens)
-            if not self.native.solve_transformer(args, self.dtype):
-                return False
-        return True
+            yield args
 
     def _empty_cache(self, z: Tensor, rows: int, length: int) -> Tensor:
         """Returns memory for the keys and values of all layers, which are padded to whole vectors."""

@@ -47,8 +47,10 @@ def choose(
         plan = plan.with_tolerance(tolerance)
         if plan.tolerance is None and all(solver.stopping.atol is None for solver in plan.solvers):
             raise InputValueError(
-                f"tolerance={tolerance}: strategy {format_value(strategy)} stops after a number of sweeps and ignores "
-                "it; leave the tolerance out, or give a strategy with one"
+                f"strategy {format_value(strategy)} stops after a number of sweeps and ignores it; leave the tolerance "
+                "out, or give a strategy with one",
+                argument="tolerance",
+                value=tolerance,
             )
     plan.check(flow, batch_size)
     return plan

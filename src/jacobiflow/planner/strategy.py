@@ -162,7 +162,8 @@ class Strategy(serialization.JsonDocument):
         atol = check_number("tolerance", tolerance)
         if self.tolerance is not None:
             if atol != self.tolerance:
-                raise InputValueError(f"tolerance={atol}: the strategy was planned for {self.tolerance:g}; plan again")
+                message = f"the strategy was planned for {self.tolerance:g}; plan again"
+                raise InputValueError(message, argument="tolerance", value=atol)
             return self
         solvers = (
             s if s.stopping.atol is None else replace(s, stopping=replace(s.stopping, atol=atol)) for s in self.solvers
@@ -199,7 +200,7 @@ class Strategy(serialization.JsonDocument):
         if batch_size > self.prediction.batch_size:
             raise InputValueError(
                 f"the strategy was planned for batches of up to {self.prediction.batch_size}, not {batch_size}: plan "
-                "again, or give a smaller batch_size"
+                "again, or give a smaller batch size"
             )
 
 

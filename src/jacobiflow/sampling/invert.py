@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Bool, Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from jacobiflow.blocks.context import Context
 from jacobiflow.blocks.tokens import Tokens
@@ -16,7 +16,6 @@ from jacobiflow.fixed_point.implicit import with_gradient
 from jacobiflow.fixed_point.options import SolveOptions
 from jacobiflow.fixed_point.problem import Problem
 from jacobiflow.fixed_point.solution import Solution, Status
-from jacobiflow.fixed_point.solver import Solver
 from jacobiflow.models.flow import Flow
 from jacobiflow.models.latents import log_normal
 from jacobiflow.planner import Strategy
@@ -76,7 +75,11 @@ def invert_in_groups(
             permutation = flow.blocks[i].permutation
             # A sample that overflowed is replaced by zeros, so that the rest of its group can be solved.
             z_block = permutation(x).masked_fill(nonfinite.view(-1, 1, 1), 0)
-            solution, tokens, block_log_det = _solve_block(flow, i, z_block, rows, strategy.solvers[i], options)
+            problem = Problem(flow.inverse_block(i), z_block, rows)
+            solution = solve_to_tolerance(problem, strategy.solvers[i], options)
+            tokens, block_log_det = solution.x, solution.log_det
+            if torch.is_grad_enabled() and (trained := _trained_parameters(flow.block(i), z_block, rows)) is not None:
+                tokens, block_log_det = with_gradient(problem, trained, tokens, block_log_det)
             log_det = log_det + block_log_det
             nonfinite = nonfinite | (solution.status == Status.NONFINITE)
             x = permutation.inverse(tokens.masked_fill(nonfinite.view(-1, 1, 1), torch.nan))
@@ -95,19 +98,11 @@ def invert_in_groups(
         yield FlowSolution(z, rows, x, log_det, nonfinite, tuple(reversed(solutions)), tuple(intermediates))
 
 
-def _solve_block(
-    flow: Flow, i: int, z: Tokens, context: Context, solver: Solver, options: SolveOptions
-) -> tuple[Solution, Tensor, Tensor]:
-    """Returns the solution of block i, and its x and log-determinant, with gradients if they are enabled."""
-    problem = Problem(flow.inverse_block(i), z, context)
-    solution = solve_to_tolerance(problem, solver, options)
-    if not torch.is_grad_enabled():
-        return solution, solution.x, solution.log_det
-    parameters = [each for each in flow.block(i).parameters() if each.requires_grad]
-    inputs = (z, context.values)
-    if not parameters and not any(each is not None and each.requires_grad for each in inputs):
-        return solution, solution.x, solution.log_det
-    return solution, *with_gradient(problem, parameters, solution.x, solution.log_det)
+def _trained_parameters(block: nn.Module, z: Tokens, context: Context) -> list[Tensor] | None:
+    """Returns the parameters of a block that have gradients; None if neither they nor its inputs have any."""
+    parameters: list[Tensor] = [each for each in block.parameters() if each.requires_grad]
+    has_inputs = any(each is not None and each.requires_grad for each in (z, context.values))
+    return parameters if parameters or has_inputs else None
 
 
 def log_prob_of(flow: Flow, solution: FlowSolution, batch_size: int) -> Float[Tensor, " n"]:

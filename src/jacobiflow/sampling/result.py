@@ -53,10 +53,11 @@ class BlockStats:
 
 @dataclass(frozen=True)
 class Outcome:
-    """Counts of the samples that are certified, solved again, above the tolerance, or not finite.
+    """How exact samples are, and what they cost; the outcomes of several sets of samples add up.
 
     Attributes:
         num: Number of samples.
+        dtype: The dtype of the network, or "tf32".
         tolerance: The largest residual allowed in any block; `None` if a block stops after a number of sweeps.
         residual: The largest finite residual; `None` if residuals were not measured.
         is_exact: Every block of every sample was solved token by token.
@@ -65,10 +66,15 @@ class Outcome:
         num_nonfinite: Samples without values, since the exact inverse is not finite either.
         sensitivity: The largest finite sensitivity; `None` if it was not measured.
         num_sensitive: Samples with a sensitivity above `SENSITIVITY_BOUND`; `None` if it was not measured.
-        dtype: The dtype of the network, or "tf32".
+        seconds: Wall-clock time of solving the blocks; `denoise_seconds` is that of denoising.
+        network_calls: Network calls of all blocks.
+        token_evaluations: Token evaluations of all blocks.
+        sweeps: Sweeps of each block.
+        block_seconds: Seconds of each block.
     """
 
     num: int
+    dtype: str
     tolerance: float | None
     residual: float | None
     is_exact: bool
@@ -77,24 +83,28 @@ class Outcome:
     num_nonfinite: int
     sensitivity: float | None
     num_sensitive: int | None
-    dtype: str
+    seconds: float
+    denoise_seconds: float
+    network_calls: int
+    token_evaluations: int
+    sweeps: tuple[int, ...]
+    block_seconds: tuple[float, ...]
 
     @classmethod
-    def of(
-        cls, residual: Tensor | None, sensitivity: Tensor | None, *, num: int, num_nonfinite: int, **others: Any
-    ) -> Outcome:
-        """Returns the outcome of samples with these residuals and sensitivities; `others` are its other fields."""
-        num_sensitive = None
-        if sensitivity is not None:  # samples that are not finite have an infinite sensitivity, and do not count
-            num_sensitive = int((sensitivity > SENSITIVITY_BOUND).sum()) - num_nonfinite
-        return cls(
-            num=num,
-            residual=_largest_finite(residual),
-            num_nonfinite=num_nonfinite,
-            sensitivity=_largest_finite(sensitivity),
-            num_sensitive=num_sensitive,
-            **others,
-        )
+    def merge(cls, outcomes: Sequence[Outcome]) -> Outcome:
+        """Returns the outcome of all samples together; seconds add up over processes."""
+        columns: dict[str, list[Any]] = {each.name: [getattr(o, each.name) for o in outcomes] for each in fields(cls)}
+        totals: dict[str, Any] = {}
+        for name, values in columns.items():
+            if name in ("dtype", "tolerance") or None in values:
+                totals[name] = values[0] if name in ("dtype", "tolerance") else None
+            elif name in ("residual", "sensitivity"):
+                totals[name] = max(values)
+            elif isinstance(values[0], tuple):
+                totals[name] = tuple(map(sum, zip(*values, strict=True)))
+            else:
+                totals[name] = all(values) if name == "is_exact" else sum(values)
+        return cls(**totals)
 
     @property
     def has_shortfall(self) -> bool:
@@ -200,16 +210,6 @@ class Samples:
         return self.x
 
     @property
-    def network_calls(self) -> int:
-        """The network calls of all blocks."""
-        return sum(block.network_calls for block in self.stats)
-
-    @property
-    def token_evaluations(self) -> int:
-        """The token evaluations of all blocks."""
-        return sum(block.token_evaluations for block in self.stats)
-
-    @property
     def used_fallback(self) -> Bool[Tensor, " n"]:
         """True for samples that some block solved again token by token."""
         return torch.stack([block.used_fallback for block in self.stats]).any(dim=0)
@@ -252,19 +252,22 @@ class Samples:
 
     @property
     def outcome(self) -> Outcome:
-        """Counts of certified samples and of the others; `print(out.outcome)` gives them in a sentence."""
-        status = self.status
-        return Outcome.of(
-            self.residual,
-            self.sensitivity,
-            num=len(status),
-            num_nonfinite=int((status == Status.NONFINITE).sum()),
-            tolerance=self.tolerance,
-            is_exact=bool(self.exact.all()),
-            num_fallback=int(self.used_fallback.sum()),
-            num_above=int((status == Status.ROUNDING).sum()),
-            dtype=self.dtype,
-        )
+        """How exact the samples are, and what they cost; `print(samples.outcome)` says it in a sentence."""
+        status, sensitivity, stats = self.status, self.sensitivity, self.stats
+        num_nonfinite = int((status == Status.NONFINITE).sum())
+        num_sensitive = None
+        if sensitivity is not None:  # Samples that are not finite have an infinite sensitivity, and do not count.
+            num_sensitive = int((sensitivity > SENSITIVITY_BOUND).sum()) - num_nonfinite
+        return Outcome(
+            num=len(status), dtype=self.dtype, tolerance=self.tolerance, residual=_largest_finite(self.residual),
+            is_exact=bool(self.exact.all()), num_fallback=int(self.used_fallback.sum()),
+            num_above=int((status == Status.ROUNDING).sum()), num_nonfinite=num_nonfinite,
+            sensitivity=_largest_finite(sensitivity), num_sensitive=num_sensitive,
+            seconds=self.seconds, denoise_seconds=self.denoise_seconds,
+            network_calls=sum(block.network_calls for block in stats),
+            token_evaluations=sum(block.token_evaluations for block in stats),
+            sweeps=tuple(block.sweeps for block in stats), block_seconds=tuple(block.seconds for block in stats),
+        )  # fmt: skip
 
 
 def npz_bytes(arrays: Mapping[str, Tensor | None]) -> bytes:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, overload
@@ -14,49 +14,20 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from jacobiflow.blocks.context import Context
-from jacobiflow.blocks.guidance import SamplingSettings
 from jacobiflow.blocks.tokens import Tokens
 from jacobiflow.errors import InputValueError
 from jacobiflow.fixed_point.options import CertifyMode, SolveOptions
-from jacobiflow.models.flow import Flow, check_flow, check_rate
+from jacobiflow.models.flow import Flow, check_flow
 from jacobiflow.models.labels import ContextLike, Labels
-from jacobiflow.models.latents import MAX_SAMPLES, draw_latents
+from jacobiflow.models.latents import draw_latents
 from jacobiflow.planner import Strategy, choose
 from jacobiflow.sampling.denoise import denoise_checked
 from jacobiflow.sampling.invert import FlowSolution, invert_in_groups, log_prob_of, num_groups
+from jacobiflow.sampling.request import Outputs, SamplingRequest, Settings
 from jacobiflow.sampling.result import BlockStats, Samples
 from jacobiflow.sampling.sensitivity import measure_sensitivity
-from jacobiflow.utils.checks import (
-    check_choice,
-    check_count,
-    check_finite,
-    check_flag,
-    check_floating,
-    check_kind,
-    format_value,
-)
+from jacobiflow.utils.checks import check_finite, check_flag, check_floating, check_kind, format_value
 from jacobiflow.utils.progress import Progress
-
-Settings = SamplingSettings | Literal["recommended"] | None
-"""Guidance and denoising: values, those that the model recommends, or neither."""
-
-
-@dataclass(frozen=True)
-class Outputs:
-    """The quantities that are computed for each sample, beside x.
-
-    Attributes:
-        denoise: The rate of a denoising step; 0 for none.
-        log_prob: Densities.
-        sensitivity: The change by rounding.
-        intermediates: The tokens after each block.
-    """
-
-    denoise: float = 0.0
-    log_prob: bool = False
-    sensitivity: bool = False
-    intermediates: bool = False
 
 
 def sample(
@@ -116,8 +87,6 @@ def sample(
         (torch.Size([4, 1, 8, 8]), True)
     """
     check_flow(flow)
-    check_flag("sensitivity", sensitivity)
-    check_flag("return_intermediates", return_intermediates)
     check_kind("progress", progress, Callable | None, "a function of done, total and what, or None")
     if num is not None and latents is None:
         latents = draw_latents(num, flow.config.num_tokens, flow.config.token_channels, seed)
@@ -128,32 +97,28 @@ def sample(
         raise InputValueError(
             f"latents={format_value(latents)} requires a gradient: give latents.detach(), or use decode"
         )
-    checked = flow.check_one_context(labels, context, len(latents))
-    flow, denoise = resolve_settings(flow, settings, checked)
-    log_prob = check_log_prob(flow, log_prob, denoise)
-    if batch_size is not None:
-        batch_size = min(check_count("batch_size", batch_size, maximum=MAX_SAMPLES), len(latents))
-    options = SolveOptions(certify=certify, batch_size=batch_size)
-    warn_if_guidance_is_idle(flow, checked)
-    plan = choose(flow, strategy, batch_size or len(latents), tolerance=tolerance)
-    outputs = Outputs(denoise, log_prob, sensitivity, return_intermediates)
+    request = SamplingRequest.resolve(
+        flow, len(latents), labels, context=context, settings=settings, certify=certify, sensitivity=sensitivity,
+        log_prob=log_prob, batch_size=batch_size, return_intermediates=return_intermediates,
+    )  # fmt: skip
+    plan = choose(request.flow, strategy, request.options.batch_size or len(latents), tolerance=tolerance)
     with torch.no_grad():
-        samples = sample_with_strategy(flow, plan, latents, checked, options, outputs, progress)
+        samples = sample_with_strategy(request, plan, latents, progress)
     if samples.outcome.has_shortfall:
         warnings.warn(str(samples.outcome), stacklevel=2)
     return samples
 
 
 def sample_with_strategy(
-    flow: Flow, strategy: Strategy, latents: Tokens, context: Context, options: SolveOptions,
-    outputs: Outputs = Outputs(), progress: Progress | None = None,
-) -> Samples:  # fmt: skip
+    request: SamplingRequest, strategy: Strategy, latents: Tokens, progress: Progress | None = None
+) -> Samples:
     """Draws samples as `sample` does, from checked arguments and without its warning.
 
     The strategy's tolerance takes the place of that of the options. The samples have gradients if they are enabled.
     """
-    latents, context = latents.to(flow.var.device, flow.state_dtype), context.to(flow.var.device)
-    options = replace(options, tolerance=strategy.tolerance)
+    flow, outputs = request.flow, request.outputs
+    latents, context = latents.to(flow.var.device, flow.state_dtype), request.context.to(flow.var.device)
+    options = replace(request.options, tolerance=strategy.tolerance)
     batch_size = options.batch_size or len(latents)
     total = num_groups(len(latents), batch_size) * len(flow.blocks) * (1 + outputs.sensitivity)
     on_block = partial(next, _report_blocks(progress, total))
@@ -239,46 +204,11 @@ def decode(
         raise InputValueError("log_prob=True under guidance: the flow's density is not that of guided samples")
     _check_latents("z", z, flow)
     checked, options = flow.check_context(context, len(z)), SolveOptions(certify=certify)
-    plan = choose(flow, strategy, len(z), tolerance=tolerance)
-    samples = sample_with_strategy(flow, plan, z, checked, options, Outputs(log_prob=log_prob))
+    request = SamplingRequest(flow, checked, options, Outputs(log_prob=log_prob))
+    samples = sample_with_strategy(request, choose(flow, strategy, len(z), tolerance=tolerance), z)
     if samples.outcome.has_shortfall:
         warnings.warn(str(samples.outcome), stacklevel=2)
     return (samples.x, samples.log_prob) if log_prob else samples.x
-
-
-def resolve_settings(flow: Flow, settings: Settings, context: Context) -> tuple[Flow, float]:
-    """Returns the view of the flow to sample, and the rate of denoising.
-
-    Guidance of the settings takes the place of the view's own; recommended guidance does not.
-    """
-    give = 'SamplingSettings, "recommended" or None'
-    if isinstance(settings, str):
-        check_choice("settings", settings, ("recommended",))
-        is_guided = flow.guidance is None and (context.values is not None or not flow.has_conditions)
-        settings = flow.recommended if is_guided else replace(flow.recommended, guidance=None)
-    check_kind("settings", settings, SamplingSettings | None, give)
-    if settings is None:
-        return flow, 0.0
-    return flow if settings.guidance is None else flow.guided(settings.guidance), check_rate(flow, settings.denoise)
-
-
-def check_log_prob(flow: Flow, log_prob: bool | None, denoise: float) -> bool:
-    """Returns whether samples have densities: by default if the flow is over tokens and they are its own."""
-    is_own = flow.guidance is None and not denoise
-    if log_prob is None:
-        return flow.image_shape is None and is_own
-    check_flag("log_prob", log_prob)
-    if log_prob and not is_own:
-        raise InputValueError(
-            "log_prob=True: guided or denoised samples are of another density than the flow's; give settings=None"
-        )
-    return log_prob
-
-
-def warn_if_guidance_is_idle(flow: Flow, context: Context) -> None:
-    """Warns the caller's caller if guidance takes the same row twice."""
-    if flow.guidance is not None and context.values is None and flow.guidance.attn_temperature == 1:
-        warnings.warn("guidance without labels or texts at attn_temperature 1 changes nothing", stacklevel=3)
 
 
 def _check_latents(name: str, latents: Tensor, flow: Flow) -> None:

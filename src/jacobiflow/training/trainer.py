@@ -141,12 +141,15 @@ def _check(flow: Flow, data: Any, config: TrainConfig, processes: Processes) -> 
     std = flow.config.noise_std
     noise = None if flow.image_shape is None and not std else Noise.of_std(std)
     if len(data) < config.batch_size:
-        raise InputValueError(f"batch_size={config.batch_size}: there are only {len(data)} samples")
+        message = f"there are only {len(data)} samples"
+        raise InputValueError(message, argument="batch_size", value=config.batch_size)
     parts = processes.count * config.accumulation
     if config.batch_size < parts:
         raise InputValueError(
-            f"batch_size={config.batch_size}: less than a sample for each of {processes.count} processes and "
-            f"{config.accumulation} parts; give at least {parts}"
+            f"less than a sample for each of {processes.count} processes and {config.accumulation} parts; give at "
+            f"least {parts}",
+            argument="batch_size",
+            value=config.batch_size,
         )
     if isinstance(data, ImageDataset) and data.labels is not None and flow.config.num_classes:
         flow.check_labels(data.labels, len(data))

@@ -30,11 +30,12 @@ def image_transform(
     translate = check_count("translate", translate, minimum=0)
     hue = check_number("hue", hue)
     if hue > 180:
-        raise InputValueError(f"hue={hue}: give an angle of at most 180 degrees")
+        raise InputValueError("give an angle of at most 180 degrees", argument="hue", value=hue)
     if hue and channels != 3:
-        raise InputValueError(f"hue={hue}: images of {channels} channels have no hue; give 0")
+        raise InputValueError(f"images of {channels} channels have no hue; give 0", argument="hue", value=hue)
     if translate >= min(height, width):
-        raise InputValueError(f"translate={translate}: give fewer pixels than images of {(height, width)} have")
+        message = f"give fewer pixels than images of {(height, width)} have"
+        raise InputValueError(message, argument="translate", value=translate)
     if not (horizontal_flip or translate or hue):
         return None
     try:

@@ -44,7 +44,7 @@ def check_kind(name: str, value: Any, kinds: Any, expected: str) -> None:
         raise _wrong_kind(name, value, expected)
     if isinstance(value, Tensor) and (value.is_nested or value.layout != torch.strided or value.is_meta):
         state = "nested" if value.is_nested else "on the meta device" if value.is_meta else "sparse"
-        raise InputValueError(f"{name}={format_value(value)}, {state}: give a dense tensor with values")
+        raise InputValueError("give a dense tensor with values", argument=name, value=f"{format_value(value)}, {state}")
 
 
 def check_flag(name: str, value: Any) -> None:
@@ -59,9 +59,9 @@ def check_count(name: str, value: Any, minimum: int = 1, maximum: int | None = N
     if type(number) is not int:
         raise _wrong_kind(name, value, expected)
     if number < minimum:
-        raise InputValueError(f"{name}={format_value(number)}: give {expected}")
+        raise _wrong_value(name, number, f"give {expected}")
     if maximum is not None and number > maximum:
-        raise InputValueError(f"{name}={format_value(number)}: the limit is {maximum:,}; give less")
+        raise _wrong_value(name, number, f"the limit is {maximum:,}; give less")
     return number
 
 
@@ -78,7 +78,7 @@ def check_number(
     if type(number) not in (int, float):
         raise _wrong_kind(name, value, expected)
     if not (minimum <= number <= sys.float_info.max and number < below):
-        raise InputValueError(f"{name}={format_value(number)}: give {expected}")
+        raise _wrong_value(name, number, f"give {expected}")
     return number
 
 
@@ -91,7 +91,7 @@ def check_choice(name: str, value: Any, choices: Sequence[Any]) -> Any:
     """Returns the value if it equals one of `choices`, in kind too."""
     value = _to_python(value)
     if not any(type(value) is type(choice) and value == choice for choice in choices):
-        raise InputValueError(f"{name}={format_value(value)}: give {' or '.join(map(repr, choices))}")
+        raise _wrong_value(name, value, f"give {' or '.join(map(repr, choices))}")
     return value
 
 
@@ -109,7 +109,7 @@ def check_device(value: Any, must_exist: bool = False) -> torch.device:
             torch.empty(0, device=device).sum().item()  # fails if the device cannot store values
         return device
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise InputValueError(f"device={format_value(str(value))}: no such device here; give 'cpu'") from error
+        raise _wrong_value("device", str(value), "no such device here; give 'cpu'") from error
 
 
 def check_floating(name: str, value: Any, shape: tuple[int | str, ...]) -> None:
@@ -117,25 +117,25 @@ def check_floating(name: str, value: Any, shape: tuple[int | str, ...]) -> None:
     expected = f"a torch.Tensor of floating-point numbers ({', '.join(map(str, shape))})"
     check_kind(name, value, Tensor, expected)
     if value.dtype not in FLOATS:
-        raise InputTypeError(f"{name}={format_value(value)}: give {expected}")
+        raise InputTypeError(f"give {expected}", argument=name, value=format_value(value))
     fits = value.ndim == len(shape) and all(
         have == size if isinstance(size, int) else have > 0 for have, size in zip(value.shape, shape, strict=True)
     )
     if not fits:
-        raise InputValueError(f"{name}={format_value(value)}: give {expected}")
+        raise _wrong_value(name, value, f"give {expected}")
 
 
 def check_finite(name: str, value: Tensor) -> None:
     """Checks that all entries of a tensor are finite."""
     if not torch.isfinite(value).all():
-        raise InputValueError(f"{name}={format_value(value)} holds a NaN or an infinity: give finite values")
+        raise _wrong_value(name, value, "holds a NaN or an infinity; give finite values")
 
 
 def check_rows(name: str, value: Any, num: int, what: str) -> None:
     """Checks that a value is a tensor with `num` rows, one for each of `what`, such as "images"."""
     check_kind(name, value, Tensor, f"a torch.Tensor with a row for each of the {num} {what}")
     if not value.ndim or len(value) != num:
-        raise InputValueError(f"{name}={format_value(value)}: give a row for each of the {num} {what}")
+        raise _wrong_value(name, value, f"give a row for each of the {num} {what}")
 
 
 def check_on(name: str, value: Tensor, device: torch.device) -> None:
@@ -181,4 +181,9 @@ def declared_types(cls: type) -> dict[str, Any]:
 
 
 def _wrong_kind(name: str, value: Any, expected: str) -> InputTypeError:
-    return InputTypeError(f"{name}={format_value(value)} of type {type(value).__name__}: give {expected}")
+    described = f"{format_value(value)} of type {type(value).__name__}"
+    return InputTypeError(f"give {expected}", argument=name, value=described)
+
+
+def _wrong_value(name: str, value: Any, message: str) -> InputValueError:
+    return InputValueError(message, argument=name, value=format_value(value))

@@ -67,9 +67,10 @@ def append(path: Path, text: str) -> None:
         file.write(text)
 
 
-def remove_partials(folder: Path, name: str = "*") -> None:
-    """Removes temporary files of `atomic_path` for `name`, which killed processes have left in a folder."""
-    for path in sorted(folder.glob(f".{name}.{16 * '[0-9a-f]'}.partial")):
+def remove_partials(folder: Path, pattern: str = "*") -> None:
+    """Removes what killed processes have left: temporary files of `atomic_path` for files that match a glob pattern."""
+    partial = Path(pattern).with_name(f".{Path(pattern).name}.{16 * '[0-9a-f]'}.partial")
+    for path in sorted(folder.glob(str(partial))):
         path.unlink(missing_ok=True)
 
 

@@ -317,7 +317,7 @@ def with_config(place: Path, change: dict[str, Any]) -> Path:
     [
         ({"width": 1}, "width"),
         ({"channels": "left out"}, "channels"),
-        ({"patch_size": 3}, "patch_size=3 does not divide image_size=4"),
+        ({"patch_size": 3}, "patch_size=3: does not divide the side of the images, 4"),
         ({"model_type": "bert"}, "model_type 'bert'; there are maf, "),
         ({"format_version": 2}, "format 2"),
         ({"channels": 16}, "blocks.0.proj_in.weight"),
@@ -332,7 +332,10 @@ def test_a_config_that_does_not_fit(saved: Path, change: dict[str, Any], key: st
 @pytest.mark.parametrize(
     ("recommended", "words"),
     [
-        ({"denoise": 1.0}, "denoise=1.0: this flow's noise_std is 0, there is no noise to remove; give 0"),
+        (
+            {"denoise": 1.0},
+            "denoise=1.0: the images of this flow's training had no noise, which it could remove; give 0",
+        ),
         ({"guidance": {"weight": 1.0, "attn_temperature": 2.0}}, "a MAFBlock has no attention; leave it at 1"),
     ],
 )

@@ -107,7 +107,7 @@ with warnings.catch_warnings():
         ("proj_in.weight", WEIGHT.to(torch.float8_e4m3fn), "is of torch.float8_e4m3fn"),
         ("proj_in.weight", WEIGHT[:1, :1].expand(10**6, 10**6), "has more values than the file stores"),
         ("proj_in.weight", WEIGHT[0], r"has shape (4,)"),
-        ("proj_in.weight", WEIGHT[:32], "head_dim=64 does not divide channels=32"),
+        ("proj_in.weight", WEIGHT[:32], "head_dim=64: does not divide the 32 channels"),
         ("proj_out.weight", WEIGHT[0, 0], r"has shape ()"),
         ("pos_embed", WEIGHT.expand(2, 64, 4).contiguous(), r"has shape (2, 64, 4)"),
         ("attn_blocks.0.mlp.main.0.weight", WEIGHT[0], r"has shape (4,)"),
@@ -176,7 +176,7 @@ def test_the_file_of_sbg_becomes_a_flow_over_tokens(tmp_path: Path) -> None:
 def test_shapes_of_no_tarflow(pth: Path) -> None:
     torch.save(original_state(make(ORIGINAL)), pth)
     state = read_original(pth)
-    assert "patch_size=3: its square must divide the 4 values" in error_of(TarFlow.infer_config, state, "x", 3)
+    assert "a patch size of 3: its square must divide the 4 values" in error_of(TarFlow.infer_config, state, "x", 3)
     five = state | {"blocks.0.pos_embed": torch.ones(5, 64)}
     assert "5 tokens, but square images have a square number" in error_of(TarFlow.infer_config, five, "x", 2)
     missing = "not the state dict of a TarFlow, which has 'blocks.0.pos_embed'"

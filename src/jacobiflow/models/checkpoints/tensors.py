@@ -117,4 +117,4 @@ def check_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     if number is None or number in FLOATS:
         return number
     names = ", ".join(str(name).removeprefix("torch.") for name in FLOATS)
-    raise InputValueError(f"dtype={dtype!r}: give one of {names}")
+    raise InputValueError(f"give one of {names}", argument="dtype", value=repr(dtype))

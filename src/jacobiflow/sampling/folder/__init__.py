@@ -1,13 +1,7 @@
-"""Samples on disk, drawn by one or more processes, and resumed after interruptions."""
+"""Samples on disk, drawn by any number of processes, and resumed after interruptions."""
 
-from jacobiflow.sampling.folder.manifest import Cost, Manifest, SampleFolderError
+from jacobiflow.sampling.folder.job import sample_to_folder
 from jacobiflow.sampling.folder.reader import SampleFolder
-from jacobiflow.sampling.folder.writer import sample_to_folder
+from jacobiflow.sampling.folder.spec import SampleSpec
 
-__all__ = [
-    "Cost",
-    "Manifest",
-    "SampleFolder",
-    "SampleFolderError",
-    "sample_to_folder",
-]
+__all__ = ["SampleFolder", "SampleSpec", "sample_to_folder"]

@@ -1,23 +1,21 @@
 """A folder of samples, which are stored in shards.
 
-manifest.json          the settings of the run, and in the end the checksum of every shard
+manifest.json          the spec of the samples, and the machine on which their run began
 strategy.json          the solvers of the blocks
 shards/00000.npz       8-bit images `arr_0` (n, height, width, channels), as FID tools read them; or float32 `images`
                        (n, channels, height, width), if they are neither grey nor in colour; or float32 `tokens`
                        (n, T, C); for each sample `labels`, `residual`, `used_fallback`, `nonfinite`, `log_prob` and
                        `sensitivity`
-shards/00000.json      the record of the shard: its checksum and cost. A shard without a record does not count
 images/3-dress/00000017.png  with PNGs: the class, and the index of the sample
+units/NAME.json        the checksums and the outcome of a shard, and the checksum of the strategy
+outcome.json           the outcome of all samples, once they are drawn
 """
 
 from __future__ import annotations
 
-import re
 import zipfile
-from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,24 +24,13 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from jacobiflow.blocks.context import Context
-from jacobiflow.data import quantize
-from jacobiflow.distributed.parts import Part, find_parts
-from jacobiflow.errors import InputError, InputValueError
+from jacobiflow.jobs import JobFolder, JobFolderError
 from jacobiflow.planner import Strategy
-from jacobiflow.sampling.folder.manifest import Cost, Manifest, Record, SampleFolderError, context_sha256
-from jacobiflow.sampling.result import Outcome, Samples, npz_bytes, png_bytes
+from jacobiflow.sampling.folder.spec import KIND, RESULT, STRATEGY, VERSION, SampleSpec
+from jacobiflow.sampling.result import Outcome
 from jacobiflow.utils import serialization
-from jacobiflow.utils.files import (
-    MANIFEST,
-    regular_file,
-    remove_partials,
-    sha256,
-    write_atomically,
-    write_json,
-)
+from jacobiflow.utils.files import regular_file
 
-STRATEGY = "strategy.json"
 # The dtypes of the arrays in a shard.
 _DTYPES = {
     "arr_0": ("uint8",), "images": ("float32",), "tokens": ("float32",), "labels": ("int64", "int32"),
@@ -60,9 +47,10 @@ class SampleFolder:
 
     Attributes:
         path: The folder.
-        manifest: The settings of its run.
-        num_new: The number of samples that this call of `sample_to_folder` drew; 0 for an opened folder.
-        seconds: The time in which this call drew them, denoising included and planning excluded.
+        spec: All that the samples depend on.
+        num_new: The number of samples that were missing when `sample_to_folder` was called; 0 for an opened folder.
+        seconds: The time until they were drawn, denoising included and planning excluded.
+        is_reporter: Whether this process shall print the outcome: one of those that share the folder.
 
     Example:
         >>> import tempfile, jacobiflow as jf
@@ -74,120 +62,69 @@ class SampleFolder:
     """
 
     path: Path
-    manifest: Manifest
+    spec: SampleSpec
     num_new: int = 0
     seconds: float = 0.0
+    is_reporter: bool = False
 
     @classmethod
     def open(cls, path: str | Path) -> SampleFolder:
         """Opens a folder of samples."""
-        path = Path(path)
-        if not path.is_dir():
-            raise SampleFolderError(
-                f"{path}: no such folder; give one that jacobiflow sample or sample_to_folder wrote"
-            )
-        try:
-            return cls(path, serialization.load(path / MANIFEST, "manifest", partial(serialization.decode, Manifest)))
-        except InputError as error:
-            raise SampleFolderError(f"{error}; restore it, or give another folder") from error
+        spec = _job_folder(Path(path)).read_spec() if Path(path).is_dir() else None
+        if spec is None:
+            raise JobFolderError(f"{path}: no folder of samples; give one that jacobiflow sample wrote")
+        return cls(Path(path), serialization.decode(SampleSpec, spec, str(path)))
 
-    def save_manifest(self) -> None:
-        """Writes manifest.json."""
-        write_json(self.path / MANIFEST, serialization.encode(self.manifest))
-
-    def record(self, index: int) -> Record | None:
-        """Returns the record of a shard; None if it is missing, damaged, or of another number of samples."""
-        try:
-            record = serialization.load(self._record_file(index), "record", partial(serialization.decode, Record))
-        except InputError:
-            return None
-        return record if record.num == self.manifest.num_in([index]) else None
-
-    def records(self) -> list[Record]:
-        """Returns the records of all shards."""
-        num = self.manifest.num_shards
-        records = [record for index in range(num) if (record := self.record(index)) is not None]
-        if len(records) < num:
-            raise SampleFolderError(f"{self.path}: {num - len(records)} of {num} shards are missing; {_REMEDY}")
-        return records
-
-    def verify(self, index: int) -> bool:
-        """Tells whether a shard matches its record, and its record the manifest."""
-        record, checksums = self.record(index), self.manifest.checksums
-        if record is None or (checksums is not None and checksums[index : index + 1] != (record.sha256,)):
-            return False
-        try:
-            return sha256(self._npz_file(index), *self._png_files(index)) == record.sha256
-        except (OSError, SampleFolderError):
-            return False
+    @property
+    def machine(self) -> dict[str, Any]:
+        """The machine on which the run began."""
+        return _job_folder(self.path).machine()
 
     @property
     def is_complete(self) -> bool:
-        """True if the run has drawn all samples. Files may have been removed or damaged since, see `problems`."""
-        return self.manifest.checksums is not None
-
-    def problems(self) -> list[str]:
-        """Returns a line for each file that is missing or was changed, and one for a run that is not complete."""
-        problems = []
-        try:
-            self.strategy()
-        except SampleFolderError as error:
-            problems.append(str(error))
-        missing = self._missing_shards()
-        if missing and not self.is_complete:
-            problems.append(self._describe_missing(missing))
-        for index in range(self.manifest.num_shards):
-            if index in missing:
-                if self.is_complete:
-                    problems.append(f"{self._record_file(index)}: missing or damaged; {_REMEDY}")
-            elif not self.verify(index):
-                problems.append(f"{self._npz_file(index)}: does not match its checksum; {_REMEDY}")
-        labels = None if problems else self._concatenated("labels")
-        if labels is not None and context_sha256(Context(labels)) != self.manifest.context_sha256:
-            problems.append(f"{self.path / MANIFEST}: context_sha256 is not that of the labels; restore the file")
-        return problems
+        """True if all samples are drawn. Files may have been removed or damaged since, see `problems`."""
+        return _job_folder(self.path).read_result() is not None
 
     @property
     def num_drawn(self) -> int:
-        """The number of samples in complete shards."""
-        return self.manifest.num - self.manifest.num_in(self._missing_shards())
+        """The number of samples in finished shards."""
+        folder, spec = _job_folder(self.path), self.spec
+        return sum(len(spec.span(i)) for i in range(spec.num_shards) if folder.is_finished(spec.unit(i)))
 
-    def _missing_shards(self) -> list[int]:
-        return [index for index in range(self.manifest.num_shards) if self.record(index) is None]
-
-    def _describe_missing(self, missing: Sequence[int]) -> str:
-        """Describes what is missing in a run that is not complete, and how to go on."""
-        count, shards = max((part.count for part in find_parts(self.path)), default=1), range(self.manifest.num_shards)
-        unfinished = f"{self.path}: {self.num_drawn:,} of {self.manifest.num:,} samples are drawn"
-        if count == 1:
-            return f"{unfinished}; wait for the run, or give the same command again, which draws the others"
-        parts = [Part(i + 1, count) for i in range(count)]
-        names = ", ".join(str(part) for part in parts if set(part.share(shards)) & {*missing})
-        return (
-            f"{unfinished}, and others of part {names} are not; wait for them, or run them again, or all at once "
-            "without --part"
-        )
+    def problems(self) -> list[str]:
+        """Returns a line for each file that is missing or was changed, or one for a run that is not complete."""
+        if not self.is_complete:
+            return [
+                f"{self.path}: {self.num_drawn:,} of {self.spec.num:,} samples are drawn; wait for the run, or give "
+                "the same command again, which draws the others"
+            ]
+        units = (STRATEGY, *map(self.spec.unit, range(self.spec.num_shards)))
+        folder = _job_folder(self.path)
+        return [
+            f"{self.path}: {unit} is missing, or does not match its checksum; {_REMEDY}"
+            for unit in units if not folder.is_intact(unit)
+        ]  # fmt: skip
 
     def images(self, index: int) -> Tensor:
         """Returns the images (n, c, h, w) of a shard, in 8 bits if they are grey or in colour.
 
         Images with other channels, such as the latents of an autoencoder, are float32 as they were drawn.
         """
-        if len(self.manifest.shape) != 3:
-            raise SampleFolderError(f"{self.path}: samples of a flow over tokens; take .tokens({index})")
-        if not self.manifest.has_pictures:
-            return torch.from_numpy(self._array(index, "images", self.manifest.shape))
-        channels, height, width = self.manifest.shape
+        if len(self.spec.shape) != 3:
+            raise JobFolderError(f"{self.path}: samples of a flow over tokens; take .tokens({index})")
+        if not self.spec.has_pictures:
+            return torch.from_numpy(self._array(index, "images", self.spec.shape))
+        channels, height, width = self.spec.shape
         pixels = self._array(index, "arr_0", (height, width, channels))
         return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
 
     def tokens(self, index: int) -> Float[Tensor, "n t c"]:
         """Returns the tokens of a shard, of a flow over tokens."""
-        return torch.from_numpy(self._array(index, "tokens", self.manifest.shape))
+        return torch.from_numpy(self._array(index, "tokens", self.spec.shape))
 
     def batches(self) -> Iterator[Tensor]:
         """Yields the images of one shard after another."""
-        for index in range(self.manifest.num_shards):
+        for index in range(self.spec.num_shards):
             yield self.images(index)
 
     def labels(self, index: int) -> Int[Tensor, " n"] | None:
@@ -215,123 +152,36 @@ class SampleFolder:
         """Returns whether the exact inverse of each sample overflows; its picture is black, its tokens are NaN."""
         return self._concatenated("nonfinite")  # type: ignore[return-value]
 
-    def cost(self) -> Cost:
-        """Returns the cost of all shards together."""
-        return Cost.total([record.cost for record in self.records()])
-
     def outcome(self) -> Outcome:
-        """Returns the outcome of all samples, as `Samples.outcome` does."""
-        cost, manifest = self.cost(), self.manifest
-        return Outcome.of(
-            self.residual(),
-            self.sensitivity() if manifest.sensitivity else None,
-            num=manifest.num,
-            num_nonfinite=cost.status["nonfinite"],
-            tolerance=self.strategy().certified_tolerance(manifest.num_tokens),
-            is_exact=cost.is_exact,
-            num_fallback=cost.num_fallback,
-            num_above=cost.status["rounding"],
-            dtype=manifest.dtype,
-        )
+        """Returns how exact the samples are, and what they cost, as `Samples.outcome` does."""
+        result = _job_folder(self.path).read_result()
+        if result is None:
+            raise JobFolderError("; ".join(self.problems()))
+        return serialization.decode(Outcome, result)
 
     def strategy(self) -> Strategy:
         """Returns the strategy of the samples, without its prediction."""
-        file = self.path / STRATEGY
-        if not (file.is_file() and sha256(file) == self.manifest.strategy_sha256):
-            raise SampleFolderError(f"{file}: has changed since its run wrote it; restore it, or overwrite the samples")
-        return replace(Strategy.load(file), prediction=None)
-
-    def write(self, index: int, samples: Samples) -> None:
-        """Writes a shard: its samples, then its record. A picture with a value that is not finite is black."""
-        shape = tuple(samples.x.shape[1:])
-        if shape != self.manifest.shape:
-            raise InputValueError(
-                f"samples of shape {shape}, but the flow's config says {self.manifest.shape}, which a folder stores; "
-                "draw them with jacobiflow.sample"
-            )
-        nonfinite = ~torch.isfinite(samples.x).flatten(1).all(dim=1)
-        name, stored = "images" if len(shape) == 3 else "tokens", samples.x.float()
-        if self.manifest.has_pictures:
-            pictures = samples.x.masked_fill(nonfinite.view(-1, 1, 1, 1), -1.0)
-            name, stored = "arr_0", quantize(pictures).permute(0, 2, 3, 1)
-        context = samples.context
-        arrays = {
-            name: stored,
-            "labels": None if context is None or context.is_floating_point() else context,
-            "log_prob": samples.log_prob,
-            "residual": samples.residual,
-            "sensitivity": samples.sensitivity,
-            "used_fallback": samples.used_fallback,
-            "nonfinite": nonfinite,
-        }
-        (self.path / "shards").mkdir(exist_ok=True)
-        write_atomically(self._npz_file(index), npz_bytes(arrays))
-        pngs = self._png_files(index)
-        for file, pixels in zip(pngs, stored.cpu() if pngs else (), strict=True):
-            file.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(file, png_bytes(pixels), sync=False)  # Syncing a thousand files takes seconds.
-        record = Record(len(stored), sha256(self._npz_file(index), *pngs), Cost.of(samples))
-        write_json(self._record_file(index), serialization.encode(record))
-
-    def check_no_links(self) -> None:
-        """Raises SampleFolderError if a subfolder is a link, since files elsewhere would be replaced."""
-        for folder in (self.path / "shards", self.path / "images", *self.path.glob("images/*")):
-            if folder.is_symlink() and folder.is_dir():
-                raise SampleFolderError(
-                    f"{folder}: is a link; remove it, or give a link to the whole folder of samples"
-                )
-
-    def remove_record(self, index: int) -> None:
-        """Removes the record of a shard, so that the shard does not count."""
-        self._record_file(index).unlink(missing_ok=True)
-
-    def clear(self) -> None:
-        """Removes all files of the run except the manifest, and records first."""
-        shards = range(self.manifest.num_shards)
-        pngs = [
-            file for file in (*self.path.glob("images/*.png"), *self.path.glob("images/*/*.png"))
-            if re.fullmatch("[0-9]{8,9}", file.stem) and int(file.stem) < self.manifest.num
-        ]  # fmt: skip
-        for file in (*map(self._record_file, shards), *map(self._npz_file, shards), *pngs, self.path / STRATEGY):
-            file.unlink(missing_ok=True)
-        for folder in (*(self.path / "images").glob("*/"), self.path / "images", self.path / "shards"):
-            with suppress(OSError):  # The folder is not empty.
-                folder.rmdir()
-
-    def remove_partials(self) -> None:
-        """Removes temporary files of killed processes."""
-        for folder in (self.path, self.path / "shards", *self.path.glob("images/**/")):
-            remove_partials(folder)
-
-    def _record_file(self, index: int) -> Path:
-        return self.path / "shards" / f"{index:05}.json"
-
-    def _npz_file(self, index: int) -> Path:
-        return self.path / "shards" / f"{index:05}.npz"
-
-    def _png_files(self, index: int) -> list[Path]:
-        if self.manifest.files == "npz":
-            return []
-        names = [f"{i:08}.png" for i in range(*self.manifest.span(index))]
-        labels = self.labels(index)
-        if labels is None:
-            return [self.path / "images" / name for name in names]
-        classes = map(self.manifest.class_folder, labels.tolist())
-        return [self.path / "images" / folder / name for folder, name in zip(classes, names, strict=True)]
+        if not _job_folder(self.path).is_intact(STRATEGY):
+            raise JobFolderError(f"{self.path / 'strategy.json'}: has changed; restore it, or overwrite the samples")
+        return replace(Strategy.load(self.path / "strategy.json"), prediction=None)
 
     def _array(self, index: int, name: str, shape: tuple[int, ...] = ()) -> Any:
         """Reads an array of a shard, with entries of `shape`; returns None if it is optional and missing."""
-        file, shape = self._npz_file(index), (self.manifest.num_in([index]), *shape)
+        file, shape = self.path / "shards" / f"{index:05}.npz", (len(self.spec.span(index)), *shape)
         try:
             with np.load(regular_file(file), allow_pickle=False) as arrays:
                 array = arrays.get(name)
         except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-            raise SampleFolderError(f"{file}: missing or damaged; {_REMEDY}") from error
+            raise JobFolderError(f"{file}: missing or damaged; {_REMEDY}") from error
         is_missing = array is None and name in _OPTIONAL
         if not is_missing and (array is None or array.shape != shape or array.dtype.name not in _DTYPES[name]):
-            raise SampleFolderError(f"{file}: {name} is not {' or '.join(_DTYPES[name])} of shape {shape}; {_REMEDY}")
+            raise JobFolderError(f"{file}: {name} is not {' or '.join(_DTYPES[name])} of shape {shape}; {_REMEDY}")
         return array
 
     def _concatenated(self, name: str) -> Tensor | None:
-        arrays = [self._array(index, name) for index in range(self.manifest.num_shards)]
+        arrays = [self._array(index, name) for index in range(self.spec.num_shards)]
         return None if any(array is None for array in arrays) else torch.from_numpy(np.concatenate(arrays))
+
+
+def _job_folder(path: Path) -> JobFolder:
+    return JobFolder(path, KIND, VERSION, RESULT)

@@ -1,0 +1,93 @@
+"""Kills one of three processes that share a command: `python -m benchmarks.kills`, about twenty minutes on two cores.
+
+The moments are spread evenly over the time of the work. The other processes must end without an error, and the folder
+must equal that of an undisturbed run. Writes docs/results/kills.json: the rounds, the kills of a process at work, the
+rounds that ended equal, and the longest time from a kill to the end in seconds.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from benchmarks.lib.results import Json, complete, parser
+
+MOMENTS, NUM_PROCESSES = 20, 3
+COMMANDS = {
+    "sample": "sample --model digits-p1 --num 96 --batch-size 4 --shard-size 4 --strategy jacobi",
+    "evaluate": "evaluate --model digits-p1 --images digits --test-images 500 --batch-size 16",
+    "calibrate": "calibrate --model digits-p1 --images digits --num 64 --batch-size 16 --convergence-samples 8",
+}
+# Two runs take different times, so the records that hold them have different checksums.
+VARYING = re.compile(r"(.*_)?seconds|sha256|cost|commit")
+
+
+def start(line: str, out: Path) -> subprocess.Popen[str]:
+    """Starts a process, as a user does in one of several terminals."""
+    command = [sys.executable, "-m", "jacobiflow", *shlex.split(line), "--out", str(out)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment)
+
+
+def finish(processes: list[subprocess.Popen[str]]) -> None:
+    errors = [process.communicate(timeout=600)[1] for process in processes]
+    assert not any(process.returncode for process in processes), errors
+
+
+def read_folder(out: Path) -> dict[str, Any]:
+    """The content of all files that are not hidden, without what varies."""
+    paths = {str(path.relative_to(out)): path for path in out.rglob("*") if path.is_file()}
+    return {name: read(path) for name, path in paths.items() if not path.name.startswith(".")}
+
+
+def read(path: Path) -> Any:
+    data = path.read_bytes()
+    return json.loads(data, object_hook=without_times) if path.suffix == ".json" else data
+
+
+def without_times(entries: Json) -> Json:
+    return {name: value for name, value in entries.items() if not VARYING.fullmatch(name)}
+
+
+def kill(line: str, out: Path, victim: int, delay: float) -> tuple[bool, float]:
+    """Kills a process so many seconds after the work began; returns if it was alive, and the seconds until the end."""
+    processes = [start(line, out) for _ in range(NUM_PROCESSES)]
+    while not (out / "manifest.json").exists() and any(process.poll() is None for process in processes):
+        time.sleep(0.01)
+    time.sleep(delay)
+    is_alive = processes[victim].poll() is None
+    processes[victim].kill()
+    killed = time.perf_counter()
+    processes.pop(victim).communicate()
+    finish(processes)
+    return is_alive, time.perf_counter() - killed
+
+
+def measure(key: Json) -> Json:
+    line, rounds = COMMANDS[key["command"]], []
+    with TemporaryDirectory() as folder:
+        finish([start(line, Path(folder, "alone"))])
+        want = read_folder(Path(folder, "alone"))
+        _, span = kill(line, Path(folder, "first"), 0, 0.0)  # Two processes do all of the work.
+        for moment in range(MOMENTS):
+            out = Path(folder, str(moment))
+            rounds.append((*kill(line, out, moment % NUM_PROCESSES, span * moment / MOMENTS), read_folder(out) == want))
+    kills, seconds, equal = zip(*rounds, strict=True)
+    return {"rounds": MOMENTS, "kills": sum(kills), "equal": sum(equal), "seconds": max(seconds)}
+
+
+def main() -> None:
+    parser(__doc__).parse_args()
+    complete("kills", ({"command": name} for name in COMMANDS), measure)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,109 @@
+"""`jacobiflow convert`: a model folder from original weights."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import jacobiflow as jf
+from jacobiflow.cli import options
+from jacobiflow.errors import InputValueError
+
+if TYPE_CHECKING:
+    from jacobiflow.models.config import FlowConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvertConfig(options.Config):
+    """Options of `jacobiflow convert`.
+
+    Attributes:
+        file: A state dict (.pth) of TarFlow, SBG, a fork of them, or STARFlow.
+        patch_size: Side of a patch in pixels, for a flow of images. Without it the flow is one over tokens.
+        noise_std: Standard deviation of the training images' noise, which denoising removes. Default: 0; STARFlow: 0.3.
+        out: New or empty folder for config.json and model.safetensors.
+    """
+
+    file: Annotated[Path, options.MODEL] = field(kw_only=False)
+    patch_size: Annotated[int | None, options.MODEL, options.within(1)] = None
+    noise_std: Annotated[float | None, options.MODEL] = None
+    encode_text: options.EncodeText = None
+    out: Annotated[Path, options.OUTPUT]
+
+
+@dataclass(frozen=True)
+class ConvertResult:
+    """A model folder.
+
+    Attributes:
+        model: The folder.
+        description: Number of weights, size of the images, tokens and classes.
+    """
+
+    model: str
+    description: str
+    config: FlowConfig
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns the folder, and the config of the flow."""
+        return {"model": self.model, **asdict(self.config)}
+
+
+def run(config: ConvertConfig) -> ConvertResult:
+    """Make a model folder from original weights.
+
+    The config is read from the shapes of the weights and the options. With --noise-std the model recommends denoising
+    at rate 1. A STARFlow needs --encode-text for guidance, which encodes the empty text.
+
+    Example: jacobiflow convert afhq_model_8_768_8_8_0.07.pth --patch-size 8 --noise-std 0.07 --out afhq
+    """
+    from jacobiflow.models.checkpoints.folder import CONFIG
+    from jacobiflow.models.checkpoints.original import read_original
+    from jacobiflow.utils.files import check_own
+
+    if (config.out / CONFIG).exists():
+        raise InputValueError(f"--out {config.out}: holds a model already; remove that folder first, or give another")
+    check_own(config.out, "model")
+    state = read_original(config.file)
+    convert = _convert_starflow if "blocks.0.sos_embed" in state else _convert_tarflow
+    flow = convert(config, state)
+    flow.save_pretrained(config.out)
+    parameters = sum(parameter.numel() for parameter in flow.parameters())
+    images = "" if flow.image_shape is None else f"images of {'x'.join(map(str, flow.image_shape))}, "
+    reads = "texts" if flow.reads_text else f"{flow.config.num_classes} classes"
+    tokens = f"{flow.config.num_tokens} tokens of {flow.config.token_channels} values"
+    return ConvertResult(str(config.out), f"{parameters:,} weights, {images}{tokens}, {reads}", flow.config)
+
+
+def _convert_starflow(config: ConvertConfig, state: dict[str, Any]) -> jf.STARFlow:
+    encoder = None if config.encode_text is None else options.load_encoder(config.encode_text)
+    if encoder is None:
+        warnings.warn(
+            "without --encode-text the model has no states of the empty text, which guidance needs; to guide samples, "
+            "convert again with it", stacklevel=1,
+        )  # fmt: skip
+    flow_config = jf.STARFlow.infer_config(state, str(config.file), config.patch_size or 1)
+    if config.noise_std is not None:
+        flow_config = replace(flow_config, noise_std=config.noise_std)
+    return jf.STARFlow.from_original(config.file, flow_config, encoder)
+
+
+def _convert_tarflow(config: ConvertConfig, state: dict[str, Any]) -> jf.TarFlow:
+    if config.encode_text is not None:
+        raise InputValueError(f"--encode-text {config.encode_text}: for a STARFlow; leave it out")
+    flow_config = jf.TarFlow.infer_config(state, str(config.file), config.patch_size)
+    if isinstance(flow_config, jf.TarFlowConfig):
+        flow_config = replace(flow_config, noise_std=config.noise_std or 0.0)
+    elif config.noise_std:
+        raise InputValueError(f"--noise-std {config.noise_std:g}: for images; give --patch-size, too")
+    flow = jf.TarFlow.from_original(config.file, flow_config)
+    if config.noise_std:
+        flow.recommended = jf.SamplingSettings(denoise=1.0)
+    return flow
+
+
+def show(result: ConvertResult) -> None:
+    """Prints the shape of the flow, and its folder."""
+    print(f"{result.description}\nwrote the model folder {result.model}")

@@ -1,0 +1,177 @@
+"""`jacobiflow info`: a model, this machine, and checks of folders."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, astuple, dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import jacobiflow as jf
+from jacobiflow.cli import loading, options
+from jacobiflow.cli.output import one_line, show_table
+from jacobiflow.errors import InputError, InputValueError
+
+_LIBRARIES = ("zuko", "nflows", "normflows", "pyro-ppl", "sbi")  # The libraries that `accelerate` supports.
+_MAX_ROUND_TRIP_ERROR = 1e-3  # Largest change of a latent that is decoded and encoded again.
+
+
+@dataclass(frozen=True, kw_only=True)
+class InfoConfig(options.Config):
+    """Options of `jacobiflow info`.
+
+    Attributes:
+        check: Instead, check all files of a model folder, a sample folder or a training folder.
+        memory: Instead, show the memory that sampling takes, and the batches that fit on a GPU, or on this machine
+            without one.
+    """
+
+    model: options.Model = "fashion-p2"
+    check: Annotated[str | None, options.MODEL] = None
+    memory: Annotated[options.Flag, options.MODEL] = False
+
+
+@dataclass(frozen=True)
+class InfoResult:
+    """The answer of the command.
+
+    Attributes:
+        values: The answer for `--json`.
+        text: Lines to print, each with the headings and the rows of a table below it, if any.
+        problems: Problems of a folder.
+    """
+
+    values: dict[str, Any]
+    text: Sequence[tuple[str, Sequence[tuple[str, ...]]]]
+    problems: Sequence[str] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns the values."""
+        return self.values
+
+
+def run(config: InfoConfig) -> InfoResult:
+    """Show a model and this machine, or check a folder.
+
+    Prints the model's shape, size and recommended settings, how its exact loops run here, and versions. Please add the
+    file of --json to a report of a problem. With --check, each line is a problem with its remedy, and the exit code is
+    2 if there is one. For samples without a problem it also prints how many are exact and certified. With --memory the
+    weights are not loaded.
+
+    Example: jacobiflow info --model digits-p1
+    """
+    if config.check is not None:
+        return _check(config.check)
+    return _measure_memory(config.model) if config.memory else _describe(config.model)
+
+
+def _describe(model: str) -> InfoResult:
+    from importlib.metadata import distributions
+
+    from jacobiflow import native
+    from jacobiflow.utils import timing
+
+    flow = jf.load(model)
+    values = {
+        "model": model, "flow": flow.model_type, **asdict(flow.config), "num_tokens": flow.config.num_tokens,
+        "token_channels": flow.config.token_channels,
+        "recommended": "none" if flow.recommended == jf.SamplingSettings() else loading.settings_text(flow.recommended),
+        "classes": ", ".join(flow.classes) or "without names",
+        "parameters": sum(p.numel() for p in flow.parameters()),
+    }  # fmt: skip
+    libraries = {each.name: each.version for each in distributions() if each.name in _LIBRARIES}
+    machine = {"native_loops": native.describe(), **timing.describe_machine(), **libraries}
+    tables = {"Model": values, "This machine": machine}
+    text = [
+        (title, [("", ""), *((name, str(value)) for name, value in table.items())]) for title, table in tables.items()
+    ]
+    return InfoResult(values | machine, text)
+
+
+def _measure_memory(model: str) -> InfoResult:
+    """Measures what a model needs in each dtype, without loading its weights."""
+    import torch
+
+    from jacobiflow.models.memory import free_memory, memory_needs
+    from jacobiflow.models.registry import load_shapes
+
+    flow, device = load_shapes(model), torch.device(loading.pick_device("auto"))
+    free, guidance = free_memory(device), str(flow.guidance or "none")
+    needs = {name: memory_needs(flow, device, getattr(torch, name)) for name in ("float32", "bfloat16")}
+    values = {"model": model, "device": str(device), "free": free, "guidance": guidance}
+    labels = ("weights", "largest block", "copy for the exact loop", "keys and values of a sample", "all of a sample")
+    rows = [("", *needs)]
+    rows += [(label, *(_format_bytes(astuple(each)[i]) for each in needs.values())) for i, label in enumerate(labels)]
+    rows += [("batch", *(str(each.batch) for each in needs.values()))]
+    rows += [("batch, offloaded", *(str(each.offloaded_batch) for each in needs.values()))]
+    title = f"{free / 2**30:.3g} GiB are free on {device}; guidance: {guidance}; batches are powers of two"
+    return InfoResult(values | {name: asdict(each) for name, each in needs.items()}, [(title, rows)])
+
+
+def _format_bytes(size: int | None) -> str:
+    return "-" if size is None else f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"
+
+
+def _check(path: str) -> InfoResult:
+    from jacobiflow import training
+    from jacobiflow.models.checkpoints.folder import CONFIG, INDEX, WEIGHTS, list_bundled
+    from jacobiflow.utils.files import MANIFEST
+
+    folder = list_bundled().get(path, Path(path))
+    kinds = {
+        "a model": ((CONFIG, WEIGHTS, INDEX), _model_problems),
+        "samples": ((MANIFEST,), lambda path: jf.SampleFolder.open(path).problems()),
+        "a training run": (("run.json",), training.problems),
+    }
+    content = [name for name, (files, _) in kinds.items() if any((folder / file).exists() for file in files)]
+    if not content:
+        raise InputValueError(f"{path}: no model, samples or training run; give the folder of one, or a model's name")
+    problems = [one_line(problem) for name in content for problem in kinds[name][1](folder)]
+    values: dict[str, Any] = {"path": path, "checked": content, "problems": problems}
+    lines = problems or [f"{path}: no problem; checked {' and '.join(content)}"]
+    if "samples" in content and not problems:
+        outcome = jf.SampleFolder.open(folder).outcome()
+        values["outcome"] = asdict(outcome)
+        lines.append(str(outcome))
+    return InfoResult(values, [(line, ()) for line in lines], problems)
+
+
+def _model_problems(folder: Path) -> Iterator[str]:
+    """Yields problems of the files, of the reports, and of a round trip through the flow."""
+    from jacobiflow.models.latents import draw_latents
+
+    try:
+        flow = jf.load(folder)
+    except jf.CheckpointError as error:
+        yield str(error)
+        return
+    for file in flow.report_files:
+        kind: type[jf.CalibrationReport | jf.Tuning] = (
+            jf.Tuning if file.name.startswith("tuning") else jf.CalibrationReport
+        )
+        try:
+            kind.load(file).check(flow)
+        except InputError as error:
+            yield str(error)
+    z = draw_latents(1, flow.config.num_tokens, flow.config.token_channels, seed=0)
+    context = flow.example_context(1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # The line below reports an overflow.
+        x = jf.decode(flow, z, context, strategy="sequential", certify=False)
+    change = float((flow.encode(x, context)[0] - z).abs().max())
+    if not change <= _MAX_ROUND_TRIP_ERROR:  # NaN also fails.
+        yield (
+            f"{folder}: a latent that is decoded and encoded again is off by {change:.1e}, more than "
+            f"{_MAX_ROUND_TRIP_ERROR:g}; the weights are damaged or badly conditioned: copy the folder again, or train "
+            "it on"
+        )
+
+
+def show(result: InfoResult) -> None:
+    """Prints the lines and the tables."""
+    for line, rows in result.text:
+        print(line)
+        if rows:
+            columns = rows[0]  # Numbers have a heading, text has none.
+            show_table(columns, rows[1:], text=[i for i, heading in enumerate(columns) if not heading])

@@ -1,0 +1,6 @@
+"""Jobs: work that any number of processes share through a folder, and that goes on after an interruption."""
+
+from jacobiflow.jobs.folder import JobFolder, JobFolderError, UnitOutput
+from jacobiflow.jobs.job import Job, JobRun, run
+
+__all__ = ["Job", "JobFolder", "JobFolderError", "JobRun", "UnitOutput", "run"]

@@ -1,0 +1,226 @@
+"""The folder of a job.
+
+manifest.json    the kind of job, its spec and the checksum of the spec, and the machine on which it began
+units/NAME.json  the record of a finished unit: the checksums of its files, its value, and the checksum of both
+...              the files of the units, under the names that the job gives them
+RESULT           the result, under the name that the job gives it
+.lock, .lock-*   locks, which the system releases when a process ends or dies
+"""
+
+from __future__ import annotations
+
+import secrets
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from jacobiflow.errors import InputValueError
+from jacobiflow.utils import files
+from jacobiflow.utils.checks import format_value
+from jacobiflow.utils.files import LOCK, MANIFEST, FolderInUseError, locked
+
+
+class JobFolderError(InputValueError):
+    """A folder cannot be used for a job; the message names the file and the remedy."""
+
+
+@dataclass(frozen=True)
+class UnitOutput:
+    """The output of a unit.
+
+    Attributes:
+        files: The content of each file, by its name in the folder.
+        value: A JSON value.
+    """
+
+    files: Mapping[str, bytes] = field(default_factory=dict)
+    value: Any = None
+
+
+@dataclass(frozen=True)
+class JobFolder:
+    """The manifest, the finished units and the result of a job of one kind.
+
+    Attributes:
+        path: The folder.
+        kind: The kind of job, such as "samples".
+        version: Version of the format of this kind.
+        result_name: Name of the file of the result.
+        patterns: Glob patterns of the files that the units write.
+    """
+
+    path: Path
+    kind: str
+    version: int
+    result_name: str
+    patterns: tuple[str, ...] = ()
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Waits until no other process starts or reduces the job, and keeps them from it until the block ends."""
+        with locked(self.path, wait=float("inf")):
+            yield
+
+    @contextmanager
+    def claim(self, unit: str) -> Iterator[bool]:
+        """Locks a unit until the block ends; yields False if it is finished, or if another process has locked it."""
+        with ExitStack() as stack:
+            is_mine = False
+            if not self.is_finished(unit):
+                with suppress(FolderInUseError):
+                    stack.enter_context(locked(self.path, f"{LOCK}-{unit}"))
+                    is_mine = not self.is_finished(unit)  # Another process may have finished it meanwhile.
+            yield is_mine
+
+    @contextmanager
+    def use(self) -> Iterator[None]:
+        """Keeps other processes from changing the spec until the block ends."""
+        with locked(self.path, f"{LOCK}-{secrets.token_hex(8)}"):
+            yield
+
+    def read_spec(self) -> dict[str, Any] | None:
+        """Returns the spec of the job in the folder as a JSON object; None if the folder is new or empty.
+
+        Raises:
+            InputValueError: If the folder holds other files, or the manifest is damaged or of another version.
+        """
+        path = self.path / MANIFEST
+        manifest = files.read_object(path)
+        if manifest is None or manifest.get("kind") != self.kind:
+            files.check_own(self.path, self.kind)
+            return None
+        if manifest.get("format_version") != self.version:
+            raise JobFolderError(
+                f"{path}: {self.kind} of another version of jacobiflow; use them with that version, or give another "
+                "folder"
+            )
+        spec = manifest.get("spec")
+        if not isinstance(spec, dict) or files.sha256(files.json_bytes(spec)) != manifest.get("spec_sha256"):
+            raise JobFolderError(f"{path}: has changed since it was written; restore it, or give another folder")
+        return spec
+
+    def check_spec(self, spec: Mapping[str, Any]) -> None:
+        """Raises JobFolderError if the job in the folder is of another spec; the message names all differences."""
+        earlier = self.read_spec() or {}
+        names = [name for name in {**earlier, **spec} if earlier.get(name) != spec.get(name)]
+        if names:
+            texts = "; ".join(_describe_difference(name, earlier.get(name), spec.get(name)) for name in names)
+            raise JobFolderError(f"{self.path}: holds {self.kind} of {texts}; give another folder, or overwrite it")
+
+    def write_manifest(self, spec: Mapping[str, Any], machine: Mapping[str, Any]) -> None:
+        """Starts a job, or changes its spec.
+
+        Args:
+            spec: The spec as a JSON object.
+            machine: The machine on which the job began, see `jacobiflow.utils.timing.describe_machine`.
+        """
+        manifest = {
+            "kind": self.kind, "format_version": self.version, "machine": machine,
+            "spec_sha256": files.sha256(files.json_bytes(spec)), "spec": spec,
+        }  # fmt: skip
+        files.write_json(self.path / MANIFEST, manifest)
+
+    def machine(self) -> dict[str, Any]:
+        """Returns the machine on which the job began."""
+        return dict(files.read_json(self.path / MANIFEST)["machine"])
+
+    def write(self, unit: str, output: UnitOutput) -> None:
+        """Writes the files of a unit, then its record; the unit is finished once the record is there."""
+        for name, content in output.files.items():
+            path = self.path / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            # After a loss of power the record may be there without the files; their checksums show it.
+            files.write_atomically(path, content, sync=False)
+        checksums = {name: files.sha256(content) for name, content in output.files.items()}
+        record = {"files": checksums, "value": output.value}
+        self._record_file(unit).parent.mkdir(exist_ok=True)
+        files.write_json(self._record_file(unit), {**record, "sha256": files.sha256(files.json_bytes(record))})
+
+    def is_finished(self, unit: str) -> bool:
+        """Tells whether a unit has an intact record."""
+        return self._read_record(unit) is not None
+
+    def value(self, unit: str) -> Any:
+        """Returns the value of a finished unit."""
+        record = self._read_record(unit)
+        if record is None:
+            raise JobFolderError(
+                f"{self._record_file(unit)}: missing or damaged; run the same command again, which restores it"
+            )
+        return record["value"]
+
+    def is_intact(self, unit: str) -> bool:
+        """Tells whether a unit is finished, and its files match their checksums."""
+        record = self._read_record(unit)
+        try:
+            return record is not None and all(
+                files.sha256(self.path / name) == checksum for name, checksum in record["files"].items()
+            )
+        except OSError:
+            return False
+
+    def discard_damaged(self, unit: str) -> None:
+        """Removes the record of a finished unit whose files have changed, so that it is computed again."""
+        if self.is_finished(unit) and not self.is_intact(unit):
+            with suppress(FolderInUseError), locked(self.path, f"{LOCK}-{unit}"):
+                if not self.is_intact(unit):
+                    self._record_file(unit).unlink(missing_ok=True)
+                    warnings.warn(f"{self.path}: {unit} was damaged, and is computed again", stacklevel=3)
+
+    def write_result(self, result: Any) -> None:
+        """Removes temporary files of killed processes, and writes the result, a JSON object."""
+        for pattern in (MANIFEST, *self._patterns()):
+            files.remove_partials(self.path, pattern)
+        files.write_json(self.path / self.result_name, result)
+
+    def read_result(self) -> Any:
+        """Returns the result as a JSON object; None if the job is not complete."""
+        return files.read_object(self.path / self.result_name)
+
+    def discard_result(self) -> None:
+        """Removes the result, since the job is not complete any more."""
+        (self.path / self.result_name).unlink(missing_ok=True)
+
+    def remove_locks(self) -> list[str]:
+        """Removes the locks that no process holds, such as those of killed ones; returns the names of the others."""
+        held = []
+        for path in self.path.glob(f"{LOCK}-*"):
+            try:
+                with locked(self.path, path.name), suppress(OSError):  # Windows removes no open file.
+                    path.unlink()
+            except FolderInUseError:
+                held.append(path.name)
+        return held
+
+    def clear(self) -> None:
+        """Removes the result, the records and the files of the units, but neither the manifest nor other files."""
+        paths = [path for pattern in self._patterns() for path in sorted(self.path.glob(pattern))]
+        for path in paths:
+            path.unlink(missing_ok=True)
+        folders = {folder for path in paths for folder in path.parents if self.path in folder.parents}
+        for folder in sorted(folders, reverse=True):
+            with suppress(OSError):  # The folder is not empty.
+                folder.rmdir()
+
+    def _patterns(self) -> tuple[str, ...]:
+        """Returns glob patterns of the result, the records and the files of the units."""
+        return (self.result_name, "units/*.json", *self.patterns)
+
+    def _read_record(self, unit: str) -> dict[str, Any] | None:
+        """Returns the record of a unit; None if it is missing or damaged."""
+        record = files.read_object(self._record_file(unit)) or {}
+        checksum = record.pop("sha256", None)
+        return record if record and files.sha256(files.json_bytes(record)) == checksum else None
+
+    def _record_file(self, unit: str) -> Path:
+        return self.path / "units" / f"{unit}.json"
+
+
+def _describe_difference(name: str, earlier: Any, new: Any) -> str:
+    """Describes an entry in which two specs differ; checksums say only that something is other."""
+    if name.endswith("_sha256"):
+        return f"other {name.removesuffix('_sha256')}"
+    return f"{name.replace('_', ' ')} {format_value(earlier)}, not {format_value(new)}"

@@ -1,0 +1,233 @@
+"""The job that draws samples into a folder."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_args
+
+import torch
+
+from jacobiflow import jobs
+from jacobiflow.calibration import CalibrationReport
+from jacobiflow.data import quantize
+from jacobiflow.data.grid import PICTURE_CHANNELS
+from jacobiflow.errors import InputValueError
+from jacobiflow.jobs import JobFolder, UnitOutput
+from jacobiflow.models.checkpoints.fingerprint import fingerprint
+from jacobiflow.models.flow import Flow, check_flow
+from jacobiflow.models.labels import Labels
+from jacobiflow.models.latents import MAX_SAMPLES, draw_latents
+from jacobiflow.planner import Strategy, choose, is_auto
+from jacobiflow.sampling.folder.reader import SampleFolder
+from jacobiflow.sampling.folder.spec import KIND, RESULT, STRATEGY, VERSION, Files, SampleSpec, context_sha256
+from jacobiflow.sampling.request import SamplingRequest
+from jacobiflow.sampling.result import Outcome, Samples, npz_bytes, pillow, png_bytes
+from jacobiflow.sampling.sample import sample_with_strategy
+from jacobiflow.utils import serialization
+from jacobiflow.utils.checks import check_choice, check_count, check_flag, check_kind, check_path, check_seed
+from jacobiflow.utils.files import json_bytes, sha256
+from jacobiflow.utils.progress import Progress
+from jacobiflow.utils.timing import describe_machine
+
+if TYPE_CHECKING:
+    from typing_extensions import TypedDict, Unpack
+
+    from jacobiflow.fixed_point import CertifyMode
+    from jacobiflow.models.labels import ContextLike
+    from jacobiflow.sampling.request import Settings
+
+    class SamplingArguments(TypedDict, total=False):
+        """Arguments of `jacobiflow.sample`."""
+
+        context: ContextLike | None
+        settings: Settings
+        certify: CertifyMode
+        sensitivity: bool
+        log_prob: bool | None
+
+
+_BATCH_SIZE = 64  # Default number of samples in a batch.
+_SHARD_SIZE = 1024  # Default number of samples in a shard, about.
+
+
+def sample_to_folder(
+    flow: Flow,
+    num: int,
+    out: str | Path,
+    labels: Labels | None = None,
+    seed: int = 0,
+    *,
+    strategy: str | Path | Strategy = "auto",
+    tolerance: float | None = None,
+    report: CalibrationReport | None = None,
+    batch_size: int | None = None,
+    shard_size: int | None = None,
+    files: Files = "npz",
+    overwrite: bool = False,
+    progress: Progress | None = None,
+    **arguments: Unpack[SamplingArguments],
+) -> SampleFolder:
+    """Draws samples into a folder, or goes on with a run that was stopped.
+
+    Any number of processes may call it with the same arguments: they share the shards. The latent of sample i depends
+    on `seed` and i only. The number of processes and interruptions do not change the bytes of a shard. Another thread
+    count, device or batch size changes it by rounding: by at most one 8-bit level, if the tolerance is below half a
+    level (4e-3). Shards that are missing or do not match their checksum are drawn again. "auto" is planned once, by
+    the first process. A larger `num` adds samples.
+
+    Args:
+        num: The number of samples.
+        out: A new or empty folder, or one with samples of the same settings.
+        report: A report of `calibrate`. "auto" plans from it; other strategies take their guesses from it.
+        batch_size: Samples in the network at a time; by default `num`, at most 64.
+        shard_size: Samples in a shard, a multiple of `batch_size`; about 1,024 by default.
+        files: "npz", or "png" for a PNG of each sample too, in folders by class.
+        overwrite: Whether to replace samples of other settings, or complete ones.
+        progress: Called with the number of samples that are drawn.
+        **arguments: Those of `jacobiflow.sample`: `context`, `settings`, `certify`, `sensitivity` and `log_prob`, like
+            `labels`, `seed`, `strategy` and `tolerance`.
+
+    Returns:
+        The folder, in which all samples are drawn. A warning tells of samples that overflow, are not certified, or are
+        sensitive to rounding.
+
+    Raises:
+        JobFolderError: If `out` has other samples, or other files.
+
+    Example:
+        >>> import tempfile, jacobiflow as jf
+        >>> out = tempfile.mkdtemp()
+        >>> folder = jf.sample_to_folder(jf.load("digits-maf"), 8, out, batch_size=4, shard_size=4)
+        >>> folder.spec.num_shards, folder.num_new
+        (2, 8)
+        >>> jf.sample_to_folder(jf.load("digits-maf"), 8, out, batch_size=4, shard_size=4).num_new
+        0
+    """
+    num, seed = check_count("num", num, maximum=MAX_SAMPLES), check_seed(seed)
+    batch_size, shard_size = _resolve_sizes(num, batch_size, shard_size)
+    check_flow(flow)
+    check_path("out", out)
+    check_flag("overwrite", overwrite)
+    check_kind("progress", progress, Callable | None, "a function of done, total and what, or None")
+    _check_file_format(flow, files)
+    request = SamplingRequest.resolve(flow, num, labels, batch_size=batch_size, **arguments)
+    flow, config, options, outputs = request.flow, request.flow.config, request.options, request.outputs
+    planned = isinstance(strategy, str) and is_auto(strategy)
+    plan = None if planned else choose(flow, strategy, batch_size, tolerance=tolerance, report=report)
+    spec = SampleSpec(
+        num=num, shape=flow.image_shape or (config.num_tokens, config.token_channels), num_tokens=config.num_tokens,
+        seed=seed, context_sha256=context_sha256(request.context), num_classes=config.num_classes,
+        classes=tuple(flow.classes), batch_size=batch_size, shard_size=shard_size, files=files,
+        weights_sha256=fingerprint(flow), dtype=flow.precision,
+        strategy="a Strategy" if isinstance(strategy, Strategy) else str(strategy),
+        strategy_sha256=None if plan is None else sha256(_strategy_json(plan)), guidance=flow.guidance,
+        denoise=float(outputs.denoise), tolerance=tolerance, certify=options.certify, log_prob=outputs.log_prob,
+        sensitivity=outputs.sensitivity,
+    )  # fmt: skip
+    job = SampleJob(spec, describe_machine(flow.var.device), request, strategy if plan is None else plan, report)
+    run = jobs.run(job, out, overwrite=overwrite, progress=progress)
+    num_new = sum(len(spec.span(i)) for i in range(spec.num_shards) if spec.unit(i) in run.missing)
+    folder = SampleFolder(Path(out), spec, num_new, run.seconds, run.is_reporter)
+    outcome = folder.outcome()
+    if outcome.has_shortfall and run.is_reporter:
+        warnings.warn(str(outcome), stacklevel=2)
+    return folder
+
+
+@dataclass(frozen=True)
+class SampleJob(jobs.Job):
+    """Draws samples: the first unit plans the strategy, and each other one draws a shard."""
+
+    kind, version, result_name = KIND, VERSION, RESULT
+    patterns = ("strategy.json", "shards/[0-9]*.npz", "images/[0-9]*.png", "images/*/[0-9]*.png")
+
+    spec: SampleSpec
+    machine: Mapping[str, Any]
+    request: SamplingRequest
+    strategy: str | Path | Strategy
+    report: CalibrationReport | None
+
+    def stages(self, folder: JobFolder) -> Iterator[Mapping[str, int]]:
+        """Yields the plan, then the shards with their numbers of samples."""
+        yield {STRATEGY: 1}
+        yield {self.spec.unit(i): len(self.spec.span(i)) for i in range(self.spec.num_shards)}
+
+    @torch.no_grad()
+    def compute(self, unit: str, folder: JobFolder, progress: Progress | None) -> UnitOutput:
+        """Plans the strategy, or draws a shard."""
+        spec, request, flow = self.spec, self.request, self.request.flow
+        if unit == STRATEGY:
+            plan = choose(flow, self.strategy, spec.batch_size, tolerance=spec.tolerance, report=self.report)
+            return UnitOutput({"strategy.json": _strategy_json(plan)})
+        index = int(unit.split("-")[1])
+        rows = spec.span(index)
+        latents = draw_latents(len(rows), spec.num_tokens, flow.config.token_channels, spec.seed, rows.start)
+        request = replace(request, context=request.context[rows.start : rows.stop])
+        samples = sample_with_strategy(request, Strategy.load(folder.path / "strategy.json"), latents, progress)
+        return UnitOutput(self._files(index, samples), serialization.encode(samples.outcome))
+
+    def reduce(self, folder: JobFolder) -> Any:
+        """Returns the outcome of all samples."""
+        values = [folder.value(self.spec.unit(i)) for i in range(self.spec.num_shards)]
+        return serialization.encode(Outcome.merge([serialization.decode(Outcome, value) for value in values]))
+
+    def earlier_spec(self, earlier: Mapping[str, Any]) -> SampleSpec:
+        """Returns the spec of fewer samples, under the first of the labels."""
+        num = min(serialization.decode(SampleSpec, earlier).num, self.spec.num)
+        return replace(self.spec, num=num, context_sha256=context_sha256(self.request.context[:num]))
+
+    def _files(self, index: int, samples: Samples) -> dict[str, bytes]:
+        """Returns the files of a shard. A picture with a value that is not finite is black."""
+        spec, shape = self.spec, tuple(samples.x.shape[1:])
+        if shape != spec.shape:
+            raise InputValueError(
+                f"samples of shape {shape}, but the flow's config says {spec.shape}, which a folder stores; draw them "
+                "with jacobiflow.sample"
+            )
+        nonfinite = ~torch.isfinite(samples.x).flatten(1).all(dim=1)
+        name, stored = "images" if len(shape) == 3 else "tokens", samples.x.float()
+        if spec.has_pictures:
+            pictures = samples.x.masked_fill(nonfinite.view(-1, 1, 1, 1), -1.0)
+            name, stored = "arr_0", quantize(pictures).permute(0, 2, 3, 1)
+        labels = None if samples.context is None or samples.context.is_floating_point() else samples.context
+        arrays = {
+            name: stored, "labels": labels, "log_prob": samples.log_prob, "residual": samples.residual,
+            "sensitivity": samples.sensitivity, "used_fallback": samples.used_fallback, "nonfinite": nonfinite,
+        }  # fmt: skip
+        files = {f"shards/{index:05}.npz": npz_bytes(arrays)}
+        if spec.files == "png":
+            folders = ["images"] * len(stored)
+            if labels is not None:
+                folders = [f"images/{spec.class_folder(label)}" for label in labels.tolist()]
+            for i, parent, pixels in zip(spec.span(index), folders, stored.cpu(), strict=True):
+                files[f"{parent}/{i:08}.png"] = png_bytes(pixels)
+        return files
+
+
+def _strategy_json(strategy: Strategy) -> bytes:
+    return json_bytes(strategy.to_json())
+
+
+def _resolve_sizes(num: int, batch_size: int | None, shard_size: int | None) -> tuple[int, int]:
+    """Returns the batch size and the shard size, or their defaults."""
+    batch_size = min(num, _BATCH_SIZE) if batch_size is None else batch_size
+    batch_size = check_count("batch_size", batch_size, maximum=MAX_SAMPLES)
+    shard_size = max(_SHARD_SIZE // batch_size, 1) * batch_size if shard_size is None else shard_size
+    shard_size = check_count("shard_size", shard_size, maximum=MAX_SAMPLES)
+    if shard_size % batch_size:
+        message = f"give a multiple of the batch size, {batch_size}"
+        raise InputValueError(message, argument="shard_size", value=shard_size)
+    return batch_size, shard_size
+
+
+def _check_file_format(flow: Flow, files: Any) -> None:
+    if check_choice("files", files, get_args(Files)) == "png":
+        pillow()
+        if flow.image_shape is None:
+            raise InputValueError("for flows over images; give 'npz'", argument="files", value="'png'")
+        if flow.image_shape[0] not in PICTURE_CHANNELS:
+            message = f"for grey and colour images, and this flow has {flow.image_shape[0]} channels; give 'npz'"
+            raise InputValueError(message, argument="files", value="'png'")

@@ -1,0 +1,108 @@
+"""The spec of a folder of samples: all that its shards depend on."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import msgspec
+
+from jacobiflow.blocks.context import Context
+from jacobiflow.blocks.guidance import Guidance
+from jacobiflow.data.grid import PICTURE_CHANNELS
+from jacobiflow.errors import InputValueError
+from jacobiflow.fixed_point import CertifyMode
+from jacobiflow.models.latents import MAX_SAMPLES
+from jacobiflow.utils.files import sha256
+
+KIND, VERSION, RESULT = "samples", 3, "outcome.json"
+STRATEGY = "strategy"
+"""The name of the unit that plans the strategy."""
+Count = Annotated[int, msgspec.Meta(ge=1)]
+Files = Literal["npz", "png"]
+_MAX_SHARDS = 100_000
+_MAX_NAME_LENGTH = 60  # Characters of a class's name in the name of a folder.
+
+
+@dataclass(frozen=True)
+class SampleSpec:
+    """All that the shards of a folder of samples depend on.
+
+    Attributes:
+        num: Number of samples.
+        shape: Shape of a sample: (C, H, W) for images, (T, C) for tokens.
+        num_tokens: Number of tokens T.
+        context_sha256: Checksum of the labels as little-endian int64, or of a context as float32; None without both.
+        classes: The names of the classes, which the folders of PNGs have; empty without names.
+        shard_size: Samples in a shard. Shard i begins with sample `shard_size * i`.
+        weights_sha256: Fingerprint of the weights.
+        dtype: The dtype of the network, or "tf32".
+        strategy: The strategy as it was given.
+        strategy_sha256: Checksum of the strategy; None for "auto", whose plan depends on timings.
+        log_prob: Whether the shards have densities.
+        sensitivity: Whether the shards have sensitivities.
+    """
+
+    num: Annotated[int, msgspec.Meta(ge=1, le=MAX_SAMPLES)]
+    shape: tuple[int, ...]
+    num_tokens: Count
+    seed: int
+    context_sha256: str | None
+    num_classes: int
+    classes: tuple[str, ...]
+    batch_size: Count
+    shard_size: Count
+    files: Files
+    weights_sha256: str
+    dtype: str
+    strategy: str
+    strategy_sha256: str | None
+    guidance: Guidance | None
+    denoise: float
+    tolerance: float | None
+    certify: CertifyMode
+    log_prob: bool
+    sensitivity: bool
+
+    def __post_init__(self) -> None:
+        if self.num_shards > _MAX_SHARDS:
+            message = f"{self.num_shards:,} shards; give a larger one, for at most {_MAX_SHARDS:,}"
+            raise InputValueError(message, argument="shard_size", value=self.shard_size)
+
+    @property
+    def has_pictures(self) -> bool:
+        """True if samples are grey or colour images, which are stored in 8 bits."""
+        return len(self.shape) == 3 and self.shape[0] in PICTURE_CHANNELS
+
+    @property
+    def num_shards(self) -> int:
+        """The number of shards."""
+        return -(-self.num // self.shard_size)
+
+    def span(self, index: int) -> range:
+        """Returns the indices of the samples in a shard."""
+        start = index * self.shard_size
+        return range(start, min(start + self.shard_size, self.num))
+
+    def unit(self, index: int) -> str:
+        """Returns the name of a shard. That of a last shard with fewer samples has their number, since it may grow."""
+        num = len(self.span(index))
+        return f"shard-{index:05}" + f"-of-{num}" * (num < self.shard_size)
+
+    def class_folder(self, label: int) -> str:
+        """Returns the name of the folder of a class's PNGs: its number, and its name if it has one."""
+        if label < 0:
+            return "none"
+        number = f"{label:0{len(str(self.num_classes - 1))}}"
+        name = re.sub(r"\W+", "-", self.classes[label])[:_MAX_NAME_LENGTH] if self.classes else ""
+        return f"{number}-{name}" if name not in ("", number) else number
+
+
+def context_sha256(context: Context) -> str | None:
+    """Returns the SHA-256 of labels as little-endian int64, or of another context as float32."""
+    values = context.values
+    if values is None:
+        return None
+    array = values.detach().cpu().numpy()
+    return sha256(array.astype("<f4" if values.is_floating_point() else "<i8").tobytes())

@@ -1,0 +1,103 @@
+"""A job of two stages whose units take no time, and what may happen to its folder."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import os
+import tempfile
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jacobiflow.jobs import Job, JobFolder, UnitOutput, run
+from jacobiflow.utils.progress import Progress
+
+
+@dataclasses.dataclass(frozen=True)
+class Spec:
+    num: int = 4
+    seed: int = 0
+    model_sha256: str = "a"
+
+
+class Digests(Job):
+    """Files and values of `num` units, which the value and the file of a first unit determine.
+
+    `before` is called with the name of a unit before it is computed.
+    """
+
+    kind, result_name, patterns, machine = "digests", "digest.json", ("salt.bin", "[0-9]/*.bin"), {"threads": 1}
+
+    def __init__(self, spec: Spec, before: Callable[[str], None] = lambda unit: None) -> None:
+        self.spec, self.before = spec, before
+
+    def stages(self, folder: JobFolder) -> Iterator[Mapping[str, int]]:
+        yield {"salt": 1}
+        yield {f"{i:05}": 2 for i in range(self.spec.num)}
+
+    def compute(self, unit: str, folder: JobFolder, progress: Progress | None) -> UnitOutput:
+        self.before(unit)
+        if unit == "salt":
+            return UnitOutput({"salt.bin": bytes([self.spec.seed])}, self.spec.model_sha256)
+        if progress is not None:
+            progress(1, 2, "half")
+        digest = hashlib.sha256((folder.path / "salt.bin").read_bytes() + folder.value("salt").encode() + unit.encode())
+        return UnitOutput({f"{unit[-1]}/{name}.bin": digest.digest() for name in "ab"}, digest.hexdigest())
+
+    def reduce(self, folder: JobFolder) -> Any:
+        return {"digests": [folder.value(f"{i:05}") for i in range(self.spec.num)]}
+
+    def earlier_spec(self, earlier: Mapping[str, Any]) -> Spec:
+        return dataclasses.replace(self.spec, num=min(self.spec.num, earlier["num"]))
+
+
+@cache
+def undisturbed(spec: Spec) -> dict[str, bytes]:
+    """The files of the job in a new folder."""
+    with tempfile.TemporaryDirectory() as folder:
+        run(Digests(spec), folder)
+        return read_files(Path(folder))
+
+
+def read_files(folder: Path, without: Collection[str] = ()) -> dict[str, bytes]:
+    """The content of all files except locks, by their names."""
+    paths = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {
+        name: path.read_bytes() for name, path in paths.items() if not name.startswith(".lock") and name not in without
+    }
+
+
+def flip(path: Path) -> None:
+    """Changes one bit of a file."""
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+class Killed(BaseException):
+    """The end of a process."""
+
+
+@contextmanager
+def killed(after: int) -> Iterator[None]:
+    """Lets so many files be renamed or removed; any further attempt, in the clean-up, too, raises `Killed`."""
+    left, replace, unlink = [after], os.replace, Path.unlink
+
+    def count(change: Callable[..., None]) -> Callable[..., None]:
+        def counted(*args: Any, **options: Any) -> None:
+            left[0] -= 1
+            if left[0] < 0:
+                raise Killed
+            change(*args, **options)
+
+        return counted
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "replace", count(replace))
+        patch.setattr(Path, "unlink", count(unlink))
+        yield
