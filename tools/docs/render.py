@@ -136,6 +136,19 @@ def slowest_by_batch(counts: Sequence[Sequence[int]]) -> str:
     return " / ".join(f"{regimes.mean_slowest(counts, batch):.1f}" for batch in regimes.BATCH_SIZES)
 
 
+def recommendation(search: Json) -> str:
+    """Returns the recommended settings of a search, and their distance to real images."""
+    rows, settings = search["runs"], search_guidance.recommended(search["runs"])
+    guidance, rate = settings.guidance or jf.Guidance(0.0), settings.denoise
+    weight, temperature = guidance.weight, guidance.attn_temperature
+    distance = where(rows, weight=weight, attn_temperature=temperature, denoise=rate)["distance"]
+    plain = where(rows, weight=0, attn_temperature=1, denoise=0)["distance"]
+    parts = [f"guidance of weight {weight:g} at attention temperature {temperature:g}"] * bool(settings.guidance)
+    parts += [f"denoising rate {rate:g}"] * bool(rate)
+    text = f"{MEASURES[rows[0]['measure']]} {distance:.3f} of {rows[0]['num']:,} samples"
+    return f"{', '.join(parts)}: {text}, {plain:.3f} without" if parts else f"none: {text}"
+
+
 def chord_share(preset: str) -> float:
     """Multiplications of a chord over those of a block's dense layers, for a token."""
     config = jf.PRESETS[preset].config
@@ -203,7 +216,7 @@ def _environment() -> jinja2.Environment:
         paper_facts.segment_sweeps, paper_facts.sweeps_range, paper_facts.tough_share, chord_share, duration, fastest,
         fastest_way, find_runs, fitted_sweeps, format_speed_up, grouped, least_accurate, paper_megabytes,
         regimes.counted, regimes.estimates, regimes.runs_of, regimes.tough_blocks, phase_seconds,
-        plain_sweeps, plan, rank_correlation, ratios, regimes.best_in_passes,
+        plain_sweeps, plan, rank_correlation, ratios, recommendation, regimes.best_in_passes,
         regimes.in_passes, result, sampler, search_guidance.best_point, slowest_by_batch, speed_up_range, star_follows,
         strategy, sweep_ways, where,
     )}  # fmt: skip
