@@ -36,6 +36,7 @@ from jacobiflow.comparison.compare import compare_samplers
 from jacobiflow.evaluation import paired_error
 from jacobiflow.models.memory import keep_freed_memory
 from jacobiflow.planner import auto
+from jacobiflow.sampling.result import Samples
 from jacobiflow.utils.timing import time_interleaved
 
 TOLERANCE = 1e-3  # of `auto`, of the paper's Algorithm 1, and of what counts as right
@@ -210,7 +211,8 @@ def measure_samplers(key: Json) -> Json:
 
 
 def cost_and_error(samples: Any, exact: Tensor) -> Json:
-    return {"max_error": paired_error(samples.images, exact).max, "network_calls": samples.network_calls}
+    cost = samples.outcome if isinstance(samples, Samples) else samples
+    return {"max_error": paired_error(samples.images, exact).max, "network_calls": cost.network_calls}
 
 
 def blocks_by_piece(plan: jf.Strategy) -> dict[str, int]:

@@ -124,7 +124,6 @@ def _prepare(config: BenchConfig, flow: Flow, progress: Progress | None) -> list
     from jacobiflow.fixed_point.options import SolveOptions
     from jacobiflow.models import latents
     from jacobiflow.sampling.request import SamplingRequest
-    from jacobiflow.sampling.sample import sample_with_strategy
 
     strategies = dict.fromkeys(config.strategy)
     names = [name for name in strategies if name != baselines.SEQUENTIAL]
@@ -139,8 +138,8 @@ def _prepare(config: BenchConfig, flow: Flow, progress: Progress | None) -> list
             plans[name] = planner.choose(flow, name, size, tolerance=auto_tolerance, report=guesses, progress=progress)
             if config.tolerance is not None:  # A strategy that stops after a number of sweeps stays as it is.
                 plans[name] = plans[name].with_tolerance(config.tolerance)
-        request = SamplingRequest(flow, Context(classes), solve_options)
-        runs = {name: partial(sample_with_strategy, request, plan, z) for name, plan in plans.items()}
+        requests = {name: SamplingRequest(flow, plan, Context(classes), solve_options) for name, plan in plans.items()}
+        runs = {name: partial(request.run, z) for name, request in requests.items()}
         cases.append(partial(compare.compare_samplers, flow, z, classes, runs, repeats=config.repeats))
     return cases
 
