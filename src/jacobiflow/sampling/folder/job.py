@@ -124,7 +124,7 @@ def sample_to_folder(
         classes=tuple(flow.classes), batch_size=batch_size, shard_size=shard_size, files=files,
         weights_sha256=fingerprint(flow), dtype=flow.precision,
         strategy="a Strategy" if isinstance(strategy, Strategy) else str(strategy),
-        strategy_sha256=request.strategy and sha256(_strategy_json(request.strategy)), guidance=flow.guidance,
+        strategy_sha256=None if is_planned else sha256(_strategy_json(request.strategy)), guidance=flow.guidance,
         denoise=float(outputs.denoise), tolerance=tolerance, certify=options.certify, log_prob=outputs.log_prob,
         sensitivity=outputs.sensitivity,
     )  # fmt: skip
@@ -208,7 +208,8 @@ class SampleJob(jobs.Job):
         return files
 
 
-def _strategy_json(strategy: Strategy) -> bytes:
+def _strategy_json(strategy: Strategy | None) -> bytes:
+    assert strategy is not None
     return json_bytes(strategy.to_json())
 
 
