@@ -63,15 +63,15 @@ measure: speed clients calibration evaluation regimes boltzmann star precision l
 # cores).
 speed: setup
 	$(INSTALL) pocomc
-	for name in model_speed masked_flows sbi_flows training fits performance; do \
-		$(BIN)/python -m benchmarks.$$name || exit; done
+	$(BIN)/python -m benchmarks.performance model-speed performance
+	$(BIN)/python -m benchmarks.masked_flows masked-flows training
+	$(BIN)/python -m benchmarks.packages sbi fits
 	$(RENDER)
 	$(BIN)/python -m tools.pictures.figures
 
 # Measures docs/regimes.md and docs/sizes.md (two hours on two idle cores; it goes on if it was stopped).
 regimes: setup
-	$(BIN)/python -m benchmarks.regimes
-	$(BIN)/python -m benchmarks.paper_sizes
+	$(BIN)/python -m benchmarks.regimes regimes paper-sizes paper-sweeps
 	$(RENDER)
 
 # Regenerates the tables and figures of docs/paper.md, and the bundled reports and tunings (two hours on two idle
@@ -113,10 +113,10 @@ $(CALIBRATED): calibration-%: setup
 	rm -r out/$@
 	$(TUNE) --model $(BUNDLED) --plain
 	$(CALIBRATE)-guided --guidance 1
-	$(BIN)/python -m benchmarks.calibration $* out/$@-guided/report.json
+	mv out/$@-guided/report.json out/$*-guided.json
 	rm -r out/$@-guided
 	$(BIN)/python -m tools.pictures.paper_figures $* --strategy "$(CUT_$*)"
-	$(BIN)/python -m benchmarks.strategies $*
+	$(BIN)/python -m benchmarks.performance $*-calibration-guided $*-strategies
 
 # Regenerates the scores of docs/paper.md and docs/evaluation.md (hours on two cores; it goes on where it was stopped).
 evaluation: setup
@@ -150,9 +150,8 @@ tutorials: setup
 boltzmann: setup
 	$(BIN)/python -m examples.boltzmann simulate --seed 1
 	$(BIN)/python -m examples.boltzmann simulate --seed 2
-	$(BIN)/python -m benchmarks.alanine
+	$(BIN)/python -m benchmarks.boltzmann alanine boltzmann
 	$(BIN)/python -m tools.pictures.figures alanine
-	$(BIN)/python -m benchmarks.boltzmann
 	$(RENDER)
 
 # Measures docs/starflow.md and docs/starflow_speed.md, of the weights in examples/emoji-star (fifty minutes on two idle cores).
@@ -163,29 +162,29 @@ star: emoji
 # Measures weights of 16 bits, a section of docs/devices.md and one of docs/regimes.md (half an hour on two idle cores; it goes on if
 # it was stopped).
 precision: emoji
-	$(BIN)/python -m benchmarks.precision
+	$(BIN)/python -m benchmarks.devices precision
 	$(RENDER)
 
 # Measures models larger than a device, a section of docs/devices.md (five minutes on two cores; it goes on if it was stopped).
 large-models: setup
-	$(BIN)/python -m benchmarks.large_models
+	$(BIN)/python -m benchmarks.devices large-models
 	$(RENDER)
 
-# Measures runs of several processes, a section of docs/clusters.md (forty minutes on two cores; it goes on if it was stopped).
+# Measures runs of several processes, a section of docs/clusters.md (ten minutes on two cores; it goes on if it was stopped).
 clusters: setup
 	$(BIN)/python -m benchmarks.clusters
 	$(RENDER)
 
 # Measures what rounding does to samples, a table of docs/exactness.md (ten minutes on two idle cores; it goes on if it was stopped).
 rounding: setup
-	$(BIN)/python -m benchmarks.rounding
+	$(BIN)/python -m benchmarks.devices rounding
 	$(RENDER)
 
-# Measures docs/works_with.md (three minutes on two idle cores; it goes on if it was stopped). Packages that are not installed are left
-# out; ltu-ili is not on PyPI.
+# Measures packages that build on masked flows, for docs/works_with.md (three minutes on two idle cores; it goes on if it was
+# stopped). Packages that are not installed are left out; ltu-ili is not on PyPI.
 clients: setup
 	$(INSTALL) pocomc causalflows
-	$(BIN)/python -m benchmarks.clients
+	$(BIN)/python -m benchmarks.packages clients
 	$(RENDER)
 
 # Fetches a package of emoji, and writes the 256 images of it that ship with the library, and all to out/emoji/*.npz.

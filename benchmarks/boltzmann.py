@@ -1,30 +1,45 @@
-"""Measures samples with densities of flows over tokens: `python -m benchmarks.boltzmann`, about half an hour.
+"""Measures flows over tokens of molecules on two idle cores: `python -m benchmarks.boltzmann FILE ...`.
 
-The flows have the sizes of SBG's and of Prose, with random weights; that of the alanine dipeptide example is trained.
-In turn: the growing cache of the original code with its log-determinant, as a live module; that module
-accelerated; our loop without and with densities; a window; and an encoding pass. Then backward passes of `encode` and
-of `decode`. Writes docs/results/boltzmann.json, which fills docs/boltzmann_speed.md.
+Each FILE is a result file. `alanine` (eight minutes; docs/boltzmann.md) needs the simulations that `python -m
+examples.boltzmann simulate` writes: free energies along phi of the simulations and of proposals, effective sample
+sizes, and what samples that are not certified do to the weights. `boltzmann` (half an hour; docs/boltzmann_speed.md):
+samples with densities of flows of the sizes of SBG's and of Prose, with random weights, and of the trained flow of the
+example; then backward passes of `encode` and of `decode`.
 """
 
 from __future__ import annotations
 
 import copy
-import statistics
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 import jacobiflow as jf
-from benchmarks.common import IN_PYTORCH, RESULTS, Json, complete, parser, random_flow, to_json, without_native
-from examples.boltzmann import MODEL
+from benchmarks.lib.models import random_flow
+from benchmarks.lib.process import without_native
+from benchmarks.lib.results import Json, measure_files
+from benchmarks.lib.timing import IN_PYTORCH, to_json
+from examples.boltzmann import BINS, MODEL, Coordinates, bin_shares, frames, free_energies
+from examples.molecule import PHI, PSI, torsion
 from jacobiflow.comparison.baselines import CachedNetwork
 from jacobiflow.models.flow import Flow
 from jacobiflow.models.latents import draw_latents, log_normal
 from jacobiflow.models.tarflow import TarFlowBlock
 from jacobiflow.utils.timing import time_call, time_interleaved
+
+CPU = torch.device("cpu")
+
+PROPOSALS = (10_000, 100_000)  # The maps of the second number are drawn.
+LATENTS = 10_000  # Samples of each way in the table of tolerances.
+PARTS = 20  # into which samples are split for an error
+CERTIFIED = ("auto", "window:8, 1e-3", "window:8, 1e-2", "window:8, 1e-1")
+UNCERTIFIED = ("jacobi, 1e-2", "jacobi, 1e-1", "jacobi-8", "jacobi-4", "jacobi-2")
 
 SIZES: dict[str, tuple[int, int, int, int, int]] = {  # tokens, values, channels, blocks, layers
     "22 x 3, 4 x 3 layers of 128": (22, 3, 128, 4, 3),
@@ -43,6 +58,113 @@ ROWS = 256  # Samples that are compared with float64.
 ROUNDS = 3
 BUNDLED = ("fashion-p2", "emoji-p2", "digits-p1", "digits-maf")
 GROWING, ACCELERATED, LOOP, DENSITIES = "growing cache", "accelerated", "loop", "loop, densities"
+
+
+def angles(positions: Float[Tensor, "n 22 3"]) -> tuple[Tensor, Tensor]:
+    positions = positions.double()
+    return torsion(*positions[:, PHI].unbind(dim=1)), torsion(*positions[:, PSI].unbind(dim=1))
+
+
+def basin_difference(phi: Tensor, weights: Tensor) -> float:
+    """The free energy of phi > 0 above that of phi <= 0, in kT."""
+    is_right = phi > 0
+    return float((weights[~is_right].sum() / weights[is_right].sum()).log())
+
+
+def profile(positions: Tensor, weights: Tensor) -> Json:
+    """Free energies with their standard errors over parts of the samples."""
+    phi, _ = angles(positions)
+    parts = [(phi[rows], weights[rows]) for rows in torch.arange(len(phi)).chunk(PARTS)]
+    each = np.array([bin_shares(*part) for part in parts])
+    difference = np.array([basin_difference(*part) for part in parts])
+    return {
+        "free_energy": free_energies(phi, weights),
+        "error": (each.std(axis=0) / np.maximum(each.mean(axis=0), 1e-30) / PARTS**0.5).tolist(),
+        "basin_difference": basin_difference(phi, weights),
+        "basin_difference_error": float(difference.std() / PARTS**0.5),
+    }
+
+
+def ramachandran(positions: Tensor, weights: Tensor) -> list[list[float]]:
+    """The shares of the bins of phi and psi."""
+    phi, psi = angles(positions)
+    histogram, _, _ = np.histogram2d(phi, psi, 2 * BINS, 2 * [(-np.pi, np.pi)], weights=weights / weights.sum())
+    return np.round(histogram, 7).tolist()
+
+
+def simulations() -> Json:
+    positions, weights = frames()
+    return {"frames": len(positions), "map": ramachandran(positions, weights), **profile(positions, weights)}
+
+
+def proposals(flow: Flow, coordinates: Coordinates, num: int) -> Json:
+    sampling, samples = time_call(partial(jf.sample, flow, num, seed=2, batch_size=512), CPU)
+    energies, (energy, positions) = time_call(partial(coordinates.energy, samples.tokens), CPU)
+    weights, clipped = jf.importance(samples, energy), jf.importance(samples, energy, clip=0.002)
+    equal = torch.ones(num, dtype=torch.float64)
+    return {
+        "seconds": {"sampling": sampling, "energies": energies},
+        "effective_share": weights.effective_sample_size / num,
+        "clipped": {"effective_share": clipped.effective_sample_size / num,
+                    "basin_difference": basin_difference(angles(positions)[0], clipped.normalized)},
+        "unweighted": profile(positions, equal),
+        "weighted": profile(positions, weights.normalized),
+        "maps": [ramachandran(positions, each) for each in (equal, weights.normalized)] * (num == PROPOSALS[-1]),
+    }  # fmt: skip
+
+
+def tolerances(flow: Flow, coordinates: Coordinates) -> list[Json]:
+    """Samples at the same latents by several ways, beside the exact inverse in float64.
+
+    Samples without a certificate take the density of the latent: log N(z) + log|det| at x.
+    """
+    z = draw_latents(LATENTS, flow.config.num_tokens, flow.config.token_channels, seed=3)
+    exact, log_prob = jf.decode(copy.deepcopy(flow).double(), z.double(), strategy="sequential", log_prob=True)
+    energy, positions = coordinates.energy(exact)
+    base = -energy - log_prob
+
+    def row(name: str, log_weights: Tensor, x: Tensor, positions: Tensor) -> Json:
+        weights, change = jf.ImportanceWeights(log_weights), (log_weights - base)[base.isfinite()].abs()
+        return {
+            "name": name,
+            "certified": name in CERTIFIED,
+            "largest_error": float((x.double() - exact).abs().max()),
+            "median_change_of_log_weight": float(change.median()),
+            "largest_change_of_log_weight": float(change.nan_to_num(torch.inf).max()),
+            "effective_share": weights.effective_sample_size / len(x),
+            "basin_difference": basin_difference(angles(positions)[0], weights.normalized),
+        }
+
+    rows = [row("float64", base, exact, positions)]
+    for name in (*CERTIFIED, *UNCERTIFIED):
+        strategy, *tolerance = name.split(", ")
+        certify = name in CERTIFIED
+        keywords: Json = {"tolerance": float(tolerance[0])} if tolerance else {}
+        samples = jf.sample(
+            flow, latents=z, strategy=strategy, certify=certify, log_prob=certify, batch_size=512, **keywords
+        )
+        energy, positions = coordinates.energy(samples.tokens)
+        if certify:
+            log_weights = jf.importance(samples, energy).log_weights
+        else:
+            log_weights = -energy - (log_normal(z) + flow.encode(samples.tokens)[1]).double()
+        rows.append(row(name, log_weights, samples.tokens, positions))
+    return rows
+
+
+def measure_alanine(key: Json) -> Json:
+    what = key["what"]
+    if what == "simulations":
+        return simulations()
+    flow, coordinates = jf.load(MODEL).requires_grad_(False), Coordinates.load(MODEL / "coordinates.json")
+    if what == "tolerances":
+        return {"rows": tolerances(flow, coordinates)}
+    return proposals(flow, coordinates, int(what.split()[0].replace(",", "")))
+
+
+def alanine_keys() -> Iterator[Json]:
+    for what in ("simulations", *(f"{num:,} proposals" for num in PROPOSALS), "tolerances"):
+        yield {"what": what}
 
 
 class Turn:
@@ -113,19 +235,19 @@ def flow_of(size: str) -> Flow:
 
 
 def errors(flow: Flow, z: Tensor, answers: dict[str, tuple[Tensor, Tensor]]) -> Json:
-    """The largest and root-mean-square differences of x and log q from the inverse in float64."""
-    wide = copy.deepcopy(flow).double()
-    exact = jf.decode(wide, z.double(), strategy="sequential", log_prob=True)
+    """The largest and root-mean-square differences of x and log q from the inverse in float64, of the first rows."""
+    exact = jf.decode(copy.deepcopy(flow).double(), z[:ROWS].double(), strategy="sequential", log_prob=True)
     return {
         name: {
-            what: {"largest": float((a - b).abs().max()), "rms": float((a - b).square().mean().sqrt())}
+            what: {"largest": float((a[:ROWS] - b).abs().max()), "rms": float((a[:ROWS] - b).square().mean().sqrt())}
             for what, a, b in zip(("x", "log_prob"), answer, exact, strict=True)
         }
         for name, answer in answers.items()
     }
 
 
-def measure(key: Json) -> Json:
+def measure_samples(key: Json) -> Json:
+    """Seconds of a batch of samples with densities, and the errors of the original sampler's and of ours."""
     flow = flow_of(key["size"])
     z = draw_latents(key["batch"], flow.config.num_tokens, flow.config.token_channels, seed=1)
     loop = partial(jf.sample, flow, latents=z, strategy="sequential")
@@ -135,22 +257,18 @@ def measure(key: Json) -> Json:
         DENSITIES: densities,
         IN_PYTORCH: without_native()(densities),
         "window:8": partial(jf.sample, flow, latents=z, strategy="window:8", log_prob=True),
-        "encoding pass": partial(flow.encode, z),
     }
     if isinstance(flow, jf.TarFlow):
         accelerated = Live(flow)
         jf.accelerate(accelerated)
-        runs = {GROWING: partial(Live(flow).reverse, z), ACCELERATED: partial(accelerated.reverse, z), **runs}
+        runs |= {GROWING: partial(Live(flow).reverse, z), ACCELERATED: partial(accelerated.reverse, z)}
     timings, results = time_interleaved(runs, ROUNDS)
-    ours = results[DENSITIES]
-    answers = {DENSITIES: (ours.tokens[:ROWS], ours.log_prob[:ROWS])}
-    if GROWING in runs:
-        x, log_prob = results[GROWING]
-        answers[GROWING] = x[:ROWS], log_prob[:ROWS]
-    return {"seconds": to_json(timings), "errors": errors(flow, z[:ROWS], answers)}
+    answers = {DENSITIES: (results[DENSITIES].tokens, results[DENSITIES].log_prob)}
+    answers |= {GROWING: results[GROWING]} if GROWING in results else {}
+    return {"seconds": to_json(timings), "errors": errors(flow, z, answers)}
 
 
-def gradients(key: Json) -> Json:
+def measure_gradients(key: Json) -> Json:
     """Times the backward passes of `encode` and of `decode` of a flow, in its parameters, at random cotangents."""
     flow = jf.load(MODEL if key["model"] == MODEL.name else key["model"]).requires_grad_()
     num = key["batch"]
@@ -158,31 +276,30 @@ def gradients(key: Json) -> Json:
     z = draw_latents(num, flow.config.num_tokens, flow.config.token_channels, seed=1)
     with torch.no_grad():
         x = jf.decode(flow, z, labels, strategy="sequential")
-    inputs = list(flow.parameters())
-    outputs: dict[str, Callable[[], Tensor]] = {
-        "decode": lambda: jf.decode(flow, z, labels, strategy="sequential"),
-        "encode": lambda: flow.encode(x, labels)[0],
-    }
-    seconds: dict[str, list[float]] = {name: [] for name in outputs}
-    for _ in range(ROUNDS + 1):
-        for name, make in outputs.items():
-            output = make()
-            loss = (output * torch.randn_like(output)).sum()
-            elapsed, _ = time_call(lambda: torch.autograd.grad(loss, inputs, allow_unused=True), flow.var.device)  # noqa: B023
-            seconds[name].append(elapsed)
-    return {"seconds": {name: statistics.median(times[1:]) for name, times in seconds.items()}}
+    outputs = {"decode": jf.decode(flow, z, labels, strategy="sequential"), "encode": flow.encode(x, labels)[0]}
+    runs = {
+        name: partial(
+            torch.autograd.grad, output, list(flow.parameters()), torch.randn_like(output), retain_graph=True,
+            allow_unused=True,
+        )
+        for name, output in outputs.items()
+    }  # fmt: skip
+    timings, _ = time_interleaved(runs, ROUNDS)
+    return {"seconds": {name: timing.median for name, timing in timings.items()}}
+
+
+def speed_keys() -> Iterator[Json]:
+    yield from ({"size": size, "batch": batch} for size, batches in BATCHES.items() for batch in batches)
+    yield from ({"model": model, "batch": 4} for model in (*BUNDLED, MODEL.name))
+
+
+def measure_speed(key: Json) -> Json:
+    return (measure_samples if "size" in key else measure_gradients)(key)
 
 
 def main() -> None:
-    parser(__doc__).parse_args()
-    keys: list[Json] = [{"size": size, "batch": batch} for size, batches in BATCHES.items() for batch in batches]
-    keys += [{"model": model, "batch": 4} for model in (*BUNDLED, MODEL.name)]
-    complete(
-        RESULTS / "boltzmann.json",
-        keys,
-        lambda key: (measure if "size" in key else gradients)(key),
-        lambda run: print({name: value for name, value in run.items() if name != "errors"}),
-    )
+    warnings.simplefilter("ignore")  # samples that are not certified are what is measured
+    measure_files(__doc__, {"alanine": (alanine_keys, measure_alanine), "boltzmann": (speed_keys, measure_speed)})
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -17,9 +18,11 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from jacobiflow.evaluation import FeatureStatistics
+from jacobiflow.data import digits, scale
+from jacobiflow.evaluation import FeatureStatistics, frechet_distance
 
 WEIGHTS = Path(__file__).parent / "weights"
+BATCH = 256  # images in a batch of features
 
 
 class TrainingImages(NamedTuple):
@@ -94,6 +97,32 @@ def trained(kind: str) -> ConvolutionalFeatures:
 
 def training_statistics(kind: str) -> FeatureStatistics:
     return FeatureStatistics.load(statistics_file(kind))
+
+
+class Distance(NamedTuple):
+    """A Fréchet distance to real images: features of 8-bit images (N, C, H, W), and their statistics for real ones."""
+
+    name: str
+    features: Callable[[Tensor], Tensor]
+    real: FeatureStatistics
+
+    def __call__(self, images: Tensor) -> float:
+        features = torch.cat([self.features(batch) for batch in images.split(BATCH)])
+        return frechet_distance(self.real, FeatureStatistics.from_features(features))
+
+
+def trained_distance(kind: str) -> Distance:
+    """The distance to the training images between features of the network that was trained on them."""
+    return Distance(f"{kind}_fid", trained(kind), training_statistics(kind))
+
+
+def pixel_distance() -> Distance:
+    """The distance of pixels to scikit-learn's 1,797 digits."""
+
+    def pixels(images: Tensor) -> Tensor:
+        return scale(images).flatten(1)
+
+    return Distance("pixel_distance", pixels, FeatureStatistics.from_features(pixels(digits().images[:])))
 
 
 def fashion(images: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from benchmarks.common import RESULTS, Json, complete, parser
+from benchmarks.lib.results import Json, complete, parser
 
 MOMENTS, NUM_PROCESSES = 20, 3
 COMMANDS = {
@@ -86,7 +86,7 @@ def measure(key: Json) -> Json:
 
 def main() -> None:
     parser(__doc__).parse_args()
-    complete(RESULTS / "kills.json", ({"command": name} for name in COMMANDS), measure)
+    complete("kills", ({"command": name} for name in COMMANDS), measure)
 
 
 if __name__ == "__main__":

@@ -11,26 +11,25 @@ import subprocess
 import sys
 from collections.abc import Callable
 from functools import partial
-from time import perf_counter
 
 import torch
 from torch import Tensor
 
 import jacobiflow as jf
-from benchmarks.common import RESULTS, Json, complete, parser, without_native
-from benchmarks.sources import ROOT
+from benchmarks import ROOT
+from benchmarks.lib.process import without_native
+from benchmarks.lib.results import Json, complete, parser
 from jacobiflow.comparison.baselines import original_sampler
 from jacobiflow.data import Noise, load_images
 from jacobiflow.data.noise import add_noise, keyed_generator
 from jacobiflow.models.memory import keep_freed_memory
+from jacobiflow.utils.timing import time_call
 
 FOLDER = ROOT / "out" / "maf-fashion-mnist"
 TRAINING = "--flow maf --channels 512 --layers 2 --blocks 5 --unconditional --batch-size 128 --steps 3000"
 IMAGES, BATCH, LOOP_BATCHES = 50_000, 500, 2
 TOLERANCE = 1e-3
 FOR_LOOP = "For loop"
-
-Inverse = Callable[[Tensor], Tensor]
 
 
 def trained() -> jf.MAF:
@@ -40,66 +39,50 @@ def trained() -> jf.MAF:
     return jf.MAF.from_pretrained(FOLDER).requires_grad_(False)
 
 
-def inverses_of(flow: jf.MAF) -> dict[str, Inverse]:
-    """Inverses from latents to pixels (B, D): the table's loop and sweeps, and to a tolerance."""
+def inverses_of(flow: jf.MAF) -> dict[str, Callable[[Tensor], Tensor]]:
+    """Inverses from latents to images: the table's loop and sweeps, and to a tolerance."""
 
-    def inverse(strategy: str | jf.Strategy, z: Tensor, certify: bool = False) -> Tensor:
-        return jf.decode(flow, z, strategy=strategy, certify=certify).flatten(1)
+    def sweeps(partition: jf.Partition, stopping: jf.Stopping, certify: bool = False) -> Callable[[Tensor], Tensor]:
+        plan = jf.Strategy.uniform(jf.Solver(partition, stopping=stopping), flow.config.num_blocks)
+        return partial(jf.decode, flow, strategy=plan, certify=certify)
 
-    def sweeps(solver: jf.Solver, certify: bool = False) -> Inverse:
-        return partial(inverse, jf.Strategy.uniform(solver, flow.config.num_blocks), certify=certify)
-
-    inverses: dict[str, Inverse] = {FOR_LOOP: lambda z: original_sampler(flow)[1](flow, z, None).flatten(1)}
-    for count in (10, 20, 30):
-        inverses[f"{count} sweeps"] = sweeps(jf.Solver(jf.Whole(), stopping=jf.MaxSweeps(count)))
-    whole, window = (jf.Solver(part, stopping=jf.Tolerance(TOLERANCE)) for part in (jf.Whole(), jf.Window(64)))
-    loop = partial(inverse, "sequential")
-    return inverses | {
-        f"sweeps to {TOLERANCE:g}": sweeps(whole),
-        f"window of 64 to {TOLERANCE:g}": sweeps(window),
-        f"window of 64 to {TOLERANCE:g}, certified": sweeps(window, certify=True),
+    original = original_sampler(flow)[1]
+    tolerance, loop = jf.Tolerance(TOLERANCE), partial(jf.decode, flow, strategy="sequential", certify=False)
+    return {
+        FOR_LOOP: lambda z: original(flow, z, None),
+        **{f"{count} sweeps": sweeps(jf.Whole(), jf.MaxSweeps(count)) for count in (10, 20, 30)},
+        f"sweeps to {TOLERANCE:g}": sweeps(jf.Whole(), tolerance),
+        f"window of 64 to {TOLERANCE:g}": sweeps(jf.Window(64), tolerance),
+        f"window of 64 to {TOLERANCE:g}, certified": sweeps(jf.Window(64), tolerance, certify=True),
         "sequential, cached, in PyTorch": without_native()(loop),
         "sequential, cached": loop,
     }
-
-
-def measure(inverse: Inverse, images: Tensor, latents: Tensor, most: int | None) -> Json:
-    """Seconds of the inverse of `most` batches or all, and the mean absolute error of a pixel in [0, 1]."""
-    batches = list(zip(latents.split(BATCH), images.flatten(1).split(BATCH), strict=True))
-    total = len(batches)
-    batches = batches[:most]
-    errors, seconds = [], []
-    inverse(latents[:8])  # the first call is slower
-    for z, x in batches:
-        started = perf_counter()
-        pixels = inverse(z)
-        seconds.append(perf_counter() - started)
-        errors.append((pixels - x).abs() / 2)
-    error = torch.cat(errors)
-    return {
-        "batches": len(batches), "seconds": sum(seconds),
-        "seconds_of_all": sum(seconds) / len(batches) * total,
-        "spread": max(seconds) / min(seconds), "mae": float(error.mean()), "max_error": float(error.max()),
-    }  # fmt: skip
 
 
 def main() -> None:
     parser(__doc__).parse_args()
     flow = trained()
     clean, _ = load_images("fashion-mnist", flow.config.image_size, 1).batch(slice(0, IMAGES))
-    images = torch.cat([
+    images = [
         add_noise(batch, Noise("uniform"), keyed_generator(0, 3, k)) for k, batch in enumerate(clean.split(BATCH))
-    ])  # fmt: skip
-    with torch.no_grad():
-        latents = torch.cat([flow.encode(batch)[0] for batch in images.split(BATCH)])
-        inverses = inverses_of(flow)
-        keys = [{"method": name, "images": len(images), "batch_size": BATCH} for name in inverses]
+    ]
+    latents = [flow.encode(batch)[0] for batch in images]
+    inverses = inverses_of(flow)
 
-        def measure_method(key: Json) -> Json:
-            most = LOOP_BATCHES if key["method"] == FOR_LOOP else None
-            return measure(inverses[key["method"]], images, latents, most)
+    def measure(key: Json) -> Json:
+        """Seconds of the inverse of the first or all batches, and the mean absolute error of a pixel in [0, 1]."""
+        inverse, count = inverses[key["method"]], LOOP_BATCHES if key["method"] == FOR_LOOP else len(images)
+        inverse(latents[0][:8])  # the first call is slower
+        timed = [time_call(partial(inverse, z), torch.device("cpu")) for z in latents[:count]]
+        seconds = [elapsed for elapsed, _ in timed]
+        error = torch.cat([(x - image).abs() / 2 for (_, x), image in zip(timed, images, strict=False)])
+        return {
+            "batches": count, "seconds": sum(seconds), "seconds_of_all": sum(seconds) / count * len(images),
+            "spread": max(seconds) / min(seconds), "mae": float(error.mean()), "max_error": float(error.max()),
+        }  # fmt: skip
 
-        complete(RESULTS / "maf.json", keys, measure_method)
+    keys = [{"method": name, "images": len(clean), "batch_size": BATCH} for name in inverses]
+    complete("maf", keys, torch.no_grad()(measure))
 
 
 if __name__ == "__main__":

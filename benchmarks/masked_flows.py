@@ -1,14 +1,18 @@
-"""Times masked flows of four libraries, as they are and accelerated: `python -m benchmarks.masked_flows`.
+"""Times masked flows of four libraries, as they are and accelerated: `python -m benchmarks.masked_flows FILE ...`.
 
-Writes docs/results/masked-flows.json, which fills docs/flows.md and docs/libraries.md, in about half an hour on two
-idle cores. Flows have five transforms, random weights, and one context of four features for all rows. Their slow
-direction makes a pass of the network for each feature: sampling, or the density in some flows of normflows and pyro.
-Sampling is timed without its random numbers, from latents.
+Each FILE is a result file, measured on two idle cores. Flows have five transforms and random weights.
+- `masked-flows` (half an hour; docs/flows.md and docs/libraries.md): sampling, without its random numbers, and the
+  density, at one context of four features for all rows. The slow direction makes a pass of the network for each
+  feature: sampling, or the density in some flows of normflows and pyro.
+- `training` (a quarter of an hour; docs/training.md and docs/libraries.md): training steps and gradients, with a
+  context of ten features for each row; nflows' flow is sbi's "maf". The learning rate is so small that all steps do
+  the same work.
 """
 
 from __future__ import annotations
 
 import copy
+import statistics
 from collections.abc import Callable, Iterator
 from functools import partial
 from importlib.metadata import version
@@ -16,100 +20,26 @@ from itertools import product
 from time import perf_counter
 from typing import Any
 
-import nflows.distributions
-import nflows.flows
-import nflows.transforms
-import normflows
-import pyro.distributions as pyro
 import torch
 import zuko
-from pyro.distributions import transforms as pyro_transforms
-from pyro.nn import ConditionalAutoRegressiveNN
+from sbi.neural_nets.net_builders import build_maf
 from torch import Tensor, nn
 
 import jacobiflow as jf
-from benchmarks.common import RESULTS, Json, complete, parser, time_speed_up
+from benchmarks.lib.library_flows import FLOWS, PACKAGES, TRANSFORMS, calls, log_prob, training_step
+from benchmarks.lib.process import threads
+from benchmarks.lib.profiling import CLIPPING, NATIVE, OPTIMIZER, Profile
+from benchmarks.lib.results import Json, measure_files
+from benchmarks.lib.simulator import standardized
+from benchmarks.lib.timing import fitting_rounds, seconds_of, time_speed_up
 from jacobiflow.models.memory import keep_freed_memory
 
-TRANSFORMS, CONTEXT = 5, 4
+CONTEXT = 4
 HIDDEN, ROWS = 50, (1, 100, 10_000)
 WIDE, WIDE_HIDDEN, WIDE_ROWS = 784, 512, (1, 64)
 MILLION = {("MAF", "fast"): 20, ("NSF", "fast"): 5, ("MAF", "slow"): 5}  # features of 10^6 rows
 ERROR_ROWS, ERROR_FEATURES = 100, 64  # the largest sizes of which errors are measured
-LEAST, MOST, SECONDS = 3, 30, 1.0  # rounds, and the seconds that the library's own rounds may take
-
-Build = Callable[[int, int, int], nn.Module]
-Call = Callable[[Tensor], Tensor]
-
-
-def zuko_flow(kind: Callable[..., nn.Module], features: int, hidden: int, context: int) -> nn.Module:
-    return kind(features, context, transforms=TRANSFORMS, hidden_features=(hidden, hidden))
-
-
-def nflows_flow(kind: Callable[..., nn.Module], features: int, hidden: int, context: int) -> nn.Module:
-    """A flow of nflows as sbi builds it, with its order reversed between transforms."""
-    layers: list[nn.Module] = []
-    for _ in range(TRANSFORMS):
-        masked = kind(features, hidden, context_features=context, use_residual_blocks=False)
-        layers += [masked, nflows.transforms.ReversePermutation(features)]
-    base = nflows.distributions.StandardNormal([features])
-    return nflows.flows.Flow(nflows.transforms.CompositeTransform(layers), base)
-
-
-def normflows_flow(kind: Callable[..., nn.Module], features: int, hidden: int, context: int) -> nn.Module:
-    """A flow of normflows, with features shuffled between transforms."""
-    layers: list[nn.Module] = []
-    for _ in range(TRANSFORMS):
-        layers += [kind(features, num_blocks=2, context=context, hidden=hidden), normflows.flows.Permute(features)]
-    base = normflows.distributions.DiagGaussian(features, trainable=False)
-    return normflows.ConditionalNormalizingFlow(base, layers)
-
-
-def normflows_maf(features: int, num_blocks: int, context: int, hidden: int) -> nn.Module:
-    return normflows.flows.MaskedAffineAutoregressive(features, hidden, context, num_blocks)
-
-
-def normflows_nsf(features: int, num_blocks: int, context: int, hidden: int) -> nn.Module:
-    kind = normflows.flows.AutoregressiveRationalQuadraticSpline
-    return kind(features, num_blocks, hidden, num_context_channels=context, init_identity=False)
-
-
-def pyro_flow(kind: Callable[..., nn.Module], features: int, hidden: int, context: int) -> nn.Module:
-    """Transforms of pyro, each with an order of its own. pyro takes no fewer hidden units than features."""
-    sizes = [max(hidden, features)] * 2
-    return nn.ModuleList(kind(features, context, hidden_dims=sizes) for _ in range(TRANSFORMS))
-
-
-def pyro_nsf(features: int, context: int, hidden_dims: list[int]) -> nn.Module:
-    """A rational-quadratic spline, which has no lambdas: pyro's own helper makes a network for them too."""
-    bins = 8
-    network = ConditionalAutoRegressiveNN(features, context, hidden_dims, param_dims=[bins, bins, bins - 1])
-    return pyro_transforms.ConditionalSplineAutoregressive(features, network, count_bins=bins, order="quadratic")
-
-
-FLOWS: dict[tuple[str, str], Build] = {
-    ("zuko", "MAF"): partial(zuko_flow, zuko.flows.MAF),
-    ("zuko", "NSF"): partial(zuko_flow, zuko.flows.NSF),
-    ("nflows", "MAF"): partial(nflows_flow, nflows.transforms.MaskedAffineAutoregressiveTransform),
-    ("nflows", "NSF"): partial(
-        nflows_flow,
-        partial(
-            nflows.transforms.MaskedPiecewiseRationalQuadraticAutoregressiveTransform, tails="linear", tail_bound=3.0
-        ),
-    ),
-    ("normflows", "MAF"): partial(normflows_flow, normflows_maf),
-    ("normflows", "NSF"): partial(normflows_flow, normflows_nsf),
-    ("pyro", "MAF"): partial(pyro_flow, pyro_transforms.conditional_affine_autoregressive),
-    ("pyro", "NSF"): partial(pyro_flow, pyro_nsf),
-    ("pyro", "linear spline"): partial(pyro_flow, pyro_transforms.conditional_spline_autoregressive),
-    ("zuko", "MAF(passes=2)"): partial(zuko_flow, partial(zuko.flows.MAF, passes=2)),
-    ("zuko", "NSF(passes=2)"): partial(zuko_flow, partial(zuko.flows.NSF, passes=2)),
-    ("zuko", "NICE"): partial(zuko_flow, zuko.flows.NICE),
-    ("zuko", "SOSPF"): partial(zuko_flow, zuko.flows.SOSPF),
-    ("zuko", "BPF"): partial(zuko_flow, zuko.flows.BPF),
-    ("zuko", "NAF"): partial(zuko_flow, zuko.flows.NAF),
-    ("zuko", "UNAF"): partial(zuko_flow, zuko.flows.UNAF),
-}
+LEAST, MOST, SECONDS = 3, 1000, 1.0  # rounds, and the seconds that all of the library's may take
 FEATURES = {
     "MAF": (2, 5, 10, 20, 64), "NSF": (2, 5, 10, 20), "linear spline": (2, 5, 10), "MAF(passes=2)": (5, 16),
     "NSF(passes=2)": (5, 16), "NICE": (5, 16), "SOSPF": (5, 16), "BPF": (5, 16), "NAF": (5, 16), "UNAF": (5, 8),
@@ -117,41 +47,21 @@ FEATURES = {
 BISECTED = {"SOSPF", "BPF", "NAF", "UNAF"}  # Flows that are inverted by bisection. More rows take minutes.
 MAX_BISECTED_ROWS = 100
 SLOW_DENSITY = {("normflows", "MAF"), ("pyro", "MAF"), ("pyro", "NSF"), ("pyro", "linear spline")}
-PACKAGES = {"zuko": "zuko", "nflows": "nflows", "normflows": "normflows", "pyro": "pyro-ppl"}
+
+ROW_CONTEXT = 10
+SMALL, LARGE = "50 x 2", "256 x 3"  # hidden features
+RATE = 1e-6  # The learning rate of steps whose time is measured.
+STEP, GRADIENTS, IN_X, IN_CONTEXT, SAMPLES, LOSSES = (
+    "training step", "forward and backward", "gradient in x", "gradient in the context", "rsample and backward",
+    "loss after 1,000 steps",
+)  # fmt: skip
+ADAM, FUSED, NO_OPTIMIZER = "Adam", "Adam(fused=True)", "none"
+GRADIENT_ROWS = 1_000  # the largest number of rows whose gradients are compared with those in float64
+PROFILED = (10, 100)  # calls of a profile, at least and at most
+SIMULATIONS, STEPS, RATE_OF_LOSSES, NUDGE = 10_000, 1_000, 5e-4, 1e-7
 
 
-def calls(flow: Any, context: Tensor, rows: int) -> dict[str, Call]:
-    """A flow's sampling from latents, its density, and latents if they are the fast direction, at one context."""
-    if isinstance(flow, zuko.flows.Flow):
-        return {
-            "sampling": lambda z: flow(context).transform.inv(z),
-            "density": lambda x: flow(context).log_prob(x),
-            "latents": lambda x: flow(context).transform(x),
-        }
-    repeated = context.repeat(rows, 1)
-    if isinstance(flow, nflows.flows.Flow):
-        return {
-            "sampling": lambda z: flow._transform.inverse(z, repeated)[0],
-            "density": partial(flow.log_prob, context=repeated),
-            "latents": partial(flow.transform_to_noise, context=repeated),
-        }
-    if isinstance(flow, normflows.NormalizingFlow):
-        methods = {"sampling": flow.forward, "density": flow.log_prob, "latents": flow.inverse}
-        return {name: partial(method, context=repeated) for name, method in methods.items()}
-    zeros = context.new_zeros(flow[0].nn.input_dim)
-    base = pyro.Normal(zeros, zeros + 1).to_event(1)
-    conditioned = pyro.ConditionalTransformedDistribution(base, list(flow)).condition(context)
-
-    def sampling(z: Tensor) -> Tensor:
-        for transform in conditioned.transforms:
-            z = transform(z[:])
-        return z
-
-    # pyro returns what it has for the tensor that it saw last; a view is another tensor
-    return {"sampling": sampling, "density": lambda x: conditioned.log_prob(x[:])}
-
-
-def measure(key: Json) -> Json:
+def measure_call(key: Json) -> Json:
     """Seconds of one direction, by the library and accelerated, and the root mean square errors of few rows."""
     library, kind, features, rows = (key[name] for name in ("library", "flow", "features", "rows"))
     slow, fast = ("density", "sampling") if (library, kind) in SLOW_DENSITY else ("sampling", "density")
@@ -169,21 +79,14 @@ def measure(key: Json) -> Json:
         for name, each in (("library", flow), ("accelerated", accelerated))
     }
     with torch.no_grad():
-        metrics, results = time_speed_up(runs, LEAST if rows > ROWS[-1] else rounds(runs["library"]))
+        metrics, results = time_speed_up(runs, fitting_rounds(seconds_of(runs["library"]), SECONDS, LEAST, MOST))
         if rows <= ERROR_ROWS and features <= ERROR_FEATURES:
             exact = calls(copy.deepcopy(flow).double(), context.double(), rows)[call](inputs.double())
             metrics["error"] = {name: float((each - exact).square().mean().sqrt()) for name, each in results.items()}
     return {"call": call, **metrics, "backends": sorted(set(handle.backends.values()))}
 
 
-def rounds(run: Callable[[], Any]) -> int:
-    """As many rounds as `SECONDS` allow, within limits."""
-    started = perf_counter()
-    run()
-    return min(MOST, max(LEAST, int(SECONDS / (perf_counter() - started))))
-
-
-def keys() -> Iterator[Json]:
+def call_keys() -> Iterator[Json]:
     """All sizes that are measured; those that take longest come last."""
 
     def key_of(library: str, kind: str, features: int, *others: Any) -> Json:
@@ -203,9 +106,144 @@ def keys() -> Iterator[Json]:
                 yield key_of("zuko", kind, features, HIDDEN, 1_000_000, direction)
 
 
+def build(key: Json, context: int = ROW_CONTEXT) -> nn.Module:
+    """A flow with random weights, the same each time."""
+    width, layers = map(int, key["hidden"].split(" x "))
+    torch.manual_seed(0)
+    if key["library"] == "zuko":
+        kind = getattr(zuko.flows, key["flow"])
+        return kind(key["features"], context, transforms=TRANSFORMS, hidden_features=[width] * layers)
+    if key["library"] == "nflows":  # It has tanh, and shuffles features between transforms.
+        rows = torch.zeros(2, key["features"]), torch.zeros(2, context)
+        return build_maf(*rows, "none", "none", width, TRANSFORMS, num_blocks=layers).net
+    return FLOWS[key["library"], key["flow"]](key["features"], width, context)
+
+
+class Task:
+    """A call of one of the tasks on a flow, with or without a step of an optimizer."""
+
+    def __init__(self, key: Json, flow: nn.Module, x: Tensor, context: Tensor) -> None:
+        self.flow, self.x, self.context, self.draws = flow, x.clone(), context.clone(), key["task"] == SAMPLES
+        self.leaves: list[Tensor] = list(flow.parameters())
+        if key["task"] in (IN_X, IN_CONTEXT):
+            flow.requires_grad_(False)
+            self.leaves = [(self.x if key["task"] == IN_X else self.context).requires_grad_()]
+        is_fused = key["optimizer"] == FUSED
+        self.optimizer = torch.optim.Adam(self.leaves, RATE, fused=is_fused) if key["task"] == STEP else None
+
+    def run(self) -> None:
+        if self.optimizer is None:
+            for leaf in self.leaves:
+                leaf.grad = None
+            (self.flow(self.context).rsample().square().mean() if self.draws else self.loss()).backward()
+        else:
+            training_step(self.flow, self.optimizer, self.x, self.context)
+
+    def loss(self) -> Tensor:
+        """The loss; of samples from latents x, which are the same in float64."""
+        if self.draws:
+            return self.flow(self.context).transform.inv(self.x).square().mean()
+        return -log_prob(self.flow, self.x, self.context).mean()
+
+    def gradient(self) -> Tensor:
+        """The gradient in all leaves, as one vector in float64."""
+        parts = torch.autograd.grad(self.loss(), self.leaves)
+        return torch.cat([part.flatten().double() for part in parts])
+
+
+def profile(call: Callable[[], None], seconds: float) -> Json:
+    """Median milliseconds of a call: in the optimizer, in clipping, in native code, and the rest."""
+    watch, count = Profile(perf_counter), fitting_rounds(seconds, SECONDS, *PROFILED)
+    with watch.watching():
+        for i in range(count):
+            with watch.phase(str(i)):
+                call()
+    calls = list(watch.seconds.values())
+    parts = {part: 1e3 * statistics.median(each[part] for each in calls) for part in (OPTIMIZER, CLIPPING, NATIVE)}
+    total = 1e3 * statistics.median(sum(each.values()) for each in calls)
+    return parts | {"rest": total - sum(parts.values())}
+
+
+def measure_training(key: Json) -> Json:
+    """Seconds of a call by the library and accelerated, the parts of the latter, and the errors of gradients."""
+    if key["task"] == LOSSES:
+        return losses(key)
+    flow = build(key)
+    accelerated, precise = copy.deepcopy(flow), copy.deepcopy(flow).double()
+    jf.accelerate(accelerated)
+    torch.manual_seed(1)
+    inputs = torch.randn(key["rows"], key["features"]), torch.randn(key["rows"], ROW_CONTEXT)
+    few = [each[:GRADIENT_ROWS] for each in inputs]
+    exact = Task(key, precise, few[0].double(), few[1].double()).gradient()
+    flows = {"library": flow, "accelerated": accelerated}
+    errors = {name: Task(key, each, *few).gradient() - exact for name, each in flows.items()}
+    tasks = {name: Task(key, each, *inputs).run for name, each in flows.items()}
+    tasks["library"]()
+    rounds = fitting_rounds(seconds_of(tasks["library"]), SECONDS, LEAST, MOST)
+    use_threads = threads(key["threads"])
+    runs = {name: use_threads(task) for name, task in tasks.items()}
+    if key["threads"] > 1:
+        runs["accelerated, one thread"] = tasks["accelerated"]
+    metrics, _ = time_speed_up(runs, rounds)
+    metrics["profile"] = profile(runs["accelerated"], metrics["seconds"]["accelerated"]["median"])
+    metrics["error"] = {name: float(error.abs().max() / exact.abs().max()) for name, error in errors.items()}
+    return metrics
+
+
+def losses(key: Json) -> Json:
+    """Losses of all simulations after training from one seed, and by the library from weights that hardly differ."""
+    (x, context), ends = standardized(SIMULATIONS), {}
+    for name in ("library", "accelerated", "library, first weights changed by 1e-7"):
+        flow = build(key, context.shape[1])
+        with torch.no_grad():
+            for parameter in flow.parameters():
+                parameter.mul_(1 + NUDGE * torch.randn_like(parameter) * ("changed" in name))
+        fast = jf.accelerate(flow) if name == "accelerated" else None
+        optimizer = torch.optim.Adam(flow.parameters(), RATE_OF_LOSSES)
+        torch.manual_seed(1)
+        for _ in range(STEPS):
+            rows = torch.randint(SIMULATIONS, (key["rows"],))
+            training_step(flow, optimizer, x[rows], context[rows])
+        if fast is not None:
+            fast.restore()
+        with torch.no_grad():
+            ends[name] = float(-log_prob(flow, x, context).mean())
+    return {"losses": ends}
+
+
+def training_keys() -> Iterator[Json]:
+    """All tasks; those that take longest come last."""
+
+    def key_of(task: str, flow: tuple[str, str], features: int, rows: int, **others: Any) -> Json:
+        names = {"task": task, "library": flow[0], "version": version(PACKAGES[flow[0]]), "flow": flow[1]}
+        sizes = {"features": features, "hidden": SMALL, "rows": rows, "optimizer": NO_OPTIMIZER, "threads": 1}
+        return names | sizes | others
+
+    zukos, maf = [("zuko", "MAF"), ("zuko", "NSF")], ("nflows", "MAF")
+    for flow, rows, features, optimizer in product(zukos, (200, 1_000), (5, 20), (ADAM, FUSED)):
+        yield key_of(STEP, flow, features, rows, optimizer=optimizer)
+    for flow, optimizer in product([maf, ("normflows", "MAF"), ("pyro", "MAF")], (ADAM, FUSED)):
+        yield key_of(STEP, flow, 5, 200, optimizer=optimizer)
+    for flow, features in product(zukos, (5, 20)):
+        yield key_of(STEP, flow, features, 200, optimizer=ADAM, hidden=LARGE)
+        yield key_of(SAMPLES, flow, features, 1_000)
+        yield key_of(GRADIENTS, flow, features, 1_000)
+    for flow in (*zukos, maf):
+        yield key_of(LOSSES, flow, 5, 200, optimizer=ADAM)
+        for task, rows in product((IN_X, IN_CONTEXT), (1, 20)):
+            yield key_of(task, flow, 5, rows)
+        for rows, count in product((200, 10_000), (1, 2)):
+            yield key_of(GRADIENTS, flow, 5, rows, threads=count)
+    for flow, features in product(zukos, (5, 20)):
+        if features == 20:
+            yield key_of(GRADIENTS, flow, features, 10_000)
+        for optimizer in (ADAM, FUSED):
+            yield key_of(STEP, flow, features, 10_000, optimizer=optimizer)
+
+
 def main() -> None:
-    parser(__doc__).parse_args()
-    complete(RESULTS / "masked-flows.json", keys(), measure)
+    files = {"masked-flows": (call_keys, measure_call), "training": (training_keys, measure_training)}
+    measure_files(__doc__, files, one_thread=("training",))
 
 
 if __name__ == "__main__":

@@ -1,100 +1,157 @@
-"""Compares `auto` with the original sampler and other papers' samplers: `python -m benchmarks.performance`.
+"""Compares `auto` with the original and other samplers on two idle cores: `python -m benchmarks.performance FILE ...`.
 
-Writes docs/results/performance.json, which fills docs/performance.md and docs/peers.md, in half an hour on two cores
-that are otherwise idle. For each batch size of `fashion-p2` it has the grid, every setting of every sampler, without
-those that a smaller batch showed to be wrong or slow; the final, the fastest setting of each sampler within 1e-3 and
-the published one, interleaved with `auto` and the exact loops.
+Each FILE is a result file.
+- `model-speed` (ten minutes; README, docs/performance.md and the model cards): the bundled models, from the call to
+  images that a user keeps, for the original sampler and for `jf.sample` at its defaults; then the parts.
+- `performance` (half an hour; docs/performance.md and docs/peers.md): for each batch size of `fashion-p2` the grid,
+  every setting of every sampler, without those that a smaller batch showed to be wrong or slow; and the fastest setting
+  of each sampler within 1e-3 and the published one, interleaved with `auto` and the exact loops.
+- `MODEL-strategies` (ten minutes; docs/paper.md): the strategies of the paper's Tables 3 and 4, proposals of the
+  report, peers at their published settings, and `auto`, certified.
+- `MODEL-calibration-guided` (seconds; docs/paper.md), from out/MODEL-guided.json, a report of `jacobiflow calibrate
+  --guidance 1`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Callable, Iterator, Mapping
+from functools import cache, partial
 from itertools import product
-from time import perf_counter
 from typing import Any
 
 from torch import Tensor
 
 import jacobiflow as jf
-from benchmarks.common import IN_PYTORCH, MODELS, RESULTS, Json, latents, origin, parser, read, without_native
-from benchmarks.peers import GRIDS, PEERS, gs_jacobi_grid
+from benchmarks import MODELS, ROOT
+from benchmarks.lib.models import latents, sample
+from benchmarks.lib.peers import GRIDS, PEERS, gs_jacobi_grid
+from benchmarks.lib.process import without_native
+from benchmarks.lib.results import Json, measure_files
+from benchmarks.lib.timing import IN_PYTORCH, to_json
+from jacobiflow.calibration import gs_jacobi_notation
+from jacobiflow.calibration.report import GUESS_NAMES
+from jacobiflow.comparison.baselines import original_sampler
 from jacobiflow.comparison.compare import compare_samplers
 from jacobiflow.evaluation import paired_error
 from jacobiflow.models.memory import keep_freed_memory
 from jacobiflow.planner import auto
-from jacobiflow.utils.files import write_json
+from jacobiflow.sampling.result import Samples
+from jacobiflow.utils.timing import time_interleaved
 
-MODEL = "fashion-p2"
+TOLERANCE = 1e-3  # of `auto`, of the paper's Algorithm 1, and of what counts as right
+ROUNDS = {1: 7, 4: 5, 16: 3, 64: 3}
+
+MODEL_BATCHES = {"fashion-p2": (1, 4, 16, 64), "emoji-p2": (1, 16), "digits-p1": (1, 16), "digits-maf": (1, 16)}
+ORIGINAL_TO_IMAGES, AUTO_TO_IMAGES = "original sampler, to images", "auto, to images"
+ORIGINAL, AUTO, EXACT, PAPER, DENOISING = "original sampler", "auto", "exact loop", "GS-Jacobi", "denoising"
+DETAILED = "fashion-p2"  # The model that other samplers draw from, too.
+
 BATCHES = (1, 4, 16, 64)
-SMALLER = {16: "4", 64: "16"}  # the batch size whose grid tells which settings are promising
-ROUNDS = {1: 9, 4: 7, 16: 5, 64: 3}
+SMALLER = {16: 4, 64: 16}  # the batch size whose grid tells which settings are promising
 GRID_RUNS = {1: 2, 4: 2, 16: 1, 64: 1}  # Runs of each setting; the fastest counts.
 TOLERANCES = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5)
-ERROR = 1e-3
-WRONG, SLOW = 1e-2, 1.3  # times the fastest setting within ERROR
+WRONG, SLOW = 1e-2, 1.3  # times the fastest setting within TOLERANCE
 CERTIFIED = "auto, certified"
 WITHOUT_LOOP, WITHOUT_ALL = "auto, without the native loop", "auto, without all three"
 
-Sampler = Callable[[Tensor, Tensor], Any]  # From latents and labels to images, network_calls and token_evaluations.
+LARGE = 64  # The batch at which the strategies of the paper take too long.
+AUTOS = {"auto:1e-1": 1e-1, "auto:1e-2": 1e-2, "auto": TOLERANCE}
+
+Sampler = Callable[[Tensor, Any], Any]  # From latents and context to images, network_calls and token_evaluations.
 
 
-def sample(
-    flow: jf.TarFlow, strategy: str | jf.Strategy, z: Tensor, labels: Tensor, certify: bool = False
-) -> jf.Samples:
-    return jf.sample(flow, latents=z, labels=labels, settings=None, strategy=strategy, certify=certify)
+@cache
+def load(model: str) -> tuple[Any, Any]:
+    """A bundled model and its report."""
+    flow, path = jf.load(model).requires_grad_(False), MODELS / model / "report.json"
+    return flow, jf.CalibrationReport.load(path) if path.exists() else None
 
 
-def images(run: Callable[..., Any], *arguments: Any) -> Tensor:
-    return run(*arguments).images
+def measure_model(key: Json) -> Json:
+    """Seconds of a batch at the model's recommended settings, and largest errors against the exact loop in PyTorch."""
+    plain, report = load(key["model"])
+    settings, (z, context) = plain.recommended, latents(plain, key["batch"])
+    flow = plain.guided(settings.guidance)
+    original = partial(original_sampler(flow)[1], flow, z, context)
+
+    def denoise(images: Tensor) -> Tensor:
+        return jf.denoise(plain, images, context, settings.denoise) if settings.denoise else images
+
+    draw = partial(jf.sample, flow, latents=z, context=context, settings=None)
+    exact = partial(draw, strategy="sequential")
+    runs: dict[str, Callable[[], Any]] = {
+        ORIGINAL_TO_IMAGES: lambda: denoise(original()),
+        AUTO_TO_IMAGES: partial(jf.sample, plain, latents=z, context=context),
+        ORIGINAL: original,
+        AUTO: draw,
+        IN_PYTORCH: without_native()(exact),
+    }
+    if key["model"] == DETAILED:
+        paper = jf.Strategy.parse(gs_jacobi_notation(report, TOLERANCE), report)
+        runs |= {PAPER: without_native()(partial(draw, strategy=paper, certify=False)), EXACT: exact}
+    if settings.denoise:
+        runs[DENOISING] = partial(denoise, draw().images)
+    timings, results = time_interleaved(runs, ROUNDS[key["batch"]])
+    images = {name: getattr(results[name], "images", results[name]) for name in (ORIGINAL, AUTO, PAPER, EXACT)
+              if name in results}  # fmt: skip
+    errors = {name: paired_error(each, results[IN_PYTORCH].images).max for name, each in images.items()}
+    return {"seconds": to_json(timings), "max_error": errors}
 
 
-def samplers_of(flow: jf.TarFlow, report: jf.CalibrationReport) -> dict[str, dict[str, Sampler]]:
-    """Settings of every sampler by name, the published one first."""
-    samplers: dict[str, dict[str, Sampler]] = {
-        name: {
+def model_keys() -> Iterator[Json]:
+    for model, batches in MODEL_BATCHES.items():
+        yield from ({"model": model, "batch": batch} for batch in batches)
+
+
+@cache
+def settings_of(name: str) -> Mapping[str, Sampler]:
+    """Settings of a sampler for `DETAILED`, the published one first."""
+    flow, report = load(DETAILED)
+    if name in GRIDS:
+        return {
             ", ".join(f"{key} {value}" for key, value in setting.items()): partial(PEERS[name], flow, **setting)
-            for setting in grid
+            for setting in GRIDS[name]
         }
-        for name, grid in GRIDS.items()
+    if name == "GS-Jacobi":
+        return {text: partial(sample, flow, jf.Strategy.parse(text, report)) for text in gs_jacobi_grid(report)}
+    solvers = {
+        f"window:{size} to {tolerance:g}": jf.Solver(jf.Window(size), stopping=jf.Tolerance(tolerance))
+        for size, tolerance in product((32, flow.config.num_tokens), TOLERANCES)
     }
-    samplers["GS-Jacobi"] = {
-        text: partial(sample, flow, jf.Strategy.parse(text, report)) for text in gs_jacobi_grid(report)
-    }
-    samplers["window"] = {}
-    for size, tolerance in product((32, flow.config.num_tokens), TOLERANCES):
-        solver = jf.Solver(jf.Window(size), stopping=jf.Tolerance(tolerance))
-        strategy = jf.Strategy.uniform(solver, flow.config.num_blocks)
-        samplers["window"][f"window:{size} to {tolerance:g}"] = partial(sample, flow, strategy)
-    return samplers
+    plans = {text: jf.Strategy.uniform(solver, flow.config.num_blocks) for text, solver in solvers.items()}
+    return {text: partial(sample, flow, plan) for text, plan in plans.items()}
 
 
-def grid(flow: jf.TarFlow, samplers: Mapping[str, Mapping[str, Sampler]], batch: int) -> list[Json]:
-    """A row for each setting, and for each tolerance of `auto`."""
+OTHERS = (*GRIDS, "GS-Jacobi", "window")
+
+
+@cache
+def grid(batch: int) -> list[Json]:
+    """A row for each promising setting, and for each tolerance of `auto`."""
+    flow, _ = load(DETAILED)
     z, labels = latents(flow, batch)
     exact = sample(flow, "sequential", z, labels).images
-    runs = {(name, setting): run for name, settings in samplers.items() for setting, run in settings.items()}
+    runs: dict[tuple[str, str], Sampler] = {}
+    for name in OTHERS:
+        names = promising(name, grid(SMALLER[batch])) if batch in SMALLER else settings_of(name)
+        runs |= {(name, setting): settings_of(name)[setting] for setting in names}
     for tolerance in TOLERANCES:
         runs["auto", f"to {tolerance:g}"] = partial(sample, flow, auto(flow, batch, tolerance))
     rows = []
     for (name, setting), run in runs.items():
-        seconds = []
-        for _ in range(GRID_RUNS[batch]):
-            started = perf_counter()
-            samples = run(z, labels)
-            seconds.append(perf_counter() - started)
-        rows.append({"sampler": name, "setting": setting, "seconds": min(seconds), **cost_and_error(samples, exact)})
-        print(f"  {batch:3d} {name} {setting}: {min(seconds):.3f} s, error {rows[-1]['max_error']:.1e}", flush=True)
+        timings, samples = time_interleaved({name: partial(run, z, labels)}, GRID_RUNS[batch], warm_up=False)
+        seconds, cost = timings[name].min, cost_and_error(samples[name], exact)
+        rows.append({"sampler": name, "setting": setting, "seconds": seconds, **cost})
+        print(f"  {batch:3d} {name} {setting}: {seconds:.3f} s, error {cost['max_error']:.1e}", flush=True)
     return rows
 
 
-def promising(name: str, settings: Mapping[str, Sampler], rows: list[Json]) -> dict[str, Sampler]:
+def promising(name: str, rows: list[Json]) -> list[str]:
     """The published setting of a sampler, and those that were neither wrong nor slow in `rows`, of a smaller batch."""
-    limit = SLOW * min((row["seconds"] for row in rows_within(rows, name, ERROR)), default=math.inf)
+    limit = SLOW * min((row["seconds"] for row in rows_within(rows, name, TOLERANCE)), default=math.inf)
     near = {row["setting"] for row in rows_within(rows, name, WRONG) if row["seconds"] <= limit}
-    published = next(iter(settings))
-    return {setting: run for setting, run in settings.items() if setting in near | {published}}
+    return [text for i, text in enumerate(settings_of(name)) if i == 0 or text in near]
 
 
 def rows_within(rows: list[Json], name: str, error: float) -> list[Json]:
@@ -103,15 +160,15 @@ def rows_within(rows: list[Json], name: str, error: float) -> list[Json]:
 
 
 def best(rows: list[Json], name: str) -> str:
-    """The fastest setting of a sampler within the error; the most accurate if none is."""
-    if near := rows_within(rows, name, ERROR):
+    """The fastest setting of a sampler within the tolerance; the most accurate if none is."""
+    if near := rows_within(rows, name, TOLERANCE):
         return str(min(near, key=lambda row: row["seconds"])["setting"])
     return str(min(rows_within(rows, name, math.inf), key=lambda row: row["max_error"])["setting"])
 
 
 def plans_of(flow: jf.TarFlow, batch: int) -> dict[str, jf.Strategy]:
     """The plans of `auto`, with the report and without, and without what other samplers lack."""
-    without_report = jf.TarFlow.from_pretrained(MODEL).requires_grad_(False)
+    without_report = jf.TarFlow.from_pretrained(DETAILED).requires_grad_(False)
     without_report.report_files = ()
     plan = auto(flow, batch)
     plans = {"auto": plan, CERTIFIED: plan, "auto, without a report": auto(without_report, batch)}
@@ -121,8 +178,14 @@ def plans_of(flow: jf.TarFlow, batch: int) -> dict[str, jf.Strategy]:
     return plans
 
 
-def final(flow: jf.TarFlow, samplers: Mapping[str, Mapping[str, Sampler]], rows: list[Json], batch: int) -> Json:
-    """One interleaved run of the best and the published settings with `auto` and the exact loops."""
+def images(run: Sampler, z: Tensor, context: Any) -> Tensor:
+    return run(z, context).images
+
+
+def measure_samplers(key: Json) -> Json:
+    """The grid, and one interleaved run of the best and the published settings with `auto` and the exact loops."""
+    batch = key["batch"]
+    rows, (flow, _) = grid(batch), load(DETAILED)
     z, labels = latents(flow, batch)
     plans = plans_of(flow, batch)
     runs: dict[str, Callable[[], Any]] = {
@@ -131,9 +194,10 @@ def final(flow: jf.TarFlow, samplers: Mapping[str, Mapping[str, Sampler]], rows:
     runs[IN_PYTORCH] = partial(sample, flow, "sequential", z, labels)
     runs |= {name: without_native()(runs[name]) for name in (WITHOUT_LOOP, WITHOUT_ALL, IN_PYTORCH)}
     others: dict[str, Sampler] = {}
-    for name, settings in samplers.items():
-        names = {best(rows, name)} | ({next(iter(settings))} if name != "window" else set())
-        others |= {f"{name} | {setting}": settings[setting] for setting in sorted(names)}
+    for name in OTHERS:
+        published = next(iter(settings_of(name)))
+        names = {best(rows, name)} | ({published} if name != "window" else set())
+        others |= {f"{name} | {setting}": settings_of(name)[setting] for setting in sorted(names)}
     runs |= {name: partial(images, run, z, labels) for name, run in others.items()}
     result: Json = compare_samplers(flow, z, labels, runs, repeats=ROUNDS[batch]).to_json()
     exact = sample(flow, "sequential", z, labels).images
@@ -143,13 +207,12 @@ def final(flow: jf.TarFlow, samplers: Mapping[str, Mapping[str, Sampler]], rows:
             row["plan"] = blocks_by_piece(plans[name])
         if name in others:
             row |= cost_and_error(others[name](z, labels), exact)
-    return result
+    return {"grid": rows, "rows": result["rows"], "encoding_pass": result["encoding_pass"]}
 
 
 def cost_and_error(samples: Any, exact: Tensor) -> Json:
-    error = paired_error(samples.images, exact)
-    cost = {"network_calls": samples.network_calls, "token_evaluations": samples.token_evaluations}
-    return {"max_error": error.max, "mean_error": error.mean, **cost}
+    cost = samples.outcome if isinstance(samples, Samples) else samples
+    return {"max_error": paired_error(samples.images, exact).max, "network_calls": cost.network_calls}
 
 
 def blocks_by_piece(plan: jf.Strategy) -> dict[str, int]:
@@ -163,25 +226,53 @@ def blocks_by_piece(plan: jf.Strategy) -> dict[str, int]:
     }
 
 
+def measure_strategies(key: Json) -> Json:
+    """A row per strategy: seconds, speed-up, network calls, and the error against the exact loop's images."""
+    (flow, report), batch = load(key["model"]), key["batch"]
+    z, labels = latents(flow, batch)
+    draw = partial(sample, flow, z=z, context=labels)
+    runs: dict[str, Callable[[], Any]] = {IN_PYTORCH: without_native()(partial(draw, strategy="sequential"))}
+    if batch < LARGE:
+        names = gs_jacobi_grid(report, short=True)
+        for tolerance in (1e-1, 1e-2):
+            names += [gs_jacobi_notation(report, tolerance, per_segment=each) for each in (False, True)]
+        runs |= {name: partial(draw, strategy=jf.Strategy.parse(name, report)) for name in names}
+        runs |= {name: partial(images, partial(peer, flow), z, labels) for name, peer in PEERS.items()}
+    with without_native():
+        plan = jf.plan(flow, batch_size=batch)
+    runs[WITHOUT_LOOP] = without_native()(partial(draw, strategy=plan, certify=True))
+    for name, tolerance in AUTOS.items():
+        runs[name] = partial(draw, strategy=auto(flow, batch, tolerance), certify=True)
+    return {"rows": compare_samplers(flow, z, labels, runs, repeats=ROUNDS[batch]).to_json()["rows"]}
+
+
+def measure_guided(key: Json) -> Json:
+    """What the page shows of a calibration under guidance."""
+    report = jf.CalibrationReport.load(ROOT / "out" / f"{key['model']}-guided.json")
+    sweeps = {guess: {f"{TOLERANCE:g}": report.mean_sweeps("noise", TOLERANCE, guess)} for guess in GUESS_NAMES}
+    return {
+        "guess": [report.best_guess(block) for block in range(report.num_blocks)],
+        "crm_percent": report.crm_percent, "gamma": [sum(norms) / len(norms) for norms in report.gamma],
+        "mean_sweeps": {"noise": sweeps},
+    }  # fmt: skip
+
+
+def batch_keys(model: str) -> list[Json]:
+    return [{"model": model, "batch": batch} for batch in BATCHES]
+
+
+def model_key(model: str) -> list[Json]:
+    return [{"model": model}]
+
+
 def main() -> None:
-    parser(__doc__).parse_args()
-    flow = jf.TarFlow.from_pretrained(MODEL).requires_grad_(False)
-    samplers = samplers_of(flow, jf.CalibrationReport.load(MODELS / MODEL / "report.json"))
-    out = RESULTS / "performance.json"
-    result: Json = {"model": MODEL, "grid": {}, "final": {}} | read(out, origin(grid))
-    for batch in BATCHES:
-        key = str(batch)
-        smaller = result["grid"].get(SMALLER.get(batch))
-        near = {name: promising(name, own, smaller) if smaller else own for name, own in samplers.items()}
-        parts: dict[str, Callable[[], Any]] = {
-            "grid": partial(grid, flow, near, batch),
-            "final": lambda: final(flow, samplers, result["grid"][key], batch),  # noqa: B023
-        }
-        for part, measure in parts.items():
-            if key not in result[part]:
-                result[part][key] = measure()
-                write_json(out, result)
-                print(f"batch {batch}: {part} done", flush=True)
+    files: dict[str, tuple[Callable[[], Any], Callable[[Json], Json]]] = {
+        "model-speed": (model_keys, measure_model), "performance": (partial(batch_keys, DETAILED), measure_samplers),
+    }  # fmt: skip
+    for model in ("fashion-p2", "emoji-p2", "digits-p1"):
+        files[f"{model}-strategies"] = partial(batch_keys, model), measure_strategies
+        files[f"{model}-calibration-guided"] = partial(model_key, model), measure_guided
+    measure_files(__doc__, files)
 
 
 if __name__ == "__main__":

@@ -10,24 +10,25 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import jacobiflow as jf
-from benchmarks.common import Json, latents, origin, parser, read, to_json
-from benchmarks.features import KINDS, trained, training_statistics
-from benchmarks.peers import GRIDS, PEERS, gs_jacobi_grid
+from benchmarks.features import KINDS, Distance, trained_distance
+from benchmarks.lib.models import latents
+from benchmarks.lib.peers import GRIDS, PEERS, gs_jacobi_grid
+from benchmarks.lib.results import Json, ResultFile, parser
+from benchmarks.lib.timing import to_json
 from jacobiflow.comparison.baselines import SEQUENTIAL, original_sampler
 from jacobiflow.data import quantize
-from jacobiflow.evaluation import FeatureStatistics, extract_features, frechet_distance, paired_error, pixel_difference
+from jacobiflow.evaluation import paired_error, pixel_difference
 from jacobiflow.models.flow import Flow
 from jacobiflow.models.memory import keep_freed_memory
 from jacobiflow.planner import choose, is_auto
-from jacobiflow.utils.files import write_json
 from jacobiflow.utils.timing import time_interleaved
 
 ORIGINAL = "Original"
@@ -51,8 +52,7 @@ class Experiment(NamedTuple):
     flow: Flow
     denoise: float
     batch_size: int
-    real: FeatureStatistics
-    features: nn.Module
+    distance: Distance
     report: jf.CalibrationReport | None = None
 
     def sampler(self, name: str) -> Sampler:
@@ -66,96 +66,81 @@ class Experiment(NamedTuple):
             self.flow, latents=z, labels=labels, settings=None, strategy=plan, certify=is_auto(name)
         )
 
+    def denoised(self, images: Tensor, labels: Tensor) -> Tensor:
+        return jf.denoise(self.flow, images, labels, self.denoise) if self.denoise else images
+
     def sample(self, sampler: Sampler, num: int) -> tuple[Tensor, int]:
         """Denoised images of the first `num` latents, and the number of samples that were solved again."""
         images: list[Tensor] = []
         num_fallback = 0
-        for z, labels in zip(
-            *(values.split(self.batch_size) for values in latents(self.flow, num, seed=0)), strict=True
-        ):
+        batches = (values.split(self.batch_size) for values in latents(self.flow, num, seed=0))
+        for z, labels in zip(*batches, strict=True):
             samples = sampler(z, labels)
             num_fallback += int(samples.used_fallback.sum()) if isinstance(samples, jf.Samples) else 0
-            images.append(
-                jf.denoise(self.flow, samples.images, labels, self.denoise) if self.denoise else samples.images
-            )
+            images.append(self.denoised(samples.images, labels))
         return torch.cat(images), num_fallback
 
     def time(self, samplers: Mapping[str, Sampler], repeats: int) -> Json:
+        """Seconds of a batch by every sampler, and of its denoising."""
         z, labels = latents(self.flow, self.batch_size, seed=0)
-        seconds, results = time_interleaved({name: partial(run, z, labels) for name, run in samplers.items()}, repeats)
-        denoising = 0.0
-        if self.denoise:
-            run = partial(jf.denoise, self.flow, results[SEQUENTIAL].images, labels, self.denoise)
-            denoising = time_interleaved({"denoise": run}, repeats)[0]["denoise"].median
-        return {
-            "repeats": repeats, "batch_size": self.batch_size,
-            "denoise_seconds": denoising, "rows": to_json(seconds),
-        }  # fmt: skip
+        runs: dict[str, Callable[[], Any]] = {name: partial(run, z, labels) for name, run in samplers.items()}
+        noisy = samplers[SEQUENTIAL](z, labels).images
+        timings, _ = time_interleaved({**runs, "denoising": partial(self.denoised, noisy, labels)}, repeats)
+        denoising = timings.pop("denoising").median if self.denoise else 0.0
+        return {"denoise_seconds": denoising, "seconds": to_json(timings)}
 
-    def score(
-        self,
-        name: str,
-        images: Tensor,
-        exact: Tensor,
-        num_fallback: int,
-        original_distance: float | None,
-        timings: Json,
-    ) -> Json:
-        """The row of `images`; `relative` is the share of its distance above the original's."""
-        pixels, exact_pixels = quantize(images), quantize(exact)
-        distance = frechet_distance(
-            self.real, FeatureStatistics.from_features(extract_features(self.features, [pixels]))
-        )
-        error, denoising = paired_error(images, exact), timings["denoise_seconds"]
-        seconds = {key: value + denoising for key, value in timings["rows"][name].items()}
+    def score(self, images: Tensor, exact: Tensor) -> Json:
+        """The distance of images to real ones, and their differences from those of the exact loop."""
+        pixels, error = quantize(images), paired_error(images, exact)
         return {
-            "name": name, "num": len(images), "distance": distance,
-            "relative": 0.0 if original_distance is None else distance / original_distance - 1,
-            "max": error.max, "rms": error.rms, "pixels": asdict(pixel_difference(pixels, exact_pixels)),
-            "used_fallback": num_fallback / len(images), "seconds": seconds,
-            "rate": (timings["rows"][ORIGINAL]["median"] + denoising) / seconds["median"],
+            "distance": self.distance(pixels), "max": error.max, "rms": error.rms,
+            "pixels": asdict(pixel_difference(pixels, quantize(exact))),
         }  # fmt: skip
 
 
 def score_samplers(
     experiment: Experiment, names: Sequence[str], num: int, final: int | None, out: Path, settings: Json,
     repeats: int = 3,
-) -> Json:  # fmt: skip
-    """Times and scores all rows, then `final` samples of the best ones; returns the content of the file `out`.
+) -> list[Json]:  # fmt: skip
+    """Times and scores all rows, then `final` samples of the best ones; returns the rows of the file `out`.
 
-    Raises:
-        SystemExit: If `out` is of other settings or of another machine.
+    Its first row has the times. `relative` is the share of a distance above the original's, and `rate` how many times
+    faster than the original a denoised batch is.
     """
-    head = origin(score_samplers)
     guidance = experiment.flow.guidance
-    settings = settings | {"denoise": experiment.denoise, "guidance": None if guidance is None else asdict(guidance)}
-    result = settings | {"timings": None, "rows": [], "final": None} | read(out, head)
-    if any(result[key] != value for key, value in settings.items()):
-        raise SystemExit(f"{out}: of other settings; give another file, or remove it")
+    key = settings | {
+        "denoise": experiment.denoise, "guidance": None if guidance is None else asdict(guidance),
+        "batch_size": experiment.batch_size,
+    }  # fmt: skip
     names = list(dict.fromkeys((ORIGINAL, SEQUENTIAL, *names)))
     samplers = {name: experiment.sampler(name) for name in names}
-    if result["timings"] is None or not set(names) <= result["timings"]["rows"].keys():
-        result |= {"timings": experiment.time(samplers, repeats), "rows": [], "final": None}
-        write_json(out, result)
+    exact = cache(partial(experiment.sample, samplers[SEQUENTIAL]))
 
-    def fill(rows: list[Json], names: Sequence[str], num: int) -> None:
-        """Samples and scores the rows that are missing. The original's images are those of the exact loop."""
-        exact = None
-        for name in names[len(rows) :]:
-            exact = experiment.sample(samplers[SEQUENTIAL], num)[0] if exact is None else exact
-            is_exact = name in (ORIGINAL, SEQUENTIAL)
-            images, num_fallback = (exact, 0) if is_exact else experiment.sample(samplers[name], num)
-            base = rows[0]["distance"] if rows else None
-            row = experiment.score(name, images, exact, num_fallback, base, result["timings"])
-            rows.append(row)
-            print(f"{name:40s} {row['distance']:.4f} {row['relative']:+.2%} {row['max']:.1e} {row['rate']:.2f}x")
-            write_json(out, result)
+    with ResultFile(out, score_samplers) as file:
+        timed = {"repeats": repeats, "names": names}
+        times = file.row(key | timed, lambda _: experiment.time(samplers, repeats))
 
-    fill(result["rows"], names, num)
-    if final is not None:
-        result["final"] = result["final"] or []
-        fill(result["final"], finalists(result["rows"]), final)
-    return result
+        def seconds(name: str) -> Json:
+            return {kind: value + times["denoise_seconds"] for kind, value in times["seconds"][name].items()}
+
+        def score(row: Json) -> Json:
+            name, num = row["name"], row["num"]
+            is_exact = name in (ORIGINAL, SEQUENTIAL)  # The original's images are those of the exact loop.
+            images, num_fallback = exact(num) if is_exact else experiment.sample(samplers[name], num)
+            scores = experiment.score(images, exact(num)[0])
+            base = next((each["distance"] for each in file.rows if each.get("num") == num), scores["distance"])
+            return {
+                **scores, "relative": scores["distance"] / base - 1, "used_fallback": num_fallback / num,
+                "seconds": seconds(name), "rate": seconds(ORIGINAL)["median"] / seconds(name)["median"],
+            }  # fmt: skip
+
+        def fill(part: str, names: Sequence[str], num: int) -> list[Json]:
+            return [file.row(key | {"part": part, "name": name, "num": num}, score) for name in names]
+
+        rows = fill("rows", names, num)
+        if final is not None:
+            fill("final", finalists(rows), final)
+        return file.rows
 
 
 def main() -> None:
@@ -176,7 +161,7 @@ def main() -> None:
     report = None if path is None else jf.CalibrationReport.load(path)
     experiment = Experiment(
         flow.guided(flow.recommended.guidance), flow.recommended.denoise, options.batch_size,
-        training_statistics(options.features), trained(options.features), report,
+        trained_distance(options.features), report,
     )  # fmt: skip
     names = options.strategy or [*gs_jacobi_grid(report, short=True), *PEERS, *AUTOS]
     kind, against = f"{options.features}-FID", KINDS[options.features].description

@@ -3,27 +3,23 @@
 Writes docs/results/MODEL-search.json, which fills docs/paper.md, in one (digits-maf) to 40 minutes (emoji-p2) on two
 cores. First come weights of annealed guidance at temperature 1, then attention temperatures at the best weight, then
 the weights next to the best one. Every point has the same latents and labels, and all denoising rates: one gradient
-of log p serves all of them. The best point is recommended, with two exceptions: no guidance if it does not make the
-distance a tenth less, and a denoising rate of 1 if that is within 1% of the best rate.
+of log p serves all of them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
-from typing import NamedTuple
+from functools import cache, partial
 
-from jaxtyping import Float, UInt8
 from torch import Tensor
 
 import jacobiflow as jf
-from benchmarks.common import RESULTS, Json, latents, origin, parser, read
-from benchmarks.features import trained, training_statistics
-from jacobiflow.data import digits, quantize, scale
-from jacobiflow.evaluation import FeatureStatistics, extract_features, frechet_distance
+from benchmarks import RESULTS
+from benchmarks.features import Distance, pixel_distance, trained_distance
+from benchmarks.lib.models import latents
+from benchmarks.lib.results import Json, ResultFile, parser
+from jacobiflow.data import quantize
 from jacobiflow.models.flow import Flow
-from jacobiflow.utils import serialization
-from jacobiflow.utils.files import write_json
 
 SEED, BATCH = 10, 64
 RATES = (0.0, 0.6, 0.8, 1.0, 1.2, 1.4)
@@ -32,105 +28,77 @@ TEMPERATURES = (0.7, 1.2, 1.4, 2.0)
 GAIN, NEAR = 0.9, 1.01  # Ratios of distances: a gain, and a tie.
 
 
-class Measure(NamedTuple):
-    """A distance to real images: its name in the file, the features of 8-bit images, and those of the real ones.
-
-    `num` is the number of samples at a point.
-    """
-
-    name: str
-    features: Callable[[UInt8[Tensor, "n c h w"]], Float[Tensor, "n d"]]
-    real: FeatureStatistics
-    num: int = 2000
-
-
-def bundled_fid(kind: str, num: int) -> Measure:
-    return Measure(
-        f"{kind}_fid", lambda images: extract_features(trained(kind), [images]), training_statistics(kind), num
-    )
-
-
-def pixel_distance() -> Measure:
-    """The Fréchet distance of pixels, against scikit-learn's 1,797 digits."""
-    return Measure("pixel_distance", pixels, FeatureStatistics.from_features(pixels(digits().images[:])))
-
-
-def pixels(images: Tensor) -> Tensor:
-    return scale(images).flatten(1)
-
-
-MEASURES: dict[str, Callable[[], Measure]] = {
-    "fashion-p2": partial(bundled_fid, "fashion", 2000),
-    "emoji-p2": partial(bundled_fid, "emoji", 600),
-    "digits-p1": pixel_distance,
-    "digits-maf": pixel_distance,
+# The distance of each model, and the number of samples at a point.
+MODELS: dict[str, tuple[Callable[[], Distance], int]] = {
+    "fashion-p2": (partial(trained_distance, "fashion"), 2000),
+    "emoji-p2": (partial(trained_distance, "emoji"), 600),
+    "digits-p1": (pixel_distance, 2000),
+    "digits-maf": (pixel_distance, 2000),
 }
 
 
-def recommended(rows: Sequence[dict[str, float]], name: str) -> jf.SamplingSettings:
-    best = min(rows, key=lambda row: row[name])
-    plain = min((row for row in rows if not row["weight"]), key=lambda row: row[name])
-    best = best if best[name] <= GAIN * plain[name] else plain
-    same = [row for row in rows if all(row[key] == best[key] for key in ("weight", "attn_temperature"))]
-    one = [row for row in same if row["denoise"] == 1 and row[name] <= NEAR * best[name]]
+def best_point(rows: Sequence[Json]) -> Json:
+    return min(rows, key=lambda row: row["distance"])
+
+
+def recommended(rows: Sequence[Json]) -> jf.SamplingSettings:
+    """The settings of the best point, with two exceptions.
+
+    No guidance if it does not make the distance a tenth less, and a denoising rate of 1 if that is within 1% of the
+    best rate.
+    """
+    best, plain = best_point(rows), best_point([row for row in rows if not row["weight"]])
+    best = best if best["distance"] <= GAIN * plain["distance"] else plain
+    weight, temperature, distance = best["weight"], best["attn_temperature"], best["distance"]
+    same = [row for row in rows if (row["weight"], row["attn_temperature"]) == (weight, temperature)]
+    is_one_near = any(row["denoise"] == 1 and row["distance"] <= NEAR * distance for row in same)
+    guidance = jf.Guidance(weight, attn_temperature=temperature) if weight else None
+    return jf.SamplingSettings(guidance, 1.0 if is_one_near else best["denoise"])
+
+
+def search(flow: Flow, measure: Distance, file: ResultFile, key: Json) -> None:
+    """Fills a result file with the distance at every point and denoising rate."""
+    z, labels = latents(flow, key["num"], SEED)
+    is_noisy = flow.config.noise_std > 0
+
+    @cache
+    def samples(weight: float, temperature: float) -> tuple[Tensor, Tensor | float]:
+        """Samples under one guidance, and the step of their denoising at a rate of 1."""
+        settings = jf.SamplingSettings(jf.Guidance(weight, attn_temperature=temperature) if weight else None)
+        images = jf.sample(
+            flow, latents=z, labels=labels, settings=settings, strategy="sequential", certify=False, batch_size=BATCH
+        ).images
+        return images, jf.denoise(flow, images, labels, 1.0) - images if is_noisy else 0.0
+
+    def distance(point: Json) -> Json:
+        images, step = samples(point["weight"], point["attn_temperature"])
+        return {"distance": measure(quantize(images + point["denoise"] * step))}
+
+    def visit(points: Sequence[tuple[float, float]]) -> Json:
+        for weight, temperature in points:
+            for rate in RATES if is_noisy else (0.0,):
+                point = {"weight": weight, "attn_temperature": temperature, "denoise": rate}
+                file.row(key | point, distance)
+            samples.cache_clear()
+        return best_point(file.rows)
+
+    best = visit([(weight, 1.0) for weight in WEIGHTS])
+    if isinstance(flow, jf.TarFlow):
+        weight = best["weight"] or WEIGHTS[1]
+        best = visit([(weight, temperature) for temperature in TEMPERATURES])
     weight, temperature = best["weight"], best["attn_temperature"]
-    guidance = jf.Guidance(weight, attn_temperature=temperature) if weight else None
-    return jf.SamplingSettings(guidance, (one or [best])[0]["denoise"])
-
-
-def point(flow: Flow, measure: Measure, weight: float, temperature: float) -> list[Json]:
-    """The distance under one guidance, at every denoising rate."""
-    guidance = jf.Guidance(weight, attn_temperature=temperature) if weight else None
-    z, labels = latents(flow, measure.num, SEED)
-    samples = jf.sample(
-        flow,
-        latents=z,
-        labels=labels,
-        settings=jf.SamplingSettings(guidance),
-        strategy="sequential",
-        certify=False,
-        batch_size=BATCH,
-    )
-    noisy = flow.config.noise_std > 0
-    rates, images = RATES if noisy else (0.0,), samples.images
-    step = jf.denoise(flow, images, labels, 1.0) - images if noisy else 0.0
-    rows = []
-    for rate in rates:
-        statistics = FeatureStatistics.from_features(measure.features(quantize(images + rate * step)))
-        distance = frechet_distance(measure.real, statistics)
-        rows.append({"weight": weight, "attn_temperature": temperature, "denoise": rate, measure.name: distance})
-    return rows
+    print("best:", visit([(round(weight * factor, 3), temperature) for factor in (0.8, 1.25) if weight]))
 
 
 def main() -> None:
     arguments = parser(__doc__)
-    arguments.add_argument("model", nargs="?", default="fashion-p2", choices=MEASURES)
+    arguments.add_argument("model", nargs="?", default="fashion-p2", choices=MODELS)
     model = arguments.parse_args().model
-    flow, measure, out = jf.load(model), MEASURES[model](), RESULTS / f"{model}-search.json"
-    result = read(out, origin(point))
-    rows = result.setdefault("rows", [])
-
-    def best() -> Json:
-        return min(rows, key=lambda row: row[measure.name])
-
-    def visit(points: Sequence[tuple[float, float]]) -> None:
-        for weight, temperature in points:
-            if any((row["weight"], row["attn_temperature"]) == (weight, temperature) for row in rows):
-                continue
-            new = point(flow, measure, weight, temperature)
-            rows.extend(new)
-            settings = serialization.encode(recommended(rows, measure.name))
-            found = {"model": model, "num": measure.num, "seed": SEED, "best": best(), "recommended": settings}
-            write_json(out, result | found | {"rows": rows})
-            print(min(new, key=lambda row: row[measure.name]), flush=True)
-
-    visit([(weight, 1.0) for weight in WEIGHTS])
-    if isinstance(flow, jf.TarFlow):
-        weight = best()["weight"] or WEIGHTS[1]
-        visit([(weight, temperature) for temperature in TEMPERATURES])
-    weight, temperature = best()["weight"], best()["attn_temperature"]
-    visit([(round(weight * factor, 3), temperature) for factor in (0.8, 1.25) if weight])
-    print("best:", best())
+    make_distance, num = MODELS[model]
+    measure = make_distance()
+    key = {"model": model, "num": num, "seed": SEED, "measure": measure.name}
+    with ResultFile(RESULTS / f"{model}-search.json", search) as file:
+        search(jf.load(model), measure, file, key)
 
 
 if __name__ == "__main__":

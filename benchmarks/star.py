@@ -17,8 +17,12 @@ import torch
 from torch import Tensor
 
 import jacobiflow as jf
-from benchmarks.common import FIGURES, IN_PYTORCH, RESULTS, Json, complete, parser, to_json, without_native
-from benchmarks.peers import starflow
+from benchmarks import FIGURES
+from benchmarks.lib.models import latents, random_starflow, sample
+from benchmarks.lib.peers import starflow
+from benchmarks.lib.process import without_native
+from benchmarks.lib.results import Json, complete, parser
+from benchmarks.lib.timing import IN_PYTORCH, to_json
 from examples.captions import GUIDANCE, PROMPTS, SAMPLES_PER_PROMPT, SETTINGS, captioned_emoji, load
 from jacobiflow import plots
 from jacobiflow.comparison.baselines import TOKEN_LOOP, original_sampler
@@ -43,36 +47,29 @@ WINDOWS = ("window:32", "window:128", "jacobi")
 TOLERANCES = {"float32": 1e-3, "bfloat16": 5e-2}  # a network in bfloat16 comes no nearer than its rounding
 
 
-def prompts_of(num: int) -> list[str]:
-    _, captions, _ = captioned_emoji()
-    return [captions[i * len(captions) // num] for i in range(num)]
-
-
 def speeds(key: Json) -> Json:
     """Seconds of a batch by each sampler, and errors against the exact inverse in float64."""
     flow, batch = load().guided(GUIDANCE), key["batch"]
-    config, texts = flow.config, prompts_of(batch)
-    z = draw_latents(batch, config.num_tokens, config.token_channels, seed=1)
-    context = flow.check_context(texts, batch)
-    exact_loop = partial(jf.sample, flow, latents=z, context=context, settings=None, strategy="sequential")
-    plan = jf.plan(flow, batch_size=batch)
+    z, prompts = latents(flow, batch)
+    context = flow.check_context(prompts, batch)
+    draw = partial(sample, flow, z=z, context=context, certify=True)
+    exact_loop = partial(draw, "sequential")
     runs: dict[str, Callable[[], Any]] = {
         TOKEN_LOOP: partial(original_sampler(flow)[1], flow, z, context.values),
         ITERATION: lambda: starflow(flow, z, context.values, fresh_keys=False).images,
         IN_PYTORCH: without_native()(exact_loop),
         "exact loop": exact_loop,
-        CERTIFIED: partial(jf.sample, flow, latents=z, context=context, settings=None, strategy="window:16"),
-        "auto": partial(jf.sample, flow, latents=z, context=context, settings=None, strategy=plan),
-        "encoding pass": lambda: flow.guided(None).encode(torch.zeros(batch, *(flow.image_shape or ())), context),
+        CERTIFIED: partial(draw, "window:16"),
+        "auto": partial(draw, jf.plan(flow, batch_size=batch)),
     }
+    samplers = [*runs]
+    runs["encoding pass"] = lambda: flow.guided(None).encode(torch.zeros(batch, *(flow.image_shape or ())), context)
     timings, results = time_interleaved({name: torch.no_grad()(run) for name, run in runs.items()}, ROUNDS)
-    wide = copy.deepcopy(flow).double()
-    exact = jf.sample(wide, latents=z.double(), context=context, settings=None, strategy="sequential").x
-    answers = {name: x if isinstance(x, Tensor) else getattr(x, "x", None) for name, x in results.items()}
+    exact = sample(copy.deepcopy(flow).double(), "sequential", z.double(), context).x
+    images = {name: getattr(results[name], "x", results[name]) for name in samplers}
     return {
         "seconds": to_json(timings),
-        "errors": {name: paired_error(x.double(), exact).max for name, x in answers.items() if isinstance(x, Tensor)},
-        "plan": [type(solver.partition).__name__ for solver in plan.solvers],
+        "errors": {name: paired_error(x.double(), exact).max for name, x in images.items()},
     }
 
 
@@ -126,22 +123,12 @@ def shares_right(is_right: Tensor) -> Json:
     }
 
 
-def released_block(dtype: torch.dtype) -> Any:
-    """A block of two layers of the released shape, with random weights whose outputs are of the size of 0.3."""
-    torch.manual_seed(0)
-    flow = jf.STARFlow(RELEASED).eval().requires_grad_(False)
-    block = flow.blocks[0]
-    block.proj_out.weight.normal_(std=0.3 * block.proj_out.in_features**-0.5)
-    block.null_text.normal_(std=0.1)
-    return block.to(dtype)
-
-
 def released(key: Json) -> Json:
     """Seconds of one block by the token loop and by sweeps, their sweeps, and bytes of weights and of a row's cache.
 
     Each is timed once: it takes up to minutes.
     """
-    block = released_block(getattr(torch, key["released"]))
+    block: Any = random_starflow(RELEASED, key["released"]).blocks[0]
     z = draw_latents(key["rows"], RELEASED.num_tokens, RELEASED.token_channels, seed=1)
     tolerance = TOLERANCES[key["released"]]
     parse = partial(jf.Strategy.parse, num_blocks=1, num_tokens=RELEASED.num_tokens, tolerance=tolerance)
@@ -184,8 +171,8 @@ def main() -> None:
     keys: list[Json] = [{"batch": batch} for batch in BATCHES]
     keys += [{"blocks": name} for name in ("plain", "guided")]
     keys += [{"released": dtype, "rows": rows} for dtype in ("float32", "bfloat16") for rows in (1, 4)]
-    complete(RESULTS / "starflow.json", keys, measure)
-    complete(RESULTS / "captions.json", [{"follows": name} for name in ("plain", "guided")], follows)
+    complete("starflow", keys, measure)
+    complete("captions", [{"follows": name} for name in ("plain", "guided")], follows)
     draw_sheet()
 
 

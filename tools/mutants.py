@@ -28,8 +28,8 @@ from cosmic_ray.mutating import mutate_and_test, mutate_code
 from cosmic_ray.plugins import get_operator
 from cosmic_ray.work_db import use_db
 
-from benchmarks.common import Json, parser
-from benchmarks.sources import ROOT
+from benchmarks import ROOT
+from benchmarks.lib.results import Json, parser
 from jacobiflow.utils.files import write_json
 
 PARTS = {"fixed_point": 64, "planner": 40, "adapters": 24, "sampling": 32}

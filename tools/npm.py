@@ -10,7 +10,7 @@ import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.sources import ROOT
+from benchmarks import ROOT
 from jacobiflow.utils.files import write_atomically
 
 

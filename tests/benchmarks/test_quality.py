@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import jacobiflow as jf
-from benchmarks.peers import GRIDS, PEERS
+from benchmarks.features import Distance
+from benchmarks.lib.peers import GRIDS, PEERS
 from benchmarks.quality import ORIGINAL, Experiment, finalists, score_samplers
 from jacobiflow.evaluation import FeatureStatistics
 from jacobiflow.models.latents import draw_latents
@@ -27,11 +28,9 @@ REAL = torch.randint(256, (50, 1, 8, 8), generator=torch.Generator().manual_seed
 SUMS = torch.randn(64, 8, generator=torch.Generator().manual_seed(0)) / 100
 
 
-class Projection(nn.Module):
+def project(images: Tensor) -> Tensor:
     """Eight features of 8x8 images: fixed sums of their pixels."""
-
-    def forward(self, images: Tensor) -> Tensor:
-        return images.flatten(1).float() @ SUMS
+    return images.flatten(1).float() @ SUMS
 
 
 def features(pixels: Any) -> Any:
@@ -39,10 +38,11 @@ def features(pixels: Any) -> Any:
 
 
 def test_rows_are_the_scores_of_their_samples(tmp_path: Path) -> None:
-    experiment = Experiment(FLOW, 0.8, 4, FeatureStatistics.from_features(Projection()(REAL)), Projection())
+    distance = Distance("projection", project, FeatureStatistics.from_features(project(REAL)))
+    experiment = Experiment(FLOW, 0.8, 4, distance)
     names, out = ("jacobi-2", "STARFlow"), tmp_path / "rows.json"
-    result = score_samplers(experiment, names, NUM, 24, out, {"model": "m"}, repeats=1)
-    rows = result["rows"]
+    timings, *scores = score_samplers(experiment, names, NUM, 24, out, {"model": "m"}, repeats=1)
+    rows, final = ([row for row in scores if row["part"] == part] for part in ("rows", "final"))
     assert [row["name"] for row in rows] == [ORIGINAL, "sequential", "jacobi-2", "STARFlow"]
     z, labels = draw_latents(NUM, 16, 4, 0), torch.arange(NUM) % 3
 
@@ -63,9 +63,8 @@ def test_rows_are_the_scores_of_their_samples(tmp_path: Path) -> None:
         assert row["relative"] == pytest.approx(distance / base - 1, abs=1e-5)
         assert (row["max"], row["rms"]) == pytest.approx(difference(images, exact), rel=1e-5)
         assert row["pixels"] == pixel_figures(levels(images), levels(exact))
-        seconds, denoising = result["timings"]["rows"][row["name"]], result["timings"]["denoise_seconds"]
-        assert row["seconds"]["median"] == seconds["median"] + denoising
+        assert row["seconds"]["median"] == timings["seconds"][row["name"]]["median"] + timings["denoise_seconds"]
         assert row["rate"] == pytest.approx(rows[0]["seconds"]["median"] / row["seconds"]["median"])
     assert rows[2]["max"] > 0.1
-    assert [row["name"] for row in result["final"]] == finalists(rows)
-    assert all(row["num"] == 24 for row in result["final"])
+    assert [row["name"] for row in final] == finalists(rows)
+    assert all(row["num"] == 24 for row in final)

@@ -84,7 +84,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
         flow, labels = jf.load(folder / settings.pop("model", "model")), torch.arange(NUM) % 3
         sample_to_folder(flow, NUM, folder / name, labels, batch_size=4, shard_size=8, **settings)
     shutil.copytree(folder / "samples", folder / "missing")
-    (folder / "missing" / "units" / "shard-00001.json").unlink()
+    (folder / "missing" / "units" / "shard-00001-of-4.json").unlink()
     return folder
 
 

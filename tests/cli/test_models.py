@@ -153,6 +153,6 @@ def test_prompts_become_samples(run: Any, refuse: Any, tmp_path: Path) -> None:
     assert "all 3 were there already" in run(line).out
     (tmp_path / "prompts.txt").write_text("cat\nmouses\n")
     refuse(line, "holds samples of other labels or context; give another folder")
-    refuse(f"evaluate --model {tmp_path}/star --samples {tmp_path}/o --out o-x", "are not in the folder; give 0")
+    refuse(f"evaluate --model {tmp_path}/star --samples {tmp_path}/o --out o-x", "not in the folder; give 0")
     result = run(line.replace("/o", "/c") + " --compare")
     assert (result.code, "first batch of 3 again, without denoising: original sampler " in result.out) == (0, True)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 import jacobiflow as jf
 from jacobiflow.sampling.folder import job as module
+from jacobiflow.sampling.request import SamplingRequest
 from jacobiflow.sampling.result import BlockStats, Samples
 
 PLAN = jf.Strategy.uniform(jf.Solver(jf.Window(4)), 1)
@@ -37,13 +38,14 @@ def run(
     settings = {"strategy": "invented", "batch_size": 2, "shard_size": 4, **changed}
     with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".* not finite, since")
-        patch.setattr(module, "sample_with_strategy", draw or invented)
+        patch.setattr(SamplingRequest, "run", draw or invented)
         patch.setattr(module, "choose", lambda *_, **__: plan())
+        patch.setattr("jacobiflow.sampling.request.choose", lambda *_, **__: plan())
         patch.setattr(module, "describe_machine", lambda _: machine)
         return jf.sample_to_folder(flow or tiny_flow(), num, out, labels, **settings)
 
 
-def invented(request: Any, plan: Any, latents: Tensor, progress: Any = None) -> Samples:
+def invented(request: Any, latents: Tensor, progress: Any = None) -> Samples:
     """The latents as images. Where the first number is above 1 the sample is lost, where the second is, resolved."""
     images, certificate = latents.reshape(-1, 1, 4, 4).clone(), latents[:, 0, 2].abs()
     lost, resolved = latents[:, 0, 0] > 1, latents[:, 0, 1] > 1

@@ -142,12 +142,12 @@ def test_statistics_add_up() -> None:
     for block in out.stats:
         assert block.sweeps == block.network_calls == block.token_evaluations == 33 * 9
         assert block.status.shape == block.residual.shape == block.used_fallback.shape == (33,)
-    assert out.network_calls == out.token_evaluations == 2 * 33 * 9
+    assert out.outcome.network_calls == out.outcome.token_evaluations == 2 * 33 * 9
     assert out.residual is out.intermediates is None
     assert calls == [(k, 6, "sampling") for k in range(1, 7)]  # three groups of up to 16 batches, two blocks
     certified = sample(flow, num=33, strategy="sequential", batch_size=2, certify="always")
-    assert certified.network_calls == 2 * (17 * 9 + 17)
-    assert certified.token_evaluations == 2 * out.token_evaluations
+    assert certified.outcome.network_calls == 2 * (17 * 9 + 17)
+    assert certified.outcome.token_evaluations == 2 * out.outcome.token_evaluations
 
 
 def test_samples_that_are_solved_token_by_token_are_exact() -> None:
@@ -264,7 +264,7 @@ def test_options_that_a_flow_lacks_are_refused() -> None:
     for call in (lambda: flow.log_prob(images, labels), lambda: jf.decode(flow, z, labels)):
         with pytest.raises(ValueError, match="labels given, but this flow has no classes: leave them out"):
             call()
-    with pytest.raises(ValueError, match="noise_std"):
+    with pytest.raises(ValueError, match="the images of this flow's training had no noise"):
         sample(flow, num=2, settings=jf.SamplingSettings(denoise=1.0))
 
 
@@ -359,7 +359,7 @@ def test_sensitivity_leaves_samples_as_they_are(dtype: str, size: float) -> None
         for is_measured in (False, True)
     )
     assert torch.equal(plain.x, measured.x)
-    assert plain.network_calls == measured.network_calls
+    assert plain.outcome.network_calls == measured.outcome.network_calls
     assert plain.sensitivity is plain.outcome.sensitivity is plain.outcome.num_sensitive is None
     assert ((measured.sensitivity > size / 30) & (measured.sensitivity < size * 30)).all()
     alone = jf.sample(flow, labels=labels[3:], latents=measured.latents[3:], strategy="sequential", sensitivity=True)

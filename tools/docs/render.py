@@ -23,9 +23,8 @@ import jinja2
 import torch
 
 import jacobiflow as jf
-from benchmarks import paper_sizes, regimes
-from benchmarks.common import MODELS, RESULTS, Json, parser
-from benchmarks.sources import ROOT
+from benchmarks import MODELS, RESULTS, ROOT, regimes, search_guidance
+from benchmarks.lib.results import Json, parser
 from jacobiflow.calibration import rank_correlation
 from jacobiflow.calibration.convergence import TOLERANCES
 from jacobiflow.calibration.report import GUESS_NAMES
@@ -134,7 +133,20 @@ def fastest_way(estimates: Mapping[str, float]) -> str:
 
 
 def slowest_by_batch(counts: Sequence[Sequence[int]]) -> str:
-    return " / ".join(f"{paper_sizes.mean_slowest(counts, batch):.1f}" for batch in regimes.BATCH_SIZES)
+    return " / ".join(f"{regimes.mean_slowest(counts, batch):.1f}" for batch in regimes.BATCH_SIZES)
+
+
+def recommendation(search: Json) -> str:
+    """Returns the recommended settings of a search, and their distance to real images."""
+    rows, settings = search["runs"], search_guidance.recommended(search["runs"])
+    guidance, rate = settings.guidance or jf.Guidance(0.0), settings.denoise
+    weight, temperature = guidance.weight, guidance.attn_temperature
+    distance = where(rows, weight=weight, attn_temperature=temperature, denoise=rate)["distance"]
+    plain = where(rows, weight=0, attn_temperature=1, denoise=0)["distance"]
+    parts = [f"guidance of weight {weight:g} at attention temperature {temperature:g}"] * bool(settings.guidance)
+    parts += [f"denoising rate {rate:g}"] * bool(rate)
+    text = f"{MEASURES[rows[0]['measure']]} {distance:.3f} of {rows[0]['num']:,} samples"
+    return f"{', '.join(parts)}: {text}, {plain:.3f} without" if parts else f"none: {text}"
 
 
 def chord_share(preset: str) -> float:
@@ -151,7 +163,8 @@ def plain_sweeps(model: str, blocks: Iterable[int]) -> str:
 
 def fitted_sweeps(model: str, blocks: Iterable[int]) -> str:
     """The range of the mean sweeps of all tokens to 1e-3 with the fitted guess and correction."""
-    runs = [where(block, bf16_sweeps=0, window=0) for block in result("paper-sweeps")["models"][model]["blocks"]]
+    blocks_of_model = where(result("paper-sweeps")["runs"], model=model)["blocks"]
+    runs = [where(block, bf16_sweeps=0, window=0) for block in blocks_of_model]
     means = [sum(run["sweeps"]) / len(run["sweeps"]) for run in runs]
     return paper_facts.number_range([means[block] for block in blocks])
 
@@ -188,8 +201,8 @@ def sampler(name: str) -> str:
     return SAMPLERS.get(name, name)
 
 
-def sweep_ways(model: Json) -> list[paper_sizes.Way]:
-    return [way for tough in (True, False) for way in paper_sizes.counted(model, tough)]
+def sweep_ways(model: Json) -> list[regimes.Way]:
+    return [way for tough in (True, False) for way in regimes.counted(model, tough)]
 
 
 @cache
@@ -202,10 +215,10 @@ def _environment() -> jinja2.Environment:
         paper_facts.agreement, paper_facts.best_guess, paper_facts.mean_sweeps, paper_facts.number_range,
         paper_facts.segment_sweeps, paper_facts.sweeps_range, paper_facts.tough_share, chord_share, duration, fastest,
         fastest_way, find_runs, fitted_sweeps, format_speed_up, grouped, least_accurate, paper_megabytes,
-        paper_sizes.counted, paper_sizes.estimates, paper_sizes.runs_of, paper_sizes.tough_blocks, phase_seconds,
-        plain_sweeps, plan, rank_correlation, ratios, regimes.best_in_passes,
-        regimes.in_passes, result, sampler, slowest_by_batch, speed_up_range, star_follows, strategy,
-        sweep_ways, where,
+        regimes.counted, regimes.estimates, regimes.runs_of, regimes.tough_blocks, phase_seconds,
+        plain_sweeps, plan, rank_correlation, ratios, recommendation, regimes.best_in_passes,
+        regimes.in_passes, result, sampler, search_guidance.best_point, slowest_by_batch, speed_up_range, star_follows,
+        strategy, sweep_ways, where,
     )}  # fmt: skip
     environment.globals |= functions | {
         "calls": {"sampling": "inverse", "density": "`log_prob`"},

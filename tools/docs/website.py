@@ -18,7 +18,7 @@ from pathlib import Path
 import tomllib
 from nbconvert import MarkdownExporter
 
-from benchmarks.sources import ROOT
+from benchmarks import ROOT
 from jacobiflow.cli.app import app
 from tools.npm import npm_files
 from tools.page import live_page

@@ -15,13 +15,14 @@ import torch
 from matplotlib.figure import Figure
 
 import jacobiflow as jf
-from benchmarks.common import FIGURES, MODELS, RESULTS, Json, parser
+from benchmarks import FIGURES, MODELS, RESULTS
+from benchmarks.lib.results import Json, parser
+from benchmarks.search_guidance import recommended
 from jacobiflow.data import ImageDataset, Noise, Split, available_splits, load_images
 from jacobiflow.evaluation import bayes_accuracy, bits_per_dim
 from jacobiflow.models.flow import Flow
 from jacobiflow.plots import save_png
 from jacobiflow.plots.style import new_figure, simplify_axes, use_style
-from jacobiflow.utils import serialization
 from jacobiflow.utils.files import write_json
 from tools.pictures.palette import TOUGH_BLOCK
 
@@ -66,7 +67,7 @@ def main() -> None:
     folder = MODELS / options.name
     trained, search = jf.load(options.run), RESULTS / f"{options.name}-search.json"
     if search.is_file():
-        trained.recommended = serialization.decode(jf.SamplingSettings, json.loads(search.read_text())["recommended"])
+        trained.recommended = recommended(json.loads(search.read_text())["runs"])
     trained.save_pretrained(folder, dtype=torch.float16)
     flow = jf.load(options.name)
     metrics = [json.loads(line) for line in (options.run / "metrics.jsonl").read_text().splitlines()]

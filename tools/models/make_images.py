@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.common import parser
-from benchmarks.sources import ROOT
+from benchmarks import ROOT
+from benchmarks.lib.results import parser
 from jacobiflow.data import ImageDataset, Split, load_images, read_image
 from jacobiflow.utils.files import write_atomically
 

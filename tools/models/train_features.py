@@ -17,8 +17,9 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save
 
-from benchmarks.common import RESULTS, parser
+from benchmarks import RESULTS
 from benchmarks.features import ConvolutionalFeatures, statistics_file, weights_file
+from benchmarks.lib.results import parser
 from jacobiflow.data import ImageDataset, Split, load_images
 from jacobiflow.evaluation import FeatureStatistics, extract_features, frechet_distance
 from jacobiflow.training import image_transform

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import jacobiflow as jf
-from benchmarks.sources import ROOT
+from benchmarks import ROOT
 from jacobiflow.utils.files import sha256, write_atomically, write_json
 from tools.npm import npm_files
 from tools.page.graphs import block_graphs, round_rows, stored_weights

@@ -16,7 +16,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 import jacobiflow as jf
-from benchmarks.common import FIGURES, Json, parser
+from benchmarks import FIGURES
+from benchmarks.lib.results import Json, parser
 from benchmarks.regimes import BF16_PASS, EXACT_LOOP, LOOP_IN_PYTORCH, PASS, in_passes
 from jacobiflow.models.latents import draw_latents
 from jacobiflow.plots import sampler_style, save_png
@@ -84,12 +85,12 @@ def error_against_time() -> Figure:
 
     A line joins the settings of a sampler that no other setting of its own beats in both.
     """
-    performance = result("performance")
+    runs = result("performance")["runs"]
     samplers = ("window", "GS-Jacobi", "Selective Jacobi Decoding", "STARFlow")
     figure = new_figure(6.4)
-    panels = figure.subplots(len(samplers), len(performance["grid"]), sharex="col", sharey=True)
-    for column, (batch, rows) in zip(panels.T, performance["grid"].items(), strict=True):
-        lines = {sampler: _best_settings(rows, sampler) for sampler in ("auto", *samplers)}
+    panels = figure.subplots(len(samplers), len(runs), sharex="col", sharey=True)
+    for column, run in zip(panels.T, runs, strict=True):
+        lines = {sampler: _best_settings(run["grid"], sampler) for sampler in ("auto", *samplers)}
         for axis, sampler in zip(column, samplers, strict=True):
             for name in samplers:
                 axis.plot(*lines[name], color=OTHERS, linewidth=1, zorder=1, label="the other samplers")
@@ -97,12 +98,12 @@ def error_against_time() -> Figure:
                 color, marker = sampler_style(name)
                 axis.plot(*lines[name], color=color, marker=marker, markersize=5, label=name)
             for name, label, line in (("sequential", "exact loop", "--"), ("growing cache", "original sampler", "-.")):
-                seconds = strategy(performance["final"][batch], name)["seconds"]["median"]
+                seconds = strategy(run, name)["seconds"]["median"]
                 axis.axvline(seconds, color=sampler_style(name).color, linestyle=line, linewidth=1.2, label=label)
             scale_axes(axis)
             axis.set_ylim(4e-7, 10)
             axis.set_yticks([ROUNDING, 1e-4, 1e-2, 1], ["rounding", "1e-4", "1e-2", "1"])
-        column[0].set_title(f"batch {batch}")
+        column[0].set_title(f"batch {run['batch']}")
     for axis, sampler in zip(panels[:, 0], samplers, strict=True):
         axis.set_ylabel(textwrap.fill(sampler, 16), color=readable(sampler_style(sampler).color), weight="bold")
     figure.supxlabel("seconds for the batch")

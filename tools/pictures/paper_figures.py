@@ -19,7 +19,8 @@ from PIL import Image
 from torch import Tensor
 
 import jacobiflow as jf
-from benchmarks.common import FIGURES, parser
+from benchmarks import FIGURES
+from benchmarks.lib.results import parser
 from jacobiflow.calibration import CalibrationReport, gs_jacobi_notation
 from jacobiflow.fixed_point import Latent, MaxSweeps, Solver, Whole, Zeros
 from jacobiflow.models.flow import Flow

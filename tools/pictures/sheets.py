@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import jacobiflow as jf
-from benchmarks.common import FIGURES, parser
+from benchmarks import FIGURES
+from benchmarks.lib.results import parser
 from jacobiflow.data import balanced_labels
 from jacobiflow.models.checkpoints.folder import list_bundled
 from jacobiflow.plots import rows_sheet, save_png

@@ -18,7 +18,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.text import Text
 
-from benchmarks.common import FIGURES, parser
+from benchmarks import FIGURES
+from benchmarks.lib.results import parser
 
 COMMAND = "jacobiflow sample --model fashion-p2 --num 20 --compare"
 COLUMNS = 90

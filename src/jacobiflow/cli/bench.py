@@ -107,7 +107,6 @@ def _prepare(config: BenchConfig, flow: Flow, progress: Progress | None) -> list
     from jacobiflow.fixed_point.options import SolveOptions
     from jacobiflow.models import latents
     from jacobiflow.sampling.request import SamplingRequest
-    from jacobiflow.sampling.sample import sample_with_strategy
 
     names = [name for name in dict.fromkeys(config.strategy) if name != baselines.SEQUENTIAL]
     guesses, solve_options = loading.load_report(config.report, flow), SolveOptions(certify=config.certify)
@@ -115,11 +114,10 @@ def _prepare(config: BenchConfig, flow: Flow, progress: Progress | None) -> list
     for size in dict.fromkeys(config.batch_size):
         z = latents.draw_latents(size, flow.config.num_tokens, flow.config.token_channels, config.seed)
         classes = options.parse_labels(config.labels, size, flow, config.seed)
-        request = SamplingRequest(flow, Context(classes), solve_options)
         runs = {}
         for name in names:
             plan = planner.choose(flow, name, size, tolerance=config.tolerance, report=guesses, progress=progress)
-            runs[name] = partial(sample_with_strategy, request, plan, z)
+            runs[name] = partial(SamplingRequest(flow, plan, Context(classes), solve_options).run, z)
         cases.append(partial(compare.compare_samplers, flow, z, classes, runs, repeats=config.repeats))
     return cases
 

@@ -212,4 +212,4 @@ def show(config: EvaluateConfig, result: EvaluationResult) -> None:
 def describe_kept(config: EvaluateConfig) -> str:
     """Describes what an interrupted run leaves, and how to go on."""
     num = len([*(config.out / "units").glob("*.json")])
-    return f"{format_count(num, 'finished unit')} are kept in {config.out}; run the same command to resume"
+    return f"kept in {config.out}: {format_count(num, 'finished unit')}; run the same command to resume"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from time import perf_counter
@@ -213,20 +213,21 @@ def _compare(
     import torch
 
     from jacobiflow.comparison.compare import compare_samplers
-    from jacobiflow.fixed_point.options import SolveOptions
     from jacobiflow.models.latents import draw_latents
-    from jacobiflow.sampling.request import Outputs, SamplingRequest
-    from jacobiflow.sampling.sample import sample_with_strategy
+    from jacobiflow.sampling.request import SamplingRequest
 
-    spec, strategy = folder.spec, folder.strategy()
+    spec = folder.spec
     num = min(spec.num, spec.batch_size)
     z = draw_latents(num, spec.num_tokens, flow.config.token_channels, spec.seed)
-    request = SamplingRequest(flow, context[:num], SolveOptions(certify=spec.certify), Outputs(denoise=spec.denoise))
+    resolve = partial(
+        SamplingRequest.resolve, flow, num, context=context[:num], certify=spec.certify, strategy=folder.strategy()
+    )
+    request = resolve(settings=jf.SamplingSettings(denoise=spec.denoise))
     if progress is not None:
         progress(0, 1, "timing")  # Shows the bar: the original sampler may take minutes until the first step.
     with torch.no_grad():
-        rounding = sample_with_strategy(replace(request, outputs=Outputs(sensitivity=True)), strategy, z)
-        runs = {spec.strategy: partial(sample_with_strategy, request, strategy, z)}
+        rounding = resolve(settings=None, sensitivity=True).run(z)
+        runs = {spec.strategy: partial(request.run, z)}
         timed = partial(compare_samplers, flow, z, context[:num].values, runs, denoise=spec.denoise, progress=progress)
         comparison = timed(repeats=1, warm_up=False)
         if comparison.result(comparison.original).seconds.median < _SHORT:

@@ -82,7 +82,7 @@ def noisy_images(data: ImageDataset, index: Int[Tensor, " b"], noise: Noise, see
 
 
 def keyed_generator(seed: int, *key: int) -> torch.Generator:
-    """Returns the random generator of a key, independent of those of all other keys."""
+    """Returns the random generator of a key. PyTorch uses 32 bits of its seed, so two keys rarely share one."""
     return torch.Generator().manual_seed(keyed_seed(seed, *key))
 
 

@@ -89,6 +89,8 @@ class JobFolder:
         """
         path = self.path / MANIFEST
         manifest = files.read_object(path)
+        if manifest is None and path.exists():
+            raise JobFolderError(f"{path}: damaged; restore it, or give another folder")
         if manifest is None or manifest.get("kind") != self.kind:
             files.check_own(self.path, self.kind)
             return None

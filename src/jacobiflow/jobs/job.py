@@ -117,10 +117,11 @@ def run(job: Job, path: str | Path, *, overwrite: bool = False, progress: Progre
             if result is not None and all(folder.is_intact(unit) for units in job.stages(folder) for unit in units):
                 return JobRun(result, find_launch().rank == 0, missing, 0.0)
             folder.discard_result()
+            is_alone = not folder.remove_locks()  # Else another process has checked the finished units.
             stack.enter_context(folder.use())
         for units in job.stages(folder):
             started = time.perf_counter()
-            for unit in units:
+            for unit in units if is_alone else ():
                 folder.discard_damaged(unit)
             missing = tuple(unit for unit in units if not folder.is_finished(unit))
             for unit, note in _claim(folder, units, progress):

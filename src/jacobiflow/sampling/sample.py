@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import time
 import warnings
-from collections.abc import Callable, Iterator
-from dataclasses import replace
-from functools import partial
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, overload
 
@@ -14,18 +11,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from jacobiflow.blocks.tokens import Tokens
 from jacobiflow.errors import InputValueError
 from jacobiflow.fixed_point.options import CertifyMode, SolveOptions
 from jacobiflow.models.flow import Flow, check_flow
 from jacobiflow.models.labels import ContextLike, Labels
 from jacobiflow.models.latents import draw_latents
 from jacobiflow.planner import Strategy, choose
-from jacobiflow.sampling.denoise import denoise_checked
-from jacobiflow.sampling.invert import FlowSolution, invert_in_groups, log_prob_of, num_groups
 from jacobiflow.sampling.request import Outputs, SamplingRequest, Settings
-from jacobiflow.sampling.result import BlockStats, Samples
-from jacobiflow.sampling.sensitivity import measure_sensitivity
+from jacobiflow.sampling.result import Samples
 from jacobiflow.utils.checks import check_finite, check_flag, check_floating, check_kind, format_value
 from jacobiflow.utils.progress import Progress
 
@@ -99,71 +92,14 @@ def sample(
         )
     request = SamplingRequest.resolve(
         flow, len(latents), labels, context=context, settings=settings, certify=certify, sensitivity=sensitivity,
-        log_prob=log_prob, batch_size=batch_size, return_intermediates=return_intermediates,
+        log_prob=log_prob, batch_size=batch_size, return_intermediates=return_intermediates, strategy=strategy,
+        tolerance=tolerance,
     )  # fmt: skip
-    plan = choose(request.flow, strategy, request.options.batch_size or len(latents), tolerance=tolerance)
     with torch.no_grad():
-        samples = sample_with_strategy(request, plan, latents, progress)
+        samples = request.run(latents, progress)
     if samples.outcome.has_shortfall:
         warnings.warn(str(samples.outcome), stacklevel=2)
     return samples
-
-
-def sample_with_strategy(
-    request: SamplingRequest, strategy: Strategy, latents: Tokens, progress: Progress | None = None
-) -> Samples:
-    """Draws samples as `sample` does, from checked arguments and without its warning.
-
-    The strategy's tolerance takes the place of that of the options. The samples have gradients if they are enabled.
-    """
-    flow, outputs = request.flow, request.outputs
-    latents, context = latents.to(flow.var.device, flow.state_dtype), request.context.to(flow.var.device)
-    options = replace(request.options, tolerance=strategy.tolerance)
-    batch_size = options.batch_size or len(latents)
-    total = num_groups(len(latents), batch_size) * len(flow.blocks) * (1 + outputs.sensitivity)
-    on_block = partial(next, _report_blocks(progress, total))
-    started = time.perf_counter()
-    groups, sensitivities, log_probs = list[FlowSolution](), list[Tensor](), list[Tensor]()
-    for group in invert_in_groups(
-        flow, strategy, latents, context, options, on_block=on_block, with_intermediates=outputs.intermediates
-    ):
-        groups.append(group)
-        if outputs.sensitivity:
-            sensitivities.append(measure_sensitivity(flow, strategy, group, options, on_block))
-        if outputs.log_prob:
-            log_probs.append(log_prob_of(flow, group, batch_size))
-    seconds = time.perf_counter() - started
-
-    x = torch.cat([flow.from_tokens(group.x) for group in groups])
-    stats = tuple(map(BlockStats.join, zip(*(group.solutions for group in groups), strict=True)))
-    steps = zip(*(group.intermediates for group in groups), strict=True)
-    intermediates = [flow.from_tokens(torch.cat(tokens)) for tokens in steps]
-    started = time.perf_counter()
-    if outputs.denoise:
-        x = denoise_checked(flow, x, context, outputs.denoise, options.batch_size or 64)
-        intermediates.append(x)
-    return Samples(
-        x=x,
-        latents=latents,
-        context=context.values,
-        log_prob=torch.cat(log_probs) if outputs.log_prob else None,
-        stats=stats,
-        residual=torch.stack([block.residual for block in stats]).amax(dim=0) if options.certify else None,
-        tolerance=strategy.certified_tolerance(flow.config.num_tokens),
-        intermediates=tuple(intermediates) if outputs.intermediates else None,
-        seconds=seconds,
-        denoise_seconds=time.perf_counter() - started,
-        sensitivity=torch.cat(sensitivities) if outputs.sensitivity else None,
-        dtype=flow.precision,
-    )
-
-
-def _report_blocks(progress: Progress | None, total: int) -> Iterator[None]:
-    """Reports one more solved block at each `next`."""
-    for done in range(1, total + 1):
-        if progress is not None:
-            progress(done, total, "sampling")
-        yield
 
 
 @overload
@@ -204,8 +140,8 @@ def decode(
         raise InputValueError("log_prob=True under guidance: the flow's density is not that of guided samples")
     _check_latents("z", z, flow)
     checked, options = flow.check_context(context, len(z)), SolveOptions(certify=certify)
-    request = SamplingRequest(flow, checked, options, Outputs(log_prob=log_prob))
-    samples = sample_with_strategy(request, choose(flow, strategy, len(z), tolerance=tolerance), z)
+    plan = choose(flow, strategy, len(z), tolerance=tolerance)
+    samples = SamplingRequest(flow, plan, checked, options, Outputs(log_prob=log_prob)).run(z)
     if samples.outcome.has_shortfall:
         warnings.warn(str(samples.outcome), stacklevel=2)
     return (samples.x, samples.log_prob) if log_prob else samples.x

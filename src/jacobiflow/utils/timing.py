@@ -38,6 +38,8 @@ def time_interleaved(
 ) -> tuple[dict[str, Timing], dict[str, Any]]:
     """Times callables in turn, so that a slow phase of the machine slows all of them.
 
+    Each round starts with the next callable, so that none always follows the same one.
+
     Args:
         runs: Callables by name.
         repeats: Number of rounds over all callables.
@@ -51,15 +53,16 @@ def time_interleaved(
     device = torch.device(device)
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     results: dict[str, Any] = {}
-    rounds = range(-1 if warm_up else 0, repeats)
-    for count, (number, (name, run)) in enumerate(product(rounds, runs.items()), start=1):
-        elapsed, result = time_call(run, device)
-        if number >= 0:
+    names, rounds = [*runs], repeats + warm_up
+    for count, (number, place) in enumerate(product(range(rounds), range(len(names))), start=1):
+        name = names[(number + place) % len(names)]
+        elapsed, result = time_call(runs[name], device)
+        if number >= warm_up:
             seconds[name].append(elapsed)
         results.setdefault(name, result)
         del result  # frees its memory before the next run
         if progress is not None:
-            progress(count, len(rounds) * len(runs), "timing")
+            progress(count, rounds * len(names), "timing")
     return {name: Timing(statistics.median(s), min(s), max(s)) for name, s in seconds.items()}, results
 
 

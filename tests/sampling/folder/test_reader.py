@@ -29,7 +29,7 @@ from tests.helpers.scoring import levels
 
 LABELS = torch.tensor([0, 1, 2, 0, 1, -1, 2, 2, 1, 0])
 SPANS = ((0, 4), (4, 8), (8, 10))
-SAMPLES = invented(SimpleNamespace(context=jf.Context(LABELS)), None, draw_latents(10, 4, 4))
+SAMPLES = invented(SimpleNamespace(context=jf.Context(LABELS)), draw_latents(10, 4, 4))
 LOST = ~SAMPLES.images.isfinite().flatten(1).all(dim=1)
 
 

@@ -25,7 +25,6 @@ from jacobiflow.sampling.folder.reader import SampleFolder
 from jacobiflow.sampling.folder.spec import KIND, RESULT, STRATEGY, VERSION, Files, SampleSpec, labels_or_context_sha256
 from jacobiflow.sampling.request import SamplingRequest
 from jacobiflow.sampling.result import Outcome, Samples, npz_bytes, pillow, png_bytes
-from jacobiflow.sampling.sample import sample_with_strategy
 from jacobiflow.utils import serialization
 from jacobiflow.utils.checks import check_choice, check_count, check_flag, check_kind, check_path, check_seed
 from jacobiflow.utils.files import json_bytes, sha256
@@ -81,7 +80,7 @@ def sample_to_folder(
     Args:
         num: The number of samples.
         out: A new or empty folder, or one with samples of the same settings.
-        report: A report of `calibrate`. "auto" plans from it; other strategies take their guesses from it.
+        report: A report of `calibrate`, from which a named strategy takes its guesses.
         batch_size: Samples in the network at a time; by default `num`, at most 64.
         shard_size: Samples in a shard, a multiple of `batch_size`; about 1,024 by default.
         files: "npz", or "png" for a PNG of each sample too, in folders by class.
@@ -113,21 +112,23 @@ def sample_to_folder(
     check_flag("overwrite", overwrite)
     check_kind("progress", progress, Callable | None, "a function of done, total and what, or None")
     _check_file_format(flow, files)
-    request = SamplingRequest.resolve(flow, num, labels, batch_size=batch_size, **arguments)
+    is_planned = isinstance(strategy, str) and is_auto(strategy)  # By the first unit of the job.
+    request = SamplingRequest.resolve(
+        flow, num, labels, batch_size=batch_size, strategy=None if is_planned else strategy, tolerance=tolerance,
+        report=report, **arguments,
+    )  # fmt: skip
     flow, config, options, outputs = request.flow, request.flow.config, request.options, request.outputs
-    planned = isinstance(strategy, str) and is_auto(strategy)
-    plan = None if planned else choose(flow, strategy, batch_size, tolerance=tolerance, report=report)
     spec = SampleSpec(
         num=num, shape=flow.image_shape or (config.num_tokens, config.token_channels), num_tokens=config.num_tokens,
         seed=seed, labels_or_context_sha256=labels_or_context_sha256(request.context), num_classes=config.num_classes,
         classes=tuple(flow.classes), batch_size=batch_size, shard_size=shard_size, files=files,
         weights_sha256=fingerprint(flow), dtype=flow.precision,
         strategy="a Strategy" if isinstance(strategy, Strategy) else str(strategy),
-        strategy_sha256=None if plan is None else sha256(_strategy_json(plan)), guidance=flow.guidance,
+        strategy_sha256=None if is_planned else sha256(_strategy_json(request.strategy)), guidance=flow.guidance,
         denoise=float(outputs.denoise), tolerance=tolerance, certify=options.certify, log_prob=outputs.log_prob,
         sensitivity=outputs.sensitivity,
     )  # fmt: skip
-    job = SampleJob(spec, describe_machine(flow.var.device), request, strategy if plan is None else plan, report)
+    job = SampleJob(spec, describe_machine(flow.var.device), request)
     run = jobs.run(job, out, overwrite=overwrite, progress=progress)
     num_new = sum(len(spec.span(i)) for i in range(spec.num_shards) if spec.unit(i) in run.missing)
     folder = SampleFolder(Path(out), spec, num_new, run.seconds, run.is_reporter)
@@ -147,8 +148,6 @@ class SampleJob(jobs.Job):
     spec: SampleSpec
     machine: Mapping[str, Any]
     request: SamplingRequest
-    strategy: str | Path | Strategy
-    report: CalibrationReport | None
 
     def stages(self, folder: JobFolder) -> Iterator[Mapping[str, int]]:
         """Yields the plan, then the shards with their numbers of samples."""
@@ -158,15 +157,15 @@ class SampleJob(jobs.Job):
     @torch.no_grad()
     def compute(self, unit: str, folder: JobFolder, progress: Progress | None) -> UnitOutput:
         """Plans the strategy, or draws a shard."""
-        spec, request, flow = self.spec, self.request, self.request.flow
+        spec, flow, plan = self.spec, self.request.flow, self.request.strategy
         if unit == STRATEGY:
-            plan = choose(flow, self.strategy, spec.batch_size, tolerance=spec.tolerance, report=self.report)
+            plan = plan or choose(flow, spec.strategy, spec.batch_size, tolerance=spec.tolerance)
             return UnitOutput({"strategy.json": _strategy_json(plan)})
         index = int(unit.split("-")[1])
         rows = spec.span(index)
         latents = draw_latents(len(rows), spec.num_tokens, flow.config.token_channels, spec.seed, rows.start)
-        request = replace(request, context=request.context[rows.start : rows.stop])
-        samples = sample_with_strategy(request, Strategy.load(folder.path / "strategy.json"), latents, progress)
+        request = replace(self.request[rows.start : rows.stop], strategy=Strategy.load(folder.path / "strategy.json"))
+        samples = request.run(latents, progress)
         return UnitOutput(self._files(index, samples), serialization.encode(samples.outcome))
 
     def reduce(self, folder: JobFolder) -> Any:
@@ -209,7 +208,8 @@ class SampleJob(jobs.Job):
         return files
 
 
-def _strategy_json(strategy: Strategy) -> bytes:
+def _strategy_json(strategy: Strategy | None) -> bytes:
+    assert strategy is not None
     return json_bytes(strategy.to_json())
 
 

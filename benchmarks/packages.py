@@ -1,0 +1,409 @@
+"""Times what users of other packages wait for, as it is and accelerated: `python -m benchmarks.packages FILE ...`.
+
+Each FILE is a result file: `sbi`, calls of sbi (docs/sbi.md; 20 minutes on two idle cores); `clients`, a call of each
+package that builds on masked flows (docs/works_with.md; three minutes); and `fits`, a training with its samples
+(docs/training.md; a quarter of an hour, in processor time of one thread). All posteriors are those of one simulator.
+Each package makes its own object by its public interface. One that is not installed is left out: `pip install pocomc
+causalflows`; ltu-ili has its own installation page.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from functools import cache, partial
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+from itertools import product
+from time import perf_counter
+from types import ModuleType
+from typing import Any, NamedTuple
+from unittest.mock import patch
+
+import numpy as np
+import sbi
+import torch
+import zuko
+from sbi.inference import NLE, NPE
+from torch import Tensor
+from torch.utils.data import DataLoader, TensorDataset
+
+import jacobiflow as jf
+from benchmarks.lib.library_flows import TRANSFORMS, training_step
+from benchmarks.lib.process import temporary_folder
+from benchmarks.lib.profiling import OPTIMIZER, OTHER, POTENTIAL, Profile
+from benchmarks.lib.results import Json, measure_files
+from benchmarks.lib.simulator import DATA, LIMIT, PARAMETERS, PRIOR, observations, simulations, standardized
+from benchmarks.lib.timing import time_speed_up
+from jacobiflow.models.memory import keep_freed_memory
+
+TRAINERS = {"NPE": NPE, "NLE": NLE}
+SAMPLES = 10_000
+
+# Calls of sbi on estimators that are trained until they converge, for at most `EPOCHS`.
+SIMULATIONS, EPOCHS, ROUNDS = 5_000, 100, 2
+ESTIMATORS = {"NPE": ("maf", "maf_rqs", "zuko_maf", "zuko_nsf"), "NLE": ("maf", "zuko_nsf")}
+
+# Calls of each package.
+FEATURES = 10  # of flows with random weights
+FEW_SIMULATIONS, FEW_EPOCHS, OBSERVATIONS = 2_000, 10, 100
+
+# Fits.
+FIT_SIMULATIONS, FIT_EPOCHS, BATCH = 10_000, 10, 200
+HIDDEN, RATE = (50, 50), 5e-4  # These are sbi's own.
+TRAINING, SAMPLING, HMC, REJECTION, VARIATIONAL = "training", "sampling", "HMC", "rejection", "variational inference"
+LOADER, BY_INDEX = "DataLoader, Adam", "batches by index, Adam(fused=True)"
+HMC_SAMPLES, WARM_UP, REJECTION_SAMPLES, ITERATIONS = 30, 20, 200, 200
+DIMENSIONS = 6  # The number of parameters of pocomc's density.
+FIT_ROUNDS = {"zuko": 2, "sbi NPE": 2, "sbi NLE": 1, "pocomc": 1}
+
+
+def train_sbi(method: str, kind: str, count: int, **options: Any) -> tuple[Any, Any]:
+    """The trainer of sbi and its trained estimator."""
+    trainer = TRAINERS[method](PRIOR, density_estimator=kind, show_progress_bars=False)
+    return trainer, trainer.append_simulations(*simulations(count)).train(**options)
+
+
+def seeded(run: Callable[[Any], Any], target: Any) -> Any:
+    """Makes a call from the same random numbers each time."""
+    torch.manual_seed(1)
+    np.random.seed(1)
+    return run(target)
+
+
+def accelerated(run: Callable[[Any], Any], library: ModuleType) -> Any:
+    """Makes a call in which the library's new flows are accelerated."""
+    with jf.accelerate(library):
+        return seeded(run, library)
+
+
+def both_ways(run: Callable[[Any], Any], target: Any) -> dict[str, Callable[[], Any]]:
+    """A call on an object as it is and on an accelerated copy, or on a library whose new flows are accelerated."""
+    if isinstance(target, ModuleType):
+        return {"library": partial(seeded, run, target), "accelerated": partial(accelerated, run, target)}
+    fast = copy.deepcopy(target)
+    jf.accelerate(fast)
+    return {"library": partial(seeded, run, target), "accelerated": partial(seeded, run, fast)}
+
+
+# Calls of sbi
+
+
+def one_observation(posterior: Any, count: int) -> Tensor:
+    return posterior.sample((count,), x=observations()[:1], show_progress_bars=False)
+
+
+def all_observations(posterior: Any) -> Tensor:
+    return posterior.sample_batched((100,), x=observations(), show_progress_bars=False)
+
+
+class SbiCall(NamedTuple):
+    """A call of sbi: its method, and how the posterior is built."""
+
+    method: str
+    sample: Callable[[Any], Tensor]
+    options: Json
+
+
+SLICES = {"sample_with": "mcmc", "mcmc_parameters": {"warmup_steps": 25}}
+SBI_CALLS = {
+    "`sample((10_000,))`": SbiCall("NPE", partial(one_observation, count=SAMPLES), {}),
+    "`sample_batched((100,))`, 100 observations": SbiCall("NPE", all_observations, {}),
+    "`slice_np_vectorized`, 200 samples": SbiCall("NLE", partial(one_observation, count=200), SLICES),
+}
+
+
+@cache
+def trained(method: str, kind: str) -> Any:
+    """An estimator by sbi's own training."""
+    torch.manual_seed(0)
+    return train_sbi(method, kind, SIMULATIONS, max_num_epochs=EPOCHS)[1]
+
+
+def share(run: Callable[[], Tensor], kind: type) -> float:
+    """The share of a call's time that is spent in the methods of estimators of a kind."""
+    methods = [(kind, name) for name in ("sample", "log_prob", "sample_and_log_prob")]
+    watch = Profile(perf_counter, {"flow": methods})
+    with watch.watching(), watch.phase(SAMPLING):
+        run()
+    seconds = watch.seconds[SAMPLING]
+    return seconds["flow"] / (seconds["flow"] + seconds[OTHER])
+
+
+def measure_sbi(key: Json) -> Json:
+    """Seconds of a call, by sbi and accelerated, and the shares of the estimator."""
+    call = SBI_CALLS[key["call"]]
+    estimator = trained(call.method, key["estimator"])
+    runs = both_ways(call.sample, TRAINERS[call.method](PRIOR).build_posterior(estimator, **call.options))
+    metrics, _ = time_speed_up(runs, ROUNDS)
+    return {**metrics, "share": {name: share(run, type(estimator)) for name, run in runs.items()}}
+
+
+def sbi_keys() -> Iterator[Json]:
+    for name, call in SBI_CALLS.items():
+        for kind in ESTIMATORS[call.method]:
+            yield {"method": call.method, "estimator": kind, "call": name, "version": version("sbi")}
+
+
+# Calls of each package
+
+
+def sbi_posterior() -> Any:
+    return train_sbi("NPE", "maf", FEW_SIMULATIONS, max_num_epochs=FEW_EPOCHS)[0].build_posterior()
+
+
+def sbi_losses(_: Any) -> Tensor:
+    trainer, _ = train_sbi("NPE", "maf", FEW_SIMULATIONS, max_num_epochs=FEW_EPOCHS)
+    return torch.tensor(trainer.summary["training_loss"])
+
+
+def calibrate_sbi(posterior: Any) -> Tensor:
+    """The call of https://github.com/sbi-dev/sbi/issues/1329."""
+    from sbi.diagnostics import run_sbc
+
+    data = simulations(OBSERVATIONS, seed=1)
+    return run_sbc(*data, posterior, num_posterior_samples=1000, show_progress_bar=False)[0]
+
+
+def lampe_npe() -> Any:
+    from lampe.inference import NPE
+
+    return NPE(PARAMETERS, DATA)
+
+
+def ili_posterior() -> Any:
+    import ili
+
+    runner = ili.inference.InferenceRunner.load(
+        backend="lampe",
+        engine="NPE",
+        prior=ili.utils.Uniform(low=[-LIMIT] * PARAMETERS, high=[LIMIT] * PARAMETERS),
+        nets=[ili.utils.load_nde_lampe(model="maf")],
+        train_args={"max_epochs": FEW_EPOCHS},
+    )
+    theta, x = (values.numpy() for values in simulations(FEW_SIMULATIONS))
+    return runner(ili.dataloaders.NumpyLoader(x, theta))[0]
+
+
+def validate_ili(posterior: Any) -> Tensor:
+    """Samples at each observation of a test set: https://github.com/maho3/ltu-ili/issues/181."""
+    from ili.validation import PosteriorSamples
+
+    theta, x = (values.numpy() for values in simulations(OBSERVATIONS, seed=1))
+    return torch.from_numpy(PosteriorSamples(num_samples=1000, sample_method="direct")(posterior, x, theta))
+
+
+def pocomc_flow() -> Any:
+    from pocomc.flow import Flow
+
+    return Flow(FEATURES, "nsf6")  # The default of `pocomc.Sampler`.
+
+
+def causal_nsf() -> Any:
+    from causalflows.flows import CausalNSF
+
+    return CausalNSF(FEATURES, order=torch.arange(FEATURES))
+
+
+class Client(NamedTuple):
+    """A call of a package that its users wait for.
+
+    Attributes:
+        package: The package's name on PyPI.
+        network: The network, as the package calls it.
+        line: The line that accelerates it.
+        call: The call that is timed.
+        build: Makes the object that is accelerated, or imports the library, if the package makes flows inside the call.
+        run: Makes the call.
+        rounds: Number of timings of each way.
+    """
+
+    package: str
+    network: str
+    line: str
+    call: str
+    build: Callable[[], Any]
+    run: Callable[[Any], Tensor]
+    rounds: int = 5
+
+
+CLIENTS = (
+    Client("sbi", "maf", "jf.accelerate(posterior)", "run_sbc, 100 x 1,000 samples",
+           sbi_posterior, calibrate_sbi, rounds=2),
+    Client("sbi", "maf", "jf.accelerate(sbi)", "train, 10 epochs", lambda: sbi, sbi_losses),
+    Client("lampe", "NPE, MAF", "jf.accelerate(npe)", "npe.flow(x).sample((10_000,))",
+           lampe_npe, lambda npe: npe.flow(torch.randn(DATA)).sample((SAMPLES,))),
+    Client("ltu-ili", "NPE, maf of lampe", "jf.accelerate(posterior)", "PosteriorSamples, 100 x 1,000 samples",
+           ili_posterior, validate_ili, rounds=2),
+    Client("pocomc", "nsf6", "jf.accelerate(flow)", "flow.sample(10_000)",
+           pocomc_flow, lambda flow: flow.sample(SAMPLES)[0]),
+    Client("causalflows", "CausalNSF", "jf.accelerate(flow)", "sample_interventional, 10,000 rows",
+           causal_nsf, lambda flow: flow().sample_interventional(index=0, value=1.0, sample_shape=(SAMPLES,))),
+)  # fmt: skip
+
+
+def measure_client(key: Json) -> Json:
+    """Seconds of a call, by the package and accelerated, and the largest difference of its results."""
+    client = next(client for client in CLIENTS if key.items() >= describe(client).items())
+    torch.manual_seed(0)
+    target = client.build()
+    run = client.run if isinstance(target, ModuleType) else torch.no_grad()(client.run)
+    metrics, results = time_speed_up(both_ways(run, target), client.rounds)
+    difference = (results["accelerated"] - results["library"]).abs().max() / results["library"].abs().max()
+    return {**metrics, "error": float(difference)}
+
+
+def describe(client: Client) -> Json:
+    return {name: getattr(client, name) for name in ("package", "network", "line", "call")}
+
+
+def client_keys() -> Iterator[Json]:
+    for client in CLIENTS:
+        if is_installed(client.package):
+            yield describe(client) | {"version": version(client.package)}
+
+
+def is_installed(package: str) -> bool:
+    """Whether a package is installed; says so if its rows are left out."""
+    try:
+        version(package)
+    except PackageNotFoundError:
+        print(f"{package} is not installed: its rows are left out")
+        return False
+    return True
+
+
+# Fits
+
+
+def batches(data: TensorDataset, loop: str) -> Iterator[Any]:
+    """The batches of an epoch: by PyTorch's loader, which takes one row at a time, or by index."""
+    if loop == LOADER:
+        yield from DataLoader(data, BATCH, shuffle=True)
+    else:
+        yield from (data[rows] for rows in torch.randperm(len(data)).split(BATCH))
+
+
+def fit_zuko(watch: Profile, key: Json) -> Json:
+    """A loop of its own, and samples at one context."""
+    data = TensorDataset(*standardized(FIT_SIMULATIONS))
+    flow = getattr(zuko.flows, key["flow"])(PARAMETERS, DATA, transforms=TRANSFORMS, hidden_features=HIDDEN)
+    optimizer = torch.optim.Adam(flow.parameters(), RATE, fused=key["loop"] == BY_INDEX)
+    with watch.phase(TRAINING):
+        for _ in range(FIT_EPOCHS):
+            for rows, context in batches(data, key["loop"]):
+                training_step(flow, optimizer, rows, context)
+    theta, x = data.tensors
+    with watch.phase(SAMPLING), torch.no_grad():
+        flow(x[0]).sample((SAMPLES,))
+        loss = float(-flow(x).log_prob(theta).mean())
+    return {"loss": loss}
+
+
+def fit_npe(watch: Profile, key: Json) -> Json:
+    """sbi's posterior estimation, and samples of one posterior."""
+    with watch.phase(TRAINING):
+        inference, _ = train_sbi("NPE", key["flow"], FIT_SIMULATIONS, training_batch_size=BATCH,
+                                 max_num_epochs=FIT_EPOCHS)  # fmt: skip
+    with watch.phase(SAMPLING):
+        one_observation(inference.build_posterior(), SAMPLES)
+    return {"loss": inference.summary["best_validation_loss"][-1]}
+
+
+WEIGHTS: dict[str, Any] = {}  # The first likelihood of each kind, from which both ways sample.
+
+
+def fit_nle(watch: Profile, key: Json) -> Json:
+    """sbi's likelihood estimation, and samples by three of its samplers."""
+    with watch.phase(TRAINING):
+        inference, estimator = train_sbi("NLE", key["flow"], FIT_SIMULATIONS, training_batch_size=BATCH,
+                                         max_num_epochs=FIT_EPOCHS)  # fmt: skip
+    estimator.load_state_dict(WEIGHTS.setdefault(key["flow"], copy.deepcopy(estimator.state_dict())))
+    chain = {"num_chains": 1, "warmup_steps": WARM_UP, "thin": 1}
+    for phase, count, options in (
+        (HMC, HMC_SAMPLES, {"sample_with": "mcmc", "mcmc_method": "hmc_pyro", "mcmc_parameters": chain}),
+        (REJECTION, REJECTION_SAMPLES, {"sample_with": "rejection"}),
+        (VARIATIONAL, SAMPLES, {"sample_with": "vi", "vi_method": "rKL"}),
+    ):
+        torch.manual_seed(2)
+        posterior = inference.build_posterior(estimator, **options).set_default_x(observations()[:1])
+        with watch.phase(phase):
+            if phase == VARIATIONAL:
+                limits = {"max_num_iters": ITERATIONS, "check_for_convergence": False, "quality_control": False}
+                posterior.train(show_progress_bar=False, **limits)
+            posterior.sample((count,), show_progress_bars=False)
+    return {"loss": inference.summary["best_validation_loss"][-1]}
+
+
+def rosenbrock(x: Any) -> Any:
+    """The log-likelihood of pocomc's own example."""
+    return -np.sum(10 * (x[:, ::2] ** 2 - x[:, 1::2]) ** 2 + (x[:, ::2] - 1) ** 2, axis=1)
+
+
+def fit_pocomc(watch: Profile, key: Json) -> Json:
+    """A run of pocomc with its own settings, whose flow is trained now and again."""
+    pocomc = import_module("pocomc")
+    fit = pocomc.flow.Flow.fit
+    prior = pocomc.Prior(DIMENSIONS * [import_module("scipy.stats").uniform(-10, 20)])
+
+    def timed_fit(*arguments: Any, **options: Any) -> Any:
+        with watch.phase(TRAINING):
+            return fit(*arguments, **options)
+
+    with watch.phase(SAMPLING), patch.object(pocomc.flow.Flow, "fit", timed_fit):
+        sampler = pocomc.Sampler(prior, rosenbrock, vectorize=True, random_state=1)
+        sampler.run(progress=False)
+    log_evidence, error = sampler.evidence()
+    return {"log_evidence": float(log_evidence), "error": float(error)}
+
+
+# How each program fits, and the library whose flows are accelerated.
+PROGRAMS: dict[str, tuple[Callable[[Profile, Json], Json], ModuleType]] = {
+    "zuko": (fit_zuko, zuko), "sbi NPE": (fit_npe, sbi), "sbi NLE": (fit_nle, sbi), "pocomc": (fit_pocomc, zuko),
+}  # fmt: skip
+
+
+def measure_fit(key: Json) -> Json:
+    """Seconds of each phase and its parts and the steps of each phase, of the faster of a few rounds."""
+    fit, library = PROGRAMS[key["program"]]
+    best: dict[str, Json] = {}
+    for _, way in product(range(FIT_ROUNDS[key["program"]]), ("library", "accelerated")):
+        watch = Profile()
+        with watch.watching(), jf.accelerate(library) if way == "accelerated" else nullcontext():
+            result = seeded(partial(fit, watch), key)
+        steps = {phase: calls[OPTIMIZER] + calls[POTENTIAL] for phase, calls in watch.calls.items()}
+        seconds = {phase: dict(parts) for phase, parts in watch.seconds.items()}
+        total = sum(sum(parts.values()) for parts in seconds.values())
+        if way not in best or total < best[way]["total"]:
+            best[way] = {"total": total, "seconds": seconds, "steps": steps, "result": result}
+    columns = {name: {way: run[name] for way, run in best.items()} for name in best["library"]}
+    return {**columns, "speed_up": best["library"]["total"] / best["accelerated"]["total"]}
+
+
+def fit_keys() -> Iterator[Json]:
+    """All fits; the one of pocomc comes last."""
+    for flow, loop in product(("MAF", "NSF"), (LOADER, BY_INDEX)):
+        yield {"program": "zuko", "version": version("zuko"), "flow": flow, "loop": loop}
+    for program, flows in (("sbi NPE", ("maf", "zuko_maf", "zuko_nsf")), ("sbi NLE", ("maf", "zuko_nsf"))):
+        for flow in flows:
+            yield {"program": program, "version": version("sbi"), "flow": flow}
+    if is_installed("pocomc"):
+        yield {"program": "pocomc", "version": version("pocomc"), "flow": "nsf6"}
+
+
+FILES = {"sbi": (sbi_keys, measure_sbi), "clients": (client_keys, measure_client), "fits": (fit_keys, measure_fit)}
+
+
+def main() -> None:
+    logging.disable(logging.WARNING)
+    with temporary_folder(), warnings.catch_warnings():  # sbi logs its training where it runs
+        warnings.simplefilter("ignore")
+        measure_files(__doc__, FILES, one_thread=("fits",))
+
+
+if __name__ == "__main__":
+    keep_freed_memory()
+    main()
