@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import io
 import os
 import re
@@ -19,6 +20,7 @@ import jacobiflow as jf
 from jacobiflow.cli import options
 from jacobiflow.cli.app import app
 from jacobiflow.cli.options import near_miss
+from jacobiflow.native.library import Library
 
 COMMANDS = ("sample", "calibrate", "plan", "bench", "evaluate", "train", "convert", "info")
 PANELS = ("Model and samples", "Images", "Training", "Measurements", "Speed and exactness", "Guidance and denoising",
@@ -60,6 +62,22 @@ def test_help_lists_the_commands_in_order(run: Any) -> None:
     assert run("--version").out == f"jacobiflow {metadata.version('jacobiflow')}\n"
 
 
+def test_twelve_functions_stand_between_a_command_line_and_the_native_code(
+    run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stacks, solve = [], Library.solve_transformer
+
+    def record(*arguments: Any) -> Any:
+        files = (Path(frame.filename) for frame in inspect.stack())
+        stacks.append([file for file in files if file.is_relative_to(Path(jf.__file__).parent)])
+        return solve(*arguments)
+
+    monkeypatch.setattr(Library, "solve_transformer", record)
+    line = "sample --model digits-p1 --num 2 --strategy sequential --plain"
+    assert run(f"{line} --out {tmp_path}/out").code == 0
+    assert {len(stack) + len(["solve_transformer"]) for stack in stacks} == {12}
+
+
 def test_without_its_packages_it_says_what_to_install() -> None:
     done = python("import sys; sys.modules['cyclopts'] = None; from jacobiflow.cli import main; sys.exit(main())")
     message = "error: the command line needs more packages: pip install 'jacobiflow[cli]'\n"
@@ -98,14 +116,14 @@ def test_names_that_an_extension_may_register_pass(monkeypatch: pytest.MonkeyPat
         check(str, value)
     with pytest.raises(ValueError, match="window"):
         check(str, "windows:3")
-    monkeypatch.setattr(options, "entry_points", lambda group: ["an extension"])
+    monkeypatch.setattr(options, "find_extensions", lambda: ["an extension"])
     check(str, "windows:3")
 
 
 REFUSED = {
-    f"{SAMPLE} --labels {'1,' * 5000}": "or a .txt or .npy file",
+    f"{SAMPLE} --labels {'1,' * 5000}": "no such class",
     f"{SAMPLE} --labels 0,1,2,10": "label 10: this flow has classes 0 to 2",
-    f"{SAMPLE} --labels cat": "--labels cat: no such class; this model has no names of classes, give numbers; or give ",
+    f"{SAMPLE} --labels cat": "--labels cat: no such class; this model has no names of classes, give numbers",
     f"{SAMPLE} --dtype tf32": "--dtype tf32: only a GPU has it, and --device is cpu; give float32",
     f"{SAMPLE} --batch-size 2 --shard-size 3": "--shard-size 3: give a multiple of the batch size, 2",
     f"{SAMPLE} --strategy frontt": "give auto, sequential, jacobi, ",
@@ -114,10 +132,10 @@ REFUSED = {
     f"{SAMPLE} --certify-always --no-certify": "--certify-always: excludes --no-certify; leave one of them out",
     f"{SAMPLE} --out file/out": "file/out",
     f"{SAMPLE} --json file/f.json": "--json file/f.json: cannot be written",
-    f"{SAMPLE} --json pets": "--json pets: is a folder; give a file",
+    f"{SAMPLE} --json pets": "--json pets: cannot be written; give a file in a folder that can be",
     f"{SAMPLE} --json out-x/f.json": "--json out-x/f.json: is in out-x, which this command uses; give another file",
     f"{SAMPLE} --strategy window.json --json pets/../window.json": "is in window.json, which this command uses",
-    f"{PLAN} --batch-size 1000000000": "--batch-size 1000000000: give a whole number from 1 to 65,536, or auto",
+    f"{PLAN} --batch-size 1000000000": 'Invalid value "1000000000" for --batch-size. Must be <= 65536.',
     f"{PLAN} --out model/new/../tuning.json": "--out model/new/../tuning.json: is in model, which this command uses",
     f"{PLAN} --tolerance -1": "--tolerance -1.0: give a positive number; at 0 use",
     f"{MEASURE} --seed 18446744073709551616": 'Invalid value "18446744073709551616" for --seed. Must be <= ',
@@ -176,7 +194,7 @@ def test_ctrl_c_once_more_does_not_interrupt_the_exit() -> None:
     done = python(
         "import atexit, os, signal, sys; from unittest.mock import Mock; from jacobiflow.cli import app, main\n"
         "atexit.register(os.kill, os.getpid(), signal.SIGINT)\n"
-        "sys.argv, app._load_extensions = ['jacobiflow', 'info'], Mock(side_effect=KeyboardInterrupt)\n"
+        "sys.argv, app._prepare = ['jacobiflow', 'info'], Mock(side_effect=KeyboardInterrupt)\n"
         "sys.exit(main())"
     )
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted\n")

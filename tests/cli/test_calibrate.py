@@ -16,7 +16,7 @@ import torch
 
 import jacobiflow as jf
 from jacobiflow.calibration import gs_jacobi_notation
-from jacobiflow.cli.calibrate import CalibrateResult, show
+from jacobiflow.cli.calibrate import CalibrateConfig, CalibrateResult, show
 from jacobiflow.data import Noise, load_images, noisy_images
 from jacobiflow.jobs import JobRun
 from tests.helpers.running import figures
@@ -142,7 +142,8 @@ def test_crm_may_be_undefined(work: Path, capsys: pytest.CaptureFixture[str]) ->
     report = jf.CalibrationReport.load(work / "report.json")
     metrics = dict.fromkeys(report.metrics, replace(report.metrics[2], components=None))
     edited = replace(report, metrics=metrics, class_metrics={})
-    show(CalibrateResult(model="", images="", out="", use="", report=edited, machine={}))
+    result = CalibrateResult(model="", images="", out="", use="", report=edited, machine={})
+    show(CalibrateConfig(images="", out=Path()), result)
     out = capsys.readouterr().out
     assert "\nCRM is not defined: " in out and "The paper's strategies" not in out
     rows = [line.split() for line in out.splitlines()]

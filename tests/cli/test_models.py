@@ -41,8 +41,9 @@ def test_info(run: Any, tmp_path: Path) -> None:
     assert entries["parameters"] == sum(parameter.numel() for parameter in flow.parameters())
     assert (entries["num_tokens"], entries["token_channels"], entries["noise_std"]) == (16, 4, 0.1)
     assert (entries["torch"], entries["zuko"]) == (torch.__version__, version("zuko"))
-    for name, value in entries.items():
-        assert name in result.out and str(value) in result.out
+    for line in result.out.splitlines():
+        name, value = line.split(maxsplit=1)
+        assert str(entries[name]) == value
 
 
 def test_check_of_samples_names_every_damaged_file(run: Any, tmp_path: Path) -> None:

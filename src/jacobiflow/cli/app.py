@@ -1,54 +1,38 @@
-"""The application. Bad input ends in one line on stderr and exit code 2.
+"""The application, which runs commands. Bad input ends in one line on stderr and exit code 2.
 
-A command is a file: a config, whose fields are the options and whose docstring is their help; `run(config)`, whose
-docstring is the help of the command and which returns the result; and `show(result)`, which prints it. They import
-PyTorch inside functions only, so that `--help` and misspelled options are quick.
+A command is a file with a line in `app`:
+
+- a config, a frozen dataclass whose fields are the options and whose docstring is their help;
+- `run(config)`, which does the work and returns a dataclass, perhaps with a method `to_json`, or with `problems` that
+  make the exit code 2; it returns `None` if another process has the result;
+- `show(config, result)`, which prints the result;
+- perhaps `describe_kept(config)`, which tells what Ctrl-C leaves of a run, and how to go on.
+
+Commands are imported if they run, and import PyTorch inside functions only, so that `--help` and misspelled options are
+quick.
 """
 
 from __future__ import annotations
 
-import inspect
 import io
 import os
+import signal
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from importlib.metadata import entry_points
-from typing import Any, TypeVar
+from typing import Any
 
 from cyclopts import App, CycloptsError, Group, Parameter
-from cyclopts.help import DefaultFormatter, HelpPanel
-from rich.text import Text
 
 from jacobiflow import __version__
-from jacobiflow.cli import bench, calibrate, convert, evaluate, info, options, output, output_files, plan, sample, train
+from jacobiflow.cli import options, output, output_files
 from jacobiflow.errors import InputError, InputValueError
 
 _STDOUT_CLOSED, _BAD_INPUT, _INTERRUPTED = 1, 2, 130  # Exit codes.
 _TRACEBACK = "--traceback"
 _OUT_OF_MEMORY = ("out of memory", "allocate memory", "bad_alloc", "_ALLOC_FAILED")  # In messages of PyTorch and CUDA.
-
-Config = TypeVar("Config", bound=options.Config)
-Result = TypeVar("Result")
-
-
-class _Formatter(DefaultFormatter):
-    """Panels whose lines are as long as the terminal allows, and not as in the docstrings."""
-
-    def __call__(self, console: Any, options: Any, panel: HelpPanel) -> None:
-        for entry in panel.entries:
-            text: Any = entry.description
-            text.primary_renderable = Text(_join_lines(str(text.primary_renderable)))
-        super().__call__(console, options, panel)
-
-
-def _join_lines(docstring: str) -> str:
-    """Returns a docstring whose paragraphs are one line each, without backticks."""
-    return "\n\n".join(" ".join(part.replace("`", "").split()) for part in docstring.split("\n\n"))
-
 
 app = App(
     name="jacobiflow",
@@ -57,109 +41,94 @@ app = App(
     "Documentation: https://jacobiflow.github.io/jacobiflow",
     help_flags="--help",
     help_format="plaintext",
-    help_formatter=_Formatter(),
     version=f"jacobiflow {__version__}",
     default_parameter=Parameter(negative_bool=(), negative_iterable=(), allow_repeating=True),
 )
 app["--help"].group = app["--version"].group = Group("Options")
+app.command("jacobiflow.cli.sample:SampleConfig", name="sample", sort_key=1)
+app.command("jacobiflow.cli.calibrate:CalibrateConfig", name="calibrate", sort_key=2)
+app.command("jacobiflow.cli.plan:PlanConfig", name="plan", sort_key=3)
+app.command("jacobiflow.cli.bench:BenchConfig", name="bench", sort_key=4)
+app.command("jacobiflow.cli.evaluate:EvaluateConfig", name="evaluate", sort_key=5)
+app.command("jacobiflow.cli.train:TrainOptions", name="train", sort_key=6)
+app.command("jacobiflow.cli.convert:ConvertConfig", name="convert", sort_key=7)
+app.command("jacobiflow.cli.info:InfoConfig", name="info", sort_key=8)
 
 
-@dataclass(frozen=True)
-class _Command:
-    run: Callable[[Any], Any]
-    show: Callable[[Any], None]
-    describe_kept: Callable[[Any], str] | None
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a command line, by default that of the process, and returns its exit code.
 
+    Bad input ends in one line on stderr and exit code 2; `jacobiflow --traceback COMMAND` adds its traceback. The exit
+    code is 130 after Ctrl-C, and 1 if stdout was closed. Other errors keep their traceback.
 
-_commands: dict[type, _Command] = {}
-
-
-def register(
-    name: str, config_type: type[Config], run: Callable[[Config], Result | None], show: Callable[[Result], None],
-    describe_kept: Callable[[Config], str] | None = None,
-) -> None:  # fmt: skip
-    """Adds a command to the application.
-
-    Args:
-        name: Name of the command.
-        config_type: Frozen dataclass. Its fields are the options; its docstring is their help.
-        run: Does the work. It returns a dataclass, perhaps with a method `to_json`, or with `problems` that make the
-            exit code 2. Its docstring is the help of the command.
-        show: Prints the result.
-        describe_kept: Describes what Ctrl-C leaves of a run, and how to go on; without it, nothing is left.
+    Installed packages can register their own classes: modules of the entry point group "jacobiflow" are imported before
+    a command runs.
     """
-    app.command(config_type, name=name, help=_join_lines(inspect.getdoc(run) or ""), sort_key=len(_commands))
-    _commands[config_type] = _Command(run, show, describe_kept)
-
-
-register("sample", sample.SampleConfig, sample.run, sample.show, sample.describe_kept)
-register("calibrate", calibrate.CalibrateConfig, calibrate.run, calibrate.show, calibrate.describe_kept)
-register("plan", plan.PlanConfig, plan.run, plan.show)
-register("bench", bench.BenchConfig, bench.run, bench.show)
-register("evaluate", evaluate.EvaluateConfig, evaluate.run, evaluate.show, evaluate.describe_kept)
-register("train", train.TrainOptions, train.run, train.show, train.describe_kept)
-register("convert", convert.ConvertConfig, convert.run, convert.show)
-register("info", info.InfoConfig, info.run, info.show)
-
-
-def run(arguments: Sequence[str]) -> int:
-    """Runs a command line as `jacobiflow.cli.main` does."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # A terminal may not know every character.
-    words = [word for word in arguments if word != _TRACEBACK]
+    # PyTorch prints a C++ backtrace when the connection to the store of the processes is lost.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    given = sys.argv[1:] if arguments is None else arguments
+    words = [word for word in given if word != _TRACEBACK]
+    config: Any = None
     try:
-        with _warnings_in_one_line():
+        with _plain_streams():
+            if not words or words[0].startswith("-"):
+                list(app.resolved_commands())  # Imports all commands, whose summaries the help shows.
             make_config, values, _ = app.parse_args(words, print_error=False, exit_on_error=False)
-            config = make_config(*values.args, **values.kwargs)  # None after --help and --version.
-            code = 0 if config is None else _run_command(config)
-            print(end="", flush=True)
-            return code
-    except CycloptsError as error:
-        message = f"{error} See {' '.join(('jacobiflow', *(error.command_chain or ())))} --help."
-        if _is_first_process():  # All processes have the same command line.
-            _print_line("error", message)
-    except (InputError, OSError) as error:
-        if isinstance(error, BrokenPipeError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes stdout at exit.
-            return _STDOUT_CLOSED
-        if len(words) < len(arguments):
-            traceback.print_exc()
-        _print_line("error", _describe(error, words) if isinstance(error, InputError) else str(error))
-    except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not any(text in str(error) for text in _OUT_OF_MEMORY):
-            raise
-        _print_line("error", "out of memory; give a smaller --batch-size, or smaller numbers")
-    return _BAD_INPUT
+            config = make_config(*values.args, **values.kwargs)
+            if config is None:  # The help or the version is printed.
+                return 0
+            command: Any = sys.modules[type(config).__module__]
+            _prepare(config)
+            from jacobiflow.utils.files import write_json  # It needs no PyTorch, but packages that take time to import.
 
-
-def _run_command(config: options.Config) -> int:
-    from jacobiflow.models.memory import keep_freed_memory
-    from jacobiflow.utils.files import write_json
-
-    command = _commands[type(config)]
-    try:
-        keep_freed_memory()
-        _load_extensions()
-        output_files.check_json(config)
-        result = command.run(config)
+            result = command.run(config)
+            if result is None:
+                return 0
+            command.show(config, result)
+            if config.json is not None:
+                config.json.parent.mkdir(parents=True, exist_ok=True)
+                write_json(config.json, output.to_json(config) | output.to_json(result))
+            return _BAD_INPUT if getattr(result, "problems", ()) else 0
     except KeyboardInterrupt:
         if _is_first_process():
-            kept = "" if command.describe_kept is None else f": {command.describe_kept(config)}"
-            print(f"interrupted{kept}", file=sys.stderr)
+            describe = getattr(sys.modules[type(config).__module__], "describe_kept", None)
+            print("interrupted" if describe is None else f"interrupted: {describe(config)}", file=sys.stderr)
         return _INTERRUPTED
-    if result is None:  # Another process has the result.
-        return 0
-    command.show(result)
-    if config.json is not None:
-        config.json.parent.mkdir(parents=True, exist_ok=True)
-        write_json(config.json, result.to_json() if hasattr(result, "to_json") else asdict(result))
-    return _BAD_INPUT if getattr(result, "problems", ()) else 0
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes stdout at exit.
+        return _STDOUT_CLOSED
+    except Exception as error:
+        message = _describe(error, words)
+        if message is None:
+            raise
+        if len(words) < len(given):
+            traceback.print_exc()
+        if _is_first_process() or not isinstance(error, CycloptsError):  # All processes have the same command line.
+            _print_line("error", message)
+        return _BAD_INPUT
+    finally:
+        if arguments is None:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C must not interrupt exit functions.
 
 
-def _load_extensions() -> None:
-    """Imports the modules of installed packages that register classes of their own."""
-    for extension in entry_points(group=options.EXTENSIONS):
+@contextmanager
+def _plain_streams() -> Iterator[None]:
+    """Prints warnings in one line, and question marks for characters that the terminal does not know."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *_, **__: _print_line("warning", str(message))
+        yield
+    sys.stdout.flush()
+
+
+def _prepare(config: options.Config) -> None:
+    """Checks `--json`, and imports the modules of installed packages that register classes of their own."""
+    from jacobiflow.models.memory import keep_freed_memory
+
+    keep_freed_memory()
+    for extension in options.find_extensions():
         try:
             extension.load()
         except Exception as error:  # Importing a module can raise anything.
@@ -167,6 +136,7 @@ def _load_extensions() -> None:
                 f"extension {extension.name}: cannot import {extension.value} ({type(error).__name__}: {error}); "
                 "correct or uninstall the package that it is in"
             ) from error
+    output_files.check_output("--json", config.json, *(v for name, v in vars(config).items() if name != "json"))
 
 
 def _is_first_process() -> bool:
@@ -174,19 +144,18 @@ def _is_first_process() -> bool:
     return os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
 
 
-def _describe(error: InputError, words: Sequence[str]) -> str:
-    """Returns the message of an error, which names an option where the library names its argument."""
-    command = app.parse_commands(words)[1][-1]
-    names = {option.field_info.name: option.name for option in command.assemble_argument_collection()}
-    option = names.get(error.argument or "")
-    return str(error) if option is None else f"{option} {error.value}: {error.message}"
-
-
-@contextmanager
-def _warnings_in_one_line() -> Iterator[None]:
-    with warnings.catch_warnings():
-        warnings.showwarning = lambda message, *_, **__: _print_line("warning", str(message))
-        yield
+def _describe(error: Exception, words: Sequence[str]) -> str | None:
+    """Returns the message for an error of the user or the machine; `None` for a fault of the library."""
+    if isinstance(error, CycloptsError):
+        return f"{error} See {' '.join(('jacobiflow', *(error.command_chain or ())))} --help."
+    if isinstance(error, InputError):  # It names an option where the library names its argument.
+        command = app.parse_commands(words)[1][-1]
+        names = {option.field_info.name: option.name for option in command.assemble_argument_collection()}
+        option = names.get(error.argument or "")
+        return str(error) if option is None else f"{option} {error.value}: {error.message}"
+    if isinstance(error, MemoryError) or any(text in str(error) for text in _OUT_OF_MEMORY):
+        return "out of memory; give a smaller --batch-size, or smaller numbers"
+    return str(error) if isinstance(error, OSError) else None
 
 
 def _print_line(kind: str, message: str) -> None:

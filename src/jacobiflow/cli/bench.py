@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 from jacobiflow.cli import loading, options
-from jacobiflow.cli.output import format_count, progress_bar, show_table
+from jacobiflow.cli.output import format_count, progress_bar, show_table, to_json
 from jacobiflow.utils.provenance import Provenance
 
 if TYPE_CHECKING:
-    from jacobiflow.blocks.guidance import Guidance
     from jacobiflow.comparison.compare import Comparison, SamplerResult
     from jacobiflow.models.flow import Flow
     from jacobiflow.utils.progress import Progress
@@ -28,7 +27,12 @@ residual: the largest |g(x) - x|; exact: every block was solved token by token
 
 @dataclass(frozen=True, kw_only=True)
 class BenchConfig(options.Config):
-    """Options of `jacobiflow bench`.
+    """Time strategies and measure their errors.
+
+    The strategies, the original sampler and the exact loop run in turn on the same latents. Errors are differences
+    from the images of the exact loop.
+
+    Example: jacobiflow bench --model digits-p1 --strategy jacobi --strategy "[2-4-5-6]" --repeats 3
 
     Attributes:
         strategy: A strategy as in jacobiflow sample; may be repeated. The original sampler, the exact loop and an
@@ -61,38 +65,21 @@ class BenchConfig(options.Config):
 
 @dataclass(frozen=True)
 class BenchResult(Provenance):
-    """Timings and errors of strategies, one comparison for each batch size."""
+    """Timings and errors of strategies.
 
-    model: str
-    num_tokens: int
-    num_blocks: int
-    dtype: str
-    seed: int
-    labels: str
-    guidance: Guidance | None
-    tolerance: float | None
-    report: str | None
-    certify: bool
-    repeats: int
-    native_loops: str
+    Attributes:
+        settings: A line that names the guidance.
+        native_loops: The instruction set of the native exact loops.
+        comparisons: One for each batch size.
+    """
+
     settings: str
-    out: str
+    native_loops: str
     comparisons: tuple[Comparison, ...]
-
-    def to_json(self) -> dict[str, Any]:
-        """Returns all entries, with the rows of the comparisons."""
-        guidance = None if self.guidance is None else asdict(self.guidance)
-        return vars(self) | {"guidance": guidance, "comparisons": [each.to_json() for each in self.comparisons]}
 
 
 def run(config: BenchConfig) -> BenchResult:
-    """Time strategies and measure their errors.
-
-    The strategies, the original sampler and the exact loop run in turn on the same latents. Errors are differences
-    from the images of the exact loop.
-
-    Example: jacobiflow bench --model digits-p1 --strategy jacobi --strategy "[2-4-5-6]" --repeats 3
-    """
+    """Times the strategies, and writes the table and the figure."""
     from jacobiflow import native, plots
     from jacobiflow.utils import files, timing
 
@@ -102,17 +89,13 @@ def run(config: BenchConfig) -> BenchResult:
     flow = flow.guided(settings.guidance)
     with progress_bar() as progress:
         cases = _prepare(config, flow, progress)
-    with files.output_directory(config.out, "benchmark", (_FIGURE, _TABLE)), progress_bar() as progress:
-        comparisons = tuple(case(progress=progress) for case in cases)
-        result = BenchResult(
-            model=config.model, num_tokens=flow.config.num_tokens, num_blocks=flow.config.num_blocks,
-            dtype=config.dtype, seed=config.seed, labels=config.labels, guidance=flow.guidance,
-            tolerance=config.tolerance, report=None if config.report is None else str(config.report),
-            certify=config.certify, repeats=config.repeats, native_loops=native.describe(), settings=origin,
-            out=str(config.out), comparisons=comparisons, machine=timing.describe_machine(flow.var.device),
-        )  # fmt: skip
-        plots.save_png(plots.bench_figure(comparisons), config.out / _FIGURE)
-        files.write_json(config.out / _TABLE, result.to_json())
+        with files.output_directory(config.out, "benchmark", (_FIGURE, _TABLE)):
+            comparisons = tuple(case(progress=progress) for case in cases)
+            result = BenchResult(
+                origin, native.describe(), comparisons, machine=timing.describe_machine(flow.var.device)
+            )
+            plots.save_png(plots.bench_figure(comparisons), config.out / _FIGURE)
+            files.write_json(config.out / _TABLE, to_json(config) | to_json(result))
     return result
 
 
@@ -125,38 +108,31 @@ def _prepare(config: BenchConfig, flow: Flow, progress: Progress | None) -> list
     from jacobiflow.models import latents
     from jacobiflow.sampling.request import SamplingRequest
 
-    strategies = dict.fromkeys(config.strategy)
-    names = [name for name in strategies if name != baselines.SEQUENTIAL]
+    names = [name for name in dict.fromkeys(config.strategy) if name != baselines.SEQUENTIAL]
     guesses, solve_options = loading.load_report(config.report, flow), SolveOptions(certify=config.certify)
     cases = []
     for size in dict.fromkeys(config.batch_size):
         z = latents.draw_latents(size, flow.config.num_tokens, flow.config.token_channels, config.seed)
         classes = options.parse_labels(config.labels, size, flow, config.seed)
-        plans = {}
+        runs = {}
         for name in names:
-            auto_tolerance = config.tolerance if planner.is_auto(name) else None
-            plans[name] = planner.choose(flow, name, size, tolerance=auto_tolerance, report=guesses, progress=progress)
-            if config.tolerance is not None:  # A strategy that stops after a number of sweeps stays as it is.
-                plans[name] = plans[name].with_tolerance(config.tolerance)
-        requests = {name: SamplingRequest(flow, plan, Context(classes), solve_options) for name, plan in plans.items()}
-        runs = {name: partial(request.run, z) for name, request in requests.items()}
+            plan = planner.choose(flow, name, size, tolerance=config.tolerance, report=guesses, progress=progress)
+            runs[name] = partial(SamplingRequest(flow, plan, Context(classes), solve_options).run, z)
         cases.append(partial(compare.compare_samplers, flow, z, classes, runs, repeats=config.repeats))
     return cases
 
 
-def show(result: BenchResult) -> None:
+def show(config: BenchConfig, result: BenchResult) -> None:
     """Prints a table for each batch size."""
     machine = result.machine
     print(
-        f"{result.model} on {machine['processor']}, {format_count(machine['cores'], 'core')}, "
+        f"{config.model} on {machine['processor']}, {format_count(machine['cores'], 'core')}, "
         f"{format_count(machine['threads'], 'thread')}, device {machine['device']}, "
         f"PyTorch {machine['torch']}\nnative exact loops: {result.native_loops}\n{result.settings}"
     )
     for comparison in result.comparisons:
         _print_comparison(comparison)
-    print(_LEGEND)
-    out = Path(result.out)
-    print(f"wrote {out / _FIGURE} and {out / _TABLE}")
+    print(f"{_LEGEND}\nwrote {config.out / _FIGURE} and {config.out / _TABLE}")
 
 
 def _print_comparison(comparison: Comparison) -> None:

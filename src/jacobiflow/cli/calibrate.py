@@ -23,7 +23,12 @@ _TOLERANCE = 1e-3  # The tables count sweeps to this tolerance.
 
 @dataclass(frozen=True, kw_only=True)
 class CalibrateConfig(options.Config):
-    """Options of `jacobiflow calibrate`.
+    """Measure how hard each block of a flow is to invert.
+
+    Measures the metrics of the GS-Jacobi paper, IGM and CRM, and sweeps, and derives a strategy. The same command again
+    resumes after an interruption. Several processes that run it share the work.
+
+    Example: jacobiflow calibrate --per-class --images fashion-512 --out out/calibration
 
     Attributes:
         num: Number of images, which the seed chooses; all if there are fewer.
@@ -77,13 +82,7 @@ class CalibrateResult(Provenance):
 
 
 def run(config: CalibrateConfig) -> CalibrateResult | None:
-    """Measure how hard each block of a flow is to invert.
-
-    Measures the metrics of the GS-Jacobi paper, IGM and CRM, and sweeps, and derives a strategy. The same command again
-    resumes after an interruption. Several processes that run it share the work.
-
-    Example: jacobiflow calibrate --per-class --images fashion-512 --out out/calibration
-    """
+    """Measures the flow, and writes the report."""
     import torch
 
     from jacobiflow import jobs
@@ -125,7 +124,7 @@ def run(config: CalibrateConfig) -> CalibrateResult | None:
     )  # fmt: skip
 
 
-def show(result: CalibrateResult) -> None:
+def show(config: CalibrateConfig, result: CalibrateResult) -> None:
     """Prints the report, and how to use it."""
     _print_report(result.report)
     print(f"wrote {result.out}\nuse it: {result.use}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,7 +17,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class ConvertConfig(options.Config):
-    """Options of `jacobiflow convert`.
+    """Make a model folder from original weights.
+
+    The config is read from the shapes of the weights and the options. With --noise-std the model recommends denoising
+    at rate 1. A STARFlow needs --encode-text for guidance, which encodes the empty text.
+
+    Example: jacobiflow convert afhq_model_8_768_8_8_0.07.pth --patch-size 8 --noise-std 0.07 --out afhq
 
     Attributes:
         file: A state dict (.pth) of TarFlow, SBG, a fork of them, or STARFlow.
@@ -38,27 +43,16 @@ class ConvertResult:
     """A model folder.
 
     Attributes:
-        model: The folder.
         description: Number of weights, size of the images, tokens and classes.
+        config: The config of the flow.
     """
 
-    model: str
     description: str
     config: FlowConfig
 
-    def to_json(self) -> dict[str, Any]:
-        """Returns the folder, and the config of the flow."""
-        return {"model": self.model, **asdict(self.config)}
-
 
 def run(config: ConvertConfig) -> ConvertResult:
-    """Make a model folder from original weights.
-
-    The config is read from the shapes of the weights and the options. With --noise-std the model recommends denoising
-    at rate 1. A STARFlow needs --encode-text for guidance, which encodes the empty text.
-
-    Example: jacobiflow convert afhq_model_8_768_8_8_0.07.pth --patch-size 8 --noise-std 0.07 --out afhq
-    """
+    """Converts the weights, and writes the model folder."""
     from jacobiflow.models.checkpoints.folder import CONFIG
     from jacobiflow.models.checkpoints.original import read_original
     from jacobiflow.utils.files import check_own
@@ -67,23 +61,22 @@ def run(config: ConvertConfig) -> ConvertResult:
         raise InputValueError(f"--out {config.out}: holds a model already; remove that folder first, or give another")
     check_own(config.out, "model")
     state = read_original(config.file)
-    convert = _convert_starflow if "blocks.0.sos_embed" in state else _convert_tarflow
-    flow = convert(config, state)
+    flow = (_convert_starflow if "blocks.0.sos_embed" in state else _convert_tarflow)(config, state)
     flow.save_pretrained(config.out)
     parameters = sum(parameter.numel() for parameter in flow.parameters())
     images = "" if flow.image_shape is None else f"images of {'x'.join(map(str, flow.image_shape))}, "
     reads = "texts" if flow.reads_text else f"{flow.config.num_classes} classes"
     tokens = f"{flow.config.num_tokens} tokens of {flow.config.token_channels} values"
-    return ConvertResult(str(config.out), f"{parameters:,} weights, {images}{tokens}, {reads}", flow.config)
+    return ConvertResult(f"{parameters:,} weights, {images}{tokens}, {reads}", flow.config)
 
 
 def _convert_starflow(config: ConvertConfig, state: dict[str, Any]) -> jf.STARFlow:
-    encoder = None if config.encode_text is None else options.load_encoder(config.encode_text)
-    if encoder is None:
+    if config.encode_text is None:
         warnings.warn(
             "without --encode-text the model has no states of the empty text, which guidance needs; to guide samples, "
             "convert again with it", stacklevel=1,
         )  # fmt: skip
+    encoder = None if config.encode_text is None else options.load_encoder(config.encode_text)
     flow_config = jf.STARFlow.infer_config(state, str(config.file), config.patch_size or 1)
     if config.noise_std is not None:
         flow_config = replace(flow_config, noise_std=config.noise_std)
@@ -104,6 +97,6 @@ def _convert_tarflow(config: ConvertConfig, state: dict[str, Any]) -> jf.TarFlow
     return flow
 
 
-def show(result: ConvertResult) -> None:
+def show(config: ConvertConfig, result: ConvertResult) -> None:
     """Prints the shape of the flow, and its folder."""
-    print(f"{result.description}\nwrote the model folder {result.model}")
+    print(f"{result.description}\nwrote the model folder {config.out}")

@@ -44,7 +44,12 @@ _ROWS = (
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig(options.Config):
-    """Options of `jacobiflow evaluate`.
+    """Score a model and its samples.
+
+    FID of the samples, their errors and residuals, and the model's likelihood of test images. The same command again
+    resumes after an interruption. Several processes that run the same command share the work.
+
+    Example: jacobiflow evaluate --model fashion-p2 --samples out/demo --images fashion-mnist
 
     Attributes:
         samples: A folder that jacobiflow sample wrote.
@@ -79,13 +84,7 @@ class EvaluateConfig(options.Config):
 
 
 def run(config: EvaluateConfig) -> EvaluationResult | None:
-    """Score a model and its samples.
-
-    FID of the samples, their errors and residuals, and the model's likelihood of test images. The same command again
-    resumes after an interruption. Several processes that run the same command share the work.
-
-    Example: jacobiflow evaluate --model fashion-p2 --samples out/demo --images fashion-mnist
-    """
+    """Computes the scores that are not in the folder yet."""
     features = _check_options(config)
     from jacobiflow import jobs
     from jacobiflow.evaluation.job import EvaluationJob, EvaluationResult
@@ -198,7 +197,7 @@ def _load_images(source: str, flow: Flow, split: Split, num: int | None = None) 
     return images, f"{_SPLIT_NAMES[split] if split in splits else 'images'} of {source}"
 
 
-def show(result: EvaluationResult) -> None:
+def show(config: EvaluateConfig, result: EvaluationResult) -> None:
     """Prints the scores as a table."""
     if result.samples is not None:
         print(result.samples)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, astuple, dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import jacobiflow as jf
 from jacobiflow.cli import loading, options
-from jacobiflow.cli.output import one_line, show_table
+from jacobiflow.cli.output import one_line
 from jacobiflow.errors import InputError, InputValueError
 
 _LIBRARIES = ("zuko", "nflows", "normflows", "pyro-ppl", "sbi")  # The libraries that `accelerate` supports.
@@ -19,7 +19,14 @@ _MAX_ROUND_TRIP_ERROR = 1e-3  # Largest change of a latent that is decoded and e
 
 @dataclass(frozen=True, kw_only=True)
 class InfoConfig(options.Config):
-    """Options of `jacobiflow info`.
+    """Show a model and this machine, or check a folder.
+
+    Prints the model's shape, size and recommended settings, how its exact loops run here, and versions. Please add the
+    file of --json to a report of a problem. With --check, each line is a problem with its remedy, and the exit code is
+    2 if there is one. For samples without a problem it also prints how many are exact and certified. With --memory the
+    weights are not loaded.
+
+    Example: jacobiflow info --model digits-p1
 
     Attributes:
         check: Instead, check all files of a model folder, a sample folder or a training folder.
@@ -38,12 +45,12 @@ class InfoResult:
 
     Attributes:
         values: The answer for `--json`.
-        text: Lines to print, each with the headings and the rows of a table below it, if any.
+        lines: The answer to print.
         problems: Problems of a folder.
     """
 
     values: dict[str, Any]
-    text: Sequence[tuple[str, Sequence[tuple[str, ...]]]]
+    lines: Sequence[str]
     problems: Sequence[str] = ()
 
     def to_json(self) -> dict[str, Any]:
@@ -52,15 +59,7 @@ class InfoResult:
 
 
 def run(config: InfoConfig) -> InfoResult:
-    """Show a model and this machine, or check a folder.
-
-    Prints the model's shape, size and recommended settings, how its exact loops run here, and versions. Please add the
-    file of --json to a report of a problem. With --check, each line is a problem with its remedy, and the exit code is
-    2 if there is one. For samples without a problem it also prints how many are exact and certified. With --memory the
-    weights are not loaded.
-
-    Example: jacobiflow info --model digits-p1
-    """
+    """Describes the model and this machine, measures memory, or checks a folder."""
     if config.check is not None:
         return _check(config.check)
     return _measure_memory(config.model) if config.memory else _describe(config.model)
@@ -81,12 +80,8 @@ def _describe(model: str) -> InfoResult:
         "parameters": sum(p.numel() for p in flow.parameters()),
     }  # fmt: skip
     libraries = {each.name: each.version for each in distributions() if each.name in _LIBRARIES}
-    machine = {"native_loops": native.describe(), **timing.describe_machine(), **libraries}
-    tables = {"Model": values, "This machine": machine}
-    text = [
-        (title, [("", ""), *((name, str(value)) for name, value in table.items())]) for title, table in tables.items()
-    ]
-    return InfoResult(values | machine, text)
+    values |= {"native_loops": native.describe(), **timing.describe_machine(), **libraries}
+    return InfoResult(values, [f"{name:<18}{value}" for name, value in values.items()])
 
 
 def _measure_memory(model: str) -> InfoResult:
@@ -98,15 +93,15 @@ def _measure_memory(model: str) -> InfoResult:
 
     flow, device = load_shapes(model), torch.device(loading.pick_device("auto"))
     free, guidance = free_memory(device), str(flow.guidance or "none")
-    needs = {name: memory_needs(flow, device, getattr(torch, name)) for name in ("float32", "bfloat16")}
-    values = {"model": model, "device": str(device), "free": free, "guidance": guidance}
-    labels = ("weights", "largest block", "copy for the exact loop", "keys and values of a sample", "all of a sample")
-    rows = [("", *needs)]
-    rows += [(label, *(_format_bytes(astuple(each)[i]) for each in needs.values())) for i, label in enumerate(labels)]
-    rows += [("batch", *(str(each.batch) for each in needs.values()))]
-    rows += [("batch, offloaded", *(str(each.offloaded_batch) for each in needs.values()))]
-    title = f"{free / 2**30:.3g} GiB are free on {device}; guidance: {guidance}; batches are powers of two"
-    return InfoResult(values | {name: asdict(each) for name, each in needs.items()}, [(title, rows)])
+    needs = {name: asdict(memory_needs(flow, device, getattr(torch, name))) for name in ("float32", "bfloat16")}
+    labels = ("weights", "largest block", "copy for the exact loop", "keys and values of a sample", "all of a sample",
+              "batch", "batch, offloaded")  # fmt: skip
+    lines = [f"{free / 2**30:.3g} GiB are free on {device}; guidance: {guidance}; batches are powers of two"]
+    lines += [f"{'':<28}{'float32':>12}{'bfloat16':>12}"]
+    for label, *sizes in zip(labels, *(each.values() for each in needs.values()), strict=True):
+        texts = [str(size) if label.startswith("batch") else _format_bytes(size) for size in sizes]
+        lines.append(f"{label:<28}{texts[0]:>12}{texts[1]:>12}")
+    return InfoResult({"model": model, "device": str(device), "free": free, "guidance": guidance, **needs}, lines)
 
 
 def _format_bytes(size: int | None) -> str:
@@ -128,13 +123,13 @@ def _check(path: str) -> InfoResult:
     if not content:
         raise InputValueError(f"{path}: no model, samples or training run; give the folder of one, or a model's name")
     problems = [one_line(problem) for name in content for problem in kinds[name][1](folder)]
-    values: dict[str, Any] = {"path": path, "checked": content, "problems": problems}
+    values: dict[str, Any] = {"checked": content, "problems": problems}
     lines = problems or [f"{path}: no problem; checked {' and '.join(content)}"]
     if "samples" in content and not problems:
         outcome = jf.SampleFolder.open(folder).outcome()
         values["outcome"] = asdict(outcome)
         lines.append(str(outcome))
-    return InfoResult(values, [(line, ()) for line in lines], problems)
+    return InfoResult(values, lines, problems)
 
 
 def _model_problems(folder: Path) -> Iterator[str]:
@@ -147,9 +142,7 @@ def _model_problems(folder: Path) -> Iterator[str]:
         yield str(error)
         return
     for file in flow.report_files:
-        kind: type[jf.CalibrationReport | jf.Tuning] = (
-            jf.Tuning if file.name.startswith("tuning") else jf.CalibrationReport
-        )
+        kind = jf.Tuning if file.name.startswith("tuning") else jf.CalibrationReport
         try:
             kind.load(file).check(flow)
         except InputError as error:
@@ -168,10 +161,6 @@ def _model_problems(folder: Path) -> Iterator[str]:
         )
 
 
-def show(result: InfoResult) -> None:
-    """Prints the lines and the tables."""
-    for line, rows in result.text:
-        print(line)
-        if rows:
-            columns = rows[0]  # Numbers have a heading, text has none.
-            show_table(columns, rows[1:], text=[i for i, heading in enumerate(columns) if not heading])
+def show(config: InfoConfig, result: InfoResult) -> None:
+    """Prints the lines."""
+    print(*result.lines, sep="\n")

@@ -6,7 +6,6 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
-from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -37,21 +36,21 @@ SOURCES = (
     "a folder of images, with a folder for each class if there are classes; an .npz file; a folder of IDX files; or "
     "digits, fashion-512, emoji-256, fashion-mnist."
 )
-EXTENSIONS = "jacobiflow"
-"""Entry point group of the packages that register classes of their own."""
-
 _BUNDLED = Path(__file__).parents[1] / "bundled"
 _GUIDANCE = (
     "Weight of classifier-free guidance, such as 3; 0 is none. Options follow after commas: 4,attn_temperature=1.2; "
     "others are annealed=false, on=scale, on=shift, rule=density."
 )
+_MODEL = "Name of a bundled model, a model folder, or an id of the Hugging Face Hub."
 _LABELS = (
     "Classes of the samples: balanced (all in turn), random, none, names or numbers to take in turn, such as cat,dog "
     "or 0,3, or a .txt or .npy file with a number for each sample."
 )
 _PROMPTS = "For a STARFlow: a text, or a .txt file with a text on each line. They are taken in turn."
-_ENCODE_TEXT = "The text encoder: FILE.py:FUNCTION, or the hub id or folder of a T5 encoder."
+_DEVICE = "cpu, cuda, cuda:1 or mps; auto is a CUDA GPU if there is one, else the CPU."
+_REPORT = "A report of calibrate, which says where the iteration of each block starts."
 _TOLERANCE = "Largest residual |g(x) - x| that a sample may have in any block. Default: 1e-3, or that of the strategy."
+_ENCODE_TEXT = "The text encoder: FILE.py:FUNCTION, or the hub id or folder of a T5 encoder."
 
 
 def within(least: int, most: int | None = None) -> Parameter:
@@ -59,14 +58,11 @@ def within(least: int, most: int | None = None) -> Parameter:
     return Parameter(validator=Number(gte=least, lte=most))
 
 
-def suggest(value: str, names: Sequence[str]) -> str:
-    """Returns a question after the name that a value is close to, or "".
+def find_extensions() -> Any:
+    """Returns the entry points of installed packages that register classes of their own."""
+    from importlib.metadata import entry_points  # Its import takes a tenth of the time of `--help`.
 
-    Example:
-        >>> suggest("fashion-p3", ["digits-p1", "fashion-p2"]), suggest("cat", ["digits-p1"])
-        (' Did you mean "fashion-p2"?', '')
-    """
-    return "".join(f' Did you mean "{name}"?' for name in get_close_matches(value, names, n=1, cutoff=0.7))
+    return entry_points(group="jacobiflow")
 
 
 def near_miss(*names: str) -> Parameter:
@@ -74,9 +70,9 @@ def near_miss(*names: str) -> Parameter:
 
     def check(_: Any, values: Any) -> None:
         for value in (values,) if isinstance(values, str) else values or ():
-            word = value.strip().lower().split("+")[0].split(":")[0].rstrip("0123456789").rstrip("-")
-            question = "" if word in names else suggest(word, names)
-            if question and not value.endswith(".json") and not entry_points(group=EXTENSIONS):
+            word = re.split("[^a-z-]", value.strip().lower())[0].rstrip("-")  # "gs-jacobi" in "gs-jacobi:4-2"
+            question = "" if word in names else _suggest(word, names)
+            if question and not value.endswith(".json") and not find_extensions():
                 raise ValueError(question.strip())
 
     return Parameter(validator=check)
@@ -86,44 +82,43 @@ def _check_model(_: Any, name: str | None) -> None:
     bundled = sorted(path.parent.name for path in _BUNDLED.glob("*/config.json"))
     if name is not None and name not in bundled and "/" not in name and not Path(name).exists():
         raise ValueError(
-            f"No such model.{suggest(name, bundled)} Give a bundled name ({', '.join(bundled)}), a folder, or a hub id "
-            "owner/name."
+            f"No such model.{_suggest(name, bundled)} Give a bundled name ({', '.join(bundled)}), a folder, or a hub "
+            "id owner/name."
         )
+
+
+def _suggest(value: str, names: Sequence[str]) -> str:
+    """Returns a question after the name that a value is close to, or ""."""
+    return "".join(f' Did you mean "{name}"?' for name in get_close_matches(value, names, n=1, cutoff=0.7))
+
+
+def _check_batch_size(_: Any, size: int | str | None) -> None:
+    if isinstance(size, int):
+        Number(gte=1, lte=MAX_BATCH_SIZE)(int, size)
 
 
 STRATEGY = near_miss("auto", "sequential", "jacobi", "gs-jacobi", "window")
 Flag = Annotated[bool, Parameter(show_default=False)]
-Model = Annotated[
-    str,
-    MODEL,
-    Parameter(
-        validator=_check_model, help="Name of a bundled model, a model folder, or an id of the Hugging Face Hub."
-    ),
-]
+Model = Annotated[str, MODEL, Parameter(validator=_check_model, help=_MODEL)]
 Prompts = Annotated[str | None, MODEL, Parameter(help=_PROMPTS)]
 EncodeText = Annotated[str | None, MODEL, Parameter(help=_ENCODE_TEXT)]
 Images = Annotated[str, DATA, Parameter(help=f"The images: {SOURCES}")]
 Labels = Annotated[str, MODEL, Parameter(help=_LABELS)]
 Seed = Annotated[int, MODEL, within(0, 2**63 - 1), Parameter(help="Seed of all random numbers.")]
-Device = Annotated[
-    str, SPEED, Parameter(help="cpu, cuda, cuda:1 or mps; auto is a CUDA GPU if there is one, else the CPU.")
-]
+Device = Annotated[str, SPEED, Parameter(help=_DEVICE)]
 Dtype = Annotated[
     Literal["float32", "float64", "bfloat16", "float16", "tf32"],
     SPEED,
     Parameter(help="Numbers of the network; tf32 on a GPU only."),
 ]
-ReportFile = Annotated[
-    Path | None,
-    SPEED,
-    Parameter(help="A report of calibrate, which says where the iteration of each block starts."),
-]
+ReportFile = Annotated[Path | None, SPEED, Parameter(help=_REPORT)]
 Guidance = Annotated[str, GUIDANCE, Parameter(help=_GUIDANCE)]
 RecommendedGuidance = Annotated[
     str | None, GUIDANCE, Parameter(help=f"{_GUIDANCE} Default: as recommended by the model.")
 ]
 NoGuidance = Annotated[Flag, GUIDANCE, Parameter(help="No guidance.")]
 Tolerance = Annotated[float | None, SPEED, Parameter(help=_TOLERANCE)]
+BatchSize = Annotated[int | Literal["auto"], SPEED, Parameter(validator=_check_batch_size)]
 NetworkBatchSize = Annotated[
     int, SPEED, within(1, MAX_BATCH_SIZE), Parameter(help="Images that go through the network together.")
 ]
@@ -139,14 +134,9 @@ class Config:
 
     json: Annotated[Path | None, OUTPUT] = None
 
-
-def parse_batch_size(text: str | None) -> int | None:
-    """Returns the number of `--batch-size`; None for "auto" or without the option."""
-    if text is None or text == "auto":
-        return None
-    if not re.fullmatch("[0-9]{1,5}", text) or not 0 < int(text) <= MAX_BATCH_SIZE:
-        raise InputValueError(f"--batch-size {text[:40]}: give a whole number from 1 to {MAX_BATCH_SIZE:,}, or auto")
-    return int(text)
+    def __init_subclass__(cls) -> None:
+        """Joins the lines of each paragraph of the docstring: `--help` is as wide as the terminal."""
+        cls.__doc__ = re.sub(r"(?<=\S)\n( {4}| {12,})(?=\S)", " ", cls.__doc__ or "")
 
 
 def parse_labels(text: str, num: int, flow: Flow, seed: int) -> Tensor | None:
@@ -166,22 +156,29 @@ def parse_labels(text: str, num: int, flow: Flow, seed: int) -> Tensor | None:
         return draw_labels(num, flow.config.num_classes, seed)
     if text.endswith((".txt", ".npy")):
         return flow.check_labels(_read_labels(Path(text)), num)
-    numbers = torch.tensor([_parse_class(part.strip(), flow.classes) for part in text.split(",")])
+    numbers = torch.tensor([_class_number(name.strip(), flow.classes) for name in text.split(",")])
     flow.check_labels(numbers, len(numbers))  # Checks all numbers, even if there are fewer samples.
     return numbers[torch.arange(num) % len(numbers)]
 
 
-def _parse_class(name: str, classes: Sequence[str]) -> int:
+def _class_number(name: str, classes: Sequence[str]) -> int:
     """Returns the number of a class by its name or its number."""
     from jacobiflow.models.labels import class_number
 
-    if name not in classes and re.fullmatch(r"-?\d{1,9}", name):
-        return int(name)
+    is_number = name not in classes and re.fullmatch(r"-?\d{1,9}", name)
+    return int(name) if is_number else class_number(name, classes)
+
+
+def _read_labels(path: Path) -> Any:
+    """Reads whole numbers from a text file or a .npy file."""
+    import numpy as np
+
     try:
-        return class_number(name, classes)
-    except InputValueError as error:
-        message = f"{error.message}; or give balanced, random, none, or a .txt or .npy file"
-        raise InputValueError(message, argument=error.argument, value=error.value) from None
+        if path.suffix == ".npy":
+            return np.load(path).astype(np.int64, casting="safe")  # Refuses uint64, which may be too large.
+        return np.array([int(word) for word in path.read_text().replace(",", " ").split()], np.int64)
+    except (OSError, ValueError, TypeError, EOFError, OverflowError) as error:
+        raise InputValueError(f"--labels {path}: cannot be read as whole numbers ({error})") from error
 
 
 def parse_prompts(text: str | None, encoder: str | None, num: int, flow: Flow) -> list[str] | None:
@@ -198,8 +195,7 @@ def parse_prompts(text: str | None, encoder: str | None, num: int, flow: Flow) -
     try:
         prompts = Path(text).read_text().splitlines() if text.endswith(".txt") else [text]
     except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise InputValueError(f"--prompts {text}: cannot be read ({reason})") from error
+        raise InputValueError(f"--prompts {text}: cannot be read ({error})") from error
     if not prompts:
         raise InputValueError(f"--prompts {text}: is empty; give a prompt on each line")
     return [prompts[i % len(prompts)] for i in range(num)]
@@ -214,15 +210,3 @@ def load_encoder(encoder: str) -> Any:
     if not encoder.rpartition(":")[0].endswith(".py"):
         return t5_encoder(encoder)
     return naming_errors(f"--encode-text {encoder}")(load_function(encoder, "a T5 encoder"))
-
-
-def _read_labels(path: Path) -> Any:
-    """Reads whole numbers from a text file or a .npy file."""
-    import numpy as np
-
-    try:
-        if path.suffix == ".npy":
-            return np.load(path).astype(np.int64, casting="safe")  # Refuses uint64, which may be too large.
-        return np.array([int(word) for word in path.read_text().replace(",", " ").split()], np.int64)
-    except (OSError, ValueError, TypeError, EOFError, OverflowError) as error:
-        raise InputValueError(f"--labels {path}: cannot be read as whole numbers ({error})") from error

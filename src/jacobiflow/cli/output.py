@@ -1,12 +1,13 @@
-"""Printing of tables, durations, progress, and errors in one line."""
+"""Tables, numbers, progress, results as JSON, and errors in one line."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from time import perf_counter
-from typing import TYPE_CHECKING
+from contextlib import contextmanager, nullcontext
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from time import monotonic
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from jacobiflow.utils.progress import Progress
@@ -66,25 +67,9 @@ def format_rate(num: int, seconds: float) -> str:
     return f"{rate:,.0f}" if rate >= 9.95 else f"{rate:.2g}"
 
 
-class ProgressLines:
-    """A `Progress` for logs: once a minute it prints to stderr what is done and how much time is left."""
-
-    def __init__(self) -> None:
-        self._last_line_time = perf_counter()
-        self._starts: dict[str, tuple[int, float]] = {}  # The first step of each kind of work, and its time.
-
-    def __call__(self, done: int, total: int, what: str) -> None:
-        now = perf_counter()
-        first, started = self._starts.setdefault(what, (done, now))
-        if done > first and now - self._last_line_time >= 60:
-            remaining = format_duration((now - started) * (total - done) / (done - first))
-            print(f"{what}: {done:,} of {total:,}, about {remaining} left", file=sys.stderr)
-            self._last_line_time = now
-
-
 @contextmanager
 def progress_bar(is_shown: bool = True) -> Iterator[Progress | None]:
-    """Yields a `Progress` that draws a bar for each kind of work; without a terminal, `ProgressLines`."""
+    """Yields a `Progress` that draws a bar for each kind of work; without a terminal, once a minute."""
     if not is_shown:
         yield None
         return
@@ -92,20 +77,32 @@ def progress_bar(is_shown: bool = True) -> Iterator[Progress | None]:
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
     from rich.progress import Progress as Bars
 
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        yield ProgressLines()
-        return
+    console, printed = Console(stderr=True), monotonic()
     columns = (TextColumn("{task.description}"), BarColumn(20), MofNCompleteColumn(), TimeRemainingColumn())
-    with Bars(*columns, console=console, transient=True) as bars:
-        tasks = {}
+    bars, tasks = Bars(*columns, console=console, transient=True), {}
+    with bars if console.is_terminal else nullcontext():
 
         def progress(done: int, total: int, what: str) -> None:
+            nonlocal printed
             if what not in tasks:
                 tasks[what] = bars.add_task(what)
             bars.update(tasks[what], completed=done, total=total)
+            if not console.is_terminal and monotonic() - printed >= 60:
+                console.print(bars)
+                printed = monotonic()
 
         yield progress
+
+
+def to_json(value: Any) -> Any:
+    """Returns the JSON value of a config or a result; a class may have a method `to_json` of its own."""
+    if hasattr(value, "to_json"):
+        return value.to_json()
+    if is_dataclass(value):
+        return {entry.name: to_json(getattr(value, entry.name)) for entry in fields(value)}
+    if isinstance(value, list | tuple):
+        return [to_json(entry) for entry in value]
+    return str(value) if isinstance(value, Path) else value
 
 
 def one_line(message: str) -> str:

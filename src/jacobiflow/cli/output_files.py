@@ -1,17 +1,11 @@
-"""Checks of the files that a command writes, before its work."""
+"""A check of the files that a command writes, before its work."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
 
-from jacobiflow.cli.options import Config
 from jacobiflow.errors import InputValueError
-
-
-def check_json(config: Config) -> None:
-    """Raises InputValueError if `--json` cannot be written, or lies where another option points."""
-    check_output("--json", config.json, *(value for name, value in vars(config).items() if name != "json"))
 
 
 def check_output(option: str, path: Path | None, *others: object) -> None:
@@ -24,12 +18,10 @@ def check_output(option: str, path: Path | None, *others: object) -> None:
     """
     if path is None:
         return
-    if path.is_dir():
-        raise InputValueError(f"{option} {path}: is a folder; give a file")
     for other in others:
         is_path = isinstance(other, Path) or (isinstance(other, str) and os.path.exists(other))
         if is_path and path.resolve().is_relative_to(Path(str(other)).resolve()):
             raise InputValueError(f"{option} {path}: is in {other}, which this command uses; give another file")
     nearest = next(parent for parent in path.resolve().parents if parent.exists())
-    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
-        raise InputValueError(f"{option} {path}: cannot be written; give a file in another folder")
+    if path.is_dir() or not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        raise InputValueError(f"{option} {path}: cannot be written; give a file in a folder that can be")

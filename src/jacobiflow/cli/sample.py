@@ -31,7 +31,16 @@ _SHORT = 1.0  # seconds of the original sampler below which one run is no measur
 
 @dataclass(frozen=True, kw_only=True)
 class SampleConfig(options.Config):
-    """Options of `jacobiflow sample`.
+    """Draw samples into a folder, exact or certified.
+
+    Guidance and denoising are as the model recommends. --guidance and --denoise each replace one of them; --plain
+    turns both off.
+
+    The same command again resumes a run that was stopped. Any number of processes that run the same command share the
+    work, and write the same bytes: from several terminals, the tasks of srun or of an array, or torchrun
+    --nproc-per-node 2 -m -- jacobiflow sample ...
+
+    Example: jacobiflow sample --model fashion-p2 --num 20 --compare --out out/demo
 
     Attributes:
         num: Number of samples.
@@ -59,7 +68,7 @@ class SampleConfig(options.Config):
     prompts: options.Prompts = None
     encode_text: options.EncodeText = None
     seed: options.Seed = 0
-    batch_size: Annotated[str | None, options.SPEED] = None
+    batch_size: options.BatchSize | None = None
     shard_size: Annotated[int | None, options.OUTPUT, options.within(1)] = None
     files: Annotated[Literal["npz", "png"], options.OUTPUT] = "npz"
     strategy: Annotated[str, options.SPEED, options.STRATEGY] = "auto"
@@ -121,23 +130,13 @@ class SampleResult(Provenance):
 
 
 def run(config: SampleConfig) -> SampleResult | None:
-    """Draw samples into a folder, exact or certified.
-
-    Guidance and denoising are as the model recommends. --guidance and --denoise each replace one of them; --plain
-    turns both off.
-
-    The same command again resumes a run that was stopped. Any number of processes that run the same command share the
-    work, and write the same bytes: from several terminals, the tasks of srun or of an array, or torchrun
-    --nproc-per-node 2 -m -- jacobiflow sample ...
-
-    Example: jacobiflow sample --model fashion-p2 --num 20 --compare --out out/demo
-    """
+    """Draws the samples, and compares the first batch with the original sampler if asked to."""
     from jacobiflow.evaluation import paired_error
     from jacobiflow.jobs.launch import find_launch, local_device
     from jacobiflow.utils.timing import describe_machine
 
     _check_options(config)
-    size = options.parse_batch_size(config.batch_size)
+    size = None if config.batch_size == "auto" else config.batch_size
     device = local_device(loading.pick_device(config.device))
     flow = loading.load_model(config.model, device, config.dtype, offload=config.offload)
     classes = options.parse_labels(config.labels, config.num, flow, config.seed)
@@ -257,7 +256,7 @@ def _class_names(flow: Flow, labels: Tensor | None) -> list[str]:
     return [flow.classes[k] if flow.classes and k >= 0 else f"class {k}" for k in classes]
 
 
-def show(result: SampleResult) -> None:
+def show(config: SampleConfig, result: SampleResult) -> None:
     """Prints the samples, their speed and exactness, and the files."""
     print(
         f"{result.model}: {format_count(result.num, 'sample')} by {result.strategy} on {result.machine['device']}, "

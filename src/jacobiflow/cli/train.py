@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import inspect
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from cyclopts import Parameter
 
@@ -18,7 +18,7 @@ from jacobiflow.training.config import TrainConfig
 from jacobiflow.utils.provenance import Provenance
 
 if TYPE_CHECKING:
-    from jacobiflow.data import ImageDataset
+    from jacobiflow.data import ImageDataset, Split
     from jacobiflow.models.config import FlowConfig
     from jacobiflow.models.flow import Flow
     from jacobiflow.training import TrainMetrics
@@ -31,7 +31,12 @@ _MAX_NATURAL_SIZE = 256  # Larger images are trained on only if --image-size is 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainOptions(options.Config):
-    """Options of `jacobiflow train`.
+    """Train a TarFlow or a MAF.
+
+    The same command again resumes a run that was stopped. Ctrl-C, SIGTERM and SIGUSR1 save a checkpoint and end the
+    run. Several processes share the work, started by torchrun or srun.
+
+    Example: jacobiflow train --images fashion-mnist --out runs/fashion --steps 6000
 
     Attributes:
         out: Folder of the model, its checkpoint, metrics and samples.
@@ -61,10 +66,10 @@ class TrainOptions(options.Config):
     num_blocks: Annotated[int, options.MODEL, Parameter(name="--blocks")] = 8
     layers_per_block: Annotated[int, options.MODEL, Parameter(name="--layers")] = 2
     head_dim: Annotated[int | None, options.MODEL] = None
-    volume_preserving: Annotated[options.Flag, options.MODEL] = False
+    volume_preserving: Annotated[bool | None, options.MODEL] = None
     noise_std: Annotated[float | None, options.MODEL] = None
     image_size: Annotated[int | None, options.DATA] = None
-    in_channels: Annotated[Literal["1", "3"] | None, options.DATA, Parameter(name="--image-channels")] = None
+    in_channels: Annotated[Literal[1, 3] | None, options.DATA, Parameter(name="--image-channels")] = None
     unconditional: Annotated[options.Flag, options.DATA] = False
     held_out: Annotated[str | None, options.DATA] = None
     horizontal_flip: Annotated[options.Flag, options.DATA] = False
@@ -80,25 +85,16 @@ class TrainResult(Provenance):
     """A trained model.
 
     Attributes:
-        model: The model folder.
-        flow: The kind of flow.
+        config: The config of the flow.
         last_step: Metrics of the last step; None if their file was deleted.
     """
 
-    model: str
-    flow: str
     config: FlowConfig
     last_step: TrainMetrics | None
 
 
 def run(config: TrainOptions) -> TrainResult | None:
-    """Train a TarFlow or a MAF.
-
-    The same command again resumes a run that was stopped. Ctrl-C, SIGTERM and SIGUSR1 save a checkpoint and end the
-    run. Several processes share the work, started by torchrun or srun.
-
-    Example: jacobiflow train --images fashion-mnist --out runs/fashion --steps 6000
-    """
+    """Trains the flow, or resumes its training."""
     import torch
 
     from jacobiflow import plots, training
@@ -118,20 +114,17 @@ def run(config: TrainOptions) -> TrainResult | None:
     transform = image_transform(flow.require_images(), config.horizontal_flip, config.translate, config.hue)
 
     start, _ = last_checkpoint(config.out)
-    is_first = find_launch().rank == 0
+    is_first, num_steps = find_launch().rank == 0, config.training.steps
     if is_first:
         print(_summary(config, data, held_out, flow), file=sys.stderr)
+        if start:
+            print(f"resumed at step {start:,} of {num_steps:,}", file=sys.stderr)
 
     def print_metrics(metrics: TrainMetrics) -> None:
-        if metrics.step == start + 1 > 1:
-            print(f"resumed at step {start:,} of {config.training.steps:,}", file=sys.stderr)
         if metrics.step % _PRINT_EVERY == 0 or metrics.held_out_loss is not None:
             held_out = "" if metrics.held_out_loss is None else f"  held out {metrics.held_out_loss:+.4f}"
             values = f"loss {metrics.loss:+.4f}{held_out}  {metrics.bits_per_dim:.3f} bits/dim"
-            print(
-                f"step {metrics.step:,} of {config.training.steps:,}  {values}  {metrics.seconds:.0f} s",
-                file=sys.stderr,
-            )
+            print(f"step {metrics.step:,} of {num_steps:,}  {values}  {metrics.seconds:.0f} s", file=sys.stderr)
 
     def save_samples(average: Flow, step: int) -> None:
         labels = options.parse_labels("balanced", 20, average, config.training.seed)
@@ -145,66 +138,53 @@ def run(config: TrainOptions) -> TrainResult | None:
         )  # fmt: skip
     if not is_first:
         return None
-    if start >= config.training.steps:
-        print(f"all steps are done: the run is at step {start:,}", file=sys.stderr)
     metrics = training.read_metrics(config.out)
     last_step = metrics[-1] if metrics else None  # The user may have deleted the file of a run that is complete.
-    machine = timing.describe_machine(device)
-    return TrainResult(str(config.out), config.flow, flow_config, last_step, machine=machine)
+    return TrainResult(flow_config, last_step, machine=timing.describe_machine(device))
 
 
-def show(result: TrainResult) -> None:
+def show(config: TrainOptions, result: TrainResult) -> None:
     """Prints the last step."""
     if result.last_step is not None:
         last = result.last_step
         print(f"{format_count(last.step, 'step')}: loss {last.loss:+.4f}, {last.bits_per_dim:.3f} bits per dimension")
-    print(f"wrote the model folder {result.model}")
+    print(f"wrote the model folder {config.out}")
 
 
 def _training_images(config: TrainOptions) -> ImageDataset:
     """Loads the images of `--images`, by default at their own size and in their own colour."""
     from jacobiflow.data import ImageFiles, load_images
 
-    channels = None if config.in_channels is None else int(config.in_channels)
-    data = load_images(config.images, None, channels)
-    natural, size = data.images.shape[-1], config.image_size
-    if not isinstance(data.images, ImageFiles):
-        if size not in (None, natural):
-            raise InputValueError(
-                f"--image-size {size}: the images of {config.images} have {natural} pixels on a side, and only "
-                "folders of image files are scaled; leave it out"
-            )
-        return data
-    if size is None and natural > _MAX_NATURAL_SIZE:
+    size, data = config.image_size, load_images(config.images, None, config.in_channels)
+    natural = data.images.shape[-1]
+    if size is None and natural > _MAX_NATURAL_SIZE and isinstance(data.images, ImageFiles):
         raise InputValueError(
             f"{config.images}: the smallest images have {natural} pixels on a side, and training on images of "
             "that size is slow; give a smaller --image-size, such as 64, to which they are scaled down"
         )
     if size is not None and size > natural:
         raise InputValueError(
-            f"--image-size {size}: the smallest images have only {natural} pixels on a side; give --image-size "
-            f"{natural}, or remove them"
+            f"--image-size {size}: the smallest images have {natural} pixels on a side; give --image-size {natural}"
         )
-    return data if size is None else replace(data, images=replace(data.images, size=size))
+    return data if size in (None, natural) else load_images(config.images, size, config.in_channels)
 
 
 def _held_out_images(config: TrainOptions, data: ImageDataset) -> ImageDataset | None:
     """Loads images of `--held-out`, or of the test split, in the size and colour of the training images."""
-    from jacobiflow.data import ImageDataset, available_splits, load_images
+    from jacobiflow.data import available_splits, load_images
 
-    split = "test" if "test" in available_splits(config.held_out or config.images) else "train"
+    source = config.held_out or config.images
+    split: Split = "test" if "test" in available_splits(source) else "train"
     if config.held_out is None and split == "train":
         return None
     channels, size, _ = data.images.shape[1:]
-    held_out = load_images(config.held_out or config.images, size, channels, split)  # type: ignore[arg-type]
+    held_out = load_images(source, size, channels, split)
     if held_out.classes and data.classes and held_out.classes != data.classes and not config.unconditional:
         raise InputValueError(
             f"--held-out {config.held_out}: its classes are {', '.join(held_out.classes)}, and those of "
             f"{config.images} are {', '.join(data.classes)}; give a folder with the same subfolders"
         )
-    step = -(-len(held_out) // _NUM_HELD_OUT)  # The images of a folder are sorted by class: some of each are taken.
-    labels = None if held_out.labels is None else held_out.labels[::step]
-    return ImageDataset(held_out.images[::step], labels)
+    return held_out.evenly_spaced(min(_NUM_HELD_OUT, len(held_out)))  # A folder's images are sorted by class.
 
 
 def _summary(config: TrainOptions, data: ImageDataset, held_out: ImageDataset | None, flow: Flow) -> str:
@@ -212,56 +192,42 @@ def _summary(config: TrainOptions, data: ImageDataset, held_out: ImageDataset | 
     from jacobiflow.data import ImageFiles
 
     channels, height, width = data.images.shape[1:]
-    colour = {1: "grey", 3: "colour"}.get(channels, f"{channels} channels")
     is_scaled = isinstance(data.images, ImageFiles) and data.images.has_other_sides()
     scaled = "; other sizes are scaled down, and cropped to the centre" * is_scaled
     num_classes = flow.config.num_classes
     names = ", ".join(data.classes[:_MAX_NAMES]) + ", ..." * (num_classes > _MAX_NAMES)
-    held_out_text = "none" if held_out is None else f"{len(held_out):,} images"
     parameters = sum(parameter.numel() for parameter in flow.parameters())
     steps, batch = format_count(config.training.steps, "step"), format_count(config.training.batch_size, "image")
-    lines = (
-        f"images: {len(data):,} of {width}x{height} pixels, {colour}{scaled}",
-        f"classes: {num_classes or 'none'}" + f" ({names})" * (len(data.classes) == num_classes > 0),
-        f"held out: {held_out_text}",
-        f"model: {config.flow}, {parameters:,} parameters",
-        f"training: {steps} of {batch}",
+    return (
+        f"images: {len(data):,} of {width}x{height} pixels, {'grey' if channels == 1 else 'colour'}{scaled}\n"
+        f"classes: {num_classes or 'none'}{f' ({names})' * (len(data.classes) == num_classes > 0)}\n"
+        f"held out: {'none' if held_out is None else f'{len(held_out):,} images'}\n"
+        f"model: {config.flow}, {parameters:,} parameters\n"
+        f"training: {steps} of {batch}"
     )
-    return "\n".join(lines)
 
 
 def _flow_config(config: TrainOptions, data: ImageDataset) -> tuple[type[Flow], FlowConfig]:
     """Returns the class of the flow and its config; raises ValueError for an option that this flow does not have."""
-    from jacobiflow.models.registry import FLOWS
-
-    if config.flow not in _trainable_flows():
-        raise InputValueError(f"--flow {config.flow}: give one of {', '.join(_trainable_flows())}")
-    flow_class = FLOWS[config.flow]
-    extra: dict[str, Any] = {name: getattr(config, name) for name in ("patch_size", "head_dim", "noise_std")}
-    extra["volume_preserving"] = config.volume_preserving or None
-    extra = {name: value for name, value in extra.items() if value is not None}
-    parameters = inspect.signature(flow_class.config_from_options).parameters
-    for name, value in extra.items():
-        if name not in parameters:
-            option = f"--{name.replace('_', '-')} {value}"
-            raise InputValueError(f"{option}: not an option of --flow {config.flow}; leave it out")
-    channels, size, _ = data.images.shape[1:]
-    num_classes = 0 if config.unconditional or data.labels is None else int(data.labels.max()) + 1
-    return flow_class, flow_class.config_from_options(
-        in_channels=channels, image_size=size, channels=config.channels, blocks=config.num_blocks,
-        layers=config.layers_per_block, num_classes=num_classes, **extra,
-    )  # fmt: skip
-
-
-def _trainable_flows() -> list[str]:
-    """Returns the names of the flows that make a config from the options of `train`."""
     from jacobiflow.models.flow import Flow
     from jacobiflow.models.registry import FLOWS
 
-    base_method = inspect.getattr_static(Flow, "config_from_options")
-    return sorted(
-        name for name, kind in FLOWS.items() if inspect.getattr_static(kind, "config_from_options") is not base_method
-    )
+    methods = {name: inspect.getattr_static(kind, "config_from_options") for name, kind in FLOWS.items()}
+    trainable = [name for name, method in methods.items() if method is not vars(Flow)["config_from_options"]]
+    if config.flow not in trainable:
+        raise InputValueError(f"--flow {config.flow}: give one of {', '.join(sorted(trainable))}")
+    make_config = FLOWS[config.flow].config_from_options
+    names = ("patch_size", "head_dim", "noise_std", "volume_preserving")
+    extra = {name: value for name in names if (value := getattr(config, name)) is not None}
+    for name, value in extra.items():
+        if name not in inspect.signature(make_config).parameters:
+            raise InputValueError(f"not an option of --flow {config.flow}; leave it out", argument=name, value=value)
+    channels, size, _ = data.images.shape[1:]
+    num_classes = 0 if config.unconditional or data.labels is None else int(data.labels.max()) + 1
+    return FLOWS[config.flow], make_config(
+        in_channels=channels, image_size=size, channels=config.channels, blocks=config.num_blocks,
+        layers=config.layers_per_block, num_classes=num_classes, **extra,
+    )  # fmt: skip
 
 
 def describe_kept(config: TrainOptions) -> str:

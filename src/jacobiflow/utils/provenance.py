@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 from dataclasses import dataclass, field
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +22,15 @@ class Provenance:
     """
 
     machine: dict[str, Any]
-    version: str = field(default_factory=lambda: metadata.version("jacobiflow"))
+    version: str = field(default_factory=lambda: find_version())
     commit: str | None = field(default_factory=lambda: find_commit())
+
+
+def find_version() -> str:
+    """Returns the version of the package."""
+    from importlib.metadata import version  # Its import would take a tenth of the time of `--help`.
+
+    return version("jacobiflow")
 
 
 def find_commit() -> str | None:
