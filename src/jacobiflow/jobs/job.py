@@ -129,9 +129,9 @@ def run(job: Job, path: str | Path, *, overwrite: bool = False, progress: Progre
         seconds = time.perf_counter() - started
         with folder.lock():
             stack.close()
+            folder.remove_locks()
             is_reducer = folder.read_result() is None
             if is_reducer:
-                folder.remove_locks()
                 folder.write_result(job.reduce(folder))
             return JobRun(folder.read_result(), is_reducer, missing, seconds)
 
