@@ -238,7 +238,7 @@ def test_the_same_command_computes_only_missing_units(
     first = run(line)
     assert (first.code, run(line).out) == (0, first.out)
     assert log.read_text().split()[4:] == ["1", "1"]
-    message = "o: holds evaluation of --seed 0, not 1; give another folder, or overwrite it\n"
+    message = "o: holds evaluation of seed 0, not 1; give another folder, or overwrite it\n"
     refuse(f"{line} --seed 1", message)
     one, other, *_ = sorted((tmp_path / "images").rglob("*.png"))
     shutil.copyfile(one, other)

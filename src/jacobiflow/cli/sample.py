@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from time import perf_counter
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import jacobiflow as jf
 from jacobiflow.cli import loading, options
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from jacobiflow.comparison.compare import Comparison
     from jacobiflow.evaluation import PairedError
     from jacobiflow.models.flow import Flow
+    from jacobiflow.sampling.folder import SampleSpec
     from jacobiflow.sampling.result import Outcome
     from jacobiflow.utils.progress import Progress
 
@@ -90,65 +91,47 @@ class SampleConfig(options.Config):
 
 @dataclass(frozen=True)
 class SampleResult(Provenance):
-    """The samples that a command has drawn.
+    """The samples in a folder.
 
     Attributes:
-        settings: Guidance and denoising as options, and a note if the model recommends them.
+        settings: A line that names guidance and denoising.
         num_new: Number of samples that were missing when the command began.
         seconds: The time in which they were drawn, denoising included.
         preparation_seconds: The time before, for a plan and the check of samples that are there.
-        samples_per_second: num_new over seconds; None if all samples were there.
         comparison: The strategy and the original sampler on the first batch, denoising included.
         error: The difference of their samples.
         rounding: The largest change of these samples by rounding, before denoising.
     """
 
-    model: str
-    num: int
-    seed: int
-    batch_size: int
-    strategy: str
+    spec: SampleSpec
     settings: str
-    origin: str
-    denoise: float
-    out: str
-    shards: int
     num_new: int
     seconds: float
     preparation_seconds: float
-    samples_per_second: float | None
     outcome: Outcome
-    comparison: Comparison | None
-    error: PairedError | None
-    rounding: float | None
-    has_sheet: bool
-
-    def to_json(self) -> dict[str, Any]:
-        """Returns all entries, with the rows of the comparison."""
-        parts = {name: value and asdict(value) for name, value in (("outcome", self.outcome), ("error", self.error))}
-        return vars(self) | parts | {"comparison": self.comparison and self.comparison.to_json()}
+    comparison: Comparison | None = None
+    error: PairedError | None = None
+    rounding: float | None = None
 
 
 def run(config: SampleConfig) -> SampleResult | None:
     """Draws the samples, and compares the first batch with the original sampler if asked to."""
-    from jacobiflow.evaluation import paired_error
     from jacobiflow.jobs.launch import find_launch, local_device
     from jacobiflow.utils.timing import describe_machine
 
     _check_options(config)
-    size = None if config.batch_size == "auto" else config.batch_size
     device = local_device(loading.pick_device(config.device))
     flow = loading.load_model(config.model, device, config.dtype, offload=config.offload)
     classes = options.parse_labels(config.labels, config.num, flow, config.seed)
     texts = options.parse_prompts(config.prompts, config.encode_text, config.num, flow)
     context = flow.check_context(classes if texts is None else texts, config.num)
-    settings, origin = loading.resolve_settings(
+    settings, line = loading.resolve_settings(
         flow, config.guidance, config.denoise, config.plain, context.values is not None
     )
     flow = flow.guided(settings.guidance)
-    batch_size, shard_size = _sizes(config, size, flow)
+    batch_size, shard_size = _sizes(config, flow)
     started = perf_counter()
-    with progress_bar(is_shown=find_launch().local_rank == 0) as progress:
+    with progress_bar(is_shown=find_launch().rank == 0) as progress:
         folder = jf.sample_to_folder(
             flow, config.num, config.out, seed=config.seed, context=context, settings=settings,
             strategy=config.strategy, tolerance=config.tolerance,
@@ -159,24 +142,16 @@ def run(config: SampleConfig) -> SampleResult | None:
         if not folder.is_reporter:
             print(f"all {config.num:,} samples are in {config.out}; another process prints their outcome")
             return None
-        preparation_seconds = perf_counter() - started - folder.seconds
-        comparison = rounding = error = None
+        result = SampleResult(
+            folder.spec, line, folder.num_new, folder.seconds, perf_counter() - started - folder.seconds,
+            folder.outcome(), machine=describe_machine(flow.var.device),
+        )  # fmt: skip
         if config.compare:
-            comparison, rounding = _compare(flow, folder, context, progress)
-            error = paired_error(*(comparison.result(name).x for name in (config.strategy, comparison.original)))
-    spec = folder.spec
-    if spec.has_pictures:
+            result = _compare(result, flow, folder, context, progress)
+    if folder.spec.has_pictures:
         names = _class_names(flow, context.values) if texts is None else texts
-        _save_sheet(folder, comparison, names, config.out / _SHEET)
-    return SampleResult(
-        model=config.model, num=config.num, seed=config.seed, batch_size=spec.batch_size, strategy=config.strategy,
-        settings=loading.settings_text(settings), origin=origin, denoise=spec.denoise, out=str(config.out),
-        shards=spec.num_shards, num_new=folder.num_new, seconds=folder.seconds,
-        preparation_seconds=preparation_seconds,
-        samples_per_second=folder.num_new / folder.seconds if folder.num_new else None, outcome=folder.outcome(),
-        comparison=comparison, error=error, rounding=rounding, has_sheet=spec.has_pictures,
-        machine=describe_machine(flow.var.device),
-    )  # fmt: skip
+        _save_sheet(folder, result.comparison, names, config.out / _SHEET)
+    return result
 
 
 def _check_options(config: SampleConfig) -> None:
@@ -186,12 +161,13 @@ def _check_options(config: SampleConfig) -> None:
         raise InputValueError("--certify-always: excludes --no-certify; leave one of them out")
 
 
-def _sizes(config: SampleConfig, size: int | None, flow: Flow) -> tuple[int | None, int | None]:
+def _sizes(config: SampleConfig, flow: Flow) -> tuple[int | None, int | None]:
     """Returns the batch size and the shard size: those of the options, else of samples in the folder, if any."""
     from jacobiflow.models.memory import find_batch_size
 
-    earlier = None if config.overwrite else _open_earlier(config.out)
-    if earlier is not None and size is None:
+    size = None if config.batch_size == "auto" else config.batch_size
+    earlier = None if config.overwrite or size else _open_earlier(config.out)
+    if earlier is not None:
         return earlier.spec.batch_size, config.shard_size or earlier.spec.shard_size
     if config.batch_size == "auto":
         size = find_batch_size(flow, min(config.num, options.MAX_BATCH_SIZE))
@@ -207,12 +183,13 @@ def _open_earlier(out: Path) -> jf.SampleFolder | None:
 
 
 def _compare(
-    flow: Flow, folder: jf.SampleFolder, context: Context, progress: Progress | None
-) -> tuple[Comparison, float | None]:
-    """Times the original sampler and the strategy on the first batch; also returns how much rounding changes it."""
+    result: SampleResult, flow: Flow, folder: jf.SampleFolder, context: Context, progress: Progress | None
+) -> SampleResult:
+    """Adds a comparison of the strategy with the original sampler on the first batch to a result."""
     import torch
 
     from jacobiflow.comparison.compare import compare_samplers
+    from jacobiflow.evaluation import paired_error
     from jacobiflow.models.latents import draw_latents
     from jacobiflow.sampling.request import SamplingRequest
 
@@ -232,7 +209,8 @@ def _compare(
         comparison = timed(repeats=1, warm_up=False)
         if comparison.result(comparison.original).seconds.median < _SHORT:
             comparison = timed()
-    return comparison, rounding.outcome.sensitivity
+    error = paired_error(*(comparison.result(name).x for name in (spec.strategy, comparison.original)))
+    return replace(result, comparison=comparison, error=error, rounding=rounding.outcome.sensitivity)
 
 
 def _save_sheet(folder: jf.SampleFolder, comparison: Comparison | None, names: list[str], path: Path) -> None:
@@ -258,47 +236,40 @@ def _class_names(flow: Flow, labels: Tensor | None) -> list[str]:
 
 def show(config: SampleConfig, result: SampleResult) -> None:
     """Prints the samples, their speed and exactness, and the files."""
+    spec, num_new = result.spec, result.num_new
     print(
-        f"{result.model}: {format_count(result.num, 'sample')} by {result.strategy} on {result.machine['device']}, "
-        f"batch size {result.batch_size}\n{result.origin}"
+        f"{config.model}: {format_count(spec.num, 'sample')} by {spec.strategy} on {result.machine['device']}, batch "
+        f"size {spec.batch_size}\n{result.settings}"
     )
-    if result.num_new:
-        print(_describe_speed(result))
+    if num_new:
+        existing = f" ({spec.num - num_new:,} were there)" * (num_new < spec.num)
+        denoising = ", denoising included" * (spec.denoise > 0)
+        preparation = result.preparation_seconds
+        before = f" (planning and checks before: {format_duration(preparation)})" if preparation >= 1 else ""
+        print(
+            f"drew {num_new:,}{existing} in {_format_seconds(result.seconds)}{denoising}: "
+            f"{format_rate(num_new, result.seconds)} a second{before}"
+        )
     else:
-        print(f"all {result.num:,} were there already, and match their checksums; --overwrite draws them again")
+        print(f"all {spec.num:,} were there already, and match their checksums; --overwrite draws them again")
     if not result.outcome.has_shortfall:  # A warning has told of a shortfall.
         print(result.outcome)
     if result.comparison is not None:
         _print_comparison(result, result.comparison)
-    sheet = f", {_SHEET}" * result.has_sheet
-    print(f"wrote {result.out}: {format_count(result.shards, 'shard')}, manifest.json, strategy.json{sheet}")
-
-
-def _describe_speed(result: SampleResult) -> str:
-    """Describes how many samples were drawn, and how fast."""
-    num_kept = result.num - result.num_new
-    existing = f" ({num_kept:,} were there)" * (num_kept > 0)
-    denoising = ", denoising included" * (result.denoise > 0)
-    preparation = result.preparation_seconds
-    before = f" (planning and checks before: {format_duration(preparation)})" if preparation >= 1 else ""
-    return (
-        f"drew {result.num_new:,}{existing} in {_format_seconds(result.seconds)}{denoising}: "
-        f"{format_rate(result.num_new, result.seconds)} a second{before}"
-    )
+    sheet = f", {_SHEET}" * spec.has_pictures
+    print(f"wrote {config.out}: {format_count(spec.num_shards, 'shard')}, manifest.json, strategy.json{sheet}")
 
 
 def _print_comparison(result: SampleResult, comparison: Comparison) -> None:
     assert result.error is not None
-    original, ours = (comparison.result(name) for name in (comparison.original, result.strategy))
+    original, ours = (comparison.result(name) for name in (comparison.original, result.spec.strategy))
     speed_up = comparison.speed_up(ours, comparison.original)
-    denoising = "denoising included" if result.denoise else "without denoising"
+    denoising = "denoising included" if result.spec.denoise else "without denoising"
+    before = " before denoising" * (result.spec.denoise > 0)
     print(
         f"first batch of {comparison.batch_size:,} again, {denoising}: original sampler "
         f"{_format_seconds(original.seconds.median)}, here {_format_seconds(ours.seconds.median)}: "
-        f"{speed_up:.{1 if speed_up < 10 else 0}f}x faster"
-    )
-    before = " before denoising" * (result.denoise > 0)
-    print(
+        f"{speed_up:.{1 if speed_up < 10 else 0}f}x faster\n"
         f"largest difference from the original sampler {result.error.max:.1e}; rounding changes these samples by up "
         f"to {result.rounding:.1e}{before}"
     )

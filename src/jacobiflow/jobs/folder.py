@@ -22,6 +22,9 @@ from jacobiflow.utils import files
 from jacobiflow.utils.checks import format_value
 from jacobiflow.utils.files import LOCK, MANIFEST, FolderInUseError, locked
 
+_USE = f"{LOCK}-use-"
+"""The locks of processes that work on the job; those of units are LOCK-UNIT."""
+
 
 class JobFolderError(InputValueError):
     """A folder cannot be used for a job; the message names the file and the remedy."""
@@ -78,7 +81,7 @@ class JobFolder:
     @contextmanager
     def use(self) -> Iterator[None]:
         """Keeps other processes from changing the spec until the block ends."""
-        with locked(self.path, f"{LOCK}-{secrets.token_hex(8)}"):
+        with locked(self.path, f"{_USE}{secrets.token_hex(8)}"):
             yield
 
     def read_spec(self) -> dict[str, Any] | None:
@@ -193,16 +196,24 @@ class JobFolder:
         """Removes the result, since the job is not complete any more."""
         (self.path / self.result_name).unlink(missing_ok=True)
 
-    def remove_locks(self) -> list[str]:
-        """Removes the locks that no process holds, such as those of killed ones; returns the names of the others."""
-        held = []
-        for path in self.path.glob(f"{LOCK}-*"):
+    def is_in_use(self) -> bool:
+        """Tells whether a process uses the folder; removes the locks of those that were killed."""
+        return self._remove_locks(f"{_USE}*")
+
+    def remove_locks(self) -> None:
+        """Removes the locks that no process holds."""
+        self._remove_locks(f"{LOCK}-*")
+
+    def _remove_locks(self, pattern: str) -> bool:
+        """Removes locks that no process holds; tells whether there are others."""
+        are_held = False
+        for path in self.path.glob(pattern):
             try:
                 with locked(self.path, path.name), suppress(OSError):  # Windows removes no open file.
                     path.unlink()
             except FolderInUseError:
-                held.append(path.name)
-        return held
+                are_held = True
+        return are_held
 
     def clear(self) -> None:
         """Removes the result, the records and the files of the units, but neither the manifest nor other files."""

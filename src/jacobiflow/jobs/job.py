@@ -117,7 +117,7 @@ def run(job: Job, path: str | Path, *, overwrite: bool = False, progress: Progre
             if result is not None and all(folder.is_intact(unit) for units in job.stages(folder) for unit in units):
                 return JobRun(result, find_launch().rank == 0, missing, 0.0)
             folder.discard_result()
-            is_alone = not folder.remove_locks()  # Else another process has checked the finished units.
+            is_alone = not folder.is_in_use()  # Else another process has checked the finished units.
             stack.enter_context(folder.use())
         for units in job.stages(folder):
             started = time.perf_counter()
@@ -150,7 +150,7 @@ def _start(job: Job, folder: JobFolder, overwrite: bool) -> None:
                 stacklevel=3,
             )
     if is_replaced or earlier != spec:
-        if folder.remove_locks():
+        if folder.is_in_use():
             raise FolderInUseError(
                 f"{folder.path}: another run is writing to it; wait for it, stop it, or give another folder"
             )

@@ -162,7 +162,9 @@ def test_a_folder_of_other_files_is_not_written_to(tmp_path: Path) -> None:
         other = tmp_path / f"folder of {name}"
         other.mkdir()
         (other / name).write_text("[]")
-        with pytest.raises(ValueError, match=r": holds files that this command did not write; give a new or empty"):
+        with pytest.raises(
+            ValueError, match=r": (holds files that this command did not write; give a new|damaged; restore it)"
+        ):
             run(other, overwrite=True)
         assert everything(other) == {name: b"[]"}
 
