@@ -43,7 +43,7 @@ class SamplerResult:
 
     @cached_property
     def outcome(self) -> Outcome | None:
-        """How exact the samples are, and what they cost; `None` for an original sampler."""
+        """The exactness and cost of the samples; `None` for an original sampler."""
         return None if self.samples is None else self.samples.outcome
 
     @property

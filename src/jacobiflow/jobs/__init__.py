@@ -1,4 +1,4 @@
-"""Jobs: work that any number of processes share through a folder, and that goes on after an interruption."""
+"""Work that any number of processes share through a folder, and that resumes after an interruption."""
 
 from jacobiflow.jobs.folder import JobFolder, JobFolderError, UnitOutput
 from jacobiflow.jobs.job import Job, JobRun, run

@@ -99,7 +99,7 @@ def run(job: Job, path: str | Path, *, overwrite: bool = False, progress: Progre
 
     Args:
         path: The folder.
-        overwrite: Whether to replace a complete job, or one of another spec. An incomplete job of this spec goes on.
+        overwrite: Whether to replace a complete job, or one of another spec. An incomplete job of this spec is resumed.
 
     Raises:
         JobFolderError: If the folder holds a job of another spec, or a damaged manifest.

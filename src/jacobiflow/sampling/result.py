@@ -53,7 +53,7 @@ class BlockStats:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How exact samples are, and what they cost; the outcomes of several sets of samples add up.
+    """The exactness and cost of samples; the outcomes of several sets of samples add up.
 
     Attributes:
         num: Number of samples.
@@ -252,7 +252,7 @@ class Samples:
 
     @property
     def outcome(self) -> Outcome:
-        """How exact the samples are, and what they cost; `print(samples.outcome)` says it in a sentence."""
+        """The exactness and cost of the samples; `print(samples.outcome)` says it in a sentence."""
         status, sensitivity, stats = self.status, self.sensitivity, self.stats
         num_nonfinite = int((status == Status.NONFINITE).sum())
         num_sensitive = None

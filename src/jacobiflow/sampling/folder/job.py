@@ -69,7 +69,7 @@ def sample_to_folder(
     progress: Progress | None = None,
     **arguments: Unpack[SamplingArguments],
 ) -> SampleFolder:
-    """Draws samples into a folder, or goes on with a run that was stopped.
+    """Draws samples into a folder, or resumes a run that was stopped.
 
     Any number of processes may call it with the same arguments: they share the shards. The latent of sample i depends
     on `seed` and i only. The number of processes and interruptions do not change the bytes of a shard. Another thread
@@ -143,7 +143,12 @@ class SampleJob(jobs.Job):
     """Draws samples: the first unit plans the strategy, and each other one draws a shard."""
 
     kind, version, result_name = KIND, VERSION, RESULT
-    patterns = ("strategy.json", "shards/[0-9]*.npz", "images/[0-9]*.png", "images/*/[0-9]*.png")
+    patterns = (
+        "strategy.json",
+        f"shards/{5 * '[0-9]'}.npz",
+        f"images/{8 * '[0-9]'}.png",
+        f"images/*/{8 * '[0-9]'}.png",
+    )
 
     spec: SampleSpec
     machine: Mapping[str, Any]

@@ -158,7 +158,7 @@ class SampleFolder:
         return self._concatenated("nonfinite")  # type: ignore[return-value]
 
     def outcome(self) -> Outcome:
-        """Returns how exact the samples are, and what they cost, as `Samples.outcome` does."""
+        """Returns the exactness and cost of all samples, as `Samples.outcome` does."""
         result = _job_folder(self.path).read_result()
         if result is None:
             raise JobFolderError("; ".join(self.problems()))
