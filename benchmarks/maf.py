@@ -21,7 +21,7 @@ from benchmarks.common import RESULTS, Json, complete, parser, without_native
 from benchmarks.sources import ROOT
 from jacobiflow.comparison.baselines import original_sampler
 from jacobiflow.data import Noise, load_images
-from jacobiflow.data.noise import add_noise, keyed_generator
+from jacobiflow.data.noise import keyed_generator
 from jacobiflow.models.memory import keep_freed_memory
 
 FOLDER = ROOT / "out" / "maf-fashion-mnist"
@@ -87,9 +87,9 @@ def main() -> None:
     parser(__doc__).parse_args()
     flow = trained()
     clean, _ = load_images("fashion-mnist", flow.config.image_size, 1).batch(slice(0, IMAGES))
-    images = torch.cat([
-        add_noise(batch, Noise("uniform"), keyed_generator(0, 3, k)) for k, batch in enumerate(clean.split(BATCH))
-    ])  # fmt: skip
+    noise = Noise()
+    numbers = [noise.draw(batch.shape, keyed_generator(0, 3, k)) for k, batch in enumerate(clean.split(BATCH))]
+    images = noise.add(clean, torch.cat(numbers))
     with torch.no_grad():
         latents = torch.cat([flow.encode(batch)[0] for batch in images.split(BATCH)])
         inverses = inverses_of(flow)

@@ -213,8 +213,7 @@ def _summary(config: TrainOptions, data: ImageDataset, held_out: ImageDataset | 
 
     channels, height, width = data.images.shape[1:]
     colour = {1: "grey", 3: "colour"}.get(channels, f"{channels} channels")
-    is_scaled = isinstance(data.images, ImageFiles) and data.images.has_other_sides()
-    scaled = "; other sizes are scaled down, and cropped to the centre" * is_scaled
+    scaled = "; other sizes are scaled down, and cropped to the centre" * isinstance(data.images, ImageFiles)
     num_classes = flow.config.num_classes
     names = ", ".join(data.classes[:_MAX_NAMES]) + ", ..." * (num_classes > _MAX_NAMES)
     held_out_text = "none" if held_out is None else f"{len(held_out):,} images"

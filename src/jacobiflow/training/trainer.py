@@ -145,7 +145,7 @@ def _check(flow: Flow, data: Any, config: TrainConfig) -> Noise | None:
     check_flow(flow)
     check_kind("config", config, TrainConfig, "a TrainConfig")
     std = flow.config.noise_std
-    noise = None if flow.image_shape is None and not std else Noise.of_std(std)
+    noise = None if flow.image_shape is None and not std else Noise(std)
     if len(data) < config.batch_size:
         message = f"there are only {len(data)} samples"
         raise InputValueError(message, argument="batch_size", value=config.batch_size)
