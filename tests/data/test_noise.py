@@ -35,5 +35,5 @@ def test_images_get_the_noise_of_their_seed_and_place(noise: Noise, seed: int) -
     for index in ([10, 0, 3], [2, 2]):
         assert torch.equal(noisy_images(data, torch.tensor(index), noise, seed), whole[index])
     assert torch.equal(torch.get_rng_state(), state)
-    with pytest.raises(ValueError, match="^std=-0.1"):
+    with pytest.raises(ValueError, match=r"^std=-0\.1"):
         Noise(-0.1)

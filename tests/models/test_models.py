@@ -50,6 +50,4 @@ def test_recommended_settings_have_a_bundled_report_and_a_tuning(name: str) -> N
 
 def test_the_model_card_s_likelihood_is_that_of_the_bundled_weights() -> None:
     card = figures(Path(__file__).parents[2] / "docs/results/digits-maf.json")
-    assert bits_per_dim(jf.load("digits-maf"), digits(), Noise()) == pytest.approx(
-        card["bits_per_dim"], abs=1e-3
-    )
+    assert bits_per_dim(jf.load("digits-maf"), digits(), Noise()) == pytest.approx(card["bits_per_dim"], abs=1e-3)

@@ -102,7 +102,9 @@ def run(config: BenchConfig) -> BenchResult:
     flow = flow.guided(settings.guidance)
     with progress_bar() as progress:
         cases = _prepare(config, flow, progress)
-    with files.output_directory(config.out, "benchmark", (_FIGURE, _TABLE)), progress_bar() as progress:
+    files.check_own(config.out, "benchmark")
+    with files.locked(config.out), progress_bar() as progress:
+        files.write_json(config.out / files.MANIFEST, {"kind": "benchmark", "files": [_FIGURE, _TABLE]})
         comparisons = tuple(case(progress=progress) for case in cases)
         result = BenchResult(
             model=config.model, num_tokens=flow.config.num_tokens, num_blocks=flow.config.num_blocks,

@@ -112,7 +112,7 @@ def run(config: TrainOptions) -> TrainResult | None:
     data = _training_images(config)
     held_out = _held_out_images(config, data)
     flow_class, flow_config = _flow_config(config, data)
-    device = check_device(local_device(loading.pick_device(config.device)), must_exist=True)
+    device = check_device(local_device(loading.pick_device(config.device)))
     torch.manual_seed(config.training.seed)
     flow = flow_class(flow_config).to(device)
     transform = image_transform(flow.require_images(), config.horizontal_flip, config.translate, config.hue)

@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from jacobiflow.data.dataset import ImageDataset
-from jacobiflow.utils.checks import check_number, check_seed
+from jacobiflow.utils.checks import check_fields, check_number, check_seed
 
 _EVALUATION = 2  # The random stream of evaluation; training uses streams 0, 1 and 3.
 
@@ -33,6 +33,7 @@ class Noise:
     std: float = 0.0
 
     def __post_init__(self) -> None:
+        check_fields(self)
         check_number("std", self.std)
 
     def draw(self, shape: Sequence[int], generator: torch.Generator | None = None) -> Float[Tensor, "*n"]:

@@ -51,16 +51,16 @@ def time_interleaved(
     device = torch.device(device)
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     results: dict[str, Any] = {}
-    rounds = range(-1 if warm_up else 0, repeats)
-    for count, (number, (name, run)) in enumerate(product(rounds, runs.items()), start=1):
-        elapsed, result = time_call(run, device)
-        if number >= 0:
-            seconds[name].append(elapsed)
+    rounds = repeats + warm_up
+    for count, (_, name) in enumerate(product(range(rounds), runs), start=1):
+        elapsed, result = time_call(runs[name], device)
+        seconds[name].append(elapsed)
         results.setdefault(name, result)
         del result  # frees its memory before the next run
         if progress is not None:
-            progress(count, len(rounds) * len(runs), "timing")
-    return {name: Timing(statistics.median(s), min(s), max(s)) for name, s in seconds.items()}, results
+            progress(count, rounds * len(runs), "timing")
+    timed = {name: every[warm_up:] for name, every in seconds.items()}
+    return {name: Timing(statistics.median(s), min(s), max(s)) for name, s in timed.items()}, results
 
 
 def time_call(run: Callable[[], T], device: torch.device) -> tuple[float, T]:
