@@ -34,7 +34,8 @@ def test_runs_take_turns_and_the_device_is_waited_for(device: str, monkeypatch: 
     monkeypatch.setattr(torch.cuda, "synchronize", wait)
     monkeypatch.setattr(torch.mps, "synchronize", partial(wait, "mps"))
     timings, results = time_interleaved({name: partial(run, name) for name in durations}, 3, device, progress)
-    assert log == [entry for i, name in enumerate([*durations] * 4, start=1) for entry in (name, (i, 8, "timing"))]
+    order = ["odd", "even", "even", "odd"] * 2  # each round starts with the next
+    assert log == [entry for i, name in enumerate(order, start=1) for entry in (name, (i, 8, "timing"))]
     assert timings == {"odd": Timing(2.0, 1.0, 5.0), "even": Timing(8.0, 8.0, 64.0)}
     assert results == {"odd": "odd 1", "even": "even 3"}  # of the warm-up
     assert time_interleaved({"odd": partial(run, "odd")}, 1, device, warm_up=False)[0]["odd"].median == 4

@@ -159,10 +159,9 @@ def open_board(out: Path, step: int) -> Iterator[Callable[[TrainMetrics], None]]
     with SummaryWriter(str(out / "tensorboard"), purge_step=step + 1) as writer:
 
         def write(metrics: TrainMetrics) -> None:
-            with files.named_errors(out / "tensorboard"):
-                for name, value in asdict(metrics).items():
-                    if value is not None and name != "step":
-                        writer.add_scalar(name, value, metrics.step)
+            for name, value in asdict(metrics).items():
+                if value is not None and name != "step":
+                    writer.add_scalar(name, value, metrics.step)
 
         yield write
 

@@ -40,7 +40,7 @@ def check_kind(name: str, value: Any, kinds: Any, expected: str) -> None:
     if not isinstance(value, kinds):
         raise _wrong_kind(name, value, expected)
     if isinstance(value, Tensor) and (value.layout != torch.strided or value.is_meta):
-        raise _wrong_value(name, value, "is sparse, or on the meta device; give a dense tensor with values")
+        raise _wrong_value(name, value, "give a dense tensor with values, neither sparse nor on the meta device")
 
 
 def check_flag(name: str, value: Any) -> None:
@@ -145,7 +145,8 @@ def check_fields(record: Any) -> None:
     Raises:
         TypeError: If a value is of another kind.
     """
-    types = declared_types(type(record))
+    cls: Any = type(record)
+    types = declared_types(cls)
     for entry in fields(record):
         value = getattr(record, entry.name)
         try:

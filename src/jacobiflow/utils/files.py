@@ -32,38 +32,24 @@ def atomic_path(path: str | Path, sync: bool = True) -> Iterator[Path]:
     path = Path(path)
     partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}.partial")
     try:
-        with named_errors(path, str(partial)):
-            yield partial
-            if sync:
-                with partial.open("rb+") as file:  # Windows cannot sync a file that is open for reading only.
-                    os.fsync(file.fileno())
-            os.replace(partial, path)
+        yield partial
+        if sync:
+            with partial.open("rb+") as file:  # Windows cannot sync a file that is open for reading only.
+                os.fsync(file.fileno())
+        os.replace(partial, path)
+    except OSError as error:
+        if error.errno is not None and error.filename in (str(partial), None):  # such as that of a full disk
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        raise
     finally:
         with suppress(OSError):
             partial.unlink()
-
-
-@contextmanager
-def named_errors(path: Path, partial: str | None = None) -> Iterator[None]:
-    """Names `path` in errors of no file, such as that of a full disk, and in those of the file `partial`."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno is not None and error.filename in (partial, None):
-            raise OSError(error.errno, error.strerror, str(path)) from error
-        raise
 
 
 def write_atomically(path: str | Path, data: bytes | bytearray, sync: bool = True) -> None:
     """Writes `data` to `path` by `atomic_path`."""
     with atomic_path(path, sync) as partial:
         partial.write_bytes(data)
-
-
-def append(path: Path, text: str) -> None:
-    """Adds text to the end of a file."""
-    with named_errors(path), path.open("a") as file:
-        file.write(text)
 
 
 def remove_partials(folder: Path, pattern: str = "*") -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from importlib import metadata
 from typing import Any
 
 
@@ -17,4 +16,11 @@ class Provenance:
     """
 
     machine: dict[str, Any]
-    version: str = field(default_factory=lambda: metadata.version("jacobiflow"))
+    version: str = field(default_factory=lambda: find_version())
+
+
+def find_version() -> str:
+    """Returns the version of the package."""
+    from importlib.metadata import version  # Its import would take a tenth of the time of `--help`.
+
+    return version("jacobiflow")

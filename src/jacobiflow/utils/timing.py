@@ -38,6 +38,8 @@ def time_interleaved(
 ) -> tuple[dict[str, Timing], dict[str, Any]]:
     """Times callables in turn, so that a slow phase of the machine slows all of them.
 
+    Each round starts with the next callable, so that none always follows the same one.
+
     Args:
         runs: Callables by name.
         repeats: Number of rounds over all callables.
@@ -51,16 +53,17 @@ def time_interleaved(
     device = torch.device(device)
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     results: dict[str, Any] = {}
-    rounds = repeats + warm_up
-    for count, (_, name) in enumerate(product(range(rounds), runs), start=1):
+    names, rounds = [*runs], repeats + warm_up
+    for count, (number, place) in enumerate(product(range(rounds), range(len(names))), start=1):
+        name = names[(number + place) % len(names)]
         elapsed, result = time_call(runs[name], device)
-        seconds[name].append(elapsed)
+        if number >= warm_up:
+            seconds[name].append(elapsed)
         results.setdefault(name, result)
         del result  # frees its memory before the next run
         if progress is not None:
-            progress(count, rounds * len(runs), "timing")
-    timed = {name: every[warm_up:] for name, every in seconds.items()}
-    return {name: Timing(statistics.median(s), min(s), max(s)) for name, s in timed.items()}, results
+            progress(count, rounds * len(names), "timing")
+    return {name: Timing(statistics.median(s), min(s), max(s)) for name, s in seconds.items()}, results
 
 
 def time_call(run: Callable[[], T], device: torch.device) -> tuple[float, T]:
