@@ -21,7 +21,7 @@ from benchmarks.lib.process import without_native
 from benchmarks.lib.results import Json, complete, parser
 from jacobiflow.comparison.baselines import original_sampler
 from jacobiflow.data import Noise, load_images
-from jacobiflow.data.noise import add_noise, keyed_generator
+from jacobiflow.data.noise import keyed_generator
 from jacobiflow.models.memory import keep_freed_memory
 from jacobiflow.utils.timing import time_call
 
@@ -63,8 +63,10 @@ def main() -> None:
     parser(__doc__).parse_args()
     flow = trained()
     clean, _ = load_images("fashion-mnist", flow.config.image_size, 1).batch(slice(0, IMAGES))
+    noise = Noise()
     images = [
-        add_noise(batch, Noise("uniform"), keyed_generator(0, 3, k)) for k, batch in enumerate(clean.split(BATCH))
+        noise.add(batch, noise.draw(batch.shape, keyed_generator(0, 3, k)))
+        for k, batch in enumerate(clean.split(BATCH))
     ]
     latents = [flow.encode(batch)[0] for batch in images]
     inverses = inverses_of(flow)

@@ -26,7 +26,7 @@ from benchmarks.lib.timing import IN_PYTORCH, to_json
 from examples.captions import GUIDANCE, PROMPTS, SAMPLES_PER_PROMPT, SETTINGS, captioned_emoji, load
 from jacobiflow import plots
 from jacobiflow.comparison.baselines import TOKEN_LOOP, original_sampler
-from jacobiflow.data import Noise, add_noise, scale
+from jacobiflow.data import Noise, scale
 from jacobiflow.evaluation import paired_error
 from jacobiflow.models.latents import draw_latents
 from jacobiflow.utils.timing import time_interleaved
@@ -78,7 +78,8 @@ def blocks(key: Json) -> Json:
     flow = load().guided(GUIDANCE if key["blocks"] == "guided" else None)
     emoji, captions, _ = captioned_emoji()
     index = torch.arange(CALIBRATED) * len(emoji) // CALIBRATED
-    noisy = add_noise(scale(emoji[index]), Noise("gaussian", flow.config.noise_std), torch.Generator().manual_seed(0))
+    clean, noise = scale(emoji[index]), Noise(flow.config.noise_std)
+    noisy = noise.add(clean, noise.draw(clean.shape, torch.Generator().manual_seed(0)))
     report = jf.calibrate(
         flow, noisy, context=[captions[i] for i in index.tolist()], num_convergence_samples=CURVE_SAMPLES
     )

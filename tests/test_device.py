@@ -55,13 +55,13 @@ def sample(
 
 
 def images(flow: jf.Flow, num: int) -> Tensor:
-    return noisy_images(digits(), torch.arange(num), Noise("gaussian", flow.config.noise_std))
+    return noisy_images(digits(), torch.arange(num), Noise(flow.config.noise_std))
 
 
 def evaluate(device: str) -> Tensor:
     flow, data = small(device), digits()
     few = replace(data, images=data.images[:4], labels=data.labels[:4])
-    return torch.tensor(bits_per_dim(flow, few, Noise("gaussian", flow.config.noise_std)))
+    return torch.tensor(bits_per_dim(flow, few, Noise(flow.config.noise_std)))
 
 
 def calibrate(device: str) -> Tensor:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import inspect
 import math
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import fields, is_dataclass
@@ -39,12 +38,7 @@ NUMBER: Argument = (1.0, NUMBERS, (-1, math.nan, math.inf, -math.inf))
 POSITIVE: Argument = (1.0, NUMBERS, (0, *NUMBER[2]))
 FLAG: Argument = (False, (0, 1, "no"), ())
 
-# Tensors without the values that PyTorch's operations need.
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # PyTorch's own: nested tensors are a prototype
-    NESTED = torch.nested.nested_tensor([torch.zeros(16, 4), torch.zeros(9, 4)])
-    NESTED_LABELS = torch.nested.nested_tensor([LABELS, LABELS[:1]])
-ABSENT = (Z.to_sparse(), Z.to("meta"), NESTED)
+ABSENT = (Z.to_sparse(), Z.to("meta"))  # without the values that PyTorch's operations need
 FLOAT8 = torch.float8_e4m3fn
 TOKENS: Argument = (
     Z,
@@ -61,7 +55,7 @@ PIXELS: Argument = (
 NO_CONTEXT = (7, [0, 1], LABELS.numpy(), LABELS.double(), LABELS.bool(), LABELS.byte())
 NO_LABELS = (1.5, True, ["0", 2], [0, None], [[0], [0, 2]], {0: 2}, LABELS.double(), LABELS.bool().numpy())
 HUGE_LABELS = (np.broadcast_to(np.array(0), 10**13), LABELS[:1].byte().expand(10**13))  # would fill 80 TB
-ABSENT_LABELS = (LABELS.to_sparse(), LABELS.to("meta"), NESTED_LABELS)
+ABSENT_LABELS = (LABELS.to_sparse(), LABELS.to("meta"))
 NO_ROWS = (LABELS[:1], LABELS.repeat(2), LABELS.view(1, 2), LABELS[0], *ABSENT_LABELS)
 WRONG_LABELS = (*NO_ROWS, "2", ["0", "2"], [0, 3], [0], 3, *HUGE_LABELS)
 
@@ -94,7 +88,7 @@ ARGUMENTS: dict[str, Argument] = {
     "settings": (None, (7, jf.Guidance(1.0)), ("best",)),
     "guidance": (None, (1.5, True, "both"), ()), "report": (None, ("report.json", 7, PLAN), ()),
     "device": ("cpu", (7, torch.float32), ("x", "cuda:x")), "dtype": (None, (7, []), ("int64",)),
-    "prediction": (None, ("x", PLAN), ()), "path": ("x", (7,), ()), "kind": ("gaussian", ("x", 7), ()),
+    "prediction": (None, ("x", PLAN), ()), "path": ("x", (7,), ()),
     **each("log_scale shift", MEANS), "kernel": (KERNEL, TOKENS[1], (SHIFT, KERNEL[:0], KERNEL[:, 1:], KERNEL / 0)),
     "name": ("new", (7,), ()), "text": ("jacobi", (7,), ()), "fingerprint": (None, (7,), ()),
     "solvers": ((jf.Solver(),), (jf.Solver(), ("x",)), ((), [])),
@@ -144,7 +138,7 @@ CALLS: list[tuple[Callable[..., Any], str, dict[str, Argument]]] = [
     (REPORT.guess, "block", {"block": (0, KINDS, (-1, 2))}),
     (jf.accelerate, "flow tolerance", {"flow": (FLOW, (), ())}),
     (jf.register_piece, "name", {"name": ("new", (7,), ("", "a b", "a+b", "a:1"))}),
-    (Noise, "kind std", {}),
+    (Noise, "std", {}),
     (colour_transform, "translate hue", {"translate": FROM_0, "hue": NUMBER}),
     (TrainConfig, "steps batch_size learning_rate weight_decay warmup ema_decay max_grad_norm label_dropout seed", {
         "steps": COUNT, "warmup": FROM_0, **each("learning_rate max_grad_norm", POSITIVE), "weight_decay": NUMBER,

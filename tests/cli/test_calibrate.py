@@ -73,7 +73,7 @@ def calibrated(options: str) -> jf.CalibrationReport:
     """The library's report under these options, of images with the noise of the flow's training."""
     flow, settings = jf.load(f"./{options.split()[1]}"), dict(CALIBRATIONS[options])
     data, every = load_images("pets", 8, 1), torch.arange(9)
-    noise = Noise("gaussian", 0.1) if flow.config.noise_std else Noise("uniform")
+    noise = Noise(flow.config.noise_std)
     images = data.batch(every)[0] if settings.pop("clean", False) else noisy_images(data, every, noise)
     labels = data.labels if flow.config.num_classes else None
     return jf.calibrate(flow.guided(settings.pop("guidance", None)), images, labels, **settings)
@@ -114,7 +114,7 @@ def test_num_draws_some_images_by_the_seed(run: Any, tmp_path: Path, monkeypatch
     drawn = []
     for num, seed in ((4, 0), (4, 1)):
         run(f"calibrate --model model --images pets --num {num} --seed {seed} --out {tmp_path}/r")
-        noisy = noisy_images(data, torch.arange(9), Noise("gaussian", 0.1), seed)
+        noisy = noisy_images(data, torch.arange(9), Noise(0.1), seed)
         _, images, labels, _ = job.call_args.args
         places = [next(i for i in range(9) if torch.equal(noisy[i], image)) for image in images]
         assert len(set(places)) == len(places) == min(num, 9), "an image is drawn twice"

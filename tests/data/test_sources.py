@@ -5,7 +5,6 @@ from __future__ import annotations
 import gzip
 import io
 import math
-import os
 import struct
 import sys
 from importlib import resources
@@ -17,7 +16,7 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from jacobiflow.data import DataError, available_splits, digits, idx_folder, image_folder, load_images
+from jacobiflow.data import DataError, available_splits, digits, image_folder, load_images
 
 Bytes = NDArray[np.uint8]
 
@@ -69,10 +68,8 @@ def test_npz_files(tmp_path: Path) -> None:
         with pytest.raises(DataError, match=f"^{file}: "):
             load_images(str(file), 4, 3)
     file.write_bytes(file.read_bytes()[:-30])
-    os.mkfifo(tmp_path / "pipe.npz")
-    for name in ("some.npz", "pipe.npz"):
-        with pytest.raises(DataError, match=f"/{name}: no .npz file with images and labels"):
-            load_images(str(tmp_path / name), 4, 3)
+    with pytest.raises(DataError, match=r"/some.npz: no .npz file with images and labels"):
+        load_images(str(file), 4, 3)
 
 
 def test_a_source_without_test_images_has_no_test_split(tmp_path: Path) -> None:
@@ -108,24 +105,16 @@ def test_a_folder_of_idx_files(tmp_path: Path) -> None:
     data = load_images(str(tmp_path), 28, 1, "test")
     assert np.array_equal(data.images[:, 0], images)
     assert data.labels is not None and data.labels.tolist() == labels
-    with pytest.raises(DataError, match=r"no train-images-idx3-ubyte\[.gz\] "):
+    with pytest.raises(DataError, match=r"train-images-idx3-ubyte\[.gz\]: missing "):
         load_images(str(tmp_path), 28, 1, "train")
-    for shape, wrong in (((5, 4, 4), [0] * 4), ((5, 16), [0] * 5)):
-        write_idx(tmp_path, random_bytes(*shape), wrong)
-        with pytest.raises(DataError, match=f"^{tmp_path}: "):
-            idx_folder(tmp_path)
-
-
-def test_a_broken_idx_file_is_named(tmp_path: Path) -> None:
-    whole = idx_bytes(random_bytes(3, 4, 4))
-    write_idx(tmp_path, random_bytes(3, 4, 4), [0, 1, 2])
-    for content in (
-        b"", b"\0\0\x08", b"text", b"\0\0\x0d" + whole[3:], whole[:-1], gzip.compress(whole)[:-9],
-        b"\0\0\x08\xff" + bytes(4 * 255),  # more axes than NumPy has
-    ):  # fmt: skip
-        (tmp_path / "train-images-idx3-ubyte.gz").write_bytes(content)
-        with pytest.raises(DataError, match=f"^{tmp_path}/train-images-idx3-ubyte.gz: broken .*; fetch the file again"):
-            idx_folder(tmp_path)
+    write_idx(tmp_path, random_bytes(5, 4, 4), [0] * 4)
+    with pytest.raises(DataError, match=f"^{tmp_path}: "):
+        load_images(str(tmp_path))
+    whole = idx_bytes(images)
+    for content in (b"\0\0\x08", b"text", b"\0\0\x0d" + whole[3:], whole[:-1]):
+        (tmp_path / "train-images-idx3-ubyte.gz").write_bytes(gzip.compress(content))
+        with pytest.raises(DataError, match=f"^{tmp_path}/train-images-idx3-ubyte.*: broken .*; fetch the file again"):
+            load_images(str(tmp_path))
 
 
 def write_image(path: Path, pixels: Bytes) -> Path:
@@ -157,13 +146,12 @@ def test_a_class_for_each_subfolder_in_order_of_name(tmp_path: Path) -> None:
 
 
 def test_size_and_colour(tmp_path: Path) -> None:
-    """The shorter side is resized, and the centre cropped. By default they are those of the images."""
+    """The shorter side is resized, and the centre cropped."""
     wide, tall = random_bytes(7, 10), random_bytes(31, 8)
     write_image(tmp_path / "0.png", wide)
     write_image(tmp_path / "1.png", tall)
     resized = np.asarray(Image.fromarray(tall).resize((7, 27), Image.Resampling.BICUBIC))
     assert np.array_equal(image_folder(tmp_path, 7, 1).images[:][:, 0], [wide[:, 1:8], resized[10:17]])
-    write_image(tmp_path / "1.png", np.repeat(random_bytes(16, 24, 1), 3, axis=2))  # grey in three channels
     assert load_images(str(tmp_path)).images.shape == (2, 1, 7, 7)
     write_image(tmp_path / "2.png", random_bytes(18, 18, 3))
     assert load_images(str(tmp_path)).images.shape == (3, 3, 7, 7)
@@ -177,41 +165,31 @@ def test_every_mode_becomes_grey_or_colour(tmp_path: Path) -> None:
     clear[..., 3] = 51
     for i, pixels in enumerate((grey, colour, clear)):
         write_image(tmp_path / f"{i}.png", pixels)
-    levels = np.arange(256).reshape(16, 16)
-    for i, offset in enumerate((0, 128, -128)):  # 16-bit values that all round to the same level
-        wide = (levels * 257 + offset).clip(0, 65535).astype(np.uint16)
-        Image.fromarray(wide).save(tmp_path / f"{3 + i}.png")
     images = image_folder(tmp_path, 16).images[:].permute(0, 2, 3, 1).numpy()
     assert np.array_equal(images[0], np.repeat(grey[..., None], 3, -1))
     assert np.array_equal(images[1], colour)
     assert np.abs(images[2] - (0.2 * clear[..., :3] + 0.8 * 255)).max() <= 1  # blended onto white
-    assert np.array_equal(images[3:], np.broadcast_to(levels[..., None], (3, 16, 16, 3)))
     single = image_folder(tmp_path, 16, 1).images[:][:, 0].double().numpy()
     assert np.abs(single[1] - colour @ [0.299, 0.587, 0.114]).max() < 1
-    assert np.array_equal(single[3:], np.broadcast_to(levels, (3, 16, 16)))
 
 
 def test_errors_name_the_file(tmp_path: Path) -> None:
-    cut, animation = io.BytesIO(), io.BytesIO()
+    cut = io.BytesIO()
     Image.fromarray(random_bytes(32, 32, 3)).save(cut, "JPEG")
-    frames = [Image.fromarray(random_bytes(8, 8, 3) + i) for i in range(3)]
-    frames[0].save(animation, "GIF", save_all=True, append_images=frames[1:])
     cases: list[tuple[Any, str, str]] = [  # a file's content or a function that makes it, its path, the message
         (b"", "a.txt", r"no image in it \(looked for .bmp, .*\)"),
         (cut.getvalue()[:-200], "a.jpg", r"/a.jpg: not a usable image \(.*truncated.*\); replace or remove it"),
         (b"text", "a.png", r"/a.png: not a usable image \(cannot identify"),
-        (animation.getvalue(), "a.gif", "/a.gif: not a usable image .an animation .* of 3 frames.;"),
+        (lambda path: Image.fromarray(np.zeros((8, 8), np.uint16)).save(path), "a.png", "more than 8 bits per value"),
         (lambda path: write_image(path, random_bytes(7, 20)), "0.png", "/0.png: 20x7 pixels, smaller than 8x8; remove"),
         (lambda path: path.symlink_to("missing"), "lost.png", "/lost.png: not a usable image .*No such file"),
-        (lambda path: path.mkdir(parents=True), "b/c", "/b: class folder without an image; add some, or remove it"),
         (lambda path: write_image(path, random_bytes(8, 8)), "0.png", "0.png lies beside class folders; move it"),
-        (os.mkfifo, "a.png", "/a.png: not a usable image .*Not a regular file"),
     ]
     for i, (content, name, message) in enumerate(cases):
         folder = tmp_path / str(i)
         (folder / name).parent.mkdir(parents=True)
         content(folder / name) if callable(content) else (folder / name).write_bytes(content)
-        if "b" in name.split("/") or "class folders" in message:
+        if "class folders" in message:
             write_image(folder / "a" / "0.png", random_bytes(8, 8))
         with pytest.raises(DataError, match=message) as caught:
             image_folder(folder, 8)

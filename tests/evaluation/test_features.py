@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -76,10 +75,7 @@ def test_missing_and_broken_weights_are_named(tmp_path: Path, monkeypatch: pytes
 
 
 @pytest.mark.parametrize("read", [FeatureStatistics.load, InceptionFeatures])
-def test_a_pipe_is_refused_and_code_in_a_file_is_not_run(read: Callable[[Path], Any], tmp_path: Path) -> None:
-    os.mkfifo(tmp_path / "pipe.pth")
-    with pytest.raises(DataError, match=r"pipe\.pth: no file of tensors .*Not a regular file"):
-        read(tmp_path / "pipe.pth")
+def test_code_in_a_file_is_not_run(read: Callable[[Path], Any], tmp_path: Path) -> None:
     mark, path = tmp_path / "mark", tmp_path / "stats.pth"
 
     class RunsCode:

@@ -23,7 +23,7 @@ def data() -> ImageDataset:
     return ImageDataset(whole.images[:11, :, 9:15, 9:15].contiguous(), whole.labels[:11] % 3)
 
 
-@pytest.mark.parametrize("noise", [Noise("gaussian", 0.4), Noise("uniform")])
+@pytest.mark.parametrize("noise", [Noise(0.4), Noise()])
 @torch.no_grad()
 def test_scores_are_of_the_noisy_images_whatever_the_batch_size(noise: Noise, data: ImageDataset) -> None:
     noisy = noisy_images(data, torch.arange(11), noise, seed=5).double()
@@ -37,7 +37,7 @@ def test_scores_are_of_the_noisy_images_whatever_the_batch_size(noise: Noise, da
 
 @torch.no_grad()
 def test_images_without_labels_have_bits_but_no_accuracy(data: ImageDataset) -> None:
-    plain, noise = ImageDataset(data.images, None), Noise("uniform")
+    plain, noise = ImageDataset(data.images, None), Noise()
     noisy = noisy_images(plain, torch.arange(11), noise).double()
     assert bits_per_dim(FLOW, plain, noise) == pytest.approx(float(FLOW.bits_per_dim(noisy).mean()))
     unconditional = make_flow(6)
@@ -49,6 +49,6 @@ def test_images_without_labels_have_bits_but_no_accuracy(data: ImageDataset) -> 
 
 @torch.no_grad()
 def test_a_bfloat16_network_gets_images_in_float32(data: ImageDataset) -> None:
-    flow, noise = copy.deepcopy(FLOW).bfloat16(), Noise("gaussian", 0.4)
+    flow, noise = copy.deepcopy(FLOW).bfloat16(), Noise(0.4)
     noisy = noisy_images(data, torch.arange(11), noise)
     assert bits_per_dim(flow, data, noise) == pytest.approx(float(flow.bits_per_dim(noisy, data.labels).mean()))

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import jacobiflow as jf
-from jacobiflow.data import Noise, add_noise, digits, load_images
+from jacobiflow.data import Noise, digits, load_images
 from jacobiflow.evaluation import bits_per_dim
 from tests.helpers.running import figures
 
@@ -24,8 +24,8 @@ IMAGES = {
 def test_decoding_an_encoded_image_returns_it(name: str, strategy: str) -> None:
     """With the noise of the flow's training."""
     flow, (clean, labels) = jf.load(name), load_images(*IMAGES[name]).batch(slice(0, 3))
-    noise = Noise("gaussian", flow.config.noise_std) if flow.config.noise_std else Noise("uniform")
-    images = add_noise(clean, noise, torch.Generator().manual_seed(0))
+    noise = Noise(flow.config.noise_std)
+    images = noise.add(clean, noise.draw(clean.shape, torch.Generator().manual_seed(0)))
     z, _ = flow.encode(images, labels)
     out = jf.sample(flow, latents=z, labels=labels, settings=None, strategy=strategy, tolerance=1e-4)
     assert (out.images - images).abs().max() <= 2e-3
@@ -50,6 +50,4 @@ def test_recommended_settings_have_a_bundled_report_and_a_tuning(name: str) -> N
 
 def test_the_model_card_s_likelihood_is_that_of_the_bundled_weights() -> None:
     card = figures(Path(__file__).parents[2] / "docs/results/digits-maf.json")
-    assert bits_per_dim(jf.load("digits-maf"), digits(), Noise("uniform")) == pytest.approx(
-        card["bits_per_dim"], abs=1e-3
-    )
+    assert bits_per_dim(jf.load("digits-maf"), digits(), Noise()) == pytest.approx(card["bits_per_dim"], abs=1e-3)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import pickle
 import shutil
 import signal
@@ -281,10 +280,10 @@ def test_a_damaged_checkpoint_is_refused_and_runs_no_code(undisturbed: Path, tmp
         save(tensors | change, dict.fromkeys(tensors | change, "0"))
         for change in ({"flow.var": tensors["flow.var"] / 0}, *wrong)
     )
-    damages: dict[Any, str] = {content[:-9]: "damaged", planted: "damaged", os.mkfifo: "Not a reg", infinite: "non-f"}
+    damages = {content[:-9]: "damaged", planted: "damaged", infinite: "non-f"}
     for damage, words in damages.items():
         file.unlink()
-        damage(file) if callable(damage) else file.write_bytes(damage)
+        file.write_bytes(damage)
         assert words in error_of(lambda: fit(run))
         assert words in next(problems(run))
     for damage in others:

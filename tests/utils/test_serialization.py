@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import json
 import math
 import re
 from collections.abc import Mapping
@@ -21,8 +20,6 @@ from torch import Tensor
 from jacobiflow.errors import InputValueError
 from jacobiflow.utils import serialization
 
-FAULT = 404.0
-
 
 @serialization.piece_base
 class Shape:
@@ -38,8 +35,6 @@ class Square(Shape):
     def __post_init__(self) -> None:
         if self.side < 0:
             raise InputValueError(f"side {self.side}: give 0 or more")
-        if self.side == FAULT:
-            raise ValueError("a fault of the class")
 
 
 @dataclass(frozen=True)
@@ -113,7 +108,6 @@ def test_a_wrong_entry_is_refused_by_name() -> None:
         "r: counts[1]: Expected `int`, got `bool`": {"counts": [1, True]},
         "r: 'colour' unknown": {"colour": 1},
         "r: kernel: not an array": {"kernel": {**VALUE["kernel"], "shape": [1, 2]}},
-        "r: kernel: an array that holds a NaN or an infinity": {"kernel": serialization.encode(KERNEL / 0)},
         "r: kernel: Expected `Float[Tensor, 'a b']`, got `Tensor`": {"kernel": serialization.encode(KERNEL[0])},
     }
     for message, change in changes.items():
@@ -129,6 +123,3 @@ def test_a_wrong_file_is_refused_by_name(tmp_path: Path) -> None:
         path.write_bytes(content)
         with pytest.raises(ValueError, match=r"shape .*value\.json: .*; do this"):
             serialization.load(path, "shape", partial(serialization.decode, Shape), remedy="; do this")
-    path.write_text(json.dumps({"kind": "square", "side": FAULT}))
-    with pytest.raises(ValueError, match=r"^a fault of the class$"):  # it is not blamed on the file
-        serialization.load(path, "shape", partial(serialization.decode, Shape))

@@ -31,12 +31,11 @@ ACCURACY_IMAGES = 1000
 
 def measure(flow: Flow, test: ImageDataset) -> Json:
     """Bits per dimension of all test images, and class accuracy of the first ones, with the noise of the training."""
-    gaussian = flow.config.noise_std > 0
-    noise = Noise("gaussian", flow.config.noise_std) if gaussian else Noise("uniform")
+    noise = Noise(flow.config.noise_std)
     assert test.labels is not None, "the test images have no labels"
     few = replace(test, images=test.images[:ACCURACY_IMAGES], labels=test.labels[:ACCURACY_IMAGES])
     return {
-        "bits_per_dim_noisy" if gaussian else "bits_per_dim": bits_per_dim(flow, test, noise),
+        "bits_per_dim_noisy" if noise.std else "bits_per_dim": bits_per_dim(flow, test, noise),
         "bayes_accuracy": bayes_accuracy(flow, few, noise),
         "accuracy_images": len(few),
     }

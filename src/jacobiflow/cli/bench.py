@@ -89,7 +89,9 @@ def run(config: BenchConfig) -> BenchResult:
     flow = flow.guided(settings.guidance)
     with progress_bar() as progress:
         cases = _prepare(config, flow, progress)
-        with files.output_directory(config.out, "benchmark", (_FIGURE, _TABLE)):
+        files.check_own(config.out, "benchmark")
+        with files.locked(config.out):
+            files.write_json(config.out / files.MANIFEST, {"kind": "benchmark", "files": [_FIGURE, _TABLE]})
             comparisons = tuple(case(progress=progress) for case in cases)
             result = BenchResult(
                 origin, native.describe(), comparisons, machine=timing.describe_machine(flow.var.device)

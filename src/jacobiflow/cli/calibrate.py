@@ -103,7 +103,7 @@ def run(config: CalibrateConfig) -> CalibrateResult | None:
     indices = order[: config.num].sort().values
     pixels, labels = data.batch(indices)
     if not config.clean:
-        pixels = noisy_images(data, indices, Noise.of_std(flow.config.noise_std), config.seed)
+        pixels = noisy_images(data, indices, Noise(flow.config.noise_std), config.seed)
     labels = labels if is_labelled else None
     norm: Norm = 2 if config.norm == "2" else 1 if config.norm == "1" else "fro"
     job = CalibrationJob(

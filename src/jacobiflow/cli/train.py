@@ -108,7 +108,7 @@ def run(config: TrainOptions) -> TrainResult | None:
     data = _training_images(config)
     held_out = _held_out_images(config, data)
     flow_class, flow_config = _flow_config(config, data)
-    device = check_device(local_device(loading.pick_device(config.device)), must_exist=True)
+    device = check_device(local_device(loading.pick_device(config.device)))
     torch.manual_seed(config.training.seed)
     flow = flow_class(flow_config).to(device)
     transform = image_transform(flow.require_images(), config.horizontal_flip, config.translate, config.hue)
@@ -192,8 +192,7 @@ def _summary(config: TrainOptions, data: ImageDataset, held_out: ImageDataset | 
     from jacobiflow.data import ImageFiles
 
     channels, height, width = data.images.shape[1:]
-    is_scaled = isinstance(data.images, ImageFiles) and data.images.has_other_sides()
-    scaled = "; other sizes are scaled down, and cropped to the centre" * is_scaled
+    scaled = "; other sizes are scaled down, and cropped to the centre" * isinstance(data.images, ImageFiles)
     num_classes = flow.config.num_classes
     names = ", ".join(data.classes[:_MAX_NAMES]) + ", ..." * (num_classes > _MAX_NAMES)
     parameters = sum(parameter.numel() for parameter in flow.parameters())

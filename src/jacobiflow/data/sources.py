@@ -15,24 +15,17 @@ import torch
 from numpy.typing import NDArray
 
 from jacobiflow.data.dataset import ImageDataset
-from jacobiflow.data.image_files import SUFFIXES, ImageFiles, image_sides, is_grey
+from jacobiflow.data.image_files import SUFFIXES, ImageFiles, natural_shape
 from jacobiflow.errors import DataError
 from jacobiflow.utils.checks import check_choice, check_count
-from jacobiflow.utils.files import regular_file
 
 Split: TypeAlias = Literal["train", "test"]
 
-_BUNDLED = {"fashion-512": "fashion512.npz", "emoji-256": "emoji256.npz"}
-_NAMES = (*_BUNDLED, "fashion-mnist", "digits")
-_SPLITS: dict[str, tuple[Split, ...]] = {"fashion-mnist": ("train", "test"), "digits": ()}
-_IDX_STEMS: dict[Split, str] = {"train": "train", "test": "t10k"}  # First word of the names of IDX files.
+_FASHION = ("t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle-boot")
+_EMOJI = ("face", "person", "gesture", "profession", "fantasy", "hand")
+_BUNDLED = {"fashion-512": ("fashion512.npz", _FASHION), "emoji-256": ("emoji256.npz", _EMOJI)}
 _FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
-_CLASSES = {
-    "fashion": (
-        "t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle-boot",
-    ),
-    "emoji": ("face", "person", "gesture", "profession", "fantasy", "hand"),
-}  # fmt: skip
+_IDX_STEMS: dict[Split, str] = {"train": "train", "test": "t10k"}  # First word of the names of IDX files.
 
 
 def load_images(
@@ -57,25 +50,26 @@ def load_images(
     size = None if size is None else check_count("size", size)
     channels = None if channels is None else check_count("channels", channels)
     check_choice("split", split, ("train", "test"))
-    if split == "test" and "test" not in available_splits(source):
+    splits = available_splits(source)
+    if split == "test" and "test" not in splits:
         raise DataError(f"{source}: has no test split; give split='train', or fashion-mnist or a folder of IDX files")
     if source == "digits":
         data = digits()
     elif source in _BUNDLED:
-        with resources.as_file(resources.files("jacobiflow.data") / _BUNDLED[source]) as file:
-            data = _npz_file(file)
+        name, classes = _BUNDLED[source]
+        with resources.as_file(resources.files("jacobiflow.data") / name) as file:
+            data = replace(_read_npz(file), classes=classes)
     elif source == "fashion-mnist":
-        data = idx_folder(_FASHION_MNIST, split)
+        data = replace(_read_idx(_FASHION_MNIST, split), classes=_FASHION)
     elif source.endswith(".npz"):
-        data = _npz_file(Path(source))
+        data = _read_npz(Path(source))
     elif not os.path.isdir(source):
-        raise DataError(f"{source}: neither an .npz file, a folder, nor one of {', '.join(_NAMES)}")
-    elif available_splits(source):
-        data = idx_folder(source, split)
+        names = ", ".join((*_BUNDLED, "fashion-mnist", "digits"))
+        raise DataError(f"{source}: neither an .npz file, a folder, nor one of {names}")
+    elif splits:
+        data = _read_idx(Path(source), split)
     else:
         data = image_folder(source, size, channels)
-    if source in (*_BUNDLED, "fashion-mnist"):
-        data = replace(data, classes=_CLASSES[source.partition("-")[0]])
     have = tuple(data.images.shape[1:])
     want = (have[0] if channels is None else channels, *((have[1],) * 2 if size is None else (size, size)))
     if have != want:
@@ -91,8 +85,8 @@ def available_splits(source: str) -> tuple[Split, ...]:
         >>> available_splits("fashion-512"), available_splits("fashion-mnist"), available_splits("digits")
         (('train',), ('train', 'test'), ())
     """
-    if source in _NAMES:
-        return _SPLITS.get(source, ("train",))
+    if source in _BUNDLED or source == "fashion-mnist":
+        return ("train",) if source in _BUNDLED else ("train", "test")
     return tuple(split for split, stem in _IDX_STEMS.items() if any(Path(source).glob(f"{stem}-*-idx?-ubyte*")))
 
 
@@ -103,47 +97,42 @@ def digits() -> ImageDataset:
     except ImportError as error:
         raise DataError("digits: needs scikit-learn; pip install 'jacobiflow[eval]'") from error
     data = load_digits()
-    return _dataset("digits", np.rint(data.images * (255 / 16)).astype(np.uint8), data.target)
+    return _labelled("digits", np.rint(data.images * (255 / 16)).astype(np.uint8), data.target)
 
 
-def idx_folder(folder: str | Path, split: Split = "train") -> ImageDataset:
-    """Reads MNIST or another data set in its format.
-
-    Args:
-        folder: A folder with `train-images-idx3-ubyte` and `train-labels-idx1-ubyte`, or the files `t10k-...` of the
-            test split. Files may be gzipped.
-    """
-    stem = _IDX_STEMS[split]
-    images = _idx_file(Path(folder), f"{stem}-images-idx3-ubyte")
-    return _dataset(folder, images, _idx_file(Path(folder), f"{stem}-labels-idx1-ubyte"))
+def _read_idx(folder: Path, split: Split) -> ImageDataset:
+    """Reads a split of MNIST or of another data set in its format."""
+    parts = ("images-idx3", "labels-idx1")
+    images, labels = (_read_idx_file(folder / f"{_IDX_STEMS[split]}-{part}-ubyte") for part in parts)
+    return _labelled(folder, images, labels)
 
 
-def _idx_file(folder: Path, name: str) -> NDArray[np.uint8]:
-    path = next((path for path in (folder / name, folder / f"{name}.gz") if path.is_file()), None)
-    if path is None:
-        raise DataError(f"{folder}: no {name}[.gz] (Debian's dataset-fashion-mnist installs Fashion-MNIST)")
+def _read_idx_file(path: Path) -> NDArray[np.uint8]:
+    """Reads an array from a file of an IDX folder, which may be gzipped."""
+    gzipped = path.with_name(f"{path.name}.gz")
+    if not path.is_file() and not gzipped.is_file():
+        raise DataError(f"{path}[.gz]: missing (Debian's dataset-fashion-mnist installs Fashion-MNIST)")
     try:
-        data = path.read_bytes()
-        # A browser may unpack a file and keep its name, so the first bytes tell whether it is gzipped.
-        data = gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data
+        data = path.read_bytes() if path.is_file() else gzip.decompress(gzipped.read_bytes())
         if data[:3] != b"\0\0\x08":
-            raise DataError(f"starts with {data[:4].hex(' ') or 'nothing'}, not as an IDX file of unsigned bytes")
+            raise ValueError("not an IDX file of unsigned bytes")
         shape = np.frombuffer(data, ">u4", data[3], offset=4)
         return np.frombuffer(data, np.uint8, offset=4 + 4 * len(shape)).reshape(shape).copy()
-    except Exception as error:
-        raise DataError(f"{path}: broken ({error}); fetch the file again") from error
+    except (OSError, EOFError, ValueError, IndexError) as error:
+        raise DataError(f"{path}[.gz]: broken ({error}); fetch the file again") from error
 
 
-def _npz_file(path: Path) -> ImageDataset:
+def _read_npz(path: Path) -> ImageDataset:
     try:
-        with np.load(regular_file(path), allow_pickle=False) as arrays:
+        with np.load(path, allow_pickle=False) as arrays:
             images, labels = arrays["images"], arrays.get("labels")
     except Exception as error:
         raise DataError(f"{path}: no .npz file with images and labels ({error})") from error
-    return _dataset(path, images, labels)
+    return _labelled(path, images, labels)
 
 
-def _dataset(source: object, images: NDArray[np.uint8], labels: NDArray[np.integer] | None) -> ImageDataset:
+def _labelled(source: object, images: NDArray[np.uint8], labels: NDArray[np.integer] | None) -> ImageDataset:
+    """Returns grey images (N, H, W) or images (N, C, H, W) with their labels; an error names the source."""
     try:
         return ImageDataset(
             torch.from_numpy(images[:, None] if images.ndim == 3 else images),
@@ -154,20 +143,20 @@ def _dataset(source: object, images: NDArray[np.uint8], labels: NDArray[np.integ
 
 
 def image_folder(folder: str | Path, size: int | None = None, channels: int | None = 3) -> ImageDataset:
-    """Finds all images below a folder; each subfolder is a class. An image is read when it is needed.
+    """Finds all images below a folder; each subfolder with images is a class. An image is read when it is needed.
 
     The shorter side of an image is resized to `size`, and the centre is cropped. Transparent pixels are blended onto
-    white, 16-bit greys are rounded to 8 bits, and an orientation in EXIF is ignored. Links are followed. Hidden files
-    and files without an image suffix are skipped. Images and classes are sorted by name.
+    white, and an orientation in EXIF is ignored. Links are followed. Hidden files and files without an image suffix are
+    skipped. Images and classes are sorted by name.
 
     Args:
         folder: A folder with images, which have no labels, or with subfolders of images.
         size: Side of the images in pixels; by default the smallest side of all images.
-        channels: 3 for colour, 1 for grey; None for colour unless all images are grey.
+        channels: 3 for colour, 1 for grey; None for colour unless all files are grey.
 
     Raises:
-        DataError: If there is no image, a class has no image, or images lie beside class folders. Also when an image
-            is read that is broken, animated, of 32-bit pixels or smaller than `size`.
+        DataError: If there is no image, or images lie beside class folders. Also when an image is read that is broken,
+            has more than 8 bits per value, or is smaller than `size`.
     """
     root = Path(folder)
     size, channels = size and check_count("size", size), channels and check_choice("channels", channels, (1, 3))
@@ -177,19 +166,15 @@ def image_folder(folder: str | Path, size: int | None = None, channels: int | No
     names = sorted(path for path in paths if path.suffix.lower() in SUFFIXES)
     if not names:
         raise DataError(f"{root}: no image in it (looked for {', '.join(sorted(SUFFIXES))})")
-    classes = sorted(path.name for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
+    classes = sorted({name.parts[0] for name in names if len(name.parts) > 1})
     direct = [name for name in names if len(name.parts) == 1]
-    if direct and len(direct) < len(names):
+    if direct and classes:
         raise DataError(f"{root}: {direct[0]} lies beside class folders; move it into one")
-    numbers = {} if direct else {name: number for number, name in enumerate(classes)}
-    for name in sorted(numbers.keys() - {path.parts[0] for path in names}):
-        raise DataError(f"{root / name}: class folder without an image; add some, or remove it")
     files = tuple(root / name for name in names)
-    if size is None:
-        size = min(min(image_sides(file)) for file in files)
-    if channels is None:
-        channels = 1 if all(map(is_grey, files)) else 3
+    if not size or not channels:
+        natural_size, natural_channels = natural_shape(files)
+        size, channels = size or natural_size, channels or natural_channels
     images = ImageFiles(files, size, channels)
     images[0]  # Raises an error for too large a size.
-    labels = torch.tensor([numbers[name.parts[0]] for name in names]) if numbers else None
-    return ImageDataset(images, labels, tuple(numbers))
+    labels = torch.tensor([classes.index(name.parts[0]) for name in names]) if classes else None
+    return ImageDataset(images, labels, tuple(classes))

@@ -260,7 +260,7 @@ def _measure_errors(flow: Flow, folder: SampleFolder, rows: range) -> tuple[Samp
 
 def _measure_likelihoods(flow: Flow, test: ImageDataset, seed: int, index: Tensor) -> tuple[float, int | None]:
     """Returns the sum of the bits per dimension of images, and the number of them whose class the flow finds."""
-    batch = flow, test, Noise.of_std(flow.config.noise_std), seed, index
+    batch = flow, test, Noise(flow.config.noise_std), seed, index
     return total_bits_per_dim(*batch), None if test.labels is None else count_correct_classes(*batch)
 
 

@@ -16,16 +16,16 @@ def bits_per_dim(flow: Flow, data: ImageDataset, noise: Noise, seed: int = 0, ba
 
     Args:
         data: Test images. Labels are used if the flow has classes.
-        noise: With `Noise("uniform")` the images are uniformly dequantised, and the value bounds the code length of the
-            8-bit images. With `Noise("gaussian", std)` it is that of the *noisy* images, which a flow that was trained
-            on such images models; report it as such.
+        noise: With `Noise()` the images are uniformly dequantised, and the value bounds the code length of the 8-bit
+            images. With `Noise(std)` it is that of the *noisy* images, which a flow that was trained on such images
+            models; report it as such.
         batch_size: Images in the network at a time.
 
     Example:
         >>> from jacobiflow.data import digits
         >>> data = digits()
         >>> few = ImageDataset(data.images[:16], data.labels[:16])
-        >>> round(bits_per_dim(jf.load("digits-p1"), few, Noise("gaussian", 0.1)), 1)
+        >>> round(bits_per_dim(jf.load("digits-p1"), few, Noise(0.1)), 1)
         6.8
     """
     batches = torch.arange(len(data)).split(batch_size)

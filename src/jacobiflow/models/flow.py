@@ -137,7 +137,7 @@ class Flow(Pretrained):
             torch.Size([2, 1, 8, 8])
         """
         check_flow(self)
-        place, number = check_device(device, must_exist=True), check_dtype(dtype)
+        place, number = check_device(device), check_dtype(dtype)
         view, loader = copy.copy(self), BlockLoader(self, place, number or self.var.dtype)
         others = {name: loader.copy_other(each) for name, each in self._modules.items() if name != "blocks"}
         view._modules, view._buffers = others | {"blocks": self.blocks}, loader.copy_other(self._buffers)

@@ -59,7 +59,7 @@ def load(
         ('TarFlow', 64)
     """
     check_path("name", name)
-    device, dtype = check_device(device, must_exist=True), check_dtype(dtype)
+    device, dtype = check_device(device), check_dtype(dtype)
     check_flag("offload", offload)
     folder, kind = _open(name)
     if offload:

@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 
 from jacobiflow.errors import InputValueError, first_line
 from jacobiflow.training.processes import barrier, rank, world_size
-from jacobiflow.utils.files import atomic_path, regular_file
+from jacobiflow.utils.files import atomic_path
 
 _FILE = "part-{:05}-of-{:05}.safetensors"
 
@@ -74,7 +74,7 @@ def _stored(folder: Path) -> Iterator[tuple[str, int, Any]]:
     if not files or [file.name for file in files] != [_FILE.format(i + 1, len(files)) for i in range(len(files))]:
         raise ValueError("a file is missing, or has another name")
     for file in files:
-        with safe_open(regular_file(file), "pt") as content:
+        with safe_open(file, "pt") as content:
             first_rows = content.metadata() or {}
             for name in content.keys():  # noqa: SIM118 - it is no mapping
                 yield name, int(first_rows[name]), content.get_slice(name)

@@ -68,7 +68,7 @@ def read_metrics(folder: str | Path) -> list[TrainMetrics]:
     A truncated last line is ignored.
     """
     path = Path(folder) / METRICS
-    lines = files.regular_file(path).read_bytes().splitlines(keepends=True) if path.exists() else []
+    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
     metrics = []
     for number, line in enumerate(lines, 1):
         try:
@@ -94,7 +94,7 @@ def start_or_resume(out: Path, run: Mapping[str, Any]) -> None:
         files.write_json(path, {"format_version": _FORMAT_VERSION, **run})
         return
     earlier = _read_run(path)
-    run = files.parse_json(json.dumps(run).encode())  # Tuples become lists, as in the file.
+    run = json.loads(json.dumps(run))  # Tuples become lists, as in the file.
     names = [name for name in {**earlier, **run} if earlier.get(name) != run.get(name)]
     if names:
         differences = "; ".join(f"{n}={format_value(earlier.get(n))}, not {format_value(run.get(n))}" for n in names)
@@ -159,10 +159,9 @@ def open_board(out: Path, step: int) -> Iterator[Callable[[TrainMetrics], None]]
     with SummaryWriter(str(out / "tensorboard"), purge_step=step + 1) as writer:
 
         def write(metrics: TrainMetrics) -> None:
-            with files.named_errors(out / "tensorboard"):
-                for name, value in asdict(metrics).items():
-                    if value is not None and name != "step":
-                        writer.add_scalar(name, value, metrics.step)
+            for name, value in asdict(metrics).items():
+                if value is not None and name != "step":
+                    writer.add_scalar(name, value, metrics.step)
 
         yield write
 

@@ -38,7 +38,7 @@ from jacobiflow.training.parallel import ParallelFlow, to_flow
 from jacobiflow.training.processes import barrier, rank, world_size
 from jacobiflow.training.signals import StopSignals
 from jacobiflow.utils.checks import check_kind
-from jacobiflow.utils.files import append, locked
+from jacobiflow.utils.files import locked
 from jacobiflow.utils.progress import Progress
 
 _PRIOR_MOMENTUM = 0.1  # Weight of the newest batch in the moving average of z^2.
@@ -145,7 +145,7 @@ def _check(flow: Flow, data: Any, config: TrainConfig) -> Noise | None:
     check_flow(flow)
     check_kind("config", config, TrainConfig, "a TrainConfig")
     std = flow.config.noise_std
-    noise = None if flow.image_shape is None and not std else Noise.of_std(std)
+    noise = None if flow.image_shape is None and not std else Noise(std)
     if len(data) < config.batch_size:
         message = f"there are only {len(data)} samples"
         raise InputValueError(message, argument="batch_size", value=config.batch_size)
@@ -284,7 +284,8 @@ class _Run:
         average = self.parallel.averaged_flow()
         if average is not None:
             if self._unsaved_lines:
-                append(self.out / folder.METRICS, "".join(self._unsaved_lines))
+                with (self.out / folder.METRICS).open("a") as file:
+                    file.writelines(self._unsaved_lines)
             write_model(average.stored, self.out)
         self._unsaved_lines.clear()
         folder.write_checkpoint(self.out, self.step, self._state())

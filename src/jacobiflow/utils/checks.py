@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import functools
 import math
-import re
 import sys
 from collections.abc import Sequence
 from dataclasses import fields
 from os import PathLike
-from typing import Any, get_args, get_type_hints
+from typing import Any, get_type_hints
 
 import msgspec
 import numpy as np
@@ -29,8 +28,6 @@ _MAX_LENGTH = 60  # characters of a value in a message
 
 def format_value(value: Any) -> str:
     """Returns the `repr` of a value on one line, cut if it is long; shape and dtype of a tensor."""
-    if isinstance(value, Tensor) and value.is_nested:
-        return "a nested tensor"
     if isinstance(value, Tensor | np.ndarray):
         kind = "a tensor" if isinstance(value, Tensor) else "an array"
         return f"{kind} {tuple(value.shape)} of {value.dtype}"
@@ -42,9 +39,8 @@ def check_kind(name: str, value: Any, kinds: Any, expected: str) -> None:
     """Checks that a value is an instance of `kinds`, which the message calls `expected`; a tensor must be dense."""
     if not isinstance(value, kinds):
         raise _wrong_kind(name, value, expected)
-    if isinstance(value, Tensor) and (value.is_nested or value.layout != torch.strided or value.is_meta):
-        state = "nested" if value.is_nested else "on the meta device" if value.is_meta else "sparse"
-        raise InputValueError("give a dense tensor with values", argument=name, value=f"{format_value(value)}, {state}")
+    if isinstance(value, Tensor) and (value.layout != torch.strided or value.is_meta):
+        raise _wrong_value(name, value, "give a dense tensor with values, neither sparse nor on the meta device")
 
 
 def check_flag(name: str, value: Any) -> None:
@@ -100,13 +96,12 @@ def check_path(name: str, value: Any) -> None:
     check_kind(name, value, str | PathLike, "a path")
 
 
-def check_device(value: Any, must_exist: bool = False) -> torch.device:
-    """Returns a device, given itself or its name; with `must_exist`, this machine must have it."""
+def check_device(value: Any) -> torch.device:
+    """Returns a device of this machine, given itself or its name."""
     check_kind("device", value, str | torch.device, "a device, such as 'cpu' or 'cuda'")
     try:
         device = torch.device(value)
-        if must_exist:
-            torch.empty(0, device=device).sum().item()  # fails if the device cannot store values
+        torch.empty(0, device=device).sum().item()  # fails if the device cannot store values
         return device
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise _wrong_value("device", str(value), "no such device here; give 'cpu'") from error
@@ -151,13 +146,13 @@ def check_fields(record: Any) -> None:
         TypeError: If a value is of another kind.
     """
     cls: Any = type(record)
-    for name, declared in declared_types(cls).items():
-        value = getattr(record, name)
+    types = declared_types(cls)
+    for entry in fields(record):
+        value = getattr(record, entry.name)
         try:
-            object.__setattr__(record, name, msgspec.convert(_to_python(value), declared))
+            object.__setattr__(record, entry.name, msgspec.convert(_to_python(value), types[entry.name]))
         except msgspec.ValidationError as error:
-            type_name = str(declared) if get_args(declared) else declared.__name__
-            raise _wrong_kind(name, value, "a value of type " + re.sub(r"[\w.]*\.(?=\w)", "", type_name)) from error
+            raise _wrong_kind(entry.name, value, f"a value of type {entry.type}") from error
 
 
 def convert_numbers(record: Any) -> None:

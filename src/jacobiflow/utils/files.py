@@ -8,11 +8,10 @@ import json
 import os
 import re
 import secrets
-import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from filelock import FileLock, Timeout
 
@@ -33,38 +32,24 @@ def atomic_path(path: str | Path, sync: bool = True) -> Iterator[Path]:
     path = Path(path)
     partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}.partial")
     try:
-        with named_errors(path, str(partial)):
-            yield partial
-            if sync:
-                with partial.open("rb+") as file:  # Windows cannot sync a file that is open for reading only.
-                    os.fsync(file.fileno())
-            os.replace(partial, path)
+        yield partial
+        if sync:
+            with partial.open("rb+") as file:  # Windows cannot sync a file that is open for reading only.
+                os.fsync(file.fileno())
+        os.replace(partial, path)
+    except OSError as error:
+        if error.errno is not None and error.filename in (str(partial), None):  # such as that of a full disk
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        raise
     finally:
         with suppress(OSError):
             partial.unlink()
-
-
-@contextmanager
-def named_errors(path: Path, partial: str | None = None) -> Iterator[None]:
-    """Names `path` in errors of no file, such as that of a full disk, and in those of the file `partial`."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno is not None and error.filename in (partial, None):
-            raise OSError(error.errno, error.strerror, str(path)) from error
-        raise
 
 
 def write_atomically(path: str | Path, data: bytes | bytearray, sync: bool = True) -> None:
     """Writes `data` to `path` by `atomic_path`."""
     with atomic_path(path, sync) as partial:
         partial.write_bytes(data)
-
-
-def append(path: Path, text: str) -> None:
-    """Adds text to the end of a file."""
-    with named_errors(path), path.open("a") as file:
-        file.write(text)
 
 
 def remove_partials(folder: Path, pattern: str = "*") -> None:
@@ -74,33 +59,12 @@ def remove_partials(folder: Path, pattern: str = "*") -> None:
         path.unlink(missing_ok=True)
 
 
-def regular_file(path: str | Path) -> Path:
-    """Returns `path`; raises OSError if it is no regular file, since reading a pipe may never end."""
-    path = Path(path)
-    if not stat.S_ISREG(path.stat().st_mode):
-        raise OSError(errno.EINVAL, "Not a regular file", str(path))
-    return path
-
-
-def parse_json(data: bytes) -> Any:
-    """Parses JSON in UTF-8; raises ValueError for anything else, NaN and Infinity included."""
-    try:
-        text = data.decode("utf-8-sig")  # Editors on Windows write a mark of UTF-8.
-        return json.loads(text, parse_constant=lambda name: _refuse_constant(text, name))
-    except (ValueError, RecursionError) as error:
-        raise InputValueError(f"not JSON ({str(error).partition(';')[0]})") from error
-
-
-def _refuse_constant(text: str, name: str) -> NoReturn:
-    """Raises ValueError for NaN or Infinity, with the text before it, which is the name of its entry."""
-    tokens = [match[0] for match in _TEXT_OR_CONSTANT.finditer(text)]
-    first = next(i for i, token in enumerate(tokens) if token[0] != '"')
-    raise ValueError(f"{name} after {tokens[first - 1]}" if first else name)
-
-
 def read_json(path: str | Path) -> Any:
-    """Parses the JSON in a file."""
-    return parse_json(regular_file(path).read_bytes())
+    """Parses the JSON in a file; raises ValueError for anything else."""
+    try:
+        return json.loads(Path(path).read_bytes())
+    except ValueError as error:
+        raise InputValueError(f"not JSON ({error})") from error
 
 
 def read_object(path: str | Path) -> dict[str, Any] | None:
@@ -139,7 +103,7 @@ def sha256(*parts: bytes | bytearray | Path) -> str:
     """Returns the SHA-256 of bytes and files, one after another, in hexadecimal."""
     digest = hashlib.sha256()
     for part in parts:
-        digest.update(regular_file(part).read_bytes() if isinstance(part, Path) else part)
+        digest.update(part.read_bytes() if isinstance(part, Path) else part)
     return digest.hexdigest()
 
 
@@ -148,58 +112,34 @@ class FolderInUseError(InputValueError):
 
 
 @contextmanager
-def locked(path: Path, lock: str = LOCK, wait: float = 0, user: str = "another run") -> Iterator[None]:
+def locked(path: Path, lock: str = LOCK, wait: float = 0) -> Iterator[None]:
     """Creates a folder and locks it against other processes until the block ends.
-
-    An error removes a new folder without files.
 
     Args:
         path: The folder.
         lock: Name of the file that is locked; it begins with `LOCK`.
         wait: Seconds to wait for another process that has locked it.
-        user: Who has locked it, for the message.
 
     Raises:
         FolderInUseError: If another process keeps it locked.
+        OSError: If the folder cannot be created, or its file system has no locks.
     """
     # Without flock, a file that a killed process has left would lock the folder for ever.
-    file, is_new = FileLock(path / lock, fallback_to_soft=False), not path.exists()
+    file = FileLock(path / lock, fallback_to_soft=False)
     try:
         path.mkdir(parents=True, exist_ok=True)
         file.acquire(timeout=wait, poll_interval=0.2)
     except Timeout as error:
-        waited = f" (waited {wait:,.0f} s)" * (wait > 0)
         raise FolderInUseError(
-            f"{path}: {user} is writing to it{waited}; wait for it, stop it, or give another folder"
+            f"{path}: another run is writing to it; wait for it, stop it, or give another folder"
         ) from error
     except OSError as error:
         reason = "no flock on its file system" if error.errno == errno.ENOSYS else error.strerror
         raise OSError(f"{path}: cannot be used as a folder ({reason}); give another folder") from error
     try:
         yield
-    except BaseException:
-        if is_new and all(entry.name.startswith(LOCK) for entry in path.iterdir()):
-            with suppress(OSError):  # Windows cannot remove an open file.
-                for entry in path.iterdir():
-                    entry.unlink()
-                path.rmdir()
-        raise
     finally:
         file.release()
-
-
-@contextmanager
-def output_directory(path: Path, kind: str, files: Sequence[str]) -> Iterator[None]:
-    """Locks a folder for output of one `kind`, such as "benchmark", and lists the output files in its manifest.json."""
-    check_own(path, kind)
-    with locked(path):
-        write_manifest(path, kind, files)
-        yield
-
-
-def write_manifest(path: Path, kind: str, files: Sequence[str]) -> None:
-    """Lists the output files of one kind in the manifest.json of a folder."""
-    write_json(path / MANIFEST, {"kind": kind, "files": list(files)})
 
 
 def check_own(path: Path, kind: str) -> None:

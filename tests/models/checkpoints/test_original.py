@@ -78,7 +78,7 @@ def test_code_does_not_run(tmp_path: Path) -> None:
 def test_a_file_that_is_not_a_state_dict_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "x.pth"
     assert "no such file" in error_of(TarFlow.from_original, path, SMALL)
-    assert "Not a regular file" in error_of(TarFlow.from_original, tmp_path, SMALL)
+    assert "no such file" in error_of(TarFlow.from_original, tmp_path, SMALL)
     for is_zip in (False, True):  # the old format, and the new one
         torch.save(original_state(make()), path, _use_new_zipfile_serialization=is_zip)
         os.truncate(path, path.stat().st_size // 2)

@@ -16,7 +16,6 @@ from torch import Tensor
 from jacobiflow.errors import CheckpointError
 from jacobiflow.models.checkpoints.tensors import check_values
 from jacobiflow.utils.checks import FLOATS
-from jacobiflow.utils.files import regular_file
 
 _MASK = re.compile(r"blocks\.\d+\.attn_mask")
 # SBG has a dropout layer before the second linear layer.
@@ -29,12 +28,9 @@ def read_original(path: str | Path) -> dict[str, Tensor]:
     Raises CheckpointError if an entry is not a dense tensor of floating-point numbers, or a mask is not causal.
     """
     remedy = "give a file that torch.save(model.state_dict(), path) wrote"
-    try:
-        file = regular_file(path)
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path}: no such file") from error
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
+    file = Path(path)
+    if not file.is_file():
+        raise CheckpointError(f"{path}: no such file")
     try:
         # A file in the zip format is mapped, so that only the tensors in use are read.
         content: Any = torch.load(file, map_location="cpu", weights_only=True, mmap=is_zipfile(file))

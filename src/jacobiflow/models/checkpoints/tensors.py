@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from jacobiflow.errors import CheckpointError, InputValueError, first_line
 from jacobiflow.utils.checks import FLOATS, check_kind
-from jacobiflow.utils.files import regular_file
 
 AnyModule = TypeVar("AnyModule", bound=nn.Module)
 
@@ -23,7 +22,7 @@ AnyModule = TypeVar("AnyModule", bound=nn.Module)
 def map_tensors(file: Path) -> dict[str, Tensor]:
     """Returns the tensors in a file by name, mapped to it: their values are read when they are used."""
     try:
-        return dict(sorted(load_file(regular_file(file)).items()))
+        return dict(sorted(load_file(file).items()))
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{file}: missing or damaged ({first_line(error)}); copy it again") from error
 

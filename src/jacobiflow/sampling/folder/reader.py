@@ -29,7 +29,7 @@ from jacobiflow.planner import Strategy
 from jacobiflow.sampling.folder.spec import KIND, RESULT, STRATEGY, VERSION, SampleSpec
 from jacobiflow.sampling.result import Outcome
 from jacobiflow.utils import serialization
-from jacobiflow.utils.files import json_bytes, regular_file, sha256
+from jacobiflow.utils.files import json_bytes, sha256
 
 # The dtypes of the arrays in a shard.
 _DTYPES = {
@@ -174,7 +174,7 @@ class SampleFolder:
         """Reads an array of a shard, with entries of `shape`; returns None if it is optional and missing."""
         file, shape = self.path / "shards" / f"{index:05}.npz", (len(self.spec.span(index)), *shape)
         try:
-            with np.load(regular_file(file), allow_pickle=False) as arrays:
+            with np.load(file, allow_pickle=False) as arrays:
                 array = arrays.get(name)
         except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
             raise JobFolderError(f"{file}: missing or damaged; {_REMEDY}") from error
