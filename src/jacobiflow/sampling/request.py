@@ -22,7 +22,7 @@ from jacobiflow.fixed_point.options import CertifyMode, SolveOptions
 from jacobiflow.models.flow import Flow, check_flow, check_rate
 from jacobiflow.models.labels import ContextLike, Labels
 from jacobiflow.models.latents import MAX_SAMPLES
-from jacobiflow.planner import Strategy, choose
+from jacobiflow.planner import Strategy, choose, is_auto
 from jacobiflow.sampling.denoise import denoise_checked
 from jacobiflow.sampling.invert import FlowSolution, invert_in_groups, log_prob_of, num_groups
 from jacobiflow.sampling.result import BlockStats, Samples
@@ -72,10 +72,13 @@ class SamplingRequest:
         cls, flow: Flow, num: int, labels: Labels | None = None, *, context: ContextLike | None = None,
         settings: Settings = "recommended", certify: CertifyMode = True, sensitivity: bool = False,
         log_prob: bool | None = None, batch_size: int | None = None, return_intermediates: bool = False,
-        strategy: str | Path | Strategy | None = "auto", tolerance: float | None = None,
-        report: CalibrationReport | None = None,
+        strategy: str | Path | Strategy = "auto", tolerance: float | None = None,
+        report: CalibrationReport | None = None, defer_auto: bool = False,
     ) -> SamplingRequest:  # fmt: skip
-        """Checks the arguments of `sample`, chooses the strategy, and resolves what depends on the flow."""
+        """Checks the arguments of `sample`, chooses the strategy, and resolves what depends on the flow.
+
+        With `defer_auto` the strategy "auto" is still to be planned.
+        """
         check_flow(flow)
         check_flag("sensitivity", sensitivity)
         check_flag("return_intermediates", return_intermediates)
@@ -88,7 +91,7 @@ class SamplingRequest:
         outputs = Outputs(denoise, _resolve_log_prob(flow, log_prob, denoise), sensitivity, return_intermediates)
         options = SolveOptions(certify=certify, batch_size=batch_size)
         plan = None
-        if strategy is not None:
+        if not (defer_auto and isinstance(strategy, str) and is_auto(strategy)):
             plan = choose(flow, strategy, batch_size or num, tolerance=tolerance, report=report)
         return cls(flow, plan, checked, options, outputs)
 

@@ -20,7 +20,7 @@ from jacobiflow.models.checkpoints.fingerprint import fingerprint
 from jacobiflow.models.flow import Flow, check_flow
 from jacobiflow.models.labels import Labels
 from jacobiflow.models.latents import MAX_SAMPLES, draw_latents
-from jacobiflow.planner import Strategy, choose, is_auto
+from jacobiflow.planner import Strategy, choose
 from jacobiflow.sampling.folder.reader import SampleFolder
 from jacobiflow.sampling.folder.spec import KIND, RESULT, STRATEGY, VERSION, Files, SampleSpec, labels_or_context_sha256
 from jacobiflow.sampling.request import SamplingRequest
@@ -112,10 +112,9 @@ def sample_to_folder(
     check_flag("overwrite", overwrite)
     check_kind("progress", progress, Callable | None, "a function of done, total and what, or None")
     _check_file_format(flow, files)
-    is_planned = isinstance(strategy, str) and is_auto(strategy)  # By the first unit of the job.
     request = SamplingRequest.resolve(
-        flow, num, labels, batch_size=batch_size, strategy=None if is_planned else strategy, tolerance=tolerance,
-        report=report, **arguments,
+        flow, num, labels, batch_size=batch_size, strategy=strategy, tolerance=tolerance, report=report,
+        defer_auto=True, **arguments,
     )  # fmt: skip
     flow, config, options, outputs = request.flow, request.flow.config, request.options, request.outputs
     spec = SampleSpec(
@@ -124,8 +123,8 @@ def sample_to_folder(
         classes=tuple(flow.classes), batch_size=batch_size, shard_size=shard_size, files=files,
         weights_sha256=fingerprint(flow), dtype=flow.precision,
         strategy="a Strategy" if isinstance(strategy, Strategy) else str(strategy),
-        strategy_sha256=None if is_planned else sha256(_strategy_json(request.strategy)), guidance=flow.guidance,
-        denoise=float(outputs.denoise), tolerance=tolerance, certify=options.certify, log_prob=outputs.log_prob,
+        strategy_sha256=None if request.strategy is None else sha256(_strategy_json(request.strategy)),
+        guidance=flow.guidance, denoise=float(outputs.denoise), tolerance=tolerance, certify=options.certify, log_prob=outputs.log_prob,
         sensitivity=outputs.sensitivity,
     )  # fmt: skip
     job = SampleJob(spec, describe_machine(flow.var.device), request)
@@ -213,8 +212,7 @@ class SampleJob(jobs.Job):
         return files
 
 
-def _strategy_json(strategy: Strategy | None) -> bytes:
-    assert strategy is not None
+def _strategy_json(strategy: Strategy) -> bytes:
     return json_bytes(strategy.to_json())
 
 
