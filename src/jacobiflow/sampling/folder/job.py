@@ -124,8 +124,8 @@ def sample_to_folder(
         weights_sha256=fingerprint(flow), dtype=flow.precision,
         strategy="a Strategy" if isinstance(strategy, Strategy) else str(strategy),
         strategy_sha256=None if request.strategy is None else sha256(_strategy_json(request.strategy)),
-        guidance=flow.guidance, denoise=float(outputs.denoise), tolerance=tolerance, certify=options.certify, log_prob=outputs.log_prob,
-        sensitivity=outputs.sensitivity,
+        guidance=flow.guidance, denoise=float(outputs.denoise), tolerance=tolerance, certify=options.certify,
+        log_prob=outputs.log_prob, sensitivity=outputs.sensitivity,
     )  # fmt: skip
     job = SampleJob(spec, describe_machine(flow.var.device), request)
     run = jobs.run(job, out, overwrite=overwrite, progress=progress)
