@@ -69,9 +69,9 @@ speed: setup
 	$(RENDER)
 	$(BIN)/python -m tools.pictures.figures
 
-# Measures docs/regimes.md and docs/sizes.md (two hours on two idle cores; it goes on if it was stopped).
+# Measures docs/regimes.md, docs/sizes.md and docs/fewer_sweeps.md (two hours on two idle cores; it goes on if it was stopped).
 regimes: setup
-	$(BIN)/python -m benchmarks.regimes regimes paper-sizes paper-sweeps
+	$(BIN)/python -m benchmarks.regimes regimes paper-sizes fitted-sweeps
 	$(RENDER)
 
 # Regenerates the tables and figures of docs/paper.md, and the bundled reports and tunings (two hours on two idle
@@ -154,7 +154,7 @@ boltzmann: setup
 	$(BIN)/python -m tools.pictures.figures alanine
 	$(RENDER)
 
-# Measures docs/starflow.md and docs/starflow_speed.md, of the weights in examples/emoji-star (fifty minutes on two idle cores).
+# Measures docs/starflow.md and docs/starflow_speed.md, of the weights in examples/emoji-star (forty minutes on two idle cores).
 star: emoji
 	$(BIN)/python -m benchmarks.star
 	$(RENDER)
@@ -170,9 +170,11 @@ large-models: setup
 	$(BIN)/python -m benchmarks.devices large-models
 	$(RENDER)
 
-# Measures runs of several processes, a section of docs/clusters.md (ten minutes on two cores; it goes on if it was stopped).
+# Measures runs of several processes, a section of docs/clusters.md, and kills one of three processes at many moments (half an hour
+# on two cores; it goes on if it was stopped).
 clusters: setup
 	$(BIN)/python -m benchmarks.clusters
+	$(BIN)/python -m benchmarks.kills
 	$(RENDER)
 
 # Measures what rounding does to samples, a table of docs/exactness.md (ten minutes on two idle cores; it goes on if it was stopped).
