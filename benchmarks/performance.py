@@ -58,7 +58,7 @@ WITHOUT_LOOP, WITHOUT_ALL = "auto, without the native loop", "auto, without all 
 LARGE = 64  # The batch at which the strategies of the paper take too long.
 AUTOS = {"auto:1e-1": 1e-1, "auto:1e-2": 1e-2, "auto": TOLERANCE}
 
-Sampler = Callable[[Tensor, Any], Any]  # From latents and context to images, network_calls and token_evaluations.
+Sampler = Callable[[Tensor, Any], Any]  # From latents and context to images and network_calls.
 
 
 @cache

@@ -92,7 +92,7 @@ def test_masked_flows(run: Run) -> None:
     training_keys = shrink(module.training_keys(), features=5, hidden="8 x 2", rows=6)
     rows = run(
         "masked_flows", "masked-flows", "training", call_keys=lambda: call_keys, training_keys=lambda: training_keys,
-        SIMULATIONS=50, STEPS=5, SECONDS=0, LEAST=1, MOST=1, PROFILED=(1, 1),
+        SIMULATIONS=50, STEPS=5, SECONDS=0, LEAST=1, MOST=1,
     )  # fmt: skip
     assert {(row["library"], row["flow"]) for row in rows["masked-flows"]} == module.FLOWS.keys()
     for row in rows["masked-flows"]:

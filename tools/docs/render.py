@@ -181,11 +181,6 @@ def star_follows(group: str) -> str:
     return f"{where(result('captions')['runs'], follows='guided')['groups'][group]['nearest']:.0%}"
 
 
-def phase_seconds(fit: Json, way: str, phase: str) -> float:
-    """The seconds of a phase of a fit, by the library or accelerated."""
-    return sum(fit["seconds"][way][phase].values())
-
-
 def sampler(name: str) -> str:
     """A sampler as the pages call it; results have older names."""
     return SAMPLERS.get(name, name)
@@ -200,8 +195,8 @@ def _environment() -> jinja2.Environment:
     functions = {function.__name__: function for function in (
         paper_facts.agreement, paper_facts.best_guess, paper_facts.mean_sweeps, paper_facts.number_range,
         paper_facts.segment_sweeps, paper_facts.sweeps_range, paper_facts.tough_share, chord_share, duration, fastest,
-        find_runs, fitted_sweeps, format_speed_up, grouped, least_accurate, paper_megabytes, phase_seconds,
-        plain_sweeps, plan, rank_correlation, ratios, recommendation, regimes.best_in_passes, regimes.in_passes, result,
+        find_runs, fitted_sweeps, format_speed_up, grouped, least_accurate, paper_megabytes, plain_sweeps,
+        plan, rank_correlation, ratios, recommendation, regimes.best_in_passes, regimes.in_passes, result,
         sampler, search_guidance.best_point, speed_up_range, star_follows, strategy, where,
     )}  # fmt: skip
     environment.globals |= functions | {
