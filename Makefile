@@ -112,11 +112,8 @@ $(CALIBRATED): calibration-%: setup
 	mv out/$@/report.json $(BUNDLED)/report.json
 	rm -r out/$@
 	$(TUNE) --model $(BUNDLED) --plain
-	$(CALIBRATE)-guided --guidance 1
-	mv out/$@-guided/report.json out/$*-guided.json
-	rm -r out/$@-guided
 	$(BIN)/python -m tools.pictures.paper_figures $* --strategy "$(CUT_$*)"
-	$(BIN)/python -m benchmarks.performance $*-calibration-guided $*-strategies
+	$(BIN)/python -m benchmarks.performance $*-strategies
 
 # Regenerates the scores of docs/paper.md and docs/evaluation.md (hours on two cores; it goes on where it was stopped).
 evaluation: setup

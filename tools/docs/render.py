@@ -27,7 +27,6 @@ from benchmarks import MODELS, RESULTS, ROOT, regimes, search_guidance
 from benchmarks.lib.results import Json, parser
 from jacobiflow.calibration import rank_correlation
 from jacobiflow.calibration.convergence import TOLERANCES
-from jacobiflow.calibration.report import GUESS_NAMES
 from jacobiflow.utils.files import write_atomically
 from tools.docs import paper_facts
 
@@ -201,7 +200,6 @@ def _environment() -> jinja2.Environment:
     )}  # fmt: skip
     environment.globals |= functions | {
         "calls": {"sampling": "inverse", "density": "`log_prob`"},
-        "guesses": GUESS_NAMES,
         "measures": MEASURES,
         "presets": jf.PRESETS,
         "starts": [*product(("images", "noise"), TOLERANCES)],
