@@ -69,9 +69,9 @@ speed: setup
 	$(RENDER)
 	$(BIN)/python -m tools.pictures.figures
 
-# Measures docs/regimes.md, docs/sizes.md and docs/fewer_sweeps.md (two hours on two idle cores; it goes on if it was stopped).
+# Measures docs/regimes.md, docs/sizes.md and docs/fewer_sweeps.md (an hour on two idle cores; it goes on if it was stopped).
 regimes: setup
-	$(BIN)/python -m benchmarks.regimes regimes paper-sizes fitted-sweeps
+	$(BIN)/python -m benchmarks.regimes regimes fitted-sweeps
 	$(RENDER)
 
 # Regenerates the tables and figures of docs/paper.md, and the bundled reports and tunings (two hours on two idle

@@ -4,9 +4,6 @@ Each FILE is a result file.
 - `regimes` (an hour; docs/regimes.md and docs/sizes.md): the exact loop in native code and in PyTorch, and an encoding
   pass in float32 and in bfloat16, of blocks of random weights (T = 256, C = 12) and of the bundled TarFlows. A solver
   that evaluates every token k times takes at least k passes.
-- `paper-sizes` (half an hour; docs/sizes.md): steps, windows and passes of blocks of random weights, in the shapes of
-  the models of the paper. A step of the original sampler is timed at mid context: it is linear in its context, so
-  that this is the mean of all.
 - `fitted-sweeps` (a minute; docs/fewer_sweeps.md): sweeps of each block of the bundled TarFlows to 1e-3, with the
   fitted guess and correction.
 """
@@ -14,7 +11,6 @@ Each FILE is a result file.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
 
@@ -27,7 +23,6 @@ from benchmarks.lib.models import latents, random_flow
 from benchmarks.lib.process import without_native
 from benchmarks.lib.results import Json, measure_files
 from benchmarks.lib.timing import to_json
-from jacobiflow.comparison.baselines import GROWING_CACHE, CachedNetwork
 from jacobiflow.models.memory import keep_freed_memory
 from jacobiflow.models.tarflow import TarFlowBlock
 from jacobiflow.utils.timing import time_interleaved
@@ -38,8 +33,6 @@ TRAINED = ("fashion-p2", "emoji-p2", "digits-p1")
 # Names in the result files.
 EXACT_LOOP, LOOP_IN_PYTORCH, PASS, BF16_PASS = "fused loop", "eager loop", "pass", "pass in bfloat16"
 ROUNDS = 2
-WINDOWS = (16, 32, 64, 128)
-STEPS = 16  # Single tokens in a run, as many as in the smallest window.
 TOLERANCE = 1e-3
 SAMPLES = 16  # Samples whose sweeps are counted.
 
@@ -49,15 +42,6 @@ FLOWS: Mapping[str, Callable[[], jf.TarFlow]] = {
     )
     for channels, layers in SHAPES
 } | {name: partial(jf.TarFlow.from_pretrained, name) for name in TRAINED}  # fmt: skip
-
-
-def sizes(flow: jf.TarFlow) -> Json:
-    """The sizes on which the time of a block depends."""
-    config = flow.config
-    return {
-        "channels": config.channels, "layers": config.layers_per_block, "tokens": config.num_tokens,
-        "values": config.token_channels, "weights_mb": sum(p.nbytes for p in flow.blocks[-1].parameters()) / 1e6,
-    }  # fmt: skip
 
 
 def exact_loop(block: TarFlowBlock, z: Tensor, labels: Tensor | None = None) -> Tensor:
@@ -81,7 +65,12 @@ def measure_block(key: Json) -> Json:
     }
     timings, results = time_interleaved(runs, ROUNDS)
     difference = float((results[EXACT_LOOP] - results[LOOP_IN_PYTORCH]).abs().max())
-    return sizes(flow) | {"seconds": to_json(timings), "max_difference": difference}
+    config = flow.config
+    return {
+        "channels": config.channels, "layers": config.layers_per_block, "tokens": config.num_tokens,
+        "values": config.token_channels, "weights_mb": sum(p.nbytes for p in block.parameters()) / 1e6,
+        "seconds": to_json(timings), "max_difference": difference,
+    }  # fmt: skip
 
 
 def block_keys() -> Iterator[Json]:
@@ -96,64 +85,6 @@ def in_passes(run: Json, name: str = EXACT_LOOP) -> float:
 
 def best_in_passes(run: Json) -> float:
     return min(in_passes(run, EXACT_LOOP), in_passes(run, LOOP_IN_PYTORCH))
-
-
-def shape_name(config: jf.TarFlowConfig) -> str:
-    return f"{config.channels}x{config.layers_per_block}x{config.num_tokens}"
-
-
-def growing_cache_steps(block: TarFlowBlock, batch: int, context: int) -> Callable[[], None]:
-    """`STEPS` steps of the original sampler, after `context` cached tokens."""
-    stream = CachedNetwork(block, None, 1.0)
-    channels = block.proj_in.out_features
-    for layer in stream.layers:
-        heads = layer.module.attention.num_heads
-        for cached in (layer.keys, layer.values):
-            cached += [torch.zeros(batch, heads, 1, channels // heads) for _ in range(context)]
-    x = torch.zeros(batch, block.num_tokens, block.proj_in.in_features)
-
-    def steps() -> None:
-        for position in range(context, context + STEPS):
-            stream.step(x, position)
-        for layer in stream.layers:
-            del layer.keys[context:], layer.values[context:]
-
-    return steps
-
-
-@torch.inference_mode()
-def measure_paper_block(key: Json) -> Json:
-    """Seconds of a step, of an update and of the exact loop's step."""
-    config = next(preset.config for preset in jf.PRESETS.values() if shape_name(preset.config) == key["name"])
-    flow = random_flow(replace(config, num_blocks=1, num_classes=0))
-    (z, _), block, length = latents(flow, key["batch_size"]), flow.blocks[0], config.num_tokens
-    cache = block.init_cache(z)
-    caches = {"float32": cache, "bfloat16": block.to_bf16(cache)}
-
-    def update(dtype: str, size: int, count: int) -> None:
-        start = (length - size) // 2
-        for _ in range(count):
-            block.update(z, z, start, start + size, caches[dtype])
-
-    runs: dict[str, Callable[[], Any]] = {
-        GROWING_CACHE: growing_cache_steps(block, len(z), length // 2),
-        EXACT_LOOP: partial(exact_loop, block, z),
-    }
-    steps = {GROWING_CACHE: STEPS, EXACT_LOOP: length}  # the steps or updates in a run
-    for size in (1, *(size for size in WINDOWS if size < length), length):
-        for dtype in caches:
-            steps[f"{dtype} x {size}"] = count = max(STEPS // size, 1)
-            runs[f"{dtype} x {size}"] = partial(update, dtype, size, count)
-    timings, _ = time_interleaved(runs, ROUNDS)
-    seconds = {
-        name: {kind: value / steps[name] for kind, value in asdict(timing).items()} for name, timing in timings.items()
-    }
-    return sizes(flow) | {"seconds": seconds}
-
-
-def paper_keys() -> Iterator[Json]:
-    for name in dict.fromkeys(shape_name(preset.config) for preset in jf.PRESETS.values()):
-        yield from ({"name": name, "batch_size": batch} for batch in BATCH_SIZES)
 
 
 def count_sweeps(key: Json) -> Json:
@@ -177,10 +108,7 @@ def sweep_keys() -> list[Json]:
 
 
 def main() -> None:
-    measure_files(__doc__, {
-        "regimes": (block_keys, measure_block), "paper-sizes": (paper_keys, measure_paper_block),
-        "fitted-sweeps": (sweep_keys, count_sweeps),
-    })  # fmt: skip
+    measure_files(__doc__, {"regimes": (block_keys, measure_block), "fitted-sweeps": (sweep_keys, count_sweeps)})
 
 
 if __name__ == "__main__":

@@ -33,7 +33,6 @@ SCRIPTS = sorted(
     path.stem for path in (ROOT / "benchmarks").glob("*.py") if '__name__ == "__main__"' in path.read_text()
 )
 CONFIG = jf.TarFlowConfig(1, 16, 2, channels=64, num_blocks=2, layers_per_block=1, num_classes=3)
-PRESETS = {"tiny": jf.Preset("", "", CONFIG, jf.SamplingSettings(jf.Guidance(1.5), 1.0), "[1-4-2-3]")}
 UNLIMITED = ("free_energy", "basin_difference")  # infinite for a bin without samples
 
 Run = Callable[..., dict[str, list[Any]]]
@@ -152,11 +151,10 @@ def test_performance(run: Run) -> None:
         assert ("Jacobi-30" in errors) == (row["batch"] == 1)
 
 
-def test_regimes(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_regimes(run: Run) -> None:
     needs_native()
-    monkeypatch.setattr(jf, "PRESETS", PRESETS)
     flows = {"64x1": partial(random_flow, replace(CONFIG, num_classes=0)), "digits-p1": partial(jf.load, "digits-p1")}
-    files = ("regimes", "paper-sizes", "fitted-sweeps")
+    files = ("regimes", "fitted-sweeps")
     rows = run("regimes", *files, FLOWS=flows, BATCH_SIZES=(2,), TRAINED=("digits-p1",), SAMPLES=2)
     assert [(row["name"], row["trained"]) for row in rows["regimes"]] == [("64x1", False), ("digits-p1", True)]
     for row in rows["regimes"]:
@@ -165,7 +163,6 @@ def test_regimes(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     # Two norms, four linear layers, the first and the last one, and positions.
     weights = 4 * 64 + (3 + 1 + 4 + 4) * 64**2 + (3 + 1 + 4 + 1) * 64 + (4 + 1) * 64 + (64 + 1) * 8 + 64 * 64
     assert rows["regimes"][0]["weights_mb"] == pytest.approx(4e-6 * weights)
-    assert rows["paper-sizes"][0]["seconds"].keys() > {"growing cache", "fused loop", "bfloat16 x 64"}
     (model,) = rows["fitted-sweeps"]
     assert all(1 <= count <= 64 for block in model["blocks"] for count in block)
 
