@@ -201,10 +201,9 @@ def _environment() -> jinja2.Environment:
     environment.globals |= functions | {
         "calls": {"sampling": "inverse", "density": "`log_prob`"},
         "measures": MEASURES,
-        "presets": jf.PRESETS,
         "starts": [*product(("images", "noise"), TOLERANCES)],
     }
-    formats = {"batch": "batch {}".format, "code": "`{}`".format, "start": lambda start: f"{start[0]}, {start[1]:g}"}
+    formats = {"code": "`{}`".format, "start": lambda start: f"{start[0]}, {start[1]:g}"}
     environment.filters |= functions | formats
     return environment
 
