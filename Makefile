@@ -69,9 +69,9 @@ speed: setup
 	$(RENDER)
 	$(BIN)/python -m tools.pictures.figures
 
-# Measures docs/regimes.md and docs/sizes.md (two hours on two idle cores; it goes on if it was stopped).
+# Measures docs/regimes.md, docs/sizes.md and docs/fewer_sweeps.md (an hour on two idle cores; it goes on if it was stopped).
 regimes: setup
-	$(BIN)/python -m benchmarks.regimes regimes paper-sizes paper-sweeps
+	$(BIN)/python -m benchmarks.regimes regimes fitted-sweeps
 	$(RENDER)
 
 # Regenerates the tables and figures of docs/paper.md, and the bundled reports and tunings (two hours on two idle
@@ -112,11 +112,8 @@ $(CALIBRATED): calibration-%: setup
 	mv out/$@/report.json $(BUNDLED)/report.json
 	rm -r out/$@
 	$(TUNE) --model $(BUNDLED) --plain
-	$(CALIBRATE)-guided --guidance 1
-	mv out/$@-guided/report.json out/$*-guided.json
-	rm -r out/$@-guided
 	$(BIN)/python -m tools.pictures.paper_figures $* --strategy "$(CUT_$*)"
-	$(BIN)/python -m benchmarks.performance $*-calibration-guided $*-strategies
+	$(BIN)/python -m benchmarks.performance $*-strategies
 
 # Regenerates the scores of docs/paper.md and docs/evaluation.md (hours on two cores; it goes on where it was stopped).
 evaluation: setup
@@ -154,7 +151,7 @@ boltzmann: setup
 	$(BIN)/python -m tools.pictures.figures alanine
 	$(RENDER)
 
-# Measures docs/starflow.md and docs/starflow_speed.md, of the weights in examples/emoji-star (fifty minutes on two idle cores).
+# Measures docs/starflow.md and docs/starflow_speed.md, of the weights in examples/emoji-star (forty minutes on two idle cores).
 star: emoji
 	$(BIN)/python -m benchmarks.star
 	$(RENDER)
@@ -170,9 +167,11 @@ large-models: setup
 	$(BIN)/python -m benchmarks.devices large-models
 	$(RENDER)
 
-# Measures runs of several processes, a section of docs/clusters.md (ten minutes on two cores; it goes on if it was stopped).
+# Measures runs of several processes, a section of docs/clusters.md, and kills one of three processes at many moments (half an hour
+# on two cores; it goes on if it was stopped).
 clusters: setup
 	$(BIN)/python -m benchmarks.clusters
+	$(BIN)/python -m benchmarks.kills
 	$(RENDER)
 
 # Measures what rounding does to samples, a table of docs/exactness.md (ten minutes on two idle cores; it goes on if it was stopped).

@@ -12,12 +12,10 @@ Each FILE is a result file, measured on two idle cores. Flows have five transfor
 from __future__ import annotations
 
 import copy
-import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from importlib.metadata import version
 from itertools import product
-from time import perf_counter
 from typing import Any
 
 import torch
@@ -28,7 +26,6 @@ from torch import Tensor, nn
 import jacobiflow as jf
 from benchmarks.lib.library_flows import FLOWS, PACKAGES, TRANSFORMS, calls, log_prob, training_step
 from benchmarks.lib.process import threads
-from benchmarks.lib.profiling import CLIPPING, NATIVE, OPTIMIZER, Profile
 from benchmarks.lib.results import Json, measure_files
 from benchmarks.lib.simulator import standardized
 from benchmarks.lib.timing import fitting_rounds, seconds_of, time_speed_up
@@ -57,7 +54,6 @@ STEP, GRADIENTS, IN_X, IN_CONTEXT, SAMPLES, LOSSES = (
 )  # fmt: skip
 ADAM, FUSED, NO_OPTIMIZER = "Adam", "Adam(fused=True)", "none"
 GRADIENT_ROWS = 1_000  # the largest number of rows whose gradients are compared with those in float64
-PROFILED = (10, 100)  # calls of a profile, at least and at most
 SIMULATIONS, STEPS, RATE_OF_LOSSES, NUDGE = 10_000, 1_000, 5e-4, 1e-7
 
 
@@ -151,21 +147,8 @@ class Task:
         return torch.cat([part.flatten().double() for part in parts])
 
 
-def profile(call: Callable[[], None], seconds: float) -> Json:
-    """Median milliseconds of a call: in the optimizer, in clipping, in native code, and the rest."""
-    watch, count = Profile(perf_counter), fitting_rounds(seconds, SECONDS, *PROFILED)
-    with watch.watching():
-        for i in range(count):
-            with watch.phase(str(i)):
-                call()
-    calls = list(watch.seconds.values())
-    parts = {part: 1e3 * statistics.median(each[part] for each in calls) for part in (OPTIMIZER, CLIPPING, NATIVE)}
-    total = 1e3 * statistics.median(sum(each.values()) for each in calls)
-    return parts | {"rest": total - sum(parts.values())}
-
-
 def measure_training(key: Json) -> Json:
-    """Seconds of a call by the library and accelerated, the parts of the latter, and the errors of gradients."""
+    """Seconds of a call by the library and accelerated, and the errors of gradients."""
     if key["task"] == LOSSES:
         return losses(key)
     flow = build(key)
@@ -185,7 +168,6 @@ def measure_training(key: Json) -> Json:
     if key["threads"] > 1:
         runs["accelerated, one thread"] = tasks["accelerated"]
     metrics, _ = time_speed_up(runs, rounds)
-    metrics["profile"] = profile(runs["accelerated"], metrics["seconds"]["accelerated"]["median"])
     metrics["error"] = {name: float(error.abs().max() / exact.abs().max()) for name, error in errors.items()}
     return metrics
 

@@ -33,8 +33,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import jacobiflow as jf
 from benchmarks.lib.library_flows import TRANSFORMS, training_step
+from benchmarks.lib.phases import Phases
 from benchmarks.lib.process import temporary_folder
-from benchmarks.lib.profiling import OPTIMIZER, OTHER, POTENTIAL, Profile
 from benchmarks.lib.results import Json, measure_files
 from benchmarks.lib.simulator import DATA, LIMIT, PARAMETERS, PRIOR, observations, simulations, standardized
 from benchmarks.lib.timing import time_speed_up
@@ -125,12 +125,12 @@ def trained(method: str, kind: str) -> Any:
 
 def share(run: Callable[[], Tensor], kind: type) -> float:
     """The share of a call's time that is spent in the methods of estimators of a kind."""
-    methods = [(kind, name) for name in ("sample", "log_prob", "sample_and_log_prob")]
-    watch = Profile(perf_counter, {"flow": methods})
-    with watch.watching(), watch.phase(SAMPLING):
+    phases = Phases(perf_counter)
+    methods = ("sample", "log_prob", "sample_and_log_prob")
+    timed = {name: phases.phase("flow")(getattr(kind, name)) for name in methods}
+    with patch.multiple(kind, **timed), phases.phase("rest"):
         run()
-    seconds = watch.seconds[SAMPLING]
-    return seconds["flow"] / (seconds["flow"] + seconds[OTHER])
+    return phases.seconds["flow"] / sum(phases.seconds.values())
 
 
 def measure_sbi(key: Json) -> Json:
@@ -287,28 +287,28 @@ def batches(data: TensorDataset, loop: str) -> Iterator[Any]:
         yield from (data[rows] for rows in torch.randperm(len(data)).split(BATCH))
 
 
-def fit_zuko(watch: Profile, key: Json) -> Json:
+def fit_zuko(phases: Phases, key: Json) -> Json:
     """A loop of its own, and samples at one context."""
     data = TensorDataset(*standardized(FIT_SIMULATIONS))
     flow = getattr(zuko.flows, key["flow"])(PARAMETERS, DATA, transforms=TRANSFORMS, hidden_features=HIDDEN)
     optimizer = torch.optim.Adam(flow.parameters(), RATE, fused=key["loop"] == BY_INDEX)
-    with watch.phase(TRAINING):
+    with phases.phase(TRAINING):
         for _ in range(FIT_EPOCHS):
             for rows, context in batches(data, key["loop"]):
                 training_step(flow, optimizer, rows, context)
     theta, x = data.tensors
-    with watch.phase(SAMPLING), torch.no_grad():
+    with phases.phase(SAMPLING), torch.no_grad():
         flow(x[0]).sample((SAMPLES,))
         loss = float(-flow(x).log_prob(theta).mean())
     return {"loss": loss}
 
 
-def fit_npe(watch: Profile, key: Json) -> Json:
+def fit_npe(phases: Phases, key: Json) -> Json:
     """sbi's posterior estimation, and samples of one posterior."""
-    with watch.phase(TRAINING):
+    with phases.phase(TRAINING):
         inference, _ = train_sbi("NPE", key["flow"], FIT_SIMULATIONS, training_batch_size=BATCH,
                                  max_num_epochs=FIT_EPOCHS)  # fmt: skip
-    with watch.phase(SAMPLING):
+    with phases.phase(SAMPLING):
         one_observation(inference.build_posterior(), SAMPLES)
     return {"loss": inference.summary["best_validation_loss"][-1]}
 
@@ -316,9 +316,9 @@ def fit_npe(watch: Profile, key: Json) -> Json:
 WEIGHTS: dict[str, Any] = {}  # The first likelihood of each kind, from which both ways sample.
 
 
-def fit_nle(watch: Profile, key: Json) -> Json:
+def fit_nle(phases: Phases, key: Json) -> Json:
     """sbi's likelihood estimation, and samples by three of its samplers."""
-    with watch.phase(TRAINING):
+    with phases.phase(TRAINING):
         inference, estimator = train_sbi("NLE", key["flow"], FIT_SIMULATIONS, training_batch_size=BATCH,
                                          max_num_epochs=FIT_EPOCHS)  # fmt: skip
     estimator.load_state_dict(WEIGHTS.setdefault(key["flow"], copy.deepcopy(estimator.state_dict())))
@@ -330,7 +330,7 @@ def fit_nle(watch: Profile, key: Json) -> Json:
     ):
         torch.manual_seed(2)
         posterior = inference.build_posterior(estimator, **options).set_default_x(observations()[:1])
-        with watch.phase(phase):
+        with phases.phase(phase):
             if phase == VARIATIONAL:
                 limits = {"max_num_iters": ITERATIONS, "check_for_convergence": False, "quality_control": False}
                 posterior.train(show_progress_bar=False, **limits)
@@ -343,17 +343,17 @@ def rosenbrock(x: Any) -> Any:
     return -np.sum(10 * (x[:, ::2] ** 2 - x[:, 1::2]) ** 2 + (x[:, ::2] - 1) ** 2, axis=1)
 
 
-def fit_pocomc(watch: Profile, key: Json) -> Json:
+def fit_pocomc(phases: Phases, key: Json) -> Json:
     """A run of pocomc with its own settings, whose flow is trained now and again."""
     pocomc = import_module("pocomc")
     fit = pocomc.flow.Flow.fit
     prior = pocomc.Prior(DIMENSIONS * [import_module("scipy.stats").uniform(-10, 20)])
 
     def timed_fit(*arguments: Any, **options: Any) -> Any:
-        with watch.phase(TRAINING):
+        with phases.phase(TRAINING):
             return fit(*arguments, **options)
 
-    with watch.phase(SAMPLING), patch.object(pocomc.flow.Flow, "fit", timed_fit):
+    with phases.phase(SAMPLING), patch.object(pocomc.flow.Flow, "fit", timed_fit):
         sampler = pocomc.Sampler(prior, rosenbrock, vectorize=True, random_state=1)
         sampler.run(progress=False)
     log_evidence, error = sampler.evidence()
@@ -361,24 +361,22 @@ def fit_pocomc(watch: Profile, key: Json) -> Json:
 
 
 # How each program fits, and the library whose flows are accelerated.
-PROGRAMS: dict[str, tuple[Callable[[Profile, Json], Json], ModuleType]] = {
+PROGRAMS: dict[str, tuple[Callable[[Phases, Json], Json], ModuleType]] = {
     "zuko": (fit_zuko, zuko), "sbi NPE": (fit_npe, sbi), "sbi NLE": (fit_nle, sbi), "pocomc": (fit_pocomc, zuko),
 }  # fmt: skip
 
 
 def measure_fit(key: Json) -> Json:
-    """Seconds of each phase and its parts and the steps of each phase, of the faster of a few rounds."""
+    """Seconds and steps of each phase, of the faster of a few rounds."""
     fit, library = PROGRAMS[key["program"]]
     best: dict[str, Json] = {}
     for _, way in product(range(FIT_ROUNDS[key["program"]]), ("library", "accelerated")):
-        watch = Profile()
-        with watch.watching(), jf.accelerate(library) if way == "accelerated" else nullcontext():
-            result = seeded(partial(fit, watch), key)
-        steps = {phase: calls[OPTIMIZER] + calls[POTENTIAL] for phase, calls in watch.calls.items()}
-        seconds = {phase: dict(parts) for phase, parts in watch.seconds.items()}
-        total = sum(sum(parts.values()) for parts in seconds.values())
+        phases = Phases()
+        with phases.counting_steps(), jf.accelerate(library) if way == "accelerated" else nullcontext():
+            result = seeded(partial(fit, phases), key)
+        total = sum(phases.seconds.values())
         if way not in best or total < best[way]["total"]:
-            best[way] = {"total": total, "seconds": seconds, "steps": steps, "result": result}
+            best[way] = {"total": total, "seconds": phases.seconds, "steps": phases.steps, "result": result}
     columns = {name: {way: run[name] for way, run in best.items()} for name in best["library"]}
     return {**columns, "speed_up": best["library"]["total"] / best["accelerated"]["total"]}
 

@@ -8,8 +8,6 @@ Each FILE is a result file.
   of each sampler within 1e-3 and the published one, interleaved with `auto` and the exact loops.
 - `MODEL-strategies` (ten minutes; docs/paper.md): the strategies of the paper's Tables 3 and 4, proposals of the
   report, peers at their published settings, and `auto`, certified.
-- `MODEL-calibration-guided` (seconds; docs/paper.md), from out/MODEL-guided.json, a report of `jacobiflow calibrate
-  --guidance 1`.
 """
 
 from __future__ import annotations
@@ -23,14 +21,13 @@ from typing import Any
 from torch import Tensor
 
 import jacobiflow as jf
-from benchmarks import MODELS, ROOT
+from benchmarks import MODELS
 from benchmarks.lib.models import latents, sample
 from benchmarks.lib.peers import GRIDS, PEERS, gs_jacobi_grid
 from benchmarks.lib.process import without_native
 from benchmarks.lib.results import Json, measure_files
 from benchmarks.lib.timing import IN_PYTORCH, to_json
 from jacobiflow.calibration import gs_jacobi_notation
-from jacobiflow.calibration.report import GUESS_NAMES
 from jacobiflow.comparison.baselines import original_sampler
 from jacobiflow.comparison.compare import compare_samplers
 from jacobiflow.evaluation import paired_error
@@ -58,7 +55,7 @@ WITHOUT_LOOP, WITHOUT_ALL = "auto, without the native loop", "auto, without all 
 LARGE = 64  # The batch at which the strategies of the paper take too long.
 AUTOS = {"auto:1e-1": 1e-1, "auto:1e-2": 1e-2, "auto": TOLERANCE}
 
-Sampler = Callable[[Tensor, Any], Any]  # From latents and context to images, network_calls and token_evaluations.
+Sampler = Callable[[Tensor, Any], Any]  # From latents and context to images and network_calls.
 
 
 @cache
@@ -246,23 +243,8 @@ def measure_strategies(key: Json) -> Json:
     return {"rows": compare_samplers(flow, z, labels, runs, repeats=ROUNDS[batch]).to_json()["rows"]}
 
 
-def measure_guided(key: Json) -> Json:
-    """What the page shows of a calibration under guidance."""
-    report = jf.CalibrationReport.load(ROOT / "out" / f"{key['model']}-guided.json")
-    sweeps = {guess: {f"{TOLERANCE:g}": report.mean_sweeps("noise", TOLERANCE, guess)} for guess in GUESS_NAMES}
-    return {
-        "guess": [report.best_guess(block) for block in range(report.num_blocks)],
-        "crm_percent": report.crm_percent, "gamma": [sum(norms) / len(norms) for norms in report.gamma],
-        "mean_sweeps": {"noise": sweeps},
-    }  # fmt: skip
-
-
 def batch_keys(model: str) -> list[Json]:
     return [{"model": model, "batch": batch} for batch in BATCHES]
-
-
-def model_key(model: str) -> list[Json]:
-    return [{"model": model}]
 
 
 def main() -> None:
@@ -271,7 +253,6 @@ def main() -> None:
     }  # fmt: skip
     for model in ("fashion-p2", "emoji-p2", "digits-p1"):
         files[f"{model}-strategies"] = partial(batch_keys, model), measure_strategies
-        files[f"{model}-calibration-guided"] = partial(model_key, model), measure_guided
     measure_files(__doc__, files)
 
 

@@ -1,9 +1,9 @@
-"""Measures STARFlow: `python -m benchmarks.star`, about fifty minutes on two idle cores.
+"""Measures STARFlow: `python -m benchmarks.star`, about forty minutes on two idle cores.
 
 With the captioned emoji of examples/captions.py: samples under guidance by the two samplers of the original code and by
-ours, the metrics and sweeps of the blocks, and how often a sample is nearest to the emoji of its caption. With random
-weights: two layers of the released shape. Writes docs/results/starflow.json and docs/results/captions.json, which fill
-docs/starflow_speed.md, and docs/figures/emoji-star.png.
+ours, the metrics and sweeps of the blocks, and how often a sample is nearest to the emoji of its caption. Writes
+docs/results/starflow.json and docs/results/captions.json, which fill docs/starflow_speed.md, and
+docs/figures/emoji-star.png.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 
 import jacobiflow as jf
 from benchmarks import FIGURES
-from benchmarks.lib.models import latents, random_starflow, sample
+from benchmarks.lib.models import latents, sample
 from benchmarks.lib.peers import starflow
 from benchmarks.lib.process import without_native
 from benchmarks.lib.results import Json, complete, parser
@@ -28,7 +28,6 @@ from jacobiflow import plots
 from jacobiflow.comparison.baselines import TOKEN_LOOP, original_sampler
 from jacobiflow.data import Noise, scale
 from jacobiflow.evaluation import paired_error
-from jacobiflow.models.latents import draw_latents
 from jacobiflow.utils.timing import time_interleaved
 
 BATCHES, ROUNDS, ITERATION = (1, 4, 16), 3, "block iteration"
@@ -42,9 +41,6 @@ CATEGORIES = {
     "Animals & Nature": "animals and plants",
 }
 CALIBRATED, CURVE_SAMPLES = 128, 16
-RELEASED = jf.STARFlowConfig(layers_per_block=(2,))  # one block of two layers that reads the text
-WINDOWS = ("window:32", "window:128", "jacobi")
-TOLERANCES = {"float32": 1e-3, "bfloat16": 5e-2}  # a network in bfloat16 comes no nearer than its rounding
 
 
 def speeds(key: Json) -> Json:
@@ -124,34 +120,8 @@ def shares_right(is_right: Tensor) -> Json:
     }
 
 
-def released(key: Json) -> Json:
-    """Seconds of one block by the token loop and by sweeps, their sweeps, and bytes of weights and of a row's cache.
-
-    Each is timed once: it takes up to minutes.
-    """
-    block: Any = random_starflow(RELEASED, key["released"]).blocks[0]
-    z = draw_latents(key["rows"], RELEASED.num_tokens, RELEASED.token_channels, seed=1)
-    tolerance = TOLERANCES[key["released"]]
-    parse = partial(jf.Strategy.parse, num_blocks=1, num_tokens=RELEASED.num_tokens, tolerance=tolerance)
-    strategies = {name: parse(name).solvers[0] for name in ("sequential", *WINDOWS)}
-    runs = {name: partial(jf.solve_certified, block, z, solver) for name, solver in strategies.items()}
-    runs["encoding pass"] = partial(block.affine_whole, z)
-    timings, results = time_interleaved({name: torch.no_grad()(run) for name, run in runs.items()}, 1, warm_up=False)
-    exact = results["sequential"].x
-    return {
-        "seconds": to_json(timings),
-        "sweeps": {name: results[name].token_evaluations / z[..., 0].numel() for name in WINDOWS},
-        "errors": {name: float((results[name].x - exact).abs().max()) for name in WINDOWS},
-        "weights": sum(parameter.nbytes for parameter in block.parameters()),
-        "row": block.row_bytes(),
-        "parameters": sum(parameter.numel() for parameter in block.parameters()),
-    }
-
-
 def measure(key: Json) -> Json:
-    if "batch" in key:
-        return speeds(key)
-    return blocks(key) if "blocks" in key else released(key)
+    return speeds(key) if "batch" in key else blocks(key)
 
 
 def draw_sheet() -> None:
@@ -171,7 +141,6 @@ def main() -> None:
     parser(__doc__).parse_args()
     keys: list[Json] = [{"batch": batch} for batch in BATCHES]
     keys += [{"blocks": name} for name in ("plain", "guided")]
-    keys += [{"released": dtype, "rows": rows} for dtype in ("float32", "bfloat16") for rows in (1, 4)]
     complete("starflow", keys, measure)
     complete("captions", [{"follows": name} for name in ("plain", "guided")], follows)
     draw_sheet()

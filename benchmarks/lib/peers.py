@@ -28,25 +28,23 @@ _SECOND = ((1, 64), (2, 32), (4, 16), (8, 8), (4, 24), (8, 13))
 
 @dataclass(frozen=True)
 class PeerSamples:
-    """Images (N, C, H, W) and their cost, counted as in `jacobiflow.Samples`."""
+    """Images (N, C, H, W), and the number of network calls, counted as in `jacobiflow.Samples`."""
 
     images: Tensor
     network_calls: int
-    token_evaluations: int
 
 
 class CountedMap:
-    """The map g of a block at `z` (N, T, C), in the block's causal order, with the cost of its evaluations."""
+    """The map g of a block at `z` (N, T, C), in the block's causal order, with the number of its evaluations."""
 
     def __init__(self, block: jf.AffineBlock, z: Tensor, labels: Tensor | None) -> None:
         self.block, self.z = block, z
         self.cache = block.init_cache(z, jf.Context(labels))
-        self.network_calls = self.token_evaluations = 0
+        self.network_calls = 0
 
     def __call__(self, x: Tensor, start: int, stop: int) -> Tensor:
         """g(x)[:, start:stop]; stores the keys of positions start-1 .. stop-2 as `x` has them."""
         self.network_calls += 1
-        self.token_evaluations += len(x) * (stop - start)
         return self.block.update(x, self.z, start, stop, self.cache)
 
 
@@ -128,7 +126,7 @@ def _sample(
 
     with torch.inference_mode():
         images = flow.from_tokens(flow.map_blocks_reversed(flow.prior_tokens(z), solve))
-    return PeerSamples(images, sum(g.network_calls for g in maps), sum(g.token_evaluations for g in maps))
+    return PeerSamples(images, sum(g.network_calls for g in maps))
 
 
 def _token_by_token(g: CountedMap) -> Tensor:

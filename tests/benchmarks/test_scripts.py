@@ -33,7 +33,6 @@ SCRIPTS = sorted(
     path.stem for path in (ROOT / "benchmarks").glob("*.py") if '__name__ == "__main__"' in path.read_text()
 )
 CONFIG = jf.TarFlowConfig(1, 16, 2, channels=64, num_blocks=2, layers_per_block=1, num_classes=3)
-PRESETS = {"tiny": jf.Preset("", "", CONFIG, jf.SamplingSettings(jf.Guidance(1.5), 1.0), "[1-4-2-3]")}
 UNLIMITED = ("free_energy", "basin_difference")  # infinite for a bin without samples
 
 Run = Callable[..., dict[str, list[Any]]]
@@ -92,7 +91,7 @@ def test_masked_flows(run: Run) -> None:
     training_keys = shrink(module.training_keys(), features=5, hidden="8 x 2", rows=6)
     rows = run(
         "masked_flows", "masked-flows", "training", call_keys=lambda: call_keys, training_keys=lambda: training_keys,
-        SIMULATIONS=50, STEPS=5, SECONDS=0, LEAST=1, MOST=1, PROFILED=(1, 1),
+        SIMULATIONS=50, STEPS=5, SECONDS=0, LEAST=1, MOST=1,
     )  # fmt: skip
     assert {(row["library"], row["flow"]) for row in rows["masked-flows"]} == module.FLOWS.keys()
     for row in rows["masked-flows"]:
@@ -152,11 +151,10 @@ def test_performance(run: Run) -> None:
         assert ("Jacobi-30" in errors) == (row["batch"] == 1)
 
 
-def test_regimes(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_regimes(run: Run) -> None:
     needs_native()
-    monkeypatch.setattr(jf, "PRESETS", PRESETS)
     flows = {"64x1": partial(random_flow, replace(CONFIG, num_classes=0)), "digits-p1": partial(jf.load, "digits-p1")}
-    files = ("regimes", "paper-sizes", "paper-sweeps")
+    files = ("regimes", "fitted-sweeps")
     rows = run("regimes", *files, FLOWS=flows, BATCH_SIZES=(2,), TRAINED=("digits-p1",), SAMPLES=2)
     assert [(row["name"], row["trained"]) for row in rows["regimes"]] == [("64x1", False), ("digits-p1", True)]
     for row in rows["regimes"]:
@@ -165,10 +163,8 @@ def test_regimes(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     # Two norms, four linear layers, the first and the last one, and positions.
     weights = 4 * 64 + (3 + 1 + 4 + 4) * 64**2 + (3 + 1 + 4 + 1) * 64 + (4 + 1) * 64 + (64 + 1) * 8 + 64 * 64
     assert rows["regimes"][0]["weights_mb"] == pytest.approx(4e-6 * weights)
-    assert rows["paper-sizes"][0]["seconds"].keys() > {"growing cache", "fused loop", "bfloat16 x 64"}
-    (model,) = rows["paper-sweeps"]
-    assert model["tokens"] == 64
-    assert all(1 <= count <= 64 for block in model["blocks"] for way in block for count in way["sweeps"])
+    (model,) = rows["fitted-sweeps"]
+    assert all(1 <= count <= 64 for block in model["blocks"] for count in block)
 
 
 def test_devices(run: Run) -> None:
@@ -212,9 +208,9 @@ def tiny_emoji() -> tuple[Tensor, list[str], list[str]]:
 
 def test_star(run: Run, tmp_path: Path) -> None:
     results = run(
-        "star", load=tiny_star, captioned_emoji=tiny_emoji, RELEASED=make_star(layers_per_block=(2,)).config,
-        BATCHES=(1,), ROUNDS=1, CALIBRATED=4, CURVE_SAMPLES=2, PROMPTS=("a", "bb"), SAMPLES_PER_PROMPT=2,
-        MOST=0, CATEGORIES={name: name for name in ("low", "high")}, FIGURES=tmp_path,
+        "star", load=tiny_star, captioned_emoji=tiny_emoji, BATCHES=(1,), ROUNDS=1, CALIBRATED=4, CURVE_SAMPLES=2,
+        PROMPTS=("a", "bb"), SAMPLES_PER_PROMPT=2, MOST=0,
+        CATEGORIES={name: name for name in ("low", "high")}, FIGURES=tmp_path,
     )  # fmt: skip
     errors = results["starflow"][0]["errors"]
     assert max(errors[name] for name in ("exact loop", "auto", "window:16, certified")) < 1e-2
@@ -246,11 +242,9 @@ def test_boltzmann(run: Run) -> None:
 
 
 def test_clusters(run: Run) -> None:
-    module = pytest.importorskip("benchmarks.clusters")
-    line, files = module.COMMANDS["sample"]
-    small = {"sample": (line.replace("--num 96", "--num 8"), files)}
-    (row,) = run("clusters", keys=lambda: [{"command": "sample"}], COMMANDS=small)["clusters"]
-    assert row["difference"] == 0
+    line = "train --images digits --channels 32 --head-dim 16 --blocks 2 --layers 1 --no-bf16 --steps 2"
+    (row,) = run("clusters", KEYS=[{"training": "sharded"}], TRAIN=line)["clusters"]
+    assert max(row["loss"], row["weights"]) < 1e-3
 
 
 def test_kills(run: Run) -> None:

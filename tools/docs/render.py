@@ -27,7 +27,6 @@ from benchmarks import MODELS, RESULTS, ROOT, regimes, search_guidance
 from benchmarks.lib.results import Json, parser
 from jacobiflow.calibration import rank_correlation
 from jacobiflow.calibration.convergence import TOLERANCES
-from jacobiflow.calibration.report import GUESS_NAMES
 from jacobiflow.utils.files import write_atomically
 from tools.docs import paper_facts
 
@@ -127,15 +126,6 @@ def paper_megabytes() -> tuple[float, float]:
     return min(sizes), max(sizes)
 
 
-def fastest_way(estimates: Mapping[str, float]) -> str:
-    """The fastest way that keeps the tolerance, which the paper's own strategy does not promise."""
-    return min((way for way in estimates if "`" not in way), key=estimates.__getitem__)
-
-
-def slowest_by_batch(counts: Sequence[Sequence[int]]) -> str:
-    return " / ".join(f"{regimes.mean_slowest(counts, batch):.1f}" for batch in regimes.BATCH_SIZES)
-
-
 def recommendation(search: Json) -> str:
     """Returns the recommended settings of a search, and their distance to real images."""
     rows, settings = search["runs"], search_guidance.recommended(search["runs"])
@@ -163,9 +153,8 @@ def plain_sweeps(model: str, blocks: Iterable[int]) -> str:
 
 def fitted_sweeps(model: str, blocks: Iterable[int]) -> str:
     """The range of the mean sweeps of all tokens to 1e-3 with the fitted guess and correction."""
-    blocks_of_model = where(result("paper-sweeps")["runs"], model=model)["blocks"]
-    runs = [where(block, bf16_sweeps=0, window=0) for block in blocks_of_model]
-    means = [sum(run["sweeps"]) / len(run["sweeps"]) for run in runs]
+    sweeps_by_block = where(result("fitted-sweeps")["runs"], model=model)["blocks"]
+    means = [sum(sweeps) / len(sweeps) for sweeps in sweeps_by_block]
     return paper_facts.number_range([means[block] for block in blocks])
 
 
@@ -191,18 +180,9 @@ def star_follows(group: str) -> str:
     return f"{where(result('captions')['runs'], follows='guided')['groups'][group]['nearest']:.0%}"
 
 
-def phase_seconds(fit: Json, way: str, phase: str) -> float:
-    """The seconds of a phase of a fit, by the library or accelerated."""
-    return sum(fit["seconds"][way][phase].values())
-
-
 def sampler(name: str) -> str:
     """A sampler as the pages call it; results have older names."""
     return SAMPLERS.get(name, name)
-
-
-def sweep_ways(model: Json) -> list[regimes.Way]:
-    return [way for tough in (True, False) for way in regimes.counted(model, tough)]
 
 
 @cache
@@ -214,20 +194,16 @@ def _environment() -> jinja2.Environment:
     functions = {function.__name__: function for function in (
         paper_facts.agreement, paper_facts.best_guess, paper_facts.mean_sweeps, paper_facts.number_range,
         paper_facts.segment_sweeps, paper_facts.sweeps_range, paper_facts.tough_share, chord_share, duration, fastest,
-        fastest_way, find_runs, fitted_sweeps, format_speed_up, grouped, least_accurate, paper_megabytes,
-        regimes.counted, regimes.estimates, regimes.runs_of, regimes.tough_blocks, phase_seconds,
-        plain_sweeps, plan, rank_correlation, ratios, recommendation, regimes.best_in_passes,
-        regimes.in_passes, result, sampler, search_guidance.best_point, slowest_by_batch, speed_up_range, star_follows,
-        strategy, sweep_ways, where,
+        find_runs, fitted_sweeps, format_speed_up, grouped, least_accurate, paper_megabytes, plain_sweeps,
+        plan, rank_correlation, ratios, recommendation, regimes.best_in_passes, regimes.in_passes, result,
+        sampler, search_guidance.best_point, speed_up_range, star_follows, strategy, where,
     )}  # fmt: skip
     environment.globals |= functions | {
         "calls": {"sampling": "inverse", "density": "`log_prob`"},
-        "guesses": GUESS_NAMES,
         "measures": MEASURES,
-        "presets": jf.PRESETS,
         "starts": [*product(("images", "noise"), TOLERANCES)],
     }
-    formats = {"batch": "batch {}".format, "code": "`{}`".format, "start": lambda start: f"{start[0]}, {start[1]:g}"}
+    formats = {"code": "`{}`".format, "start": lambda start: f"{start[0]}, {start[1]:g}"}
     environment.filters |= functions | formats
     return environment
 

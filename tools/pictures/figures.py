@@ -22,7 +22,7 @@ from benchmarks.regimes import BF16_PASS, EXACT_LOOP, LOOP_IN_PYTORCH, PASS, in_
 from jacobiflow.models.latents import draw_latents
 from jacobiflow.plots import sampler_style, save_png
 from jacobiflow.plots.style import TEXT_COLOR, new_figure, plain_ticks, simplify_axes, use_style
-from tools.docs.render import find_runs, format_speed_up, phase_seconds, result, strategy
+from tools.docs.render import find_runs, format_speed_up, result, strategy
 from tools.pictures.front import Recorder, record, save_animation, token_colors
 from tools.pictures.palette import ORDERED, OTHERS, readable
 
@@ -213,7 +213,7 @@ def training() -> Figure:
             y, left = 3 * place + 0.85 * row, 0.0
             labels[y] = f"{run['program'].split()[0]}, {run['flow']}" if way == "library" else way
             for phase, color in colors.items():
-                share = phase_seconds(run, way, phase) / run["total"]["library"]
+                share = run["seconds"][way][phase] / run["total"]["library"]
                 axis.barh(y, share, 0.75, left, color=color, label=phase)
                 left += share
             text = seconds_text(run["total"][way]) + (f", {format_speed_up(run['speed_up'])} faster" if row else "")
