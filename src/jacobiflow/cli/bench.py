@@ -118,7 +118,8 @@ def _prepare(config: BenchConfig, flow: Flow, progress: Progress | None) -> list
         classes = options.parse_labels(config.labels, size, flow, config.seed)
         runs = {}
         for name in names:
-            plan = planner.choose(flow, name, size, tolerance=config.tolerance, report=guesses, progress=progress)
+            report = None if planner.is_auto(name) else guesses
+            plan = planner.choose(flow, name, size, tolerance=config.tolerance, report=report, progress=progress)
             runs[name] = partial(SamplingRequest(flow, plan, Context(classes), solve_options).run, z)
         cases.append(partial(compare.compare_samplers, flow, z, classes, runs, repeats=config.repeats))
     return cases

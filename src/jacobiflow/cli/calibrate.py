@@ -116,7 +116,7 @@ def run(config: CalibrateConfig) -> CalibrateResult | None:
     if not outcome.is_reporter:
         print(f"another process wrote {out}")
         return None
-    use = ["jacobiflow", "sample", "--model", config.model, "--report", str(out)]
+    use = ["jacobiflow", "sample", "--model", config.model, "--strategy", "jacobi", "--report", str(out)]
     use += ["--guidance", str(flow.guidance or 0)] + ["--labels", "none"] * (labels is None)
     return CalibrateResult(
         model=config.model, images=config.images, out=str(out), use=shlex.join(use), machine=dict(job.machine),

@@ -129,14 +129,13 @@ def run(config: SampleConfig) -> SampleResult | None:
         flow, config.guidance, config.denoise, config.plain, context.values is not None
     )
     flow = flow.guided(settings.guidance)
-    batch_size, shard_size = _sizes(config, flow)
     started = perf_counter()
     with progress_bar(is_shown=find_launch().rank == 0) as progress:
         folder = jf.sample_to_folder(
             flow, config.num, config.out, seed=config.seed, context=context, settings=settings,
             strategy=config.strategy, tolerance=config.tolerance,
             certify="always" if config.certify_always else config.certify, sensitivity=config.sensitivity,
-            batch_size=batch_size, shard_size=shard_size, files=config.files,
+            batch_size=_resolve_batch_size(config, flow), shard_size=config.shard_size, files=config.files,
             report=loading.load_report(config.report, flow), overwrite=config.overwrite, progress=progress,
         )  # fmt: skip
         if not folder.is_reporter:
@@ -161,17 +160,14 @@ def _check_options(config: SampleConfig) -> None:
         raise InputValueError("--certify-always: excludes --no-certify; leave one of them out")
 
 
-def _sizes(config: SampleConfig, flow: Flow) -> tuple[int | None, int | None]:
-    """Returns the batch size and the shard size: those of the options, else of samples in the folder, if any."""
+def _resolve_batch_size(config: SampleConfig, flow: Flow) -> int | None:
+    """Returns the batch size; None for that of samples in the folder, or the default."""
     from jacobiflow.models.memory import find_batch_size
 
-    size = None if config.batch_size == "auto" else config.batch_size
-    earlier = None if config.overwrite or size else _open_earlier(config.out)
-    if earlier is not None:
-        return earlier.spec.batch_size, config.shard_size or earlier.spec.shard_size
-    if config.batch_size == "auto":
-        size = find_batch_size(flow, min(config.num, options.MAX_BATCH_SIZE))
-    return size, config.shard_size
+    if config.batch_size != "auto":
+        return config.batch_size
+    has_samples = not config.overwrite and _open_earlier(config.out) is not None
+    return None if has_samples else find_batch_size(flow, min(config.num, options.MAX_BATCH_SIZE))
 
 
 def _open_earlier(out: Path) -> jf.SampleFolder | None:

@@ -1,12 +1,12 @@
 """The solver of each block: strategies, their notation, and plans by measurement."""
 
 from jacobiflow.planner.cache import auto
-from jacobiflow.planner.choice import choose
+from jacobiflow.planner.choice import auto_tolerance, choose
 from jacobiflow.planner.fit import BlockTuning, Tuning, find_tuning, tune
 from jacobiflow.planner.notation import is_auto
 from jacobiflow.planner.planner import plan
 from jacobiflow.planner.strategy import Prediction, Strategy
 
 __all__ = [
-    "BlockTuning", "Prediction", "Strategy", "Tuning", "auto", "choose", "find_tuning", "is_auto", "plan", "tune",
+    "BlockTuning", "Prediction", "Strategy", "Tuning", "auto", "auto_tolerance", "choose", "find_tuning", "is_auto", "plan", "tune",
 ]  # fmt: skip

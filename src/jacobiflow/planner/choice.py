@@ -10,7 +10,7 @@ from jacobiflow.models.flow import Flow
 from jacobiflow.planner.cache import auto
 from jacobiflow.planner.notation import is_auto
 from jacobiflow.planner.strategy import Strategy
-from jacobiflow.utils.checks import check_kind, format_value
+from jacobiflow.utils.checks import check_kind, check_number, format_value
 from jacobiflow.utils.progress import Progress
 
 
@@ -35,7 +35,7 @@ def choose(
     """
     check_kind("strategy", strategy, str | Path | Strategy, "a name, a Strategy, or the path of one's file")
     if isinstance(strategy, str) and is_auto(strategy):
-        return auto(flow, batch_size, _auto_tolerance(strategy, tolerance), progress)
+        return auto(flow, batch_size, auto_tolerance(strategy, tolerance, report), progress)
     config = flow.config
     if isinstance(strategy, Strategy):
         plan = strategy
@@ -56,11 +56,18 @@ def choose(
     return plan
 
 
-def _auto_tolerance(name: str, tolerance: float | None) -> float | None:
-    """The tolerance of "auto:TOLERANCE"; that of "auto" is `tolerance`."""
+def auto_tolerance(name: str, tolerance: float | None, report: CalibrationReport | None = None) -> float | None:
+    """Returns the tolerance of "auto:TOLERANCE"; that of "auto" is `tolerance`.
+
+    Raises:
+        ValueError: If the tolerance is not a number from 0, if it is given twice, or if there is a report.
+    """
+    if report is not None:
+        message = f"strategy {name!r} fits its own guesses; leave the report out, or give another strategy"
+        raise InputValueError(message, argument="report", value="a CalibrationReport")
     _, colon, text = name.partition(":")
     if not colon:
-        return tolerance
+        return None if tolerance is None else check_number("tolerance", tolerance)
     try:
         value = float(text)
     except ValueError as error:
@@ -69,4 +76,4 @@ def _auto_tolerance(name: str, tolerance: float | None) -> float | None:
         ) from error
     if tolerance not in (None, value):
         raise InputValueError(f"strategy {name!r} with tolerance {tolerance!r}: give the tolerance once")
-    return value
+    return check_number("tolerance", value)

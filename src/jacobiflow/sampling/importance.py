@@ -106,6 +106,6 @@ def importance(samples: Samples | SampleFolder, energy: Float[Tensor, " n"], *, 
         raise InputValueError(f"energy: {num} are NaN or -infinity; give infinity for a weight of 0")
     log_weights = -energy.detach().double() - log_prob.detach().to(energy.device).double()
     share = check_number("clip", clip, expected="a share of samples, from 0 to below 1", below=1)
-    if count := round(share * len(log_weights)):
+    if count := min(round(share * len(log_weights)), len(log_weights) - 1):
         log_weights = log_weights.clamp(max=log_weights.topk(count + 1).values[-1])
     return ImportanceWeights(log_weights)

@@ -22,7 +22,7 @@ from jacobiflow.fixed_point.options import CertifyMode, SolveOptions
 from jacobiflow.models.flow import Flow, check_flow, check_rate
 from jacobiflow.models.labels import ContextLike, Labels
 from jacobiflow.models.latents import MAX_SAMPLES
-from jacobiflow.planner import Strategy, choose, is_auto
+from jacobiflow.planner import Strategy, auto_tolerance, choose, is_auto
 from jacobiflow.sampling.denoise import denoise_checked
 from jacobiflow.sampling.invert import FlowSolution, invert_in_groups, log_prob_of, num_groups
 from jacobiflow.sampling.result import BlockStats, Samples
@@ -91,7 +91,9 @@ class SamplingRequest:
         outputs = Outputs(denoise, _resolve_log_prob(flow, log_prob, denoise), sensitivity, return_intermediates)
         options = SolveOptions(certify=certify, batch_size=batch_size)
         plan = None
-        if not (defer_auto and isinstance(strategy, str) and is_auto(strategy)):
+        if defer_auto and isinstance(strategy, str) and is_auto(strategy):
+            auto_tolerance(strategy, tolerance, report)  # Raises an error for arguments that do not fit.
+        else:
             plan = choose(flow, strategy, batch_size or num, tolerance=tolerance, report=report)
         return cls(flow, plan, checked, options, outputs)
 

@@ -27,7 +27,7 @@ from jacobiflow.sampling.request import SamplingRequest
 from jacobiflow.sampling.result import Outcome, Samples, npz_bytes, pillow, png_bytes
 from jacobiflow.utils import serialization
 from jacobiflow.utils.checks import check_choice, check_count, check_flag, check_kind, check_path, check_seed
-from jacobiflow.utils.files import json_bytes, sha256
+from jacobiflow.utils.files import MANIFEST, json_bytes, sha256
 from jacobiflow.utils.progress import Progress
 from jacobiflow.utils.timing import describe_machine
 
@@ -81,7 +81,7 @@ def sample_to_folder(
         num: The number of samples.
         out: A new or empty folder, or one with samples of the same settings.
         report: A report of `calibrate`, from which a named strategy takes its guesses.
-        batch_size: Samples in the network at a time; by default `num`, at most 64.
+        batch_size: Samples in the network at a time; by default that of samples in `out`, else `num`, at most 64.
         shard_size: Samples in a shard, a multiple of `batch_size`; about 1,024 by default.
         files: "npz", or "png" for a PNG of each sample too, in folders by class.
         overwrite: Whether to replace samples of other settings, or complete ones.
@@ -106,9 +106,12 @@ def sample_to_folder(
         0
     """
     num, seed = check_count("num", num, maximum=MAX_SAMPLES), check_seed(seed)
-    batch_size, shard_size = _resolve_sizes(num, batch_size, shard_size)
     check_flow(flow)
     check_path("out", out)
+    if batch_size is None and not overwrite and (Path(out) / MANIFEST).exists():
+        earlier = SampleFolder.open(out).spec
+        batch_size, shard_size = earlier.batch_size, earlier.shard_size if shard_size is None else shard_size
+    batch_size, shard_size = _resolve_sizes(num, batch_size, shard_size)
     check_flag("overwrite", overwrite)
     check_kind("progress", progress, Callable | None, "a function of done, total and what, or None")
     _check_file_format(flow, files)
