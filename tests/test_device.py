@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import replace
@@ -20,11 +19,9 @@ import jacobiflow as jf
 from jacobiflow.blocks.guidance import guided
 from jacobiflow.data import Noise, digits, noisy_images
 from jacobiflow.evaluation import bits_per_dim
-from jacobiflow.fixed_point.cuda_graphs import capture
 from jacobiflow.models.latents import draw_latents
 from jacobiflow.models.memory import batch_bytes, find_batch_size
 from jacobiflow.models.tarflow import TarFlowBlock
-from jacobiflow.sampling.denoise import denoise_checked
 from jacobiflow.sampling.folder import SampleFolder
 from jacobiflow.training import TrainConfig, train
 from tests.helpers.fake_device import Counts, FakeDevice
@@ -114,19 +111,6 @@ def texts_read(strategy: str) -> Callable[[str], Tensor]:
     return run
 
 
-def overflowing(device: str) -> Tensor:
-    """From a guess whose later tokens overflow in a float16 network, which earlier ones must not see."""
-    flow = jf.load("digits-p1", device=device, dtype=torch.float16)
-    z = draw_latents(2, flow.config.num_tokens, flow.config.token_channels, 0)
-    guess = torch.cat((z[:, :40], torch.full_like(z[:, 40:], 1e5)), dim=1).to(device)
-    solutions = [
-        jf.solve(flow.blocks[0], z.to(device), jf.Solver(partition, jf.WarmStart(guess), jf.Tolerance(1e-2)))
-        for partition in (jf.Whole(), jf.Window(16), jf.Segments(2))
-    ]
-    assert all((solution.status == jf.Status.CONVERGED).all() for solution in solutions)
-    return torch.cat([solution.x for solution in solutions]) / 1e3  # compared to 1e-2, the tolerance
-
-
 GUIDANCE, DIGITS_MAF = jf.Guidance(1.0, attn_temperature=1.4), partial(jf.load, "digits-maf")
 PATHS: dict[str, Callable[[str], Tensor]] = {
     "sequential": sample(strategy="sequential"), "denoised": sample(strategy="jacobi", denoise=1.0),
@@ -135,7 +119,7 @@ PATHS: dict[str, Callable[[str], Tensor]] = {
     "bfloat16 first": sample(strategy=jf.Strategy.uniform(jf.Solver(bf16_sweeps=3), 2)),
     "maf": sample(DIGITS_MAF, strategy=WINDOW), "maf, sequential": sample(DIGITS_MAF, strategy="sequential"),
     "evaluate": evaluate, "calibrate": calibrate, "train": training, "accelerate": accelerated, "folder": folder,
-    "plan": planned, "overflow": overflowing, "texts": texts_read("window:3"),
+    "plan": planned, "texts": texts_read("window:3"),
     "texts, sequential": texts_read("sequential"),
 }  # fmt: skip
 
@@ -231,34 +215,6 @@ def test_waiting_samples_take_the_memory_of_those_that_have_finished(guidance: j
     assert waiting.peak <= 1.5 * alone.peak
 
 
-@pytest.mark.parametrize("partition", [jf.Sequential(), jf.Window(16)])
-def test_another_thread_works_while_a_graph_is_captured(partition: jf.Partition) -> None:
-    """By CUDA's default its allocations would abort the capture; a capture of its own waits for the end of this one."""
-    affine_at, threads, failures = TarFlowBlock.affine_at, list[threading.Thread](), list[RuntimeError]()
-
-    def work() -> None:
-        try:
-            capture(lambda: start + 1, None)
-        except RuntimeError as error:
-            failures.append(error)
-
-    def beside(block: TarFlowBlock, *arguments: Any) -> tuple[Tensor, Tensor]:
-        if device.capturing is not None:
-            threads.append(threading.Thread(target=work))
-            threads[-1].start()
-            threads[-1].join(0.2)
-        return affine_at(block, *arguments)
-
-    with FakeDevice() as device, patch.object(TarFlowBlock, "affine_at", beside):
-        flow, start = jf.load("digits-p1", device="cuda"), torch.zeros(1, device="cuda")
-        z = draw_latents(1, flow.config.num_tokens, flow.config.token_channels, 0).to("cuda")
-        jf.solve(flow.blocks[3], z, jf.Solver(partition), LABELS[:1].to("cuda"))
-        for thread in threads:
-            thread.join()
-    assert threads
-    assert not failures
-
-
 @pytest.mark.parametrize("guidance", [None, GUIDANCE])
 @pytest.mark.parametrize("partition", [jf.Whole(), jf.Window(8), jf.Sequential()])
 def test_a_batch_takes_at_most_the_estimated_memory(partition: jf.Partition, guidance: jf.Guidance | None) -> None:
@@ -279,40 +235,3 @@ def test_a_batch_takes_at_most_the_estimated_memory(partition: jf.Partition, gui
             pytest.raises(ValueError, match=r"a sample needs 0\.0 GiB beside the weights, and 0\.0 GiB are free"),
         ):
             find_batch_size(flow.guided(guidance), 100)
-
-
-@pytest.mark.parametrize("partition", [jf.Whole(), jf.Window(512), jf.Segments(4)])
-def test_causal_masks_of_a_long_sequence_are_counted(partition: jf.Partition) -> None:
-    config = jf.TarFlowConfig(1, 64, 2, channels=16, num_blocks=1, layers_per_block=1, head_dim=16)
-    with FakeDevice() as device:
-        flow = jf.TarFlow(config).requires_grad_(False).to("cuda")
-        z = draw_latents(1, config.num_tokens, config.token_channels, 0).to("cuda")
-        with device.counting() as counts:
-            jf.solve(flow.blocks[0], z, jf.Solver(partition))
-        needed = batch_bytes(flow, 1)
-    assert needed is not None
-    assert counts.peak <= needed
-
-
-@pytest.mark.slow
-def test_denoising_at_128x128_takes_8_gib_however_many_images() -> None:
-    with torch.device("meta"):
-        flow = jf.TarFlow(jf.PRESETS["img128cond"].config).requires_grad_(False)
-    with FakeDevice(meta=True) as device:
-        flow, pixels = flow.to("cuda"), torch.empty(6, 3, 128, 128, device="cuda")
-        with device.counting() as counts:
-            denoise_checked(flow, pixels, jf.Context(), 1.0, 6)
-    assert 2 < counts.peak / 2**30 <= 8
-
-
-def test_certificates_keep_no_keys() -> None:
-    flow = jf.load("digits-p1")
-    with FakeDevice() as device:
-        z = torch.zeros(16, flow.config.num_tokens, flow.config.token_channels, device="cuda")
-        block = flow.to("cuda").blocks[0]
-        with device.counting() as cached:
-            block.init_cache(z)
-        with device.counting() as counts:
-            jf.certify(block, z, z)
-    assert counts.attention.keys() == {"causal"}
-    assert counts.live < 0.1 * cached.peak

@@ -5,9 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
-from contextlib import suppress
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +13,6 @@ import numpy as np
 import pytest
 import scipy.stats
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 import jacobiflow as jf
 from jacobiflow.calibration import (
@@ -24,10 +20,8 @@ from jacobiflow.calibration import (
     Components,
     ConvergenceCurve,
     Metrics,
-    gs_jacobi_notation,
 )
 from jacobiflow.calibration.report import GUESS_NAMES
-from jacobiflow.utils.files import json_bytes
 from tests.helpers.calibration_problems import linear_flow, randn
 from tests.helpers.invented import GUIDANCE, make_tuning, small
 from tests.helpers.running import figures, put
@@ -105,13 +99,6 @@ def test_a_report_comes_back_from_its_file_and_fits_its_flow_only(report: Calibr
         CalibrationReport.load(path)
 
 
-JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.just(10**400) | st.text(max_size=5),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
-    max_leaves=6,
-)
-
-
 UNFIT: dict[str, Any] = {
     "values of latent, zeros, mean_affine": (("metrics", "fro", "igm", 0), {"latent": 1.0}),
     "an entry for each of 5 blocks": (("metrics", "fro", "components"), []),
@@ -128,28 +115,6 @@ def test_a_report_whose_parts_do_not_fit_each_other_is_refused(missing: str, rep
     value = replace(report, metrics={"fro": report.metrics["fro"]}).to_json()
     with pytest.raises(jf.InputError, match=rf"^its parts do not fit each other: it lacks {missing}$"):
         CalibrationReport.from_json(put(json.loads(json.dumps(value)), *UNFIT[missing]))
-
-
-@given(data=st.data())
-def test_any_json_is_a_value_error_or_a_report(report: CalibrationReport, data: st.DataObject) -> None:
-    """A random entry is replaced. If the result is still a report, its methods work or raise InputError."""
-    value, path = json.loads(json.dumps(report.to_json())), list[Any]()
-    inner = value
-    while isinstance(inner, dict | list) and inner and (not path or data.draw(st.booleans())):
-        path.append(data.draw(st.sampled_from(list(inner) if isinstance(inner, dict) else range(len(inner)))))
-        inner = inner[path[-1]]
-    try:
-        changed = CalibrationReport.from_json(put(value, path, data.draw(JSON)))
-    except ValueError:
-        return
-    assert CalibrationReport.from_json(json.loads(json_bytes(changed.to_json()))) == changed
-    for method in (
-        changed.class_spread, partial(changed.mean_sweeps, "noise", 1e-3), partial(gs_jacobi_notation, changed, 1e-3),
-        partial(changed.rank_correlation, "crm"), partial(changed.rank_correlation, "gamma"),
-        lambda: list(map(changed.guess, range(changed.num_blocks))),
-    ):  # fmt: skip
-        with suppress(jf.InputError):
-            method()
 
 
 def test_a_report_is_found_by_its_guidance(report: CalibrationReport, tmp_path: Path) -> None:

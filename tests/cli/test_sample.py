@@ -1,4 +1,4 @@
-"""`jacobiflow sample`: it writes what the library draws, resumes, and compares; tests/storage has the rest."""
+"""`jacobiflow sample`: it writes what the library draws, resumes, and compares; tests/sampling/folder has the rest."""
 
 from __future__ import annotations
 

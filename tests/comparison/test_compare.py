@@ -10,9 +10,8 @@ import torch
 
 import jacobiflow as jf
 from jacobiflow.comparison.baselines import original_sampler
-from jacobiflow.comparison.compare import Comparison, SamplerResult, compare_samplers
+from jacobiflow.comparison.compare import compare_samplers
 from jacobiflow.evaluation import PairedError, paired_error
-from jacobiflow.utils.timing import Timing
 from tests.helpers.problems import latents, make_flow
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -44,13 +43,3 @@ def test_results_are_those_of_the_library_s_samples(guidance: jf.Guidance | None
         assert row.outcome == want.outcome or row.outcome.residual == want.outcome.residual  # type: ignore[union-attr]
         assert row.to_json()["sweeps"] == [block.sweeps for block in want.stats]
     assert few.error.max > 1e-2 > window.error.max
-
-
-def test_speed_ups_are_ratios_of_medians() -> None:
-    seconds, error = {"growing cache": 8.0, "sequential": 4.0, "auto": 1.0}, PairedError(0.0, 0.0, 0.0)
-    rows = tuple(SamplerResult(name, Timing(s, s / 2, s * 3), error, None) for name, s in seconds.items())
-    comparison = Comparison(4, rows, Timing(0.01, 0.01, 0.02))
-    assert comparison.speed_up(rows[2], "growing cache") == 8
-    assert comparison.speed_up(rows[0], "sequential") == 0.5
-    assert comparison.to_json()["rows"][2]["speed_up"] == {"growing cache": 8, "sequential": 4}
-    assert comparison.to_json()["encoding_pass"] == {"median": 0.01, "min": 0.01, "max": 0.02}

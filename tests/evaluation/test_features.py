@@ -11,7 +11,6 @@ from urllib.error import URLError
 
 import pytest
 import torch
-from torch import Tensor, nn
 
 from jacobiflow.data import DataError
 from jacobiflow.evaluation import FeatureStatistics, InceptionFeatures, extract_features, load_features
@@ -93,7 +92,7 @@ def test_a_function_from_a_file(tmp_path: Path) -> None:
     file.write_text("import torch\nN = 3\ndef few(images):\n    return images.flatten(1)[:, :N].double()\n")
     (tmp_path / "broken.py").write_text("def few(")
     images = torch.arange(84, dtype=torch.uint8).view(21, 1, 2, 2)
-    features = extract_features(load_features(f"{file}:few"), [images])
+    features = extract_features(load_features(f"{file}:few"), iter(images.split([7, 10, 1, 3])), batch_size=4)
     assert features.dtype == torch.float32 and torch.equal(features, images.flatten(1)[:, :3].float())
     for name, message in (
         (f"{file}:many", "mine.py:many: no function of this name in the file"),
@@ -116,14 +115,3 @@ def test_a_function_that_does_not_return_features_is_refused(result: Any) -> Non
         extract_features(lambda images: result, [images])
     with pytest.raises(ValueError, match=r"give a torch\.Tensor of floating-point numbers \(1, 3\)"):
         extract_features(lambda images: torch.ones(len(images), len(images) + 1), [images], batch_size=2)
-
-
-def test_extract_features_keeps_the_order() -> None:
-    class Pixels(nn.Linear):
-        def forward(self, images: Tensor) -> Tensor:
-            return images.flatten(1)[:, :3] + 0 * self.weight
-
-    images = torch.arange(84, dtype=torch.uint8).view(21, 1, 2, 2)
-    features = extract_features(Pixels(1, 1, bias=False), iter(images.split([7, 10, 1, 3])), batch_size=4)
-    assert torch.equal(features, images.flatten(1)[:, :3].float())
-    assert not features.requires_grad

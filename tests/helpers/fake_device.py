@@ -11,7 +11,6 @@ An operation of a tensor there with one of the host raises, as it would on a GPU
 
 from __future__ import annotations
 
-import threading
 import weakref
 from collections import Counter
 from collections.abc import Iterator
@@ -122,7 +121,7 @@ class _Copy(torch.autograd.Function):
             device.read_back()
             return x.host.clone()
         device.counts.to_device += 1
-        return OnDevice(x.detach().to(device.host, copy=True), device)
+        return OnDevice(x.detach().to("cpu", copy=True), device)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
@@ -142,15 +141,12 @@ class Graph:
         return self
 
     @contextmanager
-    def capture(self, error_mode: str) -> Iterator[None]:
+    def capture(self) -> Iterator[None]:
         """Nothing is computed while it is made: what the operations wrote is put back."""
-        if self.device.capture is not None:  # a capture begins by waiting for all streams, which no mode allows
-            raise RuntimeError("operation not permitted when stream is capturing")
         self.device.counts.captures += 1
-        self.error_mode, self.thread = error_mode, threading.get_ident()
-        self.device.capture = self
+        self.device.capturing = self
         yield
-        self.device.capture = None
+        self.device.capturing = None
         for tensor, before in reversed(self.written):
             tensor.copy_(before)
 
@@ -174,13 +170,12 @@ class Graph:
 
 
 class FakeDevice(TorchFunctionMode):
-    """While it is entered, "cuda" is a device; see the module. With `meta`, memory is counted, and nothing computed."""
+    """While it is entered, "cuda" is a device; see the module."""
 
-    def __init__(self, meta: bool = False) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.host = torch.device("meta" if meta else "cpu")
         self.counts, self.mixing = Counts(), False
-        self.capture: Graph | None = None
+        self.capturing: Graph | None = None
         self._holders: Counter[int] = Counter()
         self._patches = ExitStack()
 
@@ -190,7 +185,7 @@ class FakeDevice(TorchFunctionMode):
             "mem_get_info": lambda device: (80 << 30, 80 << 30), "current_stream": MagicMock(), "Stream": MagicMock(),
             "stream": lambda stream: nullcontext(),
             "CUDAGraph": partial(Graph, self),
-            "graph": lambda graph, pool=None, capture_error_mode="global": graph.capture(capture_error_mode),
+            "graph": lambda graph, pool=None, capture_error_mode="global": graph.capture(),
         }  # fmt: skip
         for name, value in cuda.items():
             self._patches.enter_context(patch.object(torch.cuda, name, value))
@@ -241,11 +236,6 @@ class FakeDevice(TorchFunctionMode):
         """The counts of attention: of a graph while it is captured, to be added at each replay."""
         return self.counts.attention if self.capturing is None else self.capturing.attention
 
-    @property
-    def capturing(self) -> Graph | None:
-        """The graph that this thread captures."""
-        return self.capture if self.capture is not None and self.capture.thread == threading.get_ident() else None
-
     def read_back(self) -> None:
         if self.capturing is not None:
             raise RuntimeError("operation not permitted when stream is capturing")
@@ -253,8 +243,6 @@ class FakeDevice(TorchFunctionMode):
 
     def hold(self, tensor: OnDevice) -> None:
         """Note the memory of a tensor until it is gone."""
-        if self.capture and self.capturing is None and self.capture.error_mode == "global":
-            raise RuntimeError("operation not permitted when stream is capturing")
         storage = tensor.host.untyped_storage()
         key, size, counts = storage._cdata, storage.nbytes(), self.counts
         self._holders[key] += 1
@@ -284,7 +272,7 @@ class FakeDevice(TorchFunctionMode):
             device, *rest = func(*([] if is_there else named), *others, **kwargs)
             return (DEVICE if is_there else device, *rest)
         if _is_there(kwargs.get("device")):
-            made = func(*args, **(kwargs | {"device": self.host}))
+            made = func(*args, **(kwargs | {"device": "cpu"}))
             if resolve_name(func) in ("torch.tensor", "torch.as_tensor"):
                 self.counts.to_device += 1
             else:
@@ -298,7 +286,7 @@ class FakeDevice(TorchFunctionMode):
             self.attention.update(causal=1, explicit=-1)
             hidden = ~bias._lower_right(torch.device("cpu"))
             mask = torch.zeros(hidden.shape, dtype=args[0].dtype).masked_fill(hidden, -torch.inf)
-            kwargs["attn_mask"] = OnDevice(mask.to(self.host), self)
+            kwargs["attn_mask"] = OnDevice(mask, self)
         self.mixing = True  # its slow kernel makes a mask of its own, where it believes the tensors to be
         try:
             return func(*args, **kwargs)

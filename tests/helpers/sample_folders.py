@@ -1,11 +1,8 @@
-"""Folders of samples for tests: runs that need no flow, and kills."""
+"""Folders of samples that no flow draws."""
 
 from __future__ import annotations
 
-import os
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -18,9 +15,9 @@ import jacobiflow as jf
 from jacobiflow.sampling.folder import job as module
 from jacobiflow.sampling.request import SamplingRequest
 from jacobiflow.sampling.result import BlockStats, Samples
+from tests.helpers.kills import read_files
 
 PLAN = jf.Strategy.uniform(jf.Solver(jf.Window(4)), 1)
-MACHINE = {"device": "cpu", "threads": 1}
 
 
 @cache
@@ -30,18 +27,16 @@ def tiny_flow(num_classes: int = 3) -> jf.TarFlow:
 
 
 def run(
-    out: Path, num: int = 10, labels: Any = "each", draw: Any = None, plan: Any = lambda: PLAN,
-    machine: Any = MACHINE, flow: Any = None, **changed: Any,
-) -> jf.SampleFolder:  # fmt: skip
+    out: Path, num: int = 10, labels: Any = "each", plan: Any = lambda: PLAN, flow: Any = None, **changed: Any
+) -> jf.SampleFolder:
     """A run of images that no flow draws, in shards of 4; `changed` are arguments of `sample_to_folder`."""
     labels = torch.arange(num) % 3 if isinstance(labels, str) else labels
     settings = {"strategy": "invented", "batch_size": 2, "shard_size": 4, **changed}
     with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".* not finite, since")
-        patch.setattr(SamplingRequest, "run", draw or invented)
+        patch.setattr(SamplingRequest, "run", invented)
         patch.setattr(module, "choose", lambda *_, **__: plan())
         patch.setattr("jacobiflow.sampling.request.choose", lambda *_, **__: plan())
-        patch.setattr(module, "describe_machine", lambda _: machine)
         return jf.sample_to_folder(flow or tiny_flow(), num, out, labels, **settings)
 
 
@@ -62,43 +57,6 @@ def pixels_in(folder: jf.SampleFolder) -> Any:
     return torch.cat(list(folder.batches())).permute(0, 2, 3, 1).numpy()
 
 
-def everything(out: Path) -> dict[str, bytes]:
-    """The files in a folder, without its locks."""
-    files = (path for path in sorted(out.rglob("*")) if path.is_file() and not path.name.startswith(".lock"))
-    return {str(path.relative_to(out)): path.read_bytes() for path in files}
-
-
 def shards(out: Path) -> dict[str, bytes]:
     """The files whose bytes depend on the spec only: shards, PNGs, manifest and strategy."""
-    return {name: data for name, data in everything(out).items() if not name.startswith(("units/", "outcome"))}
-
-
-class Killed(BaseException):
-    """The end of a process."""
-
-
-@contextmanager
-def killed(after: int) -> Iterator[None]:
-    """So many files get or lose their names; the next one, and all that would be cleaned up, do not."""
-    left, rename, unlink = [after], os.replace, Path.unlink
-
-    def count(change: Callable[..., None]) -> Callable[..., None]:
-        def counted(*given: Any, **options: Any) -> None:
-            left[0] -= 1
-            if left[0] < 0:
-                raise Killed
-            change(*given, **options)
-
-        return counted
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(os, "replace", count(rename))
-        patch.setattr(Path, "unlink", count(unlink))
-        yield
-
-
-def flip(path: Path) -> None:
-    """Change one bit of a file."""
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 1
-    path.write_bytes(data)
+    return {name: data for name, data in read_files(out).items() if not name.startswith(("units/", "outcome"))}

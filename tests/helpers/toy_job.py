@@ -1,21 +1,18 @@
-"""A job of two stages whose units take no time, and what may happen to its folder."""
+"""A job of two stages whose units take no time."""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
-import os
 import tempfile
-from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 from jacobiflow.jobs import Job, JobFolder, UnitOutput, run
 from jacobiflow.utils.progress import Progress
+from tests.helpers.kills import read_files
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,42 +59,3 @@ def undisturbed(spec: Spec) -> dict[str, bytes]:
     with tempfile.TemporaryDirectory() as folder:
         run(Digests(spec), folder)
         return read_files(Path(folder))
-
-
-def read_files(folder: Path, without: Collection[str] = ()) -> dict[str, bytes]:
-    """The content of all files except locks, by their names."""
-    paths = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
-    return {
-        name: path.read_bytes() for name, path in paths.items() if not name.startswith(".lock") and name not in without
-    }
-
-
-def flip(path: Path) -> None:
-    """Changes one bit of a file."""
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 1
-    path.write_bytes(data)
-
-
-class Killed(BaseException):
-    """The end of a process."""
-
-
-@contextmanager
-def killed(after: int) -> Iterator[None]:
-    """Lets so many files be renamed or removed; any further attempt, in the clean-up, too, raises `Killed`."""
-    left, replace, unlink = [after], os.replace, Path.unlink
-
-    def count(change: Callable[..., None]) -> Callable[..., None]:
-        def counted(*args: Any, **options: Any) -> None:
-            left[0] -= 1
-            if left[0] < 0:
-                raise Killed
-            change(*args, **options)
-
-        return counted
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(os, "replace", count(replace))
-        patch.setattr(Path, "unlink", count(unlink))
-        yield

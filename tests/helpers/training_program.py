@@ -31,7 +31,7 @@ class Digits(ImageDataset):
         return super().__getitem__(index)
 
 
-def run(out: str, shard: bool = False, stop: int = -1, kill: int = -1, seed: int = 0) -> float:
+def run(out: str, shard: bool = False, stop: int = -1, kill: int = -1) -> float:
     """Trains six steps; returns the share of the parameters that this process has."""
 
     def on_step(metrics: TrainMetrics) -> None:
@@ -42,8 +42,7 @@ def run(out: str, shard: bool = False, stop: int = -1, kill: int = -1, seed: int
     torch.manual_seed(rank())  # The weights of the first process count.
     flow, digits = jf.TarFlow(CONFIG), some_digits()
     config = TrainConfig(
-        6, batch_size=12, warmup=4, bf16=False, checkpoint_every=2, shard=shard, recompute=True, accumulation=2,
-        seed=seed,
+        6, batch_size=12, warmup=4, bf16=False, checkpoint_every=2, shard=shard, recompute=True, accumulation=2
     )  # fmt: skip
     data = Digits(digits.images, digits.labels, NAMES)
     train(flow, data, config, out, held_out=Subset(digits, range(31)), on_step=on_step)
@@ -57,6 +56,5 @@ if __name__ == "__main__":
     parser.add_argument("--shard", action="store_true")
     parser.add_argument("--stop", type=int, default=-1, help="the step after which a signal comes")
     parser.add_argument("--kill", type=int, default=-1, help="the rank of the process that is killed")
-    parser.add_argument("--seed", type=int, default=0)
     with process_group():
         print("share", run(**vars(parser.parse_args())))

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import signal
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from torch import Tensor
 import jacobiflow as jf
 from jacobiflow.data import ImageDataset, digits
 from jacobiflow.training import TrainConfig, TrainMetrics, read_metrics, train
+from tests.helpers.checkpoints import assert_same
 
 SIZES = {"channels": 32, "num_blocks": 2, "layers_per_block": 1, "num_classes": 10, "head_dim": 16, "expansion": 2}
 CONFIG = jf.TarFlowConfig(1, 8, 2, **SIZES, nvp=False, noise_std=0.1)  # learns its prior
@@ -56,37 +56,20 @@ def last_step(out: Path) -> int:
     return max((int(path.name.partition("-")[2]) for path in out.glob("checkpoint-*")), default=0)
 
 
-def checkpoint(out: Path) -> dict[str, Any]:
-    """The tensors of the checkpoint of one process, read by safetensors alone."""
-    step = last_step(out)
-    return {"step": step, **load_file(out / f"checkpoint-{step:010}" / "part-00001-of-00001.safetensors")}
+def checkpoint(out: Path) -> dict[str, Tensor]:
+    """The tensors of the checkpoint of one process, except seconds, read by safetensors alone."""
+    tensors = load_file(out / f"checkpoint-{last_step(out):010}" / "part-00001-of-00001.safetensors")
+    return {name: tensor for name, tensor in tensors.items() if name != "seconds"}
 
 
-def metrics(out: Path) -> list[dict[str, Any]]:
-    return [asdict(report) for report in read_metrics(out)]
-
-
-def assert_same(have: Any, want: Any, where: str = "") -> None:
-    """Equal bit for bit, but for the seconds that it took."""
-    assert type(have) is type(want), where
-    if isinstance(want, Tensor):
-        assert torch.equal(have, want), where
-    elif isinstance(want, list):
-        assert_same(dict(enumerate(have)), dict(enumerate(want)), where)
-    elif isinstance(want, dict):
-        assert have.keys() == want.keys(), where
-        for key in want.keys() - {"seconds"}:
-            assert_same(have[key], want[key], f"{where}.{key}")
-    else:
-        assert have == want, where
-
-
-def assert_same_run(have: Path, want: Path) -> None:
-    """Parameters, averaged weights, optimiser state and metrics."""
+def assert_same_run(have: Path, want: Path, with_metrics: bool = True) -> None:
+    """Equal bit for bit: parameters, averaged weights, optimizer state, and metrics except seconds."""
+    assert last_step(have) == last_step(want)
     assert_same(checkpoint(have), checkpoint(want))
-    assert_same(metrics(have), metrics(want))
     assert (have / "model.safetensors").read_bytes() == (want / "model.safetensors").read_bytes()
-    assert {*os.listdir(have)} == {*os.listdir(want)}
+    if with_metrics:
+        first, second = ([replace(each, seconds=0) for each in read_metrics(folder)] for folder in (have, want))
+        assert first == second
 
 
 def error_of(call: Callable[[], object]) -> str:

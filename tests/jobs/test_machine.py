@@ -19,7 +19,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 
 from jacobiflow.errors import InputValueError
 from jacobiflow.jobs import run
-from tests.helpers.toy_job import Digests, Killed, Spec, flip, killed, read_files, undisturbed
+from tests.helpers.kills import Killed, flip, killed, read_files
+from tests.helpers.toy_job import Digests, Spec, undisturbed
 
 WRITES = st.integers(0, 50)  # Before a kill; a run makes about 10 to 50.
 FOREIGN = ("mine.txt", "units/mine.txt", "1/mine.txt", "1/2/3.bin", "salt.binary", ".0.partial")

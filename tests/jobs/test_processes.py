@@ -16,7 +16,8 @@ import pytest
 from jacobiflow.errors import InputValueError
 from jacobiflow.jobs import run
 from jacobiflow.utils.files import FolderInUseError
-from tests.helpers.toy_job import Digests, Spec, read_files, undisturbed
+from tests.helpers.kills import read_files
+from tests.helpers.toy_job import Digests, Spec, undisturbed
 
 SPEC = Spec(num=10)
 SEEDS = [*range(5), *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(5, 60))]

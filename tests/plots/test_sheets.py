@@ -40,19 +40,6 @@ def test_rows_lie_under_their_captions() -> None:
     assert (narrow[:CAPTION, -4:] == WHITE).all(), "cut off"
 
 
-def test_columns_have_names_if_these_are_the_same_on_every_line() -> None:
-    images = random_images(15, 1, 28, 28)
-    plain = np.asarray(rows_sheet([("a", images)]))
-    assert_placed(plain[CAPTION:], images, columns=10, zoom=4)
-    names = [f"class {i % 10}" for i in range(15)]
-    named = np.asarray(rows_sheet([("a", images)], names))
-    assert np.array_equal(named[CAPTION:], plain)
-    dark = (named[:CAPTION] < 128).any(axis=(0, 2))
-    assert all(dark[116 * column + 8 : 116 * column + 112].any() for column in range(10))
-    assert not any(dark[116 * column - 2 : 116 * column + 6].any() for column in range(1, 10))
-    assert rows_sheet([("a", images)], [*names[:-1], "another"]).size == Image.fromarray(plain).size
-
-
 def test_a_comparison_shows_both_and_enlarges_the_sample_that_differs_most() -> None:
     reference = random_images(4, 3, height=20)
     images = reference.clone()

@@ -16,12 +16,10 @@ from PIL import Image
 from torch import Tensor
 
 import jacobiflow as jf
-from examples.captions import load as load_star
 from jacobiflow.models.latents import draw_latents
-from jacobiflow.sampling.result import SENSITIVITY_BOUND
+from tests.helpers.kills import Killed, killed
 from tests.helpers.oracle import Guide, Oracle
 from tests.helpers.problems import latents, make_flow, to_float32
-from tests.helpers.sample_folders import Killed, killed
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -54,9 +52,6 @@ def answer(name: str, guide: Guide | None = None) -> Tensor:
 
 def sample(flow: Any, **arguments: Any) -> jf.Samples:
     return jf.sample(flow, **{"strategy": "jacobi", **arguments})
-
-
-# --------------------------------------------------------------------------------------------------- the right images
 
 
 @pytest.mark.parametrize(
@@ -99,19 +94,6 @@ def test_classes_have_names() -> None:
     assert torch.equal(draw(labels="bag").images, draw(labels=numbers[1]).images)
     with pytest.raises(jf.InputError, match=r"labels=dres: no such class \(did you mean dress\?\)"):
         draw(labels="dres")
-
-
-def test_missing_labels_equal_labels_below_0() -> None:
-    flow = make_flow(**CLASSES)
-    none, below, some = (
-        sample(flow, latents=latents(flow, 4), labels=labels, tolerance=1e-12).images
-        for labels in (None, torch.tensor([-1, -1, -9, -1]), torch.tensor([0, 1, 0, 1]))
-    )
-    assert torch.equal(none, below)
-    assert (none - some).flatten(1).abs().amax(dim=1).min() > 1e-3
-
-
-# ------------------------------------------------------------------------------------------------- what is said of them
 
 
 @pytest.mark.parametrize("strategy", ["[0/2-4-2-3]", "jacobi"])
@@ -165,15 +147,14 @@ def test_samples_that_are_solved_token_by_token_are_exact() -> None:
     assert torch.equal(out.residual, out.stats[1].residual)
 
 
-# ------------------------------------------------------------------------------------------------ seeds and batches
-
-
 def test_a_seed_fixes_the_samples() -> None:
     flow = make_flow(**CLASSES)
     one, again, other = (sample(flow, num=3, seed=seed) for seed in (1, 1, 2))
     assert torch.equal(one.images, again.images)
     assert (one.images - other.images).abs().max() > 0.1
     assert torch.equal(one.latents, draw_latents(3, 16, 4, seed=1).double())
+    unlabelled = sample(flow, num=3, seed=1, labels=torch.tensor([-1, -9, -1]))
+    assert torch.equal(one.images, unlabelled.images)
 
 
 @pytest.mark.parametrize("strategy", ["[1-5-2-4]", "jacobi"])
@@ -218,9 +199,6 @@ def test_sample_refuses_latents_that_require_a_gradient() -> None:
         assert torch.equal(sample(flow, latents=z, strategy="jacobi").images, jf.decode(flow, z, strategy="jacobi"))
 
 
-# ----------------------------------------------------------------------------------------------------------- overflow
-
-
 @pytest.mark.parametrize(
     ("name", "strategy"), [("nvp, classes", "sequential"), ("nvp, classes", "jacobi"), ("vp, classes", "jacobi-3")]
 )
@@ -244,9 +222,6 @@ def test_an_image_that_overflows_exactly_is_nan_with_a_warning(strategy: str, na
         alone = draw(latents=z[[0, 2]])
     assert (out.images[[0, 2]] - alone.images).abs().max() < 0.05
     assert torch.equal(out.status[[0, 2]], alone.status)
-
-
-# ---------------------------------------------------------------------------------------------------------- bad input
 
 
 def test_arguments_that_do_not_fit_the_flow_are_named() -> None:
@@ -278,9 +253,6 @@ def test_guidance_that_changes_nothing_warns_or_is_off() -> None:
         sample(flow.guided(jf.Guidance(0.5, attn_temperature=0.7)), num=2)
         off = sample(flow.guided(jf.Guidance(0.0, attn_temperature=0.3)), num=2, labels=labels)
     assert torch.equal(off.images, sample(flow, num=2, labels=labels).images)
-
-
-# -------------------------------------------------------------------------------------------------------------- outcome
 
 
 def outcome(flow: jf.TarFlow, **settings: Any) -> tuple[str, list[str]]:
@@ -318,36 +290,13 @@ def test_samples_above_the_tolerance_are_named_with_the_reason() -> None:
     assert f"; {num} above the tolerance, up to {largest:.1e}, by the rounding of the network" in text
 
 
-PROMPTS = ["blue heart", "large green circle", "hand dark skin", "hand light skin", "banana", "sunglasses", "cat"]
-PROMPTS += ["rose", "red apple", "dog face", "pig nose", "tomato", "grinning", "cry", "raised hand medium skin"]
-PROMPTS += ["tiger"]
-
-
-GIVEN = {
-    "digits-p1": {"labels": [1, 2, 3, 4] * 8},
-    "fashion-p2": {"labels": [0, 1, 2, 3]},
-    "star": {"context": PROMPTS},
-}
-
-
-@pytest.mark.parametrize("names", [("digits-p1", "fashion-p2"), pytest.param(tuple(GIVEN), marks=pytest.mark.slow)])
-def test_sensitivity_is_near_the_error_beside_float64_and_names_the_samples_above_the_bound(names: Any) -> None:
-    """Within a factor of four for nine samples of ten, of guided models; of one, some amplify rounding to order 1."""
-    ratios = []
-    for name in names:
-        flow = load_star() if name == "star" else jf.load(name)
-        settings = {**GIVEN[name], "settings": jf.SamplingSettings(flow.recommended.guidance), "strategy": "sequential"}
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            out = jf.sample(flow, len(*GIVEN[name].values()), sensitivity=True, **settings)
-        exact = jf.sample(copy.deepcopy(flow).double(), latents=out.latents.double(), **settings).x
-        error = (out.x - exact).abs().flatten(1).amax(dim=1)
-        assert torch.equal(out.sensitivity > SENSITIVITY_BOUND, error > SENSITIVITY_BOUND)
-        num = out.outcome.num_sensitive
-        assert (num == int((error > SENSITIVITY_BOUND).sum())) and (num > 0) == bool(caught) == (name == "star")
-        assert not num or f"; {num} of 16 samples amplify float32 rounding above 0.01: use float64" in str(caught[0])
-        ratios.append(out.sensitivity / error)
-    ratio = torch.cat(ratios)
+def test_sensitivity_is_near_the_error_beside_float64() -> None:
+    """Within a factor of four for nine samples of ten of a guided model."""
+    flow, labels = jf.load("fashion-p2"), torch.arange(10)
+    settings = {"settings": jf.SamplingSettings(flow.recommended.guidance), "strategy": "sequential"}
+    out = jf.sample(flow, 10, labels, sensitivity=True, **settings)
+    exact = jf.sample(copy.deepcopy(flow).double(), latents=out.latents.double(), labels=labels, **settings).x
+    ratio = out.sensitivity / (out.x - exact).abs().flatten(1).amax(dim=1)
     assert ((ratio > 1 / 4) & (ratio < 4)).double().mean() >= 0.9
 
 
@@ -362,8 +311,6 @@ def test_sensitivity_leaves_samples_as_they_are(dtype: str, size: float) -> None
     assert plain.outcome.network_calls == measured.outcome.network_calls
     assert plain.sensitivity is plain.outcome.sensitivity is plain.outcome.num_sensitive is None
     assert ((measured.sensitivity > size / 30) & (measured.sensitivity < size * 30)).all()
-    alone = jf.sample(flow, labels=labels[3:], latents=measured.latents[3:], strategy="sequential", sensitivity=True)
-    torch.testing.assert_close(alone.sensitivity, measured.sensitivity[3:], rtol=3.0, atol=0)
 
 
 def test_a_sample_is_lost_or_sensitive_if_a_solve_overflows() -> None:

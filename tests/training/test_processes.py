@@ -58,10 +58,9 @@ def assert_equal_runs(out: Path, alone: Path) -> None:
 @pytest.mark.parametrize(
     ("launcher", "killed", "options", "launcher_of_next"),
     [
-        (TORCHRUN, 1, "", TORCHRUN),
-        (SRUN, 0, "--shard", SRUN.replace("2", "3")),
-        pytest.param(TORCHRUN, 0, "--shard", SRUN.replace("2", "1"), marks=pytest.mark.slow),
-        pytest.param(SRUN, 1, "", SRUN, marks=pytest.mark.slow),
+        (SRUN, 0, "--shard", SRUN),
+        pytest.param(TORCHRUN, 1, "", TORCHRUN, marks=pytest.mark.slow),
+        pytest.param(TORCHRUN, 0, "--shard", SRUN.replace("2", "3"), marks=pytest.mark.slow),
     ],
 )
 def test_a_death_ends_all_and_the_next_run_ends_as_one_process(
@@ -76,12 +75,11 @@ def test_a_death_ends_all_and_the_next_run_ends_as_one_process(
     assert shares == pytest.approx([1 / len(shares) if options else 1] * len(shares), abs=0.1)
 
 
+@pytest.mark.slow
 @FORKS
-def test_a_signal_ends_all_after_the_same_step_and_another_run_is_refused(alone: Path, tmp_path: Path) -> None:
+def test_a_signal_ends_all_after_the_same_step(alone: Path, tmp_path: Path) -> None:
     first = launch(SRUN, tmp_path, "--shard --stop 3")
     assert first.returncode != 0 and last_step(tmp_path) == 4
-    other = launch(SRUN, tmp_path, "--seed 1")
-    assert other.returncode != 0 and "of another run (seed=0, not 1)" in other.stderr
     training_program.run(str(tmp_path))
     assert_equal_runs(tmp_path, alone)
 

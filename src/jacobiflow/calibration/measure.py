@@ -205,7 +205,7 @@ class CalibrationJob(jobs.Job):
             case _, source:
                 solutions = self._solve(source, progress)
                 tensors = {name: torch.stack([getattr(each, name) for each in solutions]) for name in ("x", "z")}
-        return UnitOutput({_file(unit): save({name: tensor.contiguous() for name, tensor in tensors.items()})})
+        return UnitOutput({_file(unit): save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()})})
 
     def _solve(self, source: str, progress: Progress | None) -> list[BlockSolution]:
         """Encodes images, or solves the blocks at fresh latents under the context of these images."""

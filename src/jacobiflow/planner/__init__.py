@@ -8,5 +8,6 @@ from jacobiflow.planner.planner import plan
 from jacobiflow.planner.strategy import Prediction, Strategy
 
 __all__ = [
-    "BlockTuning", "Prediction", "Strategy", "Tuning", "auto", "auto_tolerance", "choose", "find_tuning", "is_auto", "plan", "tune",
+    "BlockTuning", "Prediction", "Strategy", "Tuning", "auto", "auto_tolerance", "choose", "find_tuning", "is_auto",
+    "plan", "tune",
 ]  # fmt: skip

@@ -142,9 +142,9 @@ def remove_leftovers(out: Path) -> None:
 
 def remove_later(out: Path, step: int) -> None:
     """Removes the metrics of steps after `step`, which a run that resumes there takes again, and leftovers."""
+    lines = [metrics.line() for metrics in read_metrics(out) if metrics.step <= step]  # May refuse the file.
     remove_leftovers(out)
     if (out / METRICS).exists():
-        lines = [metrics.line() for metrics in read_metrics(out) if metrics.step <= step]
         files.write_atomically(out / METRICS, "".join(lines).encode())
 
 

@@ -20,8 +20,9 @@ from jacobiflow.jobs import JobFolderError
 from jacobiflow.models.latents import draw_latents
 from jacobiflow.planner import auto
 from jacobiflow.sampling.folder import job as module
+from tests.helpers.kills import read_files
 from tests.helpers.problems import make_flow, to_float32
-from tests.helpers.sample_folders import MACHINE, everything, flip, pixels_in, run, shards, tiny_flow
+from tests.helpers.sample_folders import pixels_in, run, shards, tiny_flow
 from tests.helpers.scoring import levels
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -69,8 +70,6 @@ def out(reference: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(reference, tmp_path / "out"))
 
 
-# ------------------------------------------------------------------------------------------------------------- samples
-
 CASES: dict[str, dict[str, Any]] = {
     "certified, labels below 0": {"strategy": "window:5", "tolerance": 1e-4, "seed": 2**63 - 1, "labels": CLASSES - 1},
     "guided, denoised, not certified": {"strategy": "[1-4-3-5]", "settings": DENOISED, "certify": False},
@@ -117,9 +116,6 @@ def test_auto_is_planned_once_for_the_batch(tmp_path: Path, monkeypatch: pytest.
     assert (folder.spec.strategy, folder.strategy().solvers[0].partition) == ("auto:1e-2", jf.Window(4))
 
 
-# -------------------------------------------------------------------------------------------------------- interruptions
-
-
 def test_a_run_that_was_stopped_goes_on_after_its_last_shard(reference: Path, tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path, progress=interrupt_after(4))
@@ -138,39 +134,8 @@ def test_more_samples_are_added(reference: Path, out: Path) -> None:
     assert shards(out) == shards(out.parent / "twelve")
 
 
-def test_damage_is_drawn_again_and_another_machine_is_named(reference: Path, out: Path) -> None:
-    machine = {"device": "cuda", "threads": 2}
-    assert run(out, machine=machine).num_new == 0  # no warning
-    flip(out / "shards" / "00001.npz")
-    with pytest.warns(UserWarning, match="shard-00001 was damaged, and is computed again"):
-        assert run(out, machine=machine).num_new == 4
-    assert shards(out) == shards(reference)
-    with pytest.raises(KeyboardInterrupt):
-        run(out, overwrite=True, progress=interrupt_after(4))
-    with pytest.warns(UserWarning, match="begun on another machine or by other versions: equal to rounding, not to"):
-        run(out, machine=machine)
-    assert jf.SampleFolder.open(out).machine == MACHINE
-
-
-# ------------------------------------------------------------------------------------------------------------- refusals
-
-
-def test_a_folder_of_other_files_is_not_written_to(tmp_path: Path) -> None:
-    (tmp_path / ".hidden").write_text("mine")
-    run(tmp_path, 2, overwrite=True)
-    for name in ("00000.npz", "manifest.json"):
-        other = tmp_path / f"folder of {name}"
-        other.mkdir()
-        (other / name).write_text("[]")
-        with pytest.raises(
-            ValueError, match=r": (holds files that this command did not write; give a new|damaged; restore it)"
-        ):
-            run(other, overwrite=True)
-        assert everything(other) == {name: b"[]"}
-
-
 def test_other_settings_are_refused_before_anything_is_changed(out: Path) -> None:
-    before = everything(out)
+    before = read_files(out)
     changes: dict[str, dict[str, Any]] = {
         "num 10, not 9; other labels or context;": {"num": 9},
         "seed 0, not 1; certify True, not False;": {"seed": 1, "certify": False},
@@ -184,7 +149,7 @@ def test_other_settings_are_refused_before_anything_is_changed(out: Path) -> Non
         pattern = re.escape(words).replace(r"\.\*", ".*")
         with pytest.raises(JobFolderError, match=f"^{re.escape(str(out))}: holds samples of .*{pattern}.*{REPLACE}$"):
             run(out, **changed)
-        assert everything(out) == before
+        assert read_files(out) == before
     assert run(out, 9, overwrite=True).num_new == 9
 
 
@@ -201,12 +166,12 @@ UNFIT: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("words", UNFIT)
 def test_settings_that_do_not_fit_lose_nothing(words: str, out: Path, tmp_path: Path) -> None:
-    before = everything(out)
+    before = read_files(out)
     for path in (out, tmp_path / "new"):
         with pytest.raises(jf.InputError, match=re.escape(words)):
             draw(path, **{"overwrite": True, **UNFIT[words]})
     assert not (tmp_path / "new").exists()
-    assert everything(out) == before
+    assert read_files(out) == before
     with pytest.raises(TypeError, match=r"^out=None of type NoneType: give a path$"):
         draw(None)  # type: ignore[arg-type]
 
