@@ -20,7 +20,7 @@ COMMANDS = """
 calibrate --model tiny --images images --num 8 --convergence-samples 4 --out calibration
 plan --model tiny --batch-size 2 --out plan.json
 sample --model tiny --num 4 --strategy made.json --batch-size 2 --out samples
-sample --model tiny --num 2 --strategy auto --report calibration/report.json --out auto
+sample --model tiny --num 2 --strategy jacobi --report calibration/report.json --out jacobi
 evaluate --model tiny --samples samples --features none --paired 4 --out evaluated
 bench --model tiny --strategy fraction:4-2 --batch-size 2 --repeats 1 --out bench
 """

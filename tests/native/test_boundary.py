@@ -65,7 +65,6 @@ def freed(x: Tensor) -> Tensor:
     [
         torch.ones(3, 2), torch.ones(6), torch.ones(2, 3, dtype=torch.float64), torch.ones(2, 3, device="meta"),
         torch.ones(2, 3).to_sparse(), torch.ones(2, 3).as_subclass(type("Subclass", (Tensor,), {})),
-        torch.nested.nested_tensor([torch.ones(3)] * 2),
     ],
 )  # fmt: skip
 def test_a_tensor_that_does_not_fit_is_refused(tensor: Tensor) -> None:

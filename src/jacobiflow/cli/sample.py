@@ -147,9 +147,9 @@ def run(config: SampleConfig) -> SampleResult | None:
         )  # fmt: skip
         if config.compare:
             result = _compare(result, flow, folder, context, progress)
-    if folder.spec.has_pictures:
+    if result.comparison is not None and folder.spec.has_pictures:
         names = _class_names(flow, context.values) if texts is None else texts
-        _save_sheet(folder, result.comparison, names, config.out / _SHEET)
+        _save_comparison(result.comparison, config.strategy, names, config.out / _SHEET)
     return result
 
 
@@ -209,20 +209,13 @@ def _compare(
     return replace(result, comparison=comparison, error=error, rounding=rounding.outcome.sensitivity)
 
 
-def _save_sheet(folder: jf.SampleFolder, comparison: Comparison | None, names: list[str], path: Path) -> None:
-    """Saves the first samples as one picture; those of a comparison beside those of the original sampler."""
-    import torch
+def _save_comparison(comparison: Comparison, strategy: str, names: list[str], path: Path) -> None:
+    """Saves the first samples beside those of the original sampler as one picture."""
+    from jacobiflow import plots
 
-    from jacobiflow import data, plots
-
-    num = min(folder.spec.num, _SHEET_IMAGES)
-    if comparison is None:
-        images = torch.cat([folder.images(i) for i in range(-(-num // folder.spec.shard_size))])[:num]
-        picture = data.image_grid(data.scale(images), min(10, num))
-    else:
-        original, ours = (comparison.result(name).x[:num] for name in (comparison.original, folder.spec.strategy))
-        picture = plots.comparison_sheet(original, ours, ("original sampler", folder.spec.strategy), names[:num])
-    plots.save_png(picture, path)
+    original, ours = (comparison.result(name).x[:_SHEET_IMAGES] for name in (comparison.original, strategy))
+    sheet = plots.comparison_sheet(original, ours, ("original sampler", strategy), names[:_SHEET_IMAGES])
+    plots.save_png(sheet, path)
 
 
 def _class_names(flow: Flow, labels: Tensor | None) -> list[str]:

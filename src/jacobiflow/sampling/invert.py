@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Bool, Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from jacobiflow.blocks.context import Context
 from jacobiflow.blocks.tokens import Tokens
@@ -75,11 +75,10 @@ def invert_in_groups(
             permutation = flow.blocks[i].permutation
             # A sample that overflowed is replaced by zeros, so that the rest of its group can be solved.
             z_block = permutation(x).masked_fill(nonfinite.view(-1, 1, 1), 0)
-            problem = Problem(flow.inverse_block(i), z_block, rows)
-            solution = solve_to_tolerance(problem, strategy.solvers[i], options)
+            solution = solve_to_tolerance(Problem(flow.inverse_block(i), z_block, rows), strategy.solvers[i], options)
             tokens, block_log_det = solution.x, solution.log_det
-            if torch.is_grad_enabled() and (trained := _trained_parameters(flow.block(i), z_block, rows)) is not None:
-                tokens, block_log_det = with_gradient(problem, trained, tokens, block_log_det)
+            if torch.is_grad_enabled():
+                tokens, block_log_det = _attach_gradient(flow, i, z_block, rows, solution)
             log_det = log_det + block_log_det
             nonfinite = nonfinite | (solution.status == Status.NONFINITE)
             x = permutation.inverse(tokens.masked_fill(nonfinite.view(-1, 1, 1), torch.nan))
@@ -98,11 +97,13 @@ def invert_in_groups(
         yield FlowSolution(z, rows, x, log_det, nonfinite, tuple(reversed(solutions)), tuple(intermediates))
 
 
-def _trained_parameters(block: nn.Module, z: Tokens, context: Context) -> list[Tensor] | None:
-    """Returns the parameters of a block that have gradients; None if neither they nor its inputs have any."""
-    parameters: list[Tensor] = [each for each in block.parameters() if each.requires_grad]
-    has_inputs = any(each is not None and each.requires_grad for each in (z, context.values))
-    return parameters if parameters or has_inputs else None
+def _attach_gradient(flow: Flow, i: int, z: Tokens, context: Context, solution: Solution) -> tuple[Tensor, Tensor]:
+    """Returns x and the log-determinant of a block, with gradients if the block, `z` or the context has any."""
+    parameters: list[Tensor] = [each for each in flow.block(i).parameters() if each.requires_grad]
+    inputs = (z, context.values)
+    if not parameters and not any(each is not None and each.requires_grad for each in inputs):
+        return solution.x, solution.log_det
+    return with_gradient(Problem(flow.inverse_block(i), z, context), parameters, solution.x, solution.log_det)
 
 
 def log_prob_of(flow: Flow, solution: FlowSolution, batch_size: int) -> Float[Tensor, " n"]:

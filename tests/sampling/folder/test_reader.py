@@ -51,7 +51,9 @@ def test_samples_are_read_back(files: Any, labels: Any, tmp_path: Path) -> None:
 
 def test_an_npz_file_depends_on_no_clock_and_no_version_of_zlib(tmp_path: Path) -> None:
     run(tmp_path, labels=LABELS)
-    assert list(shards(tmp_path)) == ["manifest.json", *(f"shards/{i:05}.npz" for i in range(3)), "strategy.json"]
+    assert list(shards(tmp_path)) == [
+        "manifest.json", "samples.png", *(f"shards/{i:05}.npz" for i in range(3)), "strategy.json"
+    ]  # fmt: skip
     for i, (start, stop) in enumerate(SPANS):
         path = tmp_path / "shards" / f"{i:05}.npz"
         with np.load(path, allow_pickle=False) as arrays:
@@ -68,7 +70,7 @@ def test_an_npz_file_depends_on_no_clock_and_no_version_of_zlib(tmp_path: Path) 
 def test_pngs_lie_by_class_and_index(tmp_path: Path) -> None:
     out = run(tmp_path / "grey", labels=LABELS, files="png").path
     paths = [f"images/{label if label >= 0 else 'none'}/{i:08}.png" for i, label in enumerate(LABELS.tolist())]
-    assert sorted(name for name in read_files(out) if name.endswith(".png")) == sorted(paths)
+    assert sorted(name for name in read_files(out) if name.startswith("images")) == sorted(paths)
     for path, want in zip(paths, levels(SAMPLES.images), strict=True):
         with Image.open(out / path) as image:
             assert (image.format, image.mode) == ("PNG", "L")
@@ -117,7 +119,7 @@ def test_only_files_of_the_run_are_removed(tmp_path: Path) -> None:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(b"half")
     run(tmp_path, 2, labels=None, overwrite=True)
-    names = ("manifest.json", "outcome.json", "shards/00000.npz", "strategy.json", "units/strategy.json")
+    names = ("manifest.json", "outcome.json", "samples.png", "shards/00000.npz", "strategy.json", "units/strategy.json")
     assert sorted(read_files(tmp_path)) == sorted([*others, *names, "units/shard-00000-of-2.json"])
 
 

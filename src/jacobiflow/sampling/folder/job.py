@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -12,7 +14,7 @@ import torch
 
 from jacobiflow import jobs
 from jacobiflow.calibration import CalibrationReport
-from jacobiflow.data import quantize
+from jacobiflow.data import image_grid, quantize, scale
 from jacobiflow.data.grid import PICTURE_CHANNELS
 from jacobiflow.errors import InputValueError
 from jacobiflow.jobs import JobFolder, UnitOutput
@@ -27,7 +29,7 @@ from jacobiflow.sampling.request import SamplingRequest
 from jacobiflow.sampling.result import Outcome, Samples, npz_bytes, pillow, png_bytes
 from jacobiflow.utils import serialization
 from jacobiflow.utils.checks import check_choice, check_count, check_flag, check_kind, check_path, check_seed
-from jacobiflow.utils.files import MANIFEST, json_bytes, sha256
+from jacobiflow.utils.files import MANIFEST, json_bytes, sha256, write_atomically
 from jacobiflow.utils.progress import Progress
 from jacobiflow.utils.timing import describe_machine
 
@@ -50,6 +52,7 @@ if TYPE_CHECKING:
 
 _BATCH_SIZE = 64  # Default number of samples in a batch.
 _SHARD_SIZE = 1024  # Default number of samples in a shard, about.
+_SHEET_IMAGES = 100  # Samples in the picture.
 
 
 def sample_to_folder(
@@ -146,11 +149,9 @@ class SampleJob(jobs.Job):
 
     kind, version, result_name = KIND, VERSION, RESULT
     patterns = (
-        "strategy.json",
-        f"shards/{5 * '[0-9]'}.npz",
-        f"images/{8 * '[0-9]'}.png",
+        "strategy.json", "samples.png", f"shards/{5 * '[0-9]'}.npz", f"images/{8 * '[0-9]'}.png",
         f"images/*/{8 * '[0-9]'}.png",
-    )
+    )  # fmt: skip
 
     spec: SampleSpec
     machine: Mapping[str, Any]
@@ -176,9 +177,20 @@ class SampleJob(jobs.Job):
         return UnitOutput(self._files(index, samples), serialization.encode(samples.outcome))
 
     def reduce(self, folder: JobFolder) -> Any:
-        """Returns the outcome of all samples."""
+        """Saves the first samples as one picture, and returns the outcome of all."""
+        if self.spec.has_pictures and find_spec("PIL") is not None:
+            write_atomically(folder.path / "samples.png", self._first_samples(folder))
         values = [folder.value(self.spec.unit(i)) for i in range(self.spec.num_shards)]
         return serialization.encode(Outcome.merge([serialization.decode(Outcome, value) for value in values]))
+
+    def _first_samples(self, folder: JobFolder) -> bytes:
+        """Returns a PNG of the first samples, at most 100."""
+        spec, png = self.spec, io.BytesIO()
+        num = min(spec.num, _SHEET_IMAGES)
+        samples = SampleFolder(folder.path, spec)
+        images = torch.cat([samples.images(i) for i in range(-(-num // spec.shard_size))])[:num]
+        image_grid(scale(images), min(10, num)).save(png, "png")
+        return png.getvalue()
 
     def earlier_spec(self, earlier: Mapping[str, Any]) -> SampleSpec:
         """Returns the spec of fewer samples, under the first of the labels."""
