@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -109,7 +107,7 @@ class SamplingRequest:
         options = replace(self.options, tolerance=strategy.tolerance)
         batch_size = options.batch_size or len(latents)
         total = num_groups(len(latents), batch_size) * len(flow.blocks) * (1 + outputs.sensitivity)
-        on_block = partial(next, _report_blocks(progress, total))
+        on_block = _BlockCounter(progress, total)
         started = time.perf_counter()
         groups, sensitivities, log_probs = list[FlowSolution](), list[Tensor](), list[Tensor]()
         for group in invert_in_groups(
@@ -175,9 +173,15 @@ def _resolve_log_prob(flow: Flow, log_prob: bool | None, denoise: float) -> bool
     return log_prob
 
 
-def _report_blocks(progress: Progress | None, total: int) -> Iterator[None]:
-    """Reports one more solved block at each `next`."""
-    for done in range(1, total + 1):
-        if progress is not None:
-            progress(done, total, "sampling")
-        yield
+@dataclass
+class _BlockCounter:
+    """Reports one more solved block at each call."""
+
+    progress: Progress | None
+    total: int
+    done: int = 0
+
+    def __call__(self) -> None:
+        self.done += 1
+        if self.progress is not None:
+            self.progress(self.done, self.total, "sampling")
