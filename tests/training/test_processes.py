@@ -71,8 +71,10 @@ def test_a_death_ends_all_and_the_next_run_ends_as_one_process(
     last = launch(launcher_of_next, tmp_path, options)
     assert last.returncode == 0, last.stderr
     assert_equal_runs(tmp_path, alone)
-    shares = [float(share) for share in re.findall("share (.*)", last.stdout)]
-    assert shares == pytest.approx([1 / len(shares) if options else 1] * len(shares), abs=0.1)
+    (count, *_), shares = re.findall(r"\d", launcher_of_next), re.findall(r"share ([\d.]+)", last.stdout)
+    assert [float(share) for share in shares] == pytest.approx(
+        [1 / int(count) if options else 1] * len(shares), abs=0.1
+    )
 
 
 @pytest.mark.slow
