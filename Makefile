@@ -69,7 +69,7 @@ speed: setup
 	$(RENDER)
 	$(BIN)/python -m tools.pictures.figures
 
-# Measures docs/regimes.md, docs/sizes.md and docs/fewer_sweeps.md (an hour on two idle cores; it goes on if it was stopped).
+# Measures docs/regimes.md, docs/sizes.md and docs/fewer_sweeps.md (it goes on if it was stopped).
 regimes: setup
 	$(BIN)/python -m benchmarks.regimes regimes fitted-sweeps
 	$(RENDER)
@@ -151,7 +151,7 @@ boltzmann: setup
 	$(BIN)/python -m tools.pictures.figures alanine
 	$(RENDER)
 
-# Measures docs/starflow.md and docs/starflow_speed.md, of the weights in examples/emoji-star (forty minutes on two idle cores).
+# Measures docs/starflow.md and docs/starflow_speed.md, of the weights in examples/emoji-star.
 star: emoji
 	$(BIN)/python -m benchmarks.star
 	$(RENDER)
@@ -167,8 +167,8 @@ large-models: setup
 	$(BIN)/python -m benchmarks.devices large-models
 	$(RENDER)
 
-# Measures runs of several processes, a section of docs/clusters.md, and kills one of three processes at many moments (half an hour
-# on two cores; it goes on if it was stopped).
+# Measures runs of several processes, a section of docs/clusters.md, and kills one of three processes at many moments (it goes on if
+# it was stopped).
 clusters: setup
 	$(BIN)/python -m benchmarks.clusters
 	$(BIN)/python -m benchmarks.kills

@@ -1,4 +1,4 @@
-"""Measures training in two processes beside one: `python -m benchmarks.clusters`, about three minutes on two cores.
+"""Measures training in two processes beside one: `python -m benchmarks.clusters`.
 
 torchrun starts the processes on this machine, with a thread each. Writes docs/results/clusters.json, which fills
 docs/clusters.md: the largest differences of losses and trained weights, and the speed-up.

@@ -1,4 +1,4 @@
-"""Kills one of three processes that share a command: `python -m benchmarks.kills`, about twenty minutes on two cores.
+"""Kills one of three processes that share a command: `python -m benchmarks.kills`.
 
 The moments are spread evenly over the time of the work. The other processes must end without an error, and the folder
 must equal that of an undisturbed run. Writes docs/results/kills.json: the rounds, the kills of a process at work, the

@@ -1,4 +1,4 @@
-"""Measures STARFlow: `python -m benchmarks.star`, about forty minutes on two idle cores.
+"""Measures STARFlow: `python -m benchmarks.star`.
 
 With the captioned emoji of examples/captions.py: samples under guidance by the two samplers of the original code and by
 ours, the metrics and sweeps of the blocks, and how often a sample is nearest to the emoji of its caption. Writes
