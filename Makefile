@@ -57,7 +57,7 @@ mutants: setup
 # Measures all that README, the model cards and the pages show (a day on two idle cores). It goes on if it was stopped, measures
 # again what is of other code, and refuses to go on with the results of another machine. Each part is a target of its own.
 RENDER = $(BIN)/python -m tools.docs.render
-measure: speed clients calibration evaluation regimes boltzmann star precision large-models clusters rounding
+measure: speed calibration evaluation regimes boltzmann star precision large-models clusters rounding clients
 
 # Measures README, the model cards, and the pages on speed, flows of other libraries and training (two and a half hours on two idle
 # cores).
@@ -180,7 +180,7 @@ rounding: setup
 	$(RENDER)
 
 # Measures packages that build on masked flows, for docs/works_with.md (three minutes on two idle cores; it goes on if it was
-# stopped). Packages that are not installed are left out; ltu-ili is not on PyPI.
+# stopped). All of them must be installed; ltu-ili is not on PyPI.
 clients: setup
 	$(INSTALL) pocomc causalflows
 	$(BIN)/python -m benchmarks.packages clients

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -24,14 +24,14 @@ import jacobiflow as jf
 from benchmarks.lib.models import random_flow
 from benchmarks.lib.process import without_native
 from benchmarks.lib.results import Json, measure_files
-from benchmarks.lib.timing import IN_PYTORCH, to_json
-from examples.boltzmann import BINS, MODEL, Coordinates, bin_shares, frames, free_energies
+from benchmarks.lib.timing import IN_PYTORCH, time_runs
+from examples.boltzmann import BINS, MODEL, bin_shares, frames, free_energies, load
 from examples.molecule import PHI, PSI, torsion
 from jacobiflow.comparison.baselines import CachedNetwork
 from jacobiflow.models.flow import Flow
 from jacobiflow.models.latents import draw_latents, log_normal
 from jacobiflow.models.tarflow import TarFlowBlock
-from jacobiflow.utils.timing import time_call, time_interleaved
+from jacobiflow.utils.timing import time_call
 
 CPU = torch.device("cpu")
 
@@ -92,12 +92,13 @@ def ramachandran(positions: Tensor, weights: Tensor) -> list[list[float]]:
     return np.round(histogram, 7).tolist()
 
 
-def simulations() -> Json:
+def simulations(_: Json) -> Json:
     positions, weights = frames()
     return {"frames": len(positions), "map": ramachandran(positions, weights), **profile(positions, weights)}
 
 
-def proposals(flow: Flow, coordinates: Coordinates, num: int) -> Json:
+def proposals(key: Json) -> Json:
+    (flow, coordinates), num = load(), key["num"]
     sampling, samples = time_call(partial(jf.sample, flow, num, seed=2, batch_size=512), CPU)
     energies, (energy, positions) = time_call(partial(coordinates.energy, samples.tokens), CPU)
     weights, clipped = jf.importance(samples, energy), jf.importance(samples, energy, clip=0.002)
@@ -113,11 +114,12 @@ def proposals(flow: Flow, coordinates: Coordinates, num: int) -> Json:
     }  # fmt: skip
 
 
-def tolerances(flow: Flow, coordinates: Coordinates) -> list[Json]:
+def tolerances(_: Json) -> Json:
     """Samples at the same latents by several ways, beside the exact inverse in float64.
 
     Samples without a certificate take the density of the latent: log N(z) + log|det| at x.
     """
+    flow, coordinates = load()
     z = draw_latents(LATENTS, flow.config.num_tokens, flow.config.token_channels, seed=3)
     exact, log_prob = jf.decode(copy.deepcopy(flow).double(), z.double(), strategy="sequential", log_prob=True)
     energy, positions = coordinates.energy(exact)
@@ -149,22 +151,7 @@ def tolerances(flow: Flow, coordinates: Coordinates) -> list[Json]:
         else:
             log_weights = -energy - (log_normal(z) + flow.encode(samples.tokens)[1]).double()
         rows.append(row(name, log_weights, samples.tokens, positions))
-    return rows
-
-
-def measure_alanine(key: Json) -> Json:
-    what = key["what"]
-    if what == "simulations":
-        return simulations()
-    flow, coordinates = jf.load(MODEL).requires_grad_(False), Coordinates.load(MODEL / "coordinates.json")
-    if what == "tolerances":
-        return {"rows": tolerances(flow, coordinates)}
-    return proposals(flow, coordinates, int(what.split()[0].replace(",", "")))
-
-
-def alanine_keys() -> Iterator[Json]:
-    for what in ("simulations", *(f"{num:,} proposals" for num in PROPOSALS), "tolerances"):
-        yield {"what": what}
+    return {"rows": rows}
 
 
 class Turn:
@@ -221,7 +208,7 @@ class Live(nn.Module):
 
 def flow_of(size: str) -> Flow:
     if size == TRAINED:
-        return jf.load(MODEL).requires_grad_(False)
+        return load()[0]
     if size != PROSE:
         return random_flow(jf.TokenConfig(*SIZES[size]))
     torch.manual_seed(0)
@@ -262,10 +249,10 @@ def measure_samples(key: Json) -> Json:
         accelerated = Live(flow)
         jf.accelerate(accelerated)
         runs |= {GROWING: partial(Live(flow).reverse, z), ACCELERATED: partial(accelerated.reverse, z)}
-    timings, results = time_interleaved(runs, ROUNDS)
+    seconds, results = time_runs(runs, ROUNDS)
     answers = {DENSITIES: (results[DENSITIES].tokens, results[DENSITIES].log_prob)}
     answers |= {GROWING: results[GROWING]} if GROWING in results else {}
-    return {"seconds": to_json(timings), "errors": errors(flow, z, answers)}
+    return {"seconds": seconds, "errors": errors(flow, z, answers)}
 
 
 def measure_gradients(key: Json) -> Json:
@@ -284,22 +271,23 @@ def measure_gradients(key: Json) -> Json:
         )
         for name, output in outputs.items()
     }  # fmt: skip
-    timings, _ = time_interleaved(runs, ROUNDS)
-    return {"seconds": {name: timing.median for name, timing in timings.items()}}
-
-
-def speed_keys() -> Iterator[Json]:
-    yield from ({"size": size, "batch": batch} for size, batches in BATCHES.items() for batch in batches)
-    yield from ({"model": model, "batch": 4} for model in (*BUNDLED, MODEL.name))
-
-
-def measure_speed(key: Json) -> Json:
-    return (measure_samples if "size" in key else measure_gradients)(key)
+    seconds, _ = time_runs(runs, ROUNDS)
+    return {"seconds": {name: timing["median"] for name, timing in seconds.items()}}
 
 
 def main() -> None:
     warnings.simplefilter("ignore")  # samples that are not certified are what is measured
-    measure_files(__doc__, {"alanine": (alanine_keys, measure_alanine), "boltzmann": (speed_keys, measure_speed)})
+    measure_files(__doc__, {
+        "alanine": [
+            ([{"what": "simulations"}], simulations),
+            ([{"what": f"{num:,} proposals", "num": num} for num in PROPOSALS], proposals),
+            ([{"what": "tolerances"}], tolerances),
+        ],
+        "boltzmann": [
+            ([{"size": size, "batch": each} for size, batches in BATCHES.items() for each in batches], measure_samples),
+            ([{"model": model, "batch": 4} for model in (*BUNDLED, MODEL.name)], measure_gradients),
+        ],
+    })  # fmt: skip
 
 
 if __name__ == "__main__":

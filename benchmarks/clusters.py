@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from benchmarks.lib.results import Json, complete, parser
+from benchmarks.lib.results import Json, measure_files
 from jacobiflow.training import read_metrics
 
 FLOW = "--images digits --image-size 8 --channels 32 --head-dim 16 --blocks 2 --layers 2"
@@ -66,8 +66,7 @@ def measure(key: Json) -> Json:
 
 
 def main() -> None:
-    parser(__doc__).parse_args()
-    complete("clusters", KEYS, measure)
+    measure_files(__doc__, {"clusters": [(KEYS, measure)]})
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from benchmarks.lib.results import Json, complete, parser
+from benchmarks.lib.results import Json, measure_files
 
 MOMENTS, NUM_PROCESSES = 20, 3
 COMMANDS = {
@@ -85,8 +85,7 @@ def measure(key: Json) -> Json:
 
 
 def main() -> None:
-    parser(__doc__).parse_args()
-    complete("kills", ({"command": name} for name in COMMANDS), measure)
+    measure_files(__doc__, {"kills": [([{"command": name} for name in COMMANDS], measure)]})
 
 
 if __name__ == "__main__":

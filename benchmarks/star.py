@@ -21,14 +21,13 @@ from benchmarks import FIGURES
 from benchmarks.lib.models import latents, sample
 from benchmarks.lib.peers import starflow
 from benchmarks.lib.process import without_native
-from benchmarks.lib.results import Json, complete, parser
-from benchmarks.lib.timing import IN_PYTORCH, to_json
+from benchmarks.lib.results import Json, measure_files
+from benchmarks.lib.timing import IN_PYTORCH, time_runs
 from examples.captions import GUIDANCE, PROMPTS, SAMPLES_PER_PROMPT, SETTINGS, captioned_emoji, load
 from jacobiflow import plots
 from jacobiflow.comparison.baselines import TOKEN_LOOP, original_sampler
 from jacobiflow.data import Noise, scale
 from jacobiflow.evaluation import paired_error
-from jacobiflow.utils.timing import time_interleaved
 
 BATCHES, ROUNDS, ITERATION = (1, 4, 16), 3, "block iteration"
 CERTIFIED = "window:16, certified"
@@ -41,12 +40,13 @@ CATEGORIES = {
     "Animals & Nature": "animals and plants",
 }
 CALIBRATED, CURVE_SAMPLES = 128, 16
+GUIDANCES = {"plain": None, "guided": GUIDANCE}
 
 
 def speeds(key: Json) -> Json:
     """Seconds of a batch by each sampler, and errors against the exact inverse in float64."""
     flow, batch = load().guided(GUIDANCE), key["batch"]
-    z, prompts = latents(flow, batch)
+    z, prompts = latents(flow, batch, prompts=PROMPTS)
     context = flow.check_context(prompts, batch)
     draw = partial(sample, flow, z=z, context=context, certify=True)
     exact_loop = partial(draw, "sequential")
@@ -60,18 +60,18 @@ def speeds(key: Json) -> Json:
     }
     samplers = [*runs]
     runs["encoding pass"] = lambda: flow.guided(None).encode(torch.zeros(batch, *(flow.image_shape or ())), context)
-    timings, results = time_interleaved({name: torch.no_grad()(run) for name, run in runs.items()}, ROUNDS)
+    seconds, results = time_runs({name: torch.no_grad()(run) for name, run in runs.items()}, ROUNDS)
     exact = sample(copy.deepcopy(flow).double(), "sequential", z.double(), context).x
     images = {name: getattr(results[name], "x", results[name]) for name in samplers}
     return {
-        "seconds": to_json(timings),
+        "seconds": seconds,
         "errors": {name: paired_error(x.double(), exact).max for name, x in images.items()},
     }
 
 
 def blocks(key: Json) -> Json:
     """IGM of each guess and sweeps of each block, over captioned emoji with the noise of the training."""
-    flow = load().guided(GUIDANCE if key["blocks"] == "guided" else None)
+    flow = load().guided(GUIDANCES[key["blocks"]])
     emoji, captions, _ = captioned_emoji()
     index = torch.arange(CALIBRATED) * len(emoji) // CALIBRATED
     clean, noise = scale(emoji[index]), Noise(flow.config.noise_std)
@@ -96,7 +96,7 @@ def nearest_emoji(images: Tensor, emoji: Tensor) -> Tensor:
 
 def follows(key: Json) -> Json:
     """The shares of samples whose nearest emoji, or one of the nearest five, is that of their caption, by category."""
-    settings = jf.SamplingSettings(GUIDANCE if key["follows"] == "guided" else None, denoise=SETTINGS.denoise)
+    settings = jf.SamplingSettings(GUIDANCES[key["follows"]], denoise=SETTINGS.denoise)
     emoji, captions, categories = captioned_emoji()
     flow, is_right = load(), []
     for i, caption in enumerate(captions):
@@ -120,10 +120,6 @@ def shares_right(is_right: Tensor) -> Json:
     }
 
 
-def measure(key: Json) -> Json:
-    return speeds(key) if "batch" in key else blocks(key)
-
-
 def draw_sheet() -> None:
     """Draws samples of each prompt, and counts those that are nearest to the emoji of their caption."""
     flow, rows = load(), []
@@ -138,11 +134,11 @@ def draw_sheet() -> None:
 
 
 def main() -> None:
-    parser(__doc__).parse_args()
-    keys: list[Json] = [{"batch": batch} for batch in BATCHES]
-    keys += [{"blocks": name} for name in ("plain", "guided")]
-    complete("starflow", keys, measure)
-    complete("captions", [{"follows": name} for name in ("plain", "guided")], follows)
+    batches, guidances = [{"batch": batch} for batch in BATCHES], [{"blocks": name} for name in GUIDANCES]
+    measure_files(__doc__, {
+        "starflow": [(batches, speeds), (guidances, blocks)],
+        "captions": [([{"follows": name} for name in GUIDANCES], follows)],
+    })  # fmt: skip
     draw_sheet()
 
 

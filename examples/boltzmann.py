@@ -166,6 +166,11 @@ def train(steps: int) -> None:
     coordinates.save(MODEL / "coordinates.json")
 
 
+def load() -> tuple[jf.TarFlow, Coordinates]:
+    """Loads the bundled flow, and the map to its tokens."""
+    return jf.TarFlow.from_pretrained(MODEL).requires_grad_(False), Coordinates.load(MODEL / "coordinates.json")
+
+
 def bin_shares(phi: Tensor, weights: Tensor) -> Any:
     """Returns the share of each bin of phi."""
     return np.histogram(phi, BINS, (-np.pi, np.pi), weights=weights / weights.sum())[0]
@@ -179,7 +184,7 @@ def free_energies(phi: Tensor, weights: Tensor) -> list[float]:
 
 def weigh(num: int, seed: int) -> None:
     """Draws proposals with their densities, weighs them, and prints averages."""
-    flow, coordinates = jf.load(MODEL), Coordinates.load(MODEL / "coordinates.json")
+    flow, coordinates = load()
     started = time.perf_counter()
     samples = jf.sample(flow, num, seed=seed, batch_size=512)
     print(f"{samples.outcome}; {num / (time.perf_counter() - started):,.0f} a second")

@@ -1,10 +1,9 @@
-"""The process of a benchmark: its folder, its memory, and exact loops without native code."""
+"""The process of a benchmark: its threads, its memory, and exact loops without native code."""
 
 from __future__ import annotations
 
 import multiprocessing
 import os
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,18 +31,6 @@ def threads(count: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-@contextmanager
-def temporary_folder() -> Iterator[None]:
-    """Runs in a folder that is removed when the block ends."""
-    before = Path.cwd()
-    with tempfile.TemporaryDirectory() as folder:
-        os.chdir(folder)
-        try:
-            yield
-        finally:
-            os.chdir(before)
 
 
 def in_new_process(function: Callable[..., Any], *arguments: Any) -> Any:

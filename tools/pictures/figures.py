@@ -277,13 +277,13 @@ def front() -> None:
 
 def main() -> None:
     options = parser(__doc__)
-    options.add_argument("names", nargs="*", metavar="NAME", help="such as training; by default all, and front.gif")
+    options.add_argument("names", nargs="*", metavar="NAME", help="such as training or front; by default all")
     names = options.parse_args().names
     for draw in (partitions, error_against_time, regimes, masked_flows, speed, training, alanine):
         name = draw.__name__.replace("_", "-")
         if not names or name in names:
             save_png(draw(), FIGURES / f"{name}.png")
-    if not names:
+    if not names or "front" in names:
         front()
 
 

@@ -152,13 +152,12 @@ def main() -> None:
     arguments = parser(__doc__)
     arguments.add_argument("model", help="a bundled name, or a model folder with a report.json")
     arguments.add_argument("--strategy", help="compared with the exact loop; default: the report's own proposal")
-    arguments.add_argument("--out", type=Path, default=FIGURES)
     options = arguments.parse_args()
     flow = jf.load(options.model)
     path = jf.find_report(flow)
     if path is None:
         raise SystemExit(f"{options.model}: has no report.json; make one with jacobiflow calibrate")
-    draw_figures(flow, CalibrationReport.load(path), options.out, Path(options.model).name, options.strategy)
+    draw_figures(flow, CalibrationReport.load(path), FIGURES, Path(options.model).name, options.strategy)
 
 
 if __name__ == "__main__":
