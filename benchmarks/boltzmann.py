@@ -1,4 +1,4 @@
-"""Measures flows over tokens of molecules on two idle cores: `python -m benchmarks.boltzmann FILE ...`.
+"""Measures flows over tokens of molecules on two idle cores: `python -m benchmarks.boltzmann [FILE ...]`.
 
 Each FILE is a result file. `alanine` (eight minutes; docs/boltzmann.md) needs the simulations that `python -m
 examples.boltzmann simulate` writes: free energies along phi of the simulations and of proposals, effective sample
@@ -154,7 +154,7 @@ def tolerances(_: Json) -> Json:
     return {"rows": rows}
 
 
-class Turn:
+class OriginalPermutation:
     """A permutation with the signature of the original code's."""
 
     def __init__(self, block: TarFlowBlock) -> None:
@@ -164,7 +164,7 @@ class Turn:
         return self.permutation.inverse(x, dim) if inverse else self.permutation(x, dim)
 
 
-class LiveBlock(nn.Module):
+class OriginalBlock(nn.Module):
     """A block as SBG's code has it: `reverse` returns x and the log-determinant, by a growing cache."""
 
     nvp = True
@@ -173,10 +173,10 @@ class LiveBlock(nn.Module):
         super().__init__()
         block = copy.deepcopy(block)
         self.proj_in, self.pos_embed, self.proj_out = block.proj_in, block.pos_embed, block.proj_out
-        self.attn_blocks, self.permutation = block.attn_blocks, Turn(block)
+        self.attn_blocks, self.permutation = block.attn_blocks, OriginalPermutation(block)
 
     def embed_context(self, context: None) -> None:
-        """There is none."""
+        """Returns None: there is no context."""
 
     def reverse(self, x: Tensor) -> tuple[Tensor, Tensor]:
         block: Any = self
@@ -189,12 +189,12 @@ class LiveBlock(nn.Module):
         return self.permutation(x, inverse=True), log_det
 
 
-class Live(nn.Module):
+class OriginalFlow(nn.Module):
     """A flow as SBG's code has it."""
 
     def __init__(self, flow: jf.TarFlow) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList(map(LiveBlock, flow.blocks))
+        self.blocks = nn.ModuleList(map(OriginalBlock, flow.blocks))
 
     @torch.no_grad()
     def reverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
@@ -246,9 +246,9 @@ def measure_samples(key: Json) -> Json:
         "window:8": partial(jf.sample, flow, latents=z, strategy="window:8", log_prob=True),
     }
     if isinstance(flow, jf.TarFlow):
-        accelerated = Live(flow)
+        accelerated = OriginalFlow(flow)
         jf.accelerate(accelerated)
-        runs |= {GROWING: partial(Live(flow).reverse, z), ACCELERATED: partial(accelerated.reverse, z)}
+        runs |= {GROWING: partial(OriginalFlow(flow).reverse, z), ACCELERATED: partial(accelerated.reverse, z)}
     seconds, results = time_runs(runs, ROUNDS)
     answers = {DENSITIES: (results[DENSITIES].tokens, results[DENSITIES].log_prob)}
     answers |= {GROWING: results[GROWING]} if GROWING in results else {}

@@ -1,6 +1,5 @@
-"""Measures memory and rounding on two idle cores: `python -m benchmarks.devices FILE ...`.
+"""Measures memory and rounding on two idle cores: `python -m benchmarks.devices [FILE ...]`.
 
-Each FILE is a result file.
 - `precision` (half an hour; docs/devices.md): samples of trained models by the exact loop that reads their weights in
   16 bits and by the one that reads them in float32; blocks of random weights, up to two layers of STARFlow's released
   shape, with their memory; and float64.

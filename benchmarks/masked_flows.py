@@ -1,4 +1,4 @@
-"""Times masked flows of four libraries, as they are and accelerated: `python -m benchmarks.masked_flows FILE ...`.
+"""Times masked flows of four libraries, as they are and accelerated: `python -m benchmarks.masked_flows [FILE ...]`.
 
 Each FILE is a result file, measured on two idle cores. Flows have five transforms and random weights.
 - `masked-flows` (half an hour; docs/flows.md and docs/libraries.md): sampling, without its random numbers, and the
@@ -12,7 +12,7 @@ Each FILE is a result file, measured on two idle cores. Flows have five transfor
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from importlib.metadata import version
 from itertools import product
@@ -28,7 +28,7 @@ from benchmarks.lib.library_flows import FLOWS, PACKAGES, TRANSFORMS, calls, log
 from benchmarks.lib.process import threads
 from benchmarks.lib.results import Json, measure_files
 from benchmarks.lib.simulator import standardized
-from benchmarks.lib.timing import fitting_rounds, seconds_of, time_speed_up
+from benchmarks.lib.timing import seconds_of, time_speed_up
 
 CONTEXT = 4
 HIDDEN, ROWS = 50, (1, 100, 10_000)
@@ -57,6 +57,11 @@ GRADIENT_ROWS = 1_000  # the largest number of rows whose gradients are compared
 SIMULATIONS, STEPS, RATE_OF_LOSSES, NUDGE = 10_000, 1_000, 5e-4, 1e-7
 
 
+def count_rounds(run: Callable[[], Any]) -> int:
+    """The number of runs that take about `SECONDS` together."""
+    return min(MOST, max(LEAST, int(SECONDS / seconds_of(run))))
+
+
 def measure_call(key: Json) -> Json:
     """Seconds of one direction, by the library and accelerated, and the root mean square errors of few rows."""
     library, kind, features, rows = (key[name] for name in ("library", "flow", "features", "rows"))
@@ -75,7 +80,7 @@ def measure_call(key: Json) -> Json:
         for name, each in (("library", flow), ("accelerated", accelerated))
     }
     with torch.no_grad():
-        metrics, results = time_speed_up(runs, fitting_rounds(seconds_of(runs["library"]), SECONDS, LEAST, MOST))
+        metrics, results = time_speed_up(runs, count_rounds(runs["library"]))
         if rows <= ERROR_ROWS and features <= ERROR_FEATURES:
             exact = calls(copy.deepcopy(flow).double(), context.double(), rows)[call](inputs.double())
             metrics["error"] = {name: float((each - exact).square().mean().sqrt()) for name, each in results.items()}
@@ -160,7 +165,7 @@ def measure_training(key: Json) -> Json:
     errors = {name: Task(key, each, *few).gradient() - exact for name, each in flows.items()}
     tasks = {name: Task(key, each, *inputs).run for name, each in flows.items()}
     tasks["library"]()
-    rounds = fitting_rounds(seconds_of(tasks["library"]), SECONDS, LEAST, MOST)
+    rounds = count_rounds(tasks["library"])
     use_threads = threads(key["threads"])
     runs = {name: use_threads(task) for name, task in tasks.items()}
     if key["threads"] > 1:

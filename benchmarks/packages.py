@@ -1,4 +1,4 @@
-"""Times what users of other packages wait for, as it is and accelerated: `python -m benchmarks.packages FILE ...`.
+"""Times what users of other packages wait for, as it is and accelerated: `python -m benchmarks.packages [FILE ...]`.
 
 Each FILE is a result file: `sbi`, calls of sbi (docs/sbi.md; 20 minutes on two idle cores); `clients`, a call of each
 package that builds on masked flows (docs/works_with.md; three minutes); and `fits`, a training with its samples
@@ -72,19 +72,18 @@ def seeded(run: Callable[[Any], Any], target: Any) -> Any:
     return run(target)
 
 
-def accelerated(run: Callable[[Any], Any], library: ModuleType) -> Any:
-    """Makes a call in which the library's new flows are accelerated."""
-    with jf.accelerate(library):
-        return seeded(run, library)
-
-
 def both_ways(run: Callable[[Any], Any], target: Any) -> dict[str, Callable[[], Any]]:
     """A call on an object as it is and on an accelerated copy, or on a library whose new flows are accelerated."""
-    if isinstance(target, ModuleType):
-        return {"library": partial(seeded, run, target), "accelerated": partial(accelerated, run, target)}
-    fast = copy.deepcopy(target)
-    jf.accelerate(fast)
-    return {"library": partial(seeded, run, target), "accelerated": partial(seeded, run, fast)}
+    is_library = isinstance(target, ModuleType)
+    fast = target if is_library else copy.deepcopy(target)
+    if not is_library:
+        jf.accelerate(fast)
+
+    def accelerated() -> Any:
+        with jf.accelerate(fast) if is_library else nullcontext():
+            return seeded(run, fast)
+
+    return {"library": partial(seeded, run, target), "accelerated": accelerated}
 
 
 # Calls of sbi

@@ -1,6 +1,5 @@
-"""Compares `auto` with the original and other samplers on two idle cores: `python -m benchmarks.performance FILE ...`.
+"""Compares `auto` with original and other samplers on two idle cores: `python -m benchmarks.performance [FILE ...]`.
 
-Each FILE is a result file.
 - `model-speed` (ten minutes; README, docs/performance.md and the model cards): the bundled models, from the call to
   images that a user keeps, for the original sampler and for `jf.sample` at its defaults; then the parts.
 - `performance` (half an hour; docs/performance.md and docs/peers.md): for each batch size of `fashion-p2` the grid,
@@ -23,7 +22,7 @@ from torch import Tensor
 import jacobiflow as jf
 from benchmarks import MODELS
 from benchmarks.lib.models import latents, sample
-from benchmarks.lib.peers import GRIDS, PEERS, gs_jacobi_grid
+from benchmarks.lib.peers import AUTOS, GRIDS, PEERS, gs_jacobi_grid
 from benchmarks.lib.process import without_native
 from benchmarks.lib.results import Json, measure_files
 from benchmarks.lib.timing import IN_PYTORCH, time_runs
@@ -31,7 +30,7 @@ from jacobiflow.calibration import gs_jacobi_notation
 from jacobiflow.comparison.baselines import original_sampler
 from jacobiflow.comparison.compare import compare_samplers
 from jacobiflow.evaluation import paired_error
-from jacobiflow.planner import auto
+from jacobiflow.planner import auto, choose
 
 TOLERANCE = 1e-3  # of `auto`, of the paper's Algorithm 1, and of what counts as right
 ROUNDS = {1: 7, 4: 5, 16: 3, 64: 3}
@@ -50,7 +49,6 @@ CERTIFIED = "auto, certified"
 WITHOUT_LOOP, WITHOUT_ALL = "auto, without the native loop", "auto, without all three"
 
 LARGE = 64  # The batch at which the strategies of the paper take too long.
-AUTOS = {"auto:1e-1": 1e-1, "auto:1e-2": 1e-2, "auto": TOLERANCE}
 
 Sampler = Callable[[Tensor, Any], Any]  # From latents and context to images and network_calls.
 
@@ -224,8 +222,8 @@ def measure_strategies(key: Json) -> Json:
     with without_native():
         plan = jf.plan(flow, batch_size=batch)
     runs[WITHOUT_LOOP] = without_native()(partial(draw, strategy=plan, certify=True))
-    for name, tolerance in AUTOS.items():
-        runs[name] = partial(draw, strategy=auto(flow, batch, tolerance), certify=True)
+    for name in AUTOS:
+        runs[name] = partial(draw, strategy=choose(flow, name, batch), certify=True)
     return {"rows": compare_samplers(flow, z, labels, runs, repeats=ROUNDS[batch]).to_json()["rows"]}
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 import jacobiflow as jf
 from benchmarks.features import KINDS, Distance, trained_distance
 from benchmarks.lib.models import latents
-from benchmarks.lib.peers import GRIDS, PEERS, gs_jacobi_grid
+from benchmarks.lib.peers import AUTOS, GRIDS, PEERS, gs_jacobi_grid
 from benchmarks.lib.results import Json, ResultFile, parser
 from benchmarks.lib.timing import time_runs
 from jacobiflow.comparison.baselines import SEQUENTIAL, original_sampler
@@ -31,7 +31,6 @@ from jacobiflow.models.memory import keep_freed_memory
 from jacobiflow.planner import choose, is_auto
 
 ORIGINAL = "Original"
-AUTOS = ("auto:1e-1", "auto:1e-2", "auto")
 WITHIN = 0.01  # above the original's distance: bold in the paper's tables
 
 Sampler = Callable[[Tensor, Tensor], Any]

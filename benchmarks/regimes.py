@@ -1,6 +1,5 @@
-"""Times blocks of many sizes, and counts sweeps of trained ones: `python -m benchmarks.regimes FILE ...`.
+"""Times blocks of many sizes, and counts sweeps of trained ones: `python -m benchmarks.regimes [FILE ...]`.
 
-Each FILE is a result file.
 - `regimes` (docs/regimes.md and docs/sizes.md): the exact loop in native code and in PyTorch, and an encoding
   pass in float32 and in bfloat16, of blocks of random weights (T = 256, C = 12) and of the bundled TarFlows. A solver
   that evaluates every token k times takes at least k passes.

@@ -24,11 +24,6 @@ def seconds_of(run: Callable[[], Any]) -> float:
     return time_call(run, torch.device("cpu"))[0]
 
 
-def fitting_rounds(seconds: float, budget: float, least: int, most: int) -> int:
-    """The number of rounds of `seconds` each that fit into a budget of seconds, within limits."""
-    return min(most, max(least, int(budget / seconds)))
-
-
 def time_speed_up(runs: Mapping[str, Callable[[], Any]], rounds: int) -> tuple[Json, Json]:
     """Times "library" and "accelerated" interleaved; returns the metrics, and the results of both."""
     seconds, results = time_runs(runs, rounds)

@@ -216,7 +216,7 @@ def training() -> Figure:
                 share = run["seconds"][way][phase] / run["total"]["library"]
                 axis.barh(y, share, 0.75, left, color=color, label=phase)
                 left += share
-            text = seconds_text(run["total"][way]) + (f", {format_speed_up(run['speed_up'])} faster" if row else "")
+            text = f"{run['total'][way]:.3g} s" + (f", {format_speed_up(run['speed_up'])} faster" if row else "")
             axis.text(left + 0.01, y, text, va="center", color=TEXT_COLOR)
     axis.set_yticks([*labels], labels.values())
     axis.tick_params(length=0)
@@ -259,10 +259,6 @@ def alanine() -> Figure:
     axis.legend(loc="upper left")
     simplify_axes(axis)
     return figure
-
-
-def seconds_text(seconds: float) -> str:
-    return f"{seconds:.{0 if seconds >= 9.95 else 1 if seconds >= 0.95 else 2}f} s"
 
 
 def front() -> None:

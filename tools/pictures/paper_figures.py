@@ -50,10 +50,11 @@ def draw_figures(flow: Flow, report: CalibrationReport, out: Path, name: str, st
     save_png(intermediates_sheet([images[:SHOWN] for images in steps], denoise > 0), out / f"{name}-sampling.png")
     exact = steps[-2] if denoise else sequential.images
     columns = [] if labels is None else [f"class {label}" for label in labels.tolist()]
-    rows = [
-        captioned(case, sample(strategy=plan, settings=None).images, exact)
-        for case, plan in strategies_of(report, notation).items()
-    ]
+    rows = []
+    for case, plan in strategies_of(report, notation).items():
+        images = sample(strategy=plan, settings=None).images
+        error = (images - exact).abs()
+        rows.append((f"{case}: error max {error.max():.1e}, mean {error.mean():.1e}", images))
     save_png(rows_sheet([*rows, ("sequential", exact)], columns=columns), out / f"{name}-guesses.png")
     other = sample(strategy=jf.Strategy.parse(notation, report), settings=jf.SamplingSettings(denoise=denoise))
     sheet = comparison_sheet(sequential.images, other.images, ("sequential", notation), columns=columns)
@@ -141,11 +142,6 @@ def strategies_of(report: CalibrationReport, notation: str) -> dict[str, jf.Stra
         **by_igm,
         f"guess by IGM, {notation}": jf.Strategy.parse(notation, report),
     }
-
-
-def captioned(name: str, images: Tensor, exact: Tensor) -> tuple[str, Tensor]:
-    error = (images - exact).abs()
-    return f"{name}: error max {error.max():.1e}, mean {error.mean():.1e}", images
 
 
 def main() -> None:
