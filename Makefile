@@ -64,14 +64,14 @@ measure: speed calibration evaluation regimes boltzmann star precision large-mod
 speed: setup
 	$(INSTALL) pocomc
 	$(BIN)/python -m benchmarks.performance model-speed performance
-	$(BIN)/python -m benchmarks.masked_flows masked-flows training
+	$(BIN)/python -m benchmarks.masked_flows
 	$(BIN)/python -m benchmarks.packages sbi fits
 	$(RENDER)
 	$(BIN)/python -m tools.pictures.figures
 
 # Measures docs/regimes.md, docs/sizes.md and docs/fewer_sweeps.md (it goes on if it was stopped).
 regimes: setup
-	$(BIN)/python -m benchmarks.regimes regimes fitted-sweeps
+	$(BIN)/python -m benchmarks.regimes
 	$(RENDER)
 
 # Regenerates the tables and figures of docs/paper.md, and the bundled reports and tunings (two hours on two idle
@@ -147,7 +147,7 @@ tutorials: setup
 boltzmann: setup
 	$(BIN)/python -m examples.boltzmann simulate --seed 1
 	$(BIN)/python -m examples.boltzmann simulate --seed 2
-	$(BIN)/python -m benchmarks.boltzmann alanine boltzmann
+	$(BIN)/python -m benchmarks.boltzmann
 	$(BIN)/python -m tools.pictures.figures alanine
 	$(RENDER)
 

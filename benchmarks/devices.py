@@ -44,11 +44,11 @@ MODELS = ("emoji-p2", "emoji-p2, bfloat16", "emoji-star", "fashion-p2")
 BLOCKS = ("512x4", "768x8")  # channels, layers
 RELEASED = jf.STARFlowConfig(layers_per_block=(2,))  # One block of two layers that reads the text.
 RELEASED_RUNS = (("bfloat16", False), ("float32", False), ("bfloat16", True))  # dtype, in PyTorch
-DOUBLE = "emoji-p2"  # The model that is sampled in float64, too.
+FLOAT64_MODEL = "emoji-p2"  # The model that is sampled in float64, too.
 BATCHES = (1, 4, 16, 64)
 ROUNDS = {1: 9, 4: 7, 16: 5, 64: 3}
 FLOAT32, HALVES, AUTO, ORIGINAL = "float32", "16 bits", "auto", "original"
-MOST_ORIGINAL = 4  # samples that the original sampler draws too, which takes minutes for more
+MAX_ORIGINAL_BATCH = 4  # samples that the original sampler draws too, which takes minutes for more
 
 LARGE = jf.STARFlowConfig(layers_per_block=(1, 1, 4))
 SHARD_SIZE = 500_000_000  # Bytes in a file.
@@ -88,7 +88,7 @@ def time_model(key: Json) -> Json:
         HALVES: partial(draw, "sequential"),
         AUTO: partial(draw, jf.plan(flow, batch_size=batch)),
     }
-    if batch <= MOST_ORIGINAL:
+    if batch <= MAX_ORIGINAL_BATCH:
         runs[ORIGINAL] = partial(original_sampler(flow)[1], flow, z, flow.check_context(context, batch).values)
     seconds, results = time_runs(runs, ROUNDS[batch])
     errors = {name: float((results[name].x - results[FLOAT32].x).abs().max()) for name in (HALVES, AUTO)}
@@ -128,8 +128,8 @@ def released_block(key: Json) -> Json:
 
 
 def time_double(key: Json) -> Json:
-    """Seconds of a batch of samples of `DOUBLE` in float64, by native code and by PyTorch, and in float32."""
-    flow = jf.load(DOUBLE)
+    """Seconds of a batch of samples of `FLOAT64_MODEL` in float64, by native code and by PyTorch, and in float32."""
+    flow = jf.load(FLOAT64_MODEL)
     flows = {"float32": flow, "float64": deepcopy(flow).double()}
     z, labels = latents(flow, key["double"])
     runs = {name: partial(sample, each, "sequential", z, labels) for name, each in flows.items()}

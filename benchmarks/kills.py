@@ -58,11 +58,11 @@ def measure(key: Json) -> Json:
     line, rounds = COMMANDS[key["command"]], []
     with TemporaryDirectory() as folder:
         finish(start_command(line, Path(folder, "alone")))
-        want = read_folder(Path(folder, "alone"))
+        expected = read_folder(Path(folder, "alone"))
         _, span = kill(line, Path(folder, "first"), 0, 0.0)  # Two processes do all of the work.
         for moment in range(MOMENTS):
-            out = Path(folder, str(moment))
-            rounds.append((*kill(line, out, moment % NUM_PROCESSES, span * moment / MOMENTS), read_folder(out) == want))
+            out, delay = Path(folder, str(moment)), span * moment / MOMENTS
+            rounds.append((*kill(line, out, moment % NUM_PROCESSES, delay), read_folder(out) == expected))
     kills, seconds, equal = zip(*rounds, strict=True)
     return {"rounds": MOMENTS, "kills": sum(kills), "equal": sum(equal), "seconds": max(seconds)}
 

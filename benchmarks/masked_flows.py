@@ -35,7 +35,7 @@ HIDDEN, ROWS = 50, (1, 100, 10_000)
 WIDE, WIDE_HIDDEN, WIDE_ROWS = 784, 512, (1, 64)
 MILLION = {("MAF", "fast"): 20, ("NSF", "fast"): 5, ("MAF", "slow"): 5}  # features of 10^6 rows
 ERROR_ROWS, ERROR_FEATURES = 100, 64  # the largest sizes of which errors are measured
-LEAST, MOST, SECONDS = 3, 1000, 1.0  # rounds, and the seconds that all of the library's may take
+MIN_ROUNDS, MAX_ROUNDS, SECONDS = 3, 1000, 1.0  # rounds, and the seconds that all of the library's may take
 FEATURES = {
     "MAF": (2, 5, 10, 20, 64), "NSF": (2, 5, 10, 20), "linear spline": (2, 5, 10), "MAF(passes=2)": (5, 16),
     "NSF(passes=2)": (5, 16), "NICE": (5, 16), "SOSPF": (5, 16), "BPF": (5, 16), "NAF": (5, 16), "UNAF": (5, 8),
@@ -59,7 +59,7 @@ SIMULATIONS, STEPS, RATE_OF_LOSSES, NUDGE = 10_000, 1_000, 5e-4, 1e-7
 
 def count_rounds(run: Callable[[], Any]) -> int:
     """The number of runs that take about `SECONDS` together."""
-    return min(MOST, max(LEAST, int(SECONDS / seconds_of(run))))
+    return min(MAX_ROUNDS, max(MIN_ROUNDS, int(SECONDS / seconds_of(run))))
 
 
 def measure_call(key: Json) -> Json:

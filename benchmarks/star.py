@@ -31,7 +31,7 @@ from jacobiflow.evaluation import paired_error
 
 BATCHES, ROUNDS, ITERATION = (1, 4, 16), 3, "block iteration"
 CERTIFIED = "window:16, certified"
-MOST = 6  # The fewest of eight samples that must be right for a prompt that the docs show.
+MIN_RIGHT = 6  # Samples of eight that must be right for a prompt that the docs show.
 CATEGORIES = {
     "People & Body": "hands",
     "Symbols": "geometric shapes",
@@ -106,7 +106,7 @@ def follows(key: Json) -> Json:
     rows = {name: [other == category for other in categories] for category, name in CATEGORIES.items()}
     rows["all"] = [True] * len(each)
     groups = {name: shares_right(each[torch.tensor(of_group)]) for name, of_group in rows.items()}
-    return {"samples": SAMPLES_PER_PROMPT, "most": MOST, "groups": groups}
+    return {"samples": SAMPLES_PER_PROMPT, "most": MIN_RIGHT, "groups": groups}
 
 
 def shares_right(is_right: Tensor) -> Json:
@@ -116,7 +116,7 @@ def shares_right(is_right: Tensor) -> Json:
         "captions": len(is_right),
         "nearest": float(nearest.float().mean()),
         "among_five": float(is_right.any(dim=2).float().mean()),
-        "mostly_right": int((nearest.sum(dim=1) >= MOST).sum()),
+        "mostly_right": int((nearest.sum(dim=1) >= MIN_RIGHT).sum()),
     }
 
 
@@ -127,7 +127,7 @@ def draw_sheet() -> None:
     for prompt in PROMPTS:
         images = jf.sample(flow, SAMPLES_PER_PROMPT, context=prompt, settings=SETTINGS).images
         num = int((nearest_emoji(images, emoji)[:, 0] == captions.index(prompt)).sum())
-        if num < MOST:
+        if num < MIN_RIGHT:
             raise SystemExit(f"{prompt}: {num} of {len(images)} samples are right; show another prompt")
         rows.append((f"{prompt}: {num} of {len(images)}", images))
     plots.save_png(plots.rows_sheet(rows), FIGURES / "emoji-star.png")

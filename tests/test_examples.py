@@ -11,7 +11,7 @@ from torch import Tensor
 import jacobiflow as jf
 
 pytest.importorskip("openmm")
-from examples.boltzmann import HAS, load
+from examples.boltzmann import MASK, load
 from examples.molecule import ATOMS, PHI, energies, to_internal, torsion
 from jacobiflow.models.latents import draw_latents
 
@@ -20,11 +20,11 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 def test_positions_have_the_coordinates_that_they_were_made_of() -> None:
     coordinates = load()[1]
-    tokens = torch.where(HAS, draw_latents(50, 22, 3).double(), 0.0)
+    tokens = torch.where(MASK, draw_latents(50, 22, 3).double(), 0.0)
     positions, _, is_possible = coordinates.from_tokens(tokens)
     assert is_possible.all()
     again = coordinates.to_tokens(to_internal(positions))
-    torch.testing.assert_close(torch.where(HAS, again, 0.0), tokens, rtol=0, atol=1e-8)
+    torch.testing.assert_close(torch.where(MASK, again, 0.0), tokens, rtol=0, atol=1e-8)
     mirrored = to_internal(positions * torch.tensor([1.0, 1.0, -1.0]))
     torch.testing.assert_close(torch.cos(mirrored[..., 2]), torch.cos(to_internal(positions)[..., 2]))
     assert not torch.allclose(mirrored[:, 3:, 2], to_internal(positions)[:, 3:, 2], atol=0.1)
@@ -33,7 +33,7 @@ def test_positions_have_the_coordinates_that_they_were_made_of() -> None:
 def test_the_volume_is_that_of_the_dense_jacobian() -> None:
     """The volume of the first three atoms is that of two bonds and an angle in space."""
     coordinates = load()[1]
-    tokens = torch.where(HAS, draw_latents(2, 22, 3, seed=1).double(), 0.0)
+    tokens = torch.where(MASK, draw_latents(2, 22, 3, seed=1).double(), 0.0)
     positions, log_det, _ = coordinates.from_tokens(tokens)
     others = [atom for _, atom, _ in ATOMS[3:]]
 

@@ -92,7 +92,7 @@ def test_masked_flows(run: Run) -> None:
     training_keys = shrink(module.training_keys(), features=5, hidden="8 x 2", rows=6)
     rows = run(
         "masked_flows", call_keys=lambda: call_keys, training_keys=lambda: training_keys, SMALL="8 x 2",
-        SIMULATIONS=50, STEPS=5, SECONDS=0, LEAST=1, MOST=1,
+        SIMULATIONS=50, STEPS=5, SECONDS=0, MIN_ROUNDS=1, MAX_ROUNDS=1,
     )  # fmt: skip
     assert {(row["library"], row["flow"]) for row in rows["masked-flows"]} == module.FLOWS.keys()
     for row in rows["masked-flows"]:
@@ -176,7 +176,7 @@ def test_devices(run: Run) -> None:
     star = make_star().config
     rows = run(
         "devices", MODELS=("digits-p1", "digits-p1, bfloat16"),
-        BLOCKS=("64x1",), BATCHES=(1,), ROUNDS={1: 1}, DOUBLE="digits-p1", RELEASED=star, LARGE=star,
+        BLOCKS=("64x1",), BATCHES=(1,), ROUNDS={1: 1}, FLOAT64_MODEL="digits-p1", RELEASED=star, LARGE=star,
         RELEASED_RUNS=(("bfloat16", False),), SHARD_SIZE=20_000, in_new_process=call,
         ROUNDED_MODELS=("digits-p1",), ROUNDED=2, ROUNDED_BATCH=2,
     )  # fmt: skip
@@ -209,7 +209,7 @@ def tiny_emoji() -> tuple[Tensor, list[str], list[str]]:
 def test_star(run: Run, tmp_path: Path) -> None:
     results = run(
         "star", load=tiny_star, captioned_emoji=tiny_emoji, BATCHES=(1,), ROUNDS=1, CALIBRATED=4, CURVE_SAMPLES=2,
-        PROMPTS=("a", "bb"), SAMPLES_PER_PROMPT=2, MOST=0,
+        PROMPTS=("a", "bb"), SAMPLES_PER_PROMPT=2, MIN_RIGHT=0,
         CATEGORIES={name: name for name in ("low", "high")}, FIGURES=tmp_path,
     )  # fmt: skip
     errors = results["starflow"][0]["errors"]
