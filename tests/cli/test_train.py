@@ -32,8 +32,8 @@ def test_it_writes_a_model_that_sample_takes(run: Any, tmp_path: Path) -> None:
         rf"3 steps: loss [+-][\d.]+, [\d.]+ bits per dimension\nwrote the model folder {tmp_path}/run\n", result.out
     )
     assert sorted(os.listdir(tmp_path / "run")) == [
-        ".lock", "README.md", "checkpoint-0000000003", "config.json", "metrics.jsonl", "model.safetensors", "run.json",
-        "samples-000003.png", "tensorboard",
+        ".lock", "README.md", "checkpoint.safetensors", "config.json", "manifest.json", "metrics.jsonl",
+        "model.safetensors", "samples-000003.png", "tensorboard",
     ]  # fmt: skip
     assert figures(tmp_path / "f")["last_step"]["step"] == 3
     flow = jf.load(tmp_path / "run")
@@ -131,6 +131,8 @@ def test_options_become_the_settings_of_the_run(run: Any, tmp_path: Path) -> Non
     line += " --horizontal-flip --translate 1 --volume-preserving --unconditional --learning-rate 0.01"
     line += " --ema-decay 0.9 --max-grad-norm 2 --seed 4"
     assert run(f"{line} --out {tmp_path}").code == 0
+    other = run(line.replace(" --translate 1", "") + f" --out {tmp_path}")
+    assert (other.code, "holds training of other data or transform; give its" in other.err) == (2, True)
     want = jf.TarFlowConfig(1, 8, 4, 32, num_blocks=2, layers_per_block=1, nvp=False, head_dim=16, noise_std=0.0)
     flow = jf.load(tmp_path)
     assert (flow.config, flow.recommended) == (want, jf.SamplingSettings())
@@ -138,6 +140,4 @@ def test_options_become_the_settings_of_the_run(run: Any, tmp_path: Path) -> Non
         "batch_size": 3, "learning_rate": 0.01, "warmup": 200, "ema_decay": 0.9, "max_grad_norm": 2.0,
         "label_dropout": 0.1, "bf16": False, "seed": 4,
     }  # fmt: skip
-    stored = json.loads((tmp_path / "run.json").read_bytes())
-    assert settings.items() <= stored.items()
-    assert "RandomHorizontalFlip" in stored["transform"] and "RandomCrop" in stored["transform"]
+    assert settings.items() <= json.loads((tmp_path / "manifest.json").read_bytes())["spec"].items()

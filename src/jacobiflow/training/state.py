@@ -1,4 +1,4 @@
-"""A flow and its average over one or more processes: replicated by DDP, or sharded by FSDP."""
+"""A flow in training: its weights, their average and the optimizer, in one process or more."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ import torch
 import torch.distributed as dist
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
 from jacobiflow.models.flow import Flow
-from jacobiflow.training.config import TrainConfig
+from jacobiflow.training.checkpoint import gather
+from jacobiflow.training.config import TrainingConfig
 from jacobiflow.training.loading import Batch
 from jacobiflow.training.processes import rank, world_size
 
@@ -41,8 +42,10 @@ class FlowLoss(nn.Module):
         return Losses(0.5 * z.square().flatten(1).mean(dim=1) - log_det / z[0].numel(), z.detach().square().sum(dim=0))
 
 
-class ParallelFlow:
-    """A flow in training, and the exponential moving average of its weights.
+class TrainState:
+    """A flow in training, the exponential moving average of its weights, and the optimizer.
+
+    Several processes hold copies of them, which DDP keeps equal, or shards of them, by FSDP.
 
     Args:
         flow: The flow. Its weights are trained in place, unless they are sharded.
@@ -50,9 +53,10 @@ class ParallelFlow:
     Attributes:
         loss: Computes the losses of the flow.
         average: Computes those of the averaged flow.
+        seconds: Seconds of training so far.
     """
 
-    def __init__(self, flow: Flow, config: TrainConfig) -> None:
+    def __init__(self, flow: Flow, config: TrainingConfig) -> None:
         self.flow, self.config = flow, config
         self.is_sharded = config.shard and world_size() > 1
         if world_size() > 1:
@@ -71,11 +75,16 @@ class ParallelFlow:
                 fully_shard(module, mesh=mesh)
         elif world_size() > 1:
             self._replicated = DistributedDataParallel(self.loss)
+        self._average.update_parameters(self.loss)  # The first call copies the weights.
+        parameters = self.loss.parameters()
+        self._optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.95), weight_decay=config.weight_decay)
+        for parameter in self.loss.parameters():  # AdamW makes the same ones in its first step.
+            moments = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
+            self._optimizer.state[parameter] = {"step": torch.tensor(0.0), **moments}
+        self.seconds = torch.zeros((), dtype=torch.float64)
 
     def backward(self, batch: Batch, is_last_part: bool) -> Losses:
-        """Adds the gradients of a part of a step, and exchanges them with the other processes after the last part."""
-        if self.is_sharded:
-            self.loss.set_requires_gradient_sync(is_last_part)  # type: ignore[operator]
+        """Adds the gradients of a part of a step. DDP exchanges them after the last part, and FSDP after each."""
         model = self._replicated
         with model.no_sync() if isinstance(model, DistributedDataParallel) and not is_last_part else nullcontext():
             losses = model(*to_flow(batch, self.flow))
@@ -83,20 +92,14 @@ class ParallelFlow:
             (losses.loss.sum() * (world_size() / self.config.batch_size)).backward()
         return losses
 
-    @torch.no_grad()
-    def losses_of_average(self, batch: Batch) -> Losses:
-        """Computes the losses of the averaged flow."""
-        return self.average(*to_flow(batch, self.flow))
-
-    def sum_over_processes(self, values: Tensor) -> Tensor:
-        """Returns the sum of the values of all processes."""
-        if world_size() > 1:
-            dist.all_reduce(values)
-        return values
-
-    def update_average(self) -> None:
-        """Moves the averaged weights towards the weights, and copies the buffers."""
+    def update(self, rate: float) -> float:
+        """Updates the weights and their average by the gradients, and removes these; returns their norm."""
+        norm = nn.utils.clip_grad_norm_(self.loss.parameters(), self.config.max_grad_norm)
+        self._optimizer.param_groups[0]["lr"] = rate
+        self._optimizer.step()
+        self._optimizer.zero_grad()
         self._average.update_parameters(self.loss)
+        return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
 
     def _lerp(self, average: list[Tensor], weights: list[Tensor], num_averaged: Tensor | int) -> None:
         # The decay rises to `ema_decay`, so that the average soon forgets the initial weights.
@@ -104,11 +107,15 @@ class ParallelFlow:
         decay = min(self.config.ema_decay, step / (9 + step))
         torch._foreach_lerp_(average, weights, 1 - decay)
 
-    def state(self) -> dict[str, Tensor]:
-        """Returns the tensors of the flow and its average by their names, sharded as they are."""
-        flows = {"flow": self.loss.flow, "average": self.average.flow}
-        tensors = {f"{kind}.{name}": x for kind, flow in flows.items() for name, x in flow.state_dict().items()}
-        return {**tensors, "num_averaged": self._average.n_averaged}
+    def tensors(self) -> dict[str, Tensor]:
+        """Returns the tensors of a checkpoint by their names, sharded as they are."""
+        average = {f"average.{name}": tensor for name, tensor in self._average.state_dict().items()}
+        optimizer = {
+            f"optimizer.{name}.{key}": tensor
+            for name, parameter in self.loss.named_parameters()
+            for key, tensor in self._optimizer.state[parameter].items()
+        }
+        return {**self.loss.state_dict(), **average, **optimizer, "seconds": self.seconds}
 
     def averaged_flow(self) -> Flow | None:
         """Returns the averaged flow in the first process, and None in the others; all of them call this.
@@ -116,17 +123,24 @@ class ParallelFlow:
         If it is sharded, it is the flow that a model folder stores, with the whole weights in the memory of the CPU.
         """
         flow = self.average.flow
-        if self.is_sharded:
-            options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-            state = get_model_state_dict(flow.stored, options=options)  # It is empty in the other processes.
-            if rank() == 0:
-                with torch.device("meta"):
-                    whole = type(flow.stored)(flow.stored.config)
-                whole.load_state_dict(state, assign=True)
-                whole.requires_grad_(False).recommended = flow.recommended
-                whole.classes = flow.classes
-                return whole
-        return flow if rank() == 0 else None
+        if not self.is_sharded:
+            return flow if rank() == 0 else None
+        state = gather(flow.stored.state_dict())
+        if rank() > 0:
+            return None
+        with torch.device("meta"):
+            whole = type(flow.stored)(flow.stored.config)
+        whole.load_state_dict(state, assign=True)
+        whole.requires_grad_(False).recommended = flow.recommended
+        whole.classes = flow.classes
+        return whole
+
+
+def sum_over_processes(values: Tensor) -> Tensor:
+    """Returns the sum of the values of all processes."""
+    if world_size() > 1:
+        dist.all_reduce(values)
+    return values
 
 
 def to_flow(batch: Batch, flow: Flow) -> tuple[Tensor, Tensor | None]:
