@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ import msgspec
 
 from jacobiflow.errors import InputError, InputValueError
 from jacobiflow.jobs import JobFolder
-from jacobiflow.training.checkpoint import CHECKPOINT, check_checkpoint, last_step
+from jacobiflow.training.checkpoint import CHECKPOINT, check_checkpoint
 from jacobiflow.training.processes import rank
 from jacobiflow.utils import files
 
@@ -118,13 +119,9 @@ def open_board(out: Path, step: int) -> Iterator[Callable[[TrainMetrics], None]]
 
 
 def problems(out: Path) -> Iterator[str]:
-    """Yields a line for each problem of the training run in a folder, with the remedy."""
-    try:
-        _job_folder(out).read_spec()
-        check_checkpoint(out)
-        step = last_step(out)
-        missing = set(range(1, step + 1)) - {metrics.step for metrics in read_metrics(out)}
-        if missing:
-            yield f"{out / METRICS}: lacks {len(missing):,} of {step:,} steps; training goes on without them"
-    except (InputError, OSError) as error:
-        yield str(error)
+    """Yields a line for each damaged file of the training run in a folder, with the remedy."""
+    for check in (_job_folder(out).read_spec, partial(check_checkpoint, out), partial(read_metrics, out)):
+        try:
+            check()
+        except (InputError, OSError) as error:
+            yield str(error)

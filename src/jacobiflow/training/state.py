@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -16,17 +16,11 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
 from jacobiflow.models.flow import Flow
+from jacobiflow.models.transformer.block import TransformerBlock
 from jacobiflow.training.checkpoint import gather
 from jacobiflow.training.config import TrainingConfig
 from jacobiflow.training.loading import Batch
 from jacobiflow.training.processes import rank, world_size
-
-
-class Losses(NamedTuple):
-    """The loss of each sample, and the sum over the samples of the squared latents."""
-
-    loss: Float[Tensor, " b"]
-    square_sum: Float[Tensor, "t c"]
 
 
 class FlowLoss(nn.Module):
@@ -36,10 +30,11 @@ class FlowLoss(nn.Module):
         super().__init__()
         self.flow, self.bf16 = flow, bf16
 
-    def forward(self, x: Tensor, context: Tensor | None) -> Losses:
+    def forward(self, x: Tensor, context: Tensor | None) -> tuple[Float[Tensor, " b"], Float[Tensor, "b t c"]]:
+        """Returns the loss of each sample, and its latents."""
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16):
             z, log_det = self.flow.normalize(x, context)
-        return Losses(0.5 * z.square().flatten(1).mean(dim=1) - log_det / z[0].numel(), z.detach().square().sum(dim=0))
+        return 0.5 * z.square().flatten(1).mean(dim=1) - log_det / z[0].numel(), z.detach()
 
 
 class TrainState:
@@ -51,8 +46,8 @@ class TrainState:
         flow: The flow. Its weights are trained in place, unless they are sharded.
 
     Attributes:
-        loss: Computes the losses of the flow.
-        average: Computes those of the averaged flow.
+        loss: The loss of the flow.
+        average: The loss of the averaged flow.
         seconds: Seconds of training so far.
     """
 
@@ -65,6 +60,9 @@ class TrainState:
         self.loss = FlowLoss(flow, config.bf16)
         self._average = AveragedModel(self.loss, multi_avg_fn=self._lerp)  # type: ignore[arg-type]
         self.average: FlowLoss = self._average.module.requires_grad_(False)  # type: ignore[assignment]
+        for block in flow.blocks:
+            if isinstance(block, TransformerBlock):
+                block.recomputes_layers = config.recompute
         self._replicated: Any = self.loss
         if self.is_sharded:
             mesh = init_device_mesh(flow.var.device.type, (world_size(),))
@@ -83,14 +81,18 @@ class TrainState:
             self._optimizer.state[parameter] = {"step": torch.tensor(0.0), **moments}
         self.seconds = torch.zeros((), dtype=torch.float64)
 
-    def backward(self, batch: Batch, is_last_part: bool) -> Losses:
-        """Adds the gradients of a part of a step. DDP exchanges them after the last part, and FSDP after each."""
+    def backward(self, batch: Batch, is_last_part: bool) -> tuple[Tensor, Tensor]:
+        """Adds the gradients of a part of a step. DDP exchanges them after the last part, and FSDP after each.
+
+        Returns:
+            The sum over the samples of this process of the losses, and of the squared latents (T, C).
+        """
         model = self._replicated
         with model.no_sync() if isinstance(model, DistributedDataParallel) and not is_last_part else nullcontext():
-            losses = model(*to_flow(batch, self.flow))
+            losses, z = model(*to_flow(batch, self.flow))
             # Both DDP and FSDP divide the sum of the gradients by the number of processes.
-            (losses.loss.sum() * (world_size() / self.config.batch_size)).backward()
-        return losses
+            (losses.sum() * (world_size() / self.config.batch_size)).backward()
+        return losses.detach().sum(), z.square().sum(dim=0)
 
     def update(self, rate: float) -> float:
         """Updates the weights and their average by the gradients, and removes these; returns their norm."""

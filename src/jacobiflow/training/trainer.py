@@ -208,8 +208,8 @@ class _Run:
         started, config, state, flow = time.perf_counter(), self.config, self.state, self.state.flow
         loss, squares = torch.zeros((), device=flow.var.device), torch.zeros_like(flow.var)
         for part in range(config.accumulation):
-            losses = state.backward(next(self._batches), is_last_part=part == config.accumulation - 1)
-            loss, squares = loss + losses.loss.detach().sum(), squares + losses.square_sum
+            part_loss, part_squares = state.backward(next(self._batches), part == config.accumulation - 1)
+            loss, squares = loss + part_loss, squares + part_squares
         sums = torch.cat((loss.view(1), loss.new_full((1,), is_stopping), squares.flatten()))
         means = sum_over_processes(sums) / config.batch_size
         if flow.learns_prior:
@@ -242,7 +242,7 @@ class _Run:
         keys: list[Key] = [(i % num, i % num) for i in indices]
         parts = [keys[first : first + size] for first in range(0, len(keys), size)]
         batches = load_batches(items, parts, self.config.workers)
-        losses = torch.cat([self.state.average(*to_flow(batch, self.state.flow)).loss for batch in batches])
+        losses = torch.cat([self.state.average(*to_flow(batch, self.state.flow))[0] for batch in batches])
         return float(sum_over_processes(losses[: len(range(rank(), num, count))].sum()) / num)
 
     def save(self) -> None:
