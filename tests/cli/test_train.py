@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import os
 import re
@@ -15,7 +14,6 @@ import torch
 from PIL import Image
 
 import jacobiflow as jf
-from jacobiflow.cli.plan import PlanConfig
 from jacobiflow.data import image_grid
 from jacobiflow.models.registry import FLOWS
 from tests.helpers.running import figures
@@ -120,10 +118,6 @@ def test_a_flow_that_the_command_cannot_train_is_refused_and_not_offered(
     for name in ("starflow", "prose", "glow"):
         message = f"--flow {name}: give one of maf, tarflow\n"
         refuse(f"train --images digits --image-size 8 --flow {name} --steps 1 --out {tmp_path}/out", message)
-
-
-def test_what_is_not_given_is_as_in_python() -> None:
-    assert int(PlanConfig.batch_size) == inspect.signature(jf.plan).parameters["batch_size"].default
 
 
 def test_options_become_the_settings_of_the_run(run: Any, tmp_path: Path) -> None:

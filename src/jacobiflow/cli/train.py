@@ -107,10 +107,9 @@ def run(config: TrainConfig) -> TrainResult | None:
 
     data = _training_images(config)
     held_out = _held_out_images(config, data)
-    flow_class, flow_config = _flow_config(config, data)
-    device = check_device(local_device(loading.pick_device(config.device)))
     torch.manual_seed(config.training.seed)
-    flow = flow_class(flow_config).to(device)
+    flow = _make_flow(config, data)
+    flow.to(check_device(local_device(loading.pick_device(config.device))))
     transform = image_transform(flow.require_images(), config.horizontal_flip, config.translate, config.hue)
 
     start = last_step(config.out)
@@ -140,7 +139,8 @@ def run(config: TrainConfig) -> TrainResult | None:
         return None
     metrics = training.read_metrics(config.out)
     # The user may have deleted the metrics of a run that is complete.
-    return TrainResult(flow_config, metrics[-1] if metrics else None, machine=timing.describe_machine(device))
+    machine = timing.describe_machine(flow.var.device)
+    return TrainResult(flow.config, metrics[-1] if metrics else None, machine=machine)
 
 
 def show(config: TrainConfig, result: TrainResult) -> None:
@@ -206,8 +206,8 @@ def _summary(config: TrainConfig, data: ImageDataset, held_out: ImageDataset | N
     )
 
 
-def _flow_config(config: TrainConfig, data: ImageDataset) -> tuple[type[Flow], FlowConfig]:
-    """Returns the class of the flow and its config; raises ValueError for an option that this flow does not have."""
+def _make_flow(config: TrainConfig, data: ImageDataset) -> Flow:
+    """Makes the flow; raises InputValueError for an option that it does not have."""
     from jacobiflow.models.flow import Flow
     from jacobiflow.models.registry import FLOWS
 
@@ -215,18 +215,19 @@ def _flow_config(config: TrainConfig, data: ImageDataset) -> tuple[type[Flow], F
     trainable = [name for name, method in methods.items() if method is not vars(Flow)["config_from_options"]]
     if config.flow not in trainable:
         raise InputValueError(f"--flow {config.flow}: give one of {', '.join(sorted(trainable))}")
-    make_config = FLOWS[config.flow].config_from_options
+    flow_class = FLOWS[config.flow]
     names = ("patch_size", "head_dim", "noise_std", "volume_preserving")
     extra = {name: value for name in names if (value := getattr(config, name)) is not None}
     for name, value in extra.items():
-        if name not in inspect.signature(make_config).parameters:
+        if name not in inspect.signature(flow_class.config_from_options).parameters:
             raise InputValueError(f"not an option of --flow {config.flow}; leave it out", argument=name, value=value)
     channels, size, _ = data.images.shape[1:]
     num_classes = 0 if config.unconditional or data.labels is None else int(data.labels.max()) + 1
-    return FLOWS[config.flow], make_config(
+    flow_config = flow_class.config_from_options(
         in_channels=channels, image_size=size, channels=config.channels, blocks=config.num_blocks,
         layers=config.layers_per_block, num_classes=num_classes, **extra,
     )  # fmt: skip
+    return flow_class(flow_config)
 
 
 def describe_kept(config: TrainConfig) -> str:
