@@ -101,7 +101,6 @@ def run(config: TrainConfig) -> TrainResult | None:
     from jacobiflow.jobs.launch import find_launch, local_device
     from jacobiflow.training.checkpoint import last_step
     from jacobiflow.training.processes import process_group
-    from jacobiflow.training.transforms import image_transform
     from jacobiflow.utils import timing
     from jacobiflow.utils.checks import check_device
 
@@ -110,7 +109,7 @@ def run(config: TrainConfig) -> TrainResult | None:
     torch.manual_seed(config.training.seed)
     flow = _make_flow(config, data)
     flow.to(check_device(local_device(loading.pick_device(config.device))))
-    transform = image_transform(flow.require_images(), config.horizontal_flip, config.translate, config.hue)
+    transform = training.image_transform(flow.require_images(), config.horizontal_flip, config.translate, config.hue)
 
     start = last_step(config.out)
     is_first, num_steps = find_launch().rank == 0, config.training.steps
