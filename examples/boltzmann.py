@@ -159,7 +159,7 @@ def train(steps: int) -> None:
     internal = to_internal(positions.double())
     coordinates = Coordinates.fit(internal, weights)
     torch.manual_seed(0)
-    settings = training.TrainConfig(steps, batch_size=128, learning_rate=3e-3, bf16=False)
+    settings = training.TrainingConfig(steps, batch_size=128, learning_rate=3e-3, bf16=False)
     data = Frames(internal, weights, coordinates)
     average = training.train(jf.TarFlow(CONFIG), data, settings, RUN)
     average.save_pretrained(MODEL)
