@@ -8,6 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -73,24 +74,24 @@ class Job(ABC):
 
 
 @dataclass(frozen=True)
-class JobRun:
-    """The outcome of `run`.
+class CompletedJob:
+    """A complete job, as one of its processes sees it.
 
     Attributes:
         result: The result, a JSON object.
-        is_reporter: Whether this process shall print the result. It has reduced the job; or it found the job complete,
+        should_print: Whether this process shall print the result. It has reduced the job; or it found the job complete,
             and is the first process of its launcher.
         missing: The units of the last stage that were not finished when this process came to it.
         seconds: The time from then until all were finished.
     """
 
     result: Any
-    is_reporter: bool
+    should_print: bool
     missing: tuple[str, ...]
     seconds: float
 
 
-def run(job: Job, path: str | Path, *, overwrite: bool = False, progress: Progress | None = None) -> JobRun:
+def run(job: Job, path: str | Path, *, overwrite: bool = False, progress: Progress | None = None) -> CompletedJob:
     """Computes what is left of a job, together with all processes that run it in the same folder.
 
     A process takes a unit that is neither finished nor locked by another process, and at last waits for the locked
@@ -109,31 +110,29 @@ def run(job: Job, path: str | Path, *, overwrite: bool = False, progress: Progre
     if overwrite and find_launch().count > 1:
         message = "several processes would remove each other's work; remove the folder first"
         raise InputValueError(message, argument="overwrite", value=True)
-    folder, missing, started = job.folder(path), tuple[str, ...](), time.perf_counter()
+    folder, names = job.folder(path), set[str]()
     with ExitStack() as stack:
         with folder.lock():
             _start(job, folder, overwrite)
-            result = folder.read_result()
-            if result is not None and all(folder.is_intact(unit) for units in job.stages(folder) for unit in units):
-                return JobRun(result, find_launch().rank == 0, missing, 0.0)
-            folder.discard_result()
-            is_alone = not folder.is_in_use()  # Else another process has checked the finished units.
+            was_complete = folder.read_result() is not None
+            is_first = not folder.remove_locks()
             stack.enter_context(folder.use())
         for units in job.stages(folder):
-            started = time.perf_counter()
-            for unit in units if is_alone else ():
+            for unit in units if is_first else ():  # For all processes, since it reads all files.
                 folder.discard_damaged(unit)
+            started = time.perf_counter()
             missing = tuple(unit for unit in units if not folder.is_finished(unit))
-            for unit, note in _claim(folder, units, progress):
-                folder.write(unit, job.compute(unit, folder, note))
+            _compute(job, folder, units, progress)
+            names |= units.keys()
         seconds = time.perf_counter() - started
         with folder.lock():
             stack.close()
             folder.remove_locks()
             is_reducer = folder.read_result() is None
             if is_reducer:
-                folder.write_result(job.reduce(folder))
-            return JobRun(folder.read_result(), is_reducer, missing, seconds)
+                folder.write_result(job.reduce(folder), names)
+            should_print = is_reducer or (was_complete and find_launch().rank == 0)
+            return CompletedJob(folder.read_result(), should_print, missing, seconds)
 
 
 def _start(job: Job, folder: JobFolder, overwrite: bool) -> None:
@@ -150,7 +149,7 @@ def _start(job: Job, folder: JobFolder, overwrite: bool) -> None:
                 stacklevel=3,
             )
     if is_replaced or earlier != spec:
-        if folder.is_in_use():
+        if folder.remove_locks():
             raise FolderInUseError(
                 f"{folder.path}: another run is writing to it; wait for it, stop it, or give another folder"
             )
@@ -160,39 +159,25 @@ def _start(job: Job, folder: JobFolder, overwrite: bool) -> None:
         folder.write_manifest(spec, machine)
 
 
-def _claim(
-    folder: JobFolder, units: Mapping[str, int], progress: Progress | None
-) -> Iterator[tuple[str, Progress | None]]:
-    """Yields the units that this process computes, each locked until the next one, until all units are finished.
-
-    With each unit comes its `Progress`, which counts as that of all units.
-    """
-    todo, total = dict(units), sum(units.values())
-    num_left = total
+def _compute(job: Job, folder: JobFolder, units: Mapping[str, int], progress: Progress | None) -> None:
+    """Computes units that no other process has locked, until all are finished."""
+    todo, done, total = dict(units), 0, sum(units.values())
     while todo:
-        has_waited = True
         for unit, size in list(todo.items()):
             with folder.claim(unit) as is_mine:
                 if is_mine:
-                    yield unit, progress and _PartOfProgress(progress, folder.kind, total - num_left, size, total)
-                    has_waited = False
+                    part = progress and partial(_report_part, progress, folder.kind, done, size, total)
+                    folder.write(unit, job.compute(unit, folder, part))
             if folder.is_finished(unit):
-                num_left -= todo.pop(unit)
+                done += todo.pop(unit)
                 if progress is not None:
-                    progress(total - num_left, total, folder.kind)
-        if todo and has_waited:
+                    progress(done, total, folder.kind)
+        if todo:
             time.sleep(_POLL_SECONDS)
 
 
-@dataclass(frozen=True)
-class _PartOfProgress:
-    """The progress of a unit as a part of that of its stage."""
-
-    progress: Progress
-    kind: str
-    num_before: int
-    size: int
-    total: int
-
-    def __call__(self, done: int, total: int, what: str) -> None:
-        self.progress(self.num_before + self.size * done // total, self.total, self.kind)
+def _report_part(
+    progress: Progress, kind: str, done_before: int, size: int, stage_total: int, done: int, total: int, what: str
+) -> None:
+    """Reports the progress of a unit as a part of that of its stage."""
+    progress(done_before + size * done // total, stage_total, kind)

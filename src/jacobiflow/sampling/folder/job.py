@@ -136,9 +136,9 @@ def sample_to_folder(
     job = SampleJob(spec, describe_machine(flow.var.device), request)
     run = jobs.run(job, out, overwrite=overwrite, progress=progress)
     num_new = sum(len(spec.span(i)) for i in range(spec.num_shards) if spec.unit(i) in run.missing)
-    folder = SampleFolder(Path(out), spec, num_new, run.seconds, run.is_reporter)
+    folder = SampleFolder(Path(out), spec, num_new, run.seconds, run.should_print)
     outcome = folder.outcome()
-    if outcome.has_shortfall and run.is_reporter:
+    if outcome.has_shortfall and run.should_print:
         warnings.warn(str(outcome), stacklevel=2)
     return folder
 
