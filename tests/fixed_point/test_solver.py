@@ -12,7 +12,8 @@ import torch
 
 import jacobiflow as jf
 from jacobiflow.fixed_point import Stopping
-from jacobiflow.utils import serialization
+from jacobiflow.fixed_point.registry import decode_piece
+from jacobiflow.utils.serialization import decode, encode
 
 KERNEL = torch.tensor([[[0.5, -1.0], [0.25, 3.0]]])
 SOLVERS = [
@@ -44,8 +45,8 @@ def test_pieces_that_do_not_go_together_are_refused(build: Callable[[], Any], na
 
 @pytest.mark.parametrize("solver", SOLVERS, ids=range(len(SOLVERS)))
 def test_a_solver_comes_back_from_json(solver: jf.Solver) -> None:
-    text = json.dumps(serialization.encode(solver), allow_nan=False)
-    assert len({solver, serialization.decode(jf.Solver, json.loads(text))}) == 1
+    text = json.dumps(encode(solver), allow_nan=False)
+    assert len({solver, decode(jf.Solver, json.loads(text), hook=decode_piece)}) == 1
     assert solver not in [replace(solver, guess=guess) for guess in OTHER_GUESSES]
 
 

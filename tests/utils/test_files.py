@@ -62,7 +62,7 @@ def test_json_is_indented_and_without_infinities(tmp_path: Path) -> None:
     back = value | {"a": [1.5, math.inf, [-math.inf, None]]}
     assert json.loads((tmp_path / "f").read_text(), parse_constant=pytest.fail) == back
     assert files.read_object(tmp_path / "f") == back
-    assert files.json_bytes({"a": [1, 2.5]}, indent=None) == b'{"a":[1,2.5]}\n'
+    assert files.json_bytes({"a": [1, 2.5]}) == b'{\n "a": [\n  1,\n  2.5\n ]\n}\n'
     (tmp_path / "g").write_bytes(b"{c")
     assert files.sha256(b"ab", b"", tmp_path / "g") == hashlib.sha256(b"ab{c").hexdigest()
     assert files.read_object(tmp_path / "g") is None
