@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from jacobiflow.errors import InputValueError
-from jacobiflow.jobs.folder import JobFolder, UnitOutput
 from jacobiflow.jobs.launch import find_launch
+from jacobiflow.jobs.store import JobStore, UnitOutput
 from jacobiflow.utils import serialization
 from jacobiflow.utils.files import FolderInUseError
 from jacobiflow.utils.progress import Progress
@@ -30,7 +30,7 @@ class Job(ABC):
 
     Attributes:
         kind: The kind of job, such as "samples".
-        version: Version of the format of its folder.
+        version: Version of the format of its store.
         result_name: Name of the file of the result.
         patterns: Glob patterns of the files that the units write; `overwrite` removes all files that match.
         spec: A frozen dataclass of plain values: all that the units depend on. The name of a checksum ends in
@@ -46,15 +46,15 @@ class Job(ABC):
     machine: Mapping[str, Any]
 
     @abstractmethod
-    def stages(self, folder: JobFolder) -> Iterator[Mapping[str, int]]:
+    def stages(self, store: JobStore) -> Iterator[Mapping[str, int]]:
         """Yields the units of each stage, with their sizes for the progress. A stage may read units of earlier ones."""
 
     @abstractmethod
-    def compute(self, unit: str, folder: JobFolder, progress: Progress | None) -> UnitOutput:
+    def compute(self, unit: str, store: JobStore, progress: Progress | None) -> UnitOutput:
         """Computes a unit."""
 
     @abstractmethod
-    def reduce(self, folder: JobFolder) -> Any:
+    def reduce(self, store: JobStore) -> Any:
         """Returns the result, a JSON object, from the finished units."""
 
     def earlier_spec(self, earlier: Mapping[str, Any]) -> Any:
@@ -68,9 +68,9 @@ class Job(ABC):
         return self.spec
 
     @classmethod
-    def folder(cls, path: str | Path) -> JobFolder:
-        """Returns the folder of a job of this kind, which need not exist yet."""
-        return JobFolder(Path(path), cls.kind, cls.version, cls.result_name, cls.patterns)
+    def store(cls, path: str | Path) -> JobStore:
+        """Returns the store of a job of this kind in a folder, which need not exist yet."""
+        return JobStore(Path(path), cls.kind, cls.version, cls.result_name, cls.patterns)
 
 
 @dataclass(frozen=True)
@@ -92,14 +92,14 @@ class CompletedJob:
 
 
 def run(job: Job, path: str | Path, *, overwrite: bool = False, progress: Progress | None = None) -> CompletedJob:
-    """Computes what is left of a job, together with all processes that run it in the same folder.
+    """Computes what is left of a job, together with all processes that run it in the same store.
 
     A process takes a unit that is neither finished nor locked by another process, and at last waits for the locked
     ones. If a process dies, the system releases its locks, and another process computes its unit. The first process
     that sees all units finished reduces them.
 
     Args:
-        path: The folder.
+        path: The store.
         overwrite: Whether to replace a complete job, or one of another spec. An incomplete job of this spec is resumed.
 
     Raises:
@@ -110,68 +110,68 @@ def run(job: Job, path: str | Path, *, overwrite: bool = False, progress: Progre
     if overwrite and find_launch().count > 1:
         message = "several processes would remove each other's work; remove the folder first"
         raise InputValueError(message, argument="overwrite", value=True)
-    folder, names = job.folder(path), set[str]()
+    store, names = job.store(path), set[str]()
     with ExitStack() as stack:
-        with folder.lock():
-            _start(job, folder, overwrite)
-            was_complete = folder.read_result() is not None
-            is_first = not folder.remove_locks()
-            stack.enter_context(folder.use())
-        for units in job.stages(folder):
+        with store.lock():
+            _start(job, store, overwrite)
+            was_complete = store.read_result() is not None
+            is_first = not store.remove_locks()
+            stack.enter_context(store.use())
+        for units in job.stages(store):
             for unit in units if is_first else ():  # For all processes, since it reads all files.
-                folder.discard_damaged(unit)
+                store.discard_damaged(unit)
             started = time.perf_counter()
-            missing = tuple(unit for unit in units if not folder.is_finished(unit))
-            _compute(job, folder, units, progress)
+            missing = tuple(unit for unit in units if not store.is_finished(unit))
+            _compute(job, store, units, progress)
             names |= units.keys()
         seconds = time.perf_counter() - started
-        with folder.lock():
+        with store.lock():
             stack.close()
-            folder.remove_locks()
-            is_reducer = folder.read_result() is None
+            store.remove_locks()
+            is_reducer = store.read_result() is None
             if is_reducer:
-                folder.write_result(job.reduce(folder), names)
+                store.write_result(job.reduce(store), names)
             should_print = is_reducer or (was_complete and find_launch().rank == 0)
-            return CompletedJob(folder.read_result(), should_print, missing, seconds)
+            return CompletedJob(store.read_result(), should_print, missing, seconds)
 
 
-def _start(job: Job, folder: JobFolder, overwrite: bool) -> None:
+def _start(job: Job, store: JobStore, overwrite: bool) -> None:
     """Writes the manifest of a new, larger or overwritten job; checks that of another one."""
-    spec, machine, earlier = serialization.encode(job.spec), job.machine, folder.read_spec()
-    is_complete = folder.read_result() is not None
+    spec, machine, earlier = serialization.encode(job.spec), job.machine, store.read_spec()
+    is_complete = store.read_result() is not None
     is_replaced = overwrite and earlier is not None and (is_complete or earlier != spec)
     if earlier is not None and not is_replaced:
-        folder.check_spec(serialization.encode(job.earlier_spec(earlier)))
-        machine = folder.machine()
+        store.check_spec(serialization.encode(job.earlier_spec(earlier)))
+        machine = store.machine()
         if not is_complete and machine != job.machine:
             warnings.warn(
-                f"{folder.path}: begun on another machine or by other versions: equal to rounding, not to the bit",
+                f"{store.path}: begun on another machine or by other versions: equal to rounding, not to the bit",
                 stacklevel=3,
             )
     if is_replaced or earlier != spec:
-        if folder.remove_locks():
+        if store.remove_locks():
             raise FolderInUseError(
-                f"{folder.path}: another run is writing to it; wait for it, stop it, or give another folder"
+                f"{store.path}: another run is writing to it; wait for it, stop it, or give another folder"
             )
         if is_replaced:
-            folder.clear()
-        folder.discard_result()
-        folder.write_manifest(spec, machine)
+            store.clear()
+        store.discard_result()
+        store.write_manifest(spec, machine)
 
 
-def _compute(job: Job, folder: JobFolder, units: Mapping[str, int], progress: Progress | None) -> None:
+def _compute(job: Job, store: JobStore, units: Mapping[str, int], progress: Progress | None) -> None:
     """Computes units that no other process has locked, until all are finished."""
     todo, done, total = dict(units), 0, sum(units.values())
     while todo:
         for unit, size in list(todo.items()):
-            with folder.claim(unit) as is_mine:
+            with store.claim(unit) as is_mine:
                 if is_mine:
-                    part = progress and partial(_report_part, progress, folder.kind, done, size, total)
-                    folder.write(unit, job.compute(unit, folder, part))
-            if folder.is_finished(unit):
+                    part = progress and partial(_report_part, progress, store.kind, done, size, total)
+                    store.write(unit, job.compute(unit, store, part))
+            if store.is_finished(unit):
                 done += todo.pop(unit)
                 if progress is not None:
-                    progress(done, total, folder.kind)
+                    progress(done, total, store.kind)
         if todo:
             time.sleep(_POLL_SECONDS)
 

@@ -17,7 +17,7 @@ from jacobiflow.calibration import CalibrationReport
 from jacobiflow.data import image_grid, quantize, scale
 from jacobiflow.data.grid import PICTURE_CHANNELS
 from jacobiflow.errors import InputValueError
-from jacobiflow.jobs import JobFolder, UnitOutput
+from jacobiflow.jobs import JobStore, UnitOutput
 from jacobiflow.models.checkpoints.fingerprint import fingerprint
 from jacobiflow.models.flow import Flow, check_flow
 from jacobiflow.models.labels import Labels
@@ -157,13 +157,13 @@ class SampleJob(jobs.Job):
     machine: Mapping[str, Any]
     request: SamplingRequest
 
-    def stages(self, folder: JobFolder) -> Iterator[Mapping[str, int]]:
+    def stages(self, folder: JobStore) -> Iterator[Mapping[str, int]]:
         """Yields the plan, then the shards with their numbers of samples."""
         yield {STRATEGY: 1}
         yield {self.spec.unit(i): len(self.spec.span(i)) for i in range(self.spec.num_shards)}
 
     @torch.no_grad()
-    def compute(self, unit: str, folder: JobFolder, progress: Progress | None) -> UnitOutput:
+    def compute(self, unit: str, folder: JobStore, progress: Progress | None) -> UnitOutput:
         """Plans the strategy, or draws a shard."""
         spec, flow, plan = self.spec, self.request.flow, self.request.strategy
         if unit == STRATEGY:
@@ -176,14 +176,14 @@ class SampleJob(jobs.Job):
         samples = request.run(latents, progress)
         return UnitOutput(self._files(index, samples), serialization.encode(samples.outcome))
 
-    def reduce(self, folder: JobFolder) -> Any:
+    def reduce(self, folder: JobStore) -> Any:
         """Saves the first samples as one picture, and returns the outcome of all."""
         if self.spec.has_pictures and find_spec("PIL") is not None:
             write_atomically(folder.path / "samples.png", self._first_samples(folder))
         values = [folder.value(self.spec.unit(i)) for i in range(self.spec.num_shards)]
         return serialization.encode(Outcome.merge([serialization.decode(Outcome, value) for value in values]))
 
-    def _first_samples(self, folder: JobFolder) -> bytes:
+    def _first_samples(self, folder: JobStore) -> bytes:
         """Returns a PNG of the first samples, at most 100."""
         spec, png = self.spec, io.BytesIO()
         num = min(spec.num, _SHEET_IMAGES)

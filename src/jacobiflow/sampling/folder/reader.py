@@ -24,7 +24,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from jacobiflow.jobs import JobFolder, JobFolderError
+from jacobiflow.jobs import JobFolderError, JobStore
 from jacobiflow.planner import Strategy
 from jacobiflow.sampling.folder.spec import KIND, RESULT, STRATEGY, VERSION, SampleSpec
 from jacobiflow.sampling.result import Outcome
@@ -188,5 +188,5 @@ class SampleFolder:
         return None if any(array is None for array in arrays) else torch.from_numpy(np.concatenate(arrays))
 
 
-def _job_folder(path: Path) -> JobFolder:
-    return JobFolder(path, KIND, VERSION, RESULT)
+def _job_folder(path: Path) -> JobStore:
+    return JobStore(path, KIND, VERSION, RESULT)

@@ -42,8 +42,8 @@ class UnitOutput:
 
 
 @dataclass(frozen=True)
-class JobFolder:
-    """The manifest, the finished units and the result of a job of one kind.
+class JobStore:
+    """The manifest, the finished units and the result of a job of one kind, in a folder.
 
     Attributes:
         path: The folder.
