@@ -20,7 +20,7 @@ SOLVERS = [
     jf.Solver(jf.Sequential()),
     jf.Solver(jf.Whole(), jf.Zeros(), jf.EarlyStop(), jf.Chord(KERNEL), bf16_sweeps=3),
     jf.Solver(jf.Segments(2), jf.MeanAffine(KERNEL[0], KERNEL[0]), jf.MaxSweeps((5, 3)) | jf.Tolerance(0.5)),
-    jf.Solver(jf.Window(8), jf.CausalLinear(KERNEL, KERNEL[0]), jf.MaxSweeps(4)),
+    jf.Solver(jf.Window(8), jf.CausalLinear(KERNEL.double(), KERNEL[0].double()), jf.MaxSweeps(4)),
 ]
 OTHER_GUESSES = [jf.MeanAffine(KERNEL[0], KERNEL[0] + 1), jf.CausalLinear(KERNEL + 1, KERNEL[0])]
 

@@ -128,6 +128,7 @@ def test_a_run_tells_its_progress_and_what_it_has_done(tmp_path: Path, monkeypat
 
 
 def test_what_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A lock by a file that merely exists would outlive a process that is killed."""
     out, message = tmp_path / "out", r"/out: cannot be used as a folder \(no flock on its file system\); give another"
     with monkeypatch.context() as patch, pytest.raises(OSError, match=message):
         patch.setattr("fcntl.flock", Mock(side_effect=OSError(errno.ENOSYS, "Function not implemented")))
