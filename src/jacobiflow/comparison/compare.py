@@ -154,10 +154,9 @@ def compare_samplers(
     seconds, answers = time_interleaved(all_runs, repeats, flow.var.device, progress, warm_up)
     num_entries, results = latents[..., 0].numel() * flow.config.num_blocks, []
     for name in dict.fromkeys((original, SEQUENTIAL, *runs)):
-        answer, outcome, evaluations = answers[name], None, None
-        if isinstance(answer, Samples):
-            answer, outcome = answer.x, answer.outcome
+        x, outcome, evaluations = answers[name], None, None
+        if isinstance(x, Samples):
+            outcome, x = x.outcome, x.x
             evaluations = outcome.token_evaluations / num_entries
-        error = paired_error(answer, exact.x)
-        results.append(SamplerResult(name, seconds[name], error, answer, outcome, evaluations))
+        results.append(SamplerResult(name, seconds[name], paired_error(x, exact.x), x, outcome, evaluations))
     return Comparison(len(latents), tuple(results), seconds[ENCODING_PASS])

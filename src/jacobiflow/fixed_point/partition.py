@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from jacobiflow.errors import InputValueError
 from jacobiflow.fixed_point.registry import Piece, register_piece
-from jacobiflow.utils.checks import check_count, convert_numbers
+from jacobiflow.utils.checks import check_count, check_fields
 
 _MIN_WINDOW = 32
 """Tokens in the smallest window that `plan` tries."""
@@ -103,8 +103,8 @@ class Segments(Partition):
     count: int
 
     def __post_init__(self) -> None:
-        convert_numbers(self)
         check_count("Segments: count", self.count)
+        check_fields(self)
 
     def stop(self, front: int, num_tokens: int) -> int:
         segment = ((front + 1) * self.count - 1) // num_tokens
@@ -128,8 +128,8 @@ class Window(SlidingRun):
     size: int
 
     def __post_init__(self) -> None:
-        convert_numbers(self)
         check_count("Window: size", self.size)
+        check_fields(self)
 
     def run_size(self, num_tokens: int) -> int:
         return self.size

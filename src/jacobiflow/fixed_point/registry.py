@@ -23,8 +23,6 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-_NUMPY_FORMATS = {"float32": "<f4", "float64": "<f8"}  # NumPy's names of the dtypes in which tensors are stored.
-
 
 class Piece(ABC):  # noqa: B024  its subclasses have abstract methods
     """Base of `Partition`, `Guess` and `Correction`."""
@@ -100,17 +98,15 @@ def decode_piece(declared: Any, value: Any) -> Any:
 
 
 def _encode_tensor(tensor: Tensor) -> dict[str, Any]:
-    name = "float64" if tensor.dtype == torch.float64 else "float32"
-    array = tensor.detach().to(getattr(torch, name)).cpu().numpy().astype(_NUMPY_FORMATS[name])
-    return {"shape": list(array.shape), name: base64.b64encode(array.tobytes()).decode()}
+    array = (tensor if tensor.dtype == torch.float64 else tensor.float()).detach().cpu().numpy()
+    return {"shape": list(array.shape), array.dtype.name: base64.b64encode(array.tobytes()).decode()}
 
 
 def _decode_tensor(value: Any) -> Tensor:
     try:
-        shape = value["shape"]
         (name,) = value.keys() - {"shape"}
-        array = np.frombuffer(base64.b64decode(value[name], validate=True), _NUMPY_FORMATS[name]).reshape(shape)
-        return torch.from_numpy(array.astype(name))
+        array = np.frombuffer(base64.b64decode(value[name], validate=True), name).reshape(value["shape"])
+        return torch.from_numpy(array.copy())
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise InputValueError(f"not an array of float32 or float64 values with its shape ({error})") from error
 
