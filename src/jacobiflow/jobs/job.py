@@ -5,8 +5,8 @@ from __future__ import annotations
 import time
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -122,7 +122,7 @@ def run(job: Job, path: str | Path, *, overwrite: bool = False, progress: Progre
                 store.discard_damaged(unit)
             started = time.perf_counter()
             missing = tuple(unit for unit in units if not store.is_finished(unit))
-            _compute(job, store, units, progress)
+            _compute(job, store, units, missing, progress)
             names |= units.keys()
         seconds = time.perf_counter() - started
         with store.lock():
@@ -159,16 +159,18 @@ def _start(job: Job, store: JobStore, overwrite: bool) -> None:
         store.write_manifest(spec, machine)
 
 
-def _compute(job: Job, store: JobStore, units: Mapping[str, int], progress: Progress | None) -> None:
-    """Computes units that no other process has locked, until all are finished."""
-    todo, done, total = dict(units), 0, sum(units.values())
+def _compute(
+    job: Job, store: JobStore, units: Mapping[str, int], missing: Iterable[str], progress: Progress | None
+) -> None:
+    """Computes the missing units of a stage, or waits until other processes have finished them."""
+    todo, total = {unit: units[unit] for unit in missing}, sum(units.values())
+    done = total - sum(todo.values())
     while todo:
         for unit, size in list(todo.items()):
-            with store.claim(unit) as is_mine:
-                if is_mine:
+            with suppress(FolderInUseError), store.claim(unit):
+                if not store.is_finished(unit):
                     part = progress and partial(_report_part, progress, store.kind, done, size, total)
                     store.write(unit, job.compute(unit, store, part))
-            if store.is_finished(unit):
                 done += todo.pop(unit)
                 if progress is not None:
                     progress(done, total, store.kind)

@@ -12,8 +12,8 @@ from __future__ import annotations
 import math
 import secrets
 import warnings
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from collections.abc import Collection, Mapping
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -63,16 +63,9 @@ class JobStore:
         """Waits until no other process starts or reduces the job, and keeps them from it until the block ends."""
         return locked(self.path, wait=math.inf)
 
-    @contextmanager
-    def claim(self, unit: str) -> Iterator[bool]:
-        """Locks a unit until the block ends; yields False if it is finished, or if another process has locked it."""
-        with ExitStack() as stack:
-            is_mine = False
-            if not self.is_finished(unit):
-                with suppress(FolderInUseError):
-                    stack.enter_context(locked(self.path, f"{LOCK}-{unit}"))
-                    is_mine = not self.is_finished(unit)  # Another process may have finished it meanwhile.
-            yield is_mine
+    def claim(self, unit: str) -> AbstractContextManager[None]:
+        """Locks a unit until the block ends; raises FolderInUseError if another process has locked it."""
+        return locked(self.path, f"{LOCK}-{unit}")
 
     def use(self) -> AbstractContextManager[None]:
         """Keeps other processes from changing the spec until the block ends."""
