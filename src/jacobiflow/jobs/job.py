@@ -30,7 +30,7 @@ class Job(ABC):
 
     Attributes:
         kind: The kind of job, such as "samples".
-        version: Version of the format of its store.
+        version: Version of the format of its folder.
         result_name: Name of the file of the result.
         patterns: Glob patterns of the files that the units write; `overwrite` removes all files that match.
         spec: A frozen dataclass of plain values: all that the units depend on. The name of a checksum ends in
@@ -92,14 +92,14 @@ class CompletedJob:
 
 
 def run(job: Job, path: str | Path, *, overwrite: bool = False, progress: Progress | None = None) -> CompletedJob:
-    """Computes what is left of a job, together with all processes that run it in the same store.
+    """Computes what is left of a job, together with all processes that run it in the same folder.
 
     A process takes a unit that is neither finished nor locked by another process, and at last waits for the locked
     ones. If a process dies, the system releases its locks, and another process computes its unit. The first process
     that sees all units finished reduces them.
 
     Args:
-        path: The store.
+        path: The folder.
         overwrite: Whether to replace a complete job, or one of another spec. An incomplete job of this spec is resumed.
 
     Raises:
@@ -118,7 +118,7 @@ def run(job: Job, path: str | Path, *, overwrite: bool = False, progress: Progre
             is_first = not store.remove_locks()
             stack.enter_context(store.use())
         for units in job.stages(store):
-            for unit in units if is_first else ():  # For all processes, since it reads all files.
+            for unit in units if is_first else ():  # One process reads all files, for the others, too.
                 store.discard_damaged(unit)
             started = time.perf_counter()
             missing = tuple(unit for unit in units if not store.is_finished(unit))
