@@ -122,7 +122,8 @@ def run(job: Job, path: str | Path, *, overwrite: bool = False, progress: Progre
                 store.discard_damaged(unit)
             started = time.perf_counter()
             missing = tuple(unit for unit in units if not store.is_finished(unit))
-            _compute(job, store, units, missing, progress)
+            for unit, part in _claim(store, units, missing, progress):
+                store.write(unit, job.compute(unit, store, part))
             names |= units.keys()
         seconds = time.perf_counter() - started
         with store.lock():
@@ -159,18 +160,20 @@ def _start(job: Job, store: JobStore, overwrite: bool) -> None:
         store.write_manifest(spec, machine)
 
 
-def _compute(
-    job: Job, store: JobStore, units: Mapping[str, int], missing: Iterable[str], progress: Progress | None
-) -> None:
-    """Computes the missing units of a stage, or waits until other processes have finished them."""
+def _claim(
+    store: JobStore, units: Mapping[str, int], missing: Iterable[str], progress: Progress | None
+) -> Iterator[tuple[str, Progress | None]]:
+    """Yields the missing units that no other process computes, each locked until the next one; waits for the others.
+
+    With each unit comes its `Progress`, which counts as that of all units.
+    """
     todo, total = {unit: units[unit] for unit in missing}, sum(units.values())
     done = total - sum(todo.values())
     while todo:
         for unit, size in list(todo.items()):
             with suppress(FolderInUseError), store.claim(unit):
                 if not store.is_finished(unit):
-                    part = progress and partial(_report_part, progress, store.kind, done, size, total)
-                    store.write(unit, job.compute(unit, store, part))
+                    yield unit, progress and partial(_report_part, progress, store.kind, done, size, total)
                 done += todo.pop(unit)
                 if progress is not None:
                     progress(done, total, store.kind)
