@@ -169,6 +169,8 @@ def _claim(
     """
     todo, total = {unit: units[unit] for unit in missing}, sum(units.values())
     done = total - sum(todo.values())
+    if done and progress is not None:
+        progress(done, total, store.kind)
     while todo:
         for unit, size in list(todo.items()):
             with suppress(FolderInUseError), store.claim(unit):
