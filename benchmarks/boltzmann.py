@@ -180,10 +180,10 @@ class OriginalBlock(nn.Module):
 
     def reverse(self, x: Tensor) -> tuple[Tensor, Tensor]:
         block: Any = self
-        stream, x = CachedNetwork(block, None, 1.0), self.permutation(x).clone()
+        network, x = CachedNetwork(block, None, 1.0), self.permutation(x).clone()
         log_det = x.new_zeros(len(x))
         for t in range(1, x.shape[1]):
-            log_scale, shift = stream.step(x, t - 1)
+            log_scale, shift = network(x, t)
             x[:, t] = x[:, t] * log_scale.exp() + shift
             log_det = log_det + log_scale.sum(dim=-1)
         return self.permutation(x, inverse=True), log_det

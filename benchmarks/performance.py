@@ -30,7 +30,7 @@ from jacobiflow.calibration import gs_jacobi_notation
 from jacobiflow.comparison.baselines import original_sampler
 from jacobiflow.comparison.compare import compare_samplers
 from jacobiflow.evaluation import paired_error
-from jacobiflow.planner import auto, choose
+from jacobiflow.planner import Auto, auto
 
 TOLERANCE = 1e-3  # of `auto`, of the paper's Algorithm 1, and of what counts as right
 ROUNDS = {1: 7, 4: 5, 16: 3, 64: 3}
@@ -223,7 +223,7 @@ def measure_strategies(key: Json) -> Json:
         plan = jf.plan(flow, batch_size=batch)
     runs[WITHOUT_LOOP] = without_native()(partial(draw, strategy=plan, certify=True))
     for name in AUTOS:
-        runs[name] = partial(draw, strategy=choose(flow, name, batch), certify=True)
+        runs[name] = partial(draw, strategy=Auto.parse(name).plan(flow, batch), certify=True)
     return {"rows": compare_samplers(flow, z, labels, runs, repeats=ROUNDS[batch]).to_json()["rows"]}
 
 

@@ -33,6 +33,7 @@ from jacobiflow.fixed_point import (
     solve_certified,
 )
 from jacobiflow.fixed_point.problem import Problem
+from jacobiflow.fixed_point.registry import register_piece
 from jacobiflow.models.maf import MAF, MAFConfig
 from jacobiflow.models.presets import PRESETS, Preset
 from jacobiflow.models.prose import Prose, ProseConfig
@@ -45,7 +46,6 @@ from jacobiflow.sampling.folder import SampleFolder, sample_to_folder
 from jacobiflow.sampling.importance import ImportanceWeights, importance
 from jacobiflow.sampling.result import Samples
 from jacobiflow.sampling.sample import decode, sample
-from jacobiflow.utils.serialization import register_piece
 
 __all__ = [
     "MAF",

@@ -18,7 +18,7 @@ import jacobiflow as jf
 from jacobiflow.calibration import gs_jacobi_notation
 from jacobiflow.cli.calibrate import CalibrateConfig, CalibrateResult, show
 from jacobiflow.data import Noise, load_images, noisy_images
-from jacobiflow.jobs import JobRun
+from jacobiflow.jobs import CompletedJob
 from tests.helpers.running import figures
 from tests.helpers.scoring import levels
 
@@ -126,7 +126,7 @@ def test_ctrl_c_says_how_to_go_on(run: Any, tmp_path: Path, monkeypatch: pytest.
 def test_the_process_that_does_not_make_the_report_says_who_did(
     run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("jacobiflow.jobs.run", Mock(return_value=JobRun({}, False, (), 0)))
+    monkeypatch.setattr("jacobiflow.jobs.run", Mock(return_value=CompletedJob({}, False, (), 0)))
     result = run(f"calibrate --model plain --images pets --out {tmp_path}/r")
     assert (result.code, result.out) == (0, f"another process wrote {tmp_path}/r/report.json\n")
 

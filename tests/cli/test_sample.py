@@ -19,7 +19,7 @@ from PIL import Image
 import jacobiflow as jf
 from jacobiflow.cli.options import parse_labels
 from jacobiflow.comparison.baselines import original_sampler
-from jacobiflow.jobs import JobFolder
+from jacobiflow.jobs import JobStore
 from jacobiflow.models import memory
 from jacobiflow.models.latents import draw_labels
 from jacobiflow.utils.timing import describe_machine
@@ -140,8 +140,8 @@ def test_the_same_command_again_has_nothing_to_draw(run: Any, tmp_path: Path) ->
 
 def test_ctrl_c_says_what_is_kept(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     line = f"sample --model plain --num 6 --strategy jacobi-3 --batch-size 2 --shard-size 2 --out {tmp_path}/out"
-    write = JobFolder.write
-    monkeypatch.setattr(JobFolder, "write", lambda *args: stop() if "00001" in args[1] else write(*args))
+    write = JobStore.write
+    monkeypatch.setattr(JobStore, "write", lambda *args: stop() if "00001" in args[1] else write(*args))
     stop = Mock(side_effect=KeyboardInterrupt)
     result = run(line)
     kept = f"interrupted: 2 of 6 samples are kept in {tmp_path}/out; run the same command to resume\n"

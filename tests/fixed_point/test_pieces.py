@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from jacobiflow.cli import main
-from jacobiflow.utils import serialization
+from jacobiflow.fixed_point import registry
 from tests.helpers.problems import make_flow, to_float32
 
 PIECES = ("examples.extending.fraction_window", "examples.extending.scaled_latent", "examples.extending.one_back")
@@ -48,9 +48,8 @@ def test_every_command_takes_pieces_that_are_installed(tmp_path: Path, monkeypat
         "[jacobiflow]\n" + "".join(f"{name.rpartition('.')[2]} = {name}\n" for name in PIECES)
     )
     monkeypatch.chdir(tmp_path)
-    families = {base: dict(names) for base, names in serialization._pieces.items()}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(serialization, "_pieces", families)  # so that other tests do not see the pieces
+        patch.setattr(registry, "_pieces", dict(registry._pieces))  # so that other tests do not see the pieces
         patch.syspath_prepend(tmp_path / "site")
         for line in COMMANDS.strip().splitlines():
             assert main(shlex.split(line)) == 0

@@ -12,14 +12,15 @@ import torch
 
 import jacobiflow as jf
 from jacobiflow.fixed_point import Stopping
-from jacobiflow.utils import serialization
+from jacobiflow.fixed_point.registry import decode_piece
+from jacobiflow.utils.serialization import decode, encode
 
 KERNEL = torch.tensor([[[0.5, -1.0], [0.25, 3.0]]])
 SOLVERS = [
     jf.Solver(jf.Sequential()),
     jf.Solver(jf.Whole(), jf.Zeros(), jf.EarlyStop(), jf.Chord(KERNEL), bf16_sweeps=3),
     jf.Solver(jf.Segments(2), jf.MeanAffine(KERNEL[0], KERNEL[0]), jf.MaxSweeps((5, 3)) | jf.Tolerance(0.5)),
-    jf.Solver(jf.Window(8), jf.CausalLinear(KERNEL, KERNEL[0]), jf.MaxSweeps(4)),
+    jf.Solver(jf.Window(8), jf.CausalLinear(KERNEL.double(), KERNEL[0].double()), jf.MaxSweeps(4)),
 ]
 OTHER_GUESSES = [jf.MeanAffine(KERNEL[0], KERNEL[0] + 1), jf.CausalLinear(KERNEL + 1, KERNEL[0])]
 
@@ -44,8 +45,8 @@ def test_pieces_that_do_not_go_together_are_refused(build: Callable[[], Any], na
 
 @pytest.mark.parametrize("solver", SOLVERS, ids=range(len(SOLVERS)))
 def test_a_solver_comes_back_from_json(solver: jf.Solver) -> None:
-    text = json.dumps(serialization.encode(solver), allow_nan=False)
-    assert len({solver, serialization.decode(jf.Solver, json.loads(text))}) == 1
+    text = json.dumps(encode(solver), allow_nan=False)
+    assert len({solver, decode(jf.Solver, json.loads(text), hook=decode_piece)}) == 1
     assert solver not in [replace(solver, guess=guess) for guess in OTHER_GUESSES]
 
 

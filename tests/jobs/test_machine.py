@@ -42,7 +42,7 @@ class Machine(RuleBasedStateMachine):
             shutil.rmtree(self.out.parent)
 
     def spec(self) -> Spec:
-        return Spec(**(Digests.folder(self.out).read_spec() or {}))
+        return Spec(**(Digests.store(self.out).read_spec() or {}))
 
     def times(self) -> dict[str, int]:
         return {name: (self.out / name).stat().st_mtime_ns for name in read_files(self.out)}

@@ -51,7 +51,7 @@ def export(flow: jf.TarFlow, out: Path, guidance: jf.Guidance) -> dict[str, Any]
         "tolerance": TOLERANCE,
         "prior_scale": flow.var.detach().float().sqrt().flatten().tolist(),
     }
-    write_json(out / "model.json", manifest, indent=None)
+    write_json(out / "model.json", manifest)
     return manifest
 
 

@@ -13,15 +13,7 @@ from jacobiflow.blocks.base import AffineBlock, ScaleShift, TokensLogDet
 from jacobiflow.blocks.context import NO_CONTEXT, Context
 from jacobiflow.blocks.tokens import Tokens
 from jacobiflow.errors import InputValueError
-from jacobiflow.utils.checks import (
-    check_choice,
-    check_flag,
-    check_kind,
-    check_number,
-    check_positive,
-    convert_numbers,
-    format_value,
-)
+from jacobiflow.utils.checks import check_choice, check_fields, check_kind, check_number, check_positive, format_value
 
 
 @dataclass(frozen=True)
@@ -53,14 +45,13 @@ class Guidance:
     rule: Literal["linear", "density"] = "linear"
 
     def __post_init__(self) -> None:
-        convert_numbers(self)
         check_number("guidance weight", self.weight, expected="0 (off) or a positive number")
-        check_flag("annealed", self.annealed)
         check_choice("guidance on", self.on, ("both", "scale", "shift"))
         check_positive("attn_temperature", self.attn_temperature)
         check_choice("guidance rule", self.rule, ("linear", "density"))
         if self.rule == "density" and self.on != "both":
             raise InputValueError(f"guidance on={self.on}: the rule density is for both; leave it out")
+        check_fields(self)
 
     @classmethod
     def parse(cls, text: str) -> Guidance:
@@ -125,9 +116,9 @@ class SamplingSettings:
     denoise: float = 0.0
 
     def __post_init__(self) -> None:
-        convert_numbers(self)
         check_kind("guidance", self.guidance, Guidance | None, GIVE_GUIDANCE)
         check_number("denoise", self.denoise, expected="0 (off) or a positive rate")
+        check_fields(self)
 
 
 class GuidedCache(NamedTuple):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from jacobiflow.errors import InputValueError
-from jacobiflow.utils.checks import check_choice, check_kind, convert_numbers, format_value
+from jacobiflow.utils.checks import check_choice, check_fields, check_kind, format_value
 
 
 @dataclass(frozen=True)
@@ -27,12 +27,12 @@ class Permutation:
     order: Literal["identity", "flip"] | tuple[int, ...]
 
     def __post_init__(self) -> None:
-        convert_numbers(self)
         if isinstance(self.order, str):
             check_choice("order", self.order, ("identity", "flip"))
             return
         check_kind("order", self.order, tuple, '"identity", "flip" or a tuple of indices')
-        if any(type(index) is not int for index in self.order) or sorted(self.order) != list(range(len(self.order))):
+        check_fields(self)
+        if sorted(self.order) != list(range(len(self.order))):
             raise InputValueError(f"order={format_value(self.order)}: give each of 0 to {len(self.order) - 1} once")
 
     def __call__(self, x: Tensor, dim: int = 1) -> Tensor:

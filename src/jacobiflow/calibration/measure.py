@@ -36,7 +36,7 @@ from jacobiflow.calibration.statistics import (
 )
 from jacobiflow.errors import InputTypeError, InputValueError
 from jacobiflow.fixed_point import Segments
-from jacobiflow.jobs import JobFolder, UnitOutput
+from jacobiflow.jobs import JobStore, UnitOutput
 from jacobiflow.models.checkpoints.fingerprint import fingerprint
 from jacobiflow.models.flow import Flow, check_flow
 from jacobiflow.models.labels import ContextLike, Labels
@@ -171,15 +171,15 @@ class CalibrationJob(jobs.Job):
             labels_or_context_sha256=_sha256([] if values is None else [values]),
         )  # fmt: skip
 
-    def stages(self, folder: JobFolder) -> Iterator[Mapping[str, int]]:
+    def stages(self, store: JobStore) -> Iterator[Mapping[str, int]]:
         """Yields units without requirements, those that need the mean parameters, and those that need the metrics."""
         chunks, blocks = range(len(self.statistics.chunks)), self.statistics.blocks
         parameters, residuals = ([f"{name}-{chunk:02}" for chunk in chunks] for name in ("parameters", "residuals"))
         yield {**{f"solutions-{source}": len(blocks) for source in self.sources}, **dict.fromkeys(parameters, 1)}
-        self._means = self.statistics.means(load_file(folder.path / _file(unit)) for unit in parameters)
+        self._means = self.statistics.means(load_file(store.path / _file(unit)) for unit in parameters)
         curves = [_curves(i, source, guess) for i in blocks for source in self.sources for guess in GUESS_NAMES]
         yield dict.fromkeys([*residuals, *(f"gamma-{i}" for i in blocks), *curves], 1)
-        self._means |= self.statistics.means(load_file(folder.path / _file(unit)) for unit in residuals)
+        self._means |= self.statistics.means(load_file(store.path / _file(unit)) for unit in residuals)
         yield {unit: 1 for units in self._segment_curves().values() for unit in units.values()}
 
     def _segment_curves(self) -> dict[int, dict[int, str]]:
@@ -190,14 +190,14 @@ class CalibrationJob(jobs.Job):
         tough = self.statistics.tough_blocks(self._means, self.settings.norm)
         return {i: {count: _curves(i, "noise", best(i), count) for count in counts} for i in tough}
 
-    def compute(self, unit: str, folder: JobFolder, progress: Progress | None) -> UnitOutput:
+    def compute(self, unit: str, store: JobStore, progress: Progress | None) -> UnitOutput:
         """Computes sums and solutions as tensors in a file, norms and curves as a value."""
         settings = self.settings
         match unit.split("-"):
             case "gamma", block:
-                return UnitOutput(value=self._gamma(int(block), folder))
+                return UnitOutput(value=self._gamma(int(block), store))
             case "curves", block, source, guess, count:
-                return UnitOutput(value=encode(self._measure(int(block), source, guess, int(count), folder)))
+                return UnitOutput(value=encode(self._measure(int(block), source, guess, int(count), store)))
             case "parameters", chunk:
                 tensors = self.statistics.sum_parameters(int(chunk))
             case "residuals", chunk:
@@ -216,24 +216,24 @@ class CalibrationJob(jobs.Job):
         context = self.statistics.context_at(self._index)
         return exact_solutions(self.flow, latents, context, self.spec.batch_size, progress)
 
-    def _read_solution(self, source: str, block: int, folder: JobFolder) -> BlockSolution:
-        with safe_open(folder.path / _file(f"solutions-{source}"), "pt") as file:
+    def _read_solution(self, source: str, block: int, store: JobStore) -> BlockSolution:
+        with safe_open(store.path / _file(f"solutions-{source}"), "pt") as file:
             x, z = (file.get_slice(name)[block].to(self.flow.var.device) for name in ("x", "z"))
         return BlockSolution(x, z, self.statistics.context_at(self._index))
 
-    def _gamma(self, block: int, folder: JobFolder) -> list[float]:
+    def _gamma(self, block: int, store: JobStore) -> list[float]:
         """Measures the norm of a block's error matrix at the first solutions."""
-        solution = next(self._read_solution(self.sources[0], block, folder).split(_GAMMA_SAMPLES))
+        solution = next(self._read_solution(self.sources[0], block, store).split(_GAMMA_SAMPLES))
         norms = [gamma_norm(self.flow.inverse_block(block), *batch) for batch in solution.split(self.spec.batch_size)]
         return torch.cat(norms).tolist()
 
     def _measure(
-        self, block: int, source: str, guess: str, num_segments: int, folder: JobFolder
+        self, block: int, source: str, guess: str, num_segments: int, store: JobStore
     ) -> list[ConvergenceCurve]:
         """Measures the convergence curve of each segment of a block."""
         start, solution = (
             guesses_by_name(mean_affine(self._means, block))[guess],
-            self._read_solution(source, block, folder),
+            self._read_solution(source, block, store),
         )
         distances = [
             measure_distances(self.flow.inverse_block(block), x, z, start, context, num_segments)
@@ -241,13 +241,13 @@ class CalibrationJob(jobs.Job):
         ]
         return [*map(ConvergenceCurve.from_distances, zip(*distances, strict=True))]
 
-    def reduce(self, folder: JobFolder) -> Any:
+    def reduce(self, store: JobStore) -> Any:
         """Returns the report."""
         config, settings, means, blocks = self.flow.config, self.settings, self._means, self.statistics.blocks
         metrics, segments = partial(self.statistics.metrics, means), self._segment_curves()
 
         def curves(unit: str) -> tuple[ConvergenceCurve, ...]:
-            return decode(tuple[ConvergenceCurve, ...], folder.value(unit))
+            return decode(tuple[ConvergenceCurve, ...], store.value(unit))
 
         return CalibrationReport(
             fingerprint=self.spec.weights_sha256,
@@ -263,7 +263,7 @@ class CalibrationJob(jobs.Job):
                 for source in self.sources
             },
             segment_curves={i: {n: curves(unit) for n, unit in units.items()} for i, units in segments.items()},
-            gamma=tuple(tuple(folder.value(f"gamma-{i}")) for i in blocks),
+            gamma=tuple(tuple(store.value(f"gamma-{i}")) for i in blocks),
         ).to_json()
 
 

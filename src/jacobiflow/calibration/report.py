@@ -14,9 +14,9 @@ from jacobiflow.calibration.convergence import ConvergenceCurve
 from jacobiflow.calibration.metrics import Components, Metrics, Norm, rank_correlation
 from jacobiflow.errors import InputValueError
 from jacobiflow.fixed_point import Guess, Latent, MeanAffine, Zeros
+from jacobiflow.fixed_point.registry import JsonDocument
 from jacobiflow.models.checkpoints.fingerprint import check_fingerprint
 from jacobiflow.models.flow import Flow, check_flow
-from jacobiflow.utils import serialization
 from jacobiflow.utils.checks import check_choice, check_count, check_number
 
 GUESS_NAMES = ("latent", "zeros", "mean_affine")
@@ -72,7 +72,7 @@ class ClassSpread:
 
 
 @dataclass(frozen=True, repr=False)
-class CalibrationReport(serialization.JsonDocument):
+class CalibrationReport(JsonDocument):
     """The measurements of `jacobiflow.calibrate`. Blocks are numbered in encoding order.
 
     Attributes:

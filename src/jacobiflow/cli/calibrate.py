@@ -112,15 +112,15 @@ def run(config: CalibrateConfig) -> CalibrateResult | None:
     )  # fmt: skip
     out = config.out / CalibrationJob.result_name
     with progress_bar(is_shown=find_launch().rank == 0) as progress:
-        outcome = jobs.run(job, config.out, progress=progress)
-    if not outcome.is_reporter:
+        completed = jobs.run(job, config.out, progress=progress)
+    if not completed.should_print:
         print(f"another process wrote {out}")
         return None
     use = ["jacobiflow", "sample", "--model", config.model, "--strategy", "jacobi", "--report", str(out)]
     use += ["--guidance", str(flow.guidance or 0)] + ["--labels", "none"] * (labels is None)
     return CalibrateResult(
         model=config.model, images=config.images, out=str(out), use=shlex.join(use), machine=dict(job.machine),
-        report=jf.CalibrationReport.from_json(outcome.result),
+        report=jf.CalibrationReport.from_json(completed.result),
     )  # fmt: skip
 
 

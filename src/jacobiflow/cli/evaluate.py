@@ -91,18 +91,18 @@ def run(config: EvaluateConfig) -> EvaluationResult | None:
     from jacobiflow.jobs.launch import find_launch
     from jacobiflow.utils import serialization
 
-    folder = EvaluationJob.folder(config.out)
-    folder.read_spec()  # Refuses a folder of other files, before anything is loaded.
+    store = EvaluationJob.store(config.out)
+    store.read_spec()  # Refuses a folder of other files, before anything is loaded.
     job = _make_job(config, features)
     with progress_bar(is_shown=find_launch().rank == 0) as progress:
-        job_run = jobs.run(job, config.out, overwrite=config.overwrite, progress=progress)
-    if not job_run.is_reporter:
+        completed = jobs.run(job, config.out, overwrite=config.overwrite, progress=progress)
+    if not completed.should_print:
         print(f"another process has completed {config.out / job.result_name}")
         return None
     if config.save_stats is not None:
-        job.save_statistics(folder, config.save_stats)
+        job.save_statistics(store, config.save_stats)
     print(f"wrote {config.out / job.result_name}")
-    return serialization.decode(EvaluationResult, job_run.result)
+    return serialization.decode(EvaluationResult, completed.result)
 
 
 def _check_options(config: EvaluateConfig) -> str:

@@ -138,7 +138,7 @@ def run(config: SampleConfig) -> SampleResult | None:
             batch_size=_resolve_batch_size(config, flow), shard_size=config.shard_size, files=config.files,
             overwrite=config.overwrite, progress=progress,
         )  # fmt: skip
-        if not folder.is_reporter:
+        if not folder.should_print:
             print(f"all {config.num:,} samples are in {config.out}; another process prints their outcome")
             return None
         result = SampleResult(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from functools import cached_property, partial
+from functools import partial
 from typing import Any
 
 import torch
@@ -32,27 +32,16 @@ class SamplerResult:
         seconds: Seconds for the whole batch.
         error: Difference from the x of the exact loop.
         x: Images or tokens of its first round.
-        samples: The samples with this x; `None` for an original sampler, which returns x only.
+        outcome: Exactness and cost of the samples; `None` for an original sampler, which returns x only.
+        evaluations_per_token: Token evaluations over samples, blocks and tokens: 1 for the exact loop.
     """
 
     strategy: str
     seconds: Timing
     error: PairedError
     x: Float[Tensor, "n ..."]
-    samples: Samples | None = None
-
-    @cached_property
-    def outcome(self) -> Outcome | None:
-        """The exactness and cost of the samples; `None` for an original sampler."""
-        return None if self.samples is None else self.samples.outcome
-
-    @property
-    def evaluations_per_token(self) -> float | None:
-        """Token evaluations over samples, blocks and tokens: 1 for the exact loop."""
-        if self.samples is None or self.outcome is None:
-            return None
-        num, length, _ = self.samples.latents.shape
-        return self.outcome.token_evaluations / (num * length * len(self.samples.stats))
+    outcome: Outcome | None = None
+    evaluations_per_token: float | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Returns a JSON value."""
@@ -163,9 +152,11 @@ def compare_samplers(
         ENCODING_PASS: torch.no_grad()(partial(flow.encode, exact.x, exact.context)),
     }
     seconds, answers = time_interleaved(all_runs, repeats, flow.var.device, progress, warm_up)
-    results = []
+    num_entries, results = latents[..., 0].numel() * flow.config.num_blocks, []
     for name in dict.fromkeys((original, SEQUENTIAL, *runs)):
-        samples = answers[name] if isinstance(answers[name], Samples) else None
-        x = answers[name] if samples is None else samples.x
-        results.append(SamplerResult(name, seconds[name], paired_error(x, exact.x), x, samples))
+        x, outcome, evaluations = answers[name], None, None
+        if isinstance(x, Samples):
+            outcome, x = x.outcome, x.x
+            evaluations = outcome.token_evaluations / num_entries
+        results.append(SamplerResult(name, seconds[name], paired_error(x, exact.x), x, outcome, evaluations))
     return Comparison(len(latents), tuple(results), seconds[ENCODING_PASS])

@@ -33,14 +33,23 @@ def load_images(
 ) -> ImageDataset:
     """Loads a data set by its name, or images from a file or folder.
 
+    In a folder of images each subfolder is a class; images that lie in the folder itself have no labels. Images and
+    classes are sorted by name. Links are followed; hidden files, and files without an image suffix, are skipped. An
+    image is read when it is needed. Its shorter side is resized to `size`, and the centre is cropped. Transparent
+    pixels are blended onto white, and an orientation in EXIF is ignored.
+
     Args:
         source: "fashion-512" or "emoji-256" (training images in the package), "fashion-mnist" (Debian's package
             dataset-fashion-mnist), "digits" (scikit-learn's), or a path: an .npz file with `images` (N, H, W) or
-            (N, C, H, W) and optional `labels` (N,), a folder of IDX files (MNIST's format), or a folder of images, see
-            `image_folder`.
-        size: Side of the images in pixels; by default as they are. Only images of a folder are resized.
-        channels: 3 for colour, 1 for grey; by default as they are.
+            (N, C, H, W) and optional `labels` (N,), a folder of IDX files (MNIST's format), or a folder of images.
+        size: Side of the images in pixels; by default as they are, and for a folder of images the smallest side of all.
+        channels: 3 for colour, 1 for grey; by default as they are, and for a folder of images colour unless all are
+            grey.
         split: "train" or "test". "train" loads all images of a source without splits, see `available_splits`.
+
+    Raises:
+        DataError: If the source cannot be read, or its images have another size or number of channels. Also when an
+            image of a folder is read that is broken, has more than 8 bits per value, or is smaller than `size`.
 
     Example:
         >>> data = load_images("fashion-512", size=28, channels=1)
@@ -69,7 +78,7 @@ def load_images(
     elif splits:
         data = _read_idx(Path(source), split)
     else:
-        data = image_folder(source, size, channels)
+        data = _read_folder(Path(source), size, channels)
     have = tuple(data.images.shape[1:])
     want = (have[0] if channels is None else channels, *((have[1],) * 2 if size is None else (size, size)))
     if have != want:
@@ -142,36 +151,20 @@ def _labelled(source: object, images: NDArray[np.uint8], labels: NDArray[np.inte
         raise DataError(f"{source}: {error}") from error
 
 
-def image_folder(folder: str | Path, size: int | None = None, channels: int | None = 3) -> ImageDataset:
-    """Finds all images below a folder; each subfolder with images is a class. An image is read when it is needed.
-
-    The shorter side of an image is resized to `size`, and the centre is cropped. Transparent pixels are blended onto
-    white, and an orientation in EXIF is ignored. Links are followed. Hidden files and files without an image suffix are
-    skipped. Images and classes are sorted by name.
-
-    Args:
-        folder: A folder with images, which have no labels, or with subfolders of images.
-        size: Side of the images in pixels; by default the smallest side of all images.
-        channels: 3 for colour, 1 for grey; None for colour unless all files are grey.
-
-    Raises:
-        DataError: If there is no image, or images lie beside class folders. Also when an image is read that is broken,
-            has more than 8 bits per value, or is smaller than `size`.
-    """
-    root = Path(folder)
-    size, channels = size and check_count("size", size), channels and check_choice("channels", channels, (1, 3))
-    if not root.is_dir():
-        raise DataError(f"{root}: no such folder")
-    paths = map(Path, glob("**/*", root_dir=root, recursive=True))  # Hidden files and folders are left out.
+def _read_folder(folder: Path, size: int | None, channels: int | None) -> ImageDataset:
+    """Finds all images below a folder; an image is read when it is needed."""
+    if channels is not None:
+        check_choice("channels", channels, (1, 3))
+    paths = map(Path, glob("**/*", root_dir=folder, recursive=True))  # Hidden files and folders are left out.
     names = sorted(path for path in paths if path.suffix.lower() in SUFFIXES)
     if not names:
-        raise DataError(f"{root}: no image in it (looked for {', '.join(sorted(SUFFIXES))})")
+        raise DataError(f"{folder}: no image in it (looked for {', '.join(sorted(SUFFIXES))})")
     classes = sorted({name.parts[0] for name in names if len(name.parts) > 1})
     direct = [name for name in names if len(name.parts) == 1]
     if direct and classes:
-        raise DataError(f"{root}: {direct[0]} lies beside class folders; move it into one")
-    files = tuple(root / name for name in names)
-    if not size or not channels:
+        raise DataError(f"{folder}: {direct[0]} lies beside class folders; move it into one")
+    files = tuple(folder / name for name in names)
+    if size is None or channels is None:
         natural_size, natural_channels = natural_shape(files)
         size, channels = size or natural_size, channels or natural_channels
     images = ImageFiles(files, size, channels)

@@ -27,7 +27,7 @@ from jacobiflow.evaluation.distances import (
 )
 from jacobiflow.evaluation.features import FeatureFunction, InceptionFeatures, extract_features, require_eval_extra
 from jacobiflow.evaluation.likelihood import count_correct_classes, total_bits_per_dim
-from jacobiflow.jobs import Job, JobFolder, UnitOutput
+from jacobiflow.jobs import Job, JobStore, UnitOutput
 from jacobiflow.models.flow import Flow
 from jacobiflow.models.latents import draw_latents
 from jacobiflow.sampling.folder import SampleFolder
@@ -161,14 +161,14 @@ class EvaluationJob(Job):
                 check_comparable((len(real), width), (num, width))
                 require_eval_extra("the kernel distance")
 
-    def stages(self, folder: JobFolder) -> Iterator[Mapping[str, int]]:
+    def stages(self, store: JobStore) -> Iterator[Mapping[str, int]]:
         """Yields all units."""
         yield {unit: 1 for kind in self.units for unit in self._names(kind)}
 
     def _names(self, kind: str) -> list[str]:
         return [f"{kind}-{i:05}" for i in range(len(self.units[kind]))]
 
-    def compute(self, unit: str, folder: JobFolder, progress: Progress | None) -> UnitOutput:
+    def compute(self, unit: str, store: JobStore, progress: Progress | None) -> UnitOutput:
         """Computes features, or the errors or likelihoods of a batch."""
         kind, _, index = unit.partition("-")
         output = self.units[kind][int(index)]()
@@ -176,14 +176,14 @@ class EvaluationJob(Job):
             return UnitOutput({_file(unit): safetensors.torch.save({"features": output})})
         return UnitOutput(value=serialization.encode(output))
 
-    def reduce(self, folder: JobFolder) -> Any:
+    def reduce(self, store: JobStore) -> Any:
         """Returns an `EvaluationResult` as a JSON value."""
-        samples, scores = self.samples, self._measure_distances(folder)
-        if errors := [folder.value(unit) for unit in self._names("errors")]:
+        samples, scores = self.samples, self._measure_distances(store)
+        if errors := [store.value(unit) for unit in self._names("errors")]:
             paired, sensitivity = zip(*errors, strict=True)
             scores["paired"] = SampleErrors.merge([serialization.decode(SampleErrors, each) for each in paired])
             scores["sensitivity"] = max((each for each in sensitivity if each is not None), default=None)
-        if likelihoods := [folder.value(unit) for unit in self._names("likelihoods")]:
+        if likelihoods := [store.value(unit) for unit in self._names("likelihoods")]:
             bits, num_correct = zip(*likelihoods, strict=True)
             name = "bits_per_dim_noisy" if self.flow.config.noise_std else "bits_per_dim"
             scores[name] = sum(bits) / self.spec.test_images
@@ -195,37 +195,37 @@ class EvaluationJob(Job):
         )  # fmt: skip
         return serialization.encode(result)
 
-    def _measure_distances(self, folder: JobFolder) -> dict[str, Any]:
+    def _measure_distances(self, store: JobStore) -> dict[str, Any]:
         """Returns the Fréchet distance, and with features of real images kernel distance, precision and recall."""
         if not self.units["samples"]:
             return {}
-        real = self.statistics or self._merge_statistics(folder, "real")
-        scores = {"frechet_distance": frechet_distance(real, self._merge_statistics(folder, "samples"))}
+        real = self.statistics or self._merge_statistics(store, "real")
+        scores = {"frechet_distance": frechet_distance(real, self._merge_statistics(store, "samples"))}
         if self.units["real"]:
-            sets = self._choose_features(folder, "real"), self._choose_features(folder, "samples")
+            sets = self._choose_features(store, "real"), self._choose_features(store, "samples")
             if min(map(len, sets)) >= MIN_IMAGES:
                 scores["kernel_distance"], scores["kernel_distance_std"] = kernel_distance(*sets)
                 scores["precision"], scores["recall"] = precision_recall(*sets)
         return scores
 
-    def save_statistics(self, folder: JobFolder, path: Path) -> None:
+    def save_statistics(self, store: JobStore, path: Path) -> None:
         """Writes the statistics of the real images to a file."""
         path.parent.mkdir(parents=True, exist_ok=True)
         inception = self.features if isinstance(self.features, InceptionFeatures) else None
-        self._merge_statistics(folder, "real").save(path, inception)
+        self._merge_statistics(store, "real").save(path, inception)
 
-    def _merge_statistics(self, folder: JobFolder, kind: str) -> FeatureStatistics:
-        return FeatureStatistics.merge(map(FeatureStatistics.from_features, self._load_features(folder, kind)))
+    def _merge_statistics(self, store: JobStore, kind: str) -> FeatureStatistics:
+        return FeatureStatistics.merge(map(FeatureStatistics.from_features, self._load_features(store, kind)))
 
-    def _choose_features(self, folder: JobFolder, kind: str) -> Tensor:
+    def _choose_features(self, store: JobStore, kind: str) -> Tensor:
         """Returns all features, or `_MAX_PAIRWISE` of them at random, since images may be sorted by class."""
-        features = torch.cat(list(self._load_features(folder, kind)))
+        features = torch.cat(list(self._load_features(store, kind)))
         rows = torch.randperm(len(features), generator=torch.Generator().manual_seed(0))[:_MAX_PAIRWISE]
         return features[rows.sort().values]
 
-    def _load_features(self, folder: JobFolder, kind: str) -> Iterator[Tensor]:
+    def _load_features(self, store: JobStore, kind: str) -> Iterator[Tensor]:
         for unit in self._names(kind):
-            yield safetensors.torch.load_file(folder.path / _file(unit))["features"]
+            yield safetensors.torch.load_file(store.path / _file(unit))["features"]
 
 
 def _file(unit: str) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +14,7 @@ from jacobiflow.errors import InputValueError
 from jacobiflow.fixed_point.convolution import FIT_WIDTH, Convolution, as_kernel, rows_before
 from jacobiflow.fixed_point.guess import Guess
 from jacobiflow.fixed_point.problem import Problem
-from jacobiflow.utils.serialization import piece_base, register_piece
+from jacobiflow.fixed_point.registry import Piece, register_piece
 
 _RIDGE = 2e-2
 """The ridge penalty, relative to the mean square of the residuals."""
@@ -22,8 +22,7 @@ _MIN_RESIDUAL = 3e-5
 """Residuals below it are rounding, and are not fitted."""
 
 
-@piece_base
-class Correction(ABC):
+class Correction(Piece):
     """Turns an iterate and its image under g into the next iterate, on a run of tokens; those before it are final.
 
     Example:
@@ -37,7 +36,7 @@ class Correction(ABC):
     def __call__(self, x: Float[Tensor, "b n c"], g: Float[Tensor, "b n c"]) -> Float[Tensor, "b n c"]:
         """Returns the next iterate. If the residual of all tokens before t is zero, entry t must be g_t."""
 
-    def check(self, token_channels: int) -> None:  # noqa: B027  most fit any tokens
+    def check(self, token_channels: int) -> None:
         """Raises ValueError if the correction does not fit tokens of that many channels."""
 
     @classmethod

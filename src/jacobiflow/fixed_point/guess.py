@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from dataclasses import dataclass
 
 import torch
@@ -18,15 +18,14 @@ from jacobiflow.fixed_point.convolution import (
     check_values,
     rows_before,
 )
+from jacobiflow.fixed_point.registry import Piece, register_piece
 from jacobiflow.utils.checks import check_floating, check_kind
-from jacobiflow.utils.serialization import piece_base, register_piece
 
 _RIDGE = 1e-3
 """The ridge penalty, relative to the variance of the latents."""
 
 
-@piece_base
-class Guess(ABC):
+class Guess(Piece):
     """Chooses X^(0) from the block's input.
 
     Example:
@@ -40,7 +39,7 @@ class Guess(ABC):
     def __call__(self, z: Float[Tensor, "b t c"]) -> Float[Tensor, "b t c"]:
         """Returns X^(0), a new tensor."""
 
-    def check(self, num_tokens: int, token_channels: int) -> None:  # noqa: B027  most fit any tokens
+    def check(self, num_tokens: int, token_channels: int) -> None:
         """Raises ValueError if the guess does not fit tokens (T, C)."""
 
     @classmethod

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from dataclasses import dataclass
 
 from jacobiflow.errors import InputValueError
-from jacobiflow.utils.checks import check_count, convert_numbers
-from jacobiflow.utils.serialization import piece_base, register_piece
+from jacobiflow.fixed_point.registry import Piece, register_piece
+from jacobiflow.utils.checks import check_count, check_fields
 
 _MIN_WINDOW = 32
 """Tokens in the smallest window that `plan` tries."""
 
 
-@piece_base
-class Partition(ABC):
+class Partition(Piece):
     """Chooses the run [front, stop) that is swept; the tokens before the front are final.
 
     Example:
@@ -29,7 +28,7 @@ class Partition(ABC):
     def stop(self, front: int, num_tokens: int) -> int:
         """Returns the end of the run that starts at `front`; front < stop <= num_tokens."""
 
-    def check(self, num_tokens: int) -> None:  # noqa: B027  most fit any sequence
+    def check(self, num_tokens: int) -> None:
         """Raises ValueError if the partition does not fit a sequence of `num_tokens`."""
 
     def token_by_token(self, num_tokens: int) -> bool:
@@ -104,8 +103,8 @@ class Segments(Partition):
     count: int
 
     def __post_init__(self) -> None:
-        convert_numbers(self)
         check_count("Segments: count", self.count)
+        check_fields(self)
 
     def stop(self, front: int, num_tokens: int) -> int:
         segment = ((front + 1) * self.count - 1) // num_tokens
@@ -129,8 +128,8 @@ class Window(SlidingRun):
     size: int
 
     def __post_init__(self) -> None:
-        convert_numbers(self)
         check_count("Window: size", self.size)
+        check_fields(self)
 
     def run_size(self, num_tokens: int) -> int:
         return self.size

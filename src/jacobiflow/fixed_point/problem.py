@@ -14,7 +14,7 @@ from jacobiflow.blocks.base import AffineBlock, Block, TokensLogDet, apply_affin
 from jacobiflow.blocks.context import NO_CONTEXT, Context
 from jacobiflow.blocks.tokens import Tokens
 from jacobiflow.errors import InputTypeError, InputValueError
-from jacobiflow.utils.checks import check_finite, check_kind, check_on, check_rows, format_value
+from jacobiflow.utils.checks import check_finite, check_kind, check_rows, format_value
 
 _GIVE_TOKENS = "float32 or float64 tokens (B, T, C), whatever the network runs in"
 
@@ -47,7 +47,7 @@ class Problem:
         context = Context.of(context)
         if context.values is not None:
             check_rows("context", context.values, len(z), "rows of z")
-            check_on("context", context.values, z.device)
+            _check_device("context", context.values, z.device)
         return cls(block, z, context)
 
     def __len__(self) -> int:
@@ -98,7 +98,12 @@ class Problem:
         _check_tokens(name, x)
         if x.shape != self.z.shape:
             raise InputValueError(f"{name}={format_value(x)}: give {_GIVE_TOKENS}, as many as z")
-        check_on(name, x, self.z.device)
+        _check_device(name, x, self.z.device)
+
+
+def _check_device(name: str, value: Tensor, device: torch.device) -> None:
+    if value.device != device:
+        raise InputValueError(f"{name}: on {value.device}, but {device} is needed; move one of them")
 
 
 def _check_tokens(name: str, tokens: Any) -> None:

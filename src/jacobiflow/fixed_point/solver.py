@@ -11,7 +11,7 @@ from jacobiflow.fixed_point.correction import Correction, Plain
 from jacobiflow.fixed_point.guess import Guess, Latent
 from jacobiflow.fixed_point.options import DEFAULT_TOLERANCE
 from jacobiflow.fixed_point.partition import Partition, Segments, Whole
-from jacobiflow.utils.checks import check_count, check_fields, check_kind, check_number, convert_numbers
+from jacobiflow.utils.checks import check_count, check_fields, check_kind, check_number
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,6 @@ class Stopping:
     ebound: float | None = None
 
     def __post_init__(self) -> None:
-        convert_numbers(self)
         if not self._rules():
             raise InputTypeError("Stopping: give a tolerance, a number of sweeps, or an ebound")
         if self.atol is not None:
@@ -39,6 +38,7 @@ class Stopping:
                 raise InputValueError("sweeps=(): give a number, or one for each segment")
             for count in counts:
                 check_count("sweeps", count)
+        check_fields(self)
 
     def __or__(self, other: Stopping) -> Stopping:
         check_kind("stopping", other, Stopping, "a rule such as Tolerance(1e-3) or MaxSweeps(8)")

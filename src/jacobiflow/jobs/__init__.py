@@ -1,6 +1,6 @@
 """Work that any number of processes share through a folder, and that resumes after an interruption."""
 
-from jacobiflow.jobs.folder import JobFolder, JobFolderError, UnitOutput
-from jacobiflow.jobs.job import Job, JobRun, run
+from jacobiflow.jobs.job import CompletedJob, Job, run
+from jacobiflow.jobs.store import JobFolderError, JobStore, UnitOutput
 
-__all__ = ["Job", "JobFolder", "JobFolderError", "JobRun", "UnitOutput", "run"]
+__all__ = ["CompletedJob", "Job", "JobFolderError", "JobStore", "UnitOutput", "run"]

@@ -5,15 +5,16 @@ from __future__ import annotations
 import time
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
 from jacobiflow.errors import InputValueError
-from jacobiflow.jobs.folder import JobFolder, UnitOutput
 from jacobiflow.jobs.launch import find_launch
+from jacobiflow.jobs.store import JobStore, UnitOutput
 from jacobiflow.utils import serialization
 from jacobiflow.utils.files import FolderInUseError
 from jacobiflow.utils.progress import Progress
@@ -45,15 +46,15 @@ class Job(ABC):
     machine: Mapping[str, Any]
 
     @abstractmethod
-    def stages(self, folder: JobFolder) -> Iterator[Mapping[str, int]]:
+    def stages(self, store: JobStore) -> Iterator[Mapping[str, int]]:
         """Yields the units of each stage, with their sizes for the progress. A stage may read units of earlier ones."""
 
     @abstractmethod
-    def compute(self, unit: str, folder: JobFolder, progress: Progress | None) -> UnitOutput:
+    def compute(self, unit: str, store: JobStore, progress: Progress | None) -> UnitOutput:
         """Computes a unit."""
 
     @abstractmethod
-    def reduce(self, folder: JobFolder) -> Any:
+    def reduce(self, store: JobStore) -> Any:
         """Returns the result, a JSON object, from the finished units."""
 
     def earlier_spec(self, earlier: Mapping[str, Any]) -> Any:
@@ -67,30 +68,30 @@ class Job(ABC):
         return self.spec
 
     @classmethod
-    def folder(cls, path: str | Path) -> JobFolder:
-        """Returns the folder of a job of this kind, which need not exist yet."""
-        return JobFolder(Path(path), cls.kind, cls.version, cls.result_name, cls.patterns)
+    def store(cls, path: str | Path) -> JobStore:
+        """Returns the store of a job of this kind in a folder, which need not exist yet."""
+        return JobStore(Path(path), cls.kind, cls.version, cls.result_name, cls.patterns)
 
 
 @dataclass(frozen=True)
-class JobRun:
-    """The outcome of `run`.
+class CompletedJob:
+    """A complete job, as one of its processes sees it.
 
     Attributes:
         result: The result, a JSON object.
-        is_reporter: Whether this process shall print the result. It has reduced the job; or it found the job complete,
+        should_print: Whether this process shall print the result. It has reduced the job; or it found the job complete,
             and is the first process of its launcher.
         missing: The units of the last stage that were not finished when this process came to it.
         seconds: The time from then until all were finished.
     """
 
     result: Any
-    is_reporter: bool
+    should_print: bool
     missing: tuple[str, ...]
     seconds: float
 
 
-def run(job: Job, path: str | Path, *, overwrite: bool = False, progress: Progress | None = None) -> JobRun:
+def run(job: Job, path: str | Path, *, overwrite: bool = False, progress: Progress | None = None) -> CompletedJob:
     """Computes what is left of a job, together with all processes that run it in the same folder.
 
     A process takes a unit that is neither finished nor locked by another process, and at last waits for the locked
@@ -109,90 +110,80 @@ def run(job: Job, path: str | Path, *, overwrite: bool = False, progress: Progre
     if overwrite and find_launch().count > 1:
         message = "several processes would remove each other's work; remove the folder first"
         raise InputValueError(message, argument="overwrite", value=True)
-    folder, missing, started = job.folder(path), tuple[str, ...](), time.perf_counter()
+    store, names = job.store(path), set[str]()
     with ExitStack() as stack:
-        with folder.lock():
-            _start(job, folder, overwrite)
-            result = folder.read_result()
-            if result is not None and all(folder.is_intact(unit) for units in job.stages(folder) for unit in units):
-                return JobRun(result, find_launch().rank == 0, missing, 0.0)
-            folder.discard_result()
-            is_alone = not folder.is_in_use()  # Else another process has checked the finished units.
-            stack.enter_context(folder.use())
-        for units in job.stages(folder):
+        with store.lock():
+            _start(job, store, overwrite)
+            if not store.remove_locks():  # One process reads all files, before the others start.
+                store.discard_damaged()
+            was_complete = store.read_result() is not None
+            stack.enter_context(store.use())
+        for units in job.stages(store):
             started = time.perf_counter()
-            for unit in units if is_alone else ():
-                folder.discard_damaged(unit)
-            missing = tuple(unit for unit in units if not folder.is_finished(unit))
-            for unit, note in _claim(folder, units, progress):
-                folder.write(unit, job.compute(unit, folder, note))
+            missing = tuple(unit for unit in units if not store.is_finished(unit))
+            for unit, part in _claim(store, units, missing, progress):
+                store.write(unit, job.compute(unit, store, part))
+            names |= units.keys()
         seconds = time.perf_counter() - started
-        with folder.lock():
+        with store.lock():
             stack.close()
-            folder.remove_locks()
-            is_reducer = folder.read_result() is None
+            store.remove_locks()
+            is_reducer = store.read_result() is None
             if is_reducer:
-                folder.write_result(job.reduce(folder))
-            return JobRun(folder.read_result(), is_reducer, missing, seconds)
+                store.write_result(job.reduce(store), names)
+            should_print = is_reducer or (was_complete and find_launch().rank == 0)
+            return CompletedJob(store.read_result(), should_print, missing, seconds)
 
 
-def _start(job: Job, folder: JobFolder, overwrite: bool) -> None:
+def _start(job: Job, store: JobStore, overwrite: bool) -> None:
     """Writes the manifest of a new, larger or overwritten job; checks that of another one."""
-    spec, machine, earlier = serialization.encode(job.spec), job.machine, folder.read_spec()
-    is_complete = folder.read_result() is not None
+    spec, machine, earlier = serialization.encode(job.spec), job.machine, store.read_spec()
+    is_complete = store.read_result() is not None
     is_replaced = overwrite and earlier is not None and (is_complete or earlier != spec)
     if earlier is not None and not is_replaced:
-        folder.check_spec(serialization.encode(job.earlier_spec(earlier)))
-        machine = folder.machine()
+        store.check_spec(serialization.encode(job.earlier_spec(earlier)))
+        machine = store.machine()
         if not is_complete and machine != job.machine:
             warnings.warn(
-                f"{folder.path}: begun on another machine or by other versions: equal to rounding, not to the bit",
+                f"{store.path}: begun on another machine or by other versions: equal to rounding, not to the bit",
                 stacklevel=3,
             )
     if is_replaced or earlier != spec:
-        if folder.is_in_use():
+        if store.remove_locks():
             raise FolderInUseError(
-                f"{folder.path}: another run is writing to it; wait for it, stop it, or give another folder"
+                f"{store.path}: another run is writing to it; wait for it, stop it, or give another folder"
             )
         if is_replaced:
-            folder.clear()
-        folder.discard_result()
-        folder.write_manifest(spec, machine)
+            store.clear()
+        store.discard_result()
+        store.write_manifest(spec, machine)
 
 
 def _claim(
-    folder: JobFolder, units: Mapping[str, int], progress: Progress | None
+    store: JobStore, units: Mapping[str, int], missing: Iterable[str], progress: Progress | None
 ) -> Iterator[tuple[str, Progress | None]]:
-    """Yields the units that this process computes, each locked until the next one, until all units are finished.
+    """Yields the missing units that no other process computes, each locked until the next one; waits for the others.
 
     With each unit comes its `Progress`, which counts as that of all units.
     """
-    todo, total = dict(units), sum(units.values())
-    num_left = total
+    todo, total = {unit: units[unit] for unit in missing}, sum(units.values())
+    done = total - sum(todo.values())
+    if done and progress is not None:
+        progress(done, total, store.kind)
     while todo:
-        has_waited = True
         for unit, size in list(todo.items()):
-            with folder.claim(unit) as is_mine:
-                if is_mine:
-                    yield unit, progress and _PartOfProgress(progress, folder.kind, total - num_left, size, total)
-                    has_waited = False
-            if folder.is_finished(unit):
-                num_left -= todo.pop(unit)
+            with suppress(FolderInUseError), store.claim(unit):
+                if not store.is_finished(unit):
+                    yield unit, progress and partial(_report_part, progress, store.kind, done, size, total)
+                done += todo.pop(unit)
                 if progress is not None:
-                    progress(total - num_left, total, folder.kind)
-        if todo and has_waited:
+                    progress(done, total, store.kind)
+        if todo:
             time.sleep(_POLL_SECONDS)
 
 
-@dataclass(frozen=True)
-class _PartOfProgress:
-    """The progress of a unit as a part of that of its stage."""
-
-    progress: Progress
-    kind: str
-    num_before: int
-    size: int
-    total: int
-
-    def __call__(self, done: int, total: int, what: str) -> None:
-        self.progress(self.num_before + self.size * done // total, self.total, self.kind)
+def _report_part(
+    progress: Progress, kind: str, done_before: int, size: int, stage_total: int, done: int, total: int, what: str
+) -> None:
+    """Reports the progress of a unit as a part of that of its stage."""
+    progress(done_before + size * done // total, stage_total, kind)

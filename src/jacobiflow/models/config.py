@@ -6,7 +6,7 @@ from dataclasses import fields
 from typing import Any, ClassVar, Literal, NamedTuple, Protocol, get_args
 
 from jacobiflow.errors import InputValueError
-from jacobiflow.utils.checks import check_count, check_number, convert_numbers, declared_types, format_value
+from jacobiflow.utils.checks import check_count, check_fields, check_number, declared_types, format_value
 
 _MAX_SIZE = 2**20  # The largest number of tokens, channels and the like; a larger one is a slip.
 _MAX_LAYERS = 2**10  # The largest number of layers in all blocks, which take seconds to build.
@@ -64,7 +64,7 @@ class PatchConfig:
         return self.in_channels * self.patch_size**2
 
     def check_patches(self) -> None:
-        """Raises ValueError if patches do not tile the image, or the noise is no standard deviation."""
+        """Raises ValueError if patches do not tile the image, or a field has another type than it declares."""
         if self.image_size % self.patch_size:
             whole = self.image_size // self.patch_size * self.patch_size
             divisors = [side for side in range(2, 17) if self.image_size % side == 0] or [1]
@@ -73,6 +73,7 @@ class PatchConfig:
             message = f"does not divide the side of the images, {self.image_size}; {remedy}"
             raise InputValueError(message, argument="patch_size", value=self.patch_size)
         check_number("noise_std", self.noise_std, expected="0 or a positive standard deviation")
+        check_fields(self)
 
 
 def check_heads(channels: int | tuple[int, ...], head_dim: int) -> None:
@@ -88,11 +89,10 @@ def size_of_block(sizes: int | tuple[int, ...], index: int) -> int:
 
 
 def check_sizes(config: FlowConfig) -> None:
-    """Converts the numbers of a config to Python's, and checks that its sizes are positive and not too large to build.
+    """Checks that the sizes of a config are positive and not too large to build.
 
     A size whose default is 0 may be 0. A tuple of sizes has one for each block.
     """
-    convert_numbers(config)
     types = declared_types(type(config))
     for entry in fields(config):
         sizes, declared = getattr(config, entry.name), types[entry.name]

@@ -35,7 +35,7 @@ from jacobiflow.models.masked_network import (
 from jacobiflow.models.registry import register_flow
 from jacobiflow.native import usable_library
 from jacobiflow.native.boundary import UnsupportedError
-from jacobiflow.utils.checks import check_number
+from jacobiflow.utils.checks import check_fields, check_number
 
 _MIN_STD = 1e-3
 """Activation normalisation leaves the scale of an entry with a smaller standard deviation over the first batch."""
@@ -69,6 +69,7 @@ class MAFConfig:
     def __post_init__(self) -> None:
         check_sizes(self)
         check_number("logit_alpha", self.logit_alpha, math.ulp(0.0), "a small positive number, below 0.5", 0.5)
+        check_fields(self)
 
     @property
     def num_tokens(self) -> int:

@@ -31,7 +31,7 @@ from jacobiflow.models.prose_layers import (
 from jacobiflow.models.registry import register_flow
 from jacobiflow.models.transformer.attention import LayerWeights
 from jacobiflow.models.transformer.block import TransformerBlock
-from jacobiflow.utils.checks import check_flag, check_kind, format_value
+from jacobiflow.utils.checks import check_fields, check_kind, format_value
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -79,12 +79,11 @@ class ProseConfig:
     def __post_init__(self) -> None:
         check_sizes(self)
         check_heads(self.channels, self.head_dim)
-        check_flag("adaptive", self.adaptive)
-        check_flag("lookahead", self.lookahead)
         give = "a tuple of names of permutations"
         check_kind("orders", self.orders, tuple, give)
         if not self.orders or not all(isinstance(name, str) for name in self.orders):
             raise InputValueError(f"orders={format_value(self.orders)}: give {give}")
+        check_fields(self)
 
 
 class ProseBlock(TransformerBlock):

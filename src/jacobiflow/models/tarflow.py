@@ -24,7 +24,7 @@ from jacobiflow.models.labels import embed_classes
 from jacobiflow.models.registry import register_flow
 from jacobiflow.models.transformer.attention import AttentionBlock, LayerWeights
 from jacobiflow.models.transformer.block import TransformerBlock
-from jacobiflow.utils.checks import check_flag, check_kind, format_value
+from jacobiflow.utils.checks import check_fields, check_kind, format_value
 from jacobiflow.utils.files import atomic_path
 
 if TYPE_CHECKING:
@@ -70,7 +70,6 @@ class TarFlowConfig(PatchConfig):
         check_sizes(self)
         self.check_patches()
         check_heads(self.channels, self.head_dim)
-        check_flag("nvp", self.nvp)
 
     def of_block(self, index: int) -> BlockShape:
         """Returns the shape of a block."""
@@ -116,7 +115,6 @@ class TokenConfig:
 
     def __post_init__(self) -> None:
         check_sizes(self)
-        check_flag("nvp", self.nvp)
         check_heads(self.channels, self.head_dim)
         if self.num_classes and self.context_channels:
             raise InputValueError(
@@ -130,6 +128,7 @@ class TokenConfig:
             Permutation(order)
             if isinstance(order, tuple) and len(order) != self.num_tokens:
                 raise InputValueError(f"orders: {format_value(order)}: give the indices of {self.num_tokens} tokens")
+        check_fields(self)
 
     def of_block(self, index: int) -> BlockShape:
         """Returns the shape of a block."""

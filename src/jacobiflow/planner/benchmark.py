@@ -20,9 +20,9 @@ from jacobiflow.fixed_point.attempt import attempt
 from jacobiflow.fixed_point.certificate import solve_to_tolerance
 from jacobiflow.fixed_point.options import SolveOptions
 from jacobiflow.fixed_point.problem import Problem
+from jacobiflow.fixed_point.registry import registered_pieces
 from jacobiflow.native import library_name
 from jacobiflow.planner.fit import BlockTuning
-from jacobiflow.utils.serialization import registered_pieces
 from jacobiflow.utils.timing import time_call
 
 SEQUENTIAL = Solver(Sequential())

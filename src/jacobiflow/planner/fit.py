@@ -19,11 +19,11 @@ from jacobiflow.fixed_point import Correction, Guess, Plain, Solver, Whole
 from jacobiflow.fixed_point.attempt import attempt
 from jacobiflow.fixed_point.options import SolveOptions
 from jacobiflow.fixed_point.problem import Problem
+from jacobiflow.fixed_point.registry import JsonDocument, registered_pieces
 from jacobiflow.models.checkpoints.fingerprint import check_fingerprint, fingerprint
 from jacobiflow.models.flow import Flow, check_flow
 from jacobiflow.models.labels import ContextLike, Labels, convert_labels
 from jacobiflow.models.latents import FIRST_CALIBRATION_LATENT, MAX_SAMPLES, draw_latents
-from jacobiflow.utils import serialization
 from jacobiflow.utils.checks import check_count, check_seed
 from jacobiflow.utils.progress import Progress
 
@@ -40,7 +40,7 @@ class BlockTuning:
 
 
 @dataclass(frozen=True)
-class Tuning(serialization.JsonDocument):
+class Tuning(JsonDocument):
     """A guess and a correction for each block of a flow, fitted by `jacobiflow.tune`.
 
     Attributes:
@@ -153,9 +153,9 @@ def _fit(problem: Problem, x: Tokens, batch_size: int) -> BlockTuning:
     def sweeps(guess: Guess, correction: Correction) -> int:
         return int(attempt(problem, Solver(Whole(), guess, correction=correction), options).sample_sweeps.sum())
 
-    kinds = serialization.registered_pieces(Guess).values()
+    kinds = registered_pieces(Guess).values()
     guesses = [fitted for kind in kinds if (fitted := kind.fit(x, problem.z)) is not None]
     guess = guesses[0] if len(guesses) == 1 else min(guesses, key=lambda guess: sweeps(guess, Plain()))
-    fits = [kind.fit(problem, x, guess) for kind in serialization.registered_pieces(Correction).values()]
+    fits = [kind.fit(problem, x, guess) for kind in registered_pieces(Correction).values()]
     corrections: Sequence[Correction] = [Plain(), *(fitted for fitted in fits if fitted is not None)]
     return BlockTuning(guess, min(corrections, key=lambda correction: sweeps(guess, correction)))

@@ -21,8 +21,8 @@ from jacobiflow.fixed_point import (
     Tolerance,
     Whole,
 )
+from jacobiflow.fixed_point.registry import registered_pieces
 from jacobiflow.utils.checks import format_value
-from jacobiflow.utils.serialization import registered_pieces
 
 _FORMS = (
     "auto, sequential, jacobi, jacobi-J, gs-jacobi:G, gs-jacobi:G-J, window:N, or [Stack-GS-J-Else] such as [7-8-32-10]"

@@ -11,10 +11,10 @@ from jacobiflow.calibration import CalibrationReport, gs_jacobi_notation
 from jacobiflow.errors import InputError, InputValueError
 from jacobiflow.fixed_point import Latent, Solver
 from jacobiflow.fixed_point.options import DEFAULT_TOLERANCE
+from jacobiflow.fixed_point.registry import JsonDocument
 from jacobiflow.models.checkpoints.fingerprint import cached_fingerprint, check_fingerprint
 from jacobiflow.models.flow import Flow, check_flow
 from jacobiflow.planner import notation
-from jacobiflow.utils import serialization
 from jacobiflow.utils.checks import check_count, check_fields, check_kind, check_number, format_value
 
 _MAX_BLOCKS = 1_000
@@ -46,7 +46,7 @@ class Prediction:
 
 
 @dataclass(frozen=True)
-class Strategy(serialization.JsonDocument):
+class Strategy(JsonDocument):
     """One `Solver` per block, in encoding order. Strategies are equal if their solvers and their tolerance are.
 
     Attributes:
@@ -61,7 +61,7 @@ class Strategy(serialization.JsonDocument):
         torch.Size([2, 1, 8, 8])
     """
 
-    _name, _indent = "strategy", 1
+    _name = "strategy"
 
     solvers: tuple[Solver, ...]
     fingerprint: str | None = field(default=None, compare=False)

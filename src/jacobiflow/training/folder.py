@@ -20,7 +20,7 @@ from typing import Any
 import msgspec
 
 from jacobiflow.errors import InputError, InputValueError
-from jacobiflow.jobs import JobFolder
+from jacobiflow.jobs import JobStore
 from jacobiflow.training.checkpoint import CHECKPOINT, check_checkpoint
 from jacobiflow.training.processes import rank
 from jacobiflow.utils import files
@@ -53,9 +53,9 @@ class TrainMetrics:
     held_out_loss: float | None = None
 
 
-def _job_folder(out: Path) -> JobFolder:
+def _job_store(out: Path) -> JobStore:
     """Returns the folder as that of a job without units, for its manifest."""
-    return JobFolder(out, KIND, version=1, result_name=CHECKPOINT)
+    return JobStore(out, KIND, version=1, result_name=CHECKPOINT)
 
 
 def write_or_check_manifest(out: Path, spec: Mapping[str, Any], machine: Mapping[str, Any]) -> None:
@@ -64,7 +64,7 @@ def write_or_check_manifest(out: Path, spec: Mapping[str, Any], machine: Mapping
     Raises:
         InputValueError: If the folder has other files, or is of another run; the message names all differences.
     """
-    manifest = _job_folder(out)
+    manifest = _job_store(out)
     if manifest.read_spec() is None:
         manifest.write_manifest(spec, machine)
     manifest.check_spec(spec, "give its settings and data, or another folder")
@@ -120,7 +120,7 @@ def open_board(out: Path, step: int) -> Iterator[Callable[[TrainMetrics], None]]
 
 def problems(out: Path) -> Iterator[str]:
     """Yields a line for each damaged file of the training run in a folder, with the remedy."""
-    for check in (_job_folder(out).read_spec, partial(check_checkpoint, out), partial(read_metrics, out)):
+    for check in (_job_store(out).read_spec, partial(check_checkpoint, out), partial(read_metrics, out)):
         try:
             check()
         except (InputError, OSError) as error:

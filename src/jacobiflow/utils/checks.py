@@ -133,14 +133,8 @@ def check_rows(name: str, value: Any, num: int, what: str) -> None:
         raise _wrong_value(name, value, f"give a row for each of the {num} {what}")
 
 
-def check_on(name: str, value: Tensor, device: torch.device) -> None:
-    """Checks that a tensor is on a device."""
-    if value.device != device:
-        raise InputValueError(f"{name}: on {value.device}, but {device} is needed; move one of them")
-
-
 def check_fields(record: Any) -> None:
-    """Converts the fields of a dataclass to their declared types: an int to a float, a list to a tuple.
+    """Converts the fields of a dataclass to their declared types: NumPy's to Python's, an int to a float, and so on.
 
     Raises:
         TypeError: If a value is of another kind.
@@ -153,12 +147,6 @@ def check_fields(record: Any) -> None:
             object.__setattr__(record, entry.name, msgspec.convert(_to_python(value), types[entry.name]))
         except msgspec.ValidationError as error:
             raise _wrong_kind(entry.name, value, f"a value of type {entry.type}") from error
-
-
-def convert_numbers(record: Any) -> None:
-    """Converts NumPy scalars in the fields of a dataclass, and in tuples in them, to Python numbers."""
-    for entry in fields(record):
-        object.__setattr__(record, entry.name, _to_python(getattr(record, entry.name)))
 
 
 def _to_python(value: Any) -> Any:

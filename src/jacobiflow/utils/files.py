@@ -76,17 +76,14 @@ def read_object(path: str | Path) -> dict[str, Any] | None:
     return value if isinstance(value, dict) else None
 
 
-def write_json(path: str | Path, value: Any, indent: int | None = 1) -> None:
+def write_json(path: str | Path, value: Any) -> None:
     """Writes `value` as JSON, see `json_bytes`."""
-    write_atomically(path, json_bytes(value, indent))
+    write_atomically(path, json_bytes(value))
 
 
-def json_bytes(value: Any, indent: int | None = 1) -> bytes:
-    """Returns `value` as JSON, on one line if `indent` is None.
-
-    NaN becomes null. Infinity becomes 1e999, which Python and browsers read as infinity.
-    """
-    text = json.dumps(value, indent=indent, separators=(",", ":") if indent is None else None)
+def json_bytes(value: Any) -> bytes:
+    """Returns `value` as JSON. NaN becomes null. Infinity becomes 1e999, which Python and browsers read as infinity."""
+    text = json.dumps(value, indent=1)
     constants = {"Infinity": "1e999", "NaN": "null"}
     return (_TEXT_OR_CONSTANT.sub(lambda match: constants.get(match[0], match[0]), text) + "\n").encode()
 

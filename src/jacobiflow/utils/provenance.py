@@ -6,6 +6,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 
+def find_version() -> str:
+    """Returns the version of the package."""
+    from importlib.metadata import version  # Its import would take a tenth of the time of `--help`.
+
+    return version("jacobiflow")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Provenance:
     """The code and the machine that a result comes from; the base of the results of commands.
@@ -16,11 +23,4 @@ class Provenance:
     """
 
     machine: dict[str, Any]
-    version: str = field(default_factory=lambda: find_version())
-
-
-def find_version() -> str:
-    """Returns the version of the package."""
-    from importlib.metadata import version  # Its import would take a tenth of the time of `--help`.
-
-    return version("jacobiflow")
+    version: str = field(default_factory=find_version)

@@ -37,7 +37,7 @@ LOST = ~SAMPLES.images.isfinite().flatten(1).all(dim=1)
 def test_samples_are_read_back(files: Any, labels: Any, tmp_path: Path) -> None:
     written = run(tmp_path, labels=labels, files=files)
     folder = jf.SampleFolder.open(str(tmp_path))
-    assert folder == replace(written, num_new=0, seconds=0.0, is_reporter=False)
+    assert folder == replace(written, num_new=0, seconds=0.0, should_print=False)
     assert folder.problems() == []
     assert 0 < LOST.sum() < 10
     assert np.array_equal(pixels_in(folder), levels(SAMPLES.images))

@@ -185,7 +185,7 @@ def _weight_files(state: Mapping[str, Tensor], max_shard_size: int) -> Iterator[
         places |= dict.fromkeys(part, file)
         yield file, partial(save, part, {"format": "pt"})
     size = sum(tensor.nbytes for tensor in state.values())
-    yield INDEX, partial(json_bytes, {"metadata": {"total_size": size}, "weight_map": places}, 2)
+    yield INDEX, partial(json_bytes, {"metadata": {"total_size": size}, "weight_map": places})
 
 
 def write_model(
@@ -210,7 +210,7 @@ def write_model(
         document["recommended"] = serialization.encode(flow.recommended)
     if flow.classes:
         document["classes"] = list(flow.classes)
-    make_config: Callable[[], bytes] = partial(json_bytes, document, 2)
+    make_config: Callable[[], bytes] = partial(json_bytes, document)
     files = [(CONFIG, make_config), *_weight_files(state, max_shard_size)]
     try:
         path.mkdir(parents=True, exist_ok=True)

@@ -17,7 +17,7 @@ from jacobiflow.data import image_grid, quantize, scale
 from jacobiflow.data.grid import PICTURE_CHANNELS
 from jacobiflow.errors import InputValueError
 from jacobiflow.fixed_point import CertifyMode
-from jacobiflow.jobs import JobFolder, UnitOutput
+from jacobiflow.jobs import JobStore, UnitOutput
 from jacobiflow.models.flow import Flow, check_flow
 from jacobiflow.models.labels import ContextLike, Labels
 from jacobiflow.models.latents import MAX_SAMPLES, draw_latents
@@ -111,9 +111,9 @@ def sample_to_folder(
     job = SampleJob(spec, describe_machine(flow.var.device), request)
     run = jobs.run(job, out, overwrite=overwrite, progress=progress)
     num_new = sum(len(spec.span(i)) for i in range(spec.num_shards) if spec.unit(i) in run.missing)
-    folder = SampleFolder(Path(out), spec, num_new, run.seconds, run.is_reporter)
+    folder = SampleFolder(Path(out), spec, num_new, run.seconds, run.should_print)
     outcome = folder.outcome()
-    if outcome.has_shortfall and run.is_reporter:
+    if outcome.has_shortfall and run.should_print:
         warnings.warn(str(outcome), stacklevel=2)
     return folder
 
@@ -132,13 +132,13 @@ class SampleJob(jobs.Job):
     machine: Mapping[str, Any]
     request: SamplingRequest
 
-    def stages(self, folder: JobFolder) -> Iterator[Mapping[str, int]]:
+    def stages(self, store: JobStore) -> Iterator[Mapping[str, int]]:
         """Yields the plan, then the shards with their numbers of samples."""
         yield {STRATEGY: 1}
         yield {self.spec.unit(i): len(self.spec.span(i)) for i in range(self.spec.num_shards)}
 
     @torch.no_grad()
-    def compute(self, unit: str, folder: JobFolder, progress: Progress | None) -> UnitOutput:
+    def compute(self, unit: str, store: JobStore, progress: Progress | None) -> UnitOutput:
         """Plans the strategy, or draws a shard."""
         spec = self.spec
         if unit == STRATEGY:
@@ -147,22 +147,22 @@ class SampleJob(jobs.Job):
         rows = spec.span(index)
         config = self.request.flow.config
         latents = draw_latents(len(rows), config.num_tokens, config.token_channels, spec.seed, rows.start)
-        request = replace(self.request[rows.start : rows.stop], strategy=Strategy.load(folder.path / "strategy.json"))
+        request = replace(self.request[rows.start : rows.stop], strategy=Strategy.load(store.path / "strategy.json"))
         samples = request.run(latents, progress)
         return UnitOutput(self._files(index, samples), serialization.encode(samples.outcome))
 
-    def reduce(self, folder: JobFolder) -> Any:
+    def reduce(self, store: JobStore) -> Any:
         """Saves the first samples as one picture, and returns the outcome of all."""
         if self.spec.has_pictures and find_spec("PIL") is not None:
-            write_atomically(folder.path / "samples.png", self._first_samples(folder))
-        values = [folder.value(self.spec.unit(i)) for i in range(self.spec.num_shards)]
+            write_atomically(store.path / "samples.png", self._first_samples(store))
+        values = [store.value(self.spec.unit(i)) for i in range(self.spec.num_shards)]
         return serialization.encode(Outcome.merge([serialization.decode(Outcome, value) for value in values]))
 
-    def _first_samples(self, folder: JobFolder) -> bytes:
+    def _first_samples(self, store: JobStore) -> bytes:
         """Returns a PNG of the first samples, at most 100."""
         spec, png = self.spec, io.BytesIO()
         num = min(spec.num, _SHEET_IMAGES)
-        samples = SampleFolder(folder.path, spec)
+        samples = SampleFolder(store.path, spec)
         images = torch.cat([samples.images(i) for i in range(-(-num // spec.shard_size))])[:num]
         image_grid(scale(images), min(10, num)).save(png, "png")
         return png.getvalue()

@@ -24,7 +24,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from jacobiflow.jobs import JobFolder, JobFolderError
+from jacobiflow.jobs import JobFolderError, JobStore
 from jacobiflow.planner import Strategy
 from jacobiflow.sampling.folder.spec import KIND, RESULT, STRATEGY, VERSION, SampleSpec
 from jacobiflow.sampling.result import Outcome
@@ -50,7 +50,7 @@ class SampleFolder:
         spec: All that the samples depend on.
         num_new: The number of samples that were missing when `sample_to_folder` was called; 0 for an opened folder.
         seconds: The time until they were drawn, denoising included and planning excluded.
-        is_reporter: Whether this process shall print the outcome: one of those that share the folder.
+        should_print: Whether this process shall print the outcome: one of those that share the folder.
 
     Example:
         >>> import tempfile, jacobiflow as jf
@@ -65,12 +65,12 @@ class SampleFolder:
     spec: SampleSpec
     num_new: int = 0
     seconds: float = 0.0
-    is_reporter: bool = False
+    should_print: bool = False
 
     @classmethod
     def open(cls, path: str | Path) -> SampleFolder:
         """Opens a folder of samples."""
-        spec = _job_folder(Path(path)).read_spec() if Path(path).is_dir() else None
+        spec = _store(Path(path)).read_spec() if Path(path).is_dir() else None
         if spec is None:
             raise JobFolderError(f"{path}: no folder of samples; give one that jacobiflow sample wrote")
         return cls(Path(path), serialization.decode(SampleSpec, spec, str(path)))
@@ -78,18 +78,18 @@ class SampleFolder:
     @property
     def machine(self) -> dict[str, Any]:
         """The machine on which the run began."""
-        return _job_folder(self.path).machine()
+        return _store(self.path).machine()
 
     @property
     def is_complete(self) -> bool:
         """True if all samples are drawn. Files may have been removed or damaged since, see `problems`."""
-        return _job_folder(self.path).read_result() is not None
+        return _store(self.path).read_result() is not None
 
     @property
     def num_drawn(self) -> int:
         """The number of samples in finished shards."""
-        folder, spec = _job_folder(self.path), self.spec
-        return sum(len(spec.span(i)) for i in range(spec.num_shards) if folder.is_finished(spec.unit(i)))
+        store, spec = _store(self.path), self.spec
+        return sum(len(spec.span(i)) for i in range(spec.num_shards) if store.is_finished(spec.unit(i)))
 
     def problems(self) -> list[str]:
         """Returns a line for each file that is missing or was changed, or one for a run that is not complete."""
@@ -99,16 +99,16 @@ class SampleFolder:
                 "the same command again, which draws the others"
             ]
         units = (STRATEGY, *map(self.spec.unit, range(self.spec.num_shards)))
-        folder = _job_folder(self.path)
+        store = _store(self.path)
         return [
             f"{self.path}: {unit} is missing, or does not match its checksum; {_REMEDY}"
-            for unit in units if not folder.is_intact(unit)
+            for unit in units if not store.is_intact(unit)
         ]  # fmt: skip
 
     def sha256(self) -> str:
         """Returns the checksum of the checksums of all shards."""
-        folder = _job_folder(self.path)
-        return sha256(json_bytes([folder.checksums(self.spec.unit(i)) for i in range(self.spec.num_shards)]))
+        store = _store(self.path)
+        return sha256(json_bytes([store.checksums(self.spec.unit(i)) for i in range(self.spec.num_shards)]))
 
     def images(self, index: int) -> Tensor:
         """Returns the images (n, c, h, w) of a shard, in 8 bits if they are grey or in colour.
@@ -159,14 +159,14 @@ class SampleFolder:
 
     def outcome(self) -> Outcome:
         """Returns the exactness and cost of all samples, as `Samples.outcome` does."""
-        result = _job_folder(self.path).read_result()
+        result = _store(self.path).read_result()
         if result is None:
             raise JobFolderError("; ".join(self.problems()))
         return serialization.decode(Outcome, result)
 
     def strategy(self) -> Strategy:
         """Returns the strategy of the samples, without its prediction."""
-        if not _job_folder(self.path).is_intact(STRATEGY):
+        if not _store(self.path).is_intact(STRATEGY):
             raise JobFolderError(f"{self.path / 'strategy.json'}: has changed; restore it, or overwrite the samples")
         return replace(Strategy.load(self.path / "strategy.json"), prediction=None)
 
@@ -188,5 +188,5 @@ class SampleFolder:
         return None if any(array is None for array in arrays) else torch.from_numpy(np.concatenate(arrays))
 
 
-def _job_folder(path: Path) -> JobFolder:
-    return JobFolder(path, KIND, VERSION, RESULT)
+def _store(path: Path) -> JobStore:
+    return JobStore(path, KIND, VERSION, RESULT)

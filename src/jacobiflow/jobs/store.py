@@ -4,15 +4,16 @@ manifest.json    the kind of job, its spec and the checksum of the spec, and the
 units/NAME.json  the record of a finished unit: the checksums of its files, its value, and the checksum of both
 ...              the files of the units, under the names that the job gives them
 RESULT           the result, under the name that the job gives it
-.lock, .lock-*   locks, which the system releases when a process ends or dies
+.lock, .lock-*   locks of the folder, its units and its users, which the system releases when a process ends or dies
 """
 
 from __future__ import annotations
 
+import math
 import secrets
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Collection, Mapping
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,9 +22,6 @@ from jacobiflow.errors import InputValueError
 from jacobiflow.utils import files
 from jacobiflow.utils.checks import format_value
 from jacobiflow.utils.files import LOCK, MANIFEST, FolderInUseError, locked
-
-_USE = f"{LOCK}-use-"
-"""The locks of processes that work on the job; those of units are LOCK-UNIT."""
 
 
 class JobFolderError(InputValueError):
@@ -44,8 +42,8 @@ class UnitOutput:
 
 
 @dataclass(frozen=True)
-class JobFolder:
-    """The manifest, the finished units and the result of a job of one kind.
+class JobStore:
+    """The manifest, the finished units and the result of a job of one kind, in a folder.
 
     Attributes:
         path: The folder.
@@ -61,28 +59,28 @@ class JobFolder:
     result_name: str
     patterns: tuple[str, ...] = ()
 
-    @contextmanager
-    def lock(self) -> Iterator[None]:
+    def lock(self) -> AbstractContextManager[None]:
         """Waits until no other process starts or reduces the job, and keeps them from it until the block ends."""
-        with locked(self.path, wait=float("inf")):
-            yield
+        return locked(self.path, wait=math.inf)
 
-    @contextmanager
-    def claim(self, unit: str) -> Iterator[bool]:
-        """Locks a unit until the block ends; yields False if it is finished, or if another process has locked it."""
-        with ExitStack() as stack:
-            is_mine = False
-            if not self.is_finished(unit):
-                with suppress(FolderInUseError):
-                    stack.enter_context(locked(self.path, f"{LOCK}-{unit}"))
-                    is_mine = not self.is_finished(unit)  # Another process may have finished it meanwhile.
-            yield is_mine
+    def claim(self, unit: str) -> AbstractContextManager[None]:
+        """Locks a unit until the block ends; raises FolderInUseError if another process has locked it."""
+        return locked(self.path, f"{LOCK}-{unit}")
 
-    @contextmanager
-    def use(self) -> Iterator[None]:
+    def use(self) -> AbstractContextManager[None]:
         """Keeps other processes from changing the spec until the block ends."""
-        with locked(self.path, f"{_USE}{secrets.token_hex(8)}"):
-            yield
+        return locked(self.path, f"{LOCK}-use-{secrets.token_hex(8)}")
+
+    def remove_locks(self) -> bool:
+        """Removes the locks that no process holds; tells whether another process works on the job."""
+        is_in_use = False
+        for path in self.path.glob(f"{LOCK}-*"):
+            try:
+                with locked(self.path, path.name), suppress(OSError):  # Windows removes no open file.
+                    path.unlink()
+            except FolderInUseError:
+                is_in_use = True
+        return is_in_use
 
     def read_spec(self) -> dict[str, Any] | None:
         """Returns the spec of the job in the folder as a JSON object; None if the folder is new or empty.
@@ -132,7 +130,11 @@ class JobFolder:
         return dict(files.read_json(self.path / MANIFEST)["machine"])
 
     def write(self, unit: str, output: UnitOutput) -> None:
-        """Writes the files of a unit, then its record; the unit is finished once the record is there."""
+        """Writes the files of a unit, then its record; the unit is finished once the record is there.
+
+        A result is out of date from now on, and is removed.
+        """
+        self.discard_result()
         for name, content in output.files.items():
             path = self.path / name
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -173,18 +175,21 @@ class JobFolder:
         except OSError:
             return False
 
-    def discard_damaged(self, unit: str) -> None:
-        """Removes the record of a finished unit whose files have changed, so that it is computed again."""
-        if self.is_finished(unit) and not self.is_intact(unit):
-            with suppress(FolderInUseError), locked(self.path, f"{LOCK}-{unit}"):
-                if not self.is_intact(unit):
-                    self._record_file(unit).unlink(missing_ok=True)
-                    warnings.warn(f"{self.path}: {unit} was damaged, and is computed again", stacklevel=3)
+    def discard_damaged(self) -> None:
+        """Removes the records of finished units whose files have changed, so that they are computed again."""
+        for unit in self._finished_units():
+            if not self.is_intact(unit):
+                self.discard_result()
+                self._record_file(unit).unlink()
+                warnings.warn(f"{self.path}: {unit} was damaged, and is computed again", stacklevel=3)
 
-    def write_result(self, result: Any) -> None:
-        """Removes temporary files of killed processes, and writes the result, a JSON object."""
+    def write_result(self, result: Any, units: Collection[str]) -> None:
+        """Writes the result, a JSON object; removes temporary files of killed processes, and records of other units."""
         for pattern in (MANIFEST, *self._patterns()):
             files.remove_partials(self.path, pattern)
+        for unit in self._finished_units():
+            if unit not in units:
+                self._record_file(unit).unlink()
         files.write_json(self.path / self.result_name, result)
 
     def read_result(self) -> Any:
@@ -194,25 +199,6 @@ class JobFolder:
     def discard_result(self) -> None:
         """Removes the result, since the job is not complete any more."""
         (self.path / self.result_name).unlink(missing_ok=True)
-
-    def is_in_use(self) -> bool:
-        """Tells whether a process uses the folder; removes the locks of those that were killed."""
-        return self._remove_locks(f"{_USE}*")
-
-    def remove_locks(self) -> None:
-        """Removes the locks that no process holds."""
-        self._remove_locks(f"{LOCK}-*")
-
-    def _remove_locks(self, pattern: str) -> bool:
-        """Removes locks that no process holds; tells whether there are others."""
-        are_held = False
-        for path in self.path.glob(pattern):
-            try:
-                with locked(self.path, path.name), suppress(OSError):  # Windows removes no open file.
-                    path.unlink()
-            except FolderInUseError:
-                are_held = True
-        return are_held
 
     def clear(self) -> None:
         """Removes the result, the records and the files of the units, but neither the manifest nor other files."""
@@ -227,6 +213,10 @@ class JobFolder:
     def _patterns(self) -> tuple[str, ...]:
         """Returns glob patterns of the result, the records and the files of the units."""
         return (self.result_name, "units/*.json", *self.patterns)
+
+    def _finished_units(self) -> list[str]:
+        """Returns the units that have an intact record, whether they are the job's or not."""
+        return sorted(path.stem for path in self.path.glob("units/*.json") if self.is_finished(path.stem))
 
     def _read_record(self, unit: str) -> dict[str, Any] | None:
         """Returns the record of a unit; None if it is missing or damaged."""
