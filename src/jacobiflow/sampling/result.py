@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int, UInt8
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from jacobiflow.data import image_grid, quantize
 from jacobiflow.data.grid import PICTURE_CHANNELS
 from jacobiflow.errors import InputValueError
 from jacobiflow.fixed_point.solution import Solution, Status
+from jacobiflow.sampling.encoding import npz_bytes, png_bytes
 from jacobiflow.utils.files import write_atomically
 
 if TYPE_CHECKING:
@@ -268,27 +267,3 @@ class Samples:
             token_evaluations=sum(block.token_evaluations for block in stats),
             sweeps=tuple(block.sweeps for block in stats), block_seconds=tuple(block.seconds for block in stats),
         )  # fmt: skip
-
-
-def npz_bytes(arrays: Mapping[str, Tensor | None]) -> bytes:
-    """Returns the arrays as the bytes of an .npz file, which holds no date; those that are `None` are left out."""
-    stored: dict[str, Any] = {name: each.detach().cpu().numpy() for name, each in arrays.items() if each is not None}
-    npz = io.BytesIO()
-    np.savez(npz, **stored)
-    return npz.getvalue()
-
-
-def png_bytes(pixels: UInt8[Tensor, "h w c"]) -> bytes:
-    """Returns a grey or colour image as the bytes of a PNG file."""
-    png = io.BytesIO()
-    pillow().fromarray((pixels[:, :, 0] if pixels.shape[2] == 1 else pixels).cpu().numpy()).save(png, "png")
-    return png.getvalue()
-
-
-def pillow() -> Any:
-    """Returns `PIL.Image`. Raises ValueError if Pillow is not installed."""
-    try:
-        from PIL import Image
-    except ImportError as error:
-        raise InputValueError("PNG files need Pillow: pip install 'jacobiflow[cli]', or give files='npz'") from error
-    return Image

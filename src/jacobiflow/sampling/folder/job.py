@@ -22,10 +22,11 @@ from jacobiflow.models.flow import Flow, check_flow
 from jacobiflow.models.labels import ContextLike, Labels
 from jacobiflow.models.latents import MAX_SAMPLES, draw_latents
 from jacobiflow.planner import Strategy
+from jacobiflow.sampling.encoding import npz_bytes, pillow, png_bytes
 from jacobiflow.sampling.folder.reader import SampleFolder
 from jacobiflow.sampling.folder.spec import KIND, RESULT, STRATEGY, VERSION, Files, SampleSpec, labels_or_context_sha256
 from jacobiflow.sampling.request import SamplingRequest, Settings
-from jacobiflow.sampling.result import Outcome, Samples, npz_bytes, pillow, png_bytes
+from jacobiflow.sampling.result import Outcome, Samples
 from jacobiflow.utils import serialization
 from jacobiflow.utils.checks import check_choice, check_count, check_flag, check_kind, check_path, check_seed
 from jacobiflow.utils.files import MANIFEST, json_bytes, write_atomically
