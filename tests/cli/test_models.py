@@ -117,9 +117,9 @@ def test_convert_a_starflow(run: Any, refuse: Any, tmp_path: Path) -> None:
     refuse(f"{line}2 --encode-text {tmp_path}/words.py:decode", "words.py:decode: no function of this name in the file")
     refuse(f"sample --model {tmp_path}/star --prompts cat --out {tmp_path}/o", "--prompts cat: give --encode-text, too")
     refuse(f"sample --model model --prompts cat --out {tmp_path}/o", "--prompts cat: this flow reads no text")
-    refuse(f"sample --model {tmp_path}/star --encode-text w.py:f --out {tmp_path}/o", "w.py:f: give --prompts, too")
+    refuse(f"sample --model {tmp_path}/star --encode-text {tmp_path}/words.py:encode --out o-x", "give --prompts, too")
     (tmp_path / "words.py").write_text("encode = lambda prompts: prompts['cat']\n")
-    want = f"--encode-text {tmp_path}/words.py:encode: its function raised TypeError (list indices must be integers"
+    want = f"{tmp_path}/words.py:encode: the function raised TypeError (list indices must be integers"
     refuse(f"{line}2 --encode-text {tmp_path}/words.py:encode", want)
     (tmp_path / "words.py").write_text("encode = lambda prompts: None\n")
     want = "result of encode_text=None of type NoneType: give a torch.Tensor of floating-point numbers (1, L, K)"

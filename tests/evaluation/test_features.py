@@ -101,7 +101,7 @@ def test_a_function_from_a_file(tmp_path: Path) -> None:
         ("clip", "^clip: no such file; give inception, or FILE.py:FUNCTION"),
         (f"{tmp_path}/broken.py:few", r"broken\.py:few: the file cannot be run \(SyntaxError: .*line 1\)"),
     ):  # fmt: skip
-        with pytest.raises(DataError, match=message):
+        with pytest.raises(ValueError, match=message):
             load_features(name)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -138,6 +139,19 @@ class Config:
         """Joins the lines of each paragraph of the docstring: `--help` is as wide as the terminal."""
         cls.__doc__ = re.sub(r"(?<=\S)\n( {4}| {12,})(?=\S)", " ", cls.__doc__ or "")
 
+    def check_file(self, name: str) -> None:
+        """Raises InputValueError if the file of an option cannot be written, or lies where another option points."""
+        option, path = f"--{name.replace('_', '-')}", getattr(self, name)
+        if path is None:
+            return
+        for other in (value for key, value in vars(self).items() if key != name):
+            is_path = isinstance(other, Path) or (isinstance(other, str) and os.path.exists(other))
+            if is_path and path.resolve().is_relative_to(Path(other).resolve()):
+                raise InputValueError(f"{option} {path}: is in {other}, which this command uses; give another file")
+        nearest = next(parent for parent in path.resolve().parents if parent.exists())
+        if path.is_dir() or not nearest.is_dir() or not os.access(nearest, os.W_OK):
+            raise InputValueError(f"{option} {path}: cannot be written; give a file in a folder that can be")
+
 
 def parse_labels(text: str, num: int, flow: Flow, seed: int) -> Tensor | None:
     """Returns the labels of `num` samples by `--labels`; `seed` is the seed of random labels."""
@@ -182,7 +196,7 @@ def _read_labels(path: Path) -> Any:
 
 
 def parse_prompts(text: str | None, encoder: str | None, num: int, flow: Flow) -> list[str] | None:
-    """Returns the prompts of `num` samples by `--prompts`, and gives the flow the text encoder of `--encode-text`."""
+    """Returns the prompts of `num` samples by `--prompts`, for which the flow needs the encoder of `--encode-text`."""
     if text is None and encoder is not None:
         raise InputValueError(f"--encode-text {encoder}: give --prompts, too, or leave it out")
     if text is None:
@@ -191,7 +205,6 @@ def parse_prompts(text: str | None, encoder: str | None, num: int, flow: Flow) -
         raise InputValueError(f"--prompts {text}: this flow reads no text; leave it out")
     if encoder is None:
         raise InputValueError(f"--prompts {text}: give --encode-text, too: {_ENCODE_TEXT}")
-    flow.encode_text = load_encoder(encoder)
     try:
         prompts = Path(text).read_text().splitlines() if text.endswith(".txt") else [text]
     except (OSError, ValueError) as error:
@@ -203,10 +216,8 @@ def parse_prompts(text: str | None, encoder: str | None, num: int, flow: Flow) -
 
 def load_encoder(encoder: str) -> Any:
     """Loads the text encoder of `--encode-text`."""
-    from jacobiflow.cli.loading import naming_errors
-    from jacobiflow.evaluation.features import load_function
     from jacobiflow.models import t5_encoder
+    from jacobiflow.utils.functions import load_function
 
-    if not encoder.rpartition(":")[0].endswith(".py"):
-        return t5_encoder(encoder)
-    return naming_errors(f"--encode-text {encoder}")(load_function(encoder, "a T5 encoder"))
+    is_function = encoder.rpartition(":")[0].endswith(".py")
+    return load_function(encoder, "a T5 encoder") if is_function else t5_encoder(encoder)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import jacobiflow as jf
-from jacobiflow.cli import loading, options, output_files
+from jacobiflow.cli import loading, options
 from jacobiflow.cli.output import show_table
 from jacobiflow.errors import InputValueError
 
@@ -66,7 +66,7 @@ def run(config: PlanConfig) -> PlanResult:
     """Plans a strategy, and writes it."""
     from jacobiflow.models.memory import find_batch_size
 
-    output_files.check_output("--out", config.out, config.model)
+    config.check_file("out")
     if config.out.suffix != ".json":
         raise InputValueError(f"--out {config.out}: give a file that ends in .json")
     flow = loading.load_model(config.model, config.device, config.dtype)

@@ -116,12 +116,12 @@ class SampleResult(Provenance):
 
 def run(config: SampleConfig) -> SampleResult | None:
     """Draws the samples, and compares the first batch with the original sampler if asked to."""
-    from jacobiflow.jobs.launch import find_launch, local_device
     from jacobiflow.utils.timing import describe_machine
 
     _check_options(config)
-    device = local_device(loading.pick_device(config.device))
-    flow = loading.load_model(config.model, device, config.dtype, offload=config.offload)
+    flow = loading.load_model(
+        config.model, config.device, config.dtype, offload=config.offload, encode_text=config.encode_text
+    )
     classes = options.parse_labels(config.labels, config.num, flow, config.seed)
     texts = options.parse_prompts(config.prompts, config.encode_text, config.num, flow)
     context = flow.check_context(classes if texts is None else texts, config.num)
@@ -130,7 +130,7 @@ def run(config: SampleConfig) -> SampleResult | None:
     )
     flow = flow.guided(settings.guidance)
     started = perf_counter()
-    with progress_bar(is_shown=find_launch().rank == 0) as progress:
+    with progress_bar() as progress:
         folder = jf.sample_to_folder(
             flow, config.num, config.out, seed=config.seed, context=context, settings=settings,
             strategy=config.strategy, tolerance=config.tolerance,
