@@ -30,7 +30,7 @@ from benchmarks.lib.timing import IN_PYTORCH, to_json
 from jacobiflow.calibration import gs_jacobi_notation
 from jacobiflow.comparison.baselines import original_sampler
 from jacobiflow.comparison.compare import compare_samplers
-from jacobiflow.evaluation import paired_error
+from jacobiflow.evaluation import sample_errors
 from jacobiflow.models.memory import keep_freed_memory
 from jacobiflow.planner import auto
 from jacobiflow.sampling.result import Samples
@@ -92,7 +92,7 @@ def measure_model(key: Json) -> Json:
     timings, results = time_interleaved(runs, ROUNDS[key["batch"]])
     images = {name: getattr(results[name], "images", results[name]) for name in (ORIGINAL, AUTO, PAPER, EXACT)
               if name in results}  # fmt: skip
-    errors = {name: paired_error(each, results[IN_PYTORCH].images).max for name, each in images.items()}
+    errors = {name: sample_errors(each, results[IN_PYTORCH].images).max for name, each in images.items()}
     return {"seconds": to_json(timings), "max_error": errors}
 
 
@@ -209,7 +209,7 @@ def measure_samplers(key: Json) -> Json:
 
 def cost_and_error(samples: Any, exact: Tensor) -> Json:
     cost = samples.outcome if isinstance(samples, Samples) else samples
-    return {"max_error": paired_error(samples.images, exact).max, "network_calls": cost.network_calls}
+    return {"max_error": sample_errors(samples.images, exact).max, "network_calls": cost.network_calls}
 
 
 def blocks_by_piece(plan: jf.Strategy) -> dict[str, int]:

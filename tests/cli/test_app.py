@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import io
 import os
 import re
 import subprocess
@@ -171,13 +170,6 @@ def test_bad_input_has_a_traceback_if_it_is_asked_for(run: Any) -> None:
     result = run("--traceback info --model file")
     assert (result.code, "Traceback" in result.err) == (2, True)
     assert result.err.splitlines()[-1].startswith("error: 'file': no such model")
-
-
-def test_a_terminal_of_ascii_shows_all_that_it_can(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    screen = io.TextIOWrapper(io.BytesIO(), "ascii", "strict")
-    monkeypatch.setattr(sys, "stdout", screen)
-    assert run(SAMPLE.replace("out-x", f"{tmp_path}/\u2713")).code == 0
-    assert f"wrote {tmp_path}/?:" in screen.buffer.getvalue().decode()  # type: ignore[attr-defined]
 
 
 def test_a_closed_stdout_is_not_an_error(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:

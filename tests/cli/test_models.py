@@ -22,9 +22,8 @@ def test_convert(run: Any, refuse: Any, tmp_path: Path) -> None:
     line = f"convert {tmp_path}/original.pth --patch-size 2 --noise-std 0.2 --out {tmp_path}/folder"
     result = run(line)
     assert (result.code, result.err) == (0, "")
-    assert "images of 3x4x4, 4 tokens of 12 values, 2 classes\n" in result.out
-    assert result.out.endswith(f"wrote the model folder {tmp_path}/folder\n")
     read = jf.load(tmp_path / "folder")
+    assert result.out == f"{read.config}\nwrote the model folder {tmp_path}/folder\n"
     assert read.config == replace(flow.config, noise_std=0.2)
     assert read.recommended == jf.SamplingSettings(denoise=1.0)
     for name, tensor in flow.state_dict().items():
@@ -108,7 +107,6 @@ def test_convert_a_starflow(run: Any, refuse: Any, tmp_path: Path) -> None:
     line = f"convert {tmp_path}/star.pth --patch-size 2 --noise-std 0.1 --out {tmp_path}/star"
     result = run(f"{line} --encode-text {tmp_path}/words.py:encode")
     assert (result.code, result.err) == (0, "")
-    assert "images of 3x4x4, 4 tokens of 12 values, texts\n" in result.out
     read = jf.load(tmp_path / "star")
     assert read.config == flow.config and read.recommended.guidance == jf.Guidance.parse(
         "3.6,annealed=false,rule=density"

@@ -14,7 +14,6 @@ quick.
 
 from __future__ import annotations
 
-import io
 import os
 import signal
 import sys
@@ -72,7 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     config: Any = None
     is_first = True
     try:
-        with _plain_streams():
+        with _terminal():
             is_first = find_launch().rank == 0
             if not words or words[0].startswith("-"):
                 list(app.resolved_commands())  # Imports all commands, whose summaries the help shows.
@@ -115,11 +114,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 @contextmanager
-def _plain_streams() -> Iterator[None]:
-    """Prints warnings in one line, and question marks for characters that the terminal does not know."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")
+def _terminal() -> Iterator[None]:
+    """Prints each warning in one line, and raises BrokenPipeError at the end if stdout is closed."""
     with warnings.catch_warnings():
         warnings.showwarning = lambda message, *_, **__: _print_line("warning", str(message))
         yield

@@ -170,17 +170,8 @@ def parse_labels(text: str, num: int, flow: Flow, seed: int) -> Tensor | None:
         return draw_labels(num, flow.config.num_classes, seed)
     if text.endswith((".txt", ".npy")):
         return flow.check_labels(_read_labels(Path(text)), num)
-    numbers = torch.tensor([_class_number(name.strip(), flow.classes) for name in text.split(",")])
-    flow.check_labels(numbers, len(numbers))  # Checks all numbers, even if there are fewer samples.
-    return numbers[torch.arange(num) % len(numbers)]
-
-
-def _class_number(name: str, classes: Sequence[str]) -> int:
-    """Returns the number of a class by its name or its number."""
-    from jacobiflow.models.labels import class_number
-
-    is_number = name not in classes and re.fullmatch(r"-?\d{1,9}", name)
-    return int(name) if is_number else class_number(name, classes)
+    names = [name.strip() for name in text.split(",")]
+    return flow.check_labels(names, len(names))[torch.arange(num) % len(names)]
 
 
 def _read_labels(path: Path) -> Any:

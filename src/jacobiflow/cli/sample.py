@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from jacobiflow.blocks.context import Context
     from jacobiflow.comparison.compare import Comparison
-    from jacobiflow.evaluation import PairedError
+    from jacobiflow.evaluation import SampleErrors
     from jacobiflow.models.flow import Flow
     from jacobiflow.sampling.folder import SampleSpec
     from jacobiflow.sampling.result import Outcome
@@ -110,7 +110,7 @@ class SampleResult(Provenance):
     preparation_seconds: float
     outcome: Outcome
     comparison: Comparison | None = None
-    error: PairedError | None = None
+    error: SampleErrors | None = None
     rounding: float | None = None
 
 
@@ -185,7 +185,7 @@ def _compare(
     import torch
 
     from jacobiflow.comparison.compare import compare_samplers
-    from jacobiflow.evaluation import paired_error
+    from jacobiflow.evaluation import sample_errors
     from jacobiflow.models.latents import draw_latents
     from jacobiflow.sampling.request import SamplingRequest
 
@@ -205,7 +205,7 @@ def _compare(
         comparison = timed(repeats=1, warm_up=False)
         if comparison.result(comparison.original).seconds.median < _SHORT:
             comparison = timed()
-    error = paired_error(*(comparison.result(name).x for name in (spec.strategy, comparison.original)))
+    error = sample_errors(*(comparison.result(name).x for name in (spec.strategy, comparison.original)))
     return replace(result, comparison=comparison, error=error, rounding=rounding.outcome.sensitivity)
 
 

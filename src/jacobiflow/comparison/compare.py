@@ -13,7 +13,7 @@ from torch import Tensor
 
 from jacobiflow.blocks.context import Context
 from jacobiflow.comparison.baselines import SEQUENTIAL, original_sampler, sequential_samples
-from jacobiflow.evaluation import PairedError, paired_error
+from jacobiflow.evaluation import SampleErrors, sample_errors
 from jacobiflow.models.flow import Flow
 from jacobiflow.sampling.denoise import denoise_checked
 from jacobiflow.sampling.result import Outcome, Samples
@@ -37,7 +37,7 @@ class SamplerResult:
 
     strategy: str
     seconds: Timing
-    error: PairedError
+    error: SampleErrors
     x: Float[Tensor, "n ..."]
     samples: Samples | None = None
 
@@ -167,5 +167,5 @@ def compare_samplers(
     for name in dict.fromkeys((original, SEQUENTIAL, *runs)):
         samples = answers[name] if isinstance(answers[name], Samples) else None
         x = answers[name] if samples is None else samples.x
-        results.append(SamplerResult(name, seconds[name], paired_error(x, exact.x), x, samples))
+        results.append(SamplerResult(name, seconds[name], sample_errors(x, exact.x), x, samples))
     return Comparison(len(latents), tuple(results), seconds[ENCODING_PASS])

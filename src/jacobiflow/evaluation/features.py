@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -76,13 +76,12 @@ def load_tensors(path: Path, expected: str) -> Any:
 
 @torch.inference_mode()
 def extract_features(
-    features: FeatureFunction, batches: Iterable[UInt8[Tensor, "b c h w"]], batch_size: int = 250
+    features: FeatureFunction, images: UInt8[Tensor, "n c h w"], batch_size: int = 250
 ) -> Float[Tensor, "n d"]:
-    """Computes the features of 8-bit images, which come in batches of any size.
+    """Computes the features of 8-bit images.
 
     Args:
         features: A function, or a module, which gets the images on its device.
-        batches: The images.
         batch_size: Images in the network at a time.
 
     Raises:
@@ -92,13 +91,12 @@ def extract_features(
     device = torch.device("cpu") if weight is None else weight.device
     parts = list[Tensor]()
     width: int | str = "d"
-    for images in batches:
-        for part in images.split(batch_size):
-            values = features(part.to(device))
-            check_floating("result of the feature function", values, (len(part), width))
-            check_finite("result of the feature function", values)
-            width = values.shape[1]
-            parts.append(values.float().cpu())
+    for part in images.split(batch_size):
+        values = features(part.to(device))
+        check_floating("result of the feature function", values, (len(part), width))
+        check_finite("result of the feature function", values)
+        width = values.shape[1]
+        parts.append(values.float().cpu())
     return torch.cat(parts)
 
 

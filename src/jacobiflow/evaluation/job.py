@@ -179,7 +179,7 @@ class EvaluationJob(Job):
 
     def _check_features(self) -> None:
         """Raises InputValueError if the features of the samples cannot be compared with those of the real images."""
-        num, width = self.samples.spec.num, extract_features(self.features, [self.samples.images(0)[:1]]).shape[1]
+        num, width = self.samples.spec.num, extract_features(self.features, self.samples.images(0)[:1]).shape[1]
         if self.statistics is not None:
             check_comparable((self.statistics.num, len(self.statistics.sum)), (num, width))
         if self.real is not None:
@@ -209,7 +209,7 @@ class EvaluationJob(Job):
                 images = self._real_images(rows)
             case _:
                 images = self.samples.images(int(index))
-        features = extract_features(self.features, [images])
+        features = extract_features(self.features, images)
         return UnitOutput({_file(unit): safetensors.torch.save({"features": features})})
 
     def _measure_errors(self, rows: range) -> tuple[SampleErrors, float | None]:

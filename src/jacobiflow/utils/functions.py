@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from jacobiflow.errors import InputError, InputValueError
+from jacobiflow.errors import InputValueError
 
 
 def load_function(name: str, alternative: str) -> Callable[..., Any]:
@@ -36,8 +36,6 @@ def load_function(name: str, alternative: str) -> Callable[..., Any]:
     def call(*arguments: Any) -> Any:
         try:
             return function(*arguments)
-        except InputError:
-            raise
         except Exception as error:
             raise InputValueError(f"{name}: the function raised {type(error).__name__} ({error})") from error
 
