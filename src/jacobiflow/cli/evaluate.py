@@ -53,7 +53,7 @@ class EvaluateConfig(options.Config):
         inception: File of Inception's weights. Default: it is downloaded.
         stats: Statistics to compare with, such as *_fid_stats.pth.
         save_stats: Write the statistics of --images to this file.
-        paired: Number of samples to compare with those of the exact loop.
+        paired: Number of samples to compare with those of the exact loop, in the batches in which they were drawn.
         test_images: Number of images whose likelihood is measured, evenly spaced in the test split if there is one.
         overwrite: Replace the scores in the folder.
         out: Folder for evaluation.json.

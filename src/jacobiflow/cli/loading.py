@@ -27,9 +27,7 @@ def load_model(
         torch.set_float32_matmul_precision("high")
         dtype = "float32"
     flow = jf.load(name, device, dtype, offload)
-    if encode_text is not None:
-        if not flow.reads_text:
-            raise InputValueError(f"--encode-text {encode_text}: this flow reads no text; leave it out")
+    if encode_text is not None and flow.reads_text:
         flow.encode_text = options.load_encoder(encode_text)
     return flow.guided(jf.Guidance.parse(guidance))
 

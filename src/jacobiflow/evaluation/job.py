@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -53,7 +52,7 @@ class EvaluationSpec:
         model: Name of the flow.
         weights_sha256: Checksum of its weights and config.
         dtype: The dtype of the network, or "tf32".
-        batch_size: Images in the network at a time.
+        batch_size: Test images in the network at a time.
         seed: Seed of the noise on test images.
         samples_sha256: Checksum of the samples; None without samples.
         paired: Number of samples that are compared with the exact loop's.
@@ -119,11 +118,11 @@ class EvaluationResult(Provenance, EvaluationSpec):
 class EvaluationJob(Job):
     """The job of `jacobiflow evaluate`; its arguments are the options of this command, and the flow that they name.
 
-    Its units are
-    errors-BATCH: the errors of a batch of samples against the exact loop's, and how much rounding changes the latter
-    likelihoods-BATCH: of a batch of test images the sum of the bits per dimension, and the number of classes found
-    real-CHUNK: the features of a chunk of the real images, as a file
-    samples-SHARD: the features of a shard of samples, as a file
+    Its units are named after the range of their images:
+    errors-START-STOP: the errors of a batch of samples against the exact loop's, and how much rounding changes these
+    likelihoods-START-STOP: of a batch of test images the sum of the bits per dimension, and the number of classes found
+    real-START-STOP: the features of real images, as a file
+    samples-START-STOP: the features of a shard of samples, as a file
 
     Raises:
         InputValueError: If a score cannot be computed; the features are tried on one image.
@@ -167,14 +166,13 @@ class EvaluationJob(Job):
             against=against, test_images=len(self.test or ()), likelihood_images=likelihood_images,
             images_sha256=sha256(image_checksums.encode()),
         )  # fmt: skip
-        # The number of images of each kind of unit, and how many of them are one unit.
-        self._sizes = {
-            "errors": (self.spec.paired, batch),
-            "likelihoods": (self.spec.test_images, batch_size),
-            "real": (len(self.real or ()), _UNIT_IMAGES),
-            "samples": (num if features != "none" else 0, shard),
+        self._units = {
+            "errors": _ranges("errors", self.spec.paired, batch),
+            "likelihoods": _ranges("likelihoods", self.spec.test_images, batch_size),
+            "real": _ranges("real", len(self.real or ()), _UNIT_IMAGES),
+            "samples": _ranges("samples", num if features != "none" else 0, shard),
         }
-        if self._units("samples"):
+        if self._units["samples"]:
             self._check_features()
 
     def _check_features(self) -> None:
@@ -188,18 +186,12 @@ class EvaluationJob(Job):
 
     def stages(self, folder: JobFolder) -> Iterator[Mapping[str, int]]:
         """Yields all units."""
-        yield {unit: 1 for kind in self._sizes for unit in self._units(kind)}
-
-    def _units(self, kind: str) -> list[str]:
-        """Returns the names of the units of a kind."""
-        num, size = self._sizes[kind]
-        return [f"{kind}-{i:05}" for i in range(math.ceil(num / size))]
+        yield {unit: 1 for units in self._units.values() for unit in units}
 
     def compute(self, unit: str, folder: JobFolder, progress: Progress | None) -> UnitOutput:
         """Computes the errors or likelihoods of a batch as a value, or features as a file."""
-        kind, _, index = unit.partition("-")
-        num, size = self._sizes[kind]
-        rows = range(num)[int(index) * size :][:size]
+        kind, start, stop = unit.split("-")
+        rows = range(int(start), int(stop))
         match kind:
             case "errors":
                 return UnitOutput(value=serialization.encode(self._measure_errors(rows)))
@@ -208,7 +200,7 @@ class EvaluationJob(Job):
             case "real":
                 images = self._real_images(rows)
             case _:
-                images = self.samples.images(int(index))
+                images = self.samples.images(rows.start // self.samples.spec.shard_size)
         features = extract_features(self.features, images)
         return UnitOutput({_file(unit): safetensors.torch.save({"features": features})})
 
@@ -251,11 +243,11 @@ class EvaluationJob(Job):
     def reduce(self, folder: JobFolder) -> Any:
         """Returns an `EvaluationResult` as a JSON value."""
         samples, scores = self.samples, self._measure_distances(folder)
-        if errors := [folder.value(unit) for unit in self._units("errors")]:
+        if errors := [folder.value(unit) for unit in self._units["errors"]]:
             paired, sensitivity = zip(*errors, strict=True)
             scores["paired"] = SampleErrors.merge([serialization.decode(SampleErrors, each) for each in paired])
             scores["sensitivity"] = max((each for each in sensitivity if each is not None), default=None)
-        if likelihoods := [folder.value(unit) for unit in self._units("likelihoods")]:
+        if likelihoods := [folder.value(unit) for unit in self._units["likelihoods"]]:
             bits, num_correct = zip(*likelihoods, strict=True)
             name = "bits_per_dim_noisy" if self.flow.config.noise_std else "bits_per_dim"
             scores[name] = sum(bits) / self.spec.test_images
@@ -269,7 +261,7 @@ class EvaluationJob(Job):
 
     def _measure_distances(self, folder: JobFolder) -> dict[str, Any]:
         """Returns the Fréchet distance, and with features of real images kernel distance, precision and recall."""
-        if not self._units("samples"):
+        if not self._units["samples"]:
             return {}
         real = self.statistics or self._merge_statistics(folder, "real")
         scores = {"frechet_distance": frechet_distance(real, self._merge_statistics(folder, "samples"))}
@@ -296,8 +288,13 @@ class EvaluationJob(Job):
         return features[rows.sort().values]
 
     def _load_features(self, folder: JobFolder, kind: str) -> Iterator[Tensor]:
-        for unit in self._units(kind):
+        for unit in self._units[kind]:
             yield safetensors.torch.load_file(folder.path / _file(unit))["features"]
+
+
+def _ranges(kind: str, num: int, size: int) -> list[str]:
+    """Returns the names of the units of `num` images, of which one unit has at most `size`."""
+    return [f"{kind}-{start}-{min(start + size, num)}" for start in range(0, num, size)]
 
 
 def _file(unit: str) -> str:
