@@ -192,17 +192,8 @@ def test_ctrl_c_once_more_does_not_interrupt_the_exit() -> None:
 
 
 def test_incomplete_variables_of_torchrun_are_one_line(refuse: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    for variables, message in (
-        (
-            {"TORCHELASTIC_RUN_ID": "test", "WORLD_SIZE": "2"},
-            "RANK, WORLD_SIZE, LOCAL_RANK: missing or not numbers ('RANK')",
-        ),
-        ({"LOCAL_RANK": "0"}, "start the processes by torchrun or srun, or unset WORLD_SIZE for one"),
-        ({"RANK": "abc"}, "missing or not numbers (invalid literal"),
-    ):
-        for name, value in variables.items():
-            monkeypatch.setenv(name, value)
-        refuse(SAMPLE, message)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    refuse(SAMPLE, "RANK, WORLD_SIZE, LOCAL_RANK: missing or not numbers ('RANK'); start the processes by torchrun")
 
 
 def test_names_in_square_brackets_are_no_markup_and_a_warning_is_one_line(
@@ -236,9 +227,8 @@ def test_an_extension_that_cannot_be_imported_gives_one_line(
 
 
 def test_of_several_processes_the_first_one_prints_a_wrong_option(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    variables = {"STEP_NUM_TASKS": "2", "LOCALID": "0", "JOB_ID": "7", "STEP_ID": "0", "STEP_NODELIST": "localhost"}
-    for name, value in variables.items():
-        monkeypatch.setenv(f"SLURM_{name}", value)
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")
+    monkeypatch.setenv("SLURM_LOCALID", "0")
     for rank, num_lines in (("0", 1), ("1", 0)):
         monkeypatch.setenv("SLURM_PROCID", rank)
         result = run("sample --num 0")

@@ -61,9 +61,8 @@ def _convert_starflow(config: ConvertConfig, state: dict[str, Any]) -> jf.STARFl
         )  # fmt: skip
     encoder = None if config.encode_text is None else options.load_encoder(config.encode_text)
     flow_config = jf.STARFlow.infer_config(state, str(config.file), config.patch_size or 1)
-    if config.noise_std is not None:
-        flow_config = replace(flow_config, noise_std=config.noise_std)
-    return jf.STARFlow.from_original(config.file, flow_config, encoder)
+    noise_std = flow_config.noise_std if config.noise_std is None else config.noise_std
+    return jf.STARFlow.from_original(config.file, replace(flow_config, noise_std=noise_std), encoder)
 
 
 def _convert_tarflow(config: ConvertConfig, state: dict[str, Any]) -> jf.TarFlow:
