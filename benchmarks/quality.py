@@ -28,7 +28,7 @@ from jacobiflow.data import quantize
 from jacobiflow.evaluation import sample_errors
 from jacobiflow.models.flow import Flow
 from jacobiflow.models.memory import keep_freed_memory
-from jacobiflow.planner import choose, is_auto
+from jacobiflow.planner import is_auto
 from jacobiflow.utils.timing import time_interleaved
 
 ORIGINAL = "Original"
@@ -61,9 +61,9 @@ class Experiment(NamedTuple):
             return partial(original_sampler(self.flow)[1], self.flow)
         if name in PEERS:
             return partial(PEERS[name], self.flow, **GRIDS[name][0])
-        plan = choose(self.flow, name, self.batch_size, report=self.report)
+        strategy = name if self.report is None or is_auto(name) else jf.Strategy.parse(name, self.report)
         return lambda z, labels: jf.sample(
-            self.flow, latents=z, labels=labels, settings=None, strategy=plan, certify=is_auto(name)
+            self.flow, latents=z, labels=labels, settings=None, strategy=strategy, certify=is_auto(name)
         )
 
     def denoised(self, images: Tensor, labels: Tensor) -> Tensor:

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 import jacobiflow as jf
-from jacobiflow.sampling.folder import job as module
 from jacobiflow.sampling.request import SamplingRequest
 from jacobiflow.sampling.result import BlockStats, Samples
 from tests.helpers.kills import read_files
@@ -35,8 +34,7 @@ def run(
     with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".* not finite, since")
         patch.setattr(SamplingRequest, "run", invented)
-        patch.setattr(module, "choose", lambda *_, **__: plan())
-        patch.setattr("jacobiflow.sampling.request.choose", lambda *_, **__: plan())
+        patch.setattr("jacobiflow.sampling.request.resolve_strategy", lambda *_: plan())
         return jf.sample_to_folder(flow or tiny_flow(), num, out, labels, **settings)
 
 

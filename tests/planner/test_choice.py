@@ -1,4 +1,4 @@
-"""`choose`: the strategy that a name, a file or a `Strategy` stands for."""
+"""`resolve_strategy`: the strategy that a name, a file or a `Strategy` stands for."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 
 import jacobiflow as jf
 from jacobiflow.fixed_point import Stopping
-from jacobiflow.planner import Prediction, auto, choose, is_auto
+from jacobiflow.planner import Auto, Prediction, auto, is_auto, resolve_strategy
 from tests.helpers.invented import GUIDANCE, Machine, igm, make_report, small
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -29,45 +29,46 @@ def test_auto_to_a_tolerance(monkeypatch: pytest.MonkeyPatch) -> None:
     want = auto(flow.guided(GUIDANCE), 2, 1e-2)
     assert want.tolerance == 1e-2
     for name, tolerance in (("auto:1e-2", None), (" AUTO:0.01 ", 1e-2), ("auto", 1e-2)):
-        assert choose(flow.guided(GUIDANCE), name, 2, tolerance=tolerance) is want
-    assert choose(flow, "auto", 2).tolerance == 1e-3
+        resolved = resolve_strategy(name, flow, 2, tolerance)
+        assert isinstance(resolved, Auto)
+        assert resolved.plan(flow.guided(GUIDANCE), 2) is want
+    assert resolve_strategy("auto", flow, 2).tolerance == 1e-3
     for name, tolerance, message in (
         ("auto:", None, "strategy 'auto:': give auto, or auto:TOLERANCE such as auto:1e-2"),
         ("auto:nan", None, "tolerance=nan"),
         ("auto:1e-2", 1e-3, r"'auto:1e-2' with tolerance 0\.001: give the tolerance once"),
     ):
         with pytest.raises(ValueError, match=message):
-            choose(flow, name, 2, tolerance=tolerance)
+            resolve_strategy(name, flow, 2, tolerance)
     assert [name for name in ("auto", "Auto:1", "auto.json", "automatic", "") if is_auto(name)] == ["auto", "Auto:1"]
 
 
-def test_names_take_their_guesses_from_a_report_and_files_keep_their_own(tmp_path: Path) -> None:
+def test_a_name_a_file_and_a_strategy(tmp_path: Path) -> None:
     own = jf.Strategy((jf.Solver(jf.Window(3), jf.Zeros()), COUNTED))
     own.save(tmp_path / "own.json")
     for given in (own, tmp_path / "own.json", str(tmp_path / "own.json")):
-        assert choose(small(), given, 8, report=REPORT) == own
-    named = choose(small(), "window:3", 8, report=REPORT)
-    assert [solver.guess for solver in named.solvers] == [jf.Zeros(), REPORT.mean_affine[1]]
-    assert choose(small(), "window:3", 8) == jf.Strategy.parse("window:3", num_blocks=2, num_tokens=16)
+        assert resolve_strategy(given, small(), 8) == own
+    assert resolve_strategy("window:3", small(), 8) == jf.Strategy.parse("window:3", num_blocks=2, num_tokens=16)
 
 
 def test_a_tolerance_replaces_the_tolerances_of_all_solvers() -> None:
     given = jf.Strategy((jf.Solver(stopping=jf.Tolerance(0.5)), jf.Solver(stopping=Stopping(0.5, 3))))
-    assert choose(small(), given, 1) == given
-    found = choose(small(), given, 1, tolerance=1e-6)
+    assert resolve_strategy(given, small(), 1) == given
+    found: Any = resolve_strategy(given, small(), 1, 1e-6)
     assert [solver.stopping for solver in found.solvers] == [Stopping(1e-6), Stopping(1e-6, 3)]
     for name, tolerance, want in (("jacobi", None, 1e-3), ("jacobi", 0.0, 0.0), ("window:3", 1e-5, 1e-5)):
-        assert choose(small(), name, 1, tolerance=tolerance).solvers[1].stopping == jf.Tolerance(want)
+        named: Any = resolve_strategy(name, small(), 1, tolerance)
+        assert named.solvers[1].stopping == jf.Tolerance(want)
     for ignores in ("gs-jacobi:3-2", jf.Strategy((COUNTED, COUNTED))):
-        choose(small(), ignores, 1)
+        resolve_strategy(ignores, small(), 1)
         with pytest.raises(ValueError, match=r"tolerance=0\.01: .* stops after a number of sweeps and ignores it"):
-            choose(small(), ignores, 1, tolerance=1e-2)
+            resolve_strategy(ignores, small(), 1, 1e-2)
 
 
 CHORD = jf.Chord(torch.ones(2, 3, 3))
 REFUSED: list[tuple[Any, dict[str, Any], str]] = [
     ("plan.txt", {}, "strategy 'plan.txt': unknown"), ("missing.json", {}, "strategy missing.json: cannot be read"),
-    ("jacobi-3", {"report": make_report([1, 1, 1])}, "strategy for 3 blocks, but the flow has 2"),
+    (jf.Strategy.uniform(COUNTED, 3), {}, "strategy for 3 blocks, but the flow has 2"),
     (jf.Strategy.uniform(jf.Solver(jf.Segments(17)), 2), {}, "strategy, block 0: .*only 16 tokens"),
     (jf.Strategy.uniform(jf.Solver(correction=CHORD), 2), {}, "strategy, block 0: Chord.*tokens have 4"),
     (jf.Strategy.parse("jacobi", replace(REPORT, fingerprint="0" * 64)), {}, "the strategy was made for another"),
@@ -80,4 +81,4 @@ REFUSED: list[tuple[Any, dict[str, Any], str]] = [
 @pytest.mark.parametrize(("strategy", "named", "message"), REFUSED, ids=lambda value: str(value)[:40])
 def test_bad_arguments_are_refused(strategy: Any, named: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        choose(**{"flow": small(), "strategy": strategy, "batch_size": 16, **named})
+        resolve_strategy(**{"flow": small(), "strategy": strategy, "batch_size": 16, **named})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -103,24 +103,23 @@ def run(config: BenchConfig) -> BenchResult:
 
 def _prepare(config: BenchConfig, flow: Flow, progress: Progress | None) -> list[partial[Comparison]]:
     """Chooses the strategies, and returns a function for each batch size that times them."""
-    from jacobiflow import planner
-    from jacobiflow.blocks.context import Context
     from jacobiflow.comparison import baselines, compare
-    from jacobiflow.fixed_point.options import SolveOptions
     from jacobiflow.models import latents
     from jacobiflow.sampling.request import SamplingRequest
 
     names = [name for name in dict.fromkeys(config.strategy) if name != baselines.SEQUENTIAL]
-    guesses, solve_options = loading.load_report(config.report, flow), SolveOptions(certify=config.certify)
+    strategies = {name: loading.load_strategy(name, config.report, flow) for name in names}
     cases = []
     for size in dict.fromkeys(config.batch_size):
         z = latents.draw_latents(size, flow.config.num_tokens, flow.config.token_channels, config.seed)
         classes = options.parse_labels(config.labels, size, flow, config.seed)
         runs = {}
-        for name in names:
-            report = None if planner.is_auto(name) else guesses
-            plan = planner.choose(flow, name, size, tolerance=config.tolerance, report=report, progress=progress)
-            runs[name] = partial(SamplingRequest(flow, plan, Context(classes), solve_options).run, z)
+        for name, strategy in strategies.items():
+            request = SamplingRequest.resolve(
+                flow, size, classes, settings=None, strategy=strategy, tolerance=config.tolerance,
+                certify=config.certify, log_prob=False,
+            )  # fmt: skip
+            runs[name] = partial(replace(request, strategy=request.plan(size, progress)).run, z)
         cases.append(partial(compare.compare_samplers, flow, z, classes, runs, repeats=config.repeats))
     return cases
 

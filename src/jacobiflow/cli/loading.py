@@ -57,10 +57,15 @@ def settings_text(settings: jf.SamplingSettings) -> str:
     return (guidance + denoise).strip() or "no guidance, no denoising"
 
 
-def load_report(path: Path | None, flow: Flow) -> jf.CalibrationReport | None:
-    """Loads the report of `--report`, if given; raises ValueError if it is of another flow."""
-    if path is None:
-        return None
-    report = jf.CalibrationReport.load(path)
-    report.check(flow)
-    return report
+def has_own_guesses(strategy: str) -> bool:
+    """Tells whether a strategy takes no guesses from a report: "auto", or a file."""
+    return strategy.strip().lower().startswith("auto") or strategy.endswith(".json")
+
+
+def load_strategy(name: str, report: Path | None, flow: Flow) -> str | jf.Strategy:
+    """Returns the strategy of `--strategy`, whose guesses are those of `--report` if it is given."""
+    if report is None or has_own_guesses(name):
+        return name
+    guesses = jf.CalibrationReport.load(report)
+    guesses.check(flow)
+    return jf.Strategy.parse(name, guesses)

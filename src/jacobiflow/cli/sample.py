@@ -133,10 +133,10 @@ def run(config: SampleConfig) -> SampleResult | None:
     with progress_bar() as progress:
         folder = jf.sample_to_folder(
             flow, config.num, config.out, seed=config.seed, context=context, settings=settings,
-            strategy=config.strategy, tolerance=config.tolerance,
+            strategy=loading.load_strategy(config.strategy, config.report, flow), tolerance=config.tolerance,
             certify="always" if config.certify_always else config.certify, sensitivity=config.sensitivity,
             batch_size=_resolve_batch_size(config, flow), shard_size=config.shard_size, files=config.files,
-            report=loading.load_report(config.report, flow), overwrite=config.overwrite, progress=progress,
+            overwrite=config.overwrite, progress=progress,
         )  # fmt: skip
         if not folder.is_reporter:
             print(f"all {config.num:,} samples are in {config.out}; another process prints their outcome")
@@ -146,7 +146,7 @@ def run(config: SampleConfig) -> SampleResult | None:
             folder.outcome(), machine=describe_machine(flow.var.device),
         )  # fmt: skip
         if config.compare:
-            result = _compare(result, flow, folder, context, progress)
+            result = _compare(config, result, flow, folder, context, progress)
     if result.comparison is not None and folder.spec.has_pictures:
         names = _class_names(flow, context.values) if texts is None else texts
         _save_comparison(result.comparison, config.strategy, names, config.out / _SHEET)
@@ -154,7 +154,7 @@ def run(config: SampleConfig) -> SampleResult | None:
 
 
 def _check_options(config: SampleConfig) -> None:
-    if config.report is not None and config.strategy.endswith(".json"):
+    if config.report is not None and loading.has_own_guesses(config.strategy):
         raise InputValueError(f"--report {config.report}: {config.strategy} has its own guesses; leave one of them out")
     if config.certify_always and not config.certify:
         raise InputValueError("--certify-always: excludes --no-certify; leave one of them out")
@@ -179,8 +179,9 @@ def _open_earlier(out: Path) -> jf.SampleFolder | None:
 
 
 def _compare(
-    result: SampleResult, flow: Flow, folder: jf.SampleFolder, context: Context, progress: Progress | None
-) -> SampleResult:
+    config: SampleConfig, result: SampleResult, flow: Flow, folder: jf.SampleFolder, context: Context,
+    progress: Progress | None,
+) -> SampleResult:  # fmt: skip
     """Adds a comparison of the strategy with the original sampler on the first batch to a result."""
     import torch
 
@@ -191,7 +192,7 @@ def _compare(
 
     spec = folder.spec
     num = min(spec.num, spec.batch_size)
-    z = draw_latents(num, spec.num_tokens, flow.config.token_channels, spec.seed)
+    z = draw_latents(num, flow.config.num_tokens, flow.config.token_channels, spec.seed)
     resolve = partial(
         SamplingRequest.resolve, flow, num, context=context[:num], certify=spec.certify, strategy=folder.strategy()
     )
@@ -200,12 +201,12 @@ def _compare(
         progress(0, 1, "timing")  # Shows the bar: the original sampler may take minutes until the first step.
     with torch.no_grad():
         rounding = resolve(settings=None, sensitivity=True).run(z)
-        runs = {spec.strategy: partial(request.run, z)}
+        runs = {config.strategy: partial(request.run, z)}
         timed = partial(compare_samplers, flow, z, context[:num].values, runs, denoise=spec.denoise, progress=progress)
         comparison = timed(repeats=1, warm_up=False)
         if comparison.result(comparison.original).seconds.median < _SHORT:
             comparison = timed()
-    error = sample_errors(*(comparison.result(name).x for name in (spec.strategy, comparison.original)))
+    error = sample_errors(*(comparison.result(name).x for name in (config.strategy, comparison.original)))
     return replace(result, comparison=comparison, error=error, rounding=rounding.outcome.sensitivity)
 
 
@@ -227,7 +228,7 @@ def show(config: SampleConfig, result: SampleResult) -> None:
     """Prints the samples, their speed and exactness, and the files."""
     spec, num_new = result.spec, result.num_new
     print(
-        f"{config.model}: {format_count(spec.num, 'sample')} by {spec.strategy} on {result.machine['device']}, batch "
+        f"{config.model}: {format_count(spec.num, 'sample')} by {config.strategy} on {result.machine['device']}, batch "
         f"size {spec.batch_size}\n{result.settings}"
     )
     if num_new:
@@ -244,14 +245,14 @@ def show(config: SampleConfig, result: SampleResult) -> None:
     if not result.outcome.has_shortfall:  # A warning has told of a shortfall.
         print(result.outcome)
     if result.comparison is not None:
-        _print_comparison(result, result.comparison)
+        _print_comparison(config, result, result.comparison)
     sheet = f", {_SHEET}" * spec.has_pictures
     print(f"wrote {config.out}: {format_count(spec.num_shards, 'shard')}, manifest.json, strategy.json{sheet}")
 
 
-def _print_comparison(result: SampleResult, comparison: Comparison) -> None:
+def _print_comparison(config: SampleConfig, result: SampleResult, comparison: Comparison) -> None:
     assert result.error is not None
-    original, ours = (comparison.result(name) for name in (comparison.original, result.spec.strategy))
+    original, ours = (comparison.result(name) for name in (comparison.original, config.strategy))
     speed_up = comparison.speed_up(ours, comparison.original)
     denoising = "denoising included" if result.spec.denoise else "without denoising"
     before = " before denoising" * (result.spec.denoise > 0)

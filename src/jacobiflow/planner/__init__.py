@@ -1,13 +1,13 @@
 """The solver of each block: strategies, their notation, and plans by measurement."""
 
 from jacobiflow.planner.cache import auto
-from jacobiflow.planner.choice import auto_tolerance, choose
+from jacobiflow.planner.choice import Auto, resolve_strategy
 from jacobiflow.planner.fit import BlockTuning, Tuning, find_tuning, tune
 from jacobiflow.planner.notation import is_auto
 from jacobiflow.planner.planner import plan
 from jacobiflow.planner.strategy import Prediction, Strategy
 
 __all__ = [
-    "BlockTuning", "Prediction", "Strategy", "Tuning", "auto", "auto_tolerance", "choose", "find_tuning", "is_auto",
-    "plan", "tune",
+    "Auto", "BlockTuning", "Prediction", "Strategy", "Tuning", "auto", "find_tuning", "is_auto", "plan",
+    "resolve_strategy", "tune",
 ]  # fmt: skip

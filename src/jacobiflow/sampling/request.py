@@ -14,13 +14,12 @@ from torch import Tensor
 from jacobiflow.blocks.context import Context
 from jacobiflow.blocks.guidance import SamplingSettings
 from jacobiflow.blocks.tokens import Tokens
-from jacobiflow.calibration import CalibrationReport
 from jacobiflow.errors import InputValueError
 from jacobiflow.fixed_point.options import CertifyMode, SolveOptions
 from jacobiflow.models.flow import Flow, check_flow, check_rate
 from jacobiflow.models.labels import ContextLike, Labels
 from jacobiflow.models.latents import MAX_SAMPLES
-from jacobiflow.planner import Strategy, auto_tolerance, choose, is_auto
+from jacobiflow.planner import Auto, Strategy, resolve_strategy
 from jacobiflow.sampling.denoise import denoise_checked
 from jacobiflow.sampling.invert import FlowSolution, invert_in_groups, log_prob_of, num_groups
 from jacobiflow.sampling.result import BlockStats, Samples
@@ -33,50 +32,34 @@ Settings = SamplingSettings | Literal["recommended"] | None
 
 
 @dataclass(frozen=True)
-class Outputs:
-    """The quantities that are computed for each sample, beside x.
-
-    Attributes:
-        denoise: The rate of a denoising step; 0 for none.
-        log_prob: Densities.
-        sensitivity: The change by rounding.
-        intermediates: The tokens after each block.
-    """
-
-    denoise: float = 0.0
-    log_prob: bool = False
-    sensitivity: bool = False
-    intermediates: bool = False
-
-
-@dataclass(frozen=True)
 class SamplingRequest:
-    """The arguments of a sampling run, checked and resolved.
+    """The arguments of `sample`, checked and resolved for a flow.
 
     Attributes:
         flow: The flow under its guidance.
-        strategy: None if "auto" is still to be planned.
         context: The context of each sample.
+        strategy: The solvers of the blocks, or `Auto` if they are still to be planned.
+        denoise: The rate of a denoising step; 0 for none.
+        log_prob: Whether densities are computed.
     """
 
     flow: Flow
-    strategy: Strategy | None
     context: Context
+    strategy: Strategy | Auto
     options: SolveOptions
-    outputs: Outputs = Outputs()
+    denoise: float
+    log_prob: bool
+    sensitivity: bool
+    return_intermediates: bool
 
     @classmethod
     def resolve(
         cls, flow: Flow, num: int, labels: Labels | None = None, *, context: ContextLike | None = None,
-        settings: Settings = "recommended", certify: CertifyMode = True, sensitivity: bool = False,
-        log_prob: bool | None = None, batch_size: int | None = None, return_intermediates: bool = False,
-        strategy: str | Path | Strategy = "auto", tolerance: float | None = None,
-        report: CalibrationReport | None = None, defer_auto: bool = False,
+        settings: Settings = "recommended", strategy: str | Path | Strategy = "auto", tolerance: float | None = None,
+        certify: CertifyMode = True, sensitivity: bool = False, batch_size: int | None = None,
+        log_prob: bool | None = None, return_intermediates: bool = False,
     ) -> SamplingRequest:  # fmt: skip
-        """Checks the arguments of `sample`, chooses the strategy, and resolves what depends on the flow.
-
-        With `defer_auto` the strategy "auto" is still to be planned.
-        """
+        """Checks the arguments of `sample`, and resolves what depends on the flow."""
         check_flow(flow)
         check_flag("sensitivity", sensitivity)
         check_flag("return_intermediates", return_intermediates)
@@ -86,14 +69,23 @@ class SamplingRequest:
         flow, denoise = _resolve_settings(flow, settings, checked)
         if flow.guidance is not None and checked.values is None and flow.guidance.attn_temperature == 1:
             warnings.warn("guidance without labels or texts at attn_temperature 1 changes nothing", stacklevel=3)
-        outputs = Outputs(denoise, _resolve_log_prob(flow, log_prob, denoise), sensitivity, return_intermediates)
         options = SolveOptions(certify=certify, batch_size=batch_size)
-        plan = None
-        if defer_auto and isinstance(strategy, str) and is_auto(strategy):
-            auto_tolerance(strategy, tolerance, report)  # Raises an error for arguments that do not fit.
-        else:
-            plan = choose(flow, strategy, batch_size or num, tolerance=tolerance, report=report)
-        return cls(flow, plan, checked, options, outputs)
+        log_prob = _resolve_log_prob(flow, log_prob, denoise)
+        resolved = resolve_strategy(strategy, flow, batch_size or num, tolerance)
+        return cls(flow, checked, resolved, options, denoise, log_prob, sensitivity, return_intermediates)
+
+    @property
+    def tolerance(self) -> float | None:
+        """The largest residual of a certified sample; `None` if a block stops after a number of sweeps."""
+        if isinstance(self.strategy, Auto):
+            return self.strategy.tolerance
+        return self.strategy.certified_tolerance(self.flow.config.num_tokens)
+
+    def plan(self, batch_size: int, progress: Progress | None = None) -> Strategy:
+        """Returns the strategy, which "auto" plans for batches of a size."""
+        if isinstance(self.strategy, Auto):
+            return self.strategy.plan(self.flow, batch_size, progress)
+        return self.strategy
 
     def __getitem__(self, rows: slice) -> SamplingRequest:
         """Returns the request for some of the samples."""
@@ -101,22 +93,21 @@ class SamplingRequest:
 
     def run(self, latents: Tokens, progress: Progress | None = None) -> Samples:
         """Draws the samples of latents (N, T, C). They have gradients if these are enabled."""
-        flow, strategy, outputs = self.flow, self.strategy, self.outputs
-        assert strategy is not None
-        latents, context = latents.to(flow.var.device, flow.state_dtype), self.context.to(flow.var.device)
+        flow, batch_size = self.flow, self.options.batch_size or len(latents)
+        strategy = self.plan(batch_size)
         options = replace(self.options, tolerance=strategy.tolerance)
-        batch_size = options.batch_size or len(latents)
-        total = num_groups(len(latents), batch_size) * len(flow.blocks) * (1 + outputs.sensitivity)
+        latents, context = latents.to(flow.var.device, flow.state_dtype), self.context.to(flow.var.device)
+        total = num_groups(len(latents), batch_size) * len(flow.blocks) * (1 + self.sensitivity)
         on_block = _BlockCounter(progress, total)
         started = time.perf_counter()
         groups, sensitivities, log_probs = list[FlowSolution](), list[Tensor](), list[Tensor]()
         for group in invert_in_groups(
-            flow, strategy, latents, context, options, on_block=on_block, with_intermediates=outputs.intermediates
+            flow, strategy, latents, context, options, on_block=on_block, with_intermediates=self.return_intermediates
         ):
             groups.append(group)
-            if outputs.sensitivity:
+            if self.sensitivity:
                 sensitivities.append(measure_sensitivity(flow, strategy, group, options, on_block))
-            if outputs.log_prob:
+            if self.log_prob:
                 log_probs.append(log_prob_of(flow, group, batch_size))
         seconds = time.perf_counter() - started
 
@@ -125,21 +116,21 @@ class SamplingRequest:
         steps = zip(*(group.intermediates for group in groups), strict=True)
         intermediates = [flow.from_tokens(torch.cat(tokens)) for tokens in steps]
         started = time.perf_counter()
-        if outputs.denoise:
-            x = denoise_checked(flow, x, context, outputs.denoise, options.batch_size or 64)
+        if self.denoise:
+            x = denoise_checked(flow, x, context, self.denoise, options.batch_size or 64)
             intermediates.append(x)
         return Samples(
             x=x,
             latents=latents,
             context=context.values,
-            log_prob=torch.cat(log_probs) if outputs.log_prob else None,
+            log_prob=torch.cat(log_probs) if self.log_prob else None,
             stats=stats,
             residual=torch.stack([block.residual for block in stats]).amax(dim=0) if options.certify else None,
             tolerance=strategy.certified_tolerance(flow.config.num_tokens),
-            intermediates=tuple(intermediates) if outputs.intermediates else None,
+            intermediates=tuple(intermediates) if self.return_intermediates else None,
             seconds=seconds,
             denoise_seconds=time.perf_counter() - started,
-            sensitivity=torch.cat(sensitivities) if outputs.sensitivity else None,
+            sensitivity=torch.cat(sensitivities) if self.sensitivity else None,
             dtype=flow.precision,
         )
 
@@ -168,7 +159,8 @@ def _resolve_log_prob(flow: Flow, log_prob: bool | None, denoise: float) -> bool
     check_flag("log_prob", log_prob)
     if log_prob and not is_own:
         raise InputValueError(
-            "log_prob=True: guided or denoised samples are of another density than the flow's; give settings=None"
+            "log_prob=True: guided or denoised samples are of another density than the flow's; leave it out, or sample "
+            "without guidance and denoising"
         )
     return log_prob
 

@@ -12,14 +12,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 from jacobiflow.errors import InputValueError
-from jacobiflow.fixed_point.options import CertifyMode, SolveOptions
+from jacobiflow.fixed_point.options import CertifyMode
 from jacobiflow.models.flow import Flow, check_flow
 from jacobiflow.models.labels import ContextLike, Labels
 from jacobiflow.models.latents import draw_latents
-from jacobiflow.planner import Strategy, choose
-from jacobiflow.sampling.request import Outputs, SamplingRequest, Settings
+from jacobiflow.planner import Strategy
+from jacobiflow.sampling.request import SamplingRequest, Settings
 from jacobiflow.sampling.result import Samples
-from jacobiflow.utils.checks import check_finite, check_flag, check_floating, check_kind, format_value
+from jacobiflow.utils.checks import check_finite, check_floating, check_kind, format_value
 from jacobiflow.utils.progress import Progress
 
 
@@ -53,7 +53,7 @@ def sample(
         latents: Standard normal, before the prior's scale.
         settings: "recommended" takes the guidance and denoising that the model recommends (guidance only with labels
             or prompts), `None` neither, and `SamplingSettings` sets both.
-        strategy: A name (see `jacobiflow.planner.choose`), a `Strategy`, or the path of its JSON file.
+        strategy: A name (see `Strategy.parse`), a `Strategy`, or the path of its JSON file.
         tolerance: The largest |g(x) - x| in any block; by default 1e-3 for a named strategy, and else the strategy's
             own. Refused if no block of the strategy stops on a tolerance.
         certify: Measures the residual of every sample in every block, one parallel pass each, and solves again each
@@ -91,9 +91,9 @@ def sample(
             f"latents={format_value(latents)} requires a gradient: give latents.detach(), or use decode"
         )
     request = SamplingRequest.resolve(
-        flow, len(latents), labels, context=context, settings=settings, certify=certify, sensitivity=sensitivity,
-        log_prob=log_prob, batch_size=batch_size, return_intermediates=return_intermediates, strategy=strategy,
-        tolerance=tolerance,
+        flow, len(latents), labels, context=context, settings=settings, strategy=strategy, tolerance=tolerance,
+        certify=certify, sensitivity=sensitivity, batch_size=batch_size, log_prob=log_prob,
+        return_intermediates=return_intermediates,
     )  # fmt: skip
     with torch.no_grad():
         samples = request.run(latents, progress)
@@ -135,13 +135,12 @@ def decode(
         True
     """
     check_flow(flow)
-    check_flag("log_prob", log_prob)
-    if log_prob and flow.guidance is not None:
-        raise InputValueError("log_prob=True under guidance: the flow's density is not that of guided samples")
     _check_latents("z", z, flow)
-    checked, options = flow.check_context(context, len(z)), SolveOptions(certify=certify)
-    plan = choose(flow, strategy, len(z), tolerance=tolerance)
-    samples = SamplingRequest(flow, plan, checked, options, Outputs(log_prob=log_prob)).run(z)
+    request = SamplingRequest.resolve(
+        flow, len(z), context=context, settings=None, strategy=strategy, tolerance=tolerance, certify=certify,
+        log_prob=log_prob,
+    )  # fmt: skip
+    samples = request.run(z)
     if samples.outcome.has_shortfall:
         warnings.warn(str(samples.outcome), stacklevel=2)
     return (samples.x, samples.log_prob) if log_prob else samples.x

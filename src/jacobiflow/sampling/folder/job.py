@@ -8,47 +8,29 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import Any, get_args
 
 import torch
 
 from jacobiflow import jobs
-from jacobiflow.calibration import CalibrationReport
 from jacobiflow.data import image_grid, quantize, scale
 from jacobiflow.data.grid import PICTURE_CHANNELS
 from jacobiflow.errors import InputValueError
+from jacobiflow.fixed_point import CertifyMode
 from jacobiflow.jobs import JobFolder, UnitOutput
-from jacobiflow.models.checkpoints.fingerprint import fingerprint
 from jacobiflow.models.flow import Flow, check_flow
-from jacobiflow.models.labels import Labels
+from jacobiflow.models.labels import ContextLike, Labels
 from jacobiflow.models.latents import MAX_SAMPLES, draw_latents
-from jacobiflow.planner import Strategy, choose
+from jacobiflow.planner import Strategy
 from jacobiflow.sampling.folder.reader import SampleFolder
 from jacobiflow.sampling.folder.spec import KIND, RESULT, STRATEGY, VERSION, Files, SampleSpec, labels_or_context_sha256
-from jacobiflow.sampling.request import SamplingRequest
+from jacobiflow.sampling.request import SamplingRequest, Settings
 from jacobiflow.sampling.result import Outcome, Samples, npz_bytes, pillow, png_bytes
 from jacobiflow.utils import serialization
 from jacobiflow.utils.checks import check_choice, check_count, check_flag, check_kind, check_path, check_seed
-from jacobiflow.utils.files import MANIFEST, json_bytes, sha256, write_atomically
+from jacobiflow.utils.files import MANIFEST, json_bytes, write_atomically
 from jacobiflow.utils.progress import Progress
 from jacobiflow.utils.timing import describe_machine
-
-if TYPE_CHECKING:
-    from typing_extensions import TypedDict, Unpack
-
-    from jacobiflow.fixed_point import CertifyMode
-    from jacobiflow.models.labels import ContextLike
-    from jacobiflow.sampling.request import Settings
-
-    class SamplingArguments(TypedDict, total=False):
-        """Arguments of `jacobiflow.sample`."""
-
-        context: ContextLike | None
-        settings: Settings
-        certify: CertifyMode
-        sensitivity: bool
-        log_prob: bool | None
-
 
 _BATCH_SIZE = 64  # Default number of samples in a batch.
 _SHARD_SIZE = 1024  # Default number of samples in a shard, about.
@@ -62,15 +44,18 @@ def sample_to_folder(
     labels: Labels | None = None,
     seed: int = 0,
     *,
+    context: ContextLike | None = None,
+    settings: Settings = "recommended",
     strategy: str | Path | Strategy = "auto",
     tolerance: float | None = None,
-    report: CalibrationReport | None = None,
+    certify: CertifyMode = True,
+    sensitivity: bool = False,
+    log_prob: bool | None = None,
     batch_size: int | None = None,
     shard_size: int | None = None,
     files: Files = "npz",
     overwrite: bool = False,
     progress: Progress | None = None,
-    **arguments: Unpack[SamplingArguments],
 ) -> SampleFolder:
     """Draws samples into a folder, or resumes a run that was stopped.
 
@@ -80,17 +65,16 @@ def sample_to_folder(
     level (4e-3). Shards that are missing or do not match their checksum are drawn again. "auto" is planned once, by
     the first process. A larger `num` adds samples.
 
+    The arguments that are not listed are those of `jacobiflow.sample`.
+
     Args:
         num: The number of samples.
         out: A new or empty folder, or one with samples of the same settings.
-        report: A report of `calibrate`, from which a named strategy takes its guesses.
         batch_size: Samples in the network at a time; by default that of samples in `out`, else `num`, at most 64.
         shard_size: Samples in a shard, a multiple of `batch_size`; about 1,024 by default.
         files: "npz", or "png" for a PNG of each sample too, in folders by class.
         overwrite: Whether to replace samples of other settings, or complete ones.
         progress: Called with the number of samples that are drawn.
-        **arguments: Those of `jacobiflow.sample`: `context`, `settings`, `certify`, `sensitivity` and `log_prob`, like
-            `labels`, `seed`, `strategy` and `tolerance`.
 
     Returns:
         The folder, in which all samples are drawn. A warning tells of samples that overflow, are not certified, or are
@@ -119,20 +103,11 @@ def sample_to_folder(
     check_kind("progress", progress, Callable | None, "a function of done, total and what, or None")
     _check_file_format(flow, files)
     request = SamplingRequest.resolve(
-        flow, num, labels, batch_size=batch_size, strategy=strategy, tolerance=tolerance, report=report,
-        defer_auto=True, **arguments,
+        flow, num, labels, context=context, settings=settings, strategy=strategy, tolerance=tolerance, certify=certify,
+        sensitivity=sensitivity, batch_size=batch_size, log_prob=log_prob,
     )  # fmt: skip
-    flow, config, options, outputs = request.flow, request.flow.config, request.options, request.outputs
-    spec = SampleSpec(
-        num=num, shape=flow.image_shape or (config.num_tokens, config.token_channels), num_tokens=config.num_tokens,
-        seed=seed, labels_or_context_sha256=labels_or_context_sha256(request.context), num_classes=config.num_classes,
-        classes=tuple(flow.classes), batch_size=batch_size, shard_size=shard_size, files=files,
-        weights_sha256=fingerprint(flow), dtype=flow.precision,
-        strategy="a Strategy" if isinstance(strategy, Strategy) else str(strategy),
-        strategy_sha256=None if request.strategy is None else sha256(_strategy_json(request.strategy)),
-        guidance=flow.guidance, denoise=float(outputs.denoise), tolerance=tolerance, certify=options.certify,
-        log_prob=outputs.log_prob, sensitivity=outputs.sensitivity,
-    )  # fmt: skip
+    name = "a Strategy" if isinstance(strategy, Strategy) else str(strategy)
+    spec = SampleSpec.of(request, name, num=num, seed=seed, shard_size=shard_size, files=files)
     job = SampleJob(spec, describe_machine(flow.var.device), request)
     run = jobs.run(job, out, overwrite=overwrite, progress=progress)
     num_new = sum(len(spec.span(i)) for i in range(spec.num_shards) if spec.unit(i) in run.missing)
@@ -165,13 +140,13 @@ class SampleJob(jobs.Job):
     @torch.no_grad()
     def compute(self, unit: str, folder: JobFolder, progress: Progress | None) -> UnitOutput:
         """Plans the strategy, or draws a shard."""
-        spec, flow, plan = self.spec, self.request.flow, self.request.strategy
+        spec = self.spec
         if unit == STRATEGY:
-            plan = plan or choose(flow, spec.strategy, spec.batch_size, tolerance=spec.tolerance)
-            return UnitOutput({"strategy.json": _strategy_json(plan)})
+            return UnitOutput({"strategy.json": json_bytes(self.request.plan(spec.batch_size).to_json())})
         index = int(unit.split("-")[1])
         rows = spec.span(index)
-        latents = draw_latents(len(rows), spec.num_tokens, flow.config.token_channels, spec.seed, rows.start)
+        config = self.request.flow.config
+        latents = draw_latents(len(rows), config.num_tokens, config.token_channels, spec.seed, rows.start)
         request = replace(self.request[rows.start : rows.stop], strategy=Strategy.load(folder.path / "strategy.json"))
         samples = request.run(latents, progress)
         return UnitOutput(self._files(index, samples), serialization.encode(samples.outcome))
@@ -225,10 +200,6 @@ class SampleJob(jobs.Job):
             for i, parent, pixels in zip(spec.span(index), folders, stored.cpu(), strict=True):
                 files[f"{parent}/{i:08}.png"] = png_bytes(pixels)
         return files
-
-
-def _strategy_json(strategy: Strategy) -> bytes:
-    return json_bytes(strategy.to_json())
 
 
 def _resolve_sizes(num: int, batch_size: int | None, shard_size: int | None) -> tuple[int, int]:

@@ -13,8 +13,11 @@ from jacobiflow.blocks.guidance import Guidance
 from jacobiflow.data.grid import PICTURE_CHANNELS
 from jacobiflow.errors import InputValueError
 from jacobiflow.fixed_point import CertifyMode
+from jacobiflow.models.checkpoints.fingerprint import fingerprint
 from jacobiflow.models.latents import MAX_SAMPLES
-from jacobiflow.utils.files import sha256
+from jacobiflow.planner import Auto
+from jacobiflow.sampling.request import SamplingRequest
+from jacobiflow.utils.files import json_bytes, sha256
 
 KIND, VERSION, RESULT = "samples", 3, "outcome.json"
 STRATEGY = "strategy"
@@ -32,21 +35,20 @@ class SampleSpec:
     Attributes:
         num: Number of samples.
         shape: Shape of a sample: (C, H, W) for images, (T, C) for tokens.
-        num_tokens: Number of tokens T.
         labels_or_context_sha256: Checksum of the labels as little-endian int64, or of another context as float32.
         classes: The names of the classes, which the folders of PNGs have; empty without names.
         shard_size: Samples in a shard. Shard i begins with sample `shard_size * i`.
         weights_sha256: Fingerprint of the weights.
         dtype: The dtype of the network, or "tf32".
-        strategy: The strategy as it was given.
+        strategy: The name of the strategy, or the path of its file.
         strategy_sha256: Checksum of the strategy; None for "auto", whose plan depends on timings.
+        tolerance: The largest residual of a certified sample; None if a block stops after a number of sweeps.
         log_prob: Whether the shards have densities.
         sensitivity: Whether the shards have sensitivities.
     """
 
     num: Annotated[int, msgspec.Meta(ge=1, le=MAX_SAMPLES)]
     shape: tuple[int, ...]
-    num_tokens: Count
     seed: int
     labels_or_context_sha256: str | None
     num_classes: int
@@ -64,6 +66,24 @@ class SampleSpec:
     certify: CertifyMode
     log_prob: bool
     sensitivity: bool
+
+    @classmethod
+    def of(
+        cls, request: SamplingRequest, strategy: str, *, num: int, seed: int, shard_size: int, files: Files
+    ) -> SampleSpec:  # fmt: skip
+        """Returns the spec of the samples of a request, whose strategy has the name `strategy`."""
+        flow, config, batch_size = request.flow, request.flow.config, request.options.batch_size
+        assert batch_size is not None
+        solvers = None if isinstance(request.strategy, Auto) else request.strategy.to_json()
+        return cls(
+            num=num, shape=flow.image_shape or (config.num_tokens, config.token_channels), seed=seed,
+            labels_or_context_sha256=labels_or_context_sha256(request.context), num_classes=config.num_classes,
+            classes=tuple(flow.classes), batch_size=batch_size, shard_size=shard_size, files=files,
+            weights_sha256=fingerprint(flow), dtype=flow.precision, strategy=strategy,
+            strategy_sha256=None if solvers is None else sha256(json_bytes(solvers)),
+            guidance=flow.guidance, denoise=float(request.denoise), tolerance=request.tolerance,
+            certify=request.options.certify, log_prob=request.log_prob, sensitivity=request.sensitivity,
+        )  # fmt: skip
 
     def __post_init__(self) -> None:
         if self.num_shards > _MAX_SHARDS:
