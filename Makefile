@@ -57,21 +57,21 @@ mutants: setup
 # Measures all that README, the model cards and the pages show (a day on two idle cores). It goes on if it was stopped, measures
 # again what is of other code, and refuses to go on with the results of another machine. Each part is a target of its own.
 RENDER = $(BIN)/python -m tools.docs.render
-measure: speed clients calibration evaluation regimes boltzmann star precision large-models clusters rounding
+measure: speed calibration evaluation regimes boltzmann star precision large-models clusters rounding clients
 
 # Measures README, the model cards, and the pages on speed, flows of other libraries and training (two and a half hours on two idle
 # cores).
 speed: setup
 	$(INSTALL) pocomc
 	$(BIN)/python -m benchmarks.performance model-speed performance
-	$(BIN)/python -m benchmarks.masked_flows masked-flows training
+	$(BIN)/python -m benchmarks.masked_flows
 	$(BIN)/python -m benchmarks.packages sbi fits
 	$(RENDER)
 	$(BIN)/python -m tools.pictures.figures
 
 # Measures docs/regimes.md, docs/sizes.md and docs/fewer_sweeps.md (it goes on if it was stopped).
 regimes: setup
-	$(BIN)/python -m benchmarks.regimes regimes fitted-sweeps
+	$(BIN)/python -m benchmarks.regimes
 	$(RENDER)
 
 # Regenerates the tables and figures of docs/paper.md, and the bundled reports and tunings (two hours on two idle
@@ -147,7 +147,7 @@ tutorials: setup
 boltzmann: setup
 	$(BIN)/python -m examples.boltzmann simulate --seed 1
 	$(BIN)/python -m examples.boltzmann simulate --seed 2
-	$(BIN)/python -m benchmarks.boltzmann alanine boltzmann
+	$(BIN)/python -m benchmarks.boltzmann
 	$(BIN)/python -m tools.pictures.figures alanine
 	$(RENDER)
 
@@ -180,7 +180,7 @@ rounding: setup
 	$(RENDER)
 
 # Measures packages that build on masked flows, for docs/works_with.md (three minutes on two idle cores; it goes on if it was
-# stopped). Packages that are not installed are left out; ltu-ili is not on PyPI.
+# stopped). All of them must be installed; ltu-ili is not on PyPI.
 clients: setup
 	$(INSTALL) pocomc causalflows
 	$(BIN)/python -m benchmarks.packages clients

@@ -1,6 +1,7 @@
-"""Measurements that the documentation shows: `python -m benchmarks.NAME`. Each writes files of docs/results.
+"""Measurements that the documentation shows: `python -m benchmarks.NAME [FILE ...]`.
 
-A benchmark that was stopped goes on when it is started again.
+Each benchmark writes files of docs/results: all of its own, or those that are named. A stopped one goes on when it is
+started again.
 """
 
 from pathlib import Path

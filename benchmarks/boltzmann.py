@@ -1,4 +1,4 @@
-"""Measures flows over tokens of molecules on two idle cores: `python -m benchmarks.boltzmann FILE ...`.
+"""Measures flows over tokens of molecules on two idle cores: `python -m benchmarks.boltzmann [FILE ...]`.
 
 Each FILE is a result file. `alanine` (eight minutes; docs/boltzmann.md) needs the simulations that `python -m
 examples.boltzmann simulate` writes: free energies along phi of the simulations and of proposals, effective sample
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -24,14 +24,14 @@ import jacobiflow as jf
 from benchmarks.lib.models import random_flow
 from benchmarks.lib.process import without_native
 from benchmarks.lib.results import Json, measure_files
-from benchmarks.lib.timing import IN_PYTORCH, to_json
-from examples.boltzmann import BINS, MODEL, Coordinates, bin_shares, frames, free_energies
+from benchmarks.lib.timing import IN_PYTORCH, time_runs
+from examples.boltzmann import BINS, MODEL, bin_shares, frames, free_energies, load
 from examples.molecule import PHI, PSI, torsion
 from jacobiflow.comparison.baselines import CachedNetwork
 from jacobiflow.models.flow import Flow
 from jacobiflow.models.latents import draw_latents, log_normal
 from jacobiflow.models.tarflow import TarFlowBlock
-from jacobiflow.utils.timing import time_call, time_interleaved
+from jacobiflow.utils.timing import time_call
 
 CPU = torch.device("cpu")
 
@@ -92,12 +92,13 @@ def ramachandran(positions: Tensor, weights: Tensor) -> list[list[float]]:
     return np.round(histogram, 7).tolist()
 
 
-def simulations() -> Json:
+def simulations(_: Json) -> Json:
     positions, weights = frames()
     return {"frames": len(positions), "map": ramachandran(positions, weights), **profile(positions, weights)}
 
 
-def proposals(flow: Flow, coordinates: Coordinates, num: int) -> Json:
+def proposals(key: Json) -> Json:
+    (flow, coordinates), num = load(), key["num"]
     sampling, samples = time_call(partial(jf.sample, flow, num, seed=2, batch_size=512), CPU)
     energies, (energy, positions) = time_call(partial(coordinates.energy, samples.tokens), CPU)
     weights, clipped = jf.importance(samples, energy), jf.importance(samples, energy, clip=0.002)
@@ -113,11 +114,12 @@ def proposals(flow: Flow, coordinates: Coordinates, num: int) -> Json:
     }  # fmt: skip
 
 
-def tolerances(flow: Flow, coordinates: Coordinates) -> list[Json]:
+def tolerances(_: Json) -> Json:
     """Samples at the same latents by several ways, beside the exact inverse in float64.
 
     Samples without a certificate take the density of the latent: log N(z) + log|det| at x.
     """
+    flow, coordinates = load()
     z = draw_latents(LATENTS, flow.config.num_tokens, flow.config.token_channels, seed=3)
     exact, log_prob = jf.decode(copy.deepcopy(flow).double(), z.double(), strategy="sequential", log_prob=True)
     energy, positions = coordinates.energy(exact)
@@ -149,25 +151,10 @@ def tolerances(flow: Flow, coordinates: Coordinates) -> list[Json]:
         else:
             log_weights = -energy - (log_normal(z) + flow.encode(samples.tokens)[1]).double()
         rows.append(row(name, log_weights, samples.tokens, positions))
-    return rows
+    return {"rows": rows}
 
 
-def measure_alanine(key: Json) -> Json:
-    what = key["what"]
-    if what == "simulations":
-        return simulations()
-    flow, coordinates = jf.load(MODEL).requires_grad_(False), Coordinates.load(MODEL / "coordinates.json")
-    if what == "tolerances":
-        return {"rows": tolerances(flow, coordinates)}
-    return proposals(flow, coordinates, int(what.split()[0].replace(",", "")))
-
-
-def alanine_keys() -> Iterator[Json]:
-    for what in ("simulations", *(f"{num:,} proposals" for num in PROPOSALS), "tolerances"):
-        yield {"what": what}
-
-
-class Turn:
+class OriginalPermutation:
     """A permutation with the signature of the original code's."""
 
     def __init__(self, block: TarFlowBlock) -> None:
@@ -177,7 +164,7 @@ class Turn:
         return self.permutation.inverse(x, dim) if inverse else self.permutation(x, dim)
 
 
-class LiveBlock(nn.Module):
+class OriginalBlock(nn.Module):
     """A block as SBG's code has it: `reverse` returns x and the log-determinant, by a growing cache."""
 
     nvp = True
@@ -186,10 +173,10 @@ class LiveBlock(nn.Module):
         super().__init__()
         block = copy.deepcopy(block)
         self.proj_in, self.pos_embed, self.proj_out = block.proj_in, block.pos_embed, block.proj_out
-        self.attn_blocks, self.permutation = block.attn_blocks, Turn(block)
+        self.attn_blocks, self.permutation = block.attn_blocks, OriginalPermutation(block)
 
     def embed_context(self, context: None) -> None:
-        """There is none."""
+        """Returns None: there is no context."""
 
     def reverse(self, x: Tensor) -> tuple[Tensor, Tensor]:
         block: Any = self
@@ -202,12 +189,12 @@ class LiveBlock(nn.Module):
         return self.permutation(x, inverse=True), log_det
 
 
-class Live(nn.Module):
+class OriginalFlow(nn.Module):
     """A flow as SBG's code has it."""
 
     def __init__(self, flow: jf.TarFlow) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList(map(LiveBlock, flow.blocks))
+        self.blocks = nn.ModuleList(map(OriginalBlock, flow.blocks))
 
     @torch.no_grad()
     def reverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
@@ -221,7 +208,7 @@ class Live(nn.Module):
 
 def flow_of(size: str) -> Flow:
     if size == TRAINED:
-        return jf.load(MODEL).requires_grad_(False)
+        return load()[0]
     if size != PROSE:
         return random_flow(jf.TokenConfig(*SIZES[size]))
     torch.manual_seed(0)
@@ -259,13 +246,13 @@ def measure_samples(key: Json) -> Json:
         "window:8": partial(jf.sample, flow, latents=z, strategy="window:8", log_prob=True),
     }
     if isinstance(flow, jf.TarFlow):
-        accelerated = Live(flow)
+        accelerated = OriginalFlow(flow)
         jf.accelerate(accelerated)
-        runs |= {GROWING: partial(Live(flow).reverse, z), ACCELERATED: partial(accelerated.reverse, z)}
-    timings, results = time_interleaved(runs, ROUNDS)
+        runs |= {GROWING: partial(OriginalFlow(flow).reverse, z), ACCELERATED: partial(accelerated.reverse, z)}
+    seconds, results = time_runs(runs, ROUNDS)
     answers = {DENSITIES: (results[DENSITIES].tokens, results[DENSITIES].log_prob)}
     answers |= {GROWING: results[GROWING]} if GROWING in results else {}
-    return {"seconds": to_json(timings), "errors": errors(flow, z, answers)}
+    return {"seconds": seconds, "errors": errors(flow, z, answers)}
 
 
 def measure_gradients(key: Json) -> Json:
@@ -284,22 +271,23 @@ def measure_gradients(key: Json) -> Json:
         )
         for name, output in outputs.items()
     }  # fmt: skip
-    timings, _ = time_interleaved(runs, ROUNDS)
-    return {"seconds": {name: timing.median for name, timing in timings.items()}}
-
-
-def speed_keys() -> Iterator[Json]:
-    yield from ({"size": size, "batch": batch} for size, batches in BATCHES.items() for batch in batches)
-    yield from ({"model": model, "batch": 4} for model in (*BUNDLED, MODEL.name))
-
-
-def measure_speed(key: Json) -> Json:
-    return (measure_samples if "size" in key else measure_gradients)(key)
+    seconds, _ = time_runs(runs, ROUNDS)
+    return {"seconds": {name: timing["median"] for name, timing in seconds.items()}}
 
 
 def main() -> None:
     warnings.simplefilter("ignore")  # samples that are not certified are what is measured
-    measure_files(__doc__, {"alanine": (alanine_keys, measure_alanine), "boltzmann": (speed_keys, measure_speed)})
+    measure_files(__doc__, {
+        "alanine": [
+            ([{"what": "simulations"}], simulations),
+            ([{"what": f"{num:,} proposals", "num": num} for num in PROPOSALS], proposals),
+            ([{"what": "tolerances"}], tolerances),
+        ],
+        "boltzmann": [
+            ([{"size": size, "batch": each} for size, batches in BATCHES.items() for each in batches], measure_samples),
+            ([{"model": model, "batch": 4} for model in (*BUNDLED, MODEL.name)], measure_gradients),
+        ],
+    })  # fmt: skip
 
 
 if __name__ == "__main__":

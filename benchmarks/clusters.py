@@ -6,9 +6,6 @@ docs/clusters.md: the largest differences of losses and trained weights, and the
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -16,7 +13,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from benchmarks.lib.results import Json, complete, parser
+from benchmarks.lib.process import finish, start_command
+from benchmarks.lib.results import Json, measure_files
 from jacobiflow.training import read_metrics
 
 FLOW = "--images digits --image-size 8 --channels 32 --head-dim 16 --blocks 2 --layers 2"
@@ -29,11 +27,7 @@ KEYS: list[Json] = [*({"training": name} for name in TRAININGS), {"throughput": 
 def run(line: str, out: Path, num_processes: int = 1) -> None:
     """Runs a command in a number of processes."""
     torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(num_processes), "-m", "--"]
-    launcher = torchrun if num_processes > 1 else []
-    subprocess.run(
-        [sys.executable, "-m", *launcher, "jacobiflow", *line.split(), "--out", str(out)],
-        env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL, check=True,
-    )  # fmt: skip
+    finish(start_command(line, out, torchrun if num_processes > 1 else []))
 
 
 def difference(one: Tensor, two: Tensor) -> float:
@@ -66,8 +60,7 @@ def measure(key: Json) -> Json:
 
 
 def main() -> None:
-    parser(__doc__).parse_args()
-    complete("clusters", KEYS, measure)
+    measure_files(__doc__, {"clusters": [(KEYS, measure)]})
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
-"""Measures memory and rounding on two idle cores: `python -m benchmarks.devices FILE ...`.
+"""Measures memory and rounding on two idle cores: `python -m benchmarks.devices [FILE ...]`.
 
-Each FILE is a result file.
 - `precision` (half an hour; docs/devices.md): samples of trained models by the exact loop that reads their weights in
   16 bits and by the one that reads them in float32; blocks of random weights, up to two layers of STARFlow's released
   shape, with their memory; and float64.
@@ -30,32 +29,32 @@ from benchmarks import ROOT
 from benchmarks.lib.models import latents, random_flow, random_starflow, sample
 from benchmarks.lib.process import in_new_process, memory, reset_peak_memory, without_native
 from benchmarks.lib.results import Json, measure_files
-from benchmarks.lib.timing import seconds_of, to_json
-from examples.captions import GUIDANCE, load
+from benchmarks.lib.timing import seconds_of, time_runs
+from examples.captions import GUIDANCE, PROMPTS, load
 from jacobiflow import native
 from jacobiflow.comparison.baselines import original_sampler
 from jacobiflow.models import Flow
 from jacobiflow.models.latents import draw_latents
-from jacobiflow.models.memory import keep_freed_memory, memory_needs
+from jacobiflow.models.memory import memory_needs
 from jacobiflow.sampling.result import SENSITIVITY_BOUND, Samples
 from jacobiflow.sampling.sensitivity import FLOAT64_BOUND
 from jacobiflow.utils.files import sha256
-from jacobiflow.utils.timing import time_interleaved
 
 MODELS = ("emoji-p2", "emoji-p2, bfloat16", "emoji-star", "fashion-p2")
 BLOCKS = ("512x4", "768x8")  # channels, layers
 RELEASED = jf.STARFlowConfig(layers_per_block=(2,))  # One block of two layers that reads the text.
 RELEASED_RUNS = (("bfloat16", False), ("float32", False), ("bfloat16", True))  # dtype, in PyTorch
-DOUBLE = "emoji-p2"  # The model that is sampled in float64, too.
+FLOAT64_MODEL = "emoji-p2"  # The model that is sampled in float64, too.
 BATCHES = (1, 4, 16, 64)
 ROUNDS = {1: 9, 4: 7, 16: 5, 64: 3}
 FLOAT32, HALVES, AUTO, ORIGINAL = "float32", "16 bits", "auto", "original"
-MOST_ORIGINAL = 4  # samples that the original sampler draws too, which takes minutes for more
+MAX_ORIGINAL_BATCH = 4  # samples that the original sampler draws too, which takes minutes for more
 
 LARGE = jf.STARFlowConfig(layers_per_block=(1, 1, 4))
 SHARD_SIZE = 500_000_000  # Bytes in a file.
 INTERVAL = 0.002  # Seconds between two looks at the memory.
 
+ROUNDED_MODELS = ("digits-p1", "alanine-dipeptide", "fashion-p2", "emoji-star", "emoji-p2")
 ROUNDED, ROUNDED_BATCH, FACTOR = 128, 16, 4  # Samples, samples in a batch, and a factor between sensitivity and error.
 
 
@@ -77,22 +76,23 @@ def in_float32() -> Iterator[None]:
         yield
 
 
+@torch.no_grad()
 def time_model(key: Json) -> Json:
     """Seconds of a batch of unguided samples (of emoji-star guided ones), and errors against the float32 loop."""
     flow, batch = trained(key["model"]), key["batch"]
     flow = flow.guided(GUIDANCE if flow.reads_text else None)
-    z, context = latents(flow, batch)
+    z, context = latents(flow, batch, prompts=PROMPTS)
     draw = partial(sample, flow, z=z, context=context, certify=True)
     runs: dict[str, Callable[[], Any]] = {
         FLOAT32: in_float32()(partial(draw, "sequential")),
         HALVES: partial(draw, "sequential"),
         AUTO: partial(draw, jf.plan(flow, batch_size=batch)),
     }
-    if batch <= MOST_ORIGINAL:
+    if batch <= MAX_ORIGINAL_BATCH:
         runs[ORIGINAL] = partial(original_sampler(flow)[1], flow, z, flow.check_context(context, batch).values)
-    timings, results = time_interleaved(runs, ROUNDS[batch])
+    seconds, results = time_runs(runs, ROUNDS[batch])
     errors = {name: float((results[name].x - results[FLOAT32].x).abs().max()) for name in (HALVES, AUTO)}
-    return {"seconds": to_json(timings), "errors": errors}
+    return {"seconds": seconds, "errors": errors}
 
 
 def time_block(key: Json) -> Json:
@@ -109,48 +109,34 @@ def time_block(key: Json) -> Json:
     runs = {FLOAT32: solve(plain, "sequential"), HALVES: solve(stored, "sequential")}
     runs |= {name: solve(plain, name) for name in ("window:32", "jacobi")}
     is_small = channels < 768
-    timings, results = time_interleaved(runs, 3 if is_small else 1, warm_up=is_small)
+    seconds, results = time_runs(runs, 3 if is_small else 1, warm_up=is_small)
     residual = max(float(results[name].residual.max()) for name in ("window:32", "jacobi"))
-    return {"seconds": to_json(timings), "residual": residual}
+    return {"seconds": seconds, "residual": residual}
 
 
-def released_block(config: jf.STARFlowConfig, dtype: str, in_pytorch: bool) -> Json:
+def released_block(key: Json) -> Json:
     """Seconds and peak memory of the exact loop of a block of the released shape."""
     native.load_library()
     before = memory("VmRSS")
-    block = random_starflow(config, dtype).blocks[0]
-    z = draw_latents(1, config.num_tokens, config.token_channels, seed=1)
+    block = random_starflow(RELEASED, key["released"]).blocks[0]
+    z = draw_latents(1, RELEASED.num_tokens, RELEASED.token_channels, seed=1)
     weights = sum(parameter.nbytes for parameter in block.parameters())
     reset_peak_memory()
     solve = partial(jf.solve, block, z, jf.Solver(jf.Sequential()))
-    seconds = seconds_of(without_native()(solve) if in_pytorch else solve)
+    seconds = seconds_of(without_native()(solve) if key["in_pytorch"] else solve)
     return {"seconds": seconds, "weights": weights, "peak": (memory("VmHWM") - before) / weights}
 
 
 def time_double(key: Json) -> Json:
-    """Seconds of a batch of samples of `DOUBLE` in float64, by native code and by PyTorch, and in float32."""
-    flow = jf.load(DOUBLE)
+    """Seconds of a batch of samples of `FLOAT64_MODEL` in float64, by native code and by PyTorch, and in float32."""
+    flow = jf.load(FLOAT64_MODEL)
     flows = {"float32": flow, "float64": deepcopy(flow).double()}
     z, labels = latents(flow, key["double"])
     runs = {name: partial(sample, each, "sequential", z, labels) for name, each in flows.items()}
     runs["in PyTorch"] = without_native()(runs["float64"])
-    timings, results = time_interleaved(runs, 3)
+    seconds, results = time_runs(runs, 3)
     errors = {name: float((results[name].x - results["in PyTorch"].x).abs().max()) for name in flows}
-    return {"seconds": to_json(timings), "errors": errors}
-
-
-@torch.no_grad()
-def measure_precision(key: Json) -> Json:
-    if "released" in key:
-        return in_new_process(released_block, RELEASED, key["released"], key["in_pytorch"])
-    return (time_model if "model" in key else time_block if "block" in key else time_double)(key)
-
-
-def precision_keys() -> Iterator[Json]:
-    yield from ({"model": model, "batch": batch} for model in MODELS for batch in BATCHES)
-    yield from ({"block": block, "rows": rows} for block in BLOCKS for rows in (1, 4, 16))
-    yield from ({"released": dtype, "in_pytorch": in_pytorch} for dtype, in_pytorch in RELEASED_RUNS)
-    yield from ({"double": batch} for batch in (1, 16))
+    return {"seconds": seconds, "errors": errors}
 
 
 @contextmanager
@@ -208,17 +194,13 @@ def measure_large(key: Json) -> Json:
         return in_new_process(run, folder, how)
 
 
-def large_keys() -> list[Json]:
-    return [{"load": "bfloat16"}, {"load": "float32"}, {"sample": "offloaded"}, {"sample": "whole"}]
-
-
 def measure_rounding(key: Json) -> Json:
     """Residuals, sensitivities and errors of many samples, and the relative time of sensitivities."""
     flow = trained(key["model"]).requires_grad_(False)
     settings = jf.SamplingSettings(None if flow.recommended is None else flow.recommended.guidance)
 
     def draw(flow: Flow, num: int, **options: Any) -> Samples:
-        z, context = latents(flow, num)
+        z, context = latents(flow, num, prompts=PROMPTS)
         return jf.sample(
             flow, latents=z.to(flow.var.dtype), context=context, settings=settings, strategy="sequential",
             batch_size=ROUNDED_BATCH, **options,
@@ -233,8 +215,8 @@ def measure_rounding(key: Json) -> Json:
 
     def relative_time(num: int) -> float:
         runs = {str(each): partial(draw, flow, num, sensitivity=each) for each in (False, True)}
-        timings, _ = time_interleaved(runs, 5)
-        return timings["True"].median / timings["False"].median
+        seconds, _ = time_runs(runs, 5)
+        return seconds["True"]["median"] / seconds["False"]["median"]
 
     return {
         "samples": ROUNDED,
@@ -246,19 +228,21 @@ def measure_rounding(key: Json) -> Json:
     }  # fmt: skip
 
 
-def rounding_keys() -> list[Json]:
-    models = ("digits-p1", "alanine-dipeptide", "fashion-p2", "emoji-star", "emoji-p2")
-    return [{"model": model} for model in models]
-
-
 def main() -> None:
     warnings.filterwarnings("ignore", ".* amplify")
     measure_files(__doc__, {
-        "precision": (precision_keys, measure_precision), "large-models": (large_keys, measure_large),
-        "rounding": (rounding_keys, measure_rounding),
+        "precision": [
+            ([{"model": model, "batch": batch} for model in MODELS for batch in BATCHES], time_model),
+            ([{"block": block, "rows": rows} for block in BLOCKS for rows in (1, 4, 16)], time_block),
+            ([{"released": dtype, "in_pytorch": in_pytorch} for dtype, in_pytorch in RELEASED_RUNS],
+             lambda key: in_new_process(released_block, key)),
+            ([{"double": batch} for batch in (1, 16)], time_double),
+        ],
+        "large-models": [([{"load": "bfloat16"}, {"load": "float32"}, {"sample": "offloaded"}, {"sample": "whole"}],
+                          measure_large)],
+        "rounding": [([{"model": model} for model in ROUNDED_MODELS], measure_rounding)],
     })  # fmt: skip
 
 
 if __name__ == "__main__":
-    keep_freed_memory()
     main()

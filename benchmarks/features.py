@@ -19,10 +19,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from jacobiflow.data import digits, scale
-from jacobiflow.evaluation import FeatureStatistics, frechet_distance
+from jacobiflow.evaluation import FeatureStatistics, extract_features, frechet_distance
 
 WEIGHTS = Path(__file__).parent / "weights"
-BATCH = 256  # images in a batch of features
 
 
 class TrainingImages(NamedTuple):
@@ -95,10 +94,6 @@ def trained(kind: str) -> ConvolutionalFeatures:
     return network.eval().requires_grad_(False)
 
 
-def training_statistics(kind: str) -> FeatureStatistics:
-    return FeatureStatistics.load(statistics_file(kind))
-
-
 class Distance(NamedTuple):
     """A Fréchet distance to real images: features of 8-bit images (N, C, H, W), and their statistics for real ones."""
 
@@ -107,13 +102,13 @@ class Distance(NamedTuple):
     real: FeatureStatistics
 
     def __call__(self, images: Tensor) -> float:
-        features = torch.cat([self.features(batch) for batch in images.split(BATCH)])
+        features = extract_features(self.features, images)
         return frechet_distance(self.real, FeatureStatistics.from_features(features))
 
 
 def trained_distance(kind: str) -> Distance:
     """The distance to the training images between features of the network that was trained on them."""
-    return Distance(f"{kind}_fid", trained(kind), training_statistics(kind))
+    return Distance(f"{kind}_fid", trained(kind), FeatureStatistics.load(statistics_file(kind)))
 
 
 def pixel_distance() -> Distance:

@@ -8,17 +8,14 @@ rounds that ended equal, and the longest time from a kill to the end in seconds.
 from __future__ import annotations
 
 import json
-import os
 import re
-import shlex
-import subprocess
-import sys
 import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from benchmarks.lib.results import Json, complete, parser
+from benchmarks.lib.process import finish, start_command
+from benchmarks.lib.results import Json, measure_files
 
 MOMENTS, NUM_PROCESSES = 20, 3
 COMMANDS = {
@@ -30,27 +27,13 @@ COMMANDS = {
 VARYING = re.compile(r"(.*_)?seconds|sha256|cost|commit")
 
 
-def start(line: str, out: Path) -> subprocess.Popen[str]:
-    """Starts a process, as a user does in one of several terminals."""
-    command = [sys.executable, "-m", "jacobiflow", *shlex.split(line), "--out", str(out)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment)
-
-
-def finish(processes: list[subprocess.Popen[str]]) -> None:
-    errors = [process.communicate(timeout=600)[1] for process in processes]
-    assert not any(process.returncode for process in processes), errors
-
-
 def read_folder(out: Path) -> dict[str, Any]:
     """The content of all files that are not hidden, without what varies."""
-    paths = {str(path.relative_to(out)): path for path in out.rglob("*") if path.is_file()}
-    return {name: read(path) for name, path in paths.items() if not path.name.startswith(".")}
-
-
-def read(path: Path) -> Any:
-    data = path.read_bytes()
-    return json.loads(data, object_hook=without_times) if path.suffix == ".json" else data
+    files = {path: path.read_bytes() for path in out.rglob("[!.]*") if path.is_file()}
+    return {
+        str(path.relative_to(out)): json.loads(data, object_hook=without_times) if path.suffix == ".json" else data
+        for path, data in files.items()
+    }
 
 
 def without_times(entries: Json) -> Json:
@@ -59,7 +42,7 @@ def without_times(entries: Json) -> Json:
 
 def kill(line: str, out: Path, victim: int, delay: float) -> tuple[bool, float]:
     """Kills a process so many seconds after the work began; returns if it was alive, and the seconds until the end."""
-    processes = [start(line, out) for _ in range(NUM_PROCESSES)]
+    processes = [start_command(line, out) for _ in range(NUM_PROCESSES)]
     while not (out / "manifest.json").exists() and any(process.poll() is None for process in processes):
         time.sleep(0.01)
     time.sleep(delay)
@@ -67,26 +50,25 @@ def kill(line: str, out: Path, victim: int, delay: float) -> tuple[bool, float]:
     processes[victim].kill()
     killed = time.perf_counter()
     processes.pop(victim).communicate()
-    finish(processes)
+    finish(*processes)
     return is_alive, time.perf_counter() - killed
 
 
 def measure(key: Json) -> Json:
     line, rounds = COMMANDS[key["command"]], []
     with TemporaryDirectory() as folder:
-        finish([start(line, Path(folder, "alone"))])
-        want = read_folder(Path(folder, "alone"))
+        finish(start_command(line, Path(folder, "alone")))
+        expected = read_folder(Path(folder, "alone"))
         _, span = kill(line, Path(folder, "first"), 0, 0.0)  # Two processes do all of the work.
         for moment in range(MOMENTS):
-            out = Path(folder, str(moment))
-            rounds.append((*kill(line, out, moment % NUM_PROCESSES, span * moment / MOMENTS), read_folder(out) == want))
+            out, delay = Path(folder, str(moment)), span * moment / MOMENTS
+            rounds.append((*kill(line, out, moment % NUM_PROCESSES, delay), read_folder(out) == expected))
     kills, seconds, equal = zip(*rounds, strict=True)
     return {"rounds": MOMENTS, "kills": sum(kills), "equal": sum(equal), "seconds": max(seconds)}
 
 
 def main() -> None:
-    parser(__doc__).parse_args()
-    complete("kills", ({"command": name} for name in COMMANDS), measure)
+    measure_files(__doc__, {"kills": [([{"command": name} for name in COMMANDS], measure)]})
 
 
 if __name__ == "__main__":

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Iterator
+from functools import cache, partial
 
 import torch
 from torch import Tensor
@@ -18,11 +18,10 @@ from torch import Tensor
 import jacobiflow as jf
 from benchmarks import ROOT
 from benchmarks.lib.process import without_native
-from benchmarks.lib.results import Json, complete, parser
+from benchmarks.lib.results import Json, measure_files
 from jacobiflow.comparison.baselines import original_sampler
 from jacobiflow.data import Noise, load_images
 from jacobiflow.data.noise import keyed_generator
-from jacobiflow.models.memory import keep_freed_memory
 from jacobiflow.utils.timing import time_call
 
 FOLDER = ROOT / "out" / "maf-fashion-mnist"
@@ -59,34 +58,38 @@ def inverses_of(flow: jf.MAF) -> dict[str, Callable[[Tensor], Tensor]]:
     }
 
 
-def main() -> None:
-    parser(__doc__).parse_args()
-    flow = trained()
+@cache
+def prepared() -> tuple[dict[str, Callable[[Tensor], Tensor]], list[Tensor], list[Tensor]]:
+    """The inverses of the trained flow, batches of dequantised images, and their latents."""
+    flow, noise = trained(), Noise()
     clean, _ = load_images("fashion-mnist", flow.config.image_size, 1).batch(slice(0, IMAGES))
-    noise = Noise()
-    images = [
-        noise.add(batch, noise.draw(batch.shape, keyed_generator(0, 3, k)))
-        for k, batch in enumerate(clean.split(BATCH))
-    ]
-    latents = [flow.encode(batch)[0] for batch in images]
-    inverses = inverses_of(flow)
+    batches = enumerate(clean.split(BATCH))
+    images = [noise.add(batch, noise.draw(batch.shape, keyed_generator(0, 3, k))) for k, batch in batches]
+    return inverses_of(flow), images, [flow.encode(batch)[0] for batch in images]
 
-    def measure(key: Json) -> Json:
-        """Seconds of the inverse of the first or all batches, and the mean absolute error of a pixel in [0, 1]."""
-        inverse, count = inverses[key["method"]], LOOP_BATCHES if key["method"] == FOR_LOOP else len(images)
-        inverse(latents[0][:8])  # the first call is slower
-        timed = [time_call(partial(inverse, z), torch.device("cpu")) for z in latents[:count]]
-        seconds = [elapsed for elapsed, _ in timed]
-        error = torch.cat([(x - image).abs() / 2 for (_, x), image in zip(timed, images, strict=False)])
-        return {
-            "batches": count, "seconds": sum(seconds), "seconds_of_all": sum(seconds) / count * len(images),
-            "spread": max(seconds) / min(seconds), "mae": float(error.mean()), "max_error": float(error.max()),
-        }  # fmt: skip
 
-    keys = [{"method": name, "images": len(clean), "batch_size": BATCH} for name in inverses]
-    complete("maf", keys, torch.no_grad()(measure))
+def keys() -> Iterator[Json]:
+    yield from ({"method": name, "images": IMAGES, "batch_size": BATCH} for name in prepared()[0])
+
+
+@torch.no_grad()
+def measure(key: Json) -> Json:
+    """Seconds of the inverse of the first or all batches, and the mean absolute error of a pixel in [0, 1]."""
+    inverses, images, latents = prepared()
+    inverse, count = inverses[key["method"]], LOOP_BATCHES if key["method"] == FOR_LOOP else len(images)
+    inverse(latents[0][:8])  # The first call is slower.
+    timed = [time_call(partial(inverse, z), torch.device("cpu")) for z in latents[:count]]
+    seconds = [elapsed for elapsed, _ in timed]
+    error = torch.cat([(x - image).abs() / 2 for (_, x), image in zip(timed, images, strict=False)])
+    return {
+        "batches": count, "seconds": sum(seconds), "seconds_of_all": sum(seconds) / count * len(images),
+        "spread": max(seconds) / min(seconds), "mae": float(error.mean()), "max_error": float(error.max()),
+    }  # fmt: skip
+
+
+def main() -> None:
+    measure_files(__doc__, {"maf": [(keys(), measure)]})
 
 
 if __name__ == "__main__":
-    keep_freed_memory()
     main()

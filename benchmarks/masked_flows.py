@@ -1,4 +1,4 @@
-"""Times masked flows of four libraries, as they are and accelerated: `python -m benchmarks.masked_flows FILE ...`.
+"""Times masked flows of four libraries, as they are and accelerated: `python -m benchmarks.masked_flows [FILE ...]`.
 
 Each FILE is a result file, measured on two idle cores. Flows have five transforms and random weights.
 - `masked-flows` (half an hour; docs/flows.md and docs/libraries.md): sampling, without its random numbers, and the
@@ -12,7 +12,7 @@ Each FILE is a result file, measured on two idle cores. Flows have five transfor
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from importlib.metadata import version
 from itertools import product
@@ -28,15 +28,14 @@ from benchmarks.lib.library_flows import FLOWS, PACKAGES, TRANSFORMS, calls, log
 from benchmarks.lib.process import threads
 from benchmarks.lib.results import Json, measure_files
 from benchmarks.lib.simulator import standardized
-from benchmarks.lib.timing import fitting_rounds, seconds_of, time_speed_up
-from jacobiflow.models.memory import keep_freed_memory
+from benchmarks.lib.timing import seconds_of, time_speed_up
 
 CONTEXT = 4
 HIDDEN, ROWS = 50, (1, 100, 10_000)
 WIDE, WIDE_HIDDEN, WIDE_ROWS = 784, 512, (1, 64)
 MILLION = {("MAF", "fast"): 20, ("NSF", "fast"): 5, ("MAF", "slow"): 5}  # features of 10^6 rows
 ERROR_ROWS, ERROR_FEATURES = 100, 64  # the largest sizes of which errors are measured
-LEAST, MOST, SECONDS = 3, 1000, 1.0  # rounds, and the seconds that all of the library's may take
+MIN_ROUNDS, MAX_ROUNDS, SECONDS = 3, 1000, 1.0  # rounds, and the seconds that all of the library's may take
 FEATURES = {
     "MAF": (2, 5, 10, 20, 64), "NSF": (2, 5, 10, 20), "linear spline": (2, 5, 10), "MAF(passes=2)": (5, 16),
     "NSF(passes=2)": (5, 16), "NICE": (5, 16), "SOSPF": (5, 16), "BPF": (5, 16), "NAF": (5, 16), "UNAF": (5, 8),
@@ -46,6 +45,7 @@ MAX_BISECTED_ROWS = 100
 SLOW_DENSITY = {("normflows", "MAF"), ("pyro", "MAF"), ("pyro", "NSF"), ("pyro", "linear spline")}
 
 ROW_CONTEXT = 10
+ZUKO, NFLOWS = [("zuko", "MAF"), ("zuko", "NSF")], ("nflows", "MAF")  # whose training is measured
 SMALL, LARGE = "50 x 2", "256 x 3"  # hidden features
 RATE = 1e-6  # The learning rate of steps whose time is measured.
 STEP, GRADIENTS, IN_X, IN_CONTEXT, SAMPLES, LOSSES = (
@@ -55,6 +55,11 @@ STEP, GRADIENTS, IN_X, IN_CONTEXT, SAMPLES, LOSSES = (
 ADAM, FUSED, NO_OPTIMIZER = "Adam", "Adam(fused=True)", "none"
 GRADIENT_ROWS = 1_000  # the largest number of rows whose gradients are compared with those in float64
 SIMULATIONS, STEPS, RATE_OF_LOSSES, NUDGE = 10_000, 1_000, 5e-4, 1e-7
+
+
+def count_rounds(run: Callable[[], Any]) -> int:
+    """The number of runs that take about `SECONDS` together."""
+    return min(MAX_ROUNDS, max(MIN_ROUNDS, int(SECONDS / seconds_of(run))))
 
 
 def measure_call(key: Json) -> Json:
@@ -75,7 +80,7 @@ def measure_call(key: Json) -> Json:
         for name, each in (("library", flow), ("accelerated", accelerated))
     }
     with torch.no_grad():
-        metrics, results = time_speed_up(runs, fitting_rounds(seconds_of(runs["library"]), SECONDS, LEAST, MOST))
+        metrics, results = time_speed_up(runs, count_rounds(runs["library"]))
         if rows <= ERROR_ROWS and features <= ERROR_FEATURES:
             exact = calls(copy.deepcopy(flow).double(), context.double(), rows)[call](inputs.double())
             metrics["error"] = {name: float((each - exact).square().mean().sqrt()) for name, each in results.items()}
@@ -149,8 +154,6 @@ class Task:
 
 def measure_training(key: Json) -> Json:
     """Seconds of a call by the library and accelerated, and the errors of gradients."""
-    if key["task"] == LOSSES:
-        return losses(key)
     flow = build(key)
     accelerated, precise = copy.deepcopy(flow), copy.deepcopy(flow).double()
     jf.accelerate(accelerated)
@@ -162,7 +165,7 @@ def measure_training(key: Json) -> Json:
     errors = {name: Task(key, each, *few).gradient() - exact for name, each in flows.items()}
     tasks = {name: Task(key, each, *inputs).run for name, each in flows.items()}
     tasks["library"]()
-    rounds = fitting_rounds(seconds_of(tasks["library"]), SECONDS, LEAST, MOST)
+    rounds = count_rounds(tasks["library"])
     use_threads = threads(key["threads"])
     runs = {name: use_threads(task) for name, task in tasks.items()}
     if key["threads"] > 1:
@@ -172,7 +175,7 @@ def measure_training(key: Json) -> Json:
     return metrics
 
 
-def losses(key: Json) -> Json:
+def measure_losses(key: Json) -> Json:
     """Losses of all simulations after training from one seed, and by the library from weights that hardly differ."""
     (x, context), ends = standardized(SIMULATIONS), {}
     for name in ("library", "accelerated", "library, first weights changed by 1e-7"):
@@ -193,41 +196,37 @@ def losses(key: Json) -> Json:
     return {"losses": ends}
 
 
+def training_key(task: str, flow: tuple[str, str], features: int, rows: int, **others: Any) -> Json:
+    names = {"task": task, "library": flow[0], "version": version(PACKAGES[flow[0]]), "flow": flow[1]}
+    sizes = {"features": features, "hidden": SMALL, "rows": rows, "optimizer": NO_OPTIMIZER, "threads": 1}
+    return names | sizes | others
+
+
 def training_keys() -> Iterator[Json]:
-    """All tasks; those that take longest come last."""
-
-    def key_of(task: str, flow: tuple[str, str], features: int, rows: int, **others: Any) -> Json:
-        names = {"task": task, "library": flow[0], "version": version(PACKAGES[flow[0]]), "flow": flow[1]}
-        sizes = {"features": features, "hidden": SMALL, "rows": rows, "optimizer": NO_OPTIMIZER, "threads": 1}
-        return names | sizes | others
-
-    zukos, maf = [("zuko", "MAF"), ("zuko", "NSF")], ("nflows", "MAF")
-    for flow, rows, features, optimizer in product(zukos, (200, 1_000), (5, 20), (ADAM, FUSED)):
-        yield key_of(STEP, flow, features, rows, optimizer=optimizer)
-    for flow, optimizer in product([maf, ("normflows", "MAF"), ("pyro", "MAF")], (ADAM, FUSED)):
-        yield key_of(STEP, flow, 5, 200, optimizer=optimizer)
-    for flow, features in product(zukos, (5, 20)):
-        yield key_of(STEP, flow, features, 200, optimizer=ADAM, hidden=LARGE)
-        yield key_of(SAMPLES, flow, features, 1_000)
-        yield key_of(GRADIENTS, flow, features, 1_000)
-    for flow in (*zukos, maf):
-        yield key_of(LOSSES, flow, 5, 200, optimizer=ADAM)
+    for flow, features, rows, optimizer in product(ZUKO, (5, 20), (200, 1_000, 10_000), (ADAM, FUSED)):
+        yield training_key(STEP, flow, features, rows, optimizer=optimizer)
+    for flow, optimizer in product([NFLOWS, ("normflows", "MAF"), ("pyro", "MAF")], (ADAM, FUSED)):
+        yield training_key(STEP, flow, 5, 200, optimizer=optimizer)
+    for flow, features in product(ZUKO, (5, 20)):
+        yield training_key(STEP, flow, features, 200, optimizer=ADAM, hidden=LARGE)
+        yield training_key(SAMPLES, flow, features, 1_000)
+        yield training_key(GRADIENTS, flow, features, 1_000)
+    for flow in ZUKO:
+        yield training_key(GRADIENTS, flow, 20, 10_000)
+    for flow in (*ZUKO, NFLOWS):
         for task, rows in product((IN_X, IN_CONTEXT), (1, 20)):
-            yield key_of(task, flow, 5, rows)
+            yield training_key(task, flow, 5, rows)
         for rows, count in product((200, 10_000), (1, 2)):
-            yield key_of(GRADIENTS, flow, 5, rows, threads=count)
-    for flow, features in product(zukos, (5, 20)):
-        if features == 20:
-            yield key_of(GRADIENTS, flow, features, 10_000)
-        for optimizer in (ADAM, FUSED):
-            yield key_of(STEP, flow, features, 10_000, optimizer=optimizer)
+            yield training_key(GRADIENTS, flow, 5, rows, threads=count)
 
 
 def main() -> None:
-    files = {"masked-flows": (call_keys, measure_call), "training": (training_keys, measure_training)}
-    measure_files(__doc__, files, one_thread=("training",))
+    losses = (training_key(LOSSES, flow, 5, 200, optimizer=ADAM) for flow in (*ZUKO, NFLOWS))
+    measure_files(__doc__, {
+        "masked-flows": [(call_keys(), measure_call)],
+        "training": [(training_keys(), measure_training), (losses, measure_losses)],
+    }, one_thread=["training"])  # fmt: skip
 
 
 if __name__ == "__main__":
-    keep_freed_memory()
     main()

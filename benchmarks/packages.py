@@ -1,9 +1,9 @@
-"""Times what users of other packages wait for, as it is and accelerated: `python -m benchmarks.packages FILE ...`.
+"""Times what users of other packages wait for, as it is and accelerated: `python -m benchmarks.packages [FILE ...]`.
 
 Each FILE is a result file: `sbi`, calls of sbi (docs/sbi.md; 20 minutes on two idle cores); `clients`, a call of each
 package that builds on masked flows (docs/works_with.md; three minutes); and `fits`, a training with its samples
 (docs/training.md; a quarter of an hour, in processor time of one thread). All posteriors are those of one simulator.
-Each package makes its own object by its public interface. One that is not installed is left out: `pip install pocomc
+Each package makes its own object by its public interface. All packages of a file must be installed: `pip install pocomc
 causalflows`; ltu-ili has its own installation page.
 """
 
@@ -15,8 +15,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from functools import cache, partial
-from importlib import import_module
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from itertools import product
 from time import perf_counter
 from types import ModuleType
@@ -28,17 +27,16 @@ import sbi
 import torch
 import zuko
 from sbi.inference import NLE, NPE
+from scipy.stats import uniform
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 import jacobiflow as jf
 from benchmarks.lib.library_flows import TRANSFORMS, training_step
 from benchmarks.lib.phases import Phases
-from benchmarks.lib.process import temporary_folder
 from benchmarks.lib.results import Json, measure_files
 from benchmarks.lib.simulator import DATA, LIMIT, PARAMETERS, PRIOR, observations, simulations, standardized
 from benchmarks.lib.timing import time_speed_up
-from jacobiflow.models.memory import keep_freed_memory
 
 TRAINERS = {"NPE": NPE, "NLE": NLE}
 SAMPLES = 10_000
@@ -74,19 +72,18 @@ def seeded(run: Callable[[Any], Any], target: Any) -> Any:
     return run(target)
 
 
-def accelerated(run: Callable[[Any], Any], library: ModuleType) -> Any:
-    """Makes a call in which the library's new flows are accelerated."""
-    with jf.accelerate(library):
-        return seeded(run, library)
-
-
 def both_ways(run: Callable[[Any], Any], target: Any) -> dict[str, Callable[[], Any]]:
     """A call on an object as it is and on an accelerated copy, or on a library whose new flows are accelerated."""
-    if isinstance(target, ModuleType):
-        return {"library": partial(seeded, run, target), "accelerated": partial(accelerated, run, target)}
-    fast = copy.deepcopy(target)
-    jf.accelerate(fast)
-    return {"library": partial(seeded, run, target), "accelerated": partial(seeded, run, fast)}
+    is_library = isinstance(target, ModuleType)
+    fast = target if is_library else copy.deepcopy(target)
+    if not is_library:
+        jf.accelerate(fast)
+
+    def accelerated() -> Any:
+        with jf.accelerate(fast) if is_library else nullcontext():
+            return seeded(run, fast)
+
+    return {"library": partial(seeded, run, target), "accelerated": accelerated}
 
 
 # Calls of sbi
@@ -215,7 +212,6 @@ class Client(NamedTuple):
         package: The package's name on PyPI.
         network: The network, as the package calls it.
         line: The line that accelerates it.
-        call: The call that is timed.
         build: Makes the object that is accelerated, or imports the library, if the package makes flows inside the call.
         run: Makes the call.
         rounds: Number of timings of each way.
@@ -224,30 +220,31 @@ class Client(NamedTuple):
     package: str
     network: str
     line: str
-    call: str
     build: Callable[[], Any]
     run: Callable[[Any], Tensor]
     rounds: int = 5
 
 
-CLIENTS = (
-    Client("sbi", "maf", "jf.accelerate(posterior)", "run_sbc, 100 x 1,000 samples",
-           sbi_posterior, calibrate_sbi, rounds=2),
-    Client("sbi", "maf", "jf.accelerate(sbi)", "train, 10 epochs", lambda: sbi, sbi_losses),
-    Client("lampe", "NPE, MAF", "jf.accelerate(npe)", "npe.flow(x).sample((10_000,))",
-           lampe_npe, lambda npe: npe.flow(torch.randn(DATA)).sample((SAMPLES,))),
-    Client("ltu-ili", "NPE, maf of lampe", "jf.accelerate(posterior)", "PosteriorSamples, 100 x 1,000 samples",
-           ili_posterior, validate_ili, rounds=2),
-    Client("pocomc", "nsf6", "jf.accelerate(flow)", "flow.sample(10_000)",
-           pocomc_flow, lambda flow: flow.sample(SAMPLES)[0]),
-    Client("causalflows", "CausalNSF", "jf.accelerate(flow)", "sample_interventional, 10,000 rows",
-           causal_nsf, lambda flow: flow().sample_interventional(index=0, value=1.0, sample_shape=(SAMPLES,))),
-)  # fmt: skip
+CLIENTS = {
+    "run_sbc, 100 x 1,000 samples":
+        Client("sbi", "maf", "jf.accelerate(posterior)", sbi_posterior, calibrate_sbi, rounds=2),
+    "train, 10 epochs": Client("sbi", "maf", "jf.accelerate(sbi)", lambda: sbi, sbi_losses),
+    "npe.flow(x).sample((10_000,))":
+        Client("lampe", "NPE, MAF", "jf.accelerate(npe)", lampe_npe,
+               lambda npe: npe.flow(torch.randn(DATA)).sample((SAMPLES,))),
+    "PosteriorSamples, 100 x 1,000 samples":
+        Client("ltu-ili", "NPE, maf of lampe", "jf.accelerate(posterior)", ili_posterior, validate_ili, rounds=2),
+    "flow.sample(10_000)":
+        Client("pocomc", "nsf6", "jf.accelerate(flow)", pocomc_flow, lambda flow: flow.sample(SAMPLES)[0]),
+    "sample_interventional, 10,000 rows":
+        Client("causalflows", "CausalNSF", "jf.accelerate(flow)", causal_nsf,
+               lambda flow: flow().sample_interventional(index=0, value=1.0, sample_shape=(SAMPLES,))),
+}  # fmt: skip
 
 
 def measure_client(key: Json) -> Json:
     """Seconds of a call, by the package and accelerated, and the largest difference of its results."""
-    client = next(client for client in CLIENTS if key.items() >= describe(client).items())
+    client = CLIENTS[key["call"]]
     torch.manual_seed(0)
     target = client.build()
     run = client.run if isinstance(target, ModuleType) else torch.no_grad()(client.run)
@@ -256,24 +253,10 @@ def measure_client(key: Json) -> Json:
     return {**metrics, "error": float(difference)}
 
 
-def describe(client: Client) -> Json:
-    return {name: getattr(client, name) for name in ("package", "network", "line", "call")}
-
-
 def client_keys() -> Iterator[Json]:
-    for client in CLIENTS:
-        if is_installed(client.package):
-            yield describe(client) | {"version": version(client.package)}
-
-
-def is_installed(package: str) -> bool:
-    """Whether a package is installed; says so if its rows are left out."""
-    try:
-        version(package)
-    except PackageNotFoundError:
-        print(f"{package} is not installed: its rows are left out")
-        return False
-    return True
+    for call, client in CLIENTS.items():
+        names = {"package": client.package, "network": client.network, "line": client.line, "call": call}
+        yield names | {"version": version(client.package)}
 
 
 # Fits
@@ -344,16 +327,12 @@ def rosenbrock(x: Any) -> Any:
 
 
 def fit_pocomc(phases: Phases, key: Json) -> Json:
-    """A run of pocomc with its own settings, whose flow is trained now and again."""
-    pocomc = import_module("pocomc")
-    fit = pocomc.flow.Flow.fit
-    prior = pocomc.Prior(DIMENSIONS * [import_module("scipy.stats").uniform(-10, 20)])
+    """A run of pocomc with its own settings, which trains its flow several times."""
+    import pocomc
 
-    def timed_fit(*arguments: Any, **options: Any) -> Any:
-        with phases.phase(TRAINING):
-            return fit(*arguments, **options)
-
-    with phases.phase(SAMPLING), patch.object(pocomc.flow.Flow, "fit", timed_fit):
+    fit = phases.phase(TRAINING)(pocomc.flow.Flow.fit)
+    prior = pocomc.Prior(DIMENSIONS * [uniform(-10, 20)])
+    with phases.phase(SAMPLING), patch.object(pocomc.flow.Flow, "fit", fit):
         sampler = pocomc.Sampler(prior, rosenbrock, vectorize=True, random_state=1)
         sampler.run(progress=False)
     log_evidence, error = sampler.evidence()
@@ -388,20 +367,18 @@ def fit_keys() -> Iterator[Json]:
     for program, flows in (("sbi NPE", ("maf", "zuko_maf", "zuko_nsf")), ("sbi NLE", ("maf", "zuko_nsf"))):
         for flow in flows:
             yield {"program": program, "version": version("sbi"), "flow": flow}
-    if is_installed("pocomc"):
-        yield {"program": "pocomc", "version": version("pocomc"), "flow": "nsf6"}
-
-
-FILES = {"sbi": (sbi_keys, measure_sbi), "clients": (client_keys, measure_client), "fits": (fit_keys, measure_fit)}
+    yield {"program": "pocomc", "version": version("pocomc"), "flow": "nsf6"}
 
 
 def main() -> None:
     logging.disable(logging.WARNING)
-    with temporary_folder(), warnings.catch_warnings():  # sbi logs its training where it runs
-        warnings.simplefilter("ignore")
-        measure_files(__doc__, FILES, one_thread=("fits",))
+    warnings.simplefilter("ignore")
+    measure_files(__doc__, {
+        "sbi": [(sbi_keys(), measure_sbi)],
+        "clients": [(client_keys(), measure_client)],
+        "fits": [(fit_keys(), measure_fit)],
+    }, one_thread=["fits"])  # fmt: skip
 
 
 if __name__ == "__main__":
-    keep_freed_memory()
     main()

@@ -1,6 +1,5 @@
-"""Compares `auto` with the original and other samplers on two idle cores: `python -m benchmarks.performance FILE ...`.
+"""Compares `auto` with original and other samplers on two idle cores: `python -m benchmarks.performance [FILE ...]`.
 
-Each FILE is a result file.
 - `model-speed` (ten minutes; README, docs/performance.md and the model cards): the bundled models, from the call to
   images that a user keeps, for the original sampler and for `jf.sample` at its defaults; then the parts.
 - `performance` (half an hour; docs/performance.md and docs/peers.md): for each batch size of `fashion-p2` the grid,
@@ -13,7 +12,7 @@ Each FILE is a result file.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from functools import cache, partial
 from itertools import product
 from typing import Any
@@ -23,18 +22,15 @@ from torch import Tensor
 import jacobiflow as jf
 from benchmarks import MODELS
 from benchmarks.lib.models import latents, sample
-from benchmarks.lib.peers import GRIDS, PEERS, gs_jacobi_grid
+from benchmarks.lib.peers import AUTOS, GRIDS, PEERS, gs_jacobi_grid
 from benchmarks.lib.process import without_native
 from benchmarks.lib.results import Json, measure_files
-from benchmarks.lib.timing import IN_PYTORCH, to_json
+from benchmarks.lib.timing import IN_PYTORCH, time_runs
 from jacobiflow.calibration import gs_jacobi_notation
 from jacobiflow.comparison.baselines import original_sampler
 from jacobiflow.comparison.compare import compare_samplers
 from jacobiflow.evaluation import sample_errors
-from jacobiflow.models.memory import keep_freed_memory
-from jacobiflow.planner import auto
-from jacobiflow.sampling.result import Samples
-from jacobiflow.utils.timing import time_interleaved
+from jacobiflow.planner import auto, choose
 
 TOLERANCE = 1e-3  # of `auto`, of the paper's Algorithm 1, and of what counts as right
 ROUNDS = {1: 7, 4: 5, 16: 3, 64: 3}
@@ -53,7 +49,6 @@ CERTIFIED = "auto, certified"
 WITHOUT_LOOP, WITHOUT_ALL = "auto, without the native loop", "auto, without all three"
 
 LARGE = 64  # The batch at which the strategies of the paper take too long.
-AUTOS = {"auto:1e-1": 1e-1, "auto:1e-2": 1e-2, "auto": TOLERANCE}
 
 Sampler = Callable[[Tensor, Any], Any]  # From latents and context to images and network_calls.
 
@@ -89,16 +84,11 @@ def measure_model(key: Json) -> Json:
         runs |= {PAPER: without_native()(partial(draw, strategy=paper, certify=False)), EXACT: exact}
     if settings.denoise:
         runs[DENOISING] = partial(denoise, draw().images)
-    timings, results = time_interleaved(runs, ROUNDS[key["batch"]])
+    seconds, results = time_runs(runs, ROUNDS[key["batch"]])
     images = {name: getattr(results[name], "images", results[name]) for name in (ORIGINAL, AUTO, PAPER, EXACT)
               if name in results}  # fmt: skip
     errors = {name: sample_errors(each, results[IN_PYTORCH].images).max for name, each in images.items()}
-    return {"seconds": to_json(timings), "max_error": errors}
-
-
-def model_keys() -> Iterator[Json]:
-    for model, batches in MODEL_BATCHES.items():
-        yield from ({"model": model, "batch": batch} for batch in batches)
+    return {"seconds": seconds, "max_error": errors}
 
 
 @cache
@@ -137,10 +127,12 @@ def grid(batch: int) -> list[Json]:
         runs["auto", f"to {tolerance:g}"] = partial(sample, flow, auto(flow, batch, tolerance))
     rows = []
     for (name, setting), run in runs.items():
-        timings, samples = time_interleaved({name: partial(run, z, labels)}, GRID_RUNS[batch], warm_up=False)
-        seconds, cost = timings[name].min, cost_and_error(samples[name], exact)
-        rows.append({"sampler": name, "setting": setting, "seconds": seconds, **cost})
-        print(f"  {batch:3d} {name} {setting}: {seconds:.3f} s, error {cost['max_error']:.1e}", flush=True)
+        timings, results = time_runs({name: partial(run, z, labels)}, GRID_RUNS[batch], warm_up=False)
+        samples, seconds = results[name], timings[name]["min"]
+        error, cost = sample_errors(samples.images, exact).max, getattr(samples, "outcome", samples)
+        rows.append({"sampler": name, "setting": setting, "seconds": seconds, "max_error": error,
+                     "network_calls": cost.network_calls})  # fmt: skip
+        print(f"  {batch:3d} {name} {setting}: {seconds:.3f} s, error {error:.1e}", flush=True)
     return rows
 
 
@@ -190,26 +182,18 @@ def measure_samplers(key: Json) -> Json:
     }
     runs[IN_PYTORCH] = partial(sample, flow, "sequential", z, labels)
     runs |= {name: without_native()(runs[name]) for name in (WITHOUT_LOOP, WITHOUT_ALL, IN_PYTORCH)}
-    others: dict[str, Sampler] = {}
     for name in OTHERS:
         published = next(iter(settings_of(name)))
-        names = {best(rows, name)} | ({published} if name != "window" else set())
-        others |= {f"{name} | {setting}": settings_of(name)[setting] for setting in sorted(names)}
-    runs |= {name: partial(images, run, z, labels) for name, run in others.items()}
+        for setting in sorted({best(rows, name)} | ({published} if name != "window" else set())):
+            runs[f"{name} | {setting}"] = partial(images, settings_of(name)[setting], z, labels)
     result: Json = compare_samplers(flow, z, labels, runs, repeats=ROUNDS[batch]).to_json()
-    exact = sample(flow, "sequential", z, labels).images
+    calls = {f"{row['sampler']} | {row['setting']}": row["network_calls"] for row in rows}
     for row in result["rows"]:
         name = row["strategy"]
         if name in plans:
             row["plan"] = blocks_by_piece(plans[name])
-        if name in others:
-            row |= cost_and_error(others[name](z, labels), exact)
+        row["network_calls"] = calls.get(name, row["network_calls"])
     return {"grid": rows, "rows": result["rows"], "encoding_pass": result["encoding_pass"]}
-
-
-def cost_and_error(samples: Any, exact: Tensor) -> Json:
-    cost = samples.outcome if isinstance(samples, Samples) else samples
-    return {"max_error": sample_errors(samples.images, exact).max, "network_calls": cost.network_calls}
 
 
 def blocks_by_piece(plan: jf.Strategy) -> dict[str, int]:
@@ -238,8 +222,8 @@ def measure_strategies(key: Json) -> Json:
     with without_native():
         plan = jf.plan(flow, batch_size=batch)
     runs[WITHOUT_LOOP] = without_native()(partial(draw, strategy=plan, certify=True))
-    for name, tolerance in AUTOS.items():
-        runs[name] = partial(draw, strategy=auto(flow, batch, tolerance), certify=True)
+    for name in AUTOS:
+        runs[name] = partial(draw, strategy=choose(flow, name, batch), certify=True)
     return {"rows": compare_samplers(flow, z, labels, runs, repeats=ROUNDS[batch]).to_json()["rows"]}
 
 
@@ -248,14 +232,14 @@ def batch_keys(model: str) -> list[Json]:
 
 
 def main() -> None:
-    files: dict[str, tuple[Callable[[], Any], Callable[[Json], Json]]] = {
-        "model-speed": (model_keys, measure_model), "performance": (partial(batch_keys, DETAILED), measure_samplers),
-    }  # fmt: skip
-    for model in ("fashion-p2", "emoji-p2", "digits-p1"):
-        files[f"{model}-strategies"] = partial(batch_keys, model), measure_strategies
-    measure_files(__doc__, files)
+    models = [{"model": model, "batch": batch} for model, batches in MODEL_BATCHES.items() for batch in batches]
+    measure_files(__doc__, {
+        "model-speed": [(models, measure_model)],
+        "performance": [(batch_keys(DETAILED), measure_samplers)],
+        **{f"{model}-strategies": [(batch_keys(model), measure_strategies)]
+           for model in ("fashion-p2", "emoji-p2", "digits-p1")},
+    })  # fmt: skip
 
 
 if __name__ == "__main__":
-    keep_freed_memory()
     main()

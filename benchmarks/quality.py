@@ -20,19 +20,17 @@ from torch import Tensor
 import jacobiflow as jf
 from benchmarks.features import KINDS, Distance, trained_distance
 from benchmarks.lib.models import latents
-from benchmarks.lib.peers import GRIDS, PEERS, gs_jacobi_grid
+from benchmarks.lib.peers import AUTOS, GRIDS, PEERS, gs_jacobi_grid
 from benchmarks.lib.results import Json, ResultFile, parser
-from benchmarks.lib.timing import to_json
+from benchmarks.lib.timing import time_runs
 from jacobiflow.comparison.baselines import SEQUENTIAL, original_sampler
 from jacobiflow.data import quantize
 from jacobiflow.evaluation import sample_errors
 from jacobiflow.models.flow import Flow
 from jacobiflow.models.memory import keep_freed_memory
 from jacobiflow.planner import is_auto
-from jacobiflow.utils.timing import time_interleaved
 
 ORIGINAL = "Original"
-AUTOS = ("auto:1e-1", "auto:1e-2", "auto")
 WITHIN = 0.01  # above the original's distance: bold in the paper's tables
 
 Sampler = Callable[[Tensor, Tensor], Any]
@@ -85,9 +83,8 @@ class Experiment(NamedTuple):
         z, labels = latents(self.flow, self.batch_size, seed=0)
         runs: dict[str, Callable[[], Any]] = {name: partial(run, z, labels) for name, run in samplers.items()}
         noisy = samplers[SEQUENTIAL](z, labels).images
-        timings, _ = time_interleaved({**runs, "denoising": partial(self.denoised, noisy, labels)}, repeats)
-        denoising = timings.pop("denoising").median if self.denoise else 0.0
-        return {"denoise_seconds": denoising, "seconds": to_json(timings)}
+        seconds, _ = time_runs({**runs, "denoising": partial(self.denoised, noisy, labels)}, repeats)
+        return {"denoise_seconds": seconds.pop("denoising")["median"] if self.denoise else 0.0, "seconds": seconds}
 
     def score(self, images: Tensor, exact: Tensor) -> Json:
         """The distance of images to real ones, and their differences from those of the exact loop."""

@@ -1,6 +1,5 @@
-"""Times blocks of many sizes, and counts sweeps of trained ones: `python -m benchmarks.regimes FILE ...`.
+"""Times blocks of many sizes, and counts sweeps of trained ones: `python -m benchmarks.regimes [FILE ...]`.
 
-Each FILE is a result file.
 - `regimes` (docs/regimes.md and docs/sizes.md): the exact loop in native code and in PyTorch, and an encoding
   pass in float32 and in bfloat16, of blocks of random weights (T = 256, C = 12) and of the bundled TarFlows. A solver
   that evaluates every token k times takes at least k passes.
@@ -10,8 +9,9 @@ Each FILE is a result file.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
+from itertools import product
 from typing import Any
 
 import torch
@@ -22,10 +22,8 @@ from benchmarks import MODELS
 from benchmarks.lib.models import latents, random_flow
 from benchmarks.lib.process import without_native
 from benchmarks.lib.results import Json, measure_files
-from benchmarks.lib.timing import to_json
-from jacobiflow.models.memory import keep_freed_memory
+from benchmarks.lib.timing import time_runs
 from jacobiflow.models.tarflow import TarFlowBlock
-from jacobiflow.utils.timing import time_interleaved
 
 BATCH_SIZES = (1, 4, 16)
 SHAPES = ((128, 2), (192, 4), (256, 2), (256, 4), (384, 4), (512, 4), (768, 8))  # channels, layers
@@ -63,19 +61,14 @@ def measure_block(key: Json) -> Json:
         PASS: partial(block, z, context),
         BF16_PASS: partial(block.update, z, z, 0, z.shape[1], cache),
     }
-    timings, results = time_interleaved(runs, ROUNDS)
+    seconds, results = time_runs(runs, ROUNDS)
     difference = float((results[EXACT_LOOP] - results[LOOP_IN_PYTORCH]).abs().max())
     config = flow.config
     return {
         "channels": config.channels, "layers": config.layers_per_block, "tokens": config.num_tokens,
         "values": config.token_channels, "weights_mb": sum(p.nbytes for p in block.parameters()) / 1e6,
-        "seconds": to_json(timings), "max_difference": difference,
+        "seconds": seconds, "max_difference": difference,
     }  # fmt: skip
-
-
-def block_keys() -> Iterator[Json]:
-    for name in FLOWS:
-        yield from ({"name": name, "trained": name in TRAINED, "batch_size": batch} for batch in BATCH_SIZES)
 
 
 def in_passes(run: Json, name: str = EXACT_LOOP) -> float:
@@ -103,14 +96,14 @@ def count_sweeps(key: Json) -> Json:
     return {"blocks": blocks[::-1]}
 
 
-def sweep_keys() -> list[Json]:
-    return [{"model": name, "tolerance": TOLERANCE} for name in TRAINED]
-
-
 def main() -> None:
-    measure_files(__doc__, {"regimes": (block_keys, measure_block), "fitted-sweeps": (sweep_keys, count_sweeps)})
+    blocks = product(FLOWS, BATCH_SIZES)
+    measure_files(__doc__, {
+        "regimes": [([{"name": name, "trained": name in TRAINED, "batch_size": batch} for name, batch in blocks],
+                     measure_block)],
+        "fitted-sweeps": [([{"model": name, "tolerance": TOLERANCE} for name in TRAINED], count_sweeps)],
+    })  # fmt: skip
 
 
 if __name__ == "__main__":
-    keep_freed_memory()
     main()

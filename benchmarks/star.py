@@ -21,18 +21,17 @@ from benchmarks import FIGURES
 from benchmarks.lib.models import latents, sample
 from benchmarks.lib.peers import starflow
 from benchmarks.lib.process import without_native
-from benchmarks.lib.results import Json, complete, parser
-from benchmarks.lib.timing import IN_PYTORCH, to_json
+from benchmarks.lib.results import Json, measure_files
+from benchmarks.lib.timing import IN_PYTORCH, time_runs
 from examples.captions import GUIDANCE, PROMPTS, SAMPLES_PER_PROMPT, SETTINGS, captioned_emoji, load
 from jacobiflow import plots
 from jacobiflow.comparison.baselines import TOKEN_LOOP, original_sampler
 from jacobiflow.data import Noise, scale
 from jacobiflow.evaluation import sample_errors
-from jacobiflow.utils.timing import time_interleaved
 
 BATCHES, ROUNDS, ITERATION = (1, 4, 16), 3, "block iteration"
 CERTIFIED = "window:16, certified"
-MOST = 6  # The fewest of eight samples that must be right for a prompt that the docs show.
+MIN_RIGHT = 6  # Samples of eight that must be right for a prompt that the docs show.
 CATEGORIES = {
     "People & Body": "hands",
     "Symbols": "geometric shapes",
@@ -41,12 +40,13 @@ CATEGORIES = {
     "Animals & Nature": "animals and plants",
 }
 CALIBRATED, CURVE_SAMPLES = 128, 16
+GUIDANCES = {"plain": None, "guided": GUIDANCE}
 
 
 def speeds(key: Json) -> Json:
     """Seconds of a batch by each sampler, and errors against the exact inverse in float64."""
     flow, batch = load().guided(GUIDANCE), key["batch"]
-    z, prompts = latents(flow, batch)
+    z, prompts = latents(flow, batch, prompts=PROMPTS)
     context = flow.check_context(prompts, batch)
     draw = partial(sample, flow, z=z, context=context, certify=True)
     exact_loop = partial(draw, "sequential")
@@ -60,18 +60,18 @@ def speeds(key: Json) -> Json:
     }
     samplers = [*runs]
     runs["encoding pass"] = lambda: flow.guided(None).encode(torch.zeros(batch, *(flow.image_shape or ())), context)
-    timings, results = time_interleaved({name: torch.no_grad()(run) for name, run in runs.items()}, ROUNDS)
+    seconds, results = time_runs({name: torch.no_grad()(run) for name, run in runs.items()}, ROUNDS)
     exact = sample(copy.deepcopy(flow).double(), "sequential", z.double(), context).x
     images = {name: getattr(results[name], "x", results[name]) for name in samplers}
     return {
-        "seconds": to_json(timings),
+        "seconds": seconds,
         "errors": {name: sample_errors(x.double(), exact).max for name, x in images.items()},
     }
 
 
 def blocks(key: Json) -> Json:
     """IGM of each guess and sweeps of each block, over captioned emoji with the noise of the training."""
-    flow = load().guided(GUIDANCE if key["blocks"] == "guided" else None)
+    flow = load().guided(GUIDANCES[key["blocks"]])
     emoji, captions, _ = captioned_emoji()
     index = torch.arange(CALIBRATED) * len(emoji) // CALIBRATED
     clean, noise = scale(emoji[index]), Noise(flow.config.noise_std)
@@ -96,7 +96,7 @@ def nearest_emoji(images: Tensor, emoji: Tensor) -> Tensor:
 
 def follows(key: Json) -> Json:
     """The shares of samples whose nearest emoji, or one of the nearest five, is that of their caption, by category."""
-    settings = jf.SamplingSettings(GUIDANCE if key["follows"] == "guided" else None, denoise=SETTINGS.denoise)
+    settings = jf.SamplingSettings(GUIDANCES[key["follows"]], denoise=SETTINGS.denoise)
     emoji, captions, categories = captioned_emoji()
     flow, is_right = load(), []
     for i, caption in enumerate(captions):
@@ -106,7 +106,7 @@ def follows(key: Json) -> Json:
     rows = {name: [other == category for other in categories] for category, name in CATEGORIES.items()}
     rows["all"] = [True] * len(each)
     groups = {name: shares_right(each[torch.tensor(of_group)]) for name, of_group in rows.items()}
-    return {"samples": SAMPLES_PER_PROMPT, "most": MOST, "groups": groups}
+    return {"samples": SAMPLES_PER_PROMPT, "most": MIN_RIGHT, "groups": groups}
 
 
 def shares_right(is_right: Tensor) -> Json:
@@ -116,12 +116,8 @@ def shares_right(is_right: Tensor) -> Json:
         "captions": len(is_right),
         "nearest": float(nearest.float().mean()),
         "among_five": float(is_right.any(dim=2).float().mean()),
-        "mostly_right": int((nearest.sum(dim=1) >= MOST).sum()),
+        "mostly_right": int((nearest.sum(dim=1) >= MIN_RIGHT).sum()),
     }
-
-
-def measure(key: Json) -> Json:
-    return speeds(key) if "batch" in key else blocks(key)
 
 
 def draw_sheet() -> None:
@@ -131,18 +127,18 @@ def draw_sheet() -> None:
     for prompt in PROMPTS:
         images = jf.sample(flow, SAMPLES_PER_PROMPT, context=prompt, settings=SETTINGS).images
         num = int((nearest_emoji(images, emoji)[:, 0] == captions.index(prompt)).sum())
-        if num < MOST:
+        if num < MIN_RIGHT:
             raise SystemExit(f"{prompt}: {num} of {len(images)} samples are right; show another prompt")
         rows.append((f"{prompt}: {num} of {len(images)}", images))
     plots.save_png(plots.rows_sheet(rows), FIGURES / "emoji-star.png")
 
 
 def main() -> None:
-    parser(__doc__).parse_args()
-    keys: list[Json] = [{"batch": batch} for batch in BATCHES]
-    keys += [{"blocks": name} for name in ("plain", "guided")]
-    complete("starflow", keys, measure)
-    complete("captions", [{"follows": name} for name in ("plain", "guided")], follows)
+    batches, guidances = [{"batch": batch} for batch in BATCHES], [{"blocks": name} for name in GUIDANCES]
+    measure_files(__doc__, {
+        "starflow": [(batches, speeds), (guidances, blocks)],
+        "captions": [([{"follows": name} for name in GUIDANCES], follows)],
+    })  # fmt: skip
     draw_sheet()
 
 

@@ -31,8 +31,8 @@ TRAJECTORIES = Path("out/alanine-dipeptide")
 RUN = Path("runs/alanine-dipeptide")
 CONFIG = jf.TokenConfig(num_tokens=22, token_channels=3, channels=64, num_blocks=4, layers_per_block=2, head_dim=16)
 BINS = 36  # Number of bins of phi.
-HAS = torch.tensor([[len(earlier) > k for k in range(3)] for _, _, earlier in ATOMS])
-"""Which of bond, angle and torsion an atom has: the first three atoms lack six, and noise takes their places."""
+MASK = torch.tensor([[len(earlier) > k for k in range(3)] for _, _, earlier in ATOMS])
+"""Which of bond, angle and torsion an atom has, (22, 3). The first three atoms lack six; noise takes their places."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Coordinates:
         x = plain._unscaled(internal)
         mean = torch.tensordot(weights / weights.sum(), x, dims=1)
         var = torch.tensordot(weights / weights.sum(), (x - mean).square(), dims=1)
-        return cls(cut, torch.where(HAS, mean, 0.0), torch.where(HAS, var.sqrt(), 1.0))
+        return cls(cut, torch.where(MASK, mean, 0.0), torch.where(MASK, var.sqrt(), 1.0))
 
     def _unscaled(self, internal: Float[Tensor, "n 22 3"]) -> Float[Tensor, "n 22 3"]:
         turns = torch.remainder(internal[..., 2] - self.cut, 2 * math.pi) / (2 * math.pi)
@@ -68,18 +68,18 @@ class Coordinates:
     def to_tokens(self, internal: Float[Tensor, "n 22 3"]) -> Float[Tensor, "n 22 3"]:
         """Returns the tokens of bonds, angles and torsions, with noise where an atom has none."""
         noise = torch.randn(internal.shape, dtype=torch.float64)
-        return torch.where(HAS, (self._unscaled(internal) - self.mean) / self.std, noise)
+        return torch.where(MASK, (self._unscaled(internal) - self.mean) / self.std, noise)
 
     def from_tokens(
         self, tokens: Float[Tensor, "n 22 3"]
     ) -> tuple[Float[Tensor, "n 22 3"], Float[Tensor, " n"], Bool[Tensor, " n"]]:
         """Returns positions in nanometres, log|det| of the map up to a constant, and if bonds and angles exist."""
-        x = torch.where(HAS, tokens.double() * self.std + self.mean, 0.0)
+        x = torch.where(MASK, tokens.double() * self.std + self.mean, 0.0)
         turns = 2 * math.pi * torch.special.ndtr(x[..., 2:]) + self.cut.view(-1, 1)
         internal = torch.cat((x[..., :2], turns), dim=-1)
-        is_valid = ((internal[..., :2] > 0) | ~HAS[:, :2]).all(dim=(1, 2)) & (internal[..., 1] < math.pi).all(dim=1)
+        is_valid = ((internal[..., :2] > 0) | ~MASK[:, :2]).all(dim=(1, 2)) & (internal[..., 1] < math.pi).all(dim=1)
         positions, log_det = to_positions(internal)
-        return positions, log_det - 0.5 * torch.where(HAS[:, 2], x[..., 2].square(), 0.0).sum(dim=1), is_valid
+        return positions, log_det - 0.5 * torch.where(MASK[:, 2], x[..., 2].square(), 0.0).sum(dim=1), is_valid
 
     def energy(self, tokens: Float[Tensor, "n 22 3"]) -> tuple[Float[Tensor, " n"], Float[Tensor, "n 22 3"]]:
         """Returns -log of the target density of tokens, up to a constant, and their positions in nanometres.
@@ -87,7 +87,7 @@ class Coordinates:
         The target is exp(-U / kT) |det| over positions, times a standard normal where an atom has no coordinate.
         """
         positions, log_det, is_valid = self.from_tokens(tokens)
-        noise = torch.where(HAS, 0.0, tokens.double())
+        noise = torch.where(MASK, 0.0, tokens.double())
         energy = energies(positions) - log_det + 0.5 * noise.square().sum(dim=(1, 2))
         return energy.masked_fill(~is_valid, math.inf), positions
 
@@ -159,11 +159,16 @@ def train(steps: int) -> None:
     internal = to_internal(positions.double())
     coordinates = Coordinates.fit(internal, weights)
     torch.manual_seed(0)
-    settings = training.TrainConfig(steps, batch_size=128, learning_rate=3e-3, bf16=False)
+    settings = training.TrainingConfig(steps, batch_size=128, learning_rate=3e-3, bf16=False)
     data = Frames(internal, weights, coordinates)
     average = training.train(jf.TarFlow(CONFIG), data, settings, RUN)
     average.save_pretrained(MODEL)
     coordinates.save(MODEL / "coordinates.json")
+
+
+def load() -> tuple[jf.TarFlow, Coordinates]:
+    """Loads the bundled flow, and the map to its tokens."""
+    return jf.TarFlow.from_pretrained(MODEL).requires_grad_(False), Coordinates.load(MODEL / "coordinates.json")
 
 
 def bin_shares(phi: Tensor, weights: Tensor) -> Any:
@@ -179,7 +184,7 @@ def free_energies(phi: Tensor, weights: Tensor) -> list[float]:
 
 def weigh(num: int, seed: int) -> None:
     """Draws proposals with their densities, weighs them, and prints averages."""
-    flow, coordinates = jf.load(MODEL), Coordinates.load(MODEL / "coordinates.json")
+    flow, coordinates = load()
     started = time.perf_counter()
     samples = jf.sample(flow, num, seed=seed, batch_size=512)
     print(f"{samples.outcome}; {num / (time.perf_counter() - started):,.0f} a second")

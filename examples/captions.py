@@ -79,7 +79,7 @@ def train(steps: int) -> None:
     torch.manual_seed(0)
     flow = jf.STARFlow(CONFIG)
     flow.blocks[-1].null_text.copy_(encode_text([""])[0])
-    settings = training.TrainConfig(steps, batch_size=32)
+    settings = training.TrainingConfig(steps, batch_size=32)
     average = training.train(flow, TensorDataset(images, states), settings, RUN)
     average.recommended = SETTINGS
     average.save_pretrained(MODEL, dtype=torch.bfloat16)

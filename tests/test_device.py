@@ -23,7 +23,7 @@ from jacobiflow.models.latents import draw_latents
 from jacobiflow.models.memory import batch_bytes, find_batch_size
 from jacobiflow.models.tarflow import TarFlowBlock
 from jacobiflow.sampling.folder import SampleFolder
-from jacobiflow.training import TrainConfig, train
+from jacobiflow.training import TrainingConfig, train
 from tests.helpers.fake_device import Counts, FakeDevice
 from tests.helpers.problems import latents, make_flow, make_star, texts, to_float32
 
@@ -83,7 +83,7 @@ def planned(device: str) -> Tensor:
 def training(device: str) -> Tensor:
     """It resumes on the CPU."""
     config = jf.TarFlowConfig(1, 8, 2, 32, 2, layers_per_block=1, num_classes=10, head_dim=16, noise_std=0.1)
-    settings, out = TrainConfig(steps=2, batch_size=16, bf16=False), Path(f"run-{device}")
+    settings, out = TrainingConfig(steps=2, batch_size=16, bf16=False), Path(f"run-{device}")
     for steps, where in ((2, device), (3, "cpu")):
         torch.manual_seed(0)
         flow = train(jf.TarFlow(config).to(where), digits(), replace(settings, steps=steps), out)

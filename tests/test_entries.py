@@ -18,7 +18,7 @@ import torch
 import jacobiflow as jf
 from jacobiflow import fixed_point
 from jacobiflow.data import Noise
-from jacobiflow.training import TrainConfig, image_transform
+from jacobiflow.training import TrainingConfig, image_transform
 from tests.helpers.invented import make_report, make_tuning
 from tests.helpers.problems import make_flow, make_maf
 
@@ -140,7 +140,7 @@ CALLS: list[tuple[Callable[..., Any], str, dict[str, Argument]]] = [
     (jf.register_piece, "name", {"name": ("new", (7,), ("", "a b", "a+b", "a:1"))}),
     (Noise, "std", {}),
     (colour_transform, "translate hue", {"translate": FROM_0, "hue": NUMBER}),
-    (TrainConfig, "steps batch_size learning_rate weight_decay warmup ema_decay max_grad_norm label_dropout seed", {
+    (TrainingConfig, "steps batch_size learning_rate weight_decay warmup ema_decay max_grad_norm label_dropout seed", {
         "steps": COUNT, "warmup": FROM_0, **each("learning_rate max_grad_norm", POSITIVE), "weight_decay": NUMBER,
         "batch_size": UNLIMITED, **each("ema_decay label_dropout", (0.5, NUMBERS, (*NUMBER[2], 1.0)))}),
 ]  # fmt: skip

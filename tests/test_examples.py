@@ -11,24 +11,20 @@ from torch import Tensor
 import jacobiflow as jf
 
 pytest.importorskip("openmm")
-from examples.boltzmann import HAS, MODEL, Coordinates
+from examples.boltzmann import MASK, load
 from examples.molecule import ATOMS, PHI, energies, to_internal, torsion
 from jacobiflow.models.latents import draw_latents
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def generator() -> tuple[jf.TarFlow, Coordinates]:
-    return jf.load(MODEL).requires_grad_(False), Coordinates.load(MODEL / "coordinates.json")
-
-
 def test_positions_have_the_coordinates_that_they_were_made_of() -> None:
-    coordinates = generator()[1]
-    tokens = torch.where(HAS, draw_latents(50, 22, 3).double(), 0.0)
+    coordinates = load()[1]
+    tokens = torch.where(MASK, draw_latents(50, 22, 3).double(), 0.0)
     positions, _, is_possible = coordinates.from_tokens(tokens)
     assert is_possible.all()
     again = coordinates.to_tokens(to_internal(positions))
-    torch.testing.assert_close(torch.where(HAS, again, 0.0), tokens, rtol=0, atol=1e-8)
+    torch.testing.assert_close(torch.where(MASK, again, 0.0), tokens, rtol=0, atol=1e-8)
     mirrored = to_internal(positions * torch.tensor([1.0, 1.0, -1.0]))
     torch.testing.assert_close(torch.cos(mirrored[..., 2]), torch.cos(to_internal(positions)[..., 2]))
     assert not torch.allclose(mirrored[:, 3:, 2], to_internal(positions)[:, 3:, 2], atol=0.1)
@@ -36,8 +32,8 @@ def test_positions_have_the_coordinates_that_they_were_made_of() -> None:
 
 def test_the_volume_is_that_of_the_dense_jacobian() -> None:
     """The volume of the first three atoms is that of two bonds and an angle in space."""
-    coordinates = generator()[1]
-    tokens = torch.where(HAS, draw_latents(2, 22, 3, seed=1).double(), 0.0)
+    coordinates = load()[1]
+    tokens = torch.where(MASK, draw_latents(2, 22, 3, seed=1).double(), 0.0)
     positions, log_det, _ = coordinates.from_tokens(tokens)
     others = [atom for _, atom, _ in ATOMS[3:]]
 
@@ -55,7 +51,7 @@ def test_the_volume_is_that_of_the_dense_jacobian() -> None:
 
 def test_weighted_proposals_are_boltzmann_s() -> None:
     """A third of the samples counts, and float32 leaves the weights as float64 has them."""
-    flow, coordinates = generator()
+    flow, coordinates = load()
     z = draw_latents(400, 22, 3, seed=5)
     samples = jf.sample(flow, latents=z)
     energy, positions = coordinates.energy(samples.tokens)
@@ -69,7 +65,7 @@ def test_weighted_proposals_are_boltzmann_s() -> None:
 
 
 def test_an_impossible_molecule_has_no_weight() -> None:
-    coordinates = generator()[1]
+    coordinates = load()[1]
     tokens = torch.zeros(2, 22, 3)
     tokens[1, 4, 0] = -1e3  # a bond below 0
     energy, positions = coordinates.energy(tokens)

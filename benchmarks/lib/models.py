@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 import jacobiflow as jf
-from examples.captions import PROMPTS
 from jacobiflow.models.flow import Flow
 from jacobiflow.models.latents import draw_latents
 
 
-def latents(flow: Flow, batch: int, seed: int = 1) -> tuple[Tensor, Any]:
-    """Latents of a batch and their context, the same each time: all classes or a few prompts in turn, or None."""
+def latents(flow: Flow, batch: int, seed: int = 1, prompts: Sequence[str] = ()) -> tuple[Tensor, Any]:
+    """Latents of a batch and their context, the same each time: `prompts` if the flow reads text, classes, or None."""
     z = draw_latents(batch, flow.config.num_tokens, flow.config.token_channels, seed)
     if flow.reads_text:
-        return z, [PROMPTS[i % len(PROMPTS)] for i in range(batch)]
+        return z, [prompts[i % len(prompts)] for i in range(batch)]
     return z, torch.arange(batch) % flow.config.num_classes if flow.config.num_classes else None
 
 

@@ -71,6 +71,7 @@ def starflow(
     return _sample(flow, z, labels, [runs] * flow.config.num_blocks)
 
 
+AUTOS = ("auto:1e-1", "auto:1e-2", "auto")  # our strategies beside those of peers
 PEERS: Mapping[str, Callable[..., PeerSamples]] = {"Selective Jacobi Decoding": selective_jacobi, "STARFlow": starflow}
 
 # Settings to try each of `PEERS` at, the published one first.

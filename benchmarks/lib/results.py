@@ -1,4 +1,4 @@
-"""Result files: rows of measurements, each with the commit and a digest of the code that was measured."""
+"""Result files: rows of measurements, each with the commit and a digest of what was measured."""
 
 from __future__ import annotations
 
@@ -10,19 +10,22 @@ import sys
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from benchmarks import RESULTS, ROOT
 from benchmarks.lib.process import threads
+from jacobiflow.models.memory import keep_freed_memory
 from jacobiflow.utils.files import write_json
 from jacobiflow.utils.timing import describe_machine
 
-PACKAGE = ROOT / "src" / "jacobiflow"
-# No measured number depends on these parts of the package.
-IGNORED = ("cli", "plots")
+# What any benchmark may run or read, without parts on which no measured number depends, as git's path patterns.
+SHARED = (
+    "benchmarks/features.py", "benchmarks/lib", "benchmarks/weights", "examples", "src/jacobiflow",
+    ":!src/jacobiflow/cli", ":!src/jacobiflow/plots", ":!*.md",
+)  # fmt: skip
 
 Json = dict[str, Any]
 
@@ -36,10 +39,10 @@ class ResultFile:
     """A result file that is written after each row, so that a stopped benchmark goes on where it was.
 
     The file has the command, the machine, and the rows as `runs`. A row is its key, what was measured, the commit,
-    and the digest of the code.
+    and the digest of the code and the weights.
 
     Args:
-        path: The file. Its rows are reused if they are of the present code.
+        path: The file. Its rows are reused if they have the present digest.
         measure: A function of the benchmark, whose module names the command and the code.
 
     Raises:
@@ -52,7 +55,7 @@ class ResultFile:
     """
 
     def __init__(self, path: Path, measure: Callable[..., Any]) -> None:
-        module = _module_of(measure)
+        module = str(sys.modules[measure.__module__].__spec__.name)  # type: ignore[union-attr]
         self.path, self.rows = path, list[Json]()
         self._head = {"command": f"python -m {module}", "machine": describe_machine()}
         self._code = {"commit": find_commit(), "code": code_digest(module)}
@@ -68,7 +71,7 @@ class ResultFile:
         return self
 
     def row(self, key: Json, measure: Callable[[Json], Json]) -> Json:
-        """Returns the row of a key, which is measured and written unless the file has it of the present code."""
+        """Returns the row of a key, which is measured and written unless the file has it with the present digest."""
         row = next((row for row in self._old if key.items() <= row.items()), None)
         if row is not None:
             self._old.remove(row)
@@ -80,7 +83,7 @@ class ResultFile:
         return row
 
     def __exit__(self, error: type[BaseException] | None, _: BaseException | None, __: TracebackType | None) -> None:
-        """Drops rows whose keys were not asked for, if the benchmark is complete."""
+        """Drops rows whose keys the benchmark no longer has, if it is complete."""
         if error is None:
             self._write(self.rows)
 
@@ -89,69 +92,60 @@ class ResultFile:
         write_json(self.path, self._head | {"runs": rows})
 
 
-def complete(name: str, keys: Iterable[Json], measure: Callable[[Json], Json]) -> None:
-    """Measures each key of which docs/results/NAME.json has no row of the present code."""
-    with ResultFile(RESULTS / f"{name}.json", measure) as file:
-        for key in keys:
-            file.row(key, measure)
-
-
 def measure_files(
     description: str | None,
-    files: Mapping[str, tuple[Callable[[], Iterable[Json]], Callable[[Json], Json]]],
+    files: Mapping[str, Sequence[tuple[Iterable[Json], Callable[[Json], Json]]]],
     one_thread: Sequence[str] = (),
 ) -> None:
-    """Runs the command of a benchmark with several result files: measures the keys of those that are named.
+    """Runs the command of a benchmark: measures the keys of its result files, or of those that the command names.
 
     Args:
         description: Help of the command.
-        files: The keys of each result file, and the function that measures them.
+        files: The parts of each file of docs/results, by its name without ending: keys, and the function that measures
+            the row of a key. All keys of a file are listed before the first is measured.
         one_thread: Names of the files that are measured with one thread.
     """
     arguments = parser(description)
-    arguments.add_argument("files", nargs="+", choices=files, metavar="FILE", help=", ".join(files))
-    for name in arguments.parse_args().files:
-        keys, measure = files[name]
-        with threads(1) if name in one_thread else nullcontext():
-            complete(name, keys(), measure)
+    arguments.add_argument("files", nargs="*", default="all", choices=[*files, "all"], metavar="FILE")
+    named = arguments.parse_args().files
+    keep_freed_memory()
+    for name in files if "all" in named else named:
+        rows = [(key, measure) for keys, measure in files[name] for key in keys]
+        path = RESULTS / f"{name}.json"
+        with threads(1) if name in one_thread else nullcontext(), ResultFile(path, rows[0][1]) as file:
+            for key, measure in rows:
+                file.row(key, measure)
 
 
-def _module_of(function: Callable[..., Any]) -> str:
-    """The module of a function, by its name even if it runs as a script."""
-    function = function.func if isinstance(function, partial) else function
-    return str(sys.modules[function.__module__].__spec__.name)  # type: ignore[union-attr]
+def _git(*arguments: str) -> str:
+    return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
 
 
 def find_commit() -> str:
     """The git commit, with "-dirty" if code has changed since."""
-
-    def git(*arguments: str) -> str:
-        return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
-
-    changed = git("status", "--porcelain", "--", "src", "benchmarks", "examples")
-    return git("rev-parse", "HEAD") + "-dirty" * bool(changed)
+    changed = _git("status", "--porcelain", "--", "src", "benchmarks", "examples")
+    return _git("rev-parse", "HEAD") + "-dirty" * bool(changed)
 
 
 @cache
 def code_digest(module: str) -> str:
-    """Digest of a benchmark, of what the benchmarks share, and of the package; comments and docstrings do not count.
+    """Digest of a benchmark and of all that benchmarks share; comments and docstrings do not count.
 
     Args:
         module: Name of the benchmark, such as "benchmarks.masked_flows".
     """
-    own = [ROOT / f"{module.replace('.', '/')}.py", *(ROOT / "benchmarks" / "lib").glob("*.py")]
-    package = (path for path in PACKAGE.rglob("*") if path.relative_to(PACKAGE).parts[0] not in IGNORED)
-    code = [path for path in package if path.suffix in (".py", ".cpp", ".h")]
-    return hashlib.sha256("".join(map(_file_digest, sorted(own) + sorted(code))).encode()).hexdigest()[:12]
+    own = f"{module.replace('.', '/')}.py"
+    names = _git("ls-files", "--cached", "--others", "--exclude-standard", "--deduplicate", "--", own, *SHARED)
+    files = [ROOT / name for name in names.splitlines()]
+    return hashlib.sha256("".join(map(_file_digest, files)).encode()).hexdigest()[:12]
 
 
-@cache
 def _file_digest(path: Path) -> str:
-    text = path.read_text()
+    content = path.read_bytes()
     if path.suffix == ".py":
-        tree = ast.parse(text)
+        tree = ast.parse(content)
         for node in ast.walk(tree):
             if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node) is not None:
                 node.body = node.body[1:]
-        text = ast.dump(tree)
-    return hashlib.sha256(text.encode()).hexdigest()
+        content = ast.dump(tree).encode()
+    return hashlib.sha256(content).hexdigest()

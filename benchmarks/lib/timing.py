@@ -8,13 +8,15 @@ from typing import Any
 import torch
 
 from benchmarks.lib.results import Json
-from jacobiflow.utils.timing import Timing, time_call, time_interleaved
+from jacobiflow.utils.timing import time_call, time_interleaved
 
 IN_PYTORCH = "sequential, in PyTorch"  # The exact loop without native code.
 
 
-def to_json(timings: Mapping[str, Timing]) -> Json:
-    return {name: vars(timing) for name, timing in timings.items()}
+def time_runs(runs: Mapping[str, Callable[[], Any]], rounds: int, warm_up: bool = True) -> tuple[Json, dict[str, Any]]:
+    """Times runs in turn; returns the median, the least and the most seconds of each run, and the results."""
+    timings, results = time_interleaved(runs, rounds, warm_up=warm_up)
+    return {name: vars(timing) for name, timing in timings.items()}, results
 
 
 def seconds_of(run: Callable[[], Any]) -> float:
@@ -22,13 +24,8 @@ def seconds_of(run: Callable[[], Any]) -> float:
     return time_call(run, torch.device("cpu"))[0]
 
 
-def fitting_rounds(seconds: float, budget: float, least: int, most: int) -> int:
-    """The number of rounds of `seconds` each that fit into a budget of seconds, within limits."""
-    return min(most, max(least, int(budget / seconds)))
-
-
 def time_speed_up(runs: Mapping[str, Callable[[], Any]], rounds: int) -> tuple[Json, Json]:
     """Times "library" and "accelerated" interleaved; returns the metrics, and the results of both."""
-    timings, results = time_interleaved(runs, rounds)
-    ratio = timings["library"].median / timings["accelerated"].median
-    return {"rounds": rounds, "seconds": to_json(timings), "speed_up": ratio}, results
+    seconds, results = time_runs(runs, rounds)
+    ratio = seconds["library"]["median"] / seconds["accelerated"]["median"]
+    return {"rounds": rounds, "seconds": seconds, "speed_up": ratio}, results

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from benchmarks import regimes
 from benchmarks.lib import results
 from benchmarks.lib.results import ResultFile, code_digest
 
@@ -17,7 +19,7 @@ def measured(value: int) -> Callable[[Any], Any]:
     def measure(key: Any) -> Any:
         return {"value": value}
 
-    measure.__module__ = "benchmarks.regimes"
+    measure.__module__ = regimes.__name__
     return measure
 
 
@@ -60,22 +62,19 @@ def test_rows_of_two_machines_are_not_mixed(tmp_path: Path) -> None:
     assert json.loads(path.read_text()) == old
 
 
-def test_a_digest_is_of_statements(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_digest_is_of_statements_and_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(results, "ROOT", tmp_path)
-    monkeypatch.setattr(results, "PACKAGE", tmp_path / "package")
-    texts = {"benchmarks/speed.py": "x = 1", "benchmarks/lib/a.py": "", "package/b.py": "", "package/native/c.h": "",
-             "package/cli/d.py": ""}  # fmt: skip
+    subprocess.run(["git", "init", "--quiet", tmp_path], check=True)
+    ignored = ("src/jacobiflow/cli/app.py", "benchmarks/regimes.py", "examples/card.md")
+    names = ("benchmarks/speed.py", "benchmarks/features.py", "benchmarks/lib/a.py", "examples/b.py",
+             "src/jacobiflow/native/c.h", "src/jacobiflow/bundled/d.json")  # fmt: skip
 
     def digest(**changed: str) -> str:
-        for name, text in (texts | changed).items():
+        for name, text in (dict.fromkeys(names + ignored, "1") | changed).items():
             (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
             (tmp_path / name).write_text(text)
-        for function in (code_digest, results._file_digest):
-            function.cache_clear()
+        code_digest.cache_clear()
         return code_digest("benchmarks.speed")
 
-    first = digest()
-    same = [{"benchmarks/speed.py": '"""Text."""\nx = 1  # a comment'}, {"package/cli/d.py": "x = 1"}]
-    assert {digest(**changed) for changed in same} == {first}
-    others = [{name: "y = 2"} for name in texts if "cli" not in name]
-    assert len({first, *(digest(**changed) for changed in others)}) == 5
+    assert {digest(), digest(**{names[0]: '"""Text."""\n1  # a comment'}, **dict.fromkeys(ignored, "2"))} == {digest()}
+    assert len({digest(), *(digest(**{name: "2"}) for name in names)}) == 1 + len(names)

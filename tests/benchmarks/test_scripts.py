@@ -49,6 +49,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
         for each in (results, module):
             monkeypatch.setattr(each, "RESULTS", tmp_path, raising=False)
         monkeypatch.setattr(sys, "argv", [script, *line])
+        monkeypatch.chdir(tmp_path)  # sbi logs its training where it runs
         module.main()
         files = {path.stem: json.loads(path.read_text()) for path in tmp_path.glob("*.json")}
         for content in files.values():
@@ -90,8 +91,8 @@ def test_masked_flows(run: Run) -> None:
     call_keys = shrink(module.call_keys(), features=3, hidden=8, rows=5)
     training_keys = shrink(module.training_keys(), features=5, hidden="8 x 2", rows=6)
     rows = run(
-        "masked_flows", "masked-flows", "training", call_keys=lambda: call_keys, training_keys=lambda: training_keys,
-        SIMULATIONS=50, STEPS=5, SECONDS=0, LEAST=1, MOST=1,
+        "masked_flows", call_keys=lambda: call_keys, training_keys=lambda: training_keys, SMALL="8 x 2",
+        SIMULATIONS=50, STEPS=5, SECONDS=0, MIN_ROUNDS=1, MAX_ROUNDS=1,
     )  # fmt: skip
     assert {(row["library"], row["flow"]) for row in rows["masked-flows"]} == module.FLOWS.keys()
     for row in rows["masked-flows"]:
@@ -110,12 +111,12 @@ def test_packages(run: Run) -> None:
         "sample": module.SbiCall("NPE", partial(module.one_observation, count=5), {}),
         "rejection": module.SbiCall("NLE", partial(module.one_observation, count=2), {"sample_with": "rejection"}),
     }
-    clients = [each for each in module.CLIENTS if each.package in ("sbi", "lampe") and each.rounds > 2]
-    fits = [key for key in module.fit_keys() if key["flow"] in ("MAF", "maf")]
-    files = module.FILES | {"fits": (lambda: fits, module.measure_fit)}
+    clients = {name: module.CLIENTS[name] for name in ("train, 10 epochs", "npe.flow(x).sample((10_000,))")}
+    fits = [{"program": "zuko", "flow": "MAF", "loop": loop} for loop in (module.LOADER, module.BY_INDEX)]
+    fits += [{"program": name, "flow": "maf"} for name in ("sbi NPE", "sbi NLE")]
     rows = run(
-        "packages", *files, FILES=files, SBI_CALLS=calls, ESTIMATORS={"NPE": ("maf",), "NLE": ("maf",)},
-        CLIENTS=clients, WEIGHTS={}, FIT_ROUNDS=dict.fromkeys(module.FIT_ROUNDS, 1), SIMULATIONS=100,
+        "packages", SBI_CALLS=calls, ESTIMATORS={"NPE": ("maf",), "NLE": ("maf",)}, CLIENTS=clients,
+        fit_keys=lambda: fits, WEIGHTS={}, FIT_ROUNDS=dict.fromkeys(module.FIT_ROUNDS, 1), SIMULATIONS=100,
         FEW_SIMULATIONS=100, FIT_SIMULATIONS=100, EPOCHS=1, FEW_EPOCHS=1, FIT_EPOCHS=1, ROUNDS=1, BATCH=50,
         OBSERVATIONS=2, SAMPLES=5, HMC_SAMPLES=2, WARM_UP=1, REJECTION_SAMPLES=2, ITERATIONS=2,
     )  # fmt: skip
@@ -154,8 +155,7 @@ def test_performance(run: Run) -> None:
 def test_regimes(run: Run) -> None:
     needs_native()
     flows = {"64x1": partial(random_flow, replace(CONFIG, num_classes=0)), "digits-p1": partial(jf.load, "digits-p1")}
-    files = ("regimes", "fitted-sweeps")
-    rows = run("regimes", *files, FLOWS=flows, BATCH_SIZES=(2,), TRAINED=("digits-p1",), SAMPLES=2)
+    rows = run("regimes", FLOWS=flows, BATCH_SIZES=(2,), TRAINED=("digits-p1",), SAMPLES=2)
     assert [(row["name"], row["trained"]) for row in rows["regimes"]] == [("64x1", False), ("digits-p1", True)]
     for row in rows["regimes"]:
         assert set(row["seconds"]) == {"fused loop", "eager loop", "pass", "pass in bfloat16"}
@@ -175,10 +175,10 @@ def test_devices(run: Run) -> None:
 
     star = make_star().config
     rows = run(
-        "devices", "precision", "large-models", "rounding", MODELS=("digits-p1", "digits-p1, bfloat16"),
-        BLOCKS=("64x1",), BATCHES=(1,), ROUNDS={1: 1}, DOUBLE="digits-p1", RELEASED=star, LARGE=star,
+        "devices", MODELS=("digits-p1", "digits-p1, bfloat16"),
+        BLOCKS=("64x1",), BATCHES=(1,), ROUNDS={1: 1}, FLOAT64_MODEL="digits-p1", RELEASED=star, LARGE=star,
         RELEASED_RUNS=(("bfloat16", False),), SHARD_SIZE=20_000, in_new_process=call,
-        rounding_keys=lambda: [{"model": "digits-p1"}], ROUNDED=2, ROUNDED_BATCH=2,
+        ROUNDED_MODELS=("digits-p1",), ROUNDED=2, ROUNDED_BATCH=2,
     )  # fmt: skip
     errors = [row["errors"]["16 bits"] for row in rows["precision"] if "model" in row]
     assert len(errors) == 2 and max(errors) < 1e-4
@@ -209,7 +209,7 @@ def tiny_emoji() -> tuple[Tensor, list[str], list[str]]:
 def test_star(run: Run, tmp_path: Path) -> None:
     results = run(
         "star", load=tiny_star, captioned_emoji=tiny_emoji, BATCHES=(1,), ROUNDS=1, CALIBRATED=4, CURVE_SAMPLES=2,
-        PROMPTS=("a", "bb"), SAMPLES_PER_PROMPT=2, MOST=0,
+        PROMPTS=("a", "bb"), SAMPLES_PER_PROMPT=2, MIN_RIGHT=0,
         CATEGORIES={name: name for name in ("low", "high")}, FIGURES=tmp_path,
     )  # fmt: skip
     errors = results["starflow"][0]["errors"]
@@ -227,7 +227,7 @@ def test_boltzmann(run: Run) -> None:
         return positions, torch.full((200,), 1 / 200, dtype=torch.float64)
 
     rows = run(
-        "boltzmann", "alanine", "boltzmann", frames=frames, CERTIFIED=("auto", "window:8, 1e-3"),
+        "boltzmann", frames=frames, CERTIFIED=("auto", "window:8, 1e-3"),
         UNCERTIFIED=("jacobi-2",), PROPOSALS=(20, 40), LATENTS=20, PARTS=2, ROUNDS=1, SIZES={"tiny": (4, 3, 64, 2, 1)},
         PROSE_CONFIG=jf.ProseConfig(64, 2, 1), BUNDLED=("digits-p1", "digits-maf"),
         BATCHES=dict.fromkeys(("tiny", module.TRAINED, module.PROSE), (2,)),

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from pathlib import Path
 from typing import Any
 
 import jacobiflow as jf
+from jacobiflow.cli.plan import PlanConfig
 from tests.helpers.running import figures
 
 GUIDED = "--guidance 0.4,attn_temperature=0.9,annealed=false,on=shift"
@@ -45,3 +47,7 @@ def test_a_tuning_is_fitted_and_kept(run: Any, tmp_path: Path) -> None:
         assert (result.code, result.err) == (0, "")
         assert f"wrote {place}/tuning.json\n" in result.out
         jf.Tuning.load(place / "tuning.json").check(jf.load("digits-maf"))
+
+
+def test_the_batch_size_is_that_of_python() -> None:
+    assert int(PlanConfig.batch_size) == inspect.signature(jf.plan).parameters["batch_size"].default

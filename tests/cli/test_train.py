@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import os
 import re
@@ -15,7 +14,6 @@ import torch
 from PIL import Image
 
 import jacobiflow as jf
-from jacobiflow.cli.plan import PlanConfig
 from jacobiflow.data import image_grid
 from jacobiflow.models.registry import FLOWS
 from tests.helpers.running import figures
@@ -32,8 +30,8 @@ def test_it_writes_a_model_that_sample_takes(run: Any, tmp_path: Path) -> None:
         rf"3 steps: loss [+-][\d.]+, [\d.]+ bits per dimension\nwrote the model folder {tmp_path}/run\n", result.out
     )
     assert sorted(os.listdir(tmp_path / "run")) == [
-        ".lock", "README.md", "checkpoint-0000000003", "config.json", "metrics.jsonl", "model.safetensors", "run.json",
-        "samples-000003.png", "tensorboard",
+        ".lock", "README.md", "checkpoint.safetensors", "config.json", "manifest.json", "metrics.jsonl",
+        "model.safetensors", "samples-000003.png", "tensorboard",
     ]  # fmt: skip
     assert figures(tmp_path / "f")["last_step"]["step"] == 3
     flow = jf.load(tmp_path / "run")
@@ -122,15 +120,13 @@ def test_a_flow_that_the_command_cannot_train_is_refused_and_not_offered(
         refuse(f"train --images digits --image-size 8 --flow {name} --steps 1 --out {tmp_path}/out", message)
 
 
-def test_what_is_not_given_is_as_in_python() -> None:
-    assert int(PlanConfig.batch_size) == inspect.signature(jf.plan).parameters["batch_size"].default
-
-
 def test_options_become_the_settings_of_the_run(run: Any, tmp_path: Path) -> None:
     line = f"train --images pets --patch-size 4 {TINY} --batch-size 3 --steps 1 --noise-std 0"
     line += " --horizontal-flip --translate 1 --volume-preserving --unconditional --learning-rate 0.01"
     line += " --ema-decay 0.9 --max-grad-norm 2 --seed 4"
     assert run(f"{line} --out {tmp_path}").code == 0
+    other = run(line.replace(" --translate 1", "") + f" --out {tmp_path}")
+    assert (other.code, "holds training of other data or transform; give its" in other.err) == (2, True)
     want = jf.TarFlowConfig(1, 8, 4, 32, num_blocks=2, layers_per_block=1, nvp=False, head_dim=16, noise_std=0.0)
     flow = jf.load(tmp_path)
     assert (flow.config, flow.recommended) == (want, jf.SamplingSettings())
@@ -138,6 +134,4 @@ def test_options_become_the_settings_of_the_run(run: Any, tmp_path: Path) -> Non
         "batch_size": 3, "learning_rate": 0.01, "warmup": 200, "ema_decay": 0.9, "max_grad_norm": 2.0,
         "label_dropout": 0.1, "bf16": False, "seed": 4,
     }  # fmt: skip
-    stored = json.loads((tmp_path / "run.json").read_bytes())
-    assert settings.items() <= stored.items()
-    assert "RandomHorizontalFlip" in stored["transform"] and "RandomCrop" in stored["transform"]
+    assert settings.items() <= json.loads((tmp_path / "manifest.json").read_bytes())["spec"].items()

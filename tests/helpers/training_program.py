@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import signal
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,7 +13,8 @@ from torch.utils.data import Subset
 
 import jacobiflow as jf
 from jacobiflow.data import ImageDataset
-from jacobiflow.training import TrainConfig, TrainMetrics, train
+from jacobiflow.training import TrainingConfig, TrainMetrics, train
+from jacobiflow.training.checkpoint import CHECKPOINT
 from jacobiflow.training.processes import process_group, rank
 from tests.helpers.training_runs import CONFIG, some_digits
 
@@ -20,13 +22,12 @@ NAMES = tuple("abcdefghij")
 
 
 class Digits(ImageDataset):
-    """Images, of which the process of rank `victim` reads the 50th one as its last."""
+    """Images, of which the process of rank `victim` reads none after the first checkpoint."""
 
-    victim, num_read = -1, 0
+    victim, checkpoint = -1, Path()
 
     def __getitem__(self, index: Any) -> Any:
-        Digits.num_read += 1
-        if rank() == Digits.victim and Digits.num_read == 50:
+        if rank() == Digits.victim and Digits.checkpoint.exists():
             os.kill(os.getpid(), signal.SIGKILL)
         return super().__getitem__(index)
 
@@ -38,10 +39,10 @@ def run(out: str, shard: bool = False, stop: int = -1, kill: int = -1) -> float:
         if metrics.step == stop:
             signal.raise_signal(signal.SIGTERM)
 
-    Digits.victim = kill
+    Digits.victim, Digits.checkpoint = kill, Path(out, CHECKPOINT)
     torch.manual_seed(rank())  # The weights of the first process count.
     flow, digits = jf.TarFlow(CONFIG), some_digits()
-    config = TrainConfig(
+    config = TrainingConfig(
         6, batch_size=12, warmup=4, bf16=False, checkpoint_every=2, shard=shard, recompute=True, accumulation=2
     )  # fmt: skip
     data = Digits(digits.images, digits.labels, NAMES)

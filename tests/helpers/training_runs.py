@@ -16,13 +16,14 @@ from torch import Tensor
 
 import jacobiflow as jf
 from jacobiflow.data import ImageDataset, digits
-from jacobiflow.training import TrainConfig, TrainMetrics, read_metrics, train
+from jacobiflow.training import TrainingConfig, TrainMetrics, read_metrics, train
+from jacobiflow.training.checkpoint import CHECKPOINT, last_step
 from tests.helpers.checkpoints import assert_same
 
 SIZES = {"channels": 32, "num_blocks": 2, "layers_per_block": 1, "num_classes": 10, "head_dim": 16, "expansion": 2}
 CONFIG = jf.TarFlowConfig(1, 8, 2, **SIZES, nvp=False, noise_std=0.1)  # learns its prior
 # 5 batches an epoch, so that 12 steps see three orders.
-SETTINGS = TrainConfig(steps=12, batch_size=8, warmup=4, bf16=False, checkpoint_every=5, sample_every=6)
+SETTINGS = TrainingConfig(steps=12, batch_size=8, warmup=4, bf16=False, checkpoint_every=5, sample_every=6)
 
 
 @cache
@@ -37,7 +38,7 @@ def fresh(config: jf.TarFlowConfig = CONFIG) -> jf.TarFlow:
     return jf.TarFlow(config)
 
 
-def fit(out: Path, settings: TrainConfig = SETTINGS, config: jf.TarFlowConfig = CONFIG, **calls: Any) -> jf.TarFlow:
+def fit(out: Path, settings: TrainingConfig = SETTINGS, config: jf.TarFlowConfig = CONFIG, **calls: Any) -> jf.TarFlow:
     return train(fresh(config), some_digits(), settings, out, **calls)
 
 
@@ -51,15 +52,9 @@ def interrupt_at(*steps: int) -> Callable[[TrainMetrics], None]:
     return on_step
 
 
-def last_step(out: Path) -> int:
-    """The step of the last checkpoint in a folder; 0 without one."""
-    return max((int(path.name.partition("-")[2]) for path in out.glob("checkpoint-*")), default=0)
-
-
 def checkpoint(out: Path) -> dict[str, Tensor]:
-    """The tensors of the checkpoint of one process, except seconds, read by safetensors alone."""
-    tensors = load_file(out / f"checkpoint-{last_step(out):010}" / "part-00001-of-00001.safetensors")
-    return {name: tensor for name, tensor in tensors.items() if name != "seconds"}
+    """The tensors of the checkpoint, except seconds."""
+    return {name: tensor for name, tensor in load_file(out / CHECKPOINT).items() if name != "seconds"}
 
 
 def assert_same_run(have: Path, want: Path, with_metrics: bool = True) -> None:

@@ -15,11 +15,12 @@ from torch import Tensor
 
 import jacobiflow as jf
 from jacobiflow.data import digits
-from jacobiflow.training import TrainConfig, TrainMetrics, read_metrics, train
+from jacobiflow.training import TrainingConfig, TrainMetrics, read_metrics, train
+from jacobiflow.training.checkpoint import last_step
 from tests.helpers.oracle import MAFOracle
 from tests.helpers.problems import latents, make_maf
 from tests.helpers.running import run_line
-from tests.helpers.training_runs import interrupt_at, last_step
+from tests.helpers.training_runs import interrupt_at
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -101,7 +102,7 @@ def test_a_constant_pixel_keeps_its_scale() -> None:
 def test_training_takes_in_the_first_batch_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A run that stops while it does, or after it, ends with the bytes of one that is left alone."""
     data, config = digits(), jf.MAFConfig(1, 8, hidden_features=24, num_blocks=2, num_classes=10)
-    settings = TrainConfig(steps=6, batch_size=8, warmup=4, bf16=False)
+    settings = TrainingConfig(steps=6, batch_size=8, warmup=4, bf16=False)
 
     def fit(out: str, on_step: Callable[[TrainMetrics], None] | None = None) -> bytes:
         torch.manual_seed(3)

@@ -11,9 +11,9 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmarks.features import fashion, trained, training_statistics
+from benchmarks.features import fashion, statistics_file, trained
 from jacobiflow.data import load_images
-from jacobiflow.evaluation import extract_features, load_features
+from jacobiflow.evaluation import FeatureStatistics, extract_features, load_features
 from tools.models.make_images import emoji
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -62,7 +62,7 @@ def test_features_tell_classes_and_emoji_apart() -> None:
 def test_statistics_are_of_the_training_images(kind: str, source: tuple[str, int, int], num: int) -> None:
     features = load_features(f"{ROOT}/benchmarks/features.py:{kind}")
     some = extract_features(features, load_images(*source).images[:300]).double()
-    statistics = training_statistics(kind)
+    statistics = FeatureStatistics.load(statistics_file(kind))
     assert statistics.num == num
     deviation = statistics.covariance().diagonal().sqrt()
     assert ((some.mean(dim=0) - statistics.sum / num).abs() <= 5 * deviation / len(some) ** 0.5 + 1e-6).all()

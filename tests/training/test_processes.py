@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 
 import jacobiflow as jf
 from jacobiflow.training import processes, read_metrics
+from jacobiflow.training.checkpoint import last_step
 from tests.helpers import training_program
-from tests.helpers.training_runs import last_step
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 TORCHRUN = "torch.distributed.run --standalone --nproc-per-node 2 -m"

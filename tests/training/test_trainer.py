@@ -20,7 +20,9 @@ from torch import Tensor
 
 import jacobiflow as jf
 from jacobiflow.data import ImageDataset
-from jacobiflow.training import TrainConfig, TrainMetrics, folder, problems, read_metrics, train
+from jacobiflow.training import TrainingConfig, TrainMetrics, read_metrics, train, trainer
+from jacobiflow.training.checkpoint import CHECKPOINT, last_step
+from jacobiflow.training.folder import problems
 from tests.helpers.checkpoints import assert_same
 from tests.helpers.running import run_line
 from tests.helpers.training_runs import (
@@ -33,7 +35,6 @@ from tests.helpers.training_runs import (
     fit,
     fresh,
     interrupt_at,
-    last_step,
     some_digits,
 )
 
@@ -66,8 +67,8 @@ def test_a_resumed_run_ends_as_an_undisturbed_one(undisturbed: Path, tmp_path: P
 def test_a_terminated_command_leaves_a_checkpoint(
     number: signal.Signals, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    handler, write = signal.getsignal(number), folder.write_checkpoint
-    monkeypatch.setattr(folder, "write_checkpoint", lambda *state: (write(*state), signal.raise_signal(number)))
+    handler, write = signal.getsignal(number), trainer.write_checkpoint
+    monkeypatch.setattr(trainer, "write_checkpoint", lambda *state: (write(*state), signal.raise_signal(number)))
     shown = run_line(f"train {SIZE} --no-bf16 --steps 100000 --checkpoint-every 5 --out {tmp_path}", capsys)
     line = f"interrupted: checkpoint at step {last_step(tmp_path):,} of 100,000 in {tmp_path}; "
     line += "run the same command to resume"
@@ -202,7 +203,10 @@ def test_tokens_with_numbers_are_trained_without_noise(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("change", [{"accumulation": 3, "recompute": True}, {"workers": 2}])
 def test_what_saves_memory_or_time_changes_no_result(change: Any, undisturbed: Path, tmp_path: Path) -> None:
-    fit(tmp_path, replace(SETTINGS, **change))
+    flow, calls = fresh(), list[int]()
+    flow.blocks[0].attn_blocks[0].register_forward_pre_hook(lambda *_: calls.append(1))
+    train(flow, some_digits(), replace(SETTINGS, **change), tmp_path)
+    assert len(calls) == SETTINGS.steps * (6 if "recompute" in change else 1)
     have, want = (read_file(folder / "model.safetensors") for folder in (tmp_path, undisturbed))
     assert max(float((have[name] - want[name]).abs().max()) for name in want if "qkv.bias" not in name) < 1e-5
     for have_step, want_step in zip(read_metrics(tmp_path), read_metrics(undisturbed), strict=True):
@@ -210,7 +214,7 @@ def test_what_saves_memory_or_time_changes_no_result(change: Any, undisturbed: P
 
 
 def test_the_learning_rate_warms_up_and_falls_by_a_cosine(undisturbed: Path) -> None:
-    settings = TrainConfig(steps=110, learning_rate=0.02, warmup=10)
+    settings = TrainingConfig(steps=110, learning_rate=0.02, warmup=10)
     assert settings.rate(0) == pytest.approx(0.002)
     assert settings.rate(9) == settings.rate(10) == pytest.approx(0.02)
     assert settings.rate(35) == pytest.approx(1e-6 + (0.02 - 1e-6) * (2 + math.sqrt(2)) / 4)
@@ -229,19 +233,21 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(tmp_path: Path)
     assert error_of(partial(fit, out, replace(SETTINGS, accumulation=9))) == parts
     label = "label 9: this flow has classes 0 to 2 (below 0: no class)"
     assert error_of(partial(fit, out, config=replace(CONFIG, num_classes=3))) == label
-    message = "data=a tensor (1, 3, 8, 8) of torch.float32: give a torch.Tensor of floating-point numbers (N, 1, 8, 8)"
-    assert error_of(lambda: train(fresh(), colour, SETTINGS, out)) == message
+    message = "a tensor (1, 3, 8, 8) of torch.float32: give a torch.Tensor of floating-point numbers (N, 1, 8, 8)"
+    assert error_of(lambda: train(fresh(), colour, SETTINGS, out)) == f"data={message}"
+    assert error_of(partial(fit, out, held_out=colour)) == f"held_out={message}"
+    assert "label 10: this flow has" in error_of(partial(fit, out, held_out=replace(data, labels=data.labels + 1)))
     with pytest.raises(TypeError, match="config='x' of type str: give "):
         train(fresh(), data, "x", out)  # type: ignore[arg-type]
     assert not out.exists()
-    for name, words in (("notes.txt", "holds notes.txt, and no"), ("config.json", "config.json: not of a model")):
+    for name, words in (("notes.txt", "holds files that"), ("config.json", "config.json: not of a model")):
         (tmp_path / name).write_text("mine")
         before = contents(tmp_path)
         assert words in error_of(lambda: fit(tmp_path))
         assert contents(tmp_path) == before
 
 
-def test_a_loss_that_is_not_finite_ends_training_and_keeps_the_last_checkpoint(tmp_path: Path) -> None:
+def test_a_loss_that_is_not_finite_ends_training_and_keeps_the_last_step(tmp_path: Path) -> None:
     settings = replace(SETTINGS, steps=50, learning_rate=1e6, max_grad_norm=1e6, warmup=0, checkpoint_every=1)
     message = error_of(lambda: fit(tmp_path, settings))
     assert "smaller learning rate" in message
@@ -252,46 +258,36 @@ def test_a_loss_that_is_not_finite_ends_training_and_keeps_the_last_checkpoint(t
 def test_other_data_and_problems_are_named(undisturbed: Path, tmp_path: Path) -> None:
     run, data = Path(shutil.copytree(undisturbed, tmp_path / "run")), some_digits()
     assert list(problems(run)) == []
-    for change in ({"seed": 1}, {"batch_size": 3}, {"learning_rate": 0.1}, {"ema_decay": 0.5}):
-        assert f"of another run ({next(iter(change))}=" in error_of(partial(fit, run, replace(SETTINGS, **change)))
-    for name, labels, classes in (("data", data.labels.flip(0), ()), ("classes", data.labels, tuple("abcdefghij"))):
-        other = ImageDataset(data.images, labels, classes)
-        assert f"of another run ({name}=" in error_of(partial(train, fresh(), other, SETTINGS, run))
+    message = f"{run}: holds training of batch size 8, not 3; seed 0, not 1; give its settings and data, or another "
+    assert error_of(partial(fit, run, replace(SETTINGS, seed=1, batch_size=3))).startswith(message)
+    other = ImageDataset(data.images, data.labels.flip(0), tuple("abcdefghij"))
+    message = error_of(partial(train, fresh(), other, SETTINGS, run))
+    assert "holds training of classes [], not ['a', " in message and "; other data or transform; give" in message
+    assert "of other data or transform; give" in error_of(partial(fit, run, transform=lambda image: image.flip(1)))
     log = run / "metrics.jsonl"
-    log.write_text(log.read_text().splitlines()[0] + "\n")
-    assert list(problems(run)) == [f"{log}: lacks 11 of 12 steps; training goes on without them"]
     log.write_text("mine\n")
-    assert next(problems(run)).startswith(f"{log}: line 1 is not of this trainer")
-    (run / "run.json").write_text('{"format_version": 3}')
-    assert error_of(lambda: fit(run)) == (
-        f"{run}/run.json: of another version of jacobiflow; go on with that version, or move it away, or give another "
-        "folder"
-    )
-    (run / "run.json").write_bytes(b"mine")
-    assert "run.json: not of this trainer" in next(problems(run))
+    (run / "manifest.json").write_bytes(b"mine")
+    manifest, metrics = problems(run)
+    assert manifest == f"{run}/manifest.json: damaged; restore it, or give another folder"
+    assert metrics.startswith(f"{log}: not of this trainer")
 
 
 def test_a_damaged_checkpoint_is_refused_and_runs_no_code(undisturbed: Path, tmp_path: Path) -> None:
     """As `info --check` says. A pickle would create a file."""
     planted = pickle.dumps(type("Planted", (), {"__reduce__": lambda self: (Path.touch, (tmp_path / "ran",))})())
     run = Path(shutil.copytree(undisturbed, tmp_path / "run"))
-    (file,) = run.glob("checkpoint-*/*")
+    file = run / CHECKPOINT
     content, tensors = file.read_bytes(), read_file(file)
-    wrong = {"flow.var": torch.ones(16, 1)}, {"flow.var": tensors["flow.var"].double()}, {"more": torch.ones(1)}
-    infinite, *others = (
-        save(tensors | change, dict.fromkeys(tensors | change, "0"))
-        for change in ({"flow.var": tensors["flow.var"] / 0}, *wrong)
-    )
-    damages = {content[:-9]: "damaged", planted: "damaged", infinite: "non-f"}
+
+    def changed(**change: Tensor) -> bytes:
+        return save({name: change.get(name[5:], x) for name, x in tensors.items()}, {"step": "12"})
+
+    var = tensors["flow.var"]
+    damages = {content[:-9]: "damaged", planted: "damaged", changed(var=var / 0): "non-finite"}
     for damage, words in damages.items():
-        file.unlink()
         file.write_bytes(damage)
-        assert words in error_of(lambda: fit(run))
-        assert words in next(problems(run))
-    for damage in others:
+        assert words in error_of(lambda: fit(run)) and words in next(problems(run))
+    for damage in (changed(var=torch.ones(16, 1)), changed(var=var.double()), save({"more": var}, {"step": "12"})):
         file.write_bytes(damage)
         assert "damaged, or of another flow (" in error_of(lambda: fit(run))
-    file.write_bytes(content)
-    (file.parent / ".metadata").write_bytes(planted)  # which PyTorch's checkpoints have
-    fit(run, replace(SETTINGS, steps=13))
     assert not (tmp_path / "ran").exists()

@@ -31,7 +31,7 @@ from jacobiflow.utils.files import write_atomically
 from tools.docs import paper_facts
 
 REGION = re.compile(r"(<!-- render (?P<source>[^>]+?) -->)(?P<text>.*?)(<!-- end -->)", re.DOTALL)
-SAMPLERS = {
+SAMPLERS = {  # as the pages call them, by their names in results
     "Original": "original sampler",
     "growing cache": "original sampler",
     "sequential": "exact loop",
@@ -180,11 +180,6 @@ def star_follows(group: str) -> str:
     return f"{where(result('captions')['runs'], follows='guided')['groups'][group]['nearest']:.0%}"
 
 
-def sampler(name: str) -> str:
-    """A sampler as the pages call it; results have older names."""
-    return SAMPLERS.get(name, name)
-
-
 @cache
 def _environment() -> jinja2.Environment:
     templates = jinja2.FileSystemLoader(Path(__file__).parent / "templates")
@@ -196,15 +191,18 @@ def _environment() -> jinja2.Environment:
         paper_facts.segment_sweeps, paper_facts.sweeps_range, paper_facts.tough_share, chord_share, duration, fastest,
         find_runs, fitted_sweeps, format_speed_up, grouped, least_accurate, paper_megabytes, plain_sweeps,
         plan, rank_correlation, ratios, recommendation, regimes.best_in_passes, regimes.in_passes, result,
-        sampler, search_guidance.best_point, speed_up_range, star_follows, strategy, where,
+        search_guidance.best_point, speed_up_range, star_follows, strategy, where,
     )}  # fmt: skip
     environment.globals |= functions | {
         "calls": {"sampling": "inverse", "density": "`log_prob`"},
         "measures": MEASURES,
         "starts": [*product(("images", "noise"), TOLERANCES)],
     }
-    formats = {"code": "`{}`".format, "start": lambda start: f"{start[0]}, {start[1]:g}"}
-    environment.filters |= functions | formats
+    environment.filters |= functions | {
+        "code": "`{}`".format,
+        "start": lambda start: f"{start[0]}, {start[1]:g}",
+        "sampler": lambda name: SAMPLERS.get(name, name),
+    }
     return environment
 
 

@@ -23,7 +23,9 @@ from jacobiflow.evaluation import bayes_accuracy, bits_per_dim
 from jacobiflow.models.flow import Flow
 from jacobiflow.plots import save_png
 from jacobiflow.plots.style import new_figure, simplify_axes, use_style
+from jacobiflow.training import TrainMetrics, read_metrics
 from jacobiflow.utils.files import write_json
+from tools.models.make_images import labels_of
 from tools.pictures.palette import TOUGH_BLOCK
 
 ACCURACY_IMAGES = 1000
@@ -32,8 +34,7 @@ ACCURACY_IMAGES = 1000
 def measure(flow: Flow, test: ImageDataset) -> Json:
     """Bits per dimension of all test images, and class accuracy of the first ones, with the noise of the training."""
     noise = Noise(flow.config.noise_std)
-    assert test.labels is not None, "the test images have no labels"
-    few = replace(test, images=test.images[:ACCURACY_IMAGES], labels=test.labels[:ACCURACY_IMAGES])
+    few = replace(test, images=test.images[:ACCURACY_IMAGES], labels=labels_of(test)[:ACCURACY_IMAGES])
     return {
         "bits_per_dim_noisy" if noise.std else "bits_per_dim": bits_per_dim(flow, test, noise),
         "bayes_accuracy": bayes_accuracy(flow, few, noise),
@@ -42,13 +43,13 @@ def measure(flow: Flow, test: ImageDataset) -> Json:
 
 
 @use_style
-def loss_figure(metrics: list[dict[str, float]]) -> Figure:
+def loss_figure(metrics: list[TrainMetrics]) -> Figure:
     """The loss curve, each point the mean of 50 steps."""
-    steps, losses = (np.array([row[key] for row in metrics]) for key in ("step", "loss"))
-    usable = len(losses) // 50 * 50
+    usable = metrics[: len(metrics) // 50 * 50]
+    steps, losses = np.array([(row.step, row.loss) for row in usable]).reshape(-1, 50, 2).mean(axis=1).T
     figure = new_figure(3.4)
     axis = figure.subplots()
-    axis.plot(steps[:usable].reshape(-1, 50).mean(1), losses[:usable].reshape(-1, 50).mean(1), color=TOUGH_BLOCK)
+    axis.plot(steps, losses, color=TOUGH_BLOCK)
     axis.set(xlabel="step", ylabel="loss (nats per dimension)")
     simplify_axes(axis)
     return figure
@@ -69,7 +70,7 @@ def main() -> None:
         trained.recommended = recommended(json.loads(search.read_text())["runs"])
     trained.save_pretrained(folder, dtype=torch.float16)
     flow = jf.load(options.name)
-    metrics = [json.loads(line) for line in (options.run / "metrics.jsonl").read_text().splitlines()]
+    metrics = read_metrics(options.run)
     channels, size, _ = flow.require_images()
     split: Split = "test" if "test" in available_splits(options.images) else "train"
     test = load_images(options.images, size, channels, split)
@@ -77,8 +78,8 @@ def main() -> None:
         "command": "python -m tools.models.bundle_model",
         "name": options.name,
         "machine": options.machine,
-        "steps": metrics[-1]["step"],
-        "training_seconds": metrics[-1]["seconds"],
+        "steps": metrics[-1].step,
+        "training_seconds": metrics[-1].seconds,
         "parameters": sum(p.numel() for p in flow.parameters()),
         "bytes": (folder / "model.safetensors").stat().st_size,
         "test_images": len(test),

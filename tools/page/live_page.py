@@ -11,22 +11,13 @@ import jacobiflow as jf
 from benchmarks import ROOT
 from jacobiflow.utils.files import sha256, write_atomically, write_json
 from tools.npm import npm_files
-from tools.page.graphs import block_graphs, round_rows, stored_weights
+from tools.page.graphs import block_graphs, stored_weights
 
 MODEL, WINDOW, TOLERANCE = "fashion-p2", 8, 1e-3
 STATIC = ROOT / "tools/page/static"
 RUNTIME, VERSION = "onnxruntime-web", "1.30.0"
 RUNTIME_FILES = ["ort.wasm.min.mjs", "ort-wasm-simd-threaded.mjs", "ort-wasm-simd-threaded.wasm"]
 SHA512 = "q0y+JrrtukXSzsBWEMccVfqX25LRmosXHF+CaRJmg8pZClzcV7svNc4rKY3jL02Vb7QmRMDs1SigqR4CXAfKYQ=="
-
-
-def round_weights(flow: jf.TarFlow) -> jf.TarFlow:
-    """Rounds the matrices of a flow in place, as an export stores them. Returns the flow."""
-    for parameter in flow.parameters():
-        if parameter.ndim == 2:
-            multiples, steps = round_rows(parameter.data)
-            parameter.data = multiples * steps
-    return flow
 
 
 def export(flow: jf.TarFlow, out: Path, guidance: jf.Guidance) -> dict[str, Any]:

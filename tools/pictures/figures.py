@@ -216,7 +216,7 @@ def training() -> Figure:
                 share = run["seconds"][way][phase] / run["total"]["library"]
                 axis.barh(y, share, 0.75, left, color=color, label=phase)
                 left += share
-            text = seconds_text(run["total"][way]) + (f", {format_speed_up(run['speed_up'])} faster" if row else "")
+            text = f"{run['total'][way]:.3g} s" + (f", {format_speed_up(run['speed_up'])} faster" if row else "")
             axis.text(left + 0.01, y, text, va="center", color=TEXT_COLOR)
     axis.set_yticks([*labels], labels.values())
     axis.tick_params(length=0)
@@ -261,10 +261,6 @@ def alanine() -> Figure:
     return figure
 
 
-def seconds_text(seconds: float) -> str:
-    return f"{seconds:.{0 if seconds >= 9.95 else 1 if seconds >= 0.95 else 2}f} s"
-
-
 def front() -> None:
     """The tough block of an image token by token, by a window, and with all tokens at once, as an animation."""
     flow = jf.load(MODEL).requires_grad_(False)
@@ -277,13 +273,13 @@ def front() -> None:
 
 def main() -> None:
     options = parser(__doc__)
-    options.add_argument("names", nargs="*", metavar="NAME", help="such as training; by default all, and front.gif")
+    options.add_argument("names", nargs="*", metavar="NAME", help="such as training or front; by default all")
     names = options.parse_args().names
     for draw in (partitions, error_against_time, regimes, masked_flows, speed, training, alanine):
         name = draw.__name__.replace("_", "-")
         if not names or name in names:
             save_png(draw(), FIGURES / f"{name}.png")
-    if not names:
+    if not names or "front" in names:
         front()
 
 

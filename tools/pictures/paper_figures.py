@@ -50,10 +50,11 @@ def draw_figures(flow: Flow, report: CalibrationReport, out: Path, name: str, st
     save_png(intermediates_sheet([images[:SHOWN] for images in steps], denoise > 0), out / f"{name}-sampling.png")
     exact = steps[-2] if denoise else sequential.images
     columns = [] if labels is None else [f"class {label}" for label in labels.tolist()]
-    rows = [
-        captioned(case, sample(strategy=plan, settings=None).images, exact)
-        for case, plan in strategies_of(report, notation).items()
-    ]
+    rows = []
+    for case, plan in strategies_of(report, notation).items():
+        images = sample(strategy=plan, settings=None).images
+        error = (images - exact).abs()
+        rows.append((f"{case}: error max {error.max():.1e}, mean {error.mean():.1e}", images))
     save_png(rows_sheet([*rows, ("sequential", exact)], columns=columns), out / f"{name}-guesses.png")
     other = sample(strategy=jf.Strategy.parse(notation, report), settings=jf.SamplingSettings(denoise=denoise))
     sheet = comparison_sheet(sequential.images, other.images, ("sequential", notation), columns=columns)
@@ -143,22 +144,16 @@ def strategies_of(report: CalibrationReport, notation: str) -> dict[str, jf.Stra
     }
 
 
-def captioned(name: str, images: Tensor, exact: Tensor) -> tuple[str, Tensor]:
-    error = (images - exact).abs()
-    return f"{name}: error max {error.max():.1e}, mean {error.mean():.1e}", images
-
-
 def main() -> None:
     arguments = parser(__doc__)
     arguments.add_argument("model", help="a bundled name, or a model folder with a report.json")
     arguments.add_argument("--strategy", help="compared with the exact loop; default: the report's own proposal")
-    arguments.add_argument("--out", type=Path, default=FIGURES)
     options = arguments.parse_args()
     flow = jf.load(options.model)
     path = jf.find_report(flow)
     if path is None:
         raise SystemExit(f"{options.model}: has no report.json; make one with jacobiflow calibrate")
-    draw_figures(flow, CalibrationReport.load(path), options.out, Path(options.model).name, options.strategy)
+    draw_figures(flow, CalibrationReport.load(path), FIGURES, Path(options.model).name, options.strategy)
 
 
 if __name__ == "__main__":

@@ -50,7 +50,7 @@ app.command("jacobiflow.cli.calibrate:CalibrateConfig", name="calibrate", sort_k
 app.command("jacobiflow.cli.plan:PlanConfig", name="plan", sort_key=3)
 app.command("jacobiflow.cli.bench:BenchConfig", name="bench", sort_key=4)
 app.command("jacobiflow.cli.evaluate:EvaluateConfig", name="evaluate", sort_key=5)
-app.command("jacobiflow.cli.train:TrainOptions", name="train", sort_key=6)
+app.command("jacobiflow.cli.train:TrainConfig", name="train", sort_key=6)
 app.command("jacobiflow.cli.convert:ConvertConfig", name="convert", sort_key=7)
 app.command("jacobiflow.cli.info:InfoConfig", name="info", sort_key=8)
 

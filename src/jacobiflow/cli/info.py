@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -110,23 +110,24 @@ def _format_bytes(size: int | None) -> str:
 
 
 def _check(path: str) -> InfoResult:
-    from jacobiflow import training
     from jacobiflow.models.checkpoints.folder import CONFIG, INDEX, WEIGHTS, list_bundled
-    from jacobiflow.utils.files import MANIFEST
+    from jacobiflow.training import folder as training
+    from jacobiflow.utils.files import MANIFEST, read_object
 
     folder = list_bundled().get(path, Path(path))
-    kinds = {
-        "a model": ((CONFIG, WEIGHTS, INDEX), _model_problems),
-        "samples": ((MANIFEST,), lambda path: jf.SampleFolder.open(path).problems()),
-        "a training run": (("run.json",), training.problems),
-    }
-    content = [name for name, (files, _) in kinds.items() if any((folder / file).exists() for file in files)]
-    if not content:
+    checks: dict[str, Iterable[str]] = {}
+    if any((folder / file).exists() for file in (CONFIG, WEIGHTS, INDEX)):
+        checks["a model"] = _model_problems(folder)
+    if (read_object(folder / MANIFEST) or {}).get("kind") == training.KIND:
+        checks["a training run"] = training.problems(folder)
+    elif (folder / MANIFEST).exists():
+        checks["samples"] = jf.SampleFolder.open(folder).problems()
+    if not checks:
         raise InputValueError(f"{path}: no model, samples or training run; give the folder of one, or a model's name")
-    problems = [one_line(problem) for name in content for problem in kinds[name][1](folder)]
-    values: dict[str, Any] = {"checked": content, "problems": problems}
-    lines = problems or [f"{path}: no problem; checked {' and '.join(content)}"]
-    if "samples" in content and not problems:
+    problems = [one_line(problem) for found in checks.values() for problem in found]
+    values: dict[str, Any] = {"checked": list(checks), "problems": problems}
+    lines = problems or [f"{path}: no problem; checked {' and '.join(checks)}"]
+    if "samples" in checks and not problems:
         outcome = jf.SampleFolder.open(folder).outcome()
         values["outcome"] = asdict(outcome)
         lines.append(str(outcome))

@@ -14,7 +14,7 @@ import jacobiflow as jf
 from jacobiflow.cli import options
 from jacobiflow.cli.output import format_count, progress_bar
 from jacobiflow.errors import InputValueError
-from jacobiflow.training.config import TrainConfig
+from jacobiflow.training.config import TrainingConfig
 from jacobiflow.utils.provenance import Provenance
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ _MAX_NATURAL_SIZE = 256  # Larger images are trained on only if --image-size is 
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainOptions(options.Config):
+class TrainConfig(options.Config):
     """Train a TarFlow or a MAF.
 
     The same command again resumes a run that was stopped. Ctrl-C, SIGTERM and SIGUSR1 save a checkpoint and end the
@@ -75,7 +75,7 @@ class TrainOptions(options.Config):
     horizontal_flip: Annotated[options.Flag, options.DATA] = False
     translate: Annotated[int, options.DATA] = 0
     hue: Annotated[float, options.DATA] = 0.0
-    training: Annotated[TrainConfig, options.TRAINING, options.NEGATABLE, Parameter(name="*")]
+    training: Annotated[TrainingConfig, options.TRAINING, options.NEGATABLE, Parameter(name="*")]
     device: options.Device = "auto"
     out: Annotated[Path, options.OUTPUT]
 
@@ -93,27 +93,25 @@ class TrainResult(Provenance):
     last_step: TrainMetrics | None
 
 
-def run(config: TrainOptions) -> TrainResult | None:
+def run(config: TrainConfig) -> TrainResult | None:
     """Trains the flow, or resumes its training."""
     import torch
 
     from jacobiflow import plots, training
-    from jacobiflow.training.folder import last_checkpoint
+    from jacobiflow.training.checkpoint import last_step
     from jacobiflow.training.processes import process_group
-    from jacobiflow.training.transforms import image_transform
     from jacobiflow.utils import timing
     from jacobiflow.utils.checks import check_device
     from jacobiflow.utils.launch import find_launch, local_device
 
     data = _training_images(config)
     held_out = _held_out_images(config, data)
-    flow_class, flow_config = _flow_config(config, data)
-    device = check_device(local_device(config.device))
     torch.manual_seed(config.training.seed)
-    flow = flow_class(flow_config).to(device)
-    transform = image_transform(flow.require_images(), config.horizontal_flip, config.translate, config.hue)
+    flow = _make_flow(config, data)
+    flow.to(check_device(local_device(config.device)))
+    transform = training.image_transform(flow.require_images(), config.horizontal_flip, config.translate, config.hue)
 
-    start, _ = last_checkpoint(config.out)
+    start = last_step(config.out)
     is_first, num_steps = find_launch().rank == 0, config.training.steps
     if is_first:
         print(_summary(config, data, held_out, flow), file=sys.stderr)
@@ -139,11 +137,12 @@ def run(config: TrainOptions) -> TrainResult | None:
     if not is_first:
         return None
     metrics = training.read_metrics(config.out)
-    last_step = metrics[-1] if metrics else None  # The user may have deleted the file of a run that is complete.
-    return TrainResult(flow_config, last_step, machine=timing.describe_machine(device))
+    # The user may have deleted the metrics of a run that is complete.
+    machine = timing.describe_machine(flow.var.device)
+    return TrainResult(flow.config, metrics[-1] if metrics else None, machine=machine)
 
 
-def show(config: TrainOptions, result: TrainResult) -> None:
+def show(config: TrainConfig, result: TrainResult) -> None:
     """Prints the last step."""
     if result.last_step is not None:
         last = result.last_step
@@ -151,7 +150,7 @@ def show(config: TrainOptions, result: TrainResult) -> None:
     print(f"wrote the model folder {config.out}")
 
 
-def _training_images(config: TrainOptions) -> ImageDataset:
+def _training_images(config: TrainConfig) -> ImageDataset:
     """Loads the images of `--images`, by default at their own size and in their own colour."""
     from jacobiflow.data import ImageFiles, load_images
 
@@ -169,7 +168,7 @@ def _training_images(config: TrainOptions) -> ImageDataset:
     return data if size in (None, natural) else load_images(config.images, size, config.in_channels)
 
 
-def _held_out_images(config: TrainOptions, data: ImageDataset) -> ImageDataset | None:
+def _held_out_images(config: TrainConfig, data: ImageDataset) -> ImageDataset | None:
     """Loads images of `--held-out`, or of the test split, in the size and colour of the training images."""
     from jacobiflow.data import available_splits, load_images
 
@@ -187,7 +186,7 @@ def _held_out_images(config: TrainOptions, data: ImageDataset) -> ImageDataset |
     return held_out.evenly_spaced(min(_NUM_HELD_OUT, len(held_out)))  # A folder's images are sorted by class.
 
 
-def _summary(config: TrainOptions, data: ImageDataset, held_out: ImageDataset | None, flow: Flow) -> str:
+def _summary(config: TrainConfig, data: ImageDataset, held_out: ImageDataset | None, flow: Flow) -> str:
     """Describes the data, the flow and the run."""
     from jacobiflow.data import ImageFiles
 
@@ -206,8 +205,8 @@ def _summary(config: TrainOptions, data: ImageDataset, held_out: ImageDataset | 
     )
 
 
-def _flow_config(config: TrainOptions, data: ImageDataset) -> tuple[type[Flow], FlowConfig]:
-    """Returns the class of the flow and its config; raises ValueError for an option that this flow does not have."""
+def _make_flow(config: TrainConfig, data: ImageDataset) -> Flow:
+    """Makes the flow; raises InputValueError for an option that it does not have."""
     from jacobiflow.models.flow import Flow
     from jacobiflow.models.registry import FLOWS
 
@@ -215,25 +214,26 @@ def _flow_config(config: TrainOptions, data: ImageDataset) -> tuple[type[Flow], 
     trainable = [name for name, method in methods.items() if method is not vars(Flow)["config_from_options"]]
     if config.flow not in trainable:
         raise InputValueError(f"--flow {config.flow}: give one of {', '.join(sorted(trainable))}")
-    make_config = FLOWS[config.flow].config_from_options
+    flow_class = FLOWS[config.flow]
     names = ("patch_size", "head_dim", "noise_std", "volume_preserving")
     extra = {name: value for name in names if (value := getattr(config, name)) is not None}
     for name, value in extra.items():
-        if name not in inspect.signature(make_config).parameters:
+        if name not in inspect.signature(flow_class.config_from_options).parameters:
             raise InputValueError(f"not an option of --flow {config.flow}; leave it out", argument=name, value=value)
     channels, size, _ = data.images.shape[1:]
     num_classes = 0 if config.unconditional or data.labels is None else int(data.labels.max()) + 1
-    return FLOWS[config.flow], make_config(
+    flow_config = flow_class.config_from_options(
         in_channels=channels, image_size=size, channels=config.channels, blocks=config.num_blocks,
         layers=config.layers_per_block, num_classes=num_classes, **extra,
     )  # fmt: skip
+    return flow_class(flow_config)
 
 
-def describe_kept(config: TrainOptions) -> str:
+def describe_kept(config: TrainConfig) -> str:
     """Describes the checkpoint that Ctrl-C leaves, and how to go on."""
-    from jacobiflow.training.folder import last_checkpoint
+    from jacobiflow.training.checkpoint import last_step
 
-    step, _ = last_checkpoint(config.out)
+    step = last_step(config.out)
     if not step:
         return "before the first checkpoint; run the same command to start again"
     return f"checkpoint at step {step:,} of {config.training.steps:,} in {config.out}; run the same command to resume"

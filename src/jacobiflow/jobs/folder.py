@@ -99,21 +99,20 @@ class JobFolder:
             return None
         if manifest.get("format_version") != self.version:
             raise JobFolderError(
-                f"{path}: {self.kind} of another version of jacobiflow; use them with that version, or give another "
-                "folder"
+                f"{path}: {self.kind} of another version of jacobiflow; go on with that version, or give another folder"
             )
         spec = manifest.get("spec")
         if not isinstance(spec, dict) or files.sha256(files.json_bytes(spec)) != manifest.get("spec_sha256"):
             raise JobFolderError(f"{path}: has changed since it was written; restore it, or give another folder")
         return spec
 
-    def check_spec(self, spec: Mapping[str, Any]) -> None:
+    def check_spec(self, spec: Mapping[str, Any], remedy: str = "give another folder, or overwrite it") -> None:
         """Raises JobFolderError if the job in the folder is of another spec; the message names all differences."""
         earlier = self.read_spec() or {}
         names = [name for name in {**earlier, **spec} if earlier.get(name) != spec.get(name)]
         if names:
             texts = "; ".join(_describe_difference(name, earlier.get(name), spec.get(name)) for name in names)
-            raise JobFolderError(f"{self.path}: holds {self.kind} of {texts}; give another folder, or overwrite it")
+            raise JobFolderError(f"{self.path}: holds {self.kind} of {texts}; {remedy}")
 
     def write_manifest(self, spec: Mapping[str, Any], machine: Mapping[str, Any]) -> None:
         """Starts a job, or changes its spec.

@@ -4,22 +4,20 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from jacobiflow.training.config import TrainConfig
+from jacobiflow.training.config import TrainingConfig
 
 if TYPE_CHECKING:
-    from jacobiflow.training.folder import TrainMetrics, problems, read_metrics
+    from jacobiflow.training.folder import TrainMetrics, read_metrics
     from jacobiflow.training.trainer import train
     from jacobiflow.training.transforms import image_transform
 
-__all__ = ["TrainConfig", "TrainMetrics", "image_transform", "problems", "read_metrics", "train"]
+__all__ = ["TrainMetrics", "TrainingConfig", "image_transform", "read_metrics", "train"]
 
 
 def __getattr__(name: str) -> Any:
-    """Imports PyTorch only when it is needed; the command line reads the options from `TrainConfig` alone."""
+    """Imports the modules that need PyTorch when they are used; the command line reads `TrainingConfig` alone."""
     if name in __all__:
-        from jacobiflow.training.folder import TrainMetrics, problems, read_metrics
-        from jacobiflow.training.trainer import train
-        from jacobiflow.training.transforms import image_transform
+        from jacobiflow.training import folder, trainer, transforms
 
-        return {each.__name__: each for each in (TrainMetrics, problems, read_metrics, train, image_transform)}[name]
+        return {**vars(folder), **vars(trainer), **vars(transforms)}[name]
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,8 +1,4 @@
-"""The state of a training run in safetensors files, which cannot run code.
-
-Each process writes the rows that only it has of sharded tensors, and the first process also the tensors that all have.
-The header of a file has the number of the first row of each of its tensors.
-"""
+"""The state of a training run in a safetensors file, which cannot run code."""
 
 from __future__ import annotations
 
@@ -15,83 +11,80 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from jacobiflow.errors import InputValueError, first_line
-from jacobiflow.training.processes import barrier, rank, world_size
+from jacobiflow.training.processes import rank
 from jacobiflow.utils.files import atomic_path
 
-_FILE = "part-{:05}-of-{:05}.safetensors"
+CHECKPOINT = "checkpoint.safetensors"
+
+
+def last_step(out: Path) -> int:
+    """Returns the step of the checkpoint in the folder of a run; 0 if there is none."""
+    if not (out / CHECKPOINT).exists():
+        return 0
+    with _open(out) as file:
+        return int(file.metadata()["step"])
 
 
 @torch.no_grad()
-def write_state(folder: Path, state: Mapping[str, Tensor]) -> None:
-    """Writes the tensors of a state to a file of each process in a folder; all processes call it."""
-    num_files = world_size() if any(isinstance(x, DTensor) for x in state.values()) else 1
-    if rank() < num_files:
-        local = {name: _local_rows(x) for name, x in state.items() if rank() == 0 or isinstance(x, DTensor)}
-        tensors = {name: rows.cpu().contiguous() for name, (rows, _) in local.items()}
-        first_rows = {name: str(first) for name, (_, first) in local.items()}
-        with atomic_path(folder / _FILE.format(rank() + 1, num_files)) as path:
-            save_file(tensors, path, first_rows)
-    barrier()  # All files are complete.
+def gather(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Returns the whole tensors of a state on the CPU in the first process. All processes call it."""
+    tensors = {}
+    for name, tensor in state.items():
+        whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        if rank() == 0:
+            tensors[name] = whole.detach().cpu().contiguous()
+    return tensors
+
+
+def write_checkpoint(out: Path, step: int, state: Mapping[str, Tensor]) -> None:
+    """Replaces the checkpoint in the folder of a run. All processes call it."""
+    tensors = gather(state)
+    if rank() == 0:
+        with atomic_path(out / CHECKPOINT) as path:
+            save_file(tensors, path, {"step": str(step)})
 
 
 @torch.no_grad()
-def read_state(folder: Path, state: Mapping[str, Tensor]) -> None:
-    """Copies the tensors in a folder to those of a state; every process reads the rows that it has.
+def read_checkpoint(out: Path, state: Mapping[str, Tensor]) -> None:
+    """Copies the tensors of the checkpoint to those of a state. All processes call it, and shard them as the state is.
 
     Raises:
-        ValueError: If a file is missing or damaged, or the state has other tensors.
+        InputValueError: If the file is damaged, or of another state.
     """
-    targets = {name: _local_rows(tensor) for name, tensor in state.items()}
-    missing = {name: len(rows) for name, (rows, _) in targets.items()}
-    with _named_errors(folder):
-        for name, offset, stored in _stored(folder):
-            rows, first = targets[name]
-            start, stop = max(first, offset), min(first + len(rows), offset + stored.get_shape()[0])
-            if start < stop:
-                target, values = rows[start - first : stop - first], stored[start - offset : stop - offset]
-                if (values.dtype, values.shape) != (target.dtype, target.shape) or not values.isfinite().all():
-                    raise ValueError(f"{name} has another shape or dtype, or non-finite values")
-                target.copy_(values)
-                missing[name] -= stop - start
-        if incomplete := [name for name, num in missing.items() if num]:
-            raise ValueError(f"{incomplete[0]} is not complete")
+    with _open(out) as file:
+        for name, tensor in state.items():
+            stored = _read_finite(file, name)
+            if (stored.dtype, stored.shape) != (tensor.dtype, tensor.shape):
+                raise ValueError(f"{name} has another shape or dtype")
+            if isinstance(tensor, DTensor):
+                stored = distribute_tensor(stored.to(tensor.device), tensor.device_mesh, tensor.placements)
+            tensor.copy_(stored)
 
 
-def check_state(folder: Path) -> None:
-    """Raises ValueError if a file of a folder is missing or damaged."""
-    with _named_errors(folder):
-        for name, _, stored in _stored(folder):
-            if not stored[:].isfinite().all():
-                raise ValueError(f"{name} has non-finite values")
+def check_checkpoint(out: Path) -> None:
+    """Raises InputValueError if the checkpoint in a folder is damaged."""
+    if (out / CHECKPOINT).exists():
+        with _open(out) as file:
+            for name in file.keys():  # noqa: SIM118 - it is no mapping
+                _read_finite(file, name)
 
 
-def _stored(folder: Path) -> Iterator[tuple[str, int, Any]]:
-    """Yields the name, the number of the first row, and the values of each tensor; slices of them are read."""
-    files = sorted(folder.glob("*.safetensors"))
-    if not files or [file.name for file in files] != [_FILE.format(i + 1, len(files)) for i in range(len(files))]:
-        raise ValueError("a file is missing, or has another name")
-    for file in files:
-        with safe_open(file, "pt") as content:
-            first_rows = content.metadata() or {}
-            for name in content.keys():  # noqa: SIM118 - it is no mapping
-                yield name, int(first_rows[name]), content.get_slice(name)
-
-
-def _local_rows(tensor: Tensor) -> tuple[Tensor, int]:
-    """Returns the rows of a tensor that this process has, and the number of the first one."""
-    if not isinstance(tensor, DTensor):
-        return torch.atleast_1d(tensor), 0
-    num = -(-len(tensor) // tensor.device_mesh.size())  # FSDP gives each process so many rows, while there are some.
-    return tensor.to_local(), num * tensor.device_mesh.get_local_rank()
+def _read_finite(file: Any, name: str) -> Tensor:
+    tensor: Tensor = file.get_tensor(name)
+    if not tensor.isfinite().all():
+        raise ValueError(f"{name} has non-finite values")
+    return tensor
 
 
 @contextmanager
-def _named_errors(folder: Path) -> Iterator[None]:
+def _open(out: Path) -> Iterator[Any]:
+    path = out / CHECKPOINT
     try:
-        yield
-    except (OSError, SafetensorError, LookupError, ValueError) as error:
+        with safe_open(path, "pt") as file:
+            yield file
+    except (OSError, SafetensorError, LookupError, TypeError, ValueError) as error:
         remedy = "copy it again, or move it away to start again"
-        raise InputValueError(f"{folder}: damaged, or of another flow ({first_line(error)}); {remedy}") from error
+        raise InputValueError(f"{path}: damaged, or of another flow ({first_line(error)}); {remedy}") from error

@@ -12,7 +12,7 @@ MAY_CHANGE = frozenset({"steps", "checkpoint_every", "sample_every", "accumulati
 
 
 @dataclass(frozen=True)
-class TrainConfig:
+class TrainingConfig:
     """Settings of a training run.
 
     Args:
@@ -34,7 +34,7 @@ class TrainConfig:
         sample_every: Steps between pictures of samples; the last step has one, too.
 
     Example:
-        >>> config = TrainConfig(steps=110, learning_rate=0.02, warmup=10)
+        >>> config = TrainingConfig(steps=110, learning_rate=0.02, warmup=10)
         >>> config.rate(0), config.rate(9), config.rate(110)
         (0.002, 0.02, 1e-06)
     """

@@ -5,35 +5,40 @@ from __future__ import annotations
 import signal
 import threading
 import time
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-_SAME = 1.0  # Signals within so many seconds are one: a terminal and torchrun both send Ctrl-C.
+# Windows has no SIGUSR1.
+_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
+_SAME_SIGNAL_SECONDS = 1.0  # Signals within this time are one: a terminal and torchrun both send Ctrl-C.
 
 
-class StopSignals:
-    """Receives SIGINT, SIGTERM and SIGUSR1 while its block runs, in the main thread.
+@contextmanager
+def stop_signals() -> Iterator[threading.Event]:
+    """Yields an event that SIGINT, SIGTERM and SIGUSR1 set until the block ends, if this is the main thread.
 
-    Attributes:
-        received: Whether a signal has come. A second one raises KeyboardInterrupt.
+    Another signal then raises KeyboardInterrupt.
     """
+    stop, first_time = threading.Event(), 0.0
 
-    def __init__(self) -> None:
-        self.received = False
-        self._time = 0.0
-        self._earlier: dict[int, Any] = {}
+    def receive(number: int, frame: object) -> None:
+        nonlocal first_time
+        if not stop.is_set():
+            first_time = time.monotonic()
+            stop.set()
+        elif time.monotonic() - first_time > _SAME_SIGNAL_SECONDS:
+            raise KeyboardInterrupt
 
-    def __enter__(self) -> StopSignals:
-        if threading.current_thread() is threading.main_thread():
-            self._earlier = {number: signal.signal(number, self._receive) for number in _SIGNALS}
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        for number, handler in self._earlier.items():
+    is_main = threading.current_thread() is threading.main_thread()
+    earlier = {number: signal.signal(number, receive) for number in _SIGNALS if is_main}
+    try:
+        yield stop
+    finally:
+        for number, handler in earlier.items():
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
-    def _receive(self, number: int, frame: object) -> None:
-        now = time.monotonic()
-        if self.received and now - self._time > _SAME:
-            raise KeyboardInterrupt
-        self.received, self._time = True, now
+
+def ignore_stop_signals(worker: int) -> None:
+    """Lets a worker process of a data loader go on, since the training process needs it until the end of the step."""
+    for number in _SIGNALS:
+        signal.signal(number, signal.SIG_IGN)

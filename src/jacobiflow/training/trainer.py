@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch import Tensor
 
 from jacobiflow.blocks.guidance import SamplingSettings
 from jacobiflow.data.dataset import ImageDataset
@@ -22,33 +20,26 @@ from jacobiflow.errors import InputValueError
 from jacobiflow.models.checkpoints.folder import check_own_model, write_model
 from jacobiflow.models.flow import Flow, check_flow
 from jacobiflow.training import folder
-from jacobiflow.training.checkpoint import read_state
-from jacobiflow.training.config import MAY_CHANGE, TrainConfig
+from jacobiflow.training.checkpoint import last_step, read_checkpoint, write_checkpoint
+from jacobiflow.training.config import MAY_CHANGE, TrainingConfig
 from jacobiflow.training.folder import TrainMetrics
-from jacobiflow.training.loading import (
-    HELD_OUT,
-    TRAINING,
-    Batch,
-    NoisyItems,
-    keys_of_process,
-    keys_of_step,
-    load_batches,
-)
-from jacobiflow.training.parallel import ParallelFlow, to_flow
+from jacobiflow.training.loading import Key, NoisyItems, keys_of_process, keys_of_step, load_batches
 from jacobiflow.training.processes import barrier, rank, world_size
-from jacobiflow.training.signals import StopSignals
+from jacobiflow.training.signals import stop_signals
+from jacobiflow.training.state import TrainState, sum_over_processes, to_flow
+from jacobiflow.utils import files, serialization
 from jacobiflow.utils.checks import check_kind
-from jacobiflow.utils.files import locked
 from jacobiflow.utils.progress import Progress
+from jacobiflow.utils.timing import describe_machine
 
 _PRIOR_MOMENTUM = 0.1  # Weight of the newest batch in the moving average of z^2.
-_NUM_CHECKED = 16  # Items whose checksum tells data sets apart.
+_NUM_CHECKED = 16  # At least so many items have a checksum, which tells data sets and transforms apart.
 
 
 def train(
     flow: Flow,
     data: Any,
-    config: TrainConfig,
+    config: TrainingConfig,
     out: str | Path,
     *,
     held_out: Any = None,
@@ -84,7 +75,7 @@ def train(
         out: The folder of the run, which is new or empty at first. It is on a disk that all processes see.
         held_out: A dataset whose loss under the averaged flow is measured at each checkpoint.
         transform: Changes the data of an item at random, before noise is added, such as a torchvision transform. It
-            draws from PyTorch's global generator.
+            draws from PyTorch's global generator only, so that a resumed run can tell that it is the same.
         on_step: Called with the metrics of every step in the first process.
         on_sample: Called with the averaged flow and the step in the first process, every `sample_every` steps
             and after the last one.
@@ -102,50 +93,48 @@ def train(
         >>> from jacobiflow.data import digits
         >>> flow = jf.MAF(jf.MAFConfig(1, 8, hidden_features=16, num_blocks=2))
         >>> with tempfile.TemporaryDirectory() as out:
-        ...     train(flow, digits(), TrainConfig(steps=2), out).config == jf.load(out).config
+        ...     train(flow, digits(), TrainingConfig(steps=2), out).config == jf.load(out).config
         True
     """
-    noise = _check(flow, data, config)
+    _check(flow, config, data, held_out)
     out = Path(out)
-    items = NoisyItems(data, transform, noise, config.label_dropout, config.seed, TRAINING)
-    held_out = None if held_out is None else NoisyItems(held_out, None, noise, 0.0, config.seed, HELD_OUT)
-    run = _describe(flow, config, items)
+    noise = Noise(flow.config.noise_std) if flow.image_shape is not None or flow.config.noise_std else None
+    items = NoisyItems(data, transform, noise, config.label_dropout)
+    held_out = None if held_out is None else NoisyItems(held_out, noise=noise)
     with ExitStack() as stack:
         if rank() == 0:
-            stack.enter_context(locked(out))
+            stack.enter_context(files.locked(out))
             check_own_model(out)
-            folder.start_or_resume(out, run)
+            folder.write_or_check_manifest(out, _describe_run(flow, config, items), describe_machine(flow.var.device))
         barrier()
-        if not (out / folder.RUN).exists():
+        if not (out / files.MANIFEST).exists():
             raise InputValueError(f"{out}: process {rank()} does not see it; give a folder on a shared disk")
-        stop = stack.enter_context(StopSignals())
-        state = _Run(flow, items, held_out, config, out)
-        board = None
-        if rank() == 0 and state.step < config.steps:
-            board = stack.enter_context(folder.open_board(out, state.step))
-        for metrics in state.steps(stop):
-            if board is not None:
-                board(metrics)
+        stop = stack.enter_context(stop_signals())
+        run = _Run(flow, items, held_out, config, out)
+        write_to_board = stack.enter_context(folder.open_board(out, run.step))
+        while run.step < config.steps and not run.is_stopped:
+            metrics = run.take_step(stop.is_set())
+            write_to_board(metrics)
             if rank() == 0 and on_step is not None:
                 on_step(metrics)
             if rank() == 0 and progress is not None:
-                progress(metrics.step, config.steps, "training")
-            if on_sample is not None and (metrics.step % config.sample_every == 0 or metrics.step == config.steps):
-                average = state.parallel.averaged_flow()
+                progress(run.step, config.steps, "training")
+            if on_sample is not None and (run.step % config.sample_every == 0 or run.step == config.steps):
+                average = run.state.averaged_flow()
                 if average is not None:
-                    on_sample(average, metrics.step)
-        state.save()
-        if state.stopped and state.step < config.steps:
+                    on_sample(average, run.step)
+            if run.step % config.checkpoint_every == 0 and run.step < config.steps:
+                run.save()
+        run.save()
+        if run.step < config.steps:
             raise KeyboardInterrupt
-    return type(flow).from_pretrained(out) if state.parallel.is_sharded else state.parallel.average.flow
+    return type(flow).from_pretrained(out) if run.state.is_sharded else run.state.average.flow
 
 
-def _check(flow: Flow, data: Any, config: TrainConfig) -> Noise | None:
-    """Raises ValueError if flow, data and settings do not fit each other; returns the noise of the data."""
+def _check(flow: Flow, config: TrainingConfig, data: Any, held_out: Any) -> None:
+    """Raises InputError if flow, settings and data do not fit each other."""
     check_flow(flow)
-    check_kind("config", config, TrainConfig, "a TrainConfig")
-    std = flow.config.noise_std
-    noise = None if flow.image_shape is None and not std else Noise(std)
+    check_kind("config", config, TrainingConfig, "a TrainingConfig")
     if len(data) < config.batch_size:
         message = f"there are only {len(data)} samples"
         raise InputValueError(message, argument="batch_size", value=config.batch_size)
@@ -157,25 +146,27 @@ def _check(flow: Flow, data: Any, config: TrainConfig) -> Noise | None:
             argument="batch_size",
             value=config.batch_size,
         )
-    if isinstance(data, ImageDataset) and data.labels is not None and flow.config.num_classes:
-        flow.check_labels(data.labels, len(data))
-    flow.check_data(NoisyItems(data, None, None, 0.0, 0, 0).__getitems__([(0, 0)]).x, "data")
-    return noise
+    for name, dataset in (("data", data), ("held_out", held_out)):
+        if dataset is not None:
+            first = NoisyItems(dataset).__getitems__([(0, 0)])
+            flow.check_data(first.x, name)
+            flow.check_context(to_flow(first, flow)[1], 1)
+        if isinstance(dataset, ImageDataset) and dataset.labels is not None and flow.config.num_classes:
+            flow.check_labels(dataset.labels, len(dataset))
 
 
-def _describe(flow: Flow, config: TrainConfig, items: NoisyItems) -> dict[str, Any]:
-    """Returns the flow, settings and data that must not differ on resume."""
-    plain, num = replace(items, transform=None, noise=None, dropout=0.0), len(items.data)
-    digest = hashlib.sha256()
-    for index in range(0, num, max(num // _NUM_CHECKED, 1)):
-        for tensor in plain.__getitems__([(0, index)]):
-            if tensor is not None:
-                digest.update(tensor.contiguous().numpy().data)
+def _describe_run(flow: Flow, config: TrainingConfig, items: NoisyItems) -> dict[str, Any]:
+    """Returns the flow, settings and data that must not differ on resume, as a JSON object."""
+    num = len(items.data)
+    keys = [(i, i) for i in range(0, num, max(num // _NUM_CHECKED, 1))]
+    batch = replace(items, noise=None).__getitems__(keys)
+    tensors = [tensor.view(torch.uint8) for tensor in (batch.x, batch.context) if tensor is not None]
+    checksum = files.sha256(*(tensor.numpy().tobytes() for tensor in tensors))
     settings = {name: value for name, value in asdict(config).items() if name not in MAY_CHANGE}
-    transform = repr(items.transform) if isinstance(items.transform, nn.Module) else type(items.transform).__name__
-    data = f"{num:,} samples with checksum {digest.hexdigest()[:16]}"
-    names = {"transform": transform, "data": data, "classes": _class_names(flow, items.data)}
-    return {"flow": flow.model_type, **asdict(flow.config), **settings, **names}
+    return {
+        "flow": flow.model_type, **serialization.encode(flow.config), **settings, "number_of_samples": num,
+        "classes": list(_class_names(flow, items.data)), "data_or_transform_sha256": checksum,
+    }  # fmt: skip
 
 
 def _class_names(flow: Flow, data: Any) -> tuple[str, ...]:
@@ -185,127 +176,81 @@ def _class_names(flow: Flow, data: Any) -> tuple[str, ...]:
 
 
 class _Run:
-    """The state of a training run.
+    """A training run at a step.
 
     Attributes:
         step: Number of steps that are done.
-        stopped: Whether a signal ended the run before its last step.
+        is_stopped: Whether a process has received a signal.
     """
 
     def __init__(
-        self, flow: Flow, items: NoisyItems, held_out: NoisyItems | None, config: TrainConfig, out: Path
+        self, flow: Flow, items: NoisyItems, held_out: NoisyItems | None, config: TrainingConfig, out: Path
     ) -> None:
         self.items, self.held_out, self.config, self.out = items, held_out, config, out
-        self.step, checkpoint = folder.last_checkpoint(out)
-        self.seconds, self.stopped, self._saved_step = 0.0, False, -1
-        self._unsaved_lines = list[str]()
-        if checkpoint is None and type(flow).initialize is not Flow.initialize:
-            keys = keys_of_step(len(items.data), 0, config)
-            flow.initialize(*to_flow(items.__getitems__(keys), flow))
-        self.parallel = ParallelFlow(flow, config)
-        average = self.parallel.average.flow
+        self.step, self.is_stopped, self._unsaved = last_step(out), False, list[TrainMetrics]()
+        num = len(items.data)
+        if not self.step and type(flow).initialize is not Flow.initialize:
+            flow.initialize(*to_flow(items.__getitems__(keys_of_step(num, 0, config)), flow))
+        self.state = TrainState(flow, config)
+        if self.step:
+            read_checkpoint(out, self.state.tensors())
+        if rank() == 0:
+            folder.remove_later(out, self.step)
+        average = self.state.average.flow
         if flow.config.noise_std:
             average.recommended = SamplingSettings(denoise=1.0)
         average.classes = _class_names(flow, items.data)
-        parameters = self.parallel.loss.parameters()
-        self.optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.95), weight_decay=config.weight_decay)
-        if checkpoint is None:
-            self.parallel.update_average()
-        else:
-            self._resume(checkpoint)
-        if rank() == 0:
-            folder.remove_later(out, self.step)
+        keys = keys_of_process(num, range(self.step, config.steps), config)
+        self._batches = load_batches(items, keys, config.workers)
 
-    def steps(self, stop: StopSignals) -> Iterator[TrainMetrics]:
-        """Takes the steps that are left, and yields their metrics."""
-        config = self.config
-        keys = keys_of_process(len(self.items.data), range(self.step, config.steps), config)
-        batches = load_batches(self.items, keys, config.workers)
-        while self.step < config.steps and not self.stopped:
-            metrics = self._advance(batches, stop)
-            is_due = self.step % config.checkpoint_every == 0 or self.step == config.steps
-            if is_due and self.held_out is not None:
-                metrics = replace(metrics, held_out_loss=self._held_out_loss(self.held_out))
-            self._unsaved_lines.append(metrics.line())
-            yield metrics
-            if is_due:
-                self.save()
-
-    def _advance(self, batches: Iterator[Batch], stop: StopSignals) -> TrainMetrics:
-        """Takes one step of the optimizer."""
-        started, config, parallel = time.perf_counter(), self.config, self.parallel
-        flow = parallel.loss.flow
-        self.optimizer.zero_grad(set_to_none=True)
+    def take_step(self, is_stopping: bool) -> TrainMetrics:
+        """Takes a step of the optimizer; with `is_stopping` in any process it is the last one of all."""
+        started, config, state, flow = time.perf_counter(), self.config, self.state, self.state.flow
         loss, squares = torch.zeros((), device=flow.var.device), torch.zeros_like(flow.var)
         for part in range(config.accumulation):
-            losses = parallel.backward(next(batches), is_last_part=part == config.accumulation - 1)
-            loss, squares = loss + losses.loss.detach().sum(), squares + losses.square_sum
-        norm = nn.utils.clip_grad_norm_(parallel.loss.parameters(), config.max_grad_norm)
-        self.optimizer.param_groups[0]["lr"] = rate = config.rate(self.step)
-        self.optimizer.step()
-        sums = torch.cat((loss.view(1), loss.new_full((1,), stop.received), squares.flatten()))
-        means = parallel.sum_over_processes(sums) / config.batch_size
+            part_loss, part_squares = state.backward(next(self._batches), part == config.accumulation - 1)
+            loss, squares = loss + part_loss, squares + part_squares
+        sums = torch.cat((loss.view(1), loss.new_full((1,), is_stopping), squares.flatten()))
+        means = sum_over_processes(sums) / config.batch_size
         if flow.learns_prior:
             flow.var.lerp_(means[2:].view_as(flow.var), _PRIOR_MOMENTUM)
-        parallel.update_average()
+        rate = config.rate(self.step)
+        grad_norm = state.update(rate)
+        nats, self.is_stopped = float(means[0]), bool(means[1])
         self.step += 1
-        self.stopped = bool(means[1])
-        nats, grad_norm = means[0].item(), (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
         if not math.isfinite(nats) or not math.isfinite(grad_norm):
             raise InputValueError(
                 f"step {self.step}: loss {nats}, gradient norm {grad_norm}; start again in another folder, with a "
                 "smaller learning rate"
             )
-        self.seconds += time.perf_counter() - started
+        state.seconds += time.perf_counter() - started
         bits = None
         if flow.image_shape is not None:
             bits = (nats + 0.5 * math.log(2 * math.pi)) / math.log(2) + 7  # The width of one of 256 levels is 2^-7.
-        return TrainMetrics(self.step, nats, bits, grad_norm, rate, self.seconds)
+        is_due = self.step % config.checkpoint_every == 0 or self.step == config.steps
+        held_out = self._held_out_loss(self.held_out) if is_due and self.held_out is not None else None
+        self._unsaved.append(TrainMetrics(self.step, nats, bits, grad_norm, rate, float(state.seconds), held_out))
+        return self._unsaved[-1]
 
+    @torch.no_grad()
     def _held_out_loss(self, items: NoisyItems) -> float:
-        """Returns the mean loss of the averaged flow on held-out data."""
-        num = len(items.data)
-        share = -(-num // world_size())  # Every process runs as many batches, which sharded layers need.
-        first = rank() * share
-        keys = [(0, (first + i) % num) for i in range(share)]
-        num_own = max(0, min(share, num - first))
-        size = -(-self.config.batch_size // world_size())
-        losses = [
-            self.parallel.losses_of_average(batch).loss
-            for batch in load_batches(items, [keys[i : i + size] for i in range(0, share, size)], self.config.workers)
-        ]
-        total = self.parallel.sum_over_processes(torch.cat(losses)[:num_own].sum())
-        return float(total / num)
+        """Returns the mean loss of the averaged flow on held-out data, whose noise is always the same."""
+        num, count = len(items.data), world_size()
+        # Every process runs as many batches, which sharded layers need; the losses of items from `num` on are left out.
+        indices = range(rank(), -(-num // count) * count, count)
+        size = -(-self.config.batch_size // count)
+        keys: list[Key] = [(i % num, i % num) for i in indices]
+        parts = [keys[first : first + size] for first in range(0, len(keys), size)]
+        batches = load_batches(items, parts, self.config.workers)
+        losses = torch.cat([self.state.average(*to_flow(batch, self.state.flow))[0] for batch in batches])
+        return float(sum_over_processes(losses[: len(range(rank(), num, count))].sum()) / num)
 
     def save(self) -> None:
-        """Writes the metrics, the model folder and the checkpoint of this step, unless they are written."""
-        if self._saved_step == self.step:
-            return
-        average = self.parallel.averaged_flow()
+        """Writes the metrics, the model folder and the checkpoint of this step."""
+        average = self.state.averaged_flow()
         if average is not None:
-            if self._unsaved_lines:
-                with (self.out / folder.METRICS).open("a") as file:
-                    file.writelines(self._unsaved_lines)
+            folder.append_metrics(self.out, self._unsaved)
             write_model(average.stored, self.out)
-        self._unsaved_lines.clear()
-        folder.write_checkpoint(self.out, self.step, self._state())
-        self._saved_step = self.step
+        self._unsaved.clear()
+        write_checkpoint(self.out, self.step, self.state.tensors())
         barrier()  # All processes see the files.
-
-    def _state(self) -> dict[str, Tensor]:
-        """Returns the tensors of a checkpoint by their names."""
-        optimizer = {
-            f"optimizer.{name}.{key}": tensor
-            for name, parameter in self.parallel.loss.named_parameters()
-            for key, tensor in self.optimizer.state[parameter].items()
-        }
-        return {**self.parallel.state(), **optimizer, "seconds": torch.tensor(self.seconds, dtype=torch.float64)}
-
-    def _resume(self, checkpoint: Path) -> None:
-        """Reads a checkpoint."""
-        for parameter in self.parallel.loss.parameters():
-            moments = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
-            self.optimizer.state[parameter] = {"step": torch.tensor(0.0), **moments}
-        state = self._state()
-        read_state(checkpoint, state)
-        self.seconds = float(state["seconds"])
