@@ -29,7 +29,7 @@ ALLOWED: dict[str, set[str]] = {
     "comparison": {"blocks", "evaluation", "models", "sampling"},
     "data": set(),
     "evaluation": {"blocks", "data", "jobs", "models", "sampling"},
-    "training": {"blocks", "data", "models"},
+    "training": {"blocks", "data", "jobs", "models"},
     "plots": {"comparison", "data"},
 }
 EVERYWHERE = {"errors", "utils"}  # any part may import these
