@@ -102,7 +102,7 @@ class Distance(NamedTuple):
     real: FeatureStatistics
 
     def __call__(self, images: Tensor) -> float:
-        features = extract_features(self.features, [images])
+        features = extract_features(self.features, images)
         return frechet_distance(self.real, FeatureStatistics.from_features(features))
 
 

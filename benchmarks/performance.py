@@ -29,7 +29,7 @@ from benchmarks.lib.timing import IN_PYTORCH, time_runs
 from jacobiflow.calibration import gs_jacobi_notation
 from jacobiflow.comparison.baselines import original_sampler
 from jacobiflow.comparison.compare import compare_samplers
-from jacobiflow.evaluation import paired_error
+from jacobiflow.evaluation import sample_errors
 from jacobiflow.planner import Auto, auto
 
 TOLERANCE = 1e-3  # of `auto`, of the paper's Algorithm 1, and of what counts as right
@@ -87,7 +87,7 @@ def measure_model(key: Json) -> Json:
     seconds, results = time_runs(runs, ROUNDS[key["batch"]])
     images = {name: getattr(results[name], "images", results[name]) for name in (ORIGINAL, AUTO, PAPER, EXACT)
               if name in results}  # fmt: skip
-    errors = {name: paired_error(each, results[IN_PYTORCH].images).max for name, each in images.items()}
+    errors = {name: sample_errors(each, results[IN_PYTORCH].images).max for name, each in images.items()}
     return {"seconds": seconds, "max_error": errors}
 
 
@@ -129,7 +129,7 @@ def grid(batch: int) -> list[Json]:
     for (name, setting), run in runs.items():
         timings, results = time_runs({name: partial(run, z, labels)}, GRID_RUNS[batch], warm_up=False)
         samples, seconds = results[name], timings[name]["min"]
-        error, cost = paired_error(samples.images, exact).max, getattr(samples, "outcome", samples)
+        error, cost = sample_errors(samples.images, exact).max, getattr(samples, "outcome", samples)
         rows.append({"sampler": name, "setting": setting, "seconds": seconds, "max_error": error,
                      "network_calls": cost.network_calls})  # fmt: skip
         print(f"  {batch:3d} {name} {setting}: {seconds:.3f} s, error {error:.1e}", flush=True)

@@ -25,7 +25,7 @@ from benchmarks.lib.results import Json, ResultFile, parser
 from benchmarks.lib.timing import time_runs
 from jacobiflow.comparison.baselines import SEQUENTIAL, original_sampler
 from jacobiflow.data import quantize
-from jacobiflow.evaluation import paired_error, pixel_difference
+from jacobiflow.evaluation import sample_errors
 from jacobiflow.models.flow import Flow
 from jacobiflow.models.memory import keep_freed_memory
 from jacobiflow.planner import is_auto
@@ -88,10 +88,11 @@ class Experiment(NamedTuple):
 
     def score(self, images: Tensor, exact: Tensor) -> Json:
         """The distance of images to real ones, and their differences from those of the exact loop."""
-        pixels, error = quantize(images), paired_error(images, exact)
+        errors = sample_errors(images, exact)
+        assert errors.pixels is not None
         return {
-            "distance": self.distance(pixels), "max": error.max, "rms": error.rms,
-            "pixels": asdict(pixel_difference(pixels, quantize(exact))),
+            "distance": self.distance(quantize(images)), "max": errors.max, "rms": errors.rms,
+            "pixels": asdict(errors.pixels),
         }  # fmt: skip
 
 

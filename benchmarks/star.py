@@ -27,7 +27,7 @@ from examples.captions import GUIDANCE, PROMPTS, SAMPLES_PER_PROMPT, SETTINGS, c
 from jacobiflow import plots
 from jacobiflow.comparison.baselines import TOKEN_LOOP, original_sampler
 from jacobiflow.data import Noise, scale
-from jacobiflow.evaluation import paired_error
+from jacobiflow.evaluation import sample_errors
 
 BATCHES, ROUNDS, ITERATION = (1, 4, 16), 3, "block iteration"
 CERTIFIED = "window:16, certified"
@@ -65,7 +65,7 @@ def speeds(key: Json) -> Json:
     images = {name: getattr(results[name], "x", results[name]) for name in samplers}
     return {
         "seconds": seconds,
-        "errors": {name: paired_error(x.double(), exact).max for name, x in images.items()},
+        "errors": {name: sample_errors(x.double(), exact).max for name, x in images.items()},
     }
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import io
 import os
 import re
 import subprocess
@@ -140,8 +139,7 @@ REFUSED = {
     f"{PLAN} --tolerance -1": "--tolerance -1.0: give a positive number; at 0 use",
     f"{MEASURE} --seed 18446744073709551616": 'Invalid value "18446744073709551616" for --seed. Must be <= ',
     f"{MEASURE} --segments 0": 'Invalid value "0" for --segments. Must be >= 1. See jacobiflow calibrate --help.',
-    f"{MEASURE} --per-class --unconditional": "--per-class: leave out --unconditional",
-    f"{MEASURE} --model plain --per-class": "--per-class: this model has no classes; leave it out",
+    f"{MEASURE} --per-class --unconditional": "--per-class True: needs the labels of the images, and a flow with ",
     f"{MEASURE} --images herd": "label 4: this flow has classes 0 to 2",
     "train --images digits --out out-x --steps 0": "--steps 0: give a positive whole number",
     "train --images digits --out out-x --steps 1 --blocks 0": "--blocks 0: give a positive whole number",
@@ -174,13 +172,6 @@ def test_bad_input_has_a_traceback_if_it_is_asked_for(run: Any) -> None:
     assert result.err.splitlines()[-1].startswith("error: 'file': no such model")
 
 
-def test_a_terminal_of_ascii_shows_all_that_it_can(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    screen = io.TextIOWrapper(io.BytesIO(), "ascii", "strict")
-    monkeypatch.setattr(sys, "stdout", screen)
-    assert run(SAMPLE.replace("out-x", f"{tmp_path}/\u2713")).code == 0
-    assert f"wrote {tmp_path}/?:" in screen.buffer.getvalue().decode()  # type: ignore[attr-defined]
-
-
 def test_a_closed_stdout_is_not_an_error(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     reader, writer = os.pipe()
     os.close(reader)
@@ -201,17 +192,8 @@ def test_ctrl_c_once_more_does_not_interrupt_the_exit() -> None:
 
 
 def test_incomplete_variables_of_torchrun_are_one_line(refuse: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    for variables, message in (
-        (
-            {"TORCHELASTIC_RUN_ID": "test", "WORLD_SIZE": "2"},
-            "RANK, WORLD_SIZE, LOCAL_RANK: missing or not numbers ('RANK')",
-        ),
-        ({"LOCAL_RANK": "0"}, "start the processes by torchrun or srun, or unset WORLD_SIZE for one"),
-        ({"RANK": "abc"}, "missing or not numbers (invalid literal"),
-    ):
-        for name, value in variables.items():
-            monkeypatch.setenv(name, value)
-        refuse(SAMPLE, message)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    refuse(SAMPLE, "RANK, WORLD_SIZE, LOCAL_RANK: missing or not numbers ('RANK'); start the processes by torchrun")
 
 
 def test_names_in_square_brackets_are_no_markup_and_a_warning_is_one_line(
@@ -245,9 +227,8 @@ def test_an_extension_that_cannot_be_imported_gives_one_line(
 
 
 def test_of_several_processes_the_first_one_prints_a_wrong_option(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    variables = {"STEP_NUM_TASKS": "2", "LOCALID": "0", "JOB_ID": "7", "STEP_ID": "0", "STEP_NODELIST": "localhost"}
-    for name, value in variables.items():
-        monkeypatch.setenv(f"SLURM_{name}", value)
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")
+    monkeypatch.setenv("SLURM_LOCALID", "0")
     for rank, num_lines in (("0", 1), ("1", 0)):
         monkeypatch.setenv("SLURM_PROCID", rank)
         result = run("sample --num 0")

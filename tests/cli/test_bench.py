@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 import jacobiflow as jf
-from jacobiflow.evaluation import paired_error
+from jacobiflow.evaluation import sample_errors
 from jacobiflow.planner import Prediction
 from jacobiflow.utils.timing import describe_machine
 from tests.helpers.running import figures
@@ -61,7 +61,7 @@ def test_settings_reach_the_library(run: Any, tmp_path: Path) -> None:
     draw = partial(jf.sample, flow.guided(GUIDANCE), 3, torch.tensor([0, 2, 0]))
     plan = jf.Strategy.parse("jacobi", jf.CalibrationReport.load("report.json"), tolerance=1e-6)
     rows, exact = rows_of(tmp_path), draw(strategy="sequential").images
-    assert rows["jacobi"]["error"] == asdict(paired_error(draw(strategy=plan).images, exact))
+    assert rows["jacobi"]["error"] == asdict(sample_errors(draw(strategy=plan).images, exact))
     assert 0 < rows["jacobi"]["residual"] <= 1e-6
 
 

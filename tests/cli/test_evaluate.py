@@ -21,7 +21,6 @@ import torch
 from PIL import Image
 
 import jacobiflow as jf
-from jacobiflow import evaluation
 from jacobiflow.cli import main
 from jacobiflow.data import Noise, load_images
 from jacobiflow.evaluation import (
@@ -134,10 +133,10 @@ def test_certificates_are_those_of_the_shards(run: Any, tmp_path: Path) -> None:
 
 def test_paired_errors_are_to_the_sequential_loop(run: Any, tmp_path: Path) -> None:
     num = 9
-    scores, out = evaluated(run, tmp_path, f"model --samples guided --features none --paired {num} --batch-size 3")
+    scores, out = evaluated(run, tmp_path, f"model --samples guided --features none --paired {num}")
     draw = partial(
         jf.sample, jf.load("./model"), num, torch.arange(num) % 3, settings=jf.SamplingSettings(GUIDANCE, 0.8),
-        certify=False, batch_size=3,
+        certify=False, batch_size=4,
     )  # fmt: skip
     images, exact = draw(strategy="jacobi-2").images, draw(strategy="sequential").images
     largest, rms = difference(images, exact)
@@ -185,7 +184,7 @@ def test_the_same_command_computes_only_missing_units(
         stopped = run(line)
     assert (stopped.code, (out / "evaluation.json").exists()) == (130, False)
     assert log.read_text().split() == ["1", "24", "8", "4"]  # The function is tried on one image.
-    monkeypatch.setattr(job, "_measure_errors", Mock(side_effect=AssertionError))
+    monkeypatch.setattr(job.EvaluationJob, "compute", Mock(side_effect=AssertionError))
     first = run(line)
     assert (first.code, run(line).out) == (0, first.out)
     assert log.read_text().split()[4:] == ["1", "1"]
@@ -212,12 +211,12 @@ def test_two_processes_give_the_scores_of_one(run: Any, tmp_path: Path) -> None:
 REFUSED = {
     "model": "nothing to evaluate: give --samples, a folder that jacobiflow sample wrote, or --images",
     "model --features mine.py:rows --images test": "--features mine.py:rows: give --samples, too",
-    "model --samples samples --features mine.py:broken --images test": "--features: its function raised KeyError ('gr",
+    "model --samples samples --features mine.py:broken --images test": "mine.py:broken: the function raised KeyError",
     "model --samples samples --features mine.py:rows --images one": "1 images against 12: give at least 2 of each",
     "model --samples samples --features inception": "--features inception: give --images or --stats",
     "model --samples samples --images fashion-512": "label 9: this flow has classes 0 to 2",
     "model --samples missing": "missing",
-    "model --samples nowhere": "draw samples first: jacobiflow sample --model model --out nowhere",
+    "model --samples nowhere": "nowhere: no folder of samples; give one that jacobiflow sample wrote",
     "plain --samples samples": "--samples samples: drawn from another flow (weights ",
     "model --images test --features none --save-stats s": "--save-stats s: give --images and --features",
 }
@@ -248,7 +247,7 @@ def test_features_are_computed_on_the_device_of_the_model(
             return images.double().mean(dim=(1, 3)) + 0 * self.weight
 
     devices, network = set[tuple[str, str]](), Rows(1, 1)
-    monkeypatch.setattr(evaluation, "load_features", lambda *_: network)
+    monkeypatch.setattr(job, "load_features", lambda *_: network)
     FeatureStatistics.from_features(torch.rand(40, 28)).save(tmp_path / "stats.pth")
     with FakeDevice():
         evaluated(run, tmp_path, f"model --samples samples --stats {tmp_path}/stats.pth --paired 0 --device cuda")

@@ -22,9 +22,8 @@ def test_convert(run: Any, refuse: Any, tmp_path: Path) -> None:
     line = f"convert {tmp_path}/original.pth --patch-size 2 --noise-std 0.2 --out {tmp_path}/folder"
     result = run(line)
     assert (result.code, result.err) == (0, "")
-    assert "images of 3x4x4, 4 tokens of 12 values, 2 classes\n" in result.out
-    assert result.out.endswith(f"wrote the model folder {tmp_path}/folder\n")
     read = jf.load(tmp_path / "folder")
+    assert result.out == f"{read.config}\nwrote the model folder {tmp_path}/folder\n"
     assert read.config == replace(flow.config, noise_std=0.2)
     assert read.recommended == jf.SamplingSettings(denoise=1.0)
     for name, tensor in flow.state_dict().items():
@@ -108,7 +107,6 @@ def test_convert_a_starflow(run: Any, refuse: Any, tmp_path: Path) -> None:
     line = f"convert {tmp_path}/star.pth --patch-size 2 --noise-std 0.1 --out {tmp_path}/star"
     result = run(f"{line} --encode-text {tmp_path}/words.py:encode")
     assert (result.code, result.err) == (0, "")
-    assert "images of 3x4x4, 4 tokens of 12 values, texts\n" in result.out
     read = jf.load(tmp_path / "star")
     assert read.config == flow.config and read.recommended.guidance == jf.Guidance.parse(
         "3.6,annealed=false,rule=density"
@@ -117,9 +115,9 @@ def test_convert_a_starflow(run: Any, refuse: Any, tmp_path: Path) -> None:
     refuse(f"{line}2 --encode-text {tmp_path}/words.py:decode", "words.py:decode: no function of this name in the file")
     refuse(f"sample --model {tmp_path}/star --prompts cat --out {tmp_path}/o", "--prompts cat: give --encode-text, too")
     refuse(f"sample --model model --prompts cat --out {tmp_path}/o", "--prompts cat: this flow reads no text")
-    refuse(f"sample --model {tmp_path}/star --encode-text w.py:f --out {tmp_path}/o", "w.py:f: give --prompts, too")
+    refuse(f"sample --model {tmp_path}/star --encode-text {tmp_path}/words.py:encode --out o-x", "give --prompts, too")
     (tmp_path / "words.py").write_text("encode = lambda prompts: prompts['cat']\n")
-    want = f"--encode-text {tmp_path}/words.py:encode: its function raised TypeError (list indices must be integers"
+    want = f"{tmp_path}/words.py:encode: the function raised TypeError (list indices must be integers"
     refuse(f"{line}2 --encode-text {tmp_path}/words.py:encode", want)
     (tmp_path / "words.py").write_text("encode = lambda prompts: None\n")
     want = "result of encode_text=None of type NoneType: give a torch.Tensor of floating-point numbers (1, L, K)"

@@ -10,14 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from jacobiflow.evaluation import (
-    PairedError,
-    PixelDifference,
-    SampleErrors,
-    paired_error,
-    pixel_difference,
-    sample_errors,
-)
+from jacobiflow.evaluation import PixelDifference, SampleErrors, pixel_difference, sample_errors
 from tests.helpers import scoring
 from tests.helpers.scoring import levels, pixel_figures
 
@@ -27,10 +20,11 @@ NAN, INF = math.nan, math.inf
 
 
 def test_errors_are_max_mean_and_rms_over_entries() -> None:
-    exact = torch.zeros(2, 1, 1, 2)
-    assert paired_error(torch.tensor([3.0, -4.0, 0.0, 0.0]).view_as(exact), exact) == PairedError(4.0, 7 / 4, 2.5)
-    many = torch.zeros(1, 1, 2000, 2000)  # summed in float64
-    assert paired_error(many + 0.1, many).mean == pytest.approx(float(torch.tensor(0.1)), rel=1e-12)
+    exact = torch.zeros(2, 1, 2)
+    samples = torch.tensor([3.0, -4.0, 0.0, 0.0]).view_as(exact)
+    assert sample_errors(samples, exact) == SampleErrors(2, 4.0, 7 / 4, 2.5)
+    many = torch.zeros(1, 2000, 2000)  # summed in float64
+    assert sample_errors(many + 0.1, many).mean == pytest.approx(float(torch.tensor(0.1)), rel=1e-12)
 
 
 def random_images(seed: int) -> Tensor:
@@ -53,7 +47,7 @@ def test_sample_errors_are_those_of_numpy() -> None:
 def test_nan_on_both_sides_counts_as_equal_and_on_one_side_as_infinitely_far() -> None:
     exact = random_images(0).double()
     exact[1] = NAN
-    assert sample_errors(exact.float(), exact) == SampleErrors(5, 0.0, 0.0, INF, PixelDifference(0.0, 0))
+    assert sample_errors(exact.float(), exact) == SampleErrors(5, 0.0, 0.0, 0.0, INF, PixelDifference(0.0, 0))
     errors = sample_errors(exact + 0.25, exact)
     assert (errors.max, errors.rms) == (pytest.approx(0.25), pytest.approx(0.25 * math.sqrt(4 / 5)))
     for value in (NAN, INF):

@@ -10,7 +10,7 @@ import pytest
 from matplotlib.axes import Axes
 
 from jacobiflow.comparison.compare import Comparison, SamplerResult
-from jacobiflow.evaluation import PairedError
+from jacobiflow.evaluation import SampleErrors
 from jacobiflow.plots import bench_figure
 from jacobiflow.utils.timing import Timing
 from tests.helpers.pictures import texts_fit
@@ -21,7 +21,8 @@ def make_comparison(batch_size: int, points: Mapping[str, tuple[float, float]]) 
     points = {"growing cache": (8.0, 1e-6), "sequential": (4.0, 0.0), **points}
     timings = {name: Timing(seconds, seconds / 2, seconds * 3) for name, (seconds, _) in points.items()}
     rows = tuple(
-        SamplerResult(name, timings[name], PairedError(error, 0.0, 0.0), None) for name, (_, error) in points.items()
+        SamplerResult(name, timings[name], SampleErrors(1, error, 0.0, 0.0), None)
+        for name, (_, error) in points.items()
     )
     return Comparison(batch_size, rows, Timing(0.02, 0.01, 0.03))
 

@@ -48,8 +48,8 @@ def test_features_tell_classes_and_emoji_apart() -> None:
     assert (network.output(network(data.images)).argmax(dim=1) == data.labels).double().mean() >= 0.92
     images = load_images("emoji-256", 32, 3).images[::2]
     upright, mirrored = (
-        extract_features(trained("emoji"), [images]),
-        extract_features(trained("emoji"), [images.flip(-1)]),
+        extract_features(trained("emoji"), images),
+        extract_features(trained("emoji"), images.flip(-1)),
     )
     assert (torch.cdist(mirrored, upright).argmin(dim=1) == torch.arange(len(images))).double().mean() > 0.9
     with pytest.raises(ValueError, match=r"fashion features take torch.uint8 of shape \('N', 1, 28, 28\)"):
@@ -61,7 +61,7 @@ def test_features_tell_classes_and_emoji_apart() -> None:
 )
 def test_statistics_are_of_the_training_images(kind: str, source: tuple[str, int, int], num: int) -> None:
     features = load_features(f"{ROOT}/benchmarks/features.py:{kind}")
-    some = extract_features(features, [load_images(*source).images[:300]]).double()
+    some = extract_features(features, load_images(*source).images[:300]).double()
     statistics = FeatureStatistics.load(statistics_file(kind))
     assert statistics.num == num
     deviation = statistics.covariance().diagonal().sqrt()

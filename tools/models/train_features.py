@@ -39,7 +39,7 @@ def classified(network: ConvolutionalFeatures, _: ImageDataset, test: ImageDatas
 
 def nearest(network: ConvolutionalFeatures, train: ImageDataset, test: ImageDataset) -> float:
     """Share of test images whose nearest training image, by the angle between features, is of their class."""
-    train_features, test_features = (F.normalize(extract_features(network, [data.images[:]])) for data in (train, test))
+    train_features, test_features = (F.normalize(extract_features(network, data.images[:])) for data in (train, test))
     return float(
         (labels_of(train)[(test_features @ train_features.T).argmax(dim=1)] == labels_of(test)).double().mean()
     )
@@ -103,9 +103,9 @@ def main() -> None:
     network = fit(kind, recipe, train, test)
     data = save({name: value.contiguous() for name, value in network.state_dict().items()})
     write_atomically(weights_file(kind), data)
-    features = extract_features(network, [train.images[:]])
+    features = extract_features(network, train.images[:])
     real, unseen = (
-        FeatureStatistics.from_features(each) for each in (features, extract_features(network, [test.images[:]]))
+        FeatureStatistics.from_features(each) for each in (features, extract_features(network, test.images[:]))
     )
     real.save(statistics_file(kind))
     generator = torch.Generator().manual_seed(0)

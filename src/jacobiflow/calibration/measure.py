@@ -151,7 +151,11 @@ class CalibrationJob(jobs.Job):
         check_flag("per_class", per_class)
         _check_images(flow, images)
         if labels is None and per_class:
-            raise InputValueError("per_class: give the labels of the images")
+            raise InputValueError(
+                "needs the labels of the images, and a flow with classes; leave it out",
+                argument="per_class",
+                value=True,
+            )
         checked = flow.check_one_context(labels, context, len(images))
         values = checked.values
         classes = sorted(set(values.tolist())) if per_class and values is not None else []

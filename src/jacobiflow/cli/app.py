@@ -14,7 +14,6 @@ quick.
 
 from __future__ import annotations
 
-import io
 import os
 import signal
 import sys
@@ -27,8 +26,9 @@ from typing import Any
 from cyclopts import App, CycloptsError, Group, Parameter
 
 from jacobiflow import __version__
-from jacobiflow.cli import options, output, output_files
+from jacobiflow.cli import options, output
 from jacobiflow.errors import InputError, InputValueError
+from jacobiflow.utils.launch import find_launch
 
 _STDOUT_CLOSED, _BAD_INPUT, _INTERRUPTED = 1, 2, 130  # Exit codes.
 _TRACEBACK = "--traceback"
@@ -69,8 +69,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = sys.argv[1:] if arguments is None else arguments
     words = [word for word in given if word != _TRACEBACK]
     config: Any = None
+    is_first = True
     try:
-        with _plain_streams():
+        with _terminal():
+            is_first = find_launch().rank == 0
             if not words or words[0].startswith("-"):
                 list(app.resolved_commands())  # Imports all commands, whose summaries the help shows.
             make_config, values, _ = app.parse_args(words, print_error=False, exit_on_error=False)
@@ -90,7 +92,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 write_json(config.json, output.to_json(config) | output.to_json(result))
             return _BAD_INPUT if getattr(result, "problems", ()) else 0
     except KeyboardInterrupt:
-        if _is_first_process():
+        if is_first:
             describe = getattr(sys.modules[type(config).__module__], "describe_kept", None)
             print("interrupted" if describe is None else f"interrupted: {describe(config)}", file=sys.stderr)
         return _INTERRUPTED
@@ -103,7 +105,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         if len(words) < len(given):
             traceback.print_exc()
-        if _is_first_process() or not isinstance(error, CycloptsError):  # All processes have the same command line.
+        if is_first or not isinstance(error, CycloptsError):  # All processes have the same command line.
             _print_line("error", message)
         return _BAD_INPUT
     finally:
@@ -112,11 +114,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 @contextmanager
-def _plain_streams() -> Iterator[None]:
-    """Prints warnings in one line, and question marks for characters that the terminal does not know."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")
+def _terminal() -> Iterator[None]:
+    """Prints each warning in one line, and raises BrokenPipeError at the end if stdout is closed."""
     with warnings.catch_warnings():
         warnings.showwarning = lambda message, *_, **__: _print_line("warning", str(message))
         yield
@@ -136,12 +135,7 @@ def _prepare(config: options.Config) -> None:
                 f"extension {extension.name}: cannot import {extension.value} ({type(error).__name__}: {error}); "
                 "correct or uninstall the package that it is in"
             ) from error
-    output_files.check_output("--json", config.json, *(v for name, v in vars(config).items() if name != "json"))
-
-
-def _is_first_process() -> bool:
-    """Tells whether this is the first of the processes that torchrun or srun started, or the only one."""
-    return os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
+    config.check_file("json")
 
 
 def _describe(error: Exception, words: Sequence[str]) -> str | None:

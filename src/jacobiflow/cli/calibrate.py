@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import math
 import shlex
 from dataclasses import astuple, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from statistics import fmean
+from typing import Annotated, Any, Literal
 
 import jacobiflow as jf
 from jacobiflow.cli import loading, options
-from jacobiflow.cli.output import progress_bar, show_table
-from jacobiflow.errors import InputValueError
+from jacobiflow.cli.output import run_job, show_table
 from jacobiflow.utils.provenance import Provenance
 
-if TYPE_CHECKING:
-    from jacobiflow.calibration.metrics import Norm
-
-_METRIC_NAMES = {"crm": "CRM", "gamma": "|Gamma|"}
 _TOLERANCE = 1e-3  # The tables count sweeps to this tolerance.
+# Columns of the tables; those of guesses are in the order of `GUESS_NAMES`.
+_IGM = ("IGM\nlatent", "IGM\nzeros", "IGM\nmean affine")
+_SWEEPS = ("sweeps\nlatent", "sweeps\nzeros", "sweeps\nmean affine")
+_CRM = ("block", "|S^-1 X|", "|W_s|", "|W_u|", "CRM", "percent", "tough", "sweeps", "|Gamma|")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +45,7 @@ class CalibrateConfig(options.Config):
     num: Annotated[int, options.DATA, options.within(2)] = 512
     clean: Annotated[options.Flag, options.DATA] = False
     unconditional: Annotated[options.Flag, options.DATA] = False
-    norm: Annotated[Literal["2", "fro", "1"], options.MEASUREMENT] = "2"
+    norm: Annotated[Literal[2, "fro", 1], options.MEASUREMENT] = 2
     segments: Annotated[int, options.MEASUREMENT, options.within(1)] = 8
     convergence_samples: Annotated[int, options.MEASUREMENT, options.within(1)] = 32
     per_class: Annotated[options.Flag, options.MEASUREMENT] = False
@@ -60,140 +59,93 @@ class CalibrateConfig(options.Config):
 
 @dataclass(frozen=True)
 class CalibrateResult(Provenance):
-    """A report and its file.
+    """A report.
 
     Attributes:
-        out: The file of the report.
         use: The command that samples with the report.
     """
 
-    model: str
-    images: str
-    out: str
-    use: str
     report: jf.CalibrationReport
-
-    def to_json(self) -> dict[str, Any]:
-        """Returns the metrics in place of the report, which has a file of its own."""
-        metrics: dict[str, Any] = {"igm": self.report.igm}
-        if self.report.components is not None:
-            metrics |= {"crm": self.report.crm, "tough_blocks": self.report.tough_blocks}
-        return vars(self) | metrics | {"mean_sweeps": self.report.mean_sweeps("noise", _TOLERANCE), "report": self.out}
+    use: str
 
 
 def run(config: CalibrateConfig) -> CalibrateResult | None:
     """Measures the flow, and writes the report."""
     import torch
 
-    from jacobiflow import jobs
     from jacobiflow.calibration.measure import CalibrationJob
     from jacobiflow.data import Noise, load_images, noisy_images
-    from jacobiflow.jobs.launch import find_launch, local_device
-    from jacobiflow.utils import files
 
-    files.check_own(config.out, CalibrationJob.kind)
-    device = local_device(loading.pick_device(config.device))
-    flow = loading.load_model(config.model, device, config.dtype, config.guidance)
-    is_labelled = bool(flow.config.num_classes) and not config.unconditional
-    if config.per_class and not is_labelled:
-        remedy = "leave out --unconditional" if config.unconditional else "this model has no classes; leave it out"
-        raise InputValueError(f"--per-class: {remedy}")
-    data = load_images(config.images, *loading.image_size(flow))
+    flow = loading.load_model(config.model, config.device, config.dtype, config.guidance)
+    channels, size, _ = flow.require_images()
+    data = load_images(config.images, size, channels)
     order = torch.randperm(len(data), generator=torch.Generator().manual_seed(config.seed))
     indices = order[: config.num].sort().values
-    pixels, labels = data.batch(indices)
+    images, labels = data.batch(indices)
     if not config.clean:
-        pixels = noisy_images(data, indices, Noise(flow.config.noise_std), config.seed)
-    labels = labels if is_labelled else None
-    norm: Norm = 2 if config.norm == "2" else 1 if config.norm == "1" else "fro"
+        images = noisy_images(data, indices, Noise(flow.config.noise_std), config.seed)
+    if config.unconditional or not flow.config.num_classes:
+        labels = None
     job = CalibrationJob(
-        flow, pixels, labels, norm, segments=config.segments, num_convergence_samples=config.convergence_samples,
-        per_class=config.per_class, batch_size=config.batch_size, seed=config.seed,
+        flow, images, labels, config.norm, segments=config.segments,
+        num_convergence_samples=config.convergence_samples, per_class=config.per_class, batch_size=config.batch_size,
+        seed=config.seed,
     )  # fmt: skip
-    out = config.out / CalibrationJob.result_name
-    with progress_bar(is_shown=find_launch().rank == 0) as progress:
-        completed = jobs.run(job, config.out, progress=progress)
-    if not completed.should_print:
-        print(f"another process wrote {out}")
+    completed = run_job(job, config.out)
+    if completed is None:
         return None
-    use = ["jacobiflow", "sample", "--model", config.model, "--strategy", "jacobi", "--report", str(out)]
-    use += ["--guidance", str(flow.guidance or 0)] + ["--labels", "none"] * (labels is None)
-    return CalibrateResult(
-        model=config.model, images=config.images, out=str(out), use=shlex.join(use), machine=dict(job.machine),
-        report=jf.CalibrationReport.from_json(completed.result),
-    )  # fmt: skip
+    use = ["jacobiflow", "sample", "--model", config.model, "--strategy", "jacobi", "--report"]
+    use += [str(config.out / job.result_name), "--guidance", str(flow.guidance or 0)]
+    use += ["--labels", "none"] * (labels is None)
+    report = jf.CalibrationReport.from_json(completed.result)
+    return CalibrateResult(report, shlex.join(use), machine=dict(job.machine))
 
 
 def show(config: CalibrateConfig, result: CalibrateResult) -> None:
-    """Prints the report, and how to use it."""
-    _print_report(result.report)
-    print(f"wrote {result.out}\nuse it: {result.use}")
-
-
-def _print_report(report: jf.CalibrationReport) -> None:
-    """Prints tables of the metrics and sweeps of the blocks, and the paper's strategies."""
+    """Prints tables of the metrics and sweeps of the blocks, the paper's strategies, and how to use the report."""
     from jacobiflow.calibration import gs_jacobi_notation
     from jacobiflow.calibration.convergence import TOLERANCES
     from jacobiflow.calibration.report import GUESS_NAMES
 
-    blocks, is_defined = range(report.num_blocks), report.components is not None
-    names = {guess: guess.replace("_", " ") for guess in GUESS_NAMES}
-    print(f"{report.settings.num_images} images{' (guided)' if report.settings.guidance else ''}")
-    num_samples = report.settings.num_convergence_samples
-    print(f"sweeps: until within {_TOLERANCE:g} of the solution, mean of {num_samples} fresh latents\n")
-
-    print("Where to start: IGM, and sweeps from there")
-    columns: dict[str, Any] = {"block": map(str, blocks)}
-    columns |= {f"IGM\n{name}": [_format_number(row[guess]) for row in report.igm] for guess, name in names.items()}
-    for guess, name in names.items():
-        columns[f"sweeps\n{name}"] = [f"{sweeps:.1f}" for sweeps in report.mean_sweeps("noise", _TOLERANCE, guess)]
-    columns["guess"] = [names[report.best_guess(i)] for i in blocks]
-    show_table(columns, zip(*columns.values(), strict=True), text=(7,))
+    report, settings = result.report, result.report.settings
+    print(
+        f"{settings.num_images} images{' (guided)' * (settings.guidance is not None)}\nsweeps: until within "
+        f"{_TOLERANCE:g} of the solution, mean of {settings.num_convergence_samples} fresh latents"
+    )
+    print("\nWhere to start: IGM, and sweeps from there")
+    rows: list[tuple[Any, ...]] = []
+    for i, igm in enumerate(report.igm):
+        sweeps = (f"{report.mean_sweeps('noise', _TOLERANCE, guess)[i]:.1f}" for guess in GUESS_NAMES)
+        rows.append((i, *(igm[guess] for guess in GUESS_NAMES), *sweeps, report.best_guess(i).replace("_", " ")))
+    show_table(("block", *_IGM, *_SWEEPS, "guess"), rows, text=(7,))
 
     print("\nWhich blocks are tough: CRM and its parts")
-    columns = {"block": map(str, blocks)}
-    if report.components is not None:
-        columns_of_parts = zip(*(map(_format_number, astuple(part)) for part in report.components), strict=True)
-        columns |= dict(zip(("|S^-1 X|", "|W_s|", "|W_u|"), columns_of_parts, strict=True))
-        columns["CRM"] = map(_format_number, report.crm)
-        columns["percent"] = [f"{percent:.2f}" for percent in report.crm_percent]
-        columns["tough"] = ["yes" * (i in report.tough_blocks) for i in blocks]
-    columns["sweeps"] = [f"{sweeps:.1f}" for sweeps in report.mean_sweeps("noise", _TOLERANCE)]
-    columns["|Gamma|"] = [_format_number(sum(norms) / len(norms)) for norms in report.gamma]
-    show_table(columns, zip(*columns.values(), strict=True), text=())
-    if not is_defined:
-        print("CRM is not defined: no `output_weights`, or the scale and shift do not end in a linear layer")
-    for metric in ("crm", "gamma") if is_defined else ("gamma",):
-        correlation = report.rank_correlation(metric)
-        text = "not defined, since all blocks are alike" if math.isnan(correlation) else f"{correlation:.2f}"
-        print(f"rank correlation of {_METRIC_NAMES[metric]} with the sweeps: {text}")
+    rows = []
+    for i, num_sweeps in enumerate(report.mean_sweeps("noise", _TOLERANCE)):
+        crm: tuple[Any, ...] = (None,) * 6
+        if report.components is not None:
+            is_tough = "yes" * (i in report.tough_blocks)
+            crm = (*astuple(report.components[i]), report.crm[i], report.crm_percent[i], is_tough)
+        rows.append((i, *crm, f"{num_sweeps:.1f}", fmean(report.gamma[i])))
+    show_table(_CRM, rows, text=())
 
     if report.class_metrics:
         print(f"\nOver {len(report.class_metrics)} classes: mean ± standard deviation, and how often a guess wins")
-        spreads = report.class_spread()
-        columns = {"block": map(str, blocks)}
-        columns |= {"CRM rank": [_format_spread(row.crm_rank) for row in spreads]}
-        columns |= {"percent": [_format_spread(row.crm_percent) for row in spreads]}
-        columns |= {
-            f"IGM\n{name}": [_format_spread(row.igm[guess]) for row in spreads] for guess, name in names.items()
-        }
-        columns["wins"] = ["/".join(str(row.num_best[guess]) for guess in names) for row in spreads]
-        show_table(columns, zip(*columns.values(), strict=True), text=())
+        rows = []
+        for i, spread in enumerate(report.class_spread()):
+            wins = "/".join(str(spread.num_best[guess]) for guess in GUESS_NAMES)
+            rows.append((i, spread.crm_rank, spread.crm_percent, *(spread.igm[guess] for guess in GUESS_NAMES), wins))
+        show_table(("block", "CRM rank", "percent", *_IGM, "wins"), rows, text=())
 
-    if is_defined:
+    if report.components is None:
+        print("CRM is not defined: no `output_weights`, or the scale and shift do not end in a linear layer")
+    else:
         print("\nThe paper's strategies: fixed numbers of sweeps, not certified")
         for tolerance in TOLERANCES:
             print(f"to {tolerance:g}: {gs_jacobi_notation(report, tolerance)}")
-
-
-def _format_number(value: float) -> str:
-    return f"{value:.1e}" if 1e4 <= value < float("inf") else f"{value:.2f}"
-
-
-def _format_spread(spread: tuple[float, float] | None) -> str:
-    return "" if spread is None else "±".join(map(_format_number, spread))
+    print(f"wrote {config.out / 'report.json'}\nuse it: {result.use}")
 
 
 def describe_kept(config: CalibrateConfig) -> str:
     """Describes what an interrupted run leaves, and how to go on."""
-    return f"finished measurements are kept in {config.out}; run the same command to resume"
+    return f"finished units are kept in {config.out}; run the same command to resume"

@@ -38,21 +38,8 @@ class ConvertConfig(options.Config):
     out: Annotated[Path, options.OUTPUT]
 
 
-@dataclass(frozen=True)
-class ConvertResult:
-    """A model folder.
-
-    Attributes:
-        description: Number of weights, size of the images, tokens and classes.
-        config: The config of the flow.
-    """
-
-    description: str
-    config: FlowConfig
-
-
-def run(config: ConvertConfig) -> ConvertResult:
-    """Converts the weights, and writes the model folder."""
+def run(config: ConvertConfig) -> FlowConfig:
+    """Converts the weights, writes the model folder, and returns the config of the flow."""
     from jacobiflow.models.checkpoints.folder import CONFIG
     from jacobiflow.models.checkpoints.original import read_original
     from jacobiflow.utils.files import check_own
@@ -63,11 +50,7 @@ def run(config: ConvertConfig) -> ConvertResult:
     state = read_original(config.file)
     flow = (_convert_starflow if "blocks.0.sos_embed" in state else _convert_tarflow)(config, state)
     flow.save_pretrained(config.out)
-    parameters = sum(parameter.numel() for parameter in flow.parameters())
-    images = "" if flow.image_shape is None else f"images of {'x'.join(map(str, flow.image_shape))}, "
-    reads = "texts" if flow.reads_text else f"{flow.config.num_classes} classes"
-    tokens = f"{flow.config.num_tokens} tokens of {flow.config.token_channels} values"
-    return ConvertResult(f"{parameters:,} weights, {images}{tokens}, {reads}", flow.config)
+    return flow.config
 
 
 def _convert_starflow(config: ConvertConfig, state: dict[str, Any]) -> jf.STARFlow:
@@ -78,9 +61,8 @@ def _convert_starflow(config: ConvertConfig, state: dict[str, Any]) -> jf.STARFl
         )  # fmt: skip
     encoder = None if config.encode_text is None else options.load_encoder(config.encode_text)
     flow_config = jf.STARFlow.infer_config(state, str(config.file), config.patch_size or 1)
-    if config.noise_std is not None:
-        flow_config = replace(flow_config, noise_std=config.noise_std)
-    return jf.STARFlow.from_original(config.file, flow_config, encoder)
+    noise_std = flow_config.noise_std if config.noise_std is None else config.noise_std
+    return jf.STARFlow.from_original(config.file, replace(flow_config, noise_std=noise_std), encoder)
 
 
 def _convert_tarflow(config: ConvertConfig, state: dict[str, Any]) -> jf.TarFlow:
@@ -97,6 +79,6 @@ def _convert_tarflow(config: ConvertConfig, state: dict[str, Any]) -> jf.TarFlow
     return flow
 
 
-def show(config: ConvertConfig, result: ConvertResult) -> None:
-    """Prints the shape of the flow, and its folder."""
-    print(f"{result.description}\nwrote the model folder {config.out}")
+def show(config: ConvertConfig, result: FlowConfig) -> None:
+    """Prints the config of the flow, and its folder."""
+    print(f"{result}\nwrote the model folder {config.out}")

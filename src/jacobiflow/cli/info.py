@@ -12,6 +12,7 @@ import jacobiflow as jf
 from jacobiflow.cli import loading, options
 from jacobiflow.cli.output import one_line
 from jacobiflow.errors import InputError, InputValueError
+from jacobiflow.utils.launch import local_device
 
 _LIBRARIES = ("zuko", "nflows", "normflows", "pyro-ppl", "sbi")  # The libraries that `accelerate` supports.
 _MAX_ROUND_TRIP_ERROR = 1e-3  # Largest change of a latent that is decoded and encoded again.
@@ -75,7 +76,7 @@ def _describe(model: str) -> InfoResult:
     values = {
         "model": model, "flow": flow.model_type, **asdict(flow.config), "num_tokens": flow.config.num_tokens,
         "token_channels": flow.config.token_channels,
-        "recommended": "none" if flow.recommended == jf.SamplingSettings() else loading.settings_text(flow.recommended),
+        "recommended": loading.settings_text(flow.recommended),
         "classes": ", ".join(flow.classes) or "without names",
         "parameters": sum(p.numel() for p in flow.parameters()),
     }  # fmt: skip
@@ -91,7 +92,7 @@ def _measure_memory(model: str) -> InfoResult:
     from jacobiflow.models.memory import free_memory, memory_needs
     from jacobiflow.models.registry import load_shapes
 
-    flow, device = load_shapes(model), torch.device(loading.pick_device("auto"))
+    flow, device = load_shapes(model), torch.device(local_device("auto"))
     free, guidance = free_memory(device), str(flow.guidance or "none")
     needs = {name: asdict(memory_needs(flow, device, getattr(torch, name))) for name in ("float32", "bfloat16")}
     labels = ("weights", "largest block", "copy for the exact loop", "keys and values of a sample", "all of a sample",

@@ -2,42 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import jacobiflow as jf
-from jacobiflow.errors import InputError, InputValueError
+from jacobiflow.cli import options
+from jacobiflow.errors import InputValueError
+from jacobiflow.utils.launch import local_device
 
 if TYPE_CHECKING:
     from jacobiflow.models.flow import Flow
 
 
-def load_model(name: str, device: str, dtype: str, guidance: str = "0", offload: bool = False) -> Flow:
+def load_model(
+    name: str, device: str, dtype: str, guidance: str = "0", offload: bool = False, encode_text: str | None = None
+) -> Flow:
     """Loads the flow that the options of a command name; `--dtype tf32` is set for the whole process."""
     import torch
 
-    device = pick_device(device)
+    device = local_device(device)
     if dtype == "tf32":
         if not device.startswith("cuda"):
             raise InputValueError(f"--dtype tf32: only a GPU has it, and --device is {device}; give float32")
         torch.set_float32_matmul_precision("high")
         dtype = "float32"
-    return jf.load(name, device, dtype, offload).guided(jf.Guidance.parse(guidance))
-
-
-def pick_device(name: str) -> str:
-    """Returns the device of `--device`; "auto" is a CUDA GPU if there is one, else the CPU."""
-    import torch
-
-    return name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def image_size(flow: Flow) -> tuple[int, int]:
-    """Returns the side and the number of channels of the flow's images."""
-    channels, size, _ = flow.require_images()
-    return size, channels
+    flow = jf.load(name, device, dtype, offload)
+    if encode_text is not None and flow.reads_text:
+        flow.encode_text = options.load_encoder(encode_text)
+    return flow.guided(jf.Guidance.parse(guidance))
 
 
 def resolve_settings(
@@ -63,17 +55,6 @@ def settings_text(settings: jf.SamplingSettings) -> str:
     guidance = f"--guidance {settings.guidance} " if settings.guidance else ""
     denoise = f"--denoise {settings.denoise:g}" if settings.denoise else ""
     return (guidance + denoise).strip() or "no guidance, no denoising"
-
-
-@contextmanager
-def naming_errors(option: str) -> Iterator[None]:
-    """Raises InputValueError with the option whose function, which the user wrote, raises an error."""
-    try:
-        yield
-    except InputError:
-        raise
-    except Exception as error:
-        raise InputValueError(f"{option}: its function raised {type(error).__name__} ({error})") from error
 
 
 def has_own_guesses(strategy: str) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -138,6 +139,19 @@ class Config:
         """Joins the lines of each paragraph of the docstring: `--help` is as wide as the terminal."""
         cls.__doc__ = re.sub(r"(?<=\S)\n( {4}| {12,})(?=\S)", " ", cls.__doc__ or "")
 
+    def check_file(self, name: str) -> None:
+        """Raises InputValueError if the file of an option cannot be written, or lies where another option points."""
+        option, path = f"--{name.replace('_', '-')}", getattr(self, name)
+        if path is None:
+            return
+        for other in (value for key, value in vars(self).items() if key != name):
+            is_path = isinstance(other, Path) or (isinstance(other, str) and os.path.exists(other))
+            if is_path and path.resolve().is_relative_to(Path(other).resolve()):
+                raise InputValueError(f"{option} {path}: is in {other}, which this command uses; give another file")
+        nearest = next(parent for parent in path.resolve().parents if parent.exists())
+        if path.is_dir() or not nearest.is_dir() or not os.access(nearest, os.W_OK):
+            raise InputValueError(f"{option} {path}: cannot be written; give a file in a folder that can be")
+
 
 def parse_labels(text: str, num: int, flow: Flow, seed: int) -> Tensor | None:
     """Returns the labels of `num` samples by `--labels`; `seed` is the seed of random labels."""
@@ -156,17 +170,8 @@ def parse_labels(text: str, num: int, flow: Flow, seed: int) -> Tensor | None:
         return draw_labels(num, flow.config.num_classes, seed)
     if text.endswith((".txt", ".npy")):
         return flow.check_labels(_read_labels(Path(text)), num)
-    numbers = torch.tensor([_class_number(name.strip(), flow.classes) for name in text.split(",")])
-    flow.check_labels(numbers, len(numbers))  # Checks all numbers, even if there are fewer samples.
-    return numbers[torch.arange(num) % len(numbers)]
-
-
-def _class_number(name: str, classes: Sequence[str]) -> int:
-    """Returns the number of a class by its name or its number."""
-    from jacobiflow.models.labels import class_number
-
-    is_number = name not in classes and re.fullmatch(r"-?\d{1,9}", name)
-    return int(name) if is_number else class_number(name, classes)
+    names = [name.strip() for name in text.split(",")]
+    return flow.check_labels(names, len(names))[torch.arange(num) % len(names)]
 
 
 def _read_labels(path: Path) -> Any:
@@ -182,7 +187,7 @@ def _read_labels(path: Path) -> Any:
 
 
 def parse_prompts(text: str | None, encoder: str | None, num: int, flow: Flow) -> list[str] | None:
-    """Returns the prompts of `num` samples by `--prompts`, and gives the flow the text encoder of `--encode-text`."""
+    """Returns the prompts of `num` samples by `--prompts`, for which the flow needs the encoder of `--encode-text`."""
     if text is None and encoder is not None:
         raise InputValueError(f"--encode-text {encoder}: give --prompts, too, or leave it out")
     if text is None:
@@ -191,7 +196,6 @@ def parse_prompts(text: str | None, encoder: str | None, num: int, flow: Flow) -
         raise InputValueError(f"--prompts {text}: this flow reads no text; leave it out")
     if encoder is None:
         raise InputValueError(f"--prompts {text}: give --encode-text, too: {_ENCODE_TEXT}")
-    flow.encode_text = load_encoder(encoder)
     try:
         prompts = Path(text).read_text().splitlines() if text.endswith(".txt") else [text]
     except (OSError, ValueError) as error:
@@ -203,10 +207,8 @@ def parse_prompts(text: str | None, encoder: str | None, num: int, flow: Flow) -
 
 def load_encoder(encoder: str) -> Any:
     """Loads the text encoder of `--encode-text`."""
-    from jacobiflow.cli.loading import naming_errors
-    from jacobiflow.evaluation.features import load_function
     from jacobiflow.models import t5_encoder
+    from jacobiflow.utils.functions import load_function
 
-    if not encoder.rpartition(":")[0].endswith(".py"):
-        return t5_encoder(encoder)
-    return naming_errors(f"--encode-text {encoder}")(load_function(encoder, "a T5 encoder"))
+    is_function = encoder.rpartition(":")[0].endswith(".py")
+    return load_function(encoder, "a T5 encoder") if is_function else t5_encoder(encoder)

@@ -9,29 +9,40 @@ from pathlib import Path
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
+from jacobiflow.utils.launch import find_launch
+
 if TYPE_CHECKING:
+    from jacobiflow.jobs import Job, CompletedJob
     from jacobiflow.utils.progress import Progress
 
 _MAX_MESSAGE_LENGTH = 300  # Characters.
 
 
-def show_table(columns: Iterable[str], rows: Iterable[Sequence[str]], text: Sequence[int] = (0,)) -> None:
+def show_table(columns: Sequence[str], rows: Iterable[Sequence[Any]], text: Sequence[int] = (0,)) -> None:
     """Prints a table. The columns with indices `text` are aligned to the left, and folded if they are too wide."""
     from rich import box
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
-    headings = list(columns)
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, show_header=any(headings), padding=0)
-    for i, heading in enumerate(headings):
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, show_header=any(columns), padding=0)
+    for i, heading in enumerate(columns):
         if i in text:
             table.add_column(heading, overflow="fold")
         else:
             table.add_column(heading, justify="right", no_wrap=True, min_width=max(map(len, heading.split())))
     for row in rows:
-        table.add_row(*map(escape, row))
+        table.add_row(*(escape(_format_cell(cell)) for cell in row))
     Console().print(table)
+
+
+def _format_cell(cell: Any) -> str:
+    """Formats text, a number, or the mean and standard deviation of one; None is an empty cell."""
+    if isinstance(cell, tuple):
+        return "±".join(map(_format_cell, cell))
+    if isinstance(cell, float):
+        return f"{cell:.1e}" if 1e4 <= cell < float("inf") else f"{cell:.2f}"
+    return "" if cell is None else str(cell)
 
 
 def format_duration(seconds: float) -> str:
@@ -68,9 +79,12 @@ def format_rate(num: int, seconds: float) -> str:
 
 
 @contextmanager
-def progress_bar(is_shown: bool = True) -> Iterator[Progress | None]:
-    """Yields a `Progress` that draws a bar for each kind of work; without a terminal, once a minute."""
-    if not is_shown:
+def progress_bar() -> Iterator[Progress | None]:
+    """Yields a `Progress` that draws a bar for each kind of work; without a terminal, once a minute.
+
+    Of the processes that a launcher has started, the first one draws it; the others get None.
+    """
+    if find_launch().rank > 0:
         yield None
         return
     from rich.console import Console
@@ -92,6 +106,18 @@ def progress_bar(is_shown: bool = True) -> Iterator[Progress | None]:
                 printed = monotonic()
 
         yield progress
+
+
+def run_job(job: Job, out: Path, overwrite: bool = False) -> CompletedJob | None:
+    """Runs a job with a progress bar; prints a line and returns None if another process reports the result."""
+    from jacobiflow import jobs
+
+    with progress_bar() as progress:
+        completed = jobs.run(job, out, overwrite=overwrite, progress=progress)
+    if completed.should_print:
+        return completed
+    print(f"another process wrote {out / job.result_name}")
+    return None
 
 
 def to_json(value: Any) -> Any:

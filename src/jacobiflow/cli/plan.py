@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import jacobiflow as jf
-from jacobiflow.cli import loading, options, output_files
+from jacobiflow.cli import loading, options
 from jacobiflow.cli.output import show_table
 from jacobiflow.errors import InputValueError
 
@@ -51,13 +51,11 @@ class PlanResult:
     """A strategy.
 
     Attributes:
-        tuning: The file of guesses and corrections, if any.
         settings: A line that names the guidance.
         num_tokens: Number of tokens of a sample.
     """
 
     strategy: jf.Strategy
-    tuning: Path | None
     settings: str
     num_tokens: int
 
@@ -66,28 +64,29 @@ def run(config: PlanConfig) -> PlanResult:
     """Plans a strategy, and writes it."""
     from jacobiflow.models.memory import find_batch_size
 
-    output_files.check_output("--out", config.out, config.model)
+    config.check_file("out")
     if config.out.suffix != ".json":
         raise InputValueError(f"--out {config.out}: give a file that ends in .json")
     flow = loading.load_model(config.model, config.device, config.dtype)
     settings, origin = loading.resolve_settings(flow, config.guidance, 0.0, config.plain, has_context=True)
     flow = flow.guided(settings.guidance)
     size = find_batch_size(flow, _MAX_AUTO_BATCH_SIZE) if config.batch_size == "auto" else config.batch_size
-    tuning = _tune(flow, config.model, config.out) if config.tune else jf.find_tuning(flow)
-    strategy = jf.plan(flow, None if tuning is None else jf.Tuning.load(tuning), size, config.tolerance)
+    tuning = _tune(config, flow) if config.tune else None
+    strategy = jf.plan(flow, tuning, size, config.tolerance)
     config.out.parent.mkdir(parents=True, exist_ok=True)
     strategy.save(config.out)
-    return PlanResult(strategy, tuning, origin, flow.config.num_tokens)
+    return PlanResult(strategy, origin, flow.config.num_tokens)
 
 
-def _tune(flow: Flow, model: str, out: Path) -> Path:
-    """Tunes the flow; returns the file of the tuning, in the model's folder unless it is a bundled model."""
-    folder = Path(model) if Path(model).is_dir() else out.parent
+def _tune(config: PlanConfig, flow: Flow) -> jf.Tuning:
+    """Tunes the flow, and saves the tuning in the model's folder, or beside the plan of a bundled model."""
+    folder = Path(config.model) if Path(config.model).is_dir() else config.out.parent
     file = folder / ("tuning.json" if flow.guidance is None else "tuning-guided.json")
+    tuning = jf.tune(flow)
     file.parent.mkdir(parents=True, exist_ok=True)
-    jf.tune(flow).save(file)
+    tuning.save(file)
     print(f"wrote {file}")
-    return file
+    return tuning
 
 
 def show(config: PlanConfig, result: PlanResult) -> None:

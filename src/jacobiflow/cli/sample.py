@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from jacobiflow.blocks.context import Context
     from jacobiflow.comparison.compare import Comparison
-    from jacobiflow.evaluation import PairedError
+    from jacobiflow.evaluation import SampleErrors
     from jacobiflow.models.flow import Flow
     from jacobiflow.sampling.folder import SampleSpec
     from jacobiflow.sampling.result import Outcome
@@ -110,18 +110,18 @@ class SampleResult(Provenance):
     preparation_seconds: float
     outcome: Outcome
     comparison: Comparison | None = None
-    error: PairedError | None = None
+    error: SampleErrors | None = None
     rounding: float | None = None
 
 
 def run(config: SampleConfig) -> SampleResult | None:
     """Draws the samples, and compares the first batch with the original sampler if asked to."""
-    from jacobiflow.jobs.launch import find_launch, local_device
     from jacobiflow.utils.timing import describe_machine
 
     _check_options(config)
-    device = local_device(loading.pick_device(config.device))
-    flow = loading.load_model(config.model, device, config.dtype, offload=config.offload)
+    flow = loading.load_model(
+        config.model, config.device, config.dtype, offload=config.offload, encode_text=config.encode_text
+    )
     classes = options.parse_labels(config.labels, config.num, flow, config.seed)
     texts = options.parse_prompts(config.prompts, config.encode_text, config.num, flow)
     context = flow.check_context(classes if texts is None else texts, config.num)
@@ -130,7 +130,7 @@ def run(config: SampleConfig) -> SampleResult | None:
     )
     flow = flow.guided(settings.guidance)
     started = perf_counter()
-    with progress_bar(is_shown=find_launch().rank == 0) as progress:
+    with progress_bar() as progress:
         folder = jf.sample_to_folder(
             flow, config.num, config.out, seed=config.seed, context=context, settings=settings,
             strategy=loading.load_strategy(config.strategy, config.report, flow), tolerance=config.tolerance,
@@ -186,7 +186,7 @@ def _compare(
     import torch
 
     from jacobiflow.comparison.compare import compare_samplers
-    from jacobiflow.evaluation import paired_error
+    from jacobiflow.evaluation import sample_errors
     from jacobiflow.models.latents import draw_latents
     from jacobiflow.sampling.request import SamplingRequest
 
@@ -206,7 +206,7 @@ def _compare(
         comparison = timed(repeats=1, warm_up=False)
         if comparison.result(comparison.original).seconds.median < _SHORT:
             comparison = timed()
-    error = paired_error(*(comparison.result(name).x for name in (config.strategy, comparison.original)))
+    error = sample_errors(*(comparison.result(name).x for name in (config.strategy, comparison.original)))
     return replace(result, comparison=comparison, error=error, rounding=rounding.outcome.sensitivity)
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from cyclopts import Parameter
 
 import jacobiflow as jf
-from jacobiflow.cli import loading, options
+from jacobiflow.cli import options
 from jacobiflow.cli.output import format_count, progress_bar
 from jacobiflow.errors import InputValueError
 from jacobiflow.training.config import TrainingConfig
@@ -98,17 +98,17 @@ def run(config: TrainConfig) -> TrainResult | None:
     import torch
 
     from jacobiflow import plots, training
-    from jacobiflow.jobs.launch import find_launch, local_device
     from jacobiflow.training.checkpoint import last_step
     from jacobiflow.training.processes import process_group
     from jacobiflow.utils import timing
     from jacobiflow.utils.checks import check_device
+    from jacobiflow.utils.launch import find_launch, local_device
 
     data = _training_images(config)
     held_out = _held_out_images(config, data)
     torch.manual_seed(config.training.seed)
     flow = _make_flow(config, data)
-    flow.to(check_device(local_device(loading.pick_device(config.device))))
+    flow.to(check_device(local_device(config.device)))
     transform = training.image_transform(flow.require_images(), config.horizontal_flip, config.translate, config.hue)
 
     start = last_step(config.out)
@@ -129,7 +129,7 @@ def run(config: TrainConfig) -> TrainResult | None:
         samples = jf.sample(average, num=20, labels=labels, seed=config.training.seed, strategy="sequential")
         plots.save_png(samples.grid(10), config.out / f"samples-{step:06d}.png")
 
-    with process_group(), progress_bar(is_shown=is_first) as progress:
+    with process_group(), progress_bar() as progress:
         training.train(
             flow, data, config.training, config.out, held_out=held_out, transform=transform,
             on_step=print_metrics, on_sample=save_samples, progress=progress,

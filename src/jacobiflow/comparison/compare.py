@@ -13,7 +13,7 @@ from torch import Tensor
 
 from jacobiflow.blocks.context import Context
 from jacobiflow.comparison.baselines import SEQUENTIAL, original_sampler, sequential_samples
-from jacobiflow.evaluation import PairedError, paired_error
+from jacobiflow.evaluation import SampleErrors, sample_errors
 from jacobiflow.models.flow import Flow
 from jacobiflow.sampling.denoise import denoise_checked
 from jacobiflow.sampling.result import Outcome, Samples
@@ -38,7 +38,7 @@ class SamplerResult:
 
     strategy: str
     seconds: Timing
-    error: PairedError
+    error: SampleErrors
     x: Float[Tensor, "n ..."]
     outcome: Outcome | None = None
     evaluations_per_token: float | None = None
@@ -158,5 +158,5 @@ def compare_samplers(
         if isinstance(x, Samples):
             outcome, x = x.outcome, x.x
             evaluations = outcome.token_evaluations / num_entries
-        results.append(SamplerResult(name, seconds[name], paired_error(x, exact.x), x, outcome, evaluations))
+        results.append(SamplerResult(name, seconds[name], sample_errors(x, exact.x), x, outcome, evaluations))
     return Comparison(len(latents), tuple(results), seconds[ENCODING_PASS])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float, UInt8
@@ -12,29 +12,6 @@ from torch import Tensor
 
 from jacobiflow.data import quantize
 from jacobiflow.utils.checks import check_floating, check_kind
-
-
-@dataclass(frozen=True)
-class PairedError:
-    """Largest, mean and root-mean-square difference between the entries of two answers; see `paired_error`."""
-
-    max: float
-    mean: float
-    rms: float
-
-
-def paired_error(actual: Float[Tensor, "n ..."], exact: Float[Tensor, "n ..."]) -> PairedError:
-    """Measures the difference between samples of the same latents, entry by entry.
-
-    An entry that is NaN in only one of them counts as infinite. An entry that is NaN in both counts as 0, because the
-    exact inverse overflows there too.
-    """
-    check_kind("actual", actual, Tensor, "a torch.Tensor of images")
-    check_floating("actual", actual, ("any",) * actual.ndim)
-    check_floating("exact", exact, tuple(actual.shape))
-    both_nan = actual.isnan() & exact.isnan()
-    difference = (actual.double() - exact.double()).abs().masked_fill(both_nan, 0).nan_to_num(torch.inf, torch.inf)
-    return PairedError(float(difference.max()), float(difference.mean()), float(difference.square().mean().sqrt()))
 
 
 @dataclass(frozen=True)
@@ -57,6 +34,7 @@ class SampleErrors:
     Attributes:
         num: Number of samples.
         max: Largest difference of an entry, in the samples' units (images: [-1, 1], not clipped).
+        mean: Mean difference of an entry, in the same units.
         rms: Root-mean-square difference of an entry, in the same units.
         psnr: For images 20 log10(2 / rms) in dB; infinity if all are equal, minus infinity if one is not finite.
         pixels: For images the difference after rounding to 8 bits.
@@ -64,6 +42,7 @@ class SampleErrors:
 
     num: int
     max: float
+    mean: float
     rms: float
     psnr: float | None = None
     pixels: PixelDifference | None = None
@@ -72,17 +51,21 @@ class SampleErrors:
     def merge(cls, parts: Sequence[SampleErrors]) -> SampleErrors:
         """Returns the errors of all samples, from those of parts of them."""
         num, pixels = sum(part.num for part in parts), None
+        mean = sum(part.num * part.mean for part in parts) / num
         rms = math.sqrt(sum(part.num * part.rms**2 for part in parts) / num)
         by_part = [(part.num, part.pixels) for part in parts if part.pixels is not None]
         if by_part:
             share = sum(count * each.share for count, each in by_part) / num
             pixels = PixelDifference(share, max(each.levels for _, each in by_part))
         psnr = None if parts[0].psnr is None else _psnr(rms)
-        return cls(num, max(part.max for part in parts), rms, psnr, pixels)
+        return cls(num, max(part.max for part in parts), mean, rms, psnr, pixels)
 
 
 def sample_errors(samples: Float[Tensor, "n ..."], exact: Float[Tensor, "n ..."]) -> SampleErrors:
-    """Measures the errors of images (N, C, H, W), or of tokens (N, T, C); entries that are NaN in both count as equal.
+    """Measures the errors of images (N, C, H, W), or of tokens (N, T, C), entry by entry.
+
+    An entry that is NaN in only one of them counts as infinite. An entry that is NaN in both counts as 0, because the
+    exact inverse overflows there too.
 
     Example:
         >>> exact = torch.zeros(2, 1, 4, 4)
@@ -90,11 +73,16 @@ def sample_errors(samples: Float[Tensor, "n ..."], exact: Float[Tensor, "n ..."]
         >>> round(errors.psnr, 3), errors.pixels
         (40.0, PixelDifference(share=1.0, levels=2))
     """
-    error = paired_error(samples, exact)
+    check_kind("samples", samples, Tensor, "a torch.Tensor of images or tokens")
+    check_floating("samples", samples, ("any",) * samples.ndim)
+    check_floating("exact", exact, tuple(samples.shape))
+    both_nan = samples.isnan() & exact.isnan()
+    error = (samples.double() - exact.double()).abs().masked_fill(both_nan, 0).nan_to_num(torch.inf, torch.inf)
+    rms = float(error.square().mean().sqrt())
+    errors = SampleErrors(len(samples), float(error.max()), float(error.mean()), rms)
     if samples.ndim != 4:
-        return SampleErrors(len(samples), error.max, error.rms)
-    pixels = pixel_difference(quantize(samples), quantize(exact))
-    return SampleErrors(len(samples), error.max, error.rms, _psnr(error.rms), pixels)
+        return errors
+    return replace(errors, psnr=_psnr(rms), pixels=pixel_difference(quantize(samples), quantize(exact)))
 
 
 def _psnr(rms: float) -> float:

@@ -19,7 +19,7 @@ from jacobiflow.utils.files import write_atomically
 
 _NUM_NEIGHBOURS = 3
 _MAX_ROUNDING = 1e-6  # rounding of a covariance, as a share of the mean of f f^T
-MIN_IMAGES = _NUM_NEIGHBOURS + 1  # number of images of each set that precision and recall need
+MIN_IMAGES = _NUM_NEIGHBOURS + 1  # number of images of each set that scores over pairs of images need
 _EXPECTED_FILE = "a file that FeatureStatistics.save wrote, or a *_fid_stats.pth of the original TarFlow code"
 
 
@@ -126,7 +126,7 @@ def kernel_distance(real: Float[Tensor, "n d"], fake: Float[Tensor, "m d"], seed
 
     Reference: Binkowski et al., arXiv 1801.01401.
     """
-    _check_features("the kernel distance", real, fake, 2)
+    _check_features("the kernel distance", real, fake)
     from torch_fidelity.metric_kid import kid_features_to_metric
 
     distance = kid_features_to_metric(
@@ -144,7 +144,7 @@ def precision_recall(real: Float[Tensor, "n d"], fake: Float[Tensor, "m d"]) -> 
 
     Reference: Kynkäänniemi et al., arXiv 1904.06991.
     """
-    _check_features("precision and recall", real, fake, MIN_IMAGES)
+    _check_features("precision and recall", real, fake)
     from torch_fidelity.metric_prc import prc_features_to_metric
 
     shares = prc_features_to_metric(
@@ -162,8 +162,8 @@ def check_comparable(real: tuple[int, int], fake: tuple[int, int], min_images: i
         raise DataError(f"{real[0]} images against {fake[0]}: give at least {min_images} of each")
 
 
-def _check_features(what: str, real: Tensor, fake: Tensor, min_images: int) -> None:
+def _check_features(what: str, real: Tensor, fake: Tensor) -> None:
     require_eval_extra(what)
-    check_comparable((len(real), real.shape[1]), (len(fake), fake.shape[1]), min_images)
+    check_comparable((len(real), real.shape[1]), (len(fake), fake.shape[1]), MIN_IMAGES)
     if not (torch.isfinite(real).all() and torch.isfinite(fake).all()):
         raise DataError("features that are not finite: check the images")

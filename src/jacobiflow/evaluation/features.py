@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import runpy
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -14,7 +13,8 @@ from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
 from jacobiflow.errors import DataError, first_line
-from jacobiflow.utils.checks import check_floating
+from jacobiflow.utils.checks import check_finite, check_floating
+from jacobiflow.utils.functions import load_function
 
 FeatureFunction: TypeAlias = Callable[[UInt8[Tensor, "n c h w"]], Float[Tensor, "n d"]]
 
@@ -30,20 +30,6 @@ def load_features(name: str, inception: Path | None = None) -> FeatureFunction:
         inception: A file of Inception's weights; see `InceptionFeatures`.
     """
     return InceptionFeatures(inception) if name == "inception" else load_function(name, "inception")
-
-
-def load_function(name: str, alternative: str) -> Callable[..., Any]:
-    """Runs the file of "FILE.py:FUNCTION" and returns the function; errors also propose the `alternative`."""
-    file, _, function = name.rpartition(":")
-    if not file.endswith(".py") or not Path(file).is_file():
-        raise DataError(f"{name}: no such file; give {alternative}, or FILE.py:FUNCTION for a function of your own")
-    try:
-        value = runpy.run_path(file).get(function)
-    except Exception as error:  # anything that running a file can raise
-        raise DataError(f"{name}: the file cannot be run ({type(error).__name__}: {error}); correct it") from error
-    if not callable(value):
-        raise DataError(f"{name}: no function of this name in the file")
-    return value
 
 
 class InceptionFeatures(nn.Module):
@@ -90,28 +76,27 @@ def load_tensors(path: Path, expected: str) -> Any:
 
 @torch.inference_mode()
 def extract_features(
-    features: FeatureFunction, batches: Iterable[UInt8[Tensor, "b c h w"]], batch_size: int = 250
+    features: FeatureFunction, images: UInt8[Tensor, "n c h w"], batch_size: int = 250
 ) -> Float[Tensor, "n d"]:
-    """Computes the features of 8-bit images, which come in batches of any size.
+    """Computes the features of 8-bit images.
 
     Args:
         features: A function, or a module, which gets the images on its device.
-        batches: The images.
         batch_size: Images in the network at a time.
 
     Raises:
-        ValueError, TypeError: If `features` does not return floating-point features (n, d) for n images.
+        ValueError, TypeError: If `features` does not return finite floating-point features (n, d) for n images.
     """
     weight = next(features.parameters(), None) if isinstance(features, nn.Module) else None
     device = torch.device("cpu") if weight is None else weight.device
     parts = list[Tensor]()
     width: int | str = "d"
-    for images in batches:
-        for part in images.split(batch_size):
-            values = features(part.to(device))
-            check_floating("result of the feature function", values, (len(part), width))
-            width = values.shape[1]
-            parts.append(values.float().cpu())
+    for part in images.split(batch_size):
+        values = features(part.to(device))
+        check_floating("result of the feature function", values, (len(part), width))
+        check_finite("result of the feature function", values)
+        width = values.shape[1]
+        parts.append(values.float().cpu())
     return torch.cat(parts)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -11,10 +11,10 @@ from typing import Any
 
 import safetensors.torch
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from jacobiflow.blocks.guidance import SamplingSettings
-from jacobiflow.data import ImageDataset, Noise, quantize
+from jacobiflow.data import ImageDataset, Noise, Split, available_splits, load_images, quantize
 from jacobiflow.errors import InputValueError
 from jacobiflow.evaluation.differences import SampleErrors, pixel_difference, sample_errors
 from jacobiflow.evaluation.distances import (
@@ -25,15 +25,17 @@ from jacobiflow.evaluation.distances import (
     kernel_distance,
     precision_recall,
 )
-from jacobiflow.evaluation.features import FeatureFunction, InceptionFeatures, extract_features, require_eval_extra
+from jacobiflow.evaluation.features import InceptionFeatures, extract_features, load_features, require_eval_extra
 from jacobiflow.evaluation.likelihood import count_correct_classes, total_bits_per_dim
 from jacobiflow.jobs import Job, JobStore, UnitOutput
+from jacobiflow.models.checkpoints.fingerprint import check_fingerprint, fingerprint
 from jacobiflow.models.flow import Flow
 from jacobiflow.models.latents import draw_latents
 from jacobiflow.sampling.folder import SampleFolder
 from jacobiflow.sampling.result import Outcome
 from jacobiflow.sampling.sample import sample
 from jacobiflow.utils import serialization
+from jacobiflow.utils.files import sha256
 from jacobiflow.utils.progress import Progress
 from jacobiflow.utils.provenance import Provenance
 from jacobiflow.utils.timing import describe_machine
@@ -50,7 +52,7 @@ class EvaluationSpec:
         model: Name of the flow.
         weights_sha256: Checksum of its weights and config.
         dtype: The dtype of the network, or "tf32".
-        batch_size: Images in the network at a time.
+        batch_size: Test images in the network at a time.
         seed: Seed of the noise on test images.
         samples_sha256: Checksum of the samples; None without samples.
         paired: Number of samples that are compared with the exact loop's.
@@ -114,15 +116,13 @@ class EvaluationResult(Provenance, EvaluationSpec):
 
 
 class EvaluationJob(Job):
-    """Scores a flow and its samples. A unit is the errors, likelihoods or features of some images.
+    """The job of `jacobiflow evaluate`; its arguments are the options of this command, and the flow that they name.
 
-    Args:
-        spec: All that the scores depend on.
-        samples: Samples of the flow.
-        real: Real images, whose features are compared with those of the samples.
-        test: Images whose likelihood is measured, and class accuracy if they have labels.
-        features: Gives features of images; a module is on the device of the flow.
-        statistics: Statistics of real images, which the Fréchet distance takes in place of those of `real`.
+    Its units are named after the range of their images:
+    errors-START-STOP: the errors of a batch of samples against the exact loop's, and how much rounding changes these
+    likelihoods-START-STOP: of a batch of test images the sum of the bits per dimension, and the number of classes found
+    real-START-STOP: the features of real images, as a file
+    samples-START-STOP: the features of a shard of samples, as a file
 
     Raises:
         InputValueError: If a score cannot be computed; the features are tried on one image.
@@ -131,59 +131,123 @@ class EvaluationJob(Job):
     kind, result_name, patterns = "evaluation", "evaluation.json", ("features/*.safetensors",)
 
     def __init__(
-        self, spec: EvaluationSpec, flow: Flow, samples: SampleFolder | None, real: ImageDataset | None,
-        test: ImageDataset | None, features: FeatureFunction | None, statistics: FeatureStatistics | None,
+        self, flow: Flow, model: str, *, samples: Path | None, images: str | None, features: str,
+        inception: Path | None, statistics: Path | None, paired: int, test_images: int, batch_size: int, seed: int,
     ) -> None:  # fmt: skip
-        self.spec, self.flow, self.machine = spec, flow, describe_machine(flow.var.device)
-        self.samples, self.features, self.statistics = samples, features, statistics
-        self.units: dict[str, list[Callable[[], Any]]] = {"errors": [], "likelihoods": [], "real": [], "samples": []}
-        if samples is not None and spec.paired:
-            if samples.spec.labels_or_context_sha256 is not None and samples.labels(0) is None:
-                message = "the samples' texts or numbers are not in the folder; give 0"
-                raise InputValueError(message, argument="paired", value=spec.paired)
-            rows = [range(spec.paired)[i : i + spec.batch_size] for i in range(0, spec.paired, spec.batch_size)]
-            self.units["errors"] = [partial(_measure_errors, flow, samples, each) for each in rows]
-        if test is not None:
-            batches = torch.arange(len(test)).split(spec.batch_size)
-            self.units["likelihoods"] = [partial(_measure_likelihoods, flow, test, spec.seed, each) for each in batches]
-        if real is not None and features is not None:
-            batches = torch.arange(len(real)).split(_UNIT_IMAGES)
-            self.units["real"] = [
-                partial(_extract, features, partial(_real_images, features, real, each)) for each in batches
-            ]
-        if samples is not None and features is not None:
-            shards = range(samples.spec.num_shards)
-            self.units["samples"] = [partial(_extract, features, partial(samples.images, i)) for i in shards]
-            num, width = samples.spec.num, extract_features(features, [samples.images(0)[:1]]).shape[1]
+        self.flow, self.machine = flow, describe_machine(flow.var.device)
+        # Each is None if it is not given; then the job has no units of it.
+        self.samples: Any = None if samples is None else _open_samples(samples, flow, paired)
+        self.test: Any = None
+        self.real: Any = None
+        self.features: Any = None
+        self.statistics: FeatureStatistics | None = None
+        against = likelihood_images = None
+        if images is not None and test_images:
+            test, likelihood_images = _load_split(images, flow, "test")
+            self.test = test.evenly_spaced(min(test_images, len(test)))  # The first ones may be of one class.
+            flow.check_context(self.test.labels, len(self.test))
+        if features != "none":
+            flow.require_images()
+            self.features = load_features(features, inception)
+            if isinstance(self.features, nn.Module):
+                self.features.to(flow.var.device)
+            if images is not None:
+                self.real, against = _load_split(images, flow, "train")
             if statistics is not None:
-                check_comparable((statistics.num, len(statistics.sum)), (num, width))
-            if real is not None:
-                check_comparable((len(real), width), (num, width))
-                require_eval_extra("the kernel distance")
+                self.statistics, against = FeatureStatistics.load(statistics), str(statistics)
+        spec = None if self.samples is None else self.samples.spec
+        num, batch, shard = (0, 1, 1) if spec is None else (spec.num, spec.batch_size, spec.shard_size)
+        files = [Path(features.rpartition(":")[0]), *filter(None, (inception, statistics))]
+        image_checksums = "".join(each.sha256() for each in (self.real, self.test) if each is not None)
+        self.spec = EvaluationSpec(
+            model=model, weights_sha256=sha256(f"{fingerprint(flow)} {flow.config}".encode()), dtype=flow.precision,
+            batch_size=batch_size, seed=seed, samples_sha256=None if self.samples is None else self.samples.sha256(),
+            paired=min(paired, num), features=features, features_sha256=sha256(*filter(Path.is_file, files)),
+            against=against, test_images=len(self.test or ()), likelihood_images=likelihood_images,
+            images_sha256=sha256(image_checksums.encode()),
+        )  # fmt: skip
+        self._units = {
+            "errors": _ranges("errors", self.spec.paired, batch),
+            "likelihoods": _ranges("likelihoods", self.spec.test_images, batch_size),
+            "real": _ranges("real", len(self.real or ()), _UNIT_IMAGES),
+            "samples": _ranges("samples", num if features != "none" else 0, shard),
+        }
+        if self._units["samples"]:
+            self._check_features()
+
+    def _check_features(self) -> None:
+        """Raises InputValueError if the features of the samples cannot be compared with those of the real images."""
+        num, width = self.samples.spec.num, extract_features(self.features, self.samples.images(0)[:1]).shape[1]
+        if self.statistics is not None:
+            check_comparable((self.statistics.num, len(self.statistics.sum)), (num, width))
+        if self.real is not None:
+            check_comparable((len(self.real), width), (num, width))
+            require_eval_extra("the kernel distance")
 
     def stages(self, store: JobStore) -> Iterator[Mapping[str, int]]:
         """Yields all units."""
-        yield {unit: 1 for kind in self.units for unit in self._names(kind)}
-
-    def _names(self, kind: str) -> list[str]:
-        return [f"{kind}-{i:05}" for i in range(len(self.units[kind]))]
+        yield {unit: 1 for units in self._units.values() for unit in units}
 
     def compute(self, unit: str, store: JobStore, progress: Progress | None) -> UnitOutput:
-        """Computes features, or the errors or likelihoods of a batch."""
-        kind, _, index = unit.partition("-")
-        output = self.units[kind][int(index)]()
-        if isinstance(output, Tensor):
-            return UnitOutput({_file(unit): safetensors.torch.save({"features": output})})
-        return UnitOutput(value=serialization.encode(output))
+        """Computes the errors or likelihoods of a batch as a value, or features as a file."""
+        kind, start, stop = unit.split("-")
+        rows = range(int(start), int(stop))
+        match kind:
+            case "errors":
+                return UnitOutput(value=serialization.encode(self._measure_errors(rows)))
+            case "likelihoods":
+                return UnitOutput(value=self._measure_likelihoods(rows))
+            case "real":
+                images = self._real_images(rows)
+            case _:
+                images = self.samples.images(rows.start // self.samples.spec.shard_size)
+        features = extract_features(self.features, images)
+        return UnitOutput({_file(unit): safetensors.torch.save({"features": features})})
+
+    def _measure_errors(self, rows: range) -> tuple[SampleErrors, float | None]:
+        """Compares samples with the exact loop's of the same latents; also returns the latters' largest sensitivity."""
+        folder: SampleFolder = self.samples
+        spec, config = folder.spec, self.flow.config
+        shard, first = divmod(rows.start, spec.shard_size)  # A batch is in one shard.
+        part = slice(first, first + len(rows))
+        labels = folder.labels(shard)
+        draw = partial(
+            sample, self.flow, labels=None if labels is None else labels[part],
+            latents=draw_latents(len(rows), config.num_tokens, config.token_channels, spec.seed, rows.start),
+            settings=SamplingSettings(spec.guidance, spec.denoise), certify=spec.certify,
+        )  # fmt: skip
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # The folder's outcome tells of samples that are not finite.
+            loop = draw(strategy="sequential", sensitivity=True)
+            if spec.has_pictures:  # The folder has only their 8-bit values, and other samples as they were drawn.
+                samples = draw(strategy=folder.strategy()).x.cpu()
+            else:
+                samples = (folder.tokens if self.flow.image_shape is None else folder.images)(shard)[part]
+        exact = loop.x.cpu().float()
+        pixels = pixel_difference(folder.images(shard)[part], quantize(exact)) if spec.has_pictures else None
+        return replace(sample_errors(samples, exact), pixels=pixels), loop.outcome.sensitivity
+
+    def _measure_likelihoods(self, rows: range) -> tuple[float, int | None]:
+        """Returns the sum of the bits per dimension of images, and the number of them whose class the flow finds."""
+        batch = self.flow, self.test, Noise(self.flow.config.noise_std), self.spec.seed, torch.tensor(rows)
+        return total_bits_per_dim(*batch), None if self.test.labels is None else count_correct_classes(*batch)
+
+    def _real_images(self, rows: range) -> Tensor:
+        """Returns real images; as in the original code of TarFlow, half of Inception's are mirrored."""
+        images = self.real.images[torch.tensor(rows)]
+        if not isinstance(self.features, InceptionFeatures):
+            return images
+        is_mirrored = torch.rand(len(self.real), generator=torch.Generator().manual_seed(0)) < 0.5
+        return torch.where(is_mirrored[rows.start : rows.stop].view(-1, 1, 1, 1), images.flip(-1), images)
 
     def reduce(self, store: JobStore) -> Any:
         """Returns an `EvaluationResult` as a JSON value."""
         samples, scores = self.samples, self._measure_distances(store)
-        if errors := [store.value(unit) for unit in self._names("errors")]:
+        if errors := [store.value(unit) for unit in self._units["errors"]]:
             paired, sensitivity = zip(*errors, strict=True)
             scores["paired"] = SampleErrors.merge([serialization.decode(SampleErrors, each) for each in paired])
             scores["sensitivity"] = max((each for each in sensitivity if each is not None), default=None)
-        if likelihoods := [store.value(unit) for unit in self._names("likelihoods")]:
+        if likelihoods := [store.value(unit) for unit in self._units["likelihoods"]]:
             bits, num_correct = zip(*likelihoods, strict=True)
             name = "bits_per_dim_noisy" if self.flow.config.noise_std else "bits_per_dim"
             scores[name] = sum(bits) / self.spec.test_images
@@ -197,11 +261,11 @@ class EvaluationJob(Job):
 
     def _measure_distances(self, store: JobStore) -> dict[str, Any]:
         """Returns the Fréchet distance, and with features of real images kernel distance, precision and recall."""
-        if not self.units["samples"]:
+        if not self._units["samples"]:
             return {}
         real = self.statistics or self._merge_statistics(store, "real")
         scores = {"frechet_distance": frechet_distance(real, self._merge_statistics(store, "samples"))}
-        if self.units["real"]:
+        if self.real is not None:
             sets = self._choose_features(store, "real"), self._choose_features(store, "samples")
             if min(map(len, sets)) >= MIN_IMAGES:
                 scores["kernel_distance"], scores["kernel_distance_std"] = kernel_distance(*sets)
@@ -224,58 +288,37 @@ class EvaluationJob(Job):
         return features[rows.sort().values]
 
     def _load_features(self, store: JobStore, kind: str) -> Iterator[Tensor]:
-        for unit in self._names(kind):
+        for unit in self._units[kind]:
             yield safetensors.torch.load_file(store.path / _file(unit))["features"]
+
+
+def _ranges(kind: str, num: int, size: int) -> list[str]:
+    """Returns the names of the units of `num` images, of which one unit has at most `size`."""
+    return [f"{kind}-{start}-{min(start + size, num)}" for start in range(0, num, size)]
 
 
 def _file(unit: str) -> str:
     return f"features/{unit}.safetensors"
 
 
-def _measure_errors(flow: Flow, folder: SampleFolder, rows: range) -> tuple[SampleErrors, float | None]:
-    """Compares samples with the exact loop's at the same latents; also returns the largest sensitivity."""
-    config, spec, size = flow.config, folder.spec, folder.spec.shard_size
-    first = rows.start // size
-
-    def read(load: Callable[[int], Any]) -> Any:
-        shards = torch.cat([load(i) for i in range(first, -(-rows.stop // size))])
-        return shards[rows.start - first * size : rows.stop - first * size]
-
-    draw = partial(
-        sample, flow, labels=None if folder.labels(0) is None else read(folder.labels),
-        latents=draw_latents(len(rows), config.num_tokens, config.token_channels, spec.seed, rows.start),
-        settings=SamplingSettings(spec.guidance, spec.denoise), certify=spec.certify,
-    )  # fmt: skip
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # The folder's outcome tells of samples that are not finite.
-        loop = draw(strategy="sequential", sensitivity=True)
-        if spec.has_pictures:  # The folder has only their 8-bit values, and other samples as they were drawn.
-            samples = draw(strategy=folder.strategy()).x.cpu()
-        else:
-            samples = read(folder.tokens if flow.image_shape is None else folder.images)
-    exact = loop.x.cpu().float()
-    pixels = pixel_difference(read(folder.images), quantize(exact)) if spec.has_pictures else None
-    return replace(sample_errors(samples, exact), pixels=pixels), loop.outcome.sensitivity
+def _open_samples(path: Path, flow: Flow, paired: int) -> SampleFolder:
+    """Opens a folder of samples; raises InputValueError if it is incomplete, or of another flow."""
+    folder = SampleFolder.open(path)
+    check_fingerprint(folder.spec.weights_sha256, flow, f"--samples {path}: drawn from", "give that one as --model")
+    for problem in folder.problems():
+        raise InputValueError(problem)
+    if paired and folder.spec.labels_or_context_sha256 is not None and folder.labels(0) is None:
+        message = "the samples' texts or numbers are not in the folder; give 0"
+        raise InputValueError(message, argument="paired", value=paired)
+    return folder
 
 
-def _measure_likelihoods(flow: Flow, test: ImageDataset, seed: int, index: Tensor) -> tuple[float, int | None]:
-    """Returns the sum of the bits per dimension of images, and the number of them whose class the flow finds."""
-    batch = flow, test, Noise(flow.config.noise_std), seed, index
-    return total_bits_per_dim(*batch), None if test.labels is None else count_correct_classes(*batch)
-
-
-def _real_images(features: FeatureFunction, real: ImageDataset, index: Tensor) -> Tensor:
-    """Returns real images; as in the original code of TarFlow, half of Inception's are mirrored."""
-    images = real.images[index]
-    if not isinstance(features, InceptionFeatures):
-        return images
-    is_mirrored = torch.rand(len(real), generator=torch.Generator().manual_seed(0)) < 0.5
-    return torch.where(is_mirrored[index].view(-1, 1, 1, 1), images.flip(-1), images)
-
-
-def _extract(features: FeatureFunction, load: Callable[[], Tensor]) -> Tensor:
-    """Returns the features of the images that a function loads."""
-    values = extract_features(features, [load()])
-    if not torch.isfinite(values).all():
-        raise InputValueError("features that are not finite: check the images and --features")
-    return values
+def _load_split(source: str, flow: Flow, split: Split) -> tuple[ImageDataset, str]:
+    """Loads a split of images, or all if the source has no such split; also returns the name of the images."""
+    splits = available_splits(source)
+    names: dict[Split, str] = {"train": "training images", "test": "test images"}
+    split = split if split in splits else "train"
+    channels, size, _ = flow.require_images()
+    data = load_images(source, size, channels, split)
+    name = f"{names[split] if splits else 'images'} of {source}"
+    return data if flow.config.num_classes else replace(data, labels=None), name

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from jacobiflow.errors import InputValueError
-from jacobiflow.jobs.launch import find_launch
 from jacobiflow.jobs.store import JobStore, UnitOutput
 from jacobiflow.utils import serialization
 from jacobiflow.utils.files import FolderInUseError
+from jacobiflow.utils.launch import find_launch
 from jacobiflow.utils.progress import Progress
 
 _POLL_SECONDS = 0.2  # Between two looks at the units that other processes are computing.

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from jacobiflow.errors import InputValueError, first_line
-from jacobiflow.jobs.launch import find_launch
+from jacobiflow.utils.launch import find_launch
 
 _TIMEOUT = timedelta(minutes=30)  # Longest wait for another process: it may start late, or draw samples.
 _SLURM_PORTS = range(20_000, 30_000)

@@ -1,4 +1,4 @@
-"""Rank of this process, if torchrun or SLURM's srun has started it."""
+"""Rank and device of this process, which torchrun or SLURM's srun may have started."""
 
 from __future__ import annotations
 
@@ -45,11 +45,16 @@ def find_launch(variables: Mapping[str, str] = os.environ) -> Launch:
 
 
 def local_device(name: str) -> str:
-    """Returns the device of this process: its own GPU if `name` is "cuda" and there are several processes."""
+    """Returns the device of this process.
+
+    "auto" is a CUDA GPU if there is one, else the CPU. "cuda" is a GPU of its own if there are several processes.
+    """
     import torch
 
-    launch = find_launch()
-    if name != "cuda" or launch.count == 1 or not torch.cuda.is_available():
+    launch, has_gpu = find_launch(), torch.cuda.is_available()
+    if name == "auto":
+        name = "cuda" if has_gpu else "cpu"
+    if name != "cuda" or launch.count == 1 or not has_gpu:
         return name
     index = launch.local_rank % torch.cuda.device_count()  # A launcher may show each process only one GPU.
     torch.cuda.set_device(index)  # Without it every process would allocate memory on the first GPU.

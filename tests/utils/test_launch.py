@@ -7,7 +7,7 @@ from unittest.mock import Mock
 import pytest
 
 from jacobiflow.errors import InputValueError
-from jacobiflow.jobs.launch import Launch, find_launch, local_device
+from jacobiflow.utils.launch import Launch, find_launch, local_device
 
 TORCHRUN = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}
 SRUN = {"SLURM_PROCID": "3", "SLURM_STEP_NUM_TASKS": "4", "SLURM_LOCALID": "0"}
@@ -31,7 +31,7 @@ def test_each_process_has_its_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     monkeypatch.setattr("torch.cuda.set_device", choose := Mock())
-    assert local_device("cuda") == "cuda"
+    assert local_device("cuda") == local_device("auto") == "cuda"
     for rank, device in (("1", "cuda:1"), ("2", "cuda:0")):
         for name, value in (TORCHRUN | {"LOCAL_RANK": rank}).items():
             monkeypatch.setenv(name, value)
