@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from jacobiflow.utils.launch import find_launch
 
 if TYPE_CHECKING:
-    from jacobiflow.jobs import Job, CompletedJob
+    from jacobiflow.jobs import CompletedJob, Job
     from jacobiflow.utils.progress import Progress
 
 _MAX_MESSAGE_LENGTH = 300  # Characters.
