@@ -38,15 +38,14 @@ def resolve_settings(
     """Returns guidance and denoising, recommended by the model unless given, and a line that names them."""
     if plain and (guidance is not None or denoise):
         raise InputValueError("--plain: excludes --guidance and --denoise; leave one of them out")
-    recommended, note = jf.SamplingSettings() if plain else flow.recommended, ""
-    value = recommended.guidance
-    if guidance is not None:
-        value = flow.guided(jf.Guidance.parse(guidance)).guidance
-    elif value and flow.has_conditions and not has_context:
-        value, note = None, f"; the recommended guidance needs {'prompts' if flow.reads_text else 'labels'}"
+    recommended, note = jf.SamplingSettings() if plain else flow.recommended_for(has_context), ""
+    value = recommended.guidance if guidance is None else flow.guided(jf.Guidance.parse(guidance)).guidance
     settings = jf.SamplingSettings(value, recommended.denoise if denoise is None else denoise)
-    if guidance is None and not denoise and settings != jf.SamplingSettings() and not note:
-        note = " (recommended by the model; --plain turns it off)"
+    if guidance is None and not plain:
+        if value != flow.recommended.guidance:
+            note = f"; the recommended guidance needs {'prompts' if flow.reads_text else 'labels'}"
+        elif not denoise and settings != jf.SamplingSettings():
+            note = " (recommended by the model; --plain turns it off)"
     return settings, f"settings: {settings_text(settings)}{note}"
 
 

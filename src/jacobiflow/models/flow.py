@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from jacobiflow.blocks.base import AffineBlock, FlowBlock, ScaleShift, TokensLogDet
 from jacobiflow.blocks.context import NO_CONTEXT, Context
-from jacobiflow.blocks.guidance import GIVE_GUIDANCE, Guidance, guided
+from jacobiflow.blocks.guidance import GIVE_GUIDANCE, Guidance, SamplingSettings, guided
 from jacobiflow.blocks.permutation import Permutation
 from jacobiflow.blocks.tokens import Tokens
 from jacobiflow.errors import InputValueError
@@ -104,6 +104,11 @@ class Flow(Pretrained):
     def check_recommended(self) -> None:
         self.guided(self.recommended.guidance)
         check_rate(self, self.recommended.denoise)
+
+    def recommended_for(self, has_context: bool) -> SamplingSettings:
+        """Returns the recommended settings; without guidance if that needs a context which samples have not."""
+        is_guided = has_context or not self.has_conditions
+        return self.recommended if is_guided else replace(self.recommended, guidance=None)
 
     def guided(self, guidance: Guidance | None) -> Self:
         """Returns a view of this flow that is sampled under `guidance`; it shares parameters and buffers.

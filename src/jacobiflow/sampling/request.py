@@ -143,8 +143,9 @@ def _resolve_settings(flow: Flow, settings: Settings, context: Context) -> tuple
     give = 'SamplingSettings, "recommended" or None'
     if isinstance(settings, str):
         check_choice("settings", settings, ("recommended",))
-        is_guided = flow.guidance is None and (context.values is not None or not flow.has_conditions)
-        settings = flow.recommended if is_guided else replace(flow.recommended, guidance=None)
+        settings = flow.recommended_for(context.values is not None)
+        if flow.guidance is not None:
+            settings = replace(settings, guidance=None)
     check_kind("settings", settings, SamplingSettings | None, give)
     if settings is None:
         return flow, 0.0
