@@ -24,7 +24,7 @@ ALLOWED: dict[str, set[str]] = {
     "fixed_point": {"blocks"},
     "calibration": {"blocks", "fixed_point", "models", "jobs"},
     "planner": {"blocks", "calibration", "fixed_point", "models", "native"},
-    "sampling": {"blocks", "calibration", "data", "fixed_point", "models", "planner", "jobs"},
+    "sampling": {"blocks", "data", "fixed_point", "models", "planner", "jobs"},
     "adapters": {"fixed_point", "native"},
     "comparison": {"blocks", "evaluation", "models", "sampling"},
     "data": set(),

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import examples.extending.recurrent_flow  # noqa: F401  registers the flow
 import jacobiflow as jf
 from jacobiflow.cli import main
 from tests.helpers.running import run_line

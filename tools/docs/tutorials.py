@@ -21,7 +21,6 @@ from jacobiflow.utils.files import write_atomically
 
 TUTORIALS = ROOT / "docs" / "tutorials"
 _TERMINAL = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|[^\n]*\r(?!\n)")  # colours, and lines that were written over
-_PROGRESS = re.compile(r"^\w+: [\d,]+ of [\d,]+, about .* left\n", re.MULTILINE)  # a line every half minute
 _PYTHON = {
     "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
     "language_info": {"name": "python"},
@@ -58,8 +57,7 @@ def run(path: Path) -> str:
 
 def _without_noise(output: Any, folder: str) -> Any:
     if output.output_type == "stream":
-        text = _TERMINAL.sub("", output.text.replace("\r\n", "\n")).replace(f"{folder}/", "")
-        output.text = _PROGRESS.sub("", text)
+        output.text = _TERMINAL.sub("", output.text.replace("\r\n", "\n")).replace(f"{folder}/", "")
         return output
     output.metadata = {}
     if "image/png" in output.data:

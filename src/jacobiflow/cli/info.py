@@ -118,9 +118,10 @@ def _check(path: str) -> InfoResult:
     checks: dict[str, Iterable[str]] = {}
     if any((folder / file).exists() for file in (CONFIG, WEIGHTS, INDEX)):
         checks["a model"] = _model_problems(folder)
-    if (read_object(folder / MANIFEST) or {}).get("kind") == training.KIND:
+    kind = (read_object(folder / MANIFEST) or {}).get("kind")
+    if kind == training.KIND:
         checks["a training run"] = training.problems(folder)
-    elif (folder / MANIFEST).exists():
+    if kind == "samples":
         checks["samples"] = jf.SampleFolder.open(folder).problems()
     if not checks:
         raise InputValueError(f"{path}: no model, samples or training run; give the folder of one, or a model's name")

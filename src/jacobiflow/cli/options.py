@@ -158,6 +158,7 @@ def parse_labels(text: str, num: int, flow: Flow, seed: int) -> Tensor | None:
     import torch
 
     from jacobiflow.data import balanced_labels
+    from jacobiflow.models.labels import class_number
     from jacobiflow.models.latents import draw_labels
 
     if getattr(flow.config, "context_channels", 0):
@@ -170,8 +171,10 @@ def parse_labels(text: str, num: int, flow: Flow, seed: int) -> Tensor | None:
         return draw_labels(num, flow.config.num_classes, seed)
     if text.endswith((".txt", ".npy")):
         return flow.check_labels(_read_labels(Path(text)), num)
-    names = [name.strip() for name in text.split(",")]
-    return flow.check_labels(names, len(names))[torch.arange(num) % len(names)]
+    names, classes = [name.strip() for name in text.split(",")], flow.classes
+    is_number = [name not in classes and re.fullmatch(r"-?\d{1,9}", name) for name in names]
+    numbers = [int(name) if is_number[i] else class_number(name, classes) for i, name in enumerate(names)]
+    return flow.check_labels(numbers, len(names))[torch.arange(num) % len(names)]
 
 
 def _read_labels(path: Path) -> Any:

@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
+from jacobiflow.data.grid import PICTURE_CHANNELS
 from jacobiflow.errors import DataError, first_line
 from jacobiflow.utils.checks import check_finite, check_floating
 from jacobiflow.utils.functions import load_function
@@ -62,7 +63,9 @@ class InceptionFeatures(nn.Module):
             raise DataError(f"{weights}: weights of another network; give {_WEIGHTS_FILE}") from error
 
     def forward(self, images: UInt8[Tensor, "n c h w"]) -> Float[Tensor, "n 2048"]:
-        """Returns the features of 8-bit images."""
+        """Returns the features of 8-bit images. Raises ValueError for images that are neither grey nor in colour."""
+        if images.shape[1] not in PICTURE_CHANNELS:
+            raise DataError(f"Inception is for grey and colour images, and these have {images.shape[1]} channels")
         return self.network(images.expand(-1, 3, -1, -1))
 
 

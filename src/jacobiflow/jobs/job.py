@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 from jacobiflow.errors import InputValueError
 from jacobiflow.jobs.store import JobStore, UnitOutput
 from jacobiflow.utils import serialization
-from jacobiflow.utils.files import FolderInUseError
+from jacobiflow.utils.files import FolderInUseError, check_own
 from jacobiflow.utils.launch import find_launch
 from jacobiflow.utils.progress import Progress
 
@@ -137,6 +137,7 @@ def run(job: Job, path: str | Path, *, overwrite: bool = False, progress: Progre
 
 def _start(job: Job, store: JobStore, overwrite: bool) -> None:
     """Writes the manifest of a new, larger or overwritten job; checks that of another one."""
+    check_own(store.path, job.kind)
     spec, machine, earlier = serialization.encode(job.spec), job.machine, store.read_spec()
     is_complete = store.read_result() is not None
     is_replaced = overwrite and earlier is not None and (is_complete or earlier != spec)

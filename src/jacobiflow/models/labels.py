@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Sequence
 from difflib import get_close_matches
 from typing import Any
@@ -53,11 +52,9 @@ def convert_labels(labels: Any, num: int, classes: Sequence[str] = ()) -> Int[Te
 
 
 def class_number(name: str, classes: Sequence[str]) -> int:
-    """Returns the number of a class by its name, or by the digits of its number."""
+    """Returns the number of the class of a name."""
     if name in classes:
         return classes.index(name)
-    if re.fullmatch(r"-?\d{1,9}", name):
-        return int(name)
     close = get_close_matches(name, classes, n=1, cutoff=0.5)
     known = f"the classes are {', '.join(classes)}" if classes else "this model has no names of classes, give numbers"
     hint = f" (did you mean {close[0]}?)" if close else ""

@@ -53,7 +53,7 @@ def bench_figure(comparisons: Sequence[Comparison]) -> Figure:
     for axis in panels[len(comparisons) :]:
         axis.set_axis_off()
     figure.supxlabel("seconds for the batch: median, fastest and slowest round")
-    figure.supylabel("largest error of an entry of the images")
+    figure.supylabel("largest error of an entry of x")
     figure.legend(list(handles.values()), captions, loc="outside upper center", ncols=_COLUMNS)
     return figure
 

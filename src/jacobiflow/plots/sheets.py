@@ -11,7 +11,7 @@ from jaxtyping import Float
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from jacobiflow.data import image_grid
+from jacobiflow.data import image_grid, quantize
 from jacobiflow.plots.style import TEXT_COLOR
 
 _CAPTION_HEIGHT, _LETTER_HEIGHT = 40, 28  # pixels; readable if a phone shows a sheet of 10 images
@@ -40,7 +40,7 @@ def comparison_sheet(
     levels = 255 * float(difference[worst].max())
     enlarged, captions = [reference[worst], images[worst]], [*names]
     caption = f"all are equal in 8 bits; sample {worst}:"
-    if levels >= 0.5:
+    if not torch.equal(quantize(reference), quantize(images)):
         caption = f"sample {worst} differs most, by {levels:.2g} of 255 grey levels:"
         enlarged.append((1 - 2 * 255 / levels * difference[worst]).expand_as(images[worst]))
         captions.append(f"difference x {255 / levels:,.0f}")

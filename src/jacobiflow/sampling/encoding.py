@@ -33,5 +33,5 @@ def pillow() -> Any:
     try:
         from PIL import Image
     except ImportError as error:
-        raise InputValueError("PNG files need Pillow: pip install 'jacobiflow[cli]', or give files='npz'") from error
+        raise InputValueError("PNG files need Pillow: pip install 'jacobiflow[cli]'") from error
     return Image

@@ -15,7 +15,7 @@ from jacobiflow.data import image_grid, quantize
 from jacobiflow.data.grid import PICTURE_CHANNELS
 from jacobiflow.errors import InputValueError
 from jacobiflow.fixed_point.solution import Solution, Status
-from jacobiflow.sampling.encoding import npz_bytes, png_bytes
+from jacobiflow.sampling.encoding import npz_bytes, pillow, png_bytes
 from jacobiflow.utils.files import write_atomically
 
 if TYPE_CHECKING:
@@ -243,9 +243,11 @@ class Samples:
             "log_prob": self.log_prob, "residual": self.residual, "sensitivity": self.sensitivity,
             "status": self.status, "exact": self.exact,
         }  # fmt: skip
+        has_pictures = self.x.ndim == 4 and self.x.shape[1] in PICTURE_CHANNELS
+        if has_pictures:
+            pillow()
         folder.mkdir(parents=True, exist_ok=True)
         write_atomically(folder / "samples.npz", npz_bytes(arrays))
-        has_pictures = self.x.ndim == 4 and self.x.shape[1] in PICTURE_CHANNELS
         for i, pixels in enumerate(quantize(self.x).permute(0, 2, 3, 1) if has_pictures else ()):
             write_atomically(folder / f"{i:05}.png", png_bytes(pixels), sync=False)
 

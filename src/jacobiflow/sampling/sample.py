@@ -19,7 +19,7 @@ from jacobiflow.models.latents import draw_latents
 from jacobiflow.planner import Strategy
 from jacobiflow.sampling.request import SamplingRequest, Settings
 from jacobiflow.sampling.result import Samples
-from jacobiflow.utils.checks import check_finite, check_floating, check_kind, format_value
+from jacobiflow.utils.checks import check_finite, check_flag, check_floating, check_kind, format_value
 from jacobiflow.utils.progress import Progress
 
 
@@ -135,6 +135,7 @@ def decode(
         True
     """
     check_flow(flow)
+    check_flag("log_prob", log_prob)
     _check_latents("z", z, flow)
     request = SamplingRequest.resolve(
         flow, len(z), context=context, settings=None, strategy=strategy, tolerance=tolerance, certify=certify,

@@ -64,6 +64,7 @@ def write_or_check_manifest(out: Path, spec: Mapping[str, Any], machine: Mapping
     Raises:
         InputValueError: If the folder has other files, or is of another run; the message names all differences.
     """
+    files.check_own(out, KIND)
     manifest = _job_store(out)
     if manifest.read_spec() is None:
         manifest.write_manifest(spec, machine)
