@@ -5,7 +5,7 @@ from jacobiflow.blocks.base import AffineBlock, Block
 from jacobiflow.blocks.context import Context
 from jacobiflow.blocks.guidance import Guidance, SamplingSettings
 from jacobiflow.calibration import CalibrationReport, calibrate, find_report
-from jacobiflow.errors import CheckpointError, InputError
+from jacobiflow.errors import CheckpointError, InputError, UnsupportedError
 from jacobiflow.fixed_point import (
     CausalLinear,
     Chord,
@@ -92,6 +92,7 @@ __all__ = [
     "TokenConfig",
     "Tolerance",
     "Tuning",
+    "UnsupportedError",
     "WarmStart",
     "Whole",
     "Window",

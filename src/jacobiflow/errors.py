@@ -48,6 +48,21 @@ class DataError(InputValueError):
     """Data, or a file or folder of data, cannot be used; the message names it and the remedy."""
 
 
+class UnsupportedError(Exception):
+    """A fast way to compute something does not take these arguments, so that the caller computes it in another way.
+
+    A block's `sequential_inverse` raises it; the message is then the `obstacle` of a `Solution`.
+
+    Example:
+        >>> block = jf.load("digits-p1").blocks[0].bfloat16()
+        >>> try:
+        ...     block.sequential_inverse(torch.ones(2, 64, 1, dtype=torch.float64))
+        ... except jf.UnsupportedError as error:
+        ...     print(error)
+        weights of torch.bfloat16 for tokens of torch.float64
+    """
+
+
 def first_line(error: Exception) -> str:
     """Returns the first line of an error's message, or its class if it has none."""
     return next(iter(str(error).splitlines()), type(error).__name__)

@@ -35,6 +35,8 @@ def test_graphs_are_captured_for_contexts_that_come_again(
         with device.counting() as counts:
             solution = jf.solve(block, z.to("cuda"), solver, labels.to("cuda"), batch_size=2)
         x = solution.x.cpu()
+    is_exact = solver.partition == jf.Sequential()
+    assert solution.backend == ("graphs" if is_exact else "sweeps") and (solution.obstacle is not None) == is_exact
     torch.testing.assert_close(x, expected.x, rtol=0, atol=2e-3)
     assert solution.sweeps == sweeps  # fronts are looked at every fourth sweep
     assert (counts.captures, counts.operations["replay"]) == (captures, replays)

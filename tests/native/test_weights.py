@@ -47,8 +47,9 @@ def rounded(flow: Any, dtype: torch.dtype) -> Any:
 
 def invert(case: Case, flow: Any, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
     with threads(case.threads):
-        answer = case.block(flow).sequential_inverse(case.z(flow).to(dtype), jf.Context(case.context()))
-    assert answer is not None
+        answer: tuple[Tensor, Tensor] = case.block(flow).sequential_inverse(
+            case.z(flow).to(dtype), jf.Context(case.context())
+        )
     return answer
 
 

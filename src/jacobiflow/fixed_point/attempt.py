@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -13,8 +13,8 @@ from torch import Tensor
 from jacobiflow.blocks.base import Block, TokensLogDet, no_gradients, supports
 from jacobiflow.blocks.context import Context
 from jacobiflow.blocks.tokens import Tokens
-from jacobiflow.errors import InputValueError
-from jacobiflow.fixed_point.batching import SweepResult, sweep
+from jacobiflow.errors import InputValueError, UnsupportedError
+from jacobiflow.fixed_point.batching import sweep
 from jacobiflow.fixed_point.cuda_graphs import TokenLoop
 from jacobiflow.fixed_point.guess import WarmStart
 from jacobiflow.fixed_point.options import SolveOptions
@@ -23,9 +23,6 @@ from jacobiflow.fixed_point.problem import Problem
 from jacobiflow.fixed_point.solution import Solution, Status
 from jacobiflow.fixed_point.solver import MaxSweeps, Solver
 from jacobiflow.utils.checks import check_kind
-
-SequentialInverse = Callable[[Tokens, Context], TokensLogDet | None]
-"""`sequential_inverse` of a block, or another call of its kind."""
 
 
 def solve(
@@ -71,42 +68,38 @@ def attempt(problem: Problem, solver: Solver, options: SolveOptions) -> Solution
     if solver.bf16_sweeps and not supports(problem.block, "has_bf16"):
         name = type(problem.block).__name__
         raise InputValueError(f"bf16_sweeps={solver.bf16_sweeps}: {name} has no bfloat16 network; give 0")
-    solution = None
+    is_exact = len(problem) and solver.partition.token_by_token(problem.num_tokens)
     with no_gradients(problem.block):
-        for inverse in _sequential_inverses(problem, solver):
-            answers = []
-            for _, part in problem.batches(options.batch_size):
-                answers.append(inverse(part.z, part.context))
-                options.check_time()
-            if None not in answers:
-                solution = _sequential_solution(problem, answers)
-                break
-        if solution is None:
-            first = None
-            if solver.bf16_sweeps:
-                coarse = replace(solver, partition=Whole(), stopping=MaxSweeps(solver.bf16_sweeps))
-                first = sweep(problem, coarse, options, in_bf16=True)
-                solver = replace(solver, guess=WarmStart(first.x))
-            solution = _sweep_solution(sweep(problem, solver, options), first)
+        solution = (_solve_exactly if is_exact else _solve_by_sweeps)(problem, solver, options)
     # Clones made outside inference mode, so that autograd takes the tensors.
     tensors: Any = {name: value.clone() for name, value in vars(solution).items() if isinstance(value, Tensor)}
     return replace(solution, **tensors, seconds=time.perf_counter() - started)
 
 
-def _sequential_inverses(problem: Problem, solver: Solver) -> Iterator[SequentialInverse]:
-    """Yields calls that solve all tokens one after the other; each may have no answer."""
+def _solve_exactly(problem: Problem, solver: Solver, options: SolveOptions) -> Solution:
+    """Solves token by token: by the block's `sequential_inverse`, else by CUDA graphs, else by sweeps of one token."""
     block: Any = problem.block
-    if not len(problem) or not solver.partition.token_by_token(problem.num_tokens):
-        return
-    inverse = getattr(block, "sequential_inverse", None)
-    if inverse is not None:
-        yield inverse
+    try:
+        if not hasattr(block, "sequential_inverse"):
+            raise UnsupportedError(f"{type(block).__name__} has no sequential_inverse")
+        return _solve_in_batches(problem, options, block.sequential_inverse, "native")
+    except UnsupportedError as error:
+        obstacle = str(error)
     if problem.z.is_cuda and supports(block, "graph_safe"):
-        yield TokenLoop(block)
+        solution = _solve_in_batches(problem, options, TokenLoop(block), "graphs")
+    else:
+        solution = _solve_by_sweeps(problem, solver, options)
+    return replace(solution, obstacle=obstacle)
 
 
-def _sequential_solution(problem: Problem, answers: Sequence[Any]) -> Solution:
-    """The solution of the answers of batches. A call counts as a sweep for each token."""
+def _solve_in_batches(
+    problem: Problem, options: SolveOptions, inverse: Callable[[Tokens, Context], TokensLogDet], backend: str
+) -> Solution:
+    """Returns the solution that calls of `inverse` give. A call counts as a sweep for each token."""
+    answers = []
+    for _, part in problem.batches(options.batch_size):
+        answers.append(inverse(part.z, part.context))
+        options.check_time()
     x, log_det = map(torch.cat, zip(*answers, strict=True))
     failed = ~x.isfinite().all(dim=(1, 2))
     num_tokens = problem.num_tokens
@@ -122,11 +115,18 @@ def _sequential_solution(problem: Problem, answers: Sequence[Any]) -> Solution:
         network_calls=num_tokens * len(answers),
         token_evaluations=num_tokens * len(x),
         seconds=0.0,
+        backend=backend,
     )
 
 
-def _sweep_solution(result: SweepResult, first: SweepResult | None) -> Solution:
-    """The solution of sweeps, with the cost of the `first` ones in bfloat16."""
+def _solve_by_sweeps(problem: Problem, solver: Solver, options: SolveOptions) -> Solution:
+    """Solves by sweeps, the first of them in bfloat16 if the solver says so."""
+    first = None
+    if solver.bf16_sweeps:
+        coarse = replace(solver, partition=Whole(), stopping=MaxSweeps(solver.bf16_sweeps))
+        first = sweep(problem, coarse, options, in_bf16=True)
+        solver = replace(solver, guess=WarmStart(first.x))
+    result = sweep(problem, solver, options)
     x, fronts = result.x, result.fronts
     failed = ~x.isfinite().all(dim=(1, 2)) | fronts.nonfinite
     status = torch.where(fronts.hit_max_sweeps, Status.MAX_SWEEPS, Status.CONVERGED)
@@ -143,4 +143,5 @@ def _sweep_solution(result: SweepResult, first: SweepResult | None) -> Solution:
         network_calls=sweeps,
         token_evaluations=result.token_evaluations + (0 if first is None else first.token_evaluations),
         seconds=0.0,
+        backend="sweeps",
     )

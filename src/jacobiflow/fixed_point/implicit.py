@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import compress
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from torch import Tensor
 from jacobiflow.blocks.base import TokensLogDet
 from jacobiflow.blocks.context import Context
 from jacobiflow.blocks.tokens import Tokens
+from jacobiflow.errors import UnsupportedError
 from jacobiflow.fixed_point.problem import Problem
 from jacobiflow.utils.autograd import check_first_derivative
 
@@ -72,9 +73,9 @@ class _Inverse(torch.autograd.Function):
             if ctx.needs_input_grad[4]:
                 values = values.detach().requires_grad_()
             problem = Problem(ctx.block, z, Context(values))
-            has_gradients = ctx.block.has_inverse_gradients
-            outputs = ctx.block.sequential_inverse(z, problem.context) if has_gradients else None
-            if outputs is None:
+            try:
+                outputs = _differentiable_inverse(problem)
+            except UnsupportedError:
                 outputs = problem.evaluate(x)
                 cotangents = solve_adjoint(outputs, x, cotangents, x.shape[1], _has_converged), cotangents[1]
         pairs = [(o, v) for o, v in zip(outputs, cotangents, strict=True) if o.requires_grad and v is not None]
@@ -83,6 +84,13 @@ class _Inverse(torch.autograd.Function):
         ends, seeds = zip(*pairs, strict=True)
         gradients = iter(torch.autograd.grad(ends, inputs, seeds, allow_unused=True))
         return (None, None, None, *(next(gradients) if need else None for need in needs))
+
+
+def _differentiable_inverse(problem: Problem) -> TokensLogDet:
+    block: Any = problem.block
+    if not block.has_inverse_gradients:
+        raise UnsupportedError("its sequential_inverse has no gradients")
+    return cast(TokensLogDet, block.sequential_inverse(problem.z, problem.context))
 
 
 def _has_converged(new: Tensor, old: Tensor) -> bool:

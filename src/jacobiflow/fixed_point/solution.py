@@ -54,6 +54,9 @@ class Solution:
         sample_sweeps: Sweeps that each sample was part of until it was final.
         network_calls: Evaluations of the block, certificates included.
         token_evaluations: Tokens times samples over these calls.
+        backend: "native" if the block's `sequential_inverse` solved it, "graphs" for token by token in CUDA graphs,
+            "sweeps" for sweeps in PyTorch.
+        obstacle: Why `sequential_inverse` did not solve it token by token; `None` if it did, or was not asked to.
 
     Example:
         >>> flow, z = jf.load("digits-p1"), torch.ones(2, 64, 1)
@@ -73,6 +76,8 @@ class Solution:
     network_calls: int
     token_evaluations: int
     seconds: float
+    backend: str
+    obstacle: str | None = None
 
     def merge(self, rows: Bool[Tensor, " b"], other: Solution) -> Solution:
         """Returns this solution with the samples `rows` replaced by those of `other`; costs are added."""
@@ -88,4 +93,5 @@ class Solution:
             network_calls=self.network_calls + other.network_calls,
             token_evaluations=self.token_evaluations + other.token_evaluations,
             seconds=self.seconds + other.seconds,
+            obstacle=self.obstacle or other.obstacle,
         )

@@ -31,7 +31,8 @@ _DTYPE_REMEDIES = {"float32": ": use float64", "tf32": ": use float32", "float64
 class BlockStats:
     """The cost of one block and how its solves ended, over all samples of a run; see `Solution`.
 
-    Under guidance a network call evaluates two rows per sample.
+    Under guidance a network call evaluates two rows per sample. If solutions differ in backend, or in obstacle, that of
+    the first counts.
     """
 
     sweeps: int
@@ -42,13 +43,20 @@ class BlockStats:
     status: Int[Tensor, " n"]
     exact: Bool[Tensor, " n"]
     used_fallback: Bool[Tensor, " n"]
+    backend: str
+    obstacle: str | None
 
     @classmethod
     def join(cls, solutions: Sequence[Solution]) -> BlockStats:
         """Returns the sums over solutions of different samples, and the entries of all samples."""
-        columns = ([getattr(solution, entry.name) for solution in solutions] for entry in fields(cls))
-        values: Any = (torch.cat(column) if isinstance(column[0], Tensor) else sum(column) for column in columns)
-        return cls(*values)
+        values: dict[str, Any] = {}
+        for entry in fields(cls):
+            column = [getattr(solution, entry.name) for solution in solutions]
+            if isinstance(column[0], Tensor):
+                values[entry.name] = torch.cat(column)
+            else:
+                values[entry.name] = column[0] if entry.name in ("backend", "obstacle") else sum(column)
+        return cls(**values)
 
 
 @dataclass(frozen=True)
