@@ -30,7 +30,6 @@ from jacobiflow.fixed_point import (
     Zeros,
     certify,
     solve,
-    solve_certified,
 )
 from jacobiflow.fixed_point.problem import Problem
 from jacobiflow.models.maf import MAF, MAFConfig
@@ -111,6 +110,5 @@ __all__ = [
     "sample",
     "sample_to_folder",
     "solve",
-    "solve_certified",
     "tune",
 ]

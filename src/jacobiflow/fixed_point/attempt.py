@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from jacobiflow.blocks.base import Block, TokensLogDet, no_gradients, supports
+from jacobiflow.blocks.base import TokensLogDet, no_gradients, supports
 from jacobiflow.blocks.context import Context
 from jacobiflow.blocks.tokens import Tokens
 from jacobiflow.errors import InputValueError, UnsupportedError
@@ -22,47 +22,10 @@ from jacobiflow.fixed_point.partition import Whole
 from jacobiflow.fixed_point.problem import Problem
 from jacobiflow.fixed_point.solution import Solution, Status
 from jacobiflow.fixed_point.solver import MaxSweeps, Solver
-from jacobiflow.utils.checks import check_kind
-
-
-def solve(
-    block: Block, z: Tokens, solver: Solver, context: Tensor | Context | None = None, *,
-    batch_size: int | None = None, time_limit: float | None = None,
-) -> Solution:  # fmt: skip
-    """Solves x = g(x) for the inverse of a block, by sweeps x <- g(x) over runs of tokens.
-
-    A sweep evaluates g on the run [front, stop) that the partition chooses. Then the front passes the leading tokens
-    that the sweep changed by at most the tolerance, and one more, which was computed from final ones (Proposition 1 of
-    the paper): T sweeps always suffice. Under `MaxSweeps(J)` a token is passed after J sweeps, converged or not.
-
-    If a partition whose run slides (`Whole`, `Window`) stops on a tolerance and the block has `per_sample_front`, each
-    sample has a front of its own. Else the batch shares one front, which waits for the slowest sample. If every run is
-    one token, the block's `sequential_inverse` is called instead.
-
-    A value that overflows is set back to the guess. A sample that had one when the front passed it ends as
-    `Status.NONFINITE`. If the residual of a sample keeps growing, its correction is turned off.
-
-    Args:
-        block: Gives g.
-        z: Input of the block in its causal order, float32 or float64.
-        solver: The partition, guess, correction and stopping.
-        context: One row for each sample (labels, for example).
-        batch_size: Samples that are swept at a time, all by default. The next ones enter as others finish.
-        time_limit: Seconds after which TimeoutError is raised, between two sweeps.
-
-    Example:
-        >>> block, z = jf.load("digits-p1").blocks[0], torch.ones(2, 64, 1)
-        >>> solution = jf.solve(block, z, jf.Solver(jf.Whole(), stopping=jf.Tolerance(1e-3)))
-        >>> bool((solution.residual <= 1e-3).all()), solution.sweeps < 64
-        (True, True)
-    """
-    options = SolveOptions(certify=False, batch_size=batch_size, time_limit=time_limit)
-    check_kind("solver", solver, Solver, "a Solver, such as Solver(Whole())")
-    return attempt(Problem.checked(block, z, context), solver, options)
 
 
 def attempt(problem: Problem, solver: Solver, options: SolveOptions) -> Solution:
-    """Solves a problem once, without a certificate."""
+    """Solves a problem once, as its solver says, without a certificate."""
     started = time.perf_counter()
     solver.check(*problem.z.shape[1:])
     if solver.bf16_sweeps and not supports(problem.block, "has_bf16"):

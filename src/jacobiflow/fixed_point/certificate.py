@@ -49,33 +49,47 @@ def certify(
     return problem.residual(x, SolveOptions(batch_size=batch_size).batch_size)[0]
 
 
-def solve_certified(
+def solve(
     block: Block, z: Tokens, solver: Solver, context: Tensor | Context | None = None, *,
     tolerance: float | None = None, certify: CertifyMode = True, batch_size: int | None = None,
     time_limit: float | None = None,
 ) -> Solution:  # fmt: skip
-    """Solves a block, certifies each sample, and solves again each sample that is above the tolerance.
+    """Solves x = g(x) for the inverse of a block, by sweeps x <- g(x) over runs of tokens, and certifies each sample.
 
-    Such a sample is resumed from its answer, to half of the tolerance. If it is still above, if it ran out of sweeps
-    before the solver's own tolerance, or if it is not finite, it is solved token by token.
+    A sweep evaluates g on the run [front, stop) that the partition chooses. Then the front passes the leading tokens
+    that the sweep changed by at most the solver's tolerance, and one more, which was computed from final ones
+    (Proposition 1 of the paper): T sweeps always suffice. Under `MaxSweeps(J)` a token is passed after J sweeps,
+    converged or not. A value that overflows is set back to the guess. If the residual of a sample keeps growing, its
+    correction is turned off. If every run is one token, the block's `sequential_inverse` is called instead.
+
+    If a partition whose run slides (`Whole`, `Window`) stops on a tolerance and the block has `per_sample_front`, each
+    sample has a front of its own. Else the batch shares one front, which waits for the slowest sample.
+
+    One more pass measures the residual of each sample. A sample above the tolerance is resumed from its answer, to half
+    of the tolerance. If it is still above, if it ran out of sweeps before the solver's own tolerance, or if it is not
+    finite, it is solved token by token.
 
     An exact solve leaves a residual as well: the rounding of the network. If more than four samples are to be solved
     token by token, the four with the largest residuals go first. The smallest |g(x) - x| / |x| that they leave is the
     relative rounding of the block. Other samples up to four times it keep their answers, as `Status.ROUNDING`.
 
-    The arguments that are not listed are those of `solve`.
-
     Args:
+        block: Gives g.
+        z: Input of the block in its causal order, float32 or float64.
+        solver: The partition, guess, correction and stopping.
+        context: One row for each sample (labels, for example).
         tolerance: The largest residual allowed, by default the solver's own. Without either, samples end as they are.
         certify: `False` leaves out the pass that measures. "always" measures exact answers too. Without it the
             residual of an exact answer is measured if the block is not `is_causal`. Else it is 0 by construction; or,
             if that is above the tolerance, the distance of the largest entry of x to the next number.
+        batch_size: Samples that are swept at a time, all by default. The next ones enter as others finish.
+        time_limit: Seconds after which TimeoutError is raised, between two sweeps.
 
     Example:
-        >>> flow, z = jf.load("digits-p1"), torch.ones(2, 64, 1)
-        >>> solution = jf.solve_certified(flow.blocks[0], z, jf.Solver(jf.Window(16), stopping=jf.Tolerance(1e-3)))
-        >>> bool((solution.residual <= 1e-3).all())
-        True
+        >>> block, z = jf.load("digits-p1").blocks[0], torch.ones(2, 64, 1)
+        >>> solution = jf.solve(block, z, jf.Solver(jf.Window(16), stopping=jf.Tolerance(1e-3)))
+        >>> bool((solution.residual <= 1e-3).all()), solution.sweeps < 64
+        (True, True)
     """
     options = SolveOptions(tolerance, certify, batch_size, time_limit)
     check_kind("solver", solver, Solver, "a Solver, such as Solver(Whole())")
@@ -83,7 +97,7 @@ def solve_certified(
 
 
 def solve_to_tolerance(problem: Problem, solver: Solver, options: SolveOptions) -> Solution:
-    """Solves a problem as `solve_certified` does."""
+    """Solves a problem as `solve` does."""
     started = time.perf_counter()
     has_promise = options.certify and options.tolerance is not None
     tolerance = options.tolerance if has_promise else solver.stopping.atol

@@ -33,8 +33,7 @@ _MESSAGES = {
     Status.MAX_SWEEPS: "stopped by MaxSweeps; raise it, or use a Tolerance, for a smaller residual",
     Status.ROUNDING: "the residual is above the tolerance, and so is that of an exact solve: the network rounds "
     "coarsely; raise the tolerance or use a wider dtype",
-    Status.NONFINITE: "a value overflowed; solve_certified finds out whether it does in the exact inverse too, which "
-    "lower guidance or a wider dtype may cure",
+    Status.NONFINITE: "a value of the exact inverse overflowed; use lower guidance or a wider dtype",
 }
 
 
