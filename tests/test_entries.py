@@ -115,7 +115,7 @@ CALLS: list[tuple[Callable[..., Any], str, dict[str, Argument]]] = [
        {"solver": (jf.Solver(way), (PLAN, "jacobi"), ())})
       for way in (jf.Whole(), jf.Sequential())),
     (jf.solve, "block z solver context", {"block": (MAF.blocks[0], (MAF,), ()), "z": (Z[..., :1], *FINITE[1:])}),
-    (jf.certify, "block z x context batch_size", {"z": TOKENS}),
+    (jf.Problem(FLOW.blocks[0], Z).residual, "x", {}),
     (jf.Segments, "count", {}), (jf.Window, "size", {}),
     *((jf.Solver, name, {name: (getattr(jf.Solver(), name), ("jacobi", 7, jf.Whole), ())})
       for name in ("partition", "guess", "stopping", "correction")),

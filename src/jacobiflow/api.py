@@ -28,7 +28,6 @@ from jacobiflow.fixed_point import (
     Whole,
     Window,
     Zeros,
-    certify,
     solve,
 )
 from jacobiflow.fixed_point.problem import Problem
@@ -98,7 +97,6 @@ __all__ = [
     "Zeros",
     "accelerate",
     "calibrate",
-    "certify",
     "decode",
     "denoise",
     "find_report",

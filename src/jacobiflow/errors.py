@@ -49,17 +49,15 @@ class DataError(InputValueError):
 
 
 class UnsupportedError(Exception):
-    """A fast way to compute something does not take these arguments, so that the caller computes it in another way.
+    """Native code, or another fast way, does not take these arguments; the caller computes the result without it.
 
     A block's `sequential_inverse` raises it; the message is then the `obstacle` of a `Solution`.
 
     Example:
-        >>> block = jf.load("digits-p1").blocks[0].bfloat16()
-        >>> try:
-        ...     block.sequential_inverse(torch.ones(2, 64, 1, dtype=torch.float64))
-        ... except jf.UnsupportedError as error:
-        ...     print(error)
-        weights of torch.bfloat16 for tokens of torch.float64
+        >>> block, z = jf.load("digits-p1").blocks[0].bfloat16(), torch.ones(2, 64, 1, dtype=torch.float64)
+        >>> solution = jf.solve(block, z, jf.Solver(jf.Sequential()))
+        >>> solution.backend, solution.obstacle
+        ('sweeps', 'weights of torch.bfloat16 for tokens of torch.float64')
     """
 
 

@@ -198,7 +198,7 @@ def test_inputs_stay_and_answers_are_ordinary_tensors() -> None:
     problem, start = flow_problem("nvp 9x4, guided"), normal(3, 9, 4)
     before = problem.z.clone(), start.clone()
     for solver in (jf.Solver(jf.Window(3), jf.WarmStart(start)), jf.Solver(jf.Sequential())):
-        solution = attempt(problem.block, problem.z, solver, problem.labels)
+        solution = jf.solve(problem.block, problem.z, solver, problem.labels)
         assert not solution.x.is_inference()
         assert solution.seconds > 0
     assert torch.equal(problem.z, before[0])

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from itertools import compress
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -73,9 +74,11 @@ class _Inverse(torch.autograd.Function):
             if ctx.needs_input_grad[4]:
                 values = values.detach().requires_grad_()
             problem = Problem(ctx.block, z, Context(values))
-            try:
-                outputs = _differentiable_inverse(problem)
-            except UnsupportedError:
+            outputs = None
+            if ctx.block.has_inverse_gradients:
+                with suppress(UnsupportedError):
+                    outputs = ctx.block.sequential_inverse(z, problem.context)
+            if outputs is None:
                 outputs = problem.evaluate(x)
                 cotangents = solve_adjoint(outputs, x, cotangents, x.shape[1], _has_converged), cotangents[1]
         pairs = [(o, v) for o, v in zip(outputs, cotangents, strict=True) if o.requires_grad and v is not None]
@@ -84,13 +87,6 @@ class _Inverse(torch.autograd.Function):
         ends, seeds = zip(*pairs, strict=True)
         gradients = iter(torch.autograd.grad(ends, inputs, seeds, allow_unused=True))
         return (None, None, None, *(next(gradients) if need else None for need in needs))
-
-
-def _differentiable_inverse(problem: Problem) -> TokensLogDet:
-    block: Any = problem.block
-    if not block.has_inverse_gradients:
-        raise UnsupportedError("its sequential_inverse has no gradients")
-    return cast(TokensLogDet, block.sequential_inverse(problem.z, problem.context))
 
 
 def _has_converged(new: Tensor, old: Tensor) -> bool:

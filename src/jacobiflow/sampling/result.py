@@ -49,14 +49,10 @@ class BlockStats:
     @classmethod
     def join(cls, solutions: Sequence[Solution]) -> BlockStats:
         """Returns the sums over solutions of different samples, and the entries of all samples."""
-        values: dict[str, Any] = {}
-        for entry in fields(cls):
-            column = [getattr(solution, entry.name) for solution in solutions]
-            if isinstance(column[0], Tensor):
-                values[entry.name] = torch.cat(column)
-            else:
-                values[entry.name] = column[0] if entry.name in ("backend", "obstacle") else sum(column)
-        return cls(**values)
+        columns = {each.name: [getattr(solution, each.name) for solution in solutions] for each in fields(cls)}
+        first: Any = {name: columns.pop(name)[0] for name in ("backend", "obstacle")}
+        values: Any = {name: torch.cat(c) if isinstance(c[0], Tensor) else sum(c) for name, c in columns.items()}
+        return cls(**values, **first)
 
 
 @dataclass(frozen=True)

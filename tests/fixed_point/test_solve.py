@@ -39,9 +39,11 @@ def test_the_certificate_is_the_residual(name: str) -> None:
     want = problem.residual(x)
     x[1, 2, 0], want[1] = torch.nan, torch.inf
     for batch_size in (None, 1, 2, 3, 5):
-        torch.testing.assert_close(jf.certify(problem.block, problem.z, x, problem.labels, batch_size=batch_size), want)
+        residual, _ = jf.Problem.checked(problem.block, problem.z, problem.labels).residual(x, batch_size)
+        torch.testing.assert_close(residual, want)
     watched = echoes()
-    assert (jf.certify(watched.block, watched.z, watched.answer, watched.labels, batch_size=3) < EXACT).all()
+    residual, _ = jf.Problem.checked(watched.block, watched.z, watched.labels).residual(watched.answer, 3)
+    assert (residual < EXACT).all()
     assert watched.block.calls == [(0, 24, 3), (0, 24, 3), (0, 24, 1)]
 
 
