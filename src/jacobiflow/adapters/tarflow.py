@@ -80,6 +80,8 @@ def _try_block(block: Any, results: list[tuple[BlockState, TrialResult]]) -> Ada
 
     try:
         state, trial = copy_state(read_state(block)), Trial(block, reverse, signature.parameters)
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
     except Exception as error:
         raise UnsupportedError(f"it cannot be tried: {type(error).__name__}: {first_line(error)}") from error
     trial.compare_own_weights()

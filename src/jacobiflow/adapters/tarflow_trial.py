@@ -155,7 +155,7 @@ class Trial:
             results = block.reverse(x.clone(), **arguments)
             ours = self._native(block, x=x, **arguments)
             perturbed = self._native(block, x=x * perturbation, **arguments)
-        except UnsupportedError:
+        except (UnsupportedError, MemoryError, torch.OutOfMemoryError):
             raise
         except Exception as error:  # The block's code may be anything.
             raise UnsupportedError(

@@ -99,7 +99,7 @@ class Library:
         """Returns the size of a chain's packed weights, and of its activations for each row."""
         sizes = (ctypes.c_int64 * 2)()
         if self._native.jacobiflow_masked_sizes(ctypes.byref(arguments), sizes):
-            raise UnsupportedError("no memory for a chain")
+            raise MemoryError("not enough memory for native code")
         return sizes[0], sizes[1]
 
     @staticmethod
