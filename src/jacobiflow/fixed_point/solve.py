@@ -251,8 +251,8 @@ def _solve_by_sweeps(problem: Problem, solver: Solver, options: SolveOptions) ->
     """Solves by sweeps, the first of them in bfloat16 if the solver says so."""
     first = None
     if solver.bf16_sweeps:
-        coarse = replace(solver, partition=Whole(), stopping=MaxSweeps(solver.bf16_sweeps))
-        first = sweep(problem, coarse, options, in_bf16=True)
+        bf16_solver = replace(solver, partition=Whole(), stopping=MaxSweeps(solver.bf16_sweeps))
+        first = sweep(problem, bf16_solver, options, in_bf16=True)
         solver = replace(solver, guess=WarmStart(first.x))
     result = sweep(problem, solver, options)
     x, fronts = result.x, result.fronts
