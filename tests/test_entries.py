@@ -111,11 +111,11 @@ CALLS: list[tuple[Callable[..., Any], str, dict[str, Argument]]] = [
     (jf.load, "name device dtype", {"name": ("digits-p1", (7,), ("x", "x" * 300, Path("x" * 300), "x\0"))}),
     *((call, "x context", DATA) for call in (FLOW.encode, FLOW.normalize, FLOW.log_prob)),
     (FLOW.bits_per_dim, "images labels", {}),
-    *((jf.solve, "block z solver context batch_size", {"solver": (jf.Solver(way), (PLAN, "jacobi"), ())})
+    *((jf.solve, "block z solver context certify batch_size tolerance",
+       {"solver": (jf.Solver(way), (PLAN, "jacobi"), ())})
       for way in (jf.Whole(), jf.Sequential())),
     (jf.solve, "block z solver context", {"block": (MAF.blocks[0], (MAF,), ()), "z": (Z[..., :1], *FINITE[1:])}),
-    (jf.solve_certified, "block z solver context certify batch_size tolerance", {}),
-    (jf.certify, "block z x context batch_size", {"z": TOKENS}),
+    (jf.Problem(FLOW.blocks[0], Z).residual, "x", {}),
     (jf.Segments, "count", {}), (jf.Window, "size", {}),
     *((jf.Solver, name, {name: (getattr(jf.Solver(), name), ("jacobi", 7, jf.Whole), ())})
       for name in ("partition", "guess", "stopping", "correction")),

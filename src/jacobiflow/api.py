@@ -5,7 +5,7 @@ from jacobiflow.blocks.base import AffineBlock, Block
 from jacobiflow.blocks.context import Context
 from jacobiflow.blocks.guidance import Guidance, SamplingSettings
 from jacobiflow.calibration import CalibrationReport, calibrate, find_report
-from jacobiflow.errors import CheckpointError, InputError
+from jacobiflow.errors import CheckpointError, InputError, UnsupportedError
 from jacobiflow.fixed_point import (
     CausalLinear,
     Chord,
@@ -28,9 +28,7 @@ from jacobiflow.fixed_point import (
     Whole,
     Window,
     Zeros,
-    certify,
     solve,
-    solve_certified,
 )
 from jacobiflow.fixed_point.problem import Problem
 from jacobiflow.fixed_point.registry import register_piece
@@ -92,13 +90,13 @@ __all__ = [
     "TokenConfig",
     "Tolerance",
     "Tuning",
+    "UnsupportedError",
     "WarmStart",
     "Whole",
     "Window",
     "Zeros",
     "accelerate",
     "calibrate",
-    "certify",
     "decode",
     "denoise",
     "find_report",
@@ -110,6 +108,5 @@ __all__ = [
     "sample",
     "sample_to_folder",
     "solve",
-    "solve_certified",
     "tune",
 ]

@@ -48,6 +48,19 @@ class DataError(InputValueError):
     """Data, or a file or folder of data, cannot be used; the message names it and the remedy."""
 
 
+class UnsupportedError(Exception):
+    """Native code, or another fast way, does not take these arguments; the caller computes the result without it.
+
+    A block's `sequential_inverse` raises it; the message is then the `obstacle` of a `Solution`.
+
+    Example:
+        >>> block, z = jf.load("digits-p1").blocks[0].bfloat16(), torch.ones(2, 64, 1, dtype=torch.float64)
+        >>> solution = jf.solve(block, z, jf.Solver(jf.Sequential()))
+        >>> solution.backend, solution.obstacle
+        ('sweeps', 'weights of torch.bfloat16 for tokens of torch.float64')
+    """
+
+
 def first_line(error: Exception) -> str:
     """Returns the first line of an error's message, or its class if it has none."""
     return next(iter(str(error).splitlines()), type(error).__name__)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 import jacobiflow as jf
+from jacobiflow import native
 from jacobiflow.sampling.folder import sample_to_folder
 from tests.helpers.running import figures
 
@@ -33,7 +34,7 @@ def test_convert(run: Any, refuse: Any, tmp_path: Path) -> None:
     refuse(f"sample --model {tmp_path}/original.pth --out {tmp_path}/o", "of another code; make a model folder of them")
 
 
-def test_info(run: Any, tmp_path: Path) -> None:
+def test_info(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     result = run(f"info --model model --json {tmp_path}/f")
     assert (result.code, result.err) == (0, "")
     entries, flow = figures(tmp_path / "f"), jf.load("./model")
@@ -43,6 +44,9 @@ def test_info(run: Any, tmp_path: Path) -> None:
     for line in result.out.splitlines():
         name, value = line.split(maxsplit=1)
         assert str(entries[name]) == value
+    assert entries["native_loops"] == native.describe()
+    monkeypatch.setenv("JACOBIFLOW_NATIVE", "0")
+    assert "none: native code is off, by JACOBIFLOW_NATIVE=0" in run("info --model model").out
 
 
 def test_check_of_samples_names_every_damaged_file(run: Any, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ import jacobiflow as jf
 from jacobiflow.blocks.context import NO_CONTEXT
 from jacobiflow.fixed_point import convolution
 from tests.helpers.oracle import convolved, sequential
-from tests.helpers.solver_problems import Watched, error, normal
+from tests.helpers.solver_problems import Watched, attempt, error, normal
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -87,7 +87,10 @@ def test_a_fit_solves_a_banded_linear_map_in_few_sweeps() -> None:
         assert chord.kernel.shape == (24, 2, 2)
         assert error(chord.kernel[:3], inverse(3)) < 0.1
         plain, corrected = (
-            error(jf.solve(block, unseen, jf.Solver(jf.Whole(), guess, jf.MaxSweeps(5), correction)).x, answer)
+            error(
+                attempt(block, unseen, jf.Solver(jf.Whole(), guess, jf.MaxSweeps(5), correction)).x,
+                answer,
+            )
             for correction in (jf.Plain(), chord)
         )
         assert corrected < min(1e-4, plain / 100)
@@ -135,7 +138,7 @@ def test_a_correction_is_given_up_where_residuals_stay_far_above_the_least() -> 
     residuals = list(zip(*(row for row, _ in GROWTH.values()), strict=True))
     block = Scripted([*residuals, [0.0] * len(GROWTH)])
     solver = jf.Solver(jf.Whole(), jf.Zeros(), jf.MaxSweeps(7), Marked())
-    x = jf.solve(block, torch.zeros(len(GROWTH), 12, 1, dtype=torch.float64), solver).x
+    x = attempt(block, torch.zeros(len(GROWTH), 12, 1, dtype=torch.float64), solver).x
     for n, (row, corrected) in enumerate(GROWTH.values()):
         at = 0.0
         for k, (residual, mark) in enumerate(zip(row, corrected, strict=True)):

@@ -21,6 +21,7 @@ from tests.helpers.solver_problems import (
     FLOWS,
     OVERFLOWING,
     Watched,
+    attempt,
     echo,
     echoes,
     error,
@@ -71,7 +72,7 @@ def check(problem: BlockProblem, solver: jf.Solver, start: Tensor) -> None:
     As many sweeps as there are tokens end at the exact answer (Proposition 1).
     """
     want, batch = expected(problem, solver, start), len(problem.z)
-    solution = jf.solve(problem.block, problem.z, solver, problem.labels)
+    solution = attempt(problem.block, problem.z, solver, problem.labels)
     assert error(solution.x, want.x) < EXACT
     assert solution.sweeps == solution.network_calls == want.sweeps <= problem.length
     assert solution.token_evaluations == want.evaluations
@@ -180,7 +181,7 @@ def test_each_sample_has_its_own_front(size: int | None, atol: float, chord: flo
     want = [expected(part, solver, part.z, keys=False) for part in parts]
     for batch_size in (None, 1, 3, 6):
         problem = echoes(keys=False, slack=atol)
-        solution = jf.solve(problem.block, problem.z, solver, problem.labels, batch_size=batch_size)
+        solution = attempt(problem.block, problem.z, solver, problem.labels, batch_size=batch_size)
         for n, one in enumerate(want):
             assert error(solution.x[n : n + 1], one.x) < EXACT
         assert solution.sample_sweeps.tolist() == [one.sweeps for one in want]
@@ -215,7 +216,7 @@ def test_only_a_block_that_keeps_nothing_runs_in_inference_mode() -> None:
     for is_safe in (False, True):
         block: Any = Watched(g)
         block.inference_safe = is_safe
-        jf.solve_certified(block, normal(2, 5, 1), jf.Solver())
+        jf.solve(block, normal(2, 5, 1), jf.Solver())
     assert modes == [(False, False)] * 2 + [(False, True)] * 2
 
 
@@ -224,7 +225,7 @@ def test_only_a_block_that_keeps_nothing_runs_in_inference_mode() -> None:
 def test_a_sample_that_overflows_ends_at_its_answer_or_as_nonfinite(solver: jf.Solver, fronts: bool) -> None:
     """It neither harms another nor has it wait; if it overflows for good, it leaves."""
     problem, tame = steep_problem([0, 1, 0, 1], fronts), [0, 2]
-    solution = jf.solve(problem.block, problem.z, solver, problem.labels)
+    solution = attempt(problem.block, problem.z, solver, problem.labels)
     lost = solution.status == jf.Status.NONFINITE
     assert solution.x.isfinite().all()
     assert not lost[tame].any()
@@ -234,7 +235,7 @@ def test_a_sample_that_overflows_ends_at_its_answer_or_as_nonfinite(solver: jf.S
     if solver.stopping.max_sweeps is not None:
         assert lost.tolist() == [False, True, False, True]
     if solver.stopping.max_sweeps != 2:  # where a batch shares a window, its place depends on the batch
-        alone = jf.solve(problem.block, problem.z[tame], solver, torch.zeros(2, dtype=torch.float64))
+        alone = attempt(problem.block, problem.z[tame], solver, torch.zeros(2, dtype=torch.float64))
         assert error(solution.x[tame], alone.x) < 1e-7
         assert torch.equal(solution.status[tame], alone.status)
         assert (solution.sample_sweeps[tame] >= alone.sample_sweeps).all()
@@ -251,7 +252,7 @@ def test_a_value_that_overflows_goes_back_to_the_guess() -> None:
     problem = steep_problem([0, 1, 0, 1])
     guess = problem.z + 0.25
     solver = jf.Solver(jf.Whole(), jf.WarmStart(guess), jf.MaxSweeps(4))
-    jf.solve(Watched(noted, keys=False), problem.z, solver, problem.labels)
+    attempt(Watched(noted, keys=False), problem.z, solver, problem.labels)
     assert torch.equal(seen[0], guess)
     for sweep, (before, after) in enumerate(pairwise(seen)):
         g = problem.g(before)[:, sweep:]
@@ -280,7 +281,7 @@ def test_bf16_sweeps_come_first(count: int, made: int) -> None:
     halves = partial(fine.partition.stop, num_tokens=LENGTH)
     want = swept(lambda x: echo(x, z, strengths), low.x, halves, limits=[2] * LENGTH)
     for batch_size in (None, 2):
-        solution = jf.solve(Lowered(echo), z, replace(fine, bf16_sweeps=count), strengths, batch_size=batch_size)
+        solution = attempt(Lowered(echo), z, replace(fine, bf16_sweeps=count), strengths, batch_size=batch_size)
         assert error(solution.x, want.x) < EXACT
         turns = 4 // (batch_size or 4)
         assert solution.sweeps == solution.network_calls == (made + want.sweeps) * turns
@@ -319,13 +320,11 @@ def test_solve_refuses_what_does_not_fit(arguments: dict[str, Any], names: str) 
 
 def test_a_batch_without_samples_is_solved() -> None:
     none, block = torch.zeros(0, 16, 1), flow_problem("vp 16x1").block
-    for solve in (jf.solve, jf.solve_certified):
-        assert solve(block, none, jf.Solver()).x.shape == none.shape
+    assert jf.solve(block, none, jf.Solver()).x.shape == none.shape
 
 
 def test_a_solve_gives_up_after_its_time_limit() -> None:
     z = normal(2, 40, 1)
-    for solve in (jf.solve, jf.solve_certified):
-        assert solve(Watched(lambda x, z, _: z), z, jf.Solver(), time_limit=60).x.equal(z)
-        with pytest.raises(TimeoutError, match="time_limit=1e-09"):
-            solve(Watched(lambda x, z, _: z), z, jf.Solver(), time_limit=1e-9)
+    assert jf.solve(Watched(lambda x, z, _: z), z, jf.Solver(), time_limit=60).x.equal(z)
+    with pytest.raises(TimeoutError, match="time_limit=1e-09"):
+        jf.solve(Watched(lambda x, z, _: z), z, jf.Solver(), time_limit=1e-9)

@@ -44,7 +44,7 @@ def invented(request: Any, latents: Tensor, progress: Any = None) -> Samples:
     lost, resolved = latents[:, 0, 0] > 1, latents[:, 0, 1] > 1
     images[lost], certificate[lost] = torch.nan, torch.inf
     none, status = torch.zeros_like(lost), torch.where(lost, int(jf.Status.NONFINITE), int(jf.Status.CONVERGED))
-    stats = BlockStats(5, 7, 70, 0.5, certificate, status, none, resolved)
+    stats = BlockStats(5, 7, 70, 0.5, certificate, status, none, resolved, "sweeps", None)
     if progress is not None:
         progress(len(latents), len(latents), "sampling")
     return Samples(images, latents, request.context.values, None, (stats,), certificate, 1.0, None, 1.5, 0.25)

@@ -14,6 +14,9 @@ from torch import Tensor
 import jacobiflow as jf
 from jacobiflow.blocks.context import NO_CONTEXT
 from jacobiflow.blocks.guidance import guided
+from jacobiflow.fixed_point.options import SolveOptions
+from jacobiflow.fixed_point.problem import Problem
+from jacobiflow.fixed_point.solve import attempt as attempt_once
 from tests.helpers.oracle import Guide, Oracle, sequential
 from tests.helpers.problems import BlockProblem, latents, make_flow
 
@@ -27,6 +30,14 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
 def error(x: Tensor, answer: Tensor) -> float:
     assert x.shape == answer.shape
     return float((x - answer).abs().max()) if x.numel() else 0.0
+
+
+def attempt(
+    block: Any, z: Tensor, solver: jf.Solver, context: Tensor | None = None, batch_size: int | None = None
+) -> jf.Solution:
+    """The first attempt of `jf.solve`, which leaves samples that fall short as they are."""
+    options = SolveOptions(certify=False, batch_size=batch_size)
+    return attempt_once(Problem.checked(block, z, context), solver, options)
 
 
 class Watched:

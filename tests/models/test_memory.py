@@ -34,7 +34,7 @@ def test_the_largest_block_tells_how_much_a_batch_takes(large: int, guidance: jf
         flow = jf.TarFlow(config).requires_grad_(False).to("cuda")
         z, labels = draw_latents(16, 64, 4).to("cuda"), torch.arange(16, device="cuda") % 5
         with device.counting() as counts:
-            jf.solve(guided(flow.blocks[large], guidance), z, jf.Solver(), labels)
+            jf.solve(guided(flow.blocks[large], guidance), z, jf.Solver(), labels, certify=False)
         needed = memory.batch_bytes(flow.guided(guidance), 16)
     assert needed is not None
     assert 0.5 * needed < counts.peak <= needed

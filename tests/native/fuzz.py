@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 import jacobiflow as jf
 from jacobiflow.adapters.network import MaskedNetwork, find_order
+from jacobiflow.errors import UnsupportedError
 from jacobiflow.native import boundary, library
 from jacobiflow.native import transformer as native_transformer
 from jacobiflow.native.chain import TransformChain
@@ -83,7 +84,7 @@ def answer(compute: Callable[[], Any]) -> Any:
     """Returns the result, or `None` after an exception."""
     try:
         return compute()
-    except (ValueError, TypeError, RuntimeError, IndexError, NotImplementedError, AssertionError):
+    except (UnsupportedError, ValueError, TypeError, RuntimeError, IndexError, NotImplementedError, AssertionError):
         return None
 
 
@@ -285,7 +286,7 @@ def description(rng: random.Random) -> tuple[Any, str]:
 
     try:
         ours = compute()
-    except (boundary.UnsupportedError, ValueError):
+    except (UnsupportedError, ValueError):
         ours = None
     return ours, f"{part}, {number}"
 

@@ -14,8 +14,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from jacobiflow.errors import UnsupportedError
 from jacobiflow.native import compiler
-from jacobiflow.native.boundary import UnsupportedError
 from jacobiflow.native.library import Library
 from jacobiflow.native.tensors import address_of, check_tensor
 from jacobiflow.native.transformer import CausalTransformer, GuidanceTerms
@@ -91,5 +91,6 @@ def test_guidance_of_a_context_without_an_unconditional_one_is_refused() -> None
         block.proj_out.weight, block.proj_out.bias, has_scale=True,
     )  # fmt: skip
     guidance = GuidanceTerms(weights, weights, None, 1.0, by_density=False)
-    assert network.invert(z, None, guidance) is not None
-    assert network.invert(z, torch.ones(1, 1, 7), guidance) is None
+    network.invert(z, None, guidance)
+    with pytest.raises(UnsupportedError, match="a context for one of two rows"):
+        network.invert(z, torch.ones(1, 1, 7), guidance)

@@ -17,7 +17,6 @@ from torch import Tensor
 import jacobiflow as jf
 from jacobiflow.blocks.context import NO_CONTEXT
 from jacobiflow.data import quantize
-from jacobiflow.fixed_point import solve_certified
 from jacobiflow.models.flow import Flow
 from jacobiflow.plots import sampler_style
 from jacobiflow.plots.style import use_style
@@ -99,7 +98,7 @@ def _trajectory(
         labels = torch.full((len(z),), label)
         if i != last:
             return jf.solve(flow.inverse_blocks[i], z, jf.Solver(jf.Sequential()), labels, batch_size=ROWS).x
-        solution = solve_certified(recorder, z, solver, labels, tolerance=TOLERANCE)
+        solution = jf.solve(recorder, z, solver, labels, tolerance=TOLERANCE)
         residual = float(solution.residual)
         return torch.cat((*recorder.states, solution.x))
 

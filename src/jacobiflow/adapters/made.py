@@ -15,7 +15,8 @@ from jacobiflow.adapters.library_module import library_class
 from jacobiflow.adapters.native_module import TransformOutput, TransformSpec, masked_spec
 from jacobiflow.adapters.network import MaskedNetwork
 from jacobiflow.adapters.passes import invert_by_passes
-from jacobiflow.native.boundary import SplineBoundary, TransformKind, UnsupportedError
+from jacobiflow.errors import UnsupportedError
+from jacobiflow.native.boundary import SplineBoundary, TransformKind
 
 _PYTORCH_PARTS = (nn.ModuleList, nn.Linear, nn.Dropout, nn.Identity)
 

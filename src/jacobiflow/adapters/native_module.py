@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from jacobiflow.adapters.library_module import copy_with_tensors
 from jacobiflow.adapters.network import MaskedNetwork, Slot, find_order
 from jacobiflow.adapters.snapshot import ModuleSnapshot, check_call
-from jacobiflow.native.boundary import UnsupportedError
+from jacobiflow.errors import UnsupportedError
 from jacobiflow.native.chain import TransformChain
 from jacobiflow.native.masked import (
     ChainTransform,
@@ -142,9 +142,12 @@ class NativeModule:
         in_pytorch = None
         if library_call is not None and torch.is_grad_enabled():
             in_pytorch = partial(self._evaluate_in_pytorch, library_call)
-        result = self._chain.evaluate(tensors, x, context, is_inverse, log_det, in_pytorch)
-        if result is None or result.failed is None:
-            return None if result is None else (result.values, result.log_det)
+        try:
+            result = self._chain.evaluate(tensors, x, context, is_inverse, log_det, in_pytorch)
+        except UnsupportedError:
+            return None
+        if result.failed is None:
+            return result.values, result.log_det
         if library_call is None:
             return None
         rows = result.failed.nonzero().flatten()

@@ -10,7 +10,8 @@ from jaxtyping import Bool, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from jacobiflow.native.boundary import Activation, Operation, OperationKind, UnsupportedError
+from jacobiflow.errors import UnsupportedError
+from jacobiflow.native.boundary import Activation, Operation, OperationKind
 
 Slot = tuple[dict[str, Any], str]
 """A place of a tensor: a dictionary of a module, such as its parameters, and a name in it."""

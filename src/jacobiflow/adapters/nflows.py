@@ -19,7 +19,8 @@ from jacobiflow.adapters.acceleration import Adapter
 from jacobiflow.adapters.library_module import library_class
 from jacobiflow.adapters.made import AcceleratedComposition, AcceleratedTransform, made_spec, spline_spec
 from jacobiflow.adapters.native_module import TransformSpec, affine_spec, permutation_spec
-from jacobiflow.native.boundary import TransformKind, UnsupportedError
+from jacobiflow.errors import UnsupportedError
+from jacobiflow.native.boundary import TransformKind
 
 
 def list_transforms(

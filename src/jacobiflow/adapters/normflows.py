@@ -17,7 +17,8 @@ from jacobiflow.adapters.acceleration import AcceleratedModule, Adapter
 from jacobiflow.adapters.library_module import library_class
 from jacobiflow.adapters.made import AcceleratedTransform, context_args, evaluate_by_native, made_spec, spline_spec
 from jacobiflow.adapters.native_module import TransformSpec, permutation_spec
-from jacobiflow.native.boundary import TransformKind, UnsupportedError
+from jacobiflow.errors import UnsupportedError
+from jacobiflow.native.boundary import TransformKind
 
 
 def list_transforms(module: Any, is_conditional: bool) -> Iterator[tuple[TransformSpec, bool]]:

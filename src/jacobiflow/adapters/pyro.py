@@ -21,7 +21,8 @@ from jacobiflow.adapters.library_module import library_class
 from jacobiflow.adapters.native_module import TransformOutput, TransformSpec, masked_spec
 from jacobiflow.adapters.network import MaskedNetwork
 from jacobiflow.adapters.passes import invert_by_passes
-from jacobiflow.native.boundary import SplineBoundary, TransformKind, UnsupportedError
+from jacobiflow.errors import UnsupportedError
+from jacobiflow.native.boundary import SplineBoundary, TransformKind
 
 
 def list_transforms(module: Any, is_conditional: bool) -> Iterator[tuple[TransformSpec, bool]]:

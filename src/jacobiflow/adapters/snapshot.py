@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from jacobiflow.adapters.network import Slot
-from jacobiflow.native.boundary import UnsupportedError
+from jacobiflow.errors import UnsupportedError
 
 DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 _FUNCTIONS = (partial, FunctionType, BuiltinFunctionType, MethodType)

@@ -15,10 +15,9 @@ from jacobiflow.adapters.library_module import library_class
 from jacobiflow.adapters.snapshot import has_forward_hooks
 from jacobiflow.adapters.tarflow_state import BlockState, copy_state, is_same_state, read_state
 from jacobiflow.adapters.tarflow_trial import MAX_GUIDANCE, TEMPERATURES, Trial, TrialResult
-from jacobiflow.errors import first_line
+from jacobiflow.errors import UnsupportedError, first_line
 from jacobiflow.native import describe as describe_native
 from jacobiflow.native import load_library
-from jacobiflow.native.boundary import UnsupportedError
 from jacobiflow.native.tensors import is_traced
 from jacobiflow.native.transformer import CausalTransformer, GuidanceTerms
 
@@ -76,11 +75,13 @@ def _try_block(block: Any, results: list[tuple[BlockState, TrialResult]]) -> Ada
     parameters = signature.parameters.values()
     defaults = {each.name: each.default for each in parameters if each.default is not each.empty}
 
-    def reverse(block: Any, **arguments: Any) -> tuple[Tensor, Tensor] | None:
+    def reverse(block: Any, **arguments: Any) -> tuple[Tensor, Tensor]:
         return _reverse(block, _ReverseArgs(**defaults | arguments))
 
     try:
         state, trial = copy_state(read_state(block)), Trial(block, reverse, signature.parameters)
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
     except Exception as error:
         raise UnsupportedError(f"it cannot be tried: {type(error).__name__}: {first_line(error)}") from error
     trial.compare_own_weights()
@@ -117,8 +118,8 @@ def _check_parts(block: Any) -> None:
             raise UnsupportedError(f"{name} is not that of a TarFlow block")
 
 
-def _reverse(block: Any, arguments: _ReverseArgs) -> tuple[Tensor, Tensor] | None:
-    """Returns the result of a block's `reverse`, with the log-determinant, by native code; `None` if it cannot."""
+def _reverse(block: Any, arguments: _ReverseArgs) -> tuple[Tensor, Tensor]:
+    """Returns the result of a block's `reverse` and the log-determinant by native code. May raise UnsupportedError."""
     x, z = arguments.x, block.permutation(arguments.x)
     tokens = z.shape[1]
     context = other = None
@@ -145,8 +146,8 @@ def _reverse(block: Any, arguments: _ReverseArgs) -> tuple[Tensor, Tensor] | Non
         out_bias=block.proj_out.bias,
         has_scale=len(block.proj_out.bias) == 2 * x.shape[2],
     )
-    answer = network.invert(z, context, extrapolation)
-    return None if answer is None else (block.permutation(answer[0], inverse=True), answer[1])
+    x, log_det = network.invert(z, context, extrapolation)
+    return block.permutation(x, inverse=True), log_det
 
 
 def _layer(layer: Any) -> dict[str, Tensor]:
@@ -171,27 +172,26 @@ class _AcceleratedBlock(AcceleratedModule):
 
     def reverse(self, *args: Any, **kwargs: Any) -> Any:
         """Returns what the block's own `reverse` does."""
-        result = self._native_reverse(args, kwargs)
-        if result is None:
+        try:
+            result = self._native_reverse(args, kwargs)
+        except UnsupportedError:
             return self._own_reverse(*args, **kwargs)
         return result if self.trial_result.has_log_det else result[0]
 
-    def _native_reverse(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor] | None:
+    def _native_reverse(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor]:
         try:
             call = self.tried_signature.bind(self, *args, **kwargs)
-        except TypeError:  # The block's own message names its function.
-            return None
+        except TypeError as error:  # The block's own message names its function.
+            raise UnsupportedError("arguments that do not fit its signature") from error
         call.apply_defaults()
         arguments = {name: value for name, value in call.arguments.items() if name != "self"}
         if is_traced() or self._has_changed() or not self._is_tried(_ReverseArgs(**arguments)):
-            return None
+            raise UnsupportedError("a block that has changed, or arguments that were not tried")
         tensors = [value for value in arguments.values() if isinstance(value, Tensor)]
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (*tensors, *self.parameters())):
-            return None
+            raise UnsupportedError("gradients")
         with torch.no_grad():
             result = _reverse(self, _ReverseArgs(**arguments))
-        if result is None:
-            return None
         if (overflows := ~result[0].isfinite().all(dim=(1, 2))).any():  # The block's own code computes these rows.
             rows = {name: value[overflows] if isinstance(value, Tensor) else value for name, value in arguments.items()}
             repaired = self._own_reverse(**rows)

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from jacobiflow.adapters.passes import is_stateful
-from jacobiflow.errors import first_line
-from jacobiflow.native.boundary import UnsupportedError
+from jacobiflow.errors import UnsupportedError, first_line
 
 MAX_GUIDANCE = 10.0  # The largest guidance that is tried.
 TEMPERATURES = (0.1, 10.0)  # The lowest and the highest attention temperature that are tried.
@@ -70,9 +69,7 @@ class Trial:
     """
 
     @_default_settings()
-    def __init__(
-        self, block: Any, native: Callable[..., tuple[Tensor, Tensor] | None], parameters: Collection[str]
-    ) -> None:
+    def __init__(self, block: Any, native: Callable[..., tuple[Tensor, Tensor]], parameters: Collection[str]) -> None:
         self._block = copy.deepcopy(block).cpu().float().eval()
         for part in self._block.modules():  # A call of a block with hooks runs its own code.
             part._forward_hooks.clear()
@@ -158,12 +155,14 @@ class Trial:
             results = block.reverse(x.clone(), **arguments)
             ours = self._native(block, x=x, **arguments)
             perturbed = self._native(block, x=x * perturbation, **arguments)
+        except (UnsupportedError, MemoryError, torch.OutOfMemoryError):
+            raise
         except Exception as error:  # The block's code may be anything.
             raise UnsupportedError(
                 f"its reverse raises {type(error).__name__} in a trial: {first_line(error)}"
             ) from error
-        if ours is None or perturbed is None or (self._is_random and not ours[0].isfinite().all()):
-            raise UnsupportedError("native code did not run in a trial, or its values overflowed")
+        if self._is_random and not ours[0].isfinite().all():
+            raise UnsupportedError("values overflowed in a trial")
         theirs = results if type(results) is tuple else (results,)
         self._num_results = self._num_results or len(theirs)
         growth = 10 if self._is_random else 1000  # A block may be chaotic with its own weights.

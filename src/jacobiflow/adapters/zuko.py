@@ -37,7 +37,8 @@ from jacobiflow.adapters.native_module import (
 )
 from jacobiflow.adapters.network import MaskedNetwork, Slot
 from jacobiflow.adapters.passes import invert_by_passes
-from jacobiflow.native.boundary import SplineBoundary, TransformKind, UnsupportedError
+from jacobiflow.errors import UnsupportedError
+from jacobiflow.native.boundary import SplineBoundary, TransformKind
 
 
 def list_transforms(

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from jacobiflow.blocks.context import NO_CONTEXT, Context
 from jacobiflow.blocks.permutation import Permutation
 from jacobiflow.blocks.tokens import Tokens, gather_run
-from jacobiflow.errors import InputValueError
+from jacobiflow.errors import InputValueError, UnsupportedError
 from jacobiflow.utils.checks import format_value
 
 ScaleShift = tuple[Float[Tensor, "b n c"], Float[Tensor, "b n c"]]
@@ -129,13 +129,16 @@ class AffineBlock(ABC):
         """Returns a copy of the cache with which the network runs in bfloat16."""
         raise NotImplementedError
 
-    def sequential_inverse(self, z: Tokens, context: Context = NO_CONTEXT, guidance: Any = None) -> TokensLogDet | None:
+    def sequential_inverse(self, z: Tokens, context: Context = NO_CONTEXT, guidance: Any = None) -> TokensLogDet:
         """Solves x_t = g(x)_t token by token in one call; returns x and the sums of log_scale(x).
 
-        With a `Guidance` g is that of the guided block. Returns `None` if the block has no such call for this device,
-        dtype or installation.
+        With a `Guidance` g is that of the guided block.
+
+        Raises:
+            UnsupportedError: If the block has no such call for this device, dtype or installation. Solvers then solve
+                token by token in PyTorch, and keep the message as `Solution.obstacle`.
         """
-        return None
+        raise UnsupportedError(f"{type(self).__name__} has no sequential_inverse")
 
     def output_weights(self) -> tuple[Float[Tensor, "o d"] | None, Float[Tensor, "o d"]] | None:
         """Returns W_s and W_u of the last layer, if `log_scale` = W_s h + b_s and `shift` = W_u h + b_u; else `None`.

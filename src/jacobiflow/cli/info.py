@@ -6,13 +6,16 @@ import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import jacobiflow as jf
 from jacobiflow.cli import loading, options
 from jacobiflow.cli.output import one_line
-from jacobiflow.errors import InputError, InputValueError
+from jacobiflow.errors import InputError, InputValueError, UnsupportedError
 from jacobiflow.utils.launch import local_device
+
+if TYPE_CHECKING:
+    from jacobiflow.models.flow import Flow
 
 _LIBRARIES = ("zuko", "nflows", "normflows", "pyro-ppl", "sbi")  # The libraries that `accelerate` supports.
 _MAX_ROUND_TRIP_ERROR = 1e-3  # Largest change of a latent that is decoded and encoded again.
@@ -69,7 +72,6 @@ def run(config: InfoConfig) -> InfoResult:
 def _describe(model: str) -> InfoResult:
     from importlib.metadata import distributions
 
-    from jacobiflow import native
     from jacobiflow.utils import timing
 
     flow = jf.load(model)
@@ -81,8 +83,21 @@ def _describe(model: str) -> InfoResult:
         "parameters": sum(p.numel() for p in flow.parameters()),
     }  # fmt: skip
     libraries = {each.name: each.version for each in distributions() if each.name in _LIBRARIES}
-    values |= {"native_loops": native.describe(), **timing.describe_machine(), **libraries}
+    values |= {"native_loops": _native_loops(flow), **timing.describe_machine(), **libraries}
     return InfoResult(values, [f"{name:<18}{value}" for name, value in values.items()])
+
+
+def _native_loops(flow: Flow) -> str:
+    """Returns the instruction set of the native exact loops, or why they do not take the flow's blocks."""
+    from jacobiflow import native
+
+    no_rows = flow.var.new_empty(0, flow.config.num_tokens, flow.config.token_channels)
+    try:
+        for i in range(flow.config.num_blocks):
+            flow.inverse_block(i).sequential_inverse(no_rows, flow.example_context(1)[:0])
+    except UnsupportedError as error:
+        return f"none: {error}"
+    return native.describe()
 
 
 def _measure_memory(model: str) -> InfoResult:

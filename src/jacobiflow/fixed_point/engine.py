@@ -39,7 +39,7 @@ class SweepState:
         min_front: No front is before this token.
         max_front: No front is after this token.
         samples: Their indices in the caller's order.
-        num_stale: Tokens before a shared front whose keys are a sweep behind.
+        num_outdated_keys: Tokens before a shared front whose keys are a sweep behind.
         sweeps: Sweeps so far.
         token_evaluations: Tokens times samples over these sweeps.
         update_at: The block's, or CUDA graphs of it for this state's memory.
@@ -55,7 +55,7 @@ class SweepState:
     samples: np.ndarray
     min_front: int = 0
     max_front: int = 0
-    num_stale: int = 0
+    num_outdated_keys: int = 0
     sweeps: int = 0
     token_evaluations: int = 0
     update_at: UpdateAt | None = None
@@ -109,33 +109,34 @@ class SweepEngine:
         if state.max_front > self.num_tokens - size:  # such a run starts before the front, to stay in the sequence
             is_final = torch.arange(size, device=g.device) < (fronts.front - start)[:, None]
             g = torch.where(is_final.unsqueeze(-1), old, g)
-        passed: int | Tensor = 1
+        num_accepted: int | Tensor = 1
         if size == 1:
             scatter_run(state.x, g, start)
         else:
             changes = self._update_run(state, start, old, g)
-            passed = fronts.advance(changes, tolerance)
+            num_accepted = fronts.count_accepted(changes, tolerance)
             if self.shares_front:
-                num_over = self._count_sweep(state, size)
-                passed, state.num_stale = fronts.advance_together(changes, tolerance, passed, num_over)
-        self._move_fronts(state, start, size, passed)
+                num_accepted, state.num_outdated_keys = fronts.count_accepted_together(
+                    changes, tolerance, num_accepted, self._count_sweep(state, size)
+                )
+        self._move_fronts(state, start, size, num_accepted)
 
     def _evaluate(self, state: SweepState) -> tuple[int | Tensor, int, Tensor]:
         """The start of the runs, one number if it is common to all samples; their size; and g there."""
-        front, stale = state.min_front, state.num_stale
+        front, outdated = state.min_front, state.num_outdated_keys
         size = self._run_stop(front) - front if state.run_size is None else state.run_size
         state.sweeps += 1
-        state.token_evaluations += len(state.x) * (size + stale)
+        state.token_evaluations += len(state.x) * (size + outdated)
         last_start = self.num_tokens - size
         if state.run_size is None and front in (state.max_front, last_start):
-            g = self.block.update(state.x, state.z, front - stale, front + size, state.cache)
-            state.num_stale = 0
-            if g.shape != (len(state.x), size + stale, state.x.shape[2]):
-                shape = tuple(state.x[:, front - stale : front + size].shape)
+            g = self.block.update(state.x, state.z, front - outdated, front + size, state.cache)
+            state.num_outdated_keys = 0
+            if g.shape != (len(state.x), size + outdated, state.x.shape[2]):
+                shape = tuple(state.x[:, front - outdated : front + size].shape)
                 raise InputValueError(
                     f"update returned {format_value(g)}: a block returns g of each entry, here {shape}"
                 )
-            return front, size, g[:, stale:]
+            return front, size, g[:, outdated:]
         start = state.fronts.front if state.max_front <= last_start else state.fronts.front.clamp(max=last_start)
         end = min(state.max_front + size, self.num_tokens)
         update_at = state.update_at or self.block.update_at
@@ -159,7 +160,7 @@ class SweepEngine:
         else:
             residual, correction_step = (torch.stack((g, new)) - old).abs_().amax(dim=-1)
             change = torch.maximum(residual, correction_step)
-            fails = state.fronts.correction_fails(start, residual)[:, None]
+            fails = state.fronts.update_correction_state(start, residual)[:, None]
             new = torch.where(fails[:, None], g, new)
             change = torch.where(fails, residual, change)
         ebound = self.solver.stopping.ebound
@@ -174,13 +175,13 @@ class SweepEngine:
         state.sweeps_left[run] -= 1
         return int(np.logical_and.accumulate(state.sweeps_left[run] <= 0).sum())
 
-    def _move_fronts(self, state: SweepState, start: int | Tensor, size: int, passed: int | Tensor) -> None:
-        """Moves each front past `passed` tokens of its run; samples that overflowed are finished."""
+    def _move_fronts(self, state: SweepState, start: int | Tensor, size: int, num_accepted: int | Tensor) -> None:
+        """Moves each front past `num_accepted` tokens of its run; samples that overflowed are finished."""
         if self.shares_front:
-            state.min_front = state.max_front = state.min_front + int(passed)
+            state.min_front = state.max_front = state.min_front + int(num_accepted)
         else:
             state.max_front = min(state.max_front + size, self.num_tokens)
-            front = state.fronts.front.clamp(min=start + passed)
+            front = state.fronts.front.clamp(min=start + num_accepted)
             state.fronts.front = front.masked_fill(state.fronts.nonfinite, self.num_tokens)
 
 

@@ -73,7 +73,7 @@ class Fronts:
         """Returns the fronts of the first `num` samples."""
         return Fronts(*(getattr(self, entry.name)[:num] for entry in fields(self)))
 
-    def correction_fails(self, start: int | Tensor, residual: Float[Tensor, "b n"]) -> Bool[Tensor, " b"]:
+    def update_correction_state(self, start: int | Tensor, residual: Float[Tensor, "b n"]) -> Bool[Tensor, " b"]:
         """Returns the samples whose correction is turned off, since their residuals keep growing.
 
         The runs begin at `start`. A new token's residual does not tell whether the correction works.
@@ -86,45 +86,45 @@ class Fronts:
         self.run_stop = self.run_stop.clamp(min=stop)
         return self.num_growing >= _MAX_GROWING_SWEEPS
 
-    def advance(self, sweep: SweepChanges, tolerance: float | None) -> Int[Tensor, " b"]:
+    def count_accepted(self, sweep: SweepChanges, tolerance: float | None) -> Int[Tensor, " b"]:
         """Returns how many leading tokens of its run each sample passes.
 
         It passes those that changed by at most the tolerance, and one more, which was computed from final ones
         (Proposition 1 of the paper).
         """
-        is_settled = (sweep.change <= (-torch.inf if tolerance is None else tolerance)).cumprod(1).bool()
-        passed = is_settled.sum(1).add_(1).clamp_(max=is_settled.shape[1])
-        self._record(torch.where(is_settled, sweep.residual, 0))
-        # Only the last token passed can have overflowed; the others are settled.
-        self.nonfinite |= ~sweep.change.gather(1, passed[:, None] - 1).isfinite()[:, 0]
-        return passed
+        is_final = (sweep.change <= (-torch.inf if tolerance is None else tolerance)).cumprod(1).bool()
+        num_accepted = is_final.sum(1).add_(1).clamp_(max=is_final.shape[1])
+        self._record(torch.where(is_final, sweep.residual, 0))
+        # Only the last token passed can have overflowed; the others are final.
+        self.nonfinite |= ~sweep.change.gather(1, num_accepted[:, None] - 1).isfinite()[:, 0]
+        return num_accepted
 
-    def advance_together(
-        self, sweep: SweepChanges, tolerance: float | None, passed: Int[Tensor, " b"], num_over: int
+    def count_accepted_together(
+        self, sweep: SweepChanges, tolerance: float | None, num_accepted: Int[Tensor, " b"], num_exhausted: int
     ) -> tuple[int, int]:
         """Returns how many tokens of their common run all samples pass, and how many keys are then a sweep behind.
 
         Args:
             sweep: The changes of the run.
-            tolerance: That of `advance`.
-            passed: The result of `advance`. All samples pass as many tokens as the slowest one.
-            num_over: The leading tokens of the run that have no sweeps left. They are passed in any case. An early stop
-                passes the whole run.
+            tolerance: That of `count_accepted`.
+            num_accepted: The result of `count_accepted`. All samples pass as many tokens as the slowest one.
+            num_exhausted: The leading tokens of the run that have no sweeps left. They are passed in any case. An early
+                stop passes the whole run.
         """
         size = sweep.change.shape[1]
         # The others do not wait for a sample that overflowed, which is solved again.
-        slowest = 1 if tolerance is None else int(torch.where(self.nonfinite, size, passed).min())
+        slowest = 1 if tolerance is None else int(torch.where(self.nonfinite, size, num_accepted).min())
         if sweep.is_early:
-            num_over = size
-        if num_over <= slowest:
+            num_exhausted = size
+        if num_exhausted <= slowest:
             return slowest, 0
-        is_beyond = _offsets(sweep.residual) >= passed[:, None]
-        self._record(torch.where(is_beyond, sweep.residual, 0)[:, :num_over])
-        self.nonfinite |= ~sweep.change[:, :num_over].isfinite().all(1)
+        is_beyond = _offsets(sweep.residual) >= num_accepted[:, None]
+        self._record(torch.where(is_beyond, sweep.residual, 0)[:, :num_exhausted])
+        self.nonfinite |= ~sweep.change[:, :num_exhausted].isfinite().all(1)
         if sweep.is_early:
-            return num_over, 0
-        self.hit_max_sweeps |= passed < num_over
-        return num_over, num_over - slowest
+            return num_exhausted, 0
+        self.hit_max_sweeps |= num_accepted < num_exhausted
+        return num_exhausted, num_exhausted - slowest
 
     def _record(self, residual: Float[Tensor, "b n"]) -> None:
         self.residual = torch.maximum(self.residual, residual.amax(1))

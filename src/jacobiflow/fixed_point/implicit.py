@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from itertools import compress
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor
 from jacobiflow.blocks.base import TokensLogDet
 from jacobiflow.blocks.context import Context
 from jacobiflow.blocks.tokens import Tokens
+from jacobiflow.errors import UnsupportedError
 from jacobiflow.fixed_point.problem import Problem
 from jacobiflow.utils.autograd import check_first_derivative
 
@@ -72,8 +74,10 @@ class _Inverse(torch.autograd.Function):
             if ctx.needs_input_grad[4]:
                 values = values.detach().requires_grad_()
             problem = Problem(ctx.block, z, Context(values))
-            has_gradients = ctx.block.has_inverse_gradients
-            outputs = ctx.block.sequential_inverse(z, problem.context) if has_gradients else None
+            outputs = None
+            if ctx.block.has_inverse_gradients:
+                with suppress(UnsupportedError):
+                    outputs = ctx.block.sequential_inverse(z, problem.context)
             if outputs is None:
                 outputs = problem.evaluate(x)
                 cotangents = solve_adjoint(outputs, x, cotangents, x.shape[1], _has_converged), cotangents[1]

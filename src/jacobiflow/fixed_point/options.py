@@ -19,14 +19,7 @@ _MAX_BATCH_SIZE = 100_000_000
 
 @dataclass(frozen=True)
 class SolveOptions:
-    """The options of a solve.
-
-    Args:
-        tolerance: The largest residual of a sample. `None` stands for the tolerance at which the solver stops.
-        certify: Whether residuals are measured, see `CertifyMode`.
-        batch_size: The number of samples in the network at a time; all by default.
-        time_limit: Seconds from now after which the solve ends with a TimeoutError, between two sweeps.
-    """
+    """The options of `solve`, where they are explained. The time limit begins now."""
 
     tolerance: float | None = None
     certify: CertifyMode = True

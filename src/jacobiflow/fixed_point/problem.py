@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +26,12 @@ class Problem:
         block: Gives g.
         z: Input of the block in its causal order.
         context: Context of the rows of `z`.
+
+    Example:
+        >>> problem = jf.Problem.checked(jf.load("digits-p1").blocks[0], torch.ones(2, 64, 1), context=None)
+        >>> residual, log_det = problem.residual(torch.zeros(2, 64, 1))
+        >>> residual.shape
+        torch.Size([2])
     """
 
     block: Block
@@ -62,16 +67,10 @@ class Problem:
         """Returns the problem of some samples: a slice, a mask or indices."""
         return Problem(self.block, self.z[rows], self.context[rows])
 
-    def batches(self, size: int | None) -> Iterator[tuple[slice, Problem]]:
-        """Yields rows, and their problem, in batches of at most `size` samples; all at once for `None`."""
+    def batches(self, size: int | None) -> list[slice]:
+        """Returns the rows of batches of at most `size` samples; all at once for `None`."""
         size = size or max(len(self), 1)
-        for start in range(0, len(self), size):
-            rows = slice(start, start + size)
-            yield rows, self[rows]
-
-    def num_batches(self, size: int | None) -> int:
-        """Returns the number of `batches`."""
-        return -(-len(self) // (size or max(len(self), 1)))
+        return [slice(start, start + size) for start in range(0, len(self), size)]
 
     def evaluate(self, x: Tokens) -> TokensLogDet:
         """Returns g(x), all entries at once, and the sums of log_scale(x); these are NaN if the block is not affine."""
@@ -84,12 +83,16 @@ class Problem:
     def residual(self, x: Tokens, batch_size: int | None = None) -> tuple[Float[Tensor, " b"], Float[Tensor, " b"]]:
         """Returns max |g(x) - x| of each sample, over tokens and channels, and the sums of log_scale(x).
 
-        The residual of a sample that is not finite is infinite.
+        It is the certificate: one parallel pass. The residual of a sample that is not finite is infinite.
+
+        Raises:
+            ValueError: If `x` are not tokens like z.
         """
+        self.check_same_shape("x", x)
         residual, log_det = self.z.new_empty(len(self)), self.z.new_empty(len(self))
         with no_gradients(self.block):
-            for rows, part in self.batches(batch_size):
-                g, log_det[rows] = part.evaluate(x[rows])
+            for rows in self.batches(batch_size):
+                g, log_det[rows] = self[rows].evaluate(x[rows])
                 residual[rows] = (g - x[rows]).abs().nan_to_num(nan=torch.inf, posinf=torch.inf).amax(dim=(1, 2))
         return residual, log_det
 

@@ -33,8 +33,7 @@ _MESSAGES = {
     Status.MAX_SWEEPS: "stopped by MaxSweeps; raise it, or use a Tolerance, for a smaller residual",
     Status.ROUNDING: "the residual is above the tolerance, and so is that of an exact solve: the network rounds "
     "coarsely; raise the tolerance or use a wider dtype",
-    Status.NONFINITE: "a value overflowed; solve_certified finds out whether it does in the exact inverse too, which "
-    "lower guidance or a wider dtype may cure",
+    Status.NONFINITE: "a value of the exact inverse overflowed; use lower guidance or a wider dtype",
 }
 
 
@@ -54,6 +53,10 @@ class Solution:
         sample_sweeps: Sweeps that each sample was part of until it was final.
         network_calls: Evaluations of the block, certificates included.
         token_evaluations: Tokens times samples over these calls.
+        backend: "native" if the block's `sequential_inverse` solved it, "graphs" for token by token in CUDA graphs,
+            "sweeps" for sweeps in PyTorch.
+        obstacle: Why `sequential_inverse` did not solve it token by token; `None` if it did, or was not asked to.
+        seconds: Wall-clock time, certificates included.
 
     Example:
         >>> flow, z = jf.load("digits-p1"), torch.ones(2, 64, 1)
@@ -72,20 +75,19 @@ class Solution:
     sweeps: int
     network_calls: int
     token_evaluations: int
-    seconds: float
+    backend: str
+    obstacle: str | None = None
+    seconds: float = 0.0
 
     def merge(self, rows: Bool[Tensor, " b"], other: Solution) -> Solution:
         """Returns this solution with the samples `rows` replaced by those of `other`; costs are added."""
-        replaced = {
-            name: getattr(self, name).index_put((rows,), getattr(other, name))
-            for name in ("x", "status", "residual", "log_det", "exact")
-        }
+        names = ("x", "status", "residual", "log_det", "exact")
+        replaced = {name: getattr(self, name).index_put((rows,), getattr(other, name)) for name in names}
+        costs = ("sweeps", "network_calls", "token_evaluations")
         return replace(
             self,
             **replaced,
+            **{name: getattr(self, name) + getattr(other, name) for name in costs},
             sample_sweeps=self.sample_sweeps.index_put((rows,), other.sample_sweeps, accumulate=True),
-            sweeps=self.sweeps + other.sweeps,
-            network_calls=self.network_calls + other.network_calls,
-            token_evaluations=self.token_evaluations + other.token_evaluations,
-            seconds=self.seconds + other.seconds,
+            obstacle=self.obstacle or other.obstacle,
         )

@@ -19,7 +19,7 @@ from jacobiflow.blocks.context import NO_CONTEXT, Context
 from jacobiflow.blocks.guidance import Guidance
 from jacobiflow.blocks.permutation import Permutation
 from jacobiflow.blocks.tokens import Tokens
-from jacobiflow.errors import InputValueError
+from jacobiflow.errors import InputValueError, UnsupportedError
 from jacobiflow.models.config import check_sizes
 from jacobiflow.models.flow import Flow, Images
 from jacobiflow.models.labels import embed_classes
@@ -34,7 +34,6 @@ from jacobiflow.models.masked_network import (
 )
 from jacobiflow.models.registry import register_flow
 from jacobiflow.native import usable_library
-from jacobiflow.native.boundary import UnsupportedError
 from jacobiflow.utils.checks import check_fields, check_number
 
 _MIN_STD = 1e-3
@@ -159,20 +158,22 @@ class MAFBlock(FlowBlock):
         return values * self.layers[0].weight.element_size()
 
     def encode(self, x: Tokens, context: Context = NO_CONTEXT) -> TokensLogDet:
-        result = self._evaluate(x, context, None, is_inverse=False)
-        return super().encode(x, context) if result is None else (result[0], -result[1])
+        try:
+            z, log_det = self._evaluate(x, context, None, is_inverse=False)
+        except UnsupportedError:
+            return super().encode(x, context)
+        return z, -log_det
 
     def sequential_inverse(
         self, z: Tokens, context: Context = NO_CONTEXT, guidance: Guidance | None = None
-    ) -> TokensLogDet | None:
+    ) -> TokensLogDet:
         return self._evaluate(z, context, guidance, is_inverse=True)
 
-    def _evaluate(
-        self, tokens: Tokens, context: Context, guidance: Guidance | None, is_inverse: bool
-    ) -> TokensLogDet | None:
-        """Returns the result of the block or its inverse by native code, and log|det|; `None` if it does not apply."""
-        if usable_library(tokens) is None or tokens.shape[2:] != (1,):
-            return None
+    def _evaluate(self, tokens: Tokens, context: Context, guidance: Guidance | None, is_inverse: bool) -> TokensLogDet:
+        """Returns the result of the block or its inverse by native code, and log|det|, or raises UnsupportedError."""
+        usable_library(tokens)
+        if tokens.shape[2:] != (1,):
+            raise UnsupportedError(f"tokens {tuple(tokens.shape)} with other than one channel")
         tensors = [tensor for layer in self.layers for tensor in (layer.weight, layer.bias)]
         tables = [layer.class_embed for layer in self.layers if layer.class_embed is not None]
         tensors += [table.t() for table in tables]
@@ -181,14 +182,12 @@ class MAFBlock(FlowBlock):
             tensors += [layer.offset(None).squeeze(0) for layer in self.layers]
             tensors.append(torch.stack(guidance.weights(tokens), dim=1))
         shapes = tuple(tensor.shape for tensor in tensors)
-        try:
-            chain = describe_block(NativeLayout(shapes, len(self.layers), bool(tables), guidance is not None))
-        except UnsupportedError:
-            return None
+        chain = describe_block(NativeLayout(shapes, len(self.layers), bool(tables), guidance is not None))
         tensors = [tensor.contiguous() for tensor in tensors]
         in_pytorch = None if is_inverse else self._encode_in_pytorch
         result = chain.evaluate(tensors, tokens.squeeze(-1), classes, is_inverse, "rows", in_pytorch)
-        return None if result is None or result.log_det is None else (result.values.unsqueeze(-1), result.log_det)
+        assert result.log_det is not None
+        return result.values.unsqueeze(-1), result.log_det
 
     def _encode_in_pytorch(
         self, x: Float[Tensor, "b t"], classes: Float[Tensor, "#b n"] | None, tensors: Sequence[Tensor]

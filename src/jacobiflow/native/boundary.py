@@ -19,10 +19,6 @@ _structures = list[Any]()
 Kind = TypeVar("Kind", bound=type[ctypes.Structure])
 
 
-class UnsupportedError(Exception):
-    """Native code does not take this: an activation, say, or a tensor of another shape or dtype."""
-
-
 def _read_body(declaration: str) -> str:
     """Returns what stands in the braces of a structure or an enumeration."""
     return _HEADER.partition(f"{declaration} {{")[2].partition("};")[0]

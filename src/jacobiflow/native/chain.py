@@ -13,11 +13,13 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from jacobiflow.native.boundary import ChainArgs, GradientArgs, Transform, UnsupportedError
+from jacobiflow.errors import UnsupportedError
+from jacobiflow.native.boundary import ChainArgs, GradientArgs, Transform
 from jacobiflow.native.library import Library, compiled_library
 from jacobiflow.native.masked import ChainTransform
 from jacobiflow.native.tensors import address_of, addresses_of, check_tensor, is_plain
 from jacobiflow.utils.autograd import check_first_derivative, is_batched
+from jacobiflow.utils.checks import format_value
 
 _MAX_ACTIVATION_BYTES = 24 << 20  # memory for the backward pass; above, computing activations again is faster
 _TILE_VECTORS = 4  # vectors of a tile, to which rows are padded, see `Tiles` in masked.h
@@ -81,10 +83,10 @@ class TransformChain:
         is_inverse: bool,
         log_det: str | None,
         in_pytorch: InPyTorch | None = None,
-    ) -> Result | None:
+    ) -> Result:
         """Computes the chain or its inverse.
 
-        The results have gradients if an input requires one. The result is then `None` if a row fails.
+        The results have gradients if an input requires one.
 
         Args:
             tensors: The tensors of all transforms, in the dtype of `x`.
@@ -94,31 +96,29 @@ class TransformChain:
             log_det: "rows" for the sum over features, "features" for each feature of a single transform, or `None`.
             in_pytorch: Computes the same for second derivatives, which raise an error without it.
 
-        Returns:
-            The result, or `None` if native code does not take the inputs, or lacks memory or threads.
+        Raises:
+            UnsupportedError: If native code does not take the inputs, or if a row fails and gradients are needed.
+            MemoryError: If it has too little memory.
         """
         native, dtype = compiled_library(), x.dtype
         width = 0 if context is None else context.shape[1]
         if native is None or dtype not in (torch.float32, torch.float64) or not is_plain(x, dtype):
-            return None
+            raise UnsupportedError(f"no native code for {format_value(x)}")
         if x.shape[1] != self.features or width != self.context or (log_det == "features" and len(self._parts) > 1):
-            return None
+            raise UnsupportedError(f"{x.shape[1]} features and a context of {width}")
         if context is not None and not (is_plain(context, dtype) and context.shape[0] in (1, x.shape[0])):
-            return None
+            raise UnsupportedError(f"the context {format_value(context)}")
         inputs = (x, context, *tensors)
         needed = [t is not None and t.requires_grad for t in inputs] if torch.is_grad_enabled() else []
         call = _Call(self, native, is_inverse, log_det == "features", needed, in_pytorch, tensors)
-        try:
-            addresses = addresses_of(tensors, self.shapes, dtype, self._addresses.get(dtype))
-            self._addresses[dtype] = addresses
-            memory = x.new_empty(call.memory_size(x)) if any(needed) else None
-            result = call.evaluate(x, context, addresses, log_det is not None, memory)
-        except UnsupportedError:
-            return None
-        if memory is None or result is None:
+        addresses = addresses_of(tensors, self.shapes, dtype, self._addresses.get(dtype))
+        self._addresses[dtype] = addresses
+        memory = x.new_empty(call.memory_size(x)) if any(needed) else None
+        result = call.evaluate(x, context, addresses, log_det is not None, memory)
+        if memory is None:
             return result
         if result.failed is not None:
-            return None
+            raise UnsupportedError("gradients of rows that are not finite")
         call.versions = _versions(tensors)
         values, *log_dets = _Gradients.apply(call, memory, result, (x, context), *compress(inputs, needed))
         return Result(values, log_dets[0] if log_dets else None, None)
@@ -145,8 +145,8 @@ class _Call:
     def evaluate(
         self, x: Tensor, context: Tensor | None, addresses: array[int], has_log_det: bool,
         memory: Tensor | None = None,
-    ) -> Result | None:  # fmt: skip
-        """Computes the result, and in `memory` what `differentiate` needs. Returns `None` without enough memory."""
+    ) -> Result:  # fmt: skip
+        """Computes the result, and in `memory` what `differentiate` needs."""
         rows, features = x.shape
         out, failed = x.new_empty(rows, features), ctypes.create_string_buffer(rows)
         log_det = (x.new_empty(rows, features) if self.is_by_feature else x.new_empty(rows)) if has_log_det else None
@@ -154,9 +154,7 @@ class _Call:
         arguments.tensors, arguments.out = addresses.buffer_info()[0], out.data_ptr()
         arguments.log_det, arguments.failed = address_of(log_det), ctypes.addressof(failed)
         count = self.native.evaluate_chain(arguments, x.dtype)
-        return (
-            None if count < 0 else Result(out, log_det, torch.frombuffer(failed, dtype=torch.bool) if count else None)
-        )
+        return Result(out, log_det, torch.frombuffer(failed, dtype=torch.bool) if count else None)
 
     def memory_size(self, x: Tensor) -> int:
         """Returns the size of memory for packed weights, and for the activations of all rows unless they are many."""

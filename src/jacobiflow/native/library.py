@@ -15,14 +15,17 @@ import tempfile
 from collections.abc import Collection
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from jacobiflow.errors import UnsupportedError
 from jacobiflow.native import compiler
-from jacobiflow.native.boundary import ChainArgs, GradientArgs, TransformerArgs, UnsupportedError, Weight
+from jacobiflow.native.boundary import ChainArgs, GradientArgs, TransformerArgs, Weight
 from jacobiflow.native.tensors import WEIGHT_FORMATS, address_of, check_tensor, is_plain, is_traced
+from jacobiflow.utils.checks import format_value
 from jacobiflow.utils.files import cache_folder, sha256, write_atomically
 
 SWITCH = "JACOBIFLOW_NATIVE"  # environment variable; 0 turns native code off
@@ -80,13 +83,13 @@ class Library:
             self._native.jacobiflow_pack(*arguments, 1)
         return out
 
-    def solve_transformer(self, arguments: TransformerArgs, dtype: torch.dtype) -> bool:
-        """Solves tokens `start` to `stop` - 1. Returns False without enough memory or threads."""
-        return not self._native.jacobiflow_solve_transformer(ctypes.byref(arguments), dtype is torch.float64)
+    def solve_transformer(self, arguments: TransformerArgs, dtype: torch.dtype) -> None:
+        """Solves tokens `start` to `stop` - 1."""
+        self._call(self._native.jacobiflow_solve_transformer, arguments, dtype)
 
     def evaluate_chain(self, arguments: ChainArgs, dtype: torch.dtype) -> int:
-        """Computes a chain. Returns the number of rows that are not finite, or -1 without enough memory or threads."""
-        return self._native.jacobiflow_masked(ctypes.byref(arguments), dtype is torch.float64)
+        """Computes a chain. Returns the number of rows that are not finite."""
+        return self._call(self._native.jacobiflow_masked, arguments, dtype)
 
     def differentiate_chain(self, arguments: GradientArgs, dtype: torch.dtype) -> bool:
         """Computes the gradients of a chain. Returns False without enough memory or threads."""
@@ -96,8 +99,19 @@ class Library:
         """Returns the size of a chain's packed weights, and of its activations for each row."""
         sizes = (ctypes.c_int64 * 2)()
         if self._native.jacobiflow_masked_sizes(ctypes.byref(arguments), sizes):
-            raise UnsupportedError("no memory for a chain")
+            raise MemoryError("not enough memory for native code")
         return sizes[0], sizes[1]
+
+    @staticmethod
+    def _call(function: Any, arguments: TransformerArgs | ChainArgs, dtype: torch.dtype) -> int:
+        """Calls a function of C++, by one thread if so many are not available. Returns its result."""
+        result: int = function(ctypes.byref(arguments), dtype is torch.float64)
+        if result < 0:
+            arguments.num_threads = arguments.num_teams = 1  # A chain has no teams.
+            result = function(ctypes.byref(arguments), dtype is torch.float64)
+        if result < 0:
+            raise MemoryError("not enough memory for native code: use a smaller batch")
+        return result
 
     def _use_threads_of_pytorch(self) -> None:
         """Gives the library the OpenMP functions that PyTorch has loaded, if it has any."""
@@ -134,10 +148,20 @@ def describe() -> str:
     return f"off, by {SWITCH}=0" if _is_off() else _load_or_explain()[1]
 
 
-def usable_library(z: Tensor) -> Library | None:
-    """Returns the library if `z` is a plain tensor on a CPU, not traced and without autocast; otherwise `None`."""
-    is_float = is_plain(z, torch.float32) or is_plain(z, torch.float64)
-    return load_library() if is_float and not is_traced() and not torch.is_autocast_enabled("cpu") else None
+def usable_library(z: Tensor) -> Library:
+    """Returns the library for `z`.
+
+    Raises:
+        UnsupportedError: If there is no library, `z` is not a plain tensor on a CPU, or PyTorch traces or casts.
+    """
+    if not (is_plain(z, torch.float32) or is_plain(z, torch.float64)):
+        raise UnsupportedError(f"native code takes plain float32 or float64 tensors on a CPU, not {format_value(z)}")
+    if is_traced() or torch.is_autocast_enabled("cpu"):
+        raise UnsupportedError("native code does not run under autocast, tracing, or hooks on all modules")
+    native = load_library()
+    if native is None:
+        raise UnsupportedError(f"native code is {describe()}")
+    return native
 
 
 def _is_off() -> bool:

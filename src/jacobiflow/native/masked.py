@@ -12,13 +12,13 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
+from jacobiflow.errors import UnsupportedError
 from jacobiflow.native.boundary import (
     Operation,
     OperationKind,
     SplineBoundary,
     Transform,
     TransformKind,
-    UnsupportedError,
 )
 from jacobiflow.native.tensors import address_of, is_plain
 

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from jacobiflow.native.boundary import UnsupportedError, WeightFormat
+from jacobiflow.errors import UnsupportedError
+from jacobiflow.native.boundary import WeightFormat
 from jacobiflow.utils.checks import format_value
 
 MAX_INT32 = 2**31 - 1  # largest size or stride that most fields can hold

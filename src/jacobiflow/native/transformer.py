@@ -10,7 +10,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from jacobiflow.native.boundary import LayerArgs, TransformerArgs, UnsupportedError, Weight
+from jacobiflow.errors import UnsupportedError
+from jacobiflow.native.boundary import LayerArgs, TransformerArgs, Weight
 from jacobiflow.native.library import Library, usable_library
 from jacobiflow.native.tensors import MATRICES, MAX_INT32, address_of, check_tensor, layer_shapes
 from jacobiflow.native.weights import MIN_IN_PLACE, faster_halves, stored_matrices
@@ -80,8 +81,8 @@ class CausalTransformer:
     def invert(
         self, z: Float[Tensor, "b t d"], context: Float[Tensor, "#b #t c"] | None = None,
         guidance: GuidanceTerms | None = None, read_prefix: Callable[[slice], Prefix] | None = None,
-    ) -> tuple[Float[Tensor, "b t d"], Float[Tensor, " b"]] | None:  # fmt: skip
-        """Returns x = g(x) and the sums of its log-scales, or `None` if native code cannot compute them.
+    ) -> tuple[Float[Tensor, "b t d"], Float[Tensor, " b"]]:  # fmt: skip
+        """Returns x = g(x) and the sums of its log-scales.
 
         Weights of 16-bit floating-point numbers are stored as such, which halves the bytes and changes no bit of the
         result. Weights may change between calls, so each call packs them.
@@ -89,27 +90,25 @@ class CausalTransformer:
         Args:
             context: Added to the embeddings of tokens, in causal order.
             read_prefix: Returns the prefix of some rows of z.
+
+        Raises:
+            UnsupportedError: If native code does not take these tensors.
+            MemoryError: If it has too little memory.
         """
         native = usable_library(z)
-        if native is None:
-            return None
-        try:
-            z = check_tensor(z, (*z.shape[:1], len(self.position), self.proj_in.shape[1]), z.dtype)
-            if context is not None and len(context) not in (1, len(z)):
-                raise UnsupportedError("a context for another number of samples")
-            networks = 1 if guidance is None else 2
-            size = max(_MAX_ROWS_PER_THREAD * torch.get_num_threads() // networks, 1)
-            packed = _PackedTransformer(native, self, z.dtype, min(size, len(z)) * networks, networks)
-            x, log_det = torch.empty_like(z), z.new_zeros(len(z), dtype=torch.float64)
-            for first in range(0, len(z), size):
-                rows = slice(first, first + size)
-                some = context if context is None or len(context) == 1 else context[rows]
-                prefix = None if read_prefix is None else read_prefix(rows)
-                for args in packed.calls(z[rows], x[rows], log_det[rows], some, guidance, prefix):
-                    if not native.solve_transformer(args, z.dtype):
-                        return None
-        except UnsupportedError:  # PyTorch computes the inverse, or reports what is wrong
-            return None
+        z = check_tensor(z, (*z.shape[:1], len(self.position), self.proj_in.shape[1]), z.dtype)
+        if context is not None and len(context) not in (1, len(z)):
+            raise UnsupportedError("a context for another number of samples")
+        networks = 1 if guidance is None else 2
+        size = max(_MAX_ROWS_PER_THREAD * torch.get_num_threads() // networks, 1)
+        packed = _PackedTransformer(native, self, z.dtype, min(size, len(z)) * networks, networks)
+        x, log_det = torch.empty_like(z), z.new_zeros(len(z), dtype=torch.float64)
+        for first in range(0, len(z), size):
+            rows = slice(first, first + size)
+            some = context if context is None or len(context) == 1 else context[rows]
+            prefix = None if read_prefix is None else read_prefix(rows)
+            for args in packed.calls(z[rows], x[rows], log_det[rows], some, guidance, prefix):
+                native.solve_transformer(args, z.dtype)
         return x, log_det.to(z.dtype)
 
 
@@ -151,7 +150,7 @@ class _PackedTransformer:
         self.num_weights, self.parameter_dtype = sum(matrix.numel() for matrix in matrices), matrices[0].dtype
         for matrix in matrices:
             if matrix.dtype != self.parameter_dtype or torch.promote_types(matrix.dtype, torch.float32) != self.dtype:
-                raise UnsupportedError("weights of a dtype other than that of the tokens")
+                raise UnsupportedError(f"weights of {matrix.dtype} for tokens of {self.dtype}")
         has_fast_halves = self.parameter_dtype == torch.float32 and self.native.has_fast_halves
         halves = faster_halves(self.num_weights, rows // self._threads(rows, rows)[1]) if has_fast_halves else ()
         stored = iter(stored_matrices(matrices, halves))

@@ -16,11 +16,10 @@ import torch
 from jacobiflow.blocks.base import no_gradients, supports
 from jacobiflow.blocks.tokens import Tokens
 from jacobiflow.fixed_point import Latent, MaxSweeps, Partition, Plain, Sequential, Solver, Tolerance, Whole
-from jacobiflow.fixed_point.attempt import attempt
-from jacobiflow.fixed_point.certificate import solve_to_tolerance
 from jacobiflow.fixed_point.options import SolveOptions
 from jacobiflow.fixed_point.problem import Problem
 from jacobiflow.fixed_point.registry import registered_pieces
+from jacobiflow.fixed_point.solve import attempt, solve_to_tolerance
 from jacobiflow.native import library_name
 from jacobiflow.planner.fit import BlockTuning
 from jacobiflow.utils.timing import time_call

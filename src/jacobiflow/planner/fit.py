@@ -16,10 +16,10 @@ from jacobiflow.calibration.report import find_file_by_guidance
 from jacobiflow.calibration.statistics import exact_solutions
 from jacobiflow.errors import InputValueError
 from jacobiflow.fixed_point import Correction, Guess, Plain, Solver, Whole
-from jacobiflow.fixed_point.attempt import attempt
 from jacobiflow.fixed_point.options import SolveOptions
 from jacobiflow.fixed_point.problem import Problem
 from jacobiflow.fixed_point.registry import JsonDocument, registered_pieces
+from jacobiflow.fixed_point.solve import attempt
 from jacobiflow.models.checkpoints.fingerprint import check_fingerprint, fingerprint
 from jacobiflow.models.flow import Flow, check_flow
 from jacobiflow.models.labels import ContextLike, Labels, convert_labels

@@ -15,10 +15,9 @@ from jacobiflow.blocks.base import FlowBlock
 from jacobiflow.blocks.context import Context
 from jacobiflow.blocks.tokens import Tokens
 from jacobiflow.fixed_point import MaxSweeps, Solver, Tolerance
-from jacobiflow.fixed_point.attempt import attempt
-from jacobiflow.fixed_point.certificate import solve_to_tolerance
 from jacobiflow.fixed_point.options import DEFAULT_TOLERANCE, SolveOptions
 from jacobiflow.fixed_point.problem import Problem
+from jacobiflow.fixed_point.solve import attempt, solve_to_tolerance
 from jacobiflow.models.checkpoints.fingerprint import fingerprint
 from jacobiflow.models.flow import Flow, check_flow
 from jacobiflow.models.latents import FIRST_CALIBRATION_LATENT, MAX_SAMPLES, draw_latents

@@ -11,11 +11,11 @@ from torch import Tensor
 
 from jacobiflow.blocks.context import Context
 from jacobiflow.blocks.tokens import Tokens
-from jacobiflow.fixed_point.certificate import solve_to_tolerance
 from jacobiflow.fixed_point.implicit import with_gradient
 from jacobiflow.fixed_point.options import SolveOptions
 from jacobiflow.fixed_point.problem import Problem
 from jacobiflow.fixed_point.solution import Solution, Status
+from jacobiflow.fixed_point.solve import solve_to_tolerance
 from jacobiflow.models.flow import Flow
 from jacobiflow.models.latents import log_normal
 from jacobiflow.planner import Strategy

@@ -30,7 +30,8 @@ _DTYPE_REMEDIES = {"float32": ": use float64", "tf32": ": use float32", "float64
 class BlockStats:
     """The cost of one block and how its solves ended, over all samples of a run; see `Solution`.
 
-    Under guidance a network call evaluates two rows per sample.
+    Under guidance a network call evaluates two rows per sample. If solutions differ in backend, or in obstacle, that of
+    the first counts.
     """
 
     sweeps: int
@@ -41,13 +42,16 @@ class BlockStats:
     status: Int[Tensor, " n"]
     exact: Bool[Tensor, " n"]
     used_fallback: Bool[Tensor, " n"]
+    backend: str
+    obstacle: str | None
 
     @classmethod
     def join(cls, solutions: Sequence[Solution]) -> BlockStats:
         """Returns the sums over solutions of different samples, and the entries of all samples."""
-        columns = ([getattr(solution, entry.name) for solution in solutions] for entry in fields(cls))
-        values: Any = (torch.cat(column) if isinstance(column[0], Tensor) else sum(column) for column in columns)
-        return cls(*values)
+        columns = {each.name: [getattr(solution, each.name) for solution in solutions] for each in fields(cls)}
+        first: Any = {name: columns.pop(name)[0] for name in ("backend", "obstacle")}
+        values: Any = {name: torch.cat(c) if isinstance(c[0], Tensor) else sum(c) for name, c in columns.items()}
+        return cls(**values, **first)
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,9 @@ from torch import Tensor
 from jacobiflow.blocks.guidance import guided
 from jacobiflow.blocks.tokens import Tokens
 from jacobiflow.fixed_point import Sequential, Solver
-from jacobiflow.fixed_point.certificate import solve_to_tolerance
 from jacobiflow.fixed_point.options import SolveOptions
 from jacobiflow.fixed_point.problem import Problem
+from jacobiflow.fixed_point.solve import solve_to_tolerance
 from jacobiflow.models.flow import Flow
 from jacobiflow.models.latents import FIRST_CALIBRATION_LATENT, draw_latents
 from jacobiflow.planner import Strategy

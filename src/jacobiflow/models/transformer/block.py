@@ -141,7 +141,7 @@ class TransformerBlock(FlowBlock):
     @torch.no_grad()
     def sequential_inverse(
         self, z: Tokens, context: Context = NO_CONTEXT, guidance: Guidance | None = None
-    ) -> TokensLogDet | None:
+    ) -> TokensLogDet:
         layers = self.layer_weights()
         network = CausalTransformer(
             proj_in=self.proj_in.weight,

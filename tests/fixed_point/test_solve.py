@@ -18,6 +18,7 @@ from tests.helpers.solver_problems import (
     FLOWS,
     OVERFLOWING,
     STRENGTHS,
+    attempt,
     echoes,
     error,
     flow_problem,
@@ -38,9 +39,11 @@ def test_the_certificate_is_the_residual(name: str) -> None:
     want = problem.residual(x)
     x[1, 2, 0], want[1] = torch.nan, torch.inf
     for batch_size in (None, 1, 2, 3, 5):
-        torch.testing.assert_close(jf.certify(problem.block, problem.z, x, problem.labels, batch_size=batch_size), want)
+        residual, _ = jf.Problem.checked(problem.block, problem.z, problem.labels).residual(x, batch_size)
+        torch.testing.assert_close(residual, want)
     watched = echoes()
-    assert (jf.certify(watched.block, watched.z, watched.answer, watched.labels, batch_size=3) < EXACT).all()
+    residual, _ = jf.Problem.checked(watched.block, watched.z, watched.labels).residual(watched.answer, 3)
+    assert (residual < EXACT).all()
     assert watched.block.calls == [(0, 24, 3), (0, 24, 3), (0, 24, 1)]
 
 
@@ -55,7 +58,7 @@ def test_any_plan_ends_with_every_residual_within_tolerance(
 ) -> None:
     problem = flow_problem(name)
     solver = jf.Solver(partition, stopping=jf.Tolerance(atol))
-    solution = jf.solve_certified(problem.block, problem.z, solver, problem.labels, batch_size=batch_size)
+    solution = jf.solve(problem.block, problem.z, solver, problem.labels, batch_size=batch_size)
     assert (solution.status == CONVERGED).all()
     assert (solution.residual <= atol).all()
     assert (problem.residual(solution.x) <= atol + 1e-12).all()
@@ -67,12 +70,12 @@ def test_a_sample_above_the_tolerance_is_resumed_to_half_of_it(atol: float, tole
     """From its answer, with the same pieces; to the tolerance itself, it would often miss again (A.1)."""
     problem, wanted = echoes(), tolerance or atol
     solver = jf.Solver(jf.Window(8), jf.Zeros(), jf.Tolerance(atol))
-    raw = jf.solve(problem.block, problem.z, solver, problem.labels)
+    raw = attempt(problem.block, problem.z, solver, problem.labels)
     short = problem.residual(raw.x) > wanted
     assert short.any()
     resumed = jf.Solver(jf.Window(8), jf.WarmStart(raw.x[short]), jf.Tolerance(wanted / 2))
-    again = jf.solve(problem.block, problem.z[short], resumed, STRENGTHS[short])
-    solution = jf.solve_certified(problem.block, problem.z, solver, problem.labels, tolerance=tolerance)
+    again = attempt(problem.block, problem.z[short], resumed, STRENGTHS[short])
+    solution = jf.solve(problem.block, problem.z, solver, problem.labels, tolerance=tolerance)
     want = raw.x.index_put((short,), again.x)
     assert torch.equal(solution.x, want)
     torch.testing.assert_close(solution.residual, problem.residual(want))
@@ -91,8 +94,8 @@ def test_a_sample_that_misses_the_solver_s_tolerance_is_solved_sequentially_and_
 ) -> None:
     problem = flow_problem("nvp 25x4")
     solver = jf.Solver(jf.Segments(3), stopping=stopping | jf.Tolerance(1e-9))
-    raw = jf.solve(problem.block, problem.z, solver)
-    solution = jf.solve_certified(problem.block, problem.z, solver, certify=certificate)
+    raw = attempt(problem.block, problem.z, solver)
+    solution = jf.solve(problem.block, problem.z, solver, certify=certificate)
     if stopping.max_sweeps is None and certificate:  # it ended, and so is resumed
         assert not solution.used_fallback.any()
         assert (solution.residual <= 1e-9).all()
@@ -112,9 +115,9 @@ def test_a_sample_within_tolerance_after_its_last_sweep_has_converged() -> None:
     problem, within = flow_problem("nvp 25x4"), 0
     for sweeps in range(6, 20):
         solver = jf.Solver(jf.Whole(), stopping=jf.Tolerance(1e-3) | jf.MaxSweeps(sweeps))
-        raw = jf.solve(problem.block, problem.z, solver)
+        raw = attempt(problem.block, problem.z, solver)
         good = problem.residual(raw.x) <= 1e-3
-        solution = jf.solve_certified(problem.block, problem.z, solver)
+        solution = jf.solve(problem.block, problem.z, solver)
         assert torch.equal(solution.used_fallback, ~good)
         assert torch.equal(solution.x[good], raw.x[good])
         assert (solution.status == CONVERGED).all()
@@ -126,19 +129,19 @@ def test_sweep_counts_alone_are_a_legitimate_end() -> None:
     problem = flow_problem("nvp 25x4")
     for stopping in (jf.MaxSweeps(1), jf.EarlyStop(1e-9) | jf.MaxSweeps(1)):
         solver = jf.Solver(jf.Segments(5), stopping=stopping)
-        raw = jf.solve(problem.block, problem.z, solver)
-        solution = jf.solve_certified(problem.block, problem.z, solver)
+        raw = attempt(problem.block, problem.z, solver)
+        solution = jf.solve(problem.block, problem.z, solver)
         assert (solution.status == MAX_SWEEPS).all()
         assert not solution.used_fallback.any()
         assert torch.equal(solution.x, raw.x)
         torch.testing.assert_close(solution.residual, problem.residual(solution.x))
         assert solution.network_calls == solution.sweeps + 1 == 6
     # A tolerance of the caller's is compared with the certificate.
-    solution = jf.solve_certified(problem.block, problem.z, solver, tolerance=1e-6)
+    solution = jf.solve(problem.block, problem.z, solver, tolerance=1e-6)
     assert (solution.status == CONVERGED).all()
     assert (solution.residual <= 1e-6).all()
     assert not solution.used_fallback.any()
-    unmeasured = jf.solve_certified(problem.block, problem.z, solver, certify=False, tolerance=1e-6)
+    unmeasured = jf.solve(problem.block, problem.z, solver, certify=False, tolerance=1e-6)
     assert torch.equal(unmeasured.x, raw.x)
 
 
@@ -168,7 +171,7 @@ def rounded(
 ) -> jf.Solution:
     z = normal(len(noise), 4, 1)
     z *= torch.tensor(sizes or [1.0] * len(noise)).view(-1, 1, 1) / z.abs().amax(dim=(1, 2), keepdim=True)
-    solution = jf.solve_certified(Rounding(), z, solver, torch.tensor(noise, dtype=torch.float64), **arguments)
+    solution = jf.solve(Rounding(), z, solver, torch.tensor(noise, dtype=torch.float64), **arguments)
     assert torch.equal(solution.x, z)
     return solution
 
@@ -220,8 +223,8 @@ def test_an_exact_answer_whose_next_number_is_beyond_the_tolerance_is_rounded() 
 def test_a_sample_that_overflows_is_solved_sequentially(solver: jf.Solver, certificate: bool) -> None:
     """A value that stays non-finite is so in the exact inverse; the other samples come to no harm."""
     problem = steep_problem([0, 1, 2, 1])
-    raw = jf.solve(problem.block, problem.z, solver, problem.labels)
-    solution = jf.solve_certified(problem.block, problem.z, solver, problem.labels, certify=certificate)
+    raw = attempt(problem.block, problem.z, solver, problem.labels)
+    solution = jf.solve(problem.block, problem.z, solver, problem.labels, certify=certificate)
     assert solution.residual[2] == torch.inf
     assert (solution.x[2, 4:] == torch.inf).all()
     again = (raw.status == NONFINITE) & ~raw.exact

@@ -1,24 +1,28 @@
-"""Certificates: the residual of each sample, and the solves that bring it below the tolerance."""
+"""Solves a fixed-point problem: an attempt, its certificate, and new solves of the samples that fall short."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from jacobiflow.blocks.base import Block, supports
+from jacobiflow.blocks.base import Block, TokensLogDet, no_gradients, supports
 from jacobiflow.blocks.context import Context
 from jacobiflow.blocks.tokens import Tokens
-from jacobiflow.fixed_point.attempt import attempt
+from jacobiflow.errors import InputValueError, UnsupportedError
+from jacobiflow.fixed_point.batching import sweep
+from jacobiflow.fixed_point.cuda_graphs import TokenLoop
 from jacobiflow.fixed_point.guess import WarmStart
 from jacobiflow.fixed_point.options import CertifyMode, SolveOptions
-from jacobiflow.fixed_point.partition import Sequential
+from jacobiflow.fixed_point.partition import Sequential, Whole
 from jacobiflow.fixed_point.problem import Problem
 from jacobiflow.fixed_point.solution import Solution, Status
-from jacobiflow.fixed_point.solver import Solver, Tolerance
+from jacobiflow.fixed_point.solver import MaxSweeps, Solver, Tolerance
 from jacobiflow.utils.checks import check_kind
 
 _RESUME_FACTOR = 0.5
@@ -31,51 +35,47 @@ _ROUNDING_FACTOR = 4.0
 """Samples of a block are assumed to have relative rounding within this factor of each other."""
 
 
-def certify(
-    block: Block, z: Tokens, x: Tokens, context: Tensor | Context | None = None, *, batch_size: int | None = None
-) -> Float[Tensor, " b"]:
-    """Returns the largest |g(x) - x| of each sample, over tokens and channels, from one parallel pass.
-
-    It is infinite for a sample that is not finite.
-
-    Example:
-        >>> flow, z = jf.load("digits-p1"), torch.ones(2, 64, 1)
-        >>> x = jf.solve(flow.blocks[0], z, jf.Solver(jf.Sequential())).x
-        >>> bool((jf.certify(flow.blocks[0], z, x) < 1e-4).all())
-        True
-    """
-    problem = Problem.checked(block, z, context)
-    problem.check_same_shape("x", x)
-    return problem.residual(x, SolveOptions(batch_size=batch_size).batch_size)[0]
-
-
-def solve_certified(
+def solve(
     block: Block, z: Tokens, solver: Solver, context: Tensor | Context | None = None, *,
     tolerance: float | None = None, certify: CertifyMode = True, batch_size: int | None = None,
     time_limit: float | None = None,
 ) -> Solution:  # fmt: skip
-    """Solves a block, certifies each sample, and solves again each sample that is above the tolerance.
+    """Solves x = g(x) for the inverse of a block, by sweeps x <- g(x) over runs of tokens, and certifies each sample.
 
-    Such a sample is resumed from its answer, to half of the tolerance. If it is still above, if it ran out of sweeps
-    before the solver's own tolerance, or if it is not finite, it is solved token by token.
+    A sweep evaluates g on the run [front, stop) that the partition chooses. Then the front passes the leading tokens
+    that the sweep changed by at most the solver's tolerance, and one more, which was computed from final ones
+    (Proposition 1 of the paper): T sweeps always suffice. Under `MaxSweeps(J)` a token is passed after J sweeps,
+    converged or not. A value that overflows is set back to the guess. If the residual of a sample keeps growing, its
+    correction is turned off. If every run is one token, the block's `sequential_inverse` is called instead.
+
+    If a partition whose run slides (`Whole`, `Window`) stops on a tolerance and the block has `per_sample_front`, each
+    sample has a front of its own. Else the batch shares one front, which waits for the slowest sample.
+
+    One more pass measures the residual of each sample. A sample above the tolerance is resumed from its answer, to half
+    of the tolerance. If it is still above, if it ran out of sweeps before the solver's own tolerance, or if it is not
+    finite, it is solved token by token.
 
     An exact solve leaves a residual as well: the rounding of the network. If more than four samples are to be solved
     token by token, the four with the largest residuals go first. The smallest |g(x) - x| / |x| that they leave is the
     relative rounding of the block. Other samples up to four times it keep their answers, as `Status.ROUNDING`.
 
-    The arguments that are not listed are those of `solve`.
-
     Args:
+        block: Gives g.
+        z: Input of the block in its causal order, float32 or float64.
+        solver: The partition, guess, correction and stopping.
+        context: One row for each sample (labels, for example).
         tolerance: The largest residual allowed, by default the solver's own. Without either, samples end as they are.
         certify: `False` leaves out the pass that measures. "always" measures exact answers too. Without it the
             residual of an exact answer is measured if the block is not `is_causal`. Else it is 0 by construction; or,
             if that is above the tolerance, the distance of the largest entry of x to the next number.
+        batch_size: Samples that are swept at a time, all by default. The next ones enter as others finish.
+        time_limit: Seconds after which TimeoutError is raised, between two sweeps.
 
     Example:
-        >>> flow, z = jf.load("digits-p1"), torch.ones(2, 64, 1)
-        >>> solution = jf.solve_certified(flow.blocks[0], z, jf.Solver(jf.Window(16), stopping=jf.Tolerance(1e-3)))
-        >>> bool((solution.residual <= 1e-3).all())
-        True
+        >>> block, z = jf.load("digits-p1").blocks[0], torch.ones(2, 64, 1)
+        >>> solution = jf.solve(block, z, jf.Solver(jf.Window(16), stopping=jf.Tolerance(1e-3)))
+        >>> bool((solution.residual <= 1e-3).all()), solution.sweeps < 64
+        (True, True)
     """
     options = SolveOptions(tolerance, certify, batch_size, time_limit)
     check_kind("solver", solver, Solver, "a Solver, such as Solver(Whole())")
@@ -83,7 +83,7 @@ def solve_certified(
 
 
 def solve_to_tolerance(problem: Problem, solver: Solver, options: SolveOptions) -> Solution:
-    """Solves a problem as `solve_certified` does."""
+    """Solves a problem as `solve` does."""
     started = time.perf_counter()
     has_promise = options.certify and options.tolerance is not None
     tolerance = options.tolerance if has_promise else solver.stopping.atol
@@ -182,10 +182,93 @@ def _certify(problem: Problem, solution: Solution, options: SolveOptions) -> Sol
         solution,
         residual=residual,
         log_det=log_det,
-        network_calls=solution.network_calls + problem.num_batches(options.batch_size),
+        network_calls=solution.network_calls + len(problem.batches(options.batch_size)),
         token_evaluations=solution.token_evaluations + problem.z.shape[:2].numel(),
     )
 
 
 def _max_abs(x: Tokens) -> Float[Tensor, " b"]:
     return x.abs().amax(dim=(1, 2))
+
+
+def attempt(problem: Problem, solver: Solver, options: SolveOptions) -> Solution:
+    """Solves a problem once, as its solver says, without a certificate."""
+    solver.check(*problem.z.shape[1:])
+    if solver.bf16_sweeps and not supports(problem.block, "has_bf16"):
+        message = f"{type(problem.block).__name__} has no bfloat16 network; give 0"
+        raise InputValueError(message, argument="bf16_sweeps", value=solver.bf16_sweeps)
+    is_exact = len(problem) and solver.partition.token_by_token(problem.num_tokens)
+    with no_gradients(problem.block):
+        solution = (_solve_exactly if is_exact else _solve_by_sweeps)(problem, solver, options)
+    # Clones made outside inference mode, so that autograd takes the tensors.
+    tensors: Any = {name: value.clone() for name, value in vars(solution).items() if isinstance(value, Tensor)}
+    return replace(solution, **tensors)
+
+
+def _solve_exactly(problem: Problem, solver: Solver, options: SolveOptions) -> Solution:
+    """Solves token by token: by the block's `sequential_inverse`, else by CUDA graphs, else by sweeps of one token."""
+    block: Any = problem.block
+    try:
+        if not hasattr(block, "sequential_inverse"):
+            raise UnsupportedError(f"{type(block).__name__} has no sequential_inverse")
+        return _solve_in_batches(problem, options, block.sequential_inverse, "native")
+    except UnsupportedError as error:
+        obstacle = str(error)
+    if problem.z.is_cuda and supports(block, "graph_safe"):
+        solution = _solve_in_batches(problem, options, TokenLoop(block), "graphs")
+    else:
+        solution = _solve_by_sweeps(problem, solver, options)
+    return replace(solution, obstacle=obstacle)
+
+
+def _solve_in_batches(
+    problem: Problem, options: SolveOptions, inverse: Callable[[Tokens, Context], TokensLogDet], backend: str
+) -> Solution:
+    """Returns the solution that calls of `inverse` give. A call counts as a sweep for each token."""
+    answers = []
+    for rows in problem.batches(options.batch_size):
+        answers.append(inverse(problem.z[rows], problem.context[rows]))
+        options.check_time()
+    x, log_det = map(torch.cat, zip(*answers, strict=True))
+    failed = ~x.isfinite().all(dim=(1, 2))
+    num_tokens = problem.num_tokens
+    return Solution(
+        x=x,
+        status=torch.where(failed, Status.NONFINITE, Status.CONVERGED),
+        residual=torch.zeros_like(log_det).masked_fill(failed, torch.inf),
+        log_det=log_det,
+        exact=torch.ones_like(failed),
+        used_fallback=torch.zeros_like(failed),
+        sample_sweeps=torch.full_like(failed, num_tokens, dtype=torch.int64),
+        sweeps=num_tokens * len(answers),
+        network_calls=num_tokens * len(answers),
+        token_evaluations=num_tokens * len(x),
+        backend=backend,
+    )
+
+
+def _solve_by_sweeps(problem: Problem, solver: Solver, options: SolveOptions) -> Solution:
+    """Solves by sweeps, the first of them in bfloat16 if the solver says so."""
+    first = None
+    if solver.bf16_sweeps:
+        bf16_solver = replace(solver, partition=Whole(), stopping=MaxSweeps(solver.bf16_sweeps))
+        first = sweep(problem, bf16_solver, options, in_bf16=True)
+        solver = replace(solver, guess=WarmStart(first.x))
+    result = sweep(problem, solver, options)
+    x, fronts = result.x, result.fronts
+    failed = ~x.isfinite().all(dim=(1, 2)) | fronts.nonfinite
+    status = torch.where(fronts.hit_max_sweeps, Status.MAX_SWEEPS, Status.CONVERGED)
+    sweeps = result.sweeps + (0 if first is None else first.sweeps)
+    return Solution(
+        x=x,
+        status=status.masked_fill(failed, Status.NONFINITE),
+        residual=fronts.residual.masked_fill(failed, torch.inf),
+        log_det=torch.full_like(fronts.residual, torch.nan),
+        exact=fronts.exact,
+        used_fallback=torch.zeros_like(failed),
+        sample_sweeps=fronts.sweeps if first is None else fronts.sweeps + first.fronts.sweeps,
+        sweeps=sweeps,
+        network_calls=sweeps,
+        token_evaluations=result.token_evaluations + (0 if first is None else first.token_evaluations),
+        backend="sweeps",
+    )
