@@ -96,8 +96,10 @@ struct Linear {
     const void* values = is_half ? (const void*)halves.data() : weight.data();
     if (!is_packed)
       std::memcpy(memory.data(), values, weight.size() * (is_half ? 2 : sizeof(T)));
-    else if (jacobiflow_pack(values, outputs, inputs, (int32_t)format, memory.data(), 2))
-      check("pack", 1, 0);
+    else {
+      const WeightCopy copy{values, memory.data(), outputs, inputs};
+      if (jacobiflow_store(&copy, 1, (int32_t)format, (int32_t)format, 1, 2)) check("store", 1, 0);
+    }
     args = {memory.data(), format, is_packed};
   }
 };

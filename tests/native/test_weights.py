@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 import jacobiflow as jf
 from jacobiflow import native
 from jacobiflow.native import transformer, weights
+from jacobiflow.native.tensors import WEIGHT_FORMATS
 from tests.helpers.native_problems import CASES, Case, relative_error, threads
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -27,14 +27,15 @@ def stored(monkeypatch: pytest.MonkeyPatch) -> Iterator[set[tuple[torch.dtype, b
     """The dtypes of the layers' weights that native code was given, each with whether they were packed."""
     monkeypatch.setattr(weights, "_MIN_BF16", 0)
     monkeypatch.setattr(native.load_library(), "has_fast_halves", True)
-    seen, weight = set[tuple[torch.dtype, bool]](), transformer._PackedTransformer._pack_weight
+    seen, store = set[tuple[torch.dtype, bool]](), transformer._PackedTransformer._store_layers
 
-    def noted(self: Any, matrix: Tensor, shape: tuple[int, int], is_packed: bool) -> Any:
-        if {*shape} <= {self.channels, 3 * self.channels, self.hidden}:
-            seen.add((matrix.dtype, is_packed))
-        return weight(self, matrix, shape, is_packed)
+    def noted(*arguments: Any) -> Any:
+        table = store(*arguments)
+        dtypes = {number: dtype for dtype, number in WEIGHT_FORMATS.items()}
+        seen.update((dtypes[layer.qkv.format], bool(layer.qkv.is_packed)) for layer in table)
+        return table
 
-    monkeypatch.setattr(transformer._PackedTransformer, "_pack_weight", noted)
+    monkeypatch.setattr(transformer._PackedTransformer, "_store_layers", noted)
     yield seen
 
 

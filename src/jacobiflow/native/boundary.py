@@ -72,6 +72,11 @@ class GradientArgs(ctypes.Structure):
 
 
 @_with_fields
+class WeightCopy(ctypes.Structure):
+    """A matrix that is copied to where native code reads it."""
+
+
+@_with_fields
 class Weight(ctypes.Structure):
     """A weight of a dense layer."""
 

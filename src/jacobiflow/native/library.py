@@ -19,12 +19,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from jacobiflow.errors import UnsupportedError
 from jacobiflow.native import compiler
-from jacobiflow.native.boundary import ChainArgs, GradientArgs, TransformerArgs, Weight
-from jacobiflow.native.tensors import WEIGHT_FORMATS, address_of, check_tensor, is_plain, is_traced
+from jacobiflow.native.boundary import ChainArgs, GradientArgs, TransformerArgs, WeightCopy
+from jacobiflow.native.tensors import is_plain, is_traced
 from jacobiflow.utils.checks import format_value
 from jacobiflow.utils.files import cache_folder, sha256, write_atomically
 
@@ -45,7 +44,7 @@ class Library:
     def __init__(self, path: Path) -> None:
         self.path, self._native = path, ctypes.CDLL(str(path))
         number, address = ctypes.c_int32, ctypes.c_void_p
-        self._native.jacobiflow_pack.argtypes = (address, number, number, number, address, number)
+        self._native.jacobiflow_store.argtypes = (address, number, number, number, number, number)
         self._native.jacobiflow_solve_transformer.argtypes = (address, number)
         for name, argument in (("masked", number), ("masked_gradients", number), ("masked_sizes", address)):
             function = self._native[f"jacobiflow_{name}"]
@@ -59,29 +58,13 @@ class Library:
         count = 4 * self.lanes // dtype.itemsize
         return -(-size // count) * count
 
-    def pad(self, values: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """Returns values of this shape, with zeros up to whole vectors of the last dimension."""
-        values, missing = check_tensor(values, shape, dtype), self.padded(shape[-1], dtype) - shape[-1]
-        return F.pad(values, (0, missing)) if missing else values
-
-    def weight(
-        self, matrix: Tensor, shape: tuple[int, ...], dtype: torch.dtype, is_packed: bool
-    ) -> tuple[Weight, Tensor]:
-        """Returns a weight for sums in `dtype`, and the tensor that it points to. A packed weight is a copy."""
-        if matrix.dtype not in WEIGHT_FORMATS or torch.promote_types(matrix.dtype, torch.float32) != dtype:
-            raise UnsupportedError(f"a weight of {matrix.dtype} for sums in {dtype}")
-        matrix = check_tensor(matrix, shape, matrix.dtype)
-        if is_packed:
-            matrix = self._pack(matrix)
-        return Weight(address_of(matrix), WEIGHT_FORMATS[matrix.dtype], is_packed), matrix
-
-    def _pack(self, weight: Tensor) -> Tensor:
-        (outputs, inputs), threads = weight.shape, torch.get_num_threads()
-        out = weight.new_empty(self.padded(outputs, torch.promote_types(weight.dtype, torch.float32)), inputs)
-        arguments = (address_of(weight), outputs, inputs, WEIGHT_FORMATS[weight.dtype], address_of(out))
-        if self._native.jacobiflow_pack(*arguments, threads):  # so many threads are not available
-            self._native.jacobiflow_pack(*arguments, 1)
-        return out
+    def store(self, matrices: ctypes.Array[WeightCopy], source: int, stored: int, is_packed: bool) -> bool:
+        """Copies matrices to panels or rows, in their own format or in 16 bits; False if a number would change."""
+        arguments, threads = (matrices, len(matrices), source, stored, is_packed), torch.get_num_threads()
+        status = self._native.jacobiflow_store(*arguments, threads)
+        if status < 0:  # so many threads are not available
+            status = self._native.jacobiflow_store(*arguments, 1)
+        return bool(status == 0)
 
     def solve_transformer(self, arguments: TransformerArgs, dtype: torch.dtype) -> None:
         """Solves tokens `start` to `stop` - 1."""

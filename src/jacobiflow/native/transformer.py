@@ -9,12 +9,13 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn import functional as F
 
 from jacobiflow.errors import UnsupportedError
 from jacobiflow.native.boundary import LayerArgs, TransformerArgs, Weight
 from jacobiflow.native.library import Library, usable_library
-from jacobiflow.native.tensors import MATRICES, MAX_INT32, address_of, check_tensor, layer_shapes
-from jacobiflow.native.weights import MIN_IN_PLACE, faster_halves, stored_matrices
+from jacobiflow.native.tensors import MATRICES, MAX_INT32, address_of, addresses_of, check_tensor, layer_shapes
+from jacobiflow.native.weights import MIN_IN_PLACE, WeightMemory, faster_halves, kept_memory, store_weights
 
 _MAX_ROWS_PER_THREAD = 32  # rows of the network per call; more do not fit in the processor's cache
 _MIN_ROWS_PER_TEAM = 4  # rows of the network from which teams of threads that never wait for each other are faster
@@ -84,8 +85,8 @@ class CausalTransformer:
     ) -> tuple[Float[Tensor, "b t d"], Float[Tensor, " b"]]:  # fmt: skip
         """Returns x = g(x) and the sums of its log-scales.
 
-        Weights of 16-bit floating-point numbers are stored as such, which halves the bytes and changes no bit of the
-        result. Weights may change between calls, so each call packs them.
+        Weights that 16-bit floating-point numbers represent are stored as such, which halves the bytes and changes no
+        bit of the result. Weights may change between calls, so each call stores them anew.
 
         Args:
             context: Added to the embeddings of tokens, in causal order.
@@ -101,14 +102,15 @@ class CausalTransformer:
             raise UnsupportedError("a context for another number of samples")
         networks = 1 if guidance is None else 2
         size = max(_MAX_ROWS_PER_THREAD * torch.get_num_threads() // networks, 1)
-        packed = _PackedTransformer(native, self, z.dtype, min(size, len(z)) * networks, networks)
         x, log_det = torch.empty_like(z), z.new_zeros(len(z), dtype=torch.float64)
-        for first in range(0, len(z), size):
-            rows = slice(first, first + size)
-            some = context if context is None or len(context) == 1 else context[rows]
-            prefix = None if read_prefix is None else read_prefix(rows)
-            for args in packed.calls(z[rows], x[rows], log_det[rows], some, guidance, prefix):
-                native.solve_transformer(args, z.dtype)
+        with kept_memory() as memory:
+            packed = _PackedTransformer(native, self, z.dtype, min(size, len(z)) * networks, networks, memory)
+            for first in range(0, len(z), size):
+                rows = slice(first, first + size)
+                some = context if context is None or len(context) == 1 else context[rows]
+                prefix = None if read_prefix is None else read_prefix(rows)
+                for args in packed.calls(z[rows], x[rows], log_det[rows], some, guidance, prefix):
+                    native.solve_transformer(args, z.dtype)
         return x, log_det.to(z.dtype)
 
 
@@ -116,10 +118,11 @@ class _PackedTransformer:
     """The parameters of a network as native code reads them, for calls of at most `rows` rows."""
 
     def __init__(
-        self, native: Library, network: CausalTransformer, dtype: torch.dtype, rows: int, networks: int
-    ) -> None:
+        self, native: Library, network: CausalTransformer, dtype: torch.dtype, rows: int, networks: int,
+        memory: WeightMemory,
+    ) -> None:  # fmt: skip
         self.native, self.dtype, self.rotation = native, dtype, network.rotation
-        self.memory: list[Tensor] = []  # what structures point to
+        self.tensors: list[Tensor] = []  # what structures point to
         self.heads, self.depth, self.networks = network.heads, len(network.layers), networks
         self.tokens, self.values = len(network.position), network.proj_in.shape[1]
         self.channels, self.hidden = len(network.proj_in), len(network.layers[0]["up"])
@@ -128,55 +131,69 @@ class _PackedTransformer:
             raise UnsupportedError("heads that do not divide the channels, or whose channels make no pairs")
         if self.tokens * self.channels > MAX_INT32:
             raise UnsupportedError("a context whose rows are too far apart")
-        self.layers = self._pack_layers(network.layers, rows)
+        self.layers = self._store_layers(network.layers, rows, memory)
         outputs = self.values * (2 if network.has_scale else 1)
         position = check_tensor(self._converted(network.position), (self.tokens, self.channels), dtype)
-        self.memory.append(position)
+        self.projections = WeightMemory()
+        shapes = ((self.channels, self.values), (outputs, self.channels))
+        proj_in, proj_out = self._store((network.proj_in, network.proj_out), shapes, (), self.projections)
         norm = network.final_norm
+        self.tensors.append(position)
         self.args = TransformerArgs(
-            layers=ctypes.addressof(self.layers), position=address_of(position),
-            proj_in=self._pack_projection(network.proj_in, (self.channels, self.values)),
-            proj_out=self._pack_projection(network.proj_out, (outputs, self.channels)),
-            out_bias=self._pad(network.out_bias, (outputs,)),
-            final_norm=None if norm is None else self._pad(norm, (self.channels,)), networks=networks,
+            layers=ctypes.addressof(self.layers), position=address_of(position), proj_in=proj_in, proj_out=proj_out,
+            out_bias=self._pad([network.out_bias], [(outputs,)])[0],
+            final_norm=None if norm is None else self._pad([norm], [(self.channels,)])[0], networks=networks,
             tokens=self.tokens, values=self.values, channels=self.channels, hidden=self.hidden, heads=self.heads,
             depth=self.depth, has_scale=network.has_scale, soft_clip=network.soft_clip,
         )  # fmt: skip
 
-    def _pack_layers(self, layers: Sequence[Mapping[str, Tensor]], rows: int) -> ctypes.Array[LayerArgs]:
+    def _store_layers(
+        self, layers: Sequence[Mapping[str, Tensor]], rows: int, memory: WeightMemory
+    ) -> ctypes.Array[LayerArgs]:
         shapes = layer_shapes(layers, self.tokens, self.channels, self.hidden)
-        names = [name for name in shapes if name in MATRICES]
-        matrices = [layer[name].detach() for layer in layers for name in names]
-        self.num_weights, self.parameter_dtype = sum(matrix.numel() for matrix in matrices), matrices[0].dtype
-        for matrix in matrices:
-            if matrix.dtype != self.parameter_dtype or torch.promote_types(matrix.dtype, torch.float32) != self.dtype:
-                raise UnsupportedError(f"weights of {matrix.dtype} for tokens of {self.dtype}")
+        matrices = [name for name in shapes if name in MATRICES]
+        vectors = [name for name in shapes if name not in MATRICES]
+        weights = [layer[name] for layer in layers for name in matrices]
+        self.num_weights, self.parameter_dtype = sum(weight.numel() for weight in weights), weights[0].dtype
+        if torch.promote_types(self.parameter_dtype, torch.float32) != self.dtype:
+            raise UnsupportedError(f"weights of {self.parameter_dtype} for tokens of {self.dtype}")
         has_fast_halves = self.parameter_dtype == torch.float32 and self.native.has_fast_halves
         halves = faster_halves(self.num_weights, rows // self._threads(rows, rows)[1]) if has_fast_halves else ()
-        stored = iter(stored_matrices(matrices, halves))
         has_whole_vectors = all(self.native.padded(n, self.dtype) == n for n in (self.channels, self.hidden))
-        is_packed = self.num_weights < MIN_IN_PLACE or not has_whole_vectors
+        in_place = self.num_weights >= MIN_IN_PLACE and has_whole_vectors
+        weight_shapes = [shapes[name] for _ in layers for name in matrices]
+        stored = iter(self._store(weights, weight_shapes, halves, memory, in_place=in_place))
+        values = [layer[name] for layer in layers for name in vectors]
+        addresses = iter(self._pad(values, [shapes[name] for _ in layers for name in vectors]))
         table = (LayerArgs * self.depth)()
-        for entry, layer in zip(table, layers, strict=True):
-            for name in names:
-                setattr(entry, name, self._pack_weight(next(stored), shapes[name], is_packed))
-            for name in shapes.keys() - MATRICES:
-                setattr(entry, name, self._pad(layer[name], shapes[name]))
+        for entry in table:
+            for name in matrices:
+                setattr(entry, name, next(stored))
+            for name in vectors:
+                setattr(entry, name, next(addresses))
         return table
 
-    def _pack_weight(self, matrix: Tensor, shape: tuple[int, ...], is_packed: bool) -> Weight:
-        weight, stored = self.native.weight(matrix, shape, self.dtype, is_packed)
-        self.memory.append(stored)
-        return weight
+    def _store(
+        self, weights: Sequence[Tensor], shapes: Sequence[tuple[int, ...]], halves: Sequence[torch.dtype],
+        memory: WeightMemory, *, in_place: bool = False,
+    ) -> list[Weight]:  # fmt: skip
+        """Returns weights of the dtype of the layers' as native code reads them."""
+        if any(weight.dtype != self.parameter_dtype for weight in weights):
+            raise UnsupportedError("weights of several dtypes")
+        contiguous = [weight.contiguous() for weight in weights]
+        self.tensors += contiguous
+        return store_weights(self.native, contiguous, shapes, halves, memory, in_place=in_place)
 
-    def _pack_projection(self, matrix: Tensor, shape: tuple[int, ...]) -> Weight:
-        return self._pack_weight(check_tensor(self._widened(matrix), shape, self.dtype), shape, is_packed=True)
-
-    def _pad(self, values: Tensor, shape: tuple[int, ...]) -> int | None:
-        """Returns the address of values, padded to whole vectors."""
-        vector = self.native.pad(self._widened(values), shape, self.dtype)
-        self.memory.append(vector)
-        return address_of(vector)
+    def _pad(self, vectors: Sequence[Tensor], shapes: Sequence[tuple[int, ...]]) -> Sequence[int]:
+        """Returns the addresses of values in the dtype of the sums, padded to whole vectors."""
+        padded, padded_shapes = [], []
+        for values, shape in zip(vectors, shapes, strict=True):
+            missing = self.native.padded(shape[-1], self.dtype) - shape[-1]
+            values = self._widened(values).contiguous()
+            padded.append(F.pad(values, (0, missing)) if missing else values)
+            padded_shapes.append((*shape[:-1], shape[-1] + missing))
+        self.tensors += padded
+        return addresses_of(padded, padded_shapes, self.dtype)
 
     def _widened(self, parameter: Tensor) -> Tensor:
         """Returns a parameter that is not a layer's matrix in the dtype of the sums."""

@@ -1,19 +1,29 @@
-"""The dtypes in which native code reads the matrices of a transformer: their own, or 16 bits."""
+"""The weights of a transformer as native code reads them: in their own dtype, or in 16 bits."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
-from jacobiflow.native.tensors import MATRICES
+from jacobiflow.errors import UnsupportedError
+from jacobiflow.native.boundary import Weight, WeightCopy
+from jacobiflow.native.library import Library
+from jacobiflow.native.tensors import MATRICES, WEIGHT_FORMATS, addresses_of
 
 MIN_IN_PLACE = 2**25  # weights of a block from which they are read as PyTorch has them, since no cache holds them
 _HALVES = (torch.float16, torch.bfloat16)
 _MIN_BF16 = 2**20  # weights of a block from which bfloat16 is faster than float32, with few rows
 _MAX_BF16_ROWS = 8  # largest number of the network's rows per team that counts as few
 _MIN_BF16_ANY_ROWS = 2**23  # weights of a block from which bfloat16 is faster with any number of rows
+_ALIGNMENT = 64  # of matrices in memory, in numbers
+_MAX_KEPT_BYTES = 2**27  # of the memory that a thread keeps between calls
+
+_kept = threading.local()
 
 
 def faster_halves(num_weights: int, rows: int) -> Sequence[torch.dtype]:
@@ -22,19 +32,58 @@ def faster_halves(num_weights: int, rows: int) -> Sequence[torch.dtype]:
     return _HALVES if is_bf16_faster else _HALVES[:1]
 
 
-def stored_matrices(matrices: list[Tensor], halves: Sequence[torch.dtype]) -> list[Tensor]:
-    """Returns float32 matrices in the first of these dtypes that represents them all exactly, else as they are."""
-    few = matrices[0][:1]
-    for dtype in halves:
-        if _is_exact(few.to(dtype), few):
-            stored = [matrix.to(dtype) for matrix in matrices]
-            if all(map(_is_exact, stored, matrices)):
-                return stored
-    return matrices
+class WeightMemory:
+    """Memory for copies of weights. It grows, since fresh memory costs the system more time than the copy."""
+
+    def __init__(self) -> None:
+        self.bytes = torch.empty(0, dtype=torch.uint8)
+
+    def resize(self, size: int) -> int:
+        """Makes room for so many bytes, and returns their address."""
+        if len(self.bytes) < size:
+            self.bytes = torch.empty(size, dtype=torch.uint8)
+        return self.bytes.data_ptr()
 
 
-def _is_exact(half: Tensor, matrix: Tensor) -> bool:
-    return torch.equal(half.float(), matrix)
+@contextmanager
+def kept_memory() -> Iterator[WeightMemory]:
+    """Yields memory that this thread keeps from call to call, unless it becomes too large."""
+    memory, _kept.memory = getattr(_kept, "memory", None) or WeightMemory(), None  # A nested call takes other memory.
+    yield memory
+    if len(memory.bytes) <= _MAX_KEPT_BYTES:
+        _kept.memory = memory
+
+
+def store_weights(
+    native: Library, matrices: Sequence[Tensor], shapes: Sequence[tuple[int, ...]], halves: Sequence[torch.dtype],
+    memory: WeightMemory, *, in_place: bool = False,
+) -> list[Weight]:  # fmt: skip
+    """Copies matrices to panels, in the first of the dtypes `halves` that represents all of them, else in their own.
+
+    With `in_place`, copies have rows as the matrices do, and matrices that would keep their dtype are not copied.
+
+    Args:
+        matrices: Contiguous, of the same dtype.
+    """
+    dtype = matrices[0].dtype
+    if dtype not in WEIGHT_FORMATS:
+        raise UnsupportedError(f"weights of {dtype}")
+    addresses = addresses_of(matrices, [*shapes], dtype)
+    sums = torch.promote_types(dtype, torch.float32)
+    sizes = [-(-native.padded(rows, sums) * columns // _ALIGNMENT) * _ALIGNMENT for rows, columns in shapes]
+    offsets = [0, *accumulate(sizes)]
+    entries = (WeightCopy * len(matrices))()
+    for stored in (*halves, dtype):
+        stored_format = WEIGHT_FORMATS[stored]
+        if in_place and stored == dtype:
+            return [Weight(address, stored_format, False) for address in addresses]
+        start = memory.resize(offsets[-1] * stored.itemsize)
+        places = [start + offset * stored.itemsize for offset in offsets[:-1]]
+        for entry, address, place, (rows, columns) in zip(entries, addresses, places, shapes, strict=True):
+            entry.values, entry.stored, entry.outputs, entry.inputs = address, place, rows, columns
+        if native.store(entries, WEIGHT_FORMATS[dtype], stored_format, not in_place):
+            return [Weight(place, stored_format, not in_place) for place in places]
+    raise MemoryError("not enough memory for native code")
 
 
 def copy_bytes(layers: Sequence[Mapping[str, Tensor]]) -> int:

@@ -111,7 +111,15 @@ struct GradientArgs {
 
 enum class WeightFormat : int32_t { float32, float64, bfloat16, float16 };
 
-// A weight (outputs, inputs): in panels of columns as jacobiflow_pack makes them, or row after row.
+// A copy of a weight (outputs, inputs) that jacobiflow_store makes.
+struct WeightCopy {
+  const void* values;  // row after row
+  void* stored;        // the copy; in panels it has whole vectors of outputs
+  int32_t outputs;
+  int32_t inputs;
+};
+
+// A weight (outputs, inputs): in panels of columns as jacobiflow_store makes them, or row after row.
 struct Weight {
   const void* values;
   WeightFormat format;

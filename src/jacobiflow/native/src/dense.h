@@ -60,18 +60,63 @@ inline int padded(int n) {
   return (n + Simd<T>::lanes - 1) / Simd<T>::lanes * Simd<T>::lanes;
 }
 
-// Copies outputs from `first` on of a weight (outputs, inputs) to a panel (inputs, width). The last panel may be narrower.
-template <typename T, typename Element>
-void pack(const Element* weight, int outputs, int inputs, int first, Element* packed) {
-  constexpr int chunk = 64;  // inputs at a time, so that cache lines are written whole
+// Converts numbers to 16 bits. A number that these cannot represent becomes another one.
+inline Halves narrowed(Vector v, BFloat16) { return __builtin_convertvector((Bits)v >> 16, Halves); }
+
+inline Halves narrowed(Vector v, Float16) {
+  const Bits sign = (Bits)v >> 16 & 0x8000, magnitude = (Bits)v & 0x7fffffff, normal = (magnitude - (112u << 23)) >> 13;
+  const Bits subnormal = (Bits)((Vector)magnitude * 0x1p24f + 0x1p23f) & 0x7ff;  // counts the smallest Float16
+  return __builtin_convertvector(sign | (magnitude < (113u << 23) ? subnormal : normal), Halves);
+}
+
+// Copies numbers as they are, or converts float to 16 bits, in whole vectors. Returns false if a number changes.
+template <typename Number>
+inline bool copy_numbers(const Number* from, int count, Number* to) {
+  std::memcpy(to, from, sizeof(Number) * count);
+  return true;
+}
+
+template <typename Half, typename = std::enable_if_t<sizeof(Half) == 2>>
+inline bool copy_numbers(const float* from, int count, Half* to) {
+  Bits changed{};
+  for (int i = 0; i < count; i += float_lanes) {
+    Vector v{};
+    if (i + float_lanes <= count)
+      v = Simd<float>::load(from + i);
+    else
+      std::memcpy(&v, from + i, sizeof(float) * (count - i));
+    const Halves halves = narrowed(v, Half());
+    std::memcpy(to + i, &halves, sizeof halves);
+    changed |= (Bits)widen(to + i) ^ (Bits)v;
+  }
+  bool is_changed = false;
+  for (int lane = 0; lane < float_lanes; lane++) is_changed |= changed[lane] != 0;
+  return !is_changed;
+}
+
+// Copies outputs from `first` on of a weight (outputs, inputs) to a panel (inputs, width), or to rows. The last panel may be
+// narrower. Returns false if a number changes.
+template <typename T, typename Source, typename Element>
+bool store_panel(const Source* weight, int outputs, int inputs, int first, bool is_packed, Element* stored) {
+  constexpr int chunk = 128, group = std::min(Simd<T>::lanes, 4);  // inputs and outputs at a time: writes are of a group
   const int width = std::min(padded<T>(outputs - first), panel_columns<T>);
-  packed += (int64_t)first * inputs;
+  bool is_exact = true;
+  stored += (int64_t)first * inputs;
   for (int start = 0; start < inputs; start += chunk)
-    for (int j = 0; j < width; j++) {
-      const Element* row = weight + (int64_t)(first + j) * inputs;
-      for (int k = start; k < inputs && k < start + chunk; k++)
-        packed[(int64_t)k * width + j] = first + j < outputs ? row[k] : Element{};
+    for (int j = 0; j < width; j += group) {
+      const int count = std::min(inputs - start, chunk);
+      Element numbers[group][chunk] = {};
+      for (int i = 0; i < group && first + j + i < outputs; i++)
+        is_exact &= copy_numbers(weight + (int64_t)(first + j + i) * inputs + start, count, numbers[i]);
+      for (int k = 0; is_packed && k < count; k++) {
+        Element column[group];
+        for (int i = 0; i < group; i++) column[i] = numbers[i][k];
+        std::memcpy(stored + (int64_t)(start + k) * width + j, column, sizeof column);
+      }
+      for (int i = 0; !is_packed && i < group; i++)
+        std::memcpy(stored + (int64_t)(j + i) * inputs + start, numbers[i], sizeof(Element) * count);
     }
+  return is_exact;
 }
 
 // Multiplies `rows` rows by `vectors` vectors of a panel's columns, with all sums in registers. With few rows, even and odd

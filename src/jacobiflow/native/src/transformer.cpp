@@ -19,15 +19,21 @@ int32_t status_of(const Run& run) {
   }
 }
 
-template <typename T, typename Element>
-int32_t pack_panels(const void* weight, int outputs, int inputs, void* packed, int max_threads) {
-  const int panels = (outputs + panel_columns<T> - 1) / panel_columns<T>, num_threads = std::min(max_threads, panels);
-  return status_of([&] {
+// Returns 1 if a number changes; then not all are copied.
+template <typename T, typename Source, typename Element>
+int32_t store(const WeightCopy* matrices, int count, bool is_packed, int num_threads) {
+  std::atomic<bool> is_exact{true};
+  const int32_t status = status_of([&] {
     in_threads(num_threads, [&](int rank) {
-      for (int i = rank; i < panels; i += num_threads)
-        pack<T>((const Element*)weight, outputs, inputs, i * panel_columns<T>, (Element*)packed);
+      int panel = 0;
+      for (const WeightCopy* m = matrices; m != matrices + count; m++)
+        for (int first = 0; first < m->outputs; first += panel_columns<T>)
+          if (panel++ % num_threads == rank && is_exact &&
+              !store_panel<T>((const Source*)m->values, m->outputs, m->inputs, first, is_packed, (Element*)m->stored))
+            is_exact = false;
     });
   });
+  return status ? status : !is_exact;
 }
 
 }  // namespace jacobiflow
@@ -41,13 +47,19 @@ int32_t jacobiflow_lanes() { return float_lanes; }
 
 void jacobiflow_use_openmp(const OpenMP* functions) { openmp = *functions; }
 
-// Packs a weight (outputs, inputs). Returns 0, or -1 without enough memory or threads.
-int32_t jacobiflow_pack(const void* weight, int32_t outputs, int32_t inputs, int32_t format, void* packed,
-                        int32_t max_threads) {
-  switch ((WeightFormat)format) {
-    case WeightFormat::float64: return pack_panels<double, double>(weight, outputs, inputs, packed, max_threads);
-    case WeightFormat::float32: return pack_panels<float, float>(weight, outputs, inputs, packed, max_threads);
-    default: return pack_panels<float, uint16_t>(weight, outputs, inputs, packed, max_threads);
+// Copies matrices to panels, or row after row, in their own format or from float32 to 16 bits. Returns 0, 1 if a number would
+// change, or -1 without enough memory or threads.
+int32_t jacobiflow_store(const WeightCopy* matrices, int32_t count, int32_t from, int32_t to, int32_t is_packed, int32_t threads) {
+  const bool is_converted = from != to;
+  switch ((WeightFormat)to) {
+    case WeightFormat::float64: return store<double, double, double>(matrices, count, is_packed, threads);
+    case WeightFormat::float32: return store<float, float, float>(matrices, count, is_packed, threads);
+    case WeightFormat::bfloat16:
+      return is_converted ? store<float, float, BFloat16>(matrices, count, is_packed, threads)
+                          : store<float, BFloat16, BFloat16>(matrices, count, is_packed, threads);
+    default:
+      return is_converted ? store<float, float, Float16>(matrices, count, is_packed, threads)
+                          : store<float, Float16, Float16>(matrices, count, is_packed, threads);
   }
 }
 
