@@ -18,14 +18,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jacobiflow.native.masked import MaskedOperation, Steps, masked_transform
 from torch import Tensor, nn
 
 import jacobiflow as jf
-from jacobiflow.adapters.network import MaskedNetwork, find_order
 from jacobiflow.native import boundary, library
 from jacobiflow.native import transformer as native_transformer
 from jacobiflow.native.chain import TransformChain
-from jacobiflow.native.masked import MaskedOperation, Steps, masked_transform
+from jacobiflow.native.masked_network import MaskedNetwork
 from tests.helpers import library_flows
 from tests.helpers.native_problems import CASES
 
