@@ -267,6 +267,19 @@ class AcceleratedNormalizingFlow(NormalizingFlow):  # type: ignore[misc]
             raise AttributeError(name)
         return vars(self)[name]
 
+    def rsample(self, shape: Any = ()) -> Float[Tensor, "*batch d"]:
+        """Returns samples."""
+        module = self.module
+        if module is None or not is_accelerated(module):
+            return super().rsample(shape)
+
+        def library_call(module: Any, z: Tensor, context: Tensor | None) -> TransformOutput:
+            return library_class(module).forward(module, context).transform.inv(z), None
+
+        z = self.base.rsample(shape) if self.base.has_rsample else self.base.sample(shape)
+        result = module.acceleration.evaluate(module, z, self.context, True, library_call)
+        return self.transform.inv(z) if result is None else result[0]
+
     def log_prob(self, x: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch"]:
         """Returns the log-density of x."""
         module = self.module

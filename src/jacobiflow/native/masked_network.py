@@ -139,15 +139,17 @@ class Order(NamedTuple):
 @torch.no_grad()
 def find_order(network: MaskedNetwork) -> Order:
     """Returns the steps of the inverse. Raises UnsupportedError if the network is not autoregressive."""
+    last = network.groups[-1]
     with torch.device("cpu"):
         dependencies = _find_dependencies(network)
-        if not torch.equal(network.outputs.flatten().sort().values, torch.arange(len(dependencies))):
-            raise UnsupportedError("outputs that are not the parameters")
-        step_of = _find_steps(dependencies[network.outputs].any(dim=1))
+        if not torch.equal(network.outputs.flatten().sort().values, torch.arange(len(dependencies[last]))):
+            raise UnsupportedError("outputs that are not the parameters of all features")
+        step_of = _find_steps(dependencies[last][network.outputs].any(dim=1))
         features, num_steps = step_of.argsort(stable=True), int(step_of.max()) + 1
-        first_steps = _find_first_steps(network, step_of)
+        first_steps = {group: (reads * (step_of + 1)).amax(dim=1) for group, reads in dependencies.items()}
+        first_steps[last][network.outputs] = step_of[:, None]
         rows = {group: first.argsort(stable=True) for group, first in first_steps.items()}
-        rows[network.groups[-1]] = network.outputs[features].flatten()
+        rows[last] = network.outputs[features].flatten()
         units = {group: (rows[group].tolist(), _count_units(first_steps[group], num_steps)) for group in rows}
         starts = [0, *_count_units(step_of, num_steps)]
         return Order(features.tolist(), starts, [units[group] for group in network.groups])
@@ -158,54 +160,38 @@ def _count_units(first_steps: Int[Tensor, " units"], num_steps: int) -> list[int
     return torch.bincount(first_steps, minlength=num_steps).cumsum(0)[:num_steps].tolist()
 
 
-def _find_dependencies(network: MaskedNetwork) -> Bool[Tensor, "units d"]:
-    """Returns True where a unit of the last value depends on a feature, by any path through the masks."""
-    columns = network.feature_columns
-    values = [torch.zeros(network.num_units(0), len(columns))]
-    values[0][columns] = torch.eye(len(columns))
-    for operation, mask in zip(network.operations, network.masks, strict=True):
-        value = values[operation.source]
-        if mask is not None:
-            value = (mask.to(value) @ value > 0).to(value)
-        elif operation.kind in (OperationKind.SUM, OperationKind.GUIDANCE):
-            value = torch.maximum(value, values[operation.other])
-        values.append(value)
-    return values[-1].bool()
+def _find_dependencies(network: MaskedNetwork) -> dict[int, Bool[Tensor, "units d"]]:
+    """Returns, for each group, True where one of its values depends on a feature, by any path through the masks.
+
+    A residual block adds to a value that it has read, so the paths are followed until nothing changes.
+    """
+    columns, groups = network.feature_columns, network.groups
+    found = {group: torch.zeros(network.num_units(value), len(columns)) for value, group in enumerate(groups)}
+    found[groups[0]][columns] = torch.eye(len(columns))
+    is_changed = True
+    while is_changed:
+        is_changed, sources = False, set()
+        for operation, mask, group in zip(network.operations, network.masks, groups[1:], strict=True):
+            if mask is not None:
+                source = groups[operation.source]
+                sources.add(source)
+                now = found[group].maximum((mask.float() @ found[source] > 0).float())
+                is_changed |= group in sources and not torch.equal(now, found[group])
+                found[group] = now
+    if groups[-1] in sources:
+        raise UnsupportedError("layers that read the outputs")
+    return {group: dependencies.bool() for group, dependencies in found.items()}
 
 
 def _find_steps(dependencies: Bool[Tensor, "d d"]) -> Int[Tensor, " d"]:
     """Returns the step at which each feature can be solved."""
     step_of = torch.full((len(dependencies),), -1)
-    missing, step = dependencies.sum(dim=1), 0
+    missing, step, readers = dependencies.sum(dim=1), 0, dependencies.T.contiguous()
     while (step_of < 0).any():
         is_solvable = (missing == 0) & (step_of < 0)
         if not is_solvable.any():
             raise UnsupportedError("a network that is not autoregressive")
         step_of[is_solvable] = step
-        missing = missing - dependencies[:, is_solvable].sum(dim=1)
+        missing = missing - readers[is_solvable].sum(dim=0)
         step += 1
     return step_of
-
-
-def _find_first_steps(network: MaskedNetwork, step_of: Int[Tensor, " d"]) -> dict[int, Int[Tensor, " units"]]:
-    """Returns the first step at which each unit of each group can be computed.
-
-    A residual block may delay its own input, so the steps are found by iteration.
-    """
-    of_input, of_outputs = network.groups[0], network.groups[-1]
-    first_steps = {group: torch.zeros(network.num_units(i), dtype=torch.long) for i, group in enumerate(network.groups)}
-    first_steps[of_input][network.feature_columns] = step_of + 1
-    first_steps[of_outputs][network.outputs] = step_of[:, None]
-    is_changed = True
-    while is_changed:
-        is_changed = False
-        for operation, mask, group in zip(network.operations, network.masks, network.groups[1:], strict=True):
-            if mask is None:
-                continue
-            least = (mask * first_steps[network.groups[operation.source]]).amax(dim=1)
-            if (least > first_steps[group]).any():
-                if group == of_outputs:  # A residual block delays its input beyond the parameter that needs it.
-                    raise UnsupportedError("a network that is not autoregressive")
-                first_steps[group] = torch.maximum(first_steps[group], least)
-                is_changed = True
-    return first_steps
