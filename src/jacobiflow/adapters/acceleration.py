@@ -276,6 +276,7 @@ class Acceleration:
         if adapter is None or adapter.list_transforms is None or load_library() is None:
             return None
         native = NativeModule(module, adapter.list_transforms, is_conditional)
+        native.uses = {part: (0, "native") for part in module.modules() if part in self._names}
         self._native_modules[module, is_conditional] = native
         return native
 

@@ -25,7 +25,7 @@ def made_spec(
 ) -> TransformSpec:
     """Returns a masked transform; `library` is the Python module that defines the library's MADE."""
     network = _build_network(module.autoregressive_net, library, parameters, is_conditional)
-    return masked_spec(module, network, kind=kind, **settings)
+    return masked_spec(network, kind=kind, **settings)
 
 
 def spline_spec(module: Any, library: ModuleType, is_conditional: bool) -> TransformSpec:

@@ -29,13 +29,11 @@ class TransformSpec:
     """A library's transform as native code takes it.
 
     Attributes:
-        module: The library's module.
-        transform: The native transform. Its operations refer to `tensors` by index.
+        transform: The native transform.
         tensors: Weights, biases, scales and shifts. Their values are read at every call.
         constants: Masks and indices, which must not change.
     """
 
-    module: nn.Module
     transform: ChainTransform
     tensors: Sequence[Slot] = ()
     constants: Sequence[Slot] = ()
@@ -48,15 +46,15 @@ Raises UnsupportedError if native code does not take one of the transforms.
 """
 
 
-def masked_spec(module: nn.Module, network: LibraryNetwork, **fields: Any) -> TransformSpec:
+def masked_spec(network: LibraryNetwork, **fields: Any) -> TransformSpec:
     """Returns an elementwise transform whose parameters a network gives; `fields` are those of `masked_transform`."""
-    return TransformSpec(module, masked_transform(network, **fields), network.tensors, network.constants)
+    return TransformSpec(masked_transform(network, **fields), network.tensors, network.constants)
 
 
-def affine_spec(module: nn.Module, scale: Slot, shift: Slot, kind: Any = TransformKind.AFFINE) -> TransformSpec:
+def affine_spec(scale: Slot, shift: Slot, kind: Any = TransformKind.AFFINE) -> TransformSpec:
     """Returns the transform y = scale x + shift, or another kind of `affine_transform`."""
     of_scale, of_shift = (holder[name].shape for holder, name in (scale, shift))
-    return TransformSpec(module, affine_transform(of_scale, of_shift, kind), (scale, shift))
+    return TransformSpec(affine_transform(of_scale, of_shift, kind), (scale, shift))
 
 
 class NativeModule:
@@ -66,15 +64,15 @@ class NativeModule:
         snapshot: The module as it was when this was made.
         obstacle: Why native code does not take the module, or `None` if it does.
         chain: Its transforms.
-        uses: For each of its transforms, the number of passes and the backend, as `Acceleration` records them.
+        uses: What `Acceleration` records of a call: for each transform, the number of passes and the backend.
     """
 
     chain: TransformChain
+    uses: dict[nn.Module, tuple[int, str]]
 
     def __init__(self, module: nn.Module, list_transforms: ListTransforms, is_conditional: bool) -> None:
         self._module = module
         self.obstacle: str | None = None
-        self.uses: dict[nn.Module, tuple[int, str]] = {}
         constants: list[Slot] = []
         try:
             for child in module.modules():
@@ -88,7 +86,6 @@ class NativeModule:
             self.obstacle, constants = str(error), []
         else:
             self._tensors = [slot for spec, _ in specs for slot in spec.tensors]
-            self.uses = {spec.module: (0, "native") for spec, _ in specs}
         self.snapshot = ModuleSnapshot(module, constants)
 
     def tensors(self) -> list[Any]:

@@ -44,9 +44,9 @@ def _transform_spec(module: Any, kind: Any, is_conditional: bool) -> TransformSp
         return spline_spec(module, made, is_conditional)
     if kind in (Permutation, RandomPermutation, ReversePermutation) and module._dim == 1:
         order = permutation_transform(module._permutation.tolist())
-        return TransformSpec(module, order, constants=[(module._buffers, "_permutation")])
+        return TransformSpec(order, constants=[(module._buffers, "_permutation")])
     if kind in (PointwiseAffineTransform, AffineTransform):
-        return affine_spec(module, (module._buffers, "_scale"), (module._buffers, "_shift"))
+        return affine_spec((module._buffers, "_scale"), (module._buffers, "_shift"))
     raise UnsupportedError(kind.__name__)
 
 

@@ -43,7 +43,7 @@ def list_transforms(module: Any, is_conditional: bool) -> Iterator[tuple[Transfo
         raise UnsupportedError(f"the network {type(network).__name__}")
     if list(network.param_dims) != sizes:
         raise UnsupportedError("parameters of other sizes")
-    yield masked_spec(module, _build_network(network), **settings), False
+    yield masked_spec(_build_network(network), **settings), False
 
 
 def _spline_fields(options: Mapping[str, Any]) -> tuple[dict[str, Any], list[int]]:

@@ -66,7 +66,7 @@ def _autoregressive_spec(module: Any) -> TransformSpec:
     outputs = torch.arange(module.hyper[-1].out_features, device="cpu").view(-1, module.total)
     network = LibraryNetwork(outputs, context_columns=range(len(outputs), module.hyper[0].in_features))
     _add_layers(network, 0, list(module.hyper))
-    return masked_spec(module, network, **_univariate_fields(module.univariate, list(module.shapes)))
+    return masked_spec(network, **_univariate_fields(module.univariate, list(module.shapes)))
 
 
 def _add_layers(network: LibraryNetwork, value: int, modules: list[nn.Module]) -> int:
@@ -112,7 +112,7 @@ def _unconditional_spec(module: Any) -> TransformSpec:
     slots = _argument_slots(module)
     if module.f is PermutationTransform and len(slots) == 1:
         (holder, name), *_ = slots.values()
-        return TransformSpec(module, permutation_transform(holder[name].tolist()), constants=[(holder, name)])
+        return TransformSpec(permutation_transform(holder[name].tolist()), constants=[(holder, name)])
     if module.f is AffineTransform:
         return _affine_spec(module, slots, TransformKind.AFFINE)
     raise UnsupportedError(f"UnconditionalTransform of {_name_of(module.f)}")
@@ -133,7 +133,7 @@ def _affine_spec(module: Any, slots: dict[str, Slot], kind: TransformKind) -> Tr
     if [*slots] not in (["loc", "scale"], ["_0", "_1"]) or any(t is None or t.ndim > 1 for t in tensors):
         raise UnsupportedError(f"the arguments of {_name_of(module.f)}")
     loc, scale = slots.values()
-    return affine_spec(module, scale, loc, kind)
+    return affine_spec(scale, loc, kind)
 
 
 def _name_of(constructor: Any) -> str:

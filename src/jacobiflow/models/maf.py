@@ -214,20 +214,21 @@ class MAFBlock(FlowBlock):
         """Returns the result of the block or its inverse by native code, and log|det|; `None` if it does not apply."""
         if usable_library(tokens) is None or tokens.shape[2:] != (1,):
             return None
-        num_classes, classes = self.config.num_classes, None
-        if num_classes:
-            classes = embed_classes(torch.eye(num_classes, dtype=tokens.dtype), context.values)
+        num_classes = self.config.num_classes
+        table = torch.eye(num_classes, dtype=tokens.dtype) if num_classes else None
         tensors: list[Tensor] = []
         for layer in self.layers:
             tensors += [layer.weight, layer.bias]
-            tensors += [] if layer.class_embed is None else [layer.class_embed.t()]
+            if layer.class_embed is not None:
+                tensors.append(layer.class_embed.t())
         if guidance is not None:
             tensors += [each for layer in self.layers for each in (layer.weight, layer.offset(None).squeeze(0))]
             tensors.append(torch.stack(guidance.weights(tokens), dim=1).flatten())
+        tensors = [tensor.contiguous() for tensor in tensors]
+        classes = embed_classes(table, context.values)
         in_pytorch = None if is_inverse else self._encode_in_pytorch
         chain = _describe_block(self.config, guidance is not None)
         try:
-            tensors = [tensor.contiguous() for tensor in tensors]
             result = chain.evaluate(tensors, tokens.squeeze(-1), classes, is_inverse, "rows", in_pytorch)
         except UnsupportedError:
             return None

@@ -100,9 +100,9 @@ class TransformChain:
         if native is None:
             raise UnsupportedError("no native library")
         width, is_by_feature = 0 if context is None else context.shape[1], log_det == "features"
-        if features != self.features or width != self.context or (is_by_feature and len(self._parts) > 1):
+        if features != self.features or width != self.context:
             raise UnsupportedError("rows or a context of another width")
-        if dtype not in (torch.float32, torch.float64) or not is_plain(x, dtype):
+        if not (is_plain(x, torch.float32) or is_plain(x, torch.float64)):
             raise UnsupportedError(f"rows of {dtype}, or not on a CPU")
         if context is not None and not (is_plain(context, dtype) and context.shape[0] in (1, rows)):
             raise UnsupportedError("a context that does not fit the rows")

@@ -166,11 +166,15 @@ def _find_dependencies(network: MaskedNetwork) -> dict[int, Bool[Tensor, "units 
     A residual block adds to a value that it has read, so the paths are followed until nothing changes.
     """
     columns, groups = network.feature_columns, network.groups
-    found = {group: torch.zeros(network.num_units(value), len(columns)) for value, group in enumerate(groups)}
-    found[groups[0]][columns] = torch.eye(len(columns))
-    is_changed = True
+    found = {
+        group: torch.zeros(network.num_units(value), len(columns), dtype=torch.float32)
+        for value, group in enumerate(groups)
+    }
+    found[groups[0]][columns] = torch.eye(len(columns), dtype=torch.float32)
+    sources, is_changed = set[int](), True
     while is_changed:
-        is_changed, sources = False, set()
+        is_changed = False
+        sources.clear()
         for operation, mask, group in zip(network.operations, network.masks, groups[1:], strict=True):
             if mask is not None:
                 source = groups[operation.source]
