@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.distributions import AffineTransform, Transform
 from torch.distributions.transforms import _InverseTransform
+from torch.distributions.utils import _standard_normal
 from zuko.distributions import DiagNormal, NormalizingFlow
 from zuko.flows.autoregressive import MaskedAutoregressiveTransform
 from zuko.flows.spline import CircularRQSTransform
@@ -46,7 +47,8 @@ def list_transforms(
     kind = library_class(module)
     if issubclass(kind, Flow):
         yield from list_transforms(module.transform, is_conditional)
-        yield _base_spec(module.base), False
+        loc, scale = _normal_base(module.base)
+        yield affine_spec(scale, loc, TransformKind.NORMAL), False
     elif kind is LazyComposedTransform:
         for part in reversed(module.transforms) if is_inverted else module.transforms:
             yield from list_transforms(part, is_conditional, is_inverted)
@@ -114,26 +116,28 @@ def _unconditional_spec(module: Any) -> TransformSpec:
         (holder, name), *_ = slots.values()
         return TransformSpec(permutation_transform(holder[name].tolist()), constants=[(holder, name)])
     if module.f is AffineTransform:
-        return _affine_spec(module, slots, TransformKind.AFFINE)
+        loc, scale = _location_scale(module)
+        return affine_spec(scale, loc)
     raise UnsupportedError(f"UnconditionalTransform of {_name_of(module.f)}")
 
 
-def _base_spec(module: Any) -> TransformSpec:
-    """Returns the base of a flow, a normal distribution."""
+def _normal_base(module: Any) -> tuple[Slot, Slot]:
+    """Returns the location and the scale of a base, if it is a normal distribution."""
     if type(module) is not UnconditionalDistribution:
         raise UnsupportedError(f"the base {type(module).__name__}")
     if module.f is not DiagNormal:
         raise UnsupportedError(f"the base {_name_of(module.f)}")
-    return _affine_spec(module, _argument_slots(module), TransformKind.NORMAL)
+    return _location_scale(module)
 
 
-def _affine_spec(module: Any, slots: dict[str, Slot], kind: TransformKind) -> TransformSpec:
-    """Returns the transform of a lazy module whose arguments are a location and a scale."""
+def _location_scale(module: Any) -> tuple[Slot, Slot]:
+    """Returns the arguments of a lazy module, if these are a location and a scale for all features or for each."""
+    slots = _argument_slots(module)
     tensors = [holder.get(name) for holder, name in slots.values()]
     if [*slots] not in (["loc", "scale"], ["_0", "_1"]) or any(t is None or t.ndim > 1 for t in tensors):
         raise UnsupportedError(f"the arguments of {_name_of(module.f)}")
     loc, scale = slots.values()
-    return affine_spec(scale, loc, kind)
+    return loc, scale
 
 
 def _name_of(constructor: Any) -> str:
@@ -276,7 +280,14 @@ class AcceleratedNormalizingFlow(NormalizingFlow):  # type: ignore[misc]
         def library_call(module: Any, z: Tensor, context: Tensor | None) -> TransformOutput:
             return library_class(module).forward(module, context).transform.inv(z), None
 
-        z = self.base.rsample(shape) if self.base.has_rsample else self.base.sample(shape)
+        try:
+            loc, scale = (holder[name] for holder, name in _normal_base(module.base))
+        except UnsupportedError:
+            return super().rsample(shape)
+        batch = () if self.context is None else self.context.shape[:-1]
+        z = (
+            loc + _standard_normal((*shape, *batch, *loc.shape), loc.dtype, loc.device) * scale
+        )  # as zuko's base draws it
         result = module.acceleration.evaluate(module, z, self.context, True, library_call)
         return self.transform.inv(z) if result is None else result[0]
 
