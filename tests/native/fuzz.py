@@ -21,11 +21,8 @@ import torch
 from torch import Tensor, nn
 
 import jacobiflow as jf
-from jacobiflow.native import boundary, library
+from jacobiflow.native import library
 from jacobiflow.native import transformer as native_transformer
-from jacobiflow.native.chain import TransformChain
-from jacobiflow.native.masked_network import MaskedNetwork
-from jacobiflow.native.transforms import masked_transform
 from tests.helpers import library_flows
 from tests.helpers.native_problems import CASES
 
@@ -237,53 +234,7 @@ def gradient_error(ours: Any, theirs: Any, what: str) -> float:
     return max(errors)
 
 
-def description(rng: random.Random) -> tuple[Any, str]:
-    """Evaluates a masked network with a wrong number. Any result is right that reads within bounds."""
-    features, width, hidden = rng.choice([1, 2, 4]), rng.choice([0, 2]), 6
-    sees = torch.arange(hidden) % features
-    seen = torch.cat([torch.full((width,), -1), torch.arange(features)])
-    masks = [sees[:, None] >= seen, torch.arange(features).repeat_interleave(2)[:, None] > sees]
-    outputs = torch.arange(2 * features).view(features, 2)
-    settings: dict[str, Any] = {"bins": 0, "boundary": 0, "kind": boundary.TransformKind.CLAMPED_AFFINE}
-    number = rng.choice([-1, 0, 1, 2, 3, 5, 7, 9, 100, 2**31 - 1])
-    part = rng.choice(["outputs", "setting", "mask", "shape", "tensor", "context", "nothing"])
-    if part == "outputs":
-        outputs.view(-1)[rng.randrange(2 * features)] = number
-    elif part == "setting":
-        settings[rng.choice(list(settings))] = abs(number) % 9
-    elif part == "mask":
-        rng.choice(masks).bernoulli_(0.5)
-    elif part == "shape":
-        masks[rng.randrange(2)] = torch.ones(rng.randrange(9), rng.randrange(9), dtype=torch.bool)
-
-    def compute() -> Any:
-        network = MaskedNetwork(outputs, context_columns=range(width))
-        network.add_linear(network.add_linear(0, masks[0], activation=boundary.Activation.RELU), masks[1])
-        chain = TransformChain([(masked_transform(network, **settings), False)])
-        rows, has_graph = rng.choice([1, 3, 70]), rng.random() < 0.5
-        x, context = torch.randn(rows, features), torch.randn(rows, width + (part == "context")) if width else None
-        tensors = [torch.randn(shape) for shape in network.shapes]
-        if part == "tensor":
-            tensors[rng.randrange(len(tensors))] = torch.randn(rng.randrange(9), rng.randrange(9))
-        leaves = [t for t in (*tensors, x, context) if t is not None and rng.random() < 0.7]
-        with torch.set_grad_enabled(has_graph):
-            for tensor in leaves:
-                tensor.requires_grad_(has_graph)
-            result = chain.evaluate(tensors, x, context, rng.random() < 0.5, "rows")
-            outputs_of_chain = (result.values, result.log_det)
-            if result.values.requires_grad:
-                cotangents = [*map(torch.randn_like, outputs_of_chain)]
-                torch.autograd.grad(outputs_of_chain, leaves, cotangents, allow_unused=True)
-        return result
-
-    try:
-        ours = compute()
-    except (boundary.UnsupportedError, ValueError):
-        ours = None
-    return ours, f"{part}, {number}"
-
-
-KINDS = (transformer, library_flow, description)
+KINDS = (transformer, library_flow)
 
 
 def run(seed: int) -> str:

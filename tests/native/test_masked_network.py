@@ -53,10 +53,15 @@ def test_a_feature_is_solved_once_all_that_it_reads_is(name: str, is_residual: b
     torch.testing.assert_close(log_det_of_inverse, -log_det, rtol=0, atol=1e-9)
 
 
-def test_networks_that_are_not_autoregressive_are_refused() -> None:
+def test_networks_that_do_not_fit_are_refused() -> None:
+    reads = READS["MADE"][0].bool()
     with pytest.raises(UnsupportedError, match="not autoregressive"):
-        find_order(network_of(torch.eye(FEATURES, dtype=torch.bool)))
+        find_order(network_of(reads | torch.eye(FEATURES, dtype=torch.bool)))
     with pytest.raises(UnsupportedError, match="not the parameters"):
-        network = network_of(READS["MADE"][0].bool())
+        network = network_of(reads)
         network.outputs = OUTPUTS + 1
         find_order(network)
+    with pytest.raises(UnsupportedError, match="another shape"):
+        network_of(reads[:, 1:])
+    with pytest.raises(UnsupportedError, match="parameters of other sizes"):
+        masked_transform(network_of(reads), kind=TransformKind.RATIONAL_QUADRATIC, bins=2)

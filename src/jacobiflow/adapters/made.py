@@ -21,11 +21,11 @@ _PYTORCH_PARTS = (nn.ModuleList, nn.Linear, nn.Dropout, nn.Identity)
 
 
 def made_spec(
-    module: Any, library: ModuleType, is_conditional: bool, kind: TransformKind, parameters: int = 2, **settings: Any
+    module: Any, library: ModuleType, is_conditional: bool, kind: TransformKind, parameters: int = 2, **fields: Any
 ) -> TransformSpec:
     """Returns a masked transform; `library` is the Python module that defines the library's MADE."""
     network = _build_network(module.autoregressive_net, library, parameters, is_conditional)
-    return masked_spec(network, kind=kind, **settings)
+    return masked_spec(network, kind=kind, **fields)
 
 
 def spline_spec(module: Any, library: ModuleType, is_conditional: bool) -> TransformSpec:
