@@ -39,7 +39,7 @@ class MaskedNetwork:
     Example:
         >>> network = MaskedNetwork(torch.tensor([[0, 1], [2, 3]]))  # a scale and a shift of two features
         >>> reads_first = torch.tensor([[True, False]])
-        >>> hidden = network.add_linear(0, reads_first.repeat(8, 1), activation=Activation.RELU)
+        >>> hidden = network.add_linear(0, reads_first.repeat(8, 1))
         >>> network.add_linear(hidden, torch.tensor([[False], [False], [True], [True]]).repeat(1, 8))
         2
         >>> find_order(network).features
