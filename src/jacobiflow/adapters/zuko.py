@@ -285,9 +285,8 @@ class AcceleratedNormalizingFlow(NormalizingFlow):  # type: ignore[misc]
         except UnsupportedError:
             return super().rsample(shape)
         batch = () if self.context is None else self.context.shape[:-1]
-        z = (
-            loc + _standard_normal((*shape, *batch, *loc.shape), loc.dtype, loc.device) * scale
-        )  # as zuko's base draws it
+        all_shape = (*shape, *batch, max(loc.numel(), scale.numel()))
+        z = loc + _standard_normal(all_shape, loc.dtype, loc.device) * scale  # the numbers that zuko's base draws
         result = module.acceleration.evaluate(module, z, self.context, True, library_call)
         return self.transform.inv(z) if result is None else result[0]
 
