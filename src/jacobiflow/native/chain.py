@@ -112,7 +112,9 @@ class TransformChain:
         call = _Call(self, native, is_inverse, is_by_feature, needed, in_pytorch, tensors)
         memory = x.new_empty(call.memory_size(x)) if any(needed) else None
         out, failed = x.new_empty(rows, features), ctypes.create_string_buffer(rows)
-        log_dets = None if log_det is None else x.new_empty(x.shape if is_by_feature else rows)
+        log_dets = None
+        if log_det is not None:
+            log_dets = x.new_empty(rows, features) if is_by_feature else x.new_empty(rows)
         arguments, _inputs = call.arguments(x, context, memory)
         arguments.tensors, arguments.out = addresses.buffer_info()[0], out.data_ptr()
         arguments.log_det, arguments.failed = address_of(log_dets), ctypes.addressof(failed)
