@@ -192,10 +192,10 @@ def _find_steps(dependencies: Bool[Tensor, "d d"]) -> Int[Tensor, " d"]:
     step_of = torch.full((len(dependencies),), -1)
     missing, step, readers = dependencies.sum(dim=1), 0, dependencies.T.contiguous()
     while (step_of < 0).any():
-        is_solvable = (missing == 0) & (step_of < 0)
-        if not is_solvable.any():
+        solvable = ((missing == 0) & (step_of < 0)).nonzero().flatten()
+        if not len(solvable):
             raise UnsupportedError("a network that is not autoregressive")
-        step_of[is_solvable] = step
-        missing = missing - readers[is_solvable].sum(dim=0)
+        step_of[solvable] = step
+        missing = missing - readers.index_select(0, solvable).sum(dim=0)  # indexing takes a thousand times as long
         step += 1
     return step_of
