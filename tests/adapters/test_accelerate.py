@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,6 +17,7 @@ from torch import Tensor, nn
 
 import jacobiflow as jf
 from jacobiflow.adapters import registry
+from jacobiflow.native.library import Library
 from tests.helpers.library_flows import CASES, CONTEXT, NATIVE, both, normal, problem_of, same_bits
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -35,6 +38,23 @@ def test_tolerance_0_gives_the_bits_of_the_library(name: str) -> None:
         assert all(x.isfinite().all() for x in expected)
         assert set(original.values()) == {features}
         assert features < 24 or dtype != torch.float32 or all(2 < count < 24 for count in passes.values())
+
+
+@torch.no_grad()
+def test_four_functions_lead_from_a_flow_of_zuko_to_native_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    package, evaluate_chain = str(Path(jf.__file__).parent), Library.evaluate_chain
+    depths: list[int] = []
+
+    def counted(*args: Any) -> int:
+        depths.append(1 + sum(frame.filename.startswith(package) for frame in inspect.stack(context=0)))
+        return evaluate_chain(*args)
+
+    monkeypatch.setattr(Library, "evaluate_chain", counted)
+    _, flow, y, c = problem_of("zuko MAF")
+    with jf.accelerate(flow):
+        flow(c).sample((2,))
+        flow(c).log_prob(y)
+    assert len(depths) == 2 and max(depths) <= 4
 
 
 def test_the_handle_says_what_was_done(monkeypatch: pytest.MonkeyPatch) -> None:

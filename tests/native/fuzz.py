@@ -21,12 +21,8 @@ import torch
 from torch import Tensor, nn
 
 import jacobiflow as jf
-from jacobiflow.adapters.network import MaskedNetwork, find_order
-from jacobiflow.errors import UnsupportedError
-from jacobiflow.native import boundary, library
+from jacobiflow.native import library
 from jacobiflow.native import transformer as native_transformer
-from jacobiflow.native.chain import TransformChain
-from jacobiflow.native.masked import MaskedOperation, Steps, masked_transform
 from tests.helpers import library_flows
 from tests.helpers.native_problems import CASES
 
@@ -238,60 +234,7 @@ def gradient_error(ours: Any, theirs: Any, what: str) -> float:
     return max(errors)
 
 
-def description(rng: random.Random) -> tuple[Any, str]:
-    """Evaluates a masked network whose description has a wrong number. Any result is right that reads within bounds."""
-    features, width, hidden = rng.choice([1, 2, 4]), rng.choice([0, 2]), 6
-    network = MaskedNetwork(torch.arange(2 * features).view(features, 2), first_feature=width)
-    sees = torch.arange(hidden) % features
-    seen = torch.cat([torch.zeros(width, dtype=torch.long), torch.arange(features)])
-    layers = [nn.Linear(width + features, hidden), nn.Linear(hidden, 2 * features)]
-    layers[0].register_buffer("mask", sees.unsqueeze(1) >= seen)
-    layers[1].register_buffer("mask", torch.arange(features).repeat_interleave(2).unsqueeze(1) > sees)
-    network.add_linear(network.add_linear(0, layers[0], nn.ReLU()), layers[1])
-    order, starts, (inputs, *units) = find_order(network)
-    lists = [order, starts, *inputs, *(numbers for pair in units for numbers in pair)]
-    settings = {"parameters": 2, "context": width, "context_start": 0, "bins": 0, "boundary": 0}
-    settings["kind"] = boundary.TransformKind.CLAMPED_AFFINE
-    shapes = [tuple(holder[name].shape) for holder, name in network.tensors]
-    masks = list(network.masks)
-    number = rng.choice([-1, 0, 1, 2, 3, 5, 7, 9, 100, 2**31 - 1])
-    part = rng.choice(["list", "setting", "operation", "shape", "mask", "nothing"])
-    if part == "list" and (changed := rng.choice(lists)):
-        changed[rng.randrange(len(changed))] = number
-    elif part == "setting":
-        settings[rng.choice(list(settings))] = abs(number) % 9
-    elif part == "operation":
-        names = ["kind", "source", "other", "weight", "bias", "is_kept"]
-        setattr(rng.choice(network.operations), rng.choice(names), number)
-    elif part == "shape":
-        shapes[rng.randrange(len(shapes))] = (rng.randrange(9), rng.randrange(9))
-    elif part == "mask":
-        masks[rng.randrange(2)] = torch.ones(rng.randrange(9), rng.randrange(9), dtype=torch.bool)
-
-    def compute() -> Any:
-        operations = list(map(MaskedOperation, network.operations, units, masks))
-        transform = masked_transform(Steps(order, starts, inputs), operations, shapes, **settings)
-        chain, rows, has_graph = TransformChain([(transform, False)]), rng.choice([1, 3, 70]), rng.random() < 0.5
-        x, context = torch.randn(rows, features), torch.randn(rows, width) if width else None
-        tensors = [torch.randn(shape) for shape in shapes]
-        leaves = [t for t in (*tensors, x, context) if t is not None and rng.random() < 0.7]
-        with torch.set_grad_enabled(has_graph):
-            for tensor in leaves:
-                tensor.requires_grad_(has_graph)
-            result = chain.evaluate(tensors, x, context, rng.random() < 0.5, "rows")
-            outputs = () if result is None else (result.values, result.log_det)
-            if outputs and result.values.requires_grad:
-                torch.autograd.grad(outputs, leaves, [*map(torch.randn_like, outputs)], allow_unused=True)
-        return result
-
-    try:
-        ours = compute()
-    except (UnsupportedError, ValueError):
-        ours = None
-    return ours, f"{part}, {number}"
-
-
-KINDS = (transformer, library_flow, description)
+KINDS = (transformer, library_flow)
 
 
 def run(seed: int) -> str:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from jacobiflow.adapters.library_module import is_accelerated, library_class, shallow_copy
 from jacobiflow.adapters.native_module import LibraryCall, ListTransforms, NativeModule, TransformOutput, flatten_batch
+from jacobiflow.errors import UnsupportedError
 from jacobiflow.native import describe as describe_native
 from jacobiflow.native import load_library
 from jacobiflow.native.tensors import is_traced
@@ -229,8 +231,13 @@ class Acceleration:
     ) -> TransformOutput | None:
         """Computes a transform, composition or flow by native code; `None` if it is left to the library.
 
-        The batches of `x` and `context` are broadcast. The other arguments are those of `NativeModule.evaluate`.
-        Without a `library_call` the output only starts the passes, so it is computed at any tolerance.
+        The output has gradients if anything requires one.
+
+        Args:
+            x: Its batch is broadcast with that of the context.
+            library_call: Computes the rows that are not finite, or overflow on the way. Without it the output is `None`
+                if there are such rows; it only starts the passes, so it is computed at any tolerance.
+            log_det: That of `TransformChain.evaluate`.
         """
         if (self.tolerance == 0 and library_call is not None) or is_traced() or torch.is_autocast_enabled("cpu"):
             return None
@@ -239,13 +246,24 @@ class Acceleration:
         except (IndexError, RuntimeError):  # The library raises its own error for these shapes.
             return None
         native = self._native_module(module, context is not None)
-        output = None if native is None else native.evaluate(rows, contexts, is_inverse, library_call, log_det)
-        if native is None or output is None:
+        if native is None or native.obstacle is not None:
             return None
+        in_pytorch = None
+        if library_call is not None and torch.is_grad_enabled():
+            in_pytorch = partial(native.evaluate_in_pytorch, library_call)
+        try:
+            values, log_dets, failed = native.chain.evaluate(
+                native.tensors(), rows, contexts, is_inverse, log_det, in_pytorch
+            )
+        except UnsupportedError:
+            return None
+        if failed is not None:
+            if library_call is None:
+                return None
+            _replace_rows(values, log_dets, failed, partial(library_call, module), rows, contexts)
         self._latest_use.update(native.uses)
         if len(batch) == 1:
-            return output
-        values, log_dets = output
+            return values, log_dets
         values = values.view((*batch, values.shape[-1]))
         return values, None if log_dets is None else log_dets.view((*batch, *log_dets.shape[1:]))
 
@@ -258,5 +276,18 @@ class Acceleration:
         if adapter is None or adapter.list_transforms is None or load_library() is None:
             return None
         native = NativeModule(module, adapter.list_transforms, is_conditional)
+        native.uses = {part: (0, "native") for part in module.modules() if part in self._names}
         self._native_modules[module, is_conditional] = native
         return native
+
+
+def _replace_rows(
+    values: Tensor, log_dets: Tensor | None, failed: Tensor, library_call: Callable[..., TransformOutput],
+    x: Tensor, context: Tensor | None,
+) -> None:  # fmt: skip
+    """Writes the library's own results into the rows that have failed."""
+    rows = failed.nonzero().flatten()
+    context = None if context is None else context.expand(len(x), -1)[rows]
+    values[rows], new_log_dets = library_call(x[rows], context)
+    if log_dets is not None and new_log_dets is not None:
+        log_dets[rows] = new_log_dets

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from jacobiflow.adapters.acceleration import AcceleratedModule
 from jacobiflow.adapters.library_module import library_class
 from jacobiflow.adapters.native_module import TransformOutput, TransformSpec, masked_spec
-from jacobiflow.adapters.network import MaskedNetwork
+from jacobiflow.adapters.network import LibraryNetwork
 from jacobiflow.adapters.passes import invert_by_passes
 from jacobiflow.errors import UnsupportedError
 from jacobiflow.native.boundary import SplineBoundary, TransformKind
@@ -22,11 +22,11 @@ _PYTORCH_PARTS = (nn.ModuleList, nn.Linear, nn.Dropout, nn.Identity)
 
 
 def made_spec(
-    module: Any, library: ModuleType, is_conditional: bool, kind: TransformKind, parameters: int = 2, **settings: Any
+    module: Any, library: ModuleType, is_conditional: bool, kind: TransformKind, parameters: int = 2, **fields: Any
 ) -> TransformSpec:
     """Returns a masked transform; `library` is the Python module that defines the library's MADE."""
     network = _build_network(module.autoregressive_net, library, parameters, is_conditional)
-    return masked_spec(module, network, kind=kind, **settings)
+    return masked_spec(network, kind=kind, **fields)
 
 
 def spline_spec(module: Any, library: ModuleType, is_conditional: bool) -> TransformSpec:
@@ -45,36 +45,36 @@ def spline_spec(module: Any, library: ModuleType, is_conditional: bool) -> Trans
     )  # fmt: skip
 
 
-def _build_network(made: Any, library: ModuleType, parameters: int, is_conditional: bool) -> MaskedNetwork:
+def _build_network(made: Any, library: ModuleType, parameters: int, is_conditional: bool) -> LibraryNetwork:
     """Returns the operations of a MADE. nflows applies an activation to the context, or before the blocks."""
     _check_parts(made, library)
     if is_conditional and not hasattr(made, "context_layer"):
         raise UnsupportedError("a context for a network without")
     is_nflows = hasattr(made, "use_residual_blocks")
-    network = MaskedNetwork(torch.arange(made.final_layer.out_features, device="cpu").view(-1, parameters))
-    value = network.add_linear(0, made.initial_layer)
+    network = LibraryNetwork(torch.arange(made.final_layer.out_features, device="cpu").view(-1, parameters))
+    value = network.add_masked_layer(0, made.initial_layer)
     if is_conditional:
-        value = network.add_context(value, made.context_layer, made.activation if is_nflows else None)
+        value = network.add_context_layer(value, made.context_layer, made.activation if is_nflows else None)
     if is_nflows and not made.use_residual_blocks:
-        value = network.add_activation(value, made.activation)
+        value = network.add_function(value, made.activation)
     for block in made.blocks:
         if hasattr(block, "linear_layers"):
             value = _add_residual_block(network, value, block, is_conditional, is_nflows)
         else:
-            value = network.add_linear(value, block.linear, block.activation)
-    network.add_linear(value, made.final_layer)
+            value = network.add_masked_layer(value, block.linear, block.activation)
+    network.add_masked_layer(value, made.final_layer)
     return network
 
 
-def _add_residual_block(network: MaskedNetwork, before: int, block: Any, is_conditional: bool, is_nflows: bool) -> int:
+def _add_residual_block(network: LibraryNetwork, before: int, block: Any, is_conditional: bool, is_nflows: bool) -> int:
     """Adds value + linear(act(linear(act(value)))). nflows adds the context to hidden units; normflows gates by it."""
     first, second = block.linear_layers
-    value = network.add_linear(network.add_activation(before, block.activation), first)
+    value = network.add_masked_layer(network.add_function(before, block.activation), first)
     if is_conditional and is_nflows:
-        value = network.add_context(value, block.context_layer)
-    value = network.add_linear(network.add_activation(value, block.activation), second)
+        value = network.add_context_layer(value, block.context_layer)
+    value = network.add_masked_layer(network.add_function(value, block.activation), second)
     if is_conditional and not is_nflows:
-        value = network.add_context_gate(value, block.context_layer)
+        value = network.add_gate_layer(value, block.context_layer)
     return network.add_sum(value, before)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -12,19 +11,12 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from jacobiflow.adapters.library_module import copy_with_tensors
-from jacobiflow.adapters.network import MaskedNetwork, Slot, find_order
+from jacobiflow.adapters.network import LibraryNetwork, Slot
 from jacobiflow.adapters.snapshot import ModuleSnapshot, check_call
 from jacobiflow.errors import UnsupportedError
+from jacobiflow.native.boundary import TransformKind
 from jacobiflow.native.chain import TransformChain
-from jacobiflow.native.masked import (
-    ChainTransform,
-    MaskedOperation,
-    Steps,
-    affine_transform,
-    masked_transform,
-    normal_transform,
-    permutation_transform,
-)
+from jacobiflow.native.transforms import ChainTransform, affine_transform, masked_transform
 
 TransformOutput = tuple[Tensor, Tensor | None]
 """The transformed rows, and the log-determinants of the Jacobian if the caller wants them."""
@@ -38,13 +30,11 @@ class TransformSpec:
     """A library's transform as native code takes it.
 
     Attributes:
-        module: The library's module.
-        transform: The native transform. Its operations refer to `tensors` by index.
+        transform: The native transform.
         tensors: Weights, biases, scales and shifts. Their values are read at every call.
         constants: Masks and indices, which must not change.
     """
 
-    module: nn.Module
     transform: ChainTransform
     tensors: Sequence[Slot] = ()
     constants: Sequence[Slot] = ()
@@ -57,38 +47,15 @@ Raises UnsupportedError if native code does not take one of the transforms.
 """
 
 
-def masked_spec(module: nn.Module, network: MaskedNetwork, **settings: Any) -> TransformSpec:
-    """Returns an elementwise transform whose parameters a masked network gives; `settings` are its native fields."""
-    order, starts, (inputs, *units) = find_order(network)
-    operations = list(map(MaskedOperation, network.operations, units, network.masks))
-    features, parameters = network.outputs.shape
-    transform = masked_transform(
-        Steps(order, starts, inputs), operations, _shapes(network.tensors), parameters, network.width - features,
-        network.context, context_start=0 if network.features.start else features, **settings,
-    )  # fmt: skip
-    return TransformSpec(module, transform, network.tensors, network.constants)
+def masked_spec(network: LibraryNetwork, **fields: Any) -> TransformSpec:
+    """Returns an elementwise transform whose parameters a network gives; `fields` are those of `masked_transform`."""
+    return TransformSpec(masked_transform(network, **fields), network.tensors, network.constants)
 
 
-def permutation_spec(module: nn.Module, order: Sequence[int], slot: Slot | None = None) -> TransformSpec:
-    """Returns the transform y_i = x_order[i]; `slot` is the tensor that holds the order."""
-    return TransformSpec(module, permutation_transform(order), constants=() if slot is None else (slot,))
-
-
-def affine_spec(module: nn.Module, scale: Slot, shift: Slot) -> TransformSpec:
-    """Returns the transform y = scale x + shift; both have one number, or one for each feature."""
-    return TransformSpec(module, affine_transform(*_shapes((scale, shift))), (scale, shift))
-
-
-def normal_spec(module: nn.Module, scale: Slot, loc: Slot) -> TransformSpec:
-    """Returns the transform y = x whose log-determinant is the log-density of N(loc, scale^2) at x."""
-    shapes = _shapes((scale, loc))
-    if len(shapes[0]) != 1 or shapes[0] != shapes[1]:
-        raise UnsupportedError("a normal distribution of another shape")
-    return TransformSpec(module, normal_transform(shapes[0][0]), (scale, loc))
-
-
-def _shapes(slots: Sequence[Slot]) -> list[torch.Size]:
-    return [holder[name].shape for holder, name in slots]
+def affine_spec(scale: Slot, shift: Slot, kind: Any = TransformKind.AFFINE) -> TransformSpec:
+    """Returns the transform y = scale x + shift, or another kind of `affine_transform`."""
+    of_scale, of_shift = (holder[name].shape for holder, name in (scale, shift))
+    return TransformSpec(affine_transform(of_scale, of_shift, kind), (scale, shift))
 
 
 class NativeModule:
@@ -97,19 +64,22 @@ class NativeModule:
     Attributes:
         snapshot: The module as it was when this was made.
         obstacle: Why native code does not take the module, or `None` if it does.
-        uses: For each of its transforms, the number of passes and the backend, as `Acceleration` records them.
+        chain: Its transforms.
+        uses: What `Acceleration` records of a call: for each transform, the number of passes and the backend.
     """
+
+    chain: TransformChain
+    uses: dict[nn.Module, tuple[int, str]]
 
     def __init__(self, module: nn.Module, list_transforms: ListTransforms, is_conditional: bool) -> None:
         self._module = module
         self.obstacle: str | None = None
-        self.uses: dict[nn.Module, tuple[int, str]] = {}
         constants: list[Slot] = []
         try:
             for child in module.modules():
                 check_call(child)
             specs = list(list_transforms(module, is_conditional))
-            self._chain = TransformChain([(spec.transform, is_inverted) for spec, is_inverted in specs])
+            self.chain = TransformChain([(spec.transform, is_inverted) for spec, is_inverted in specs])
             constants = [slot for spec, _ in specs for slot in spec.constants]
             if any(holder[name].is_inference() for holder, name in constants):
                 raise UnsupportedError("masks of inference mode")  # They do not count their changes.
@@ -117,49 +87,13 @@ class NativeModule:
             self.obstacle, constants = str(error), []
         else:
             self._tensors = [slot for spec, _ in specs for slot in spec.tensors]
-            self.uses = {spec.module: (0, "native") for spec, _ in specs}
         self.snapshot = ModuleSnapshot(module, constants)
 
-    def evaluate(
-        self,
-        x: Float[Tensor, "b d"],
-        context: Float[Tensor, "#b c"] | None,
-        is_inverse: bool,
-        library_call: LibraryCall | None,
-        log_det: str | None = None,
-    ) -> TransformOutput | None:
-        """Computes the module or its inverse; `None` if native code cannot.
+    def tensors(self) -> list[Any]:
+        """Returns the tensors of the chain as they are now."""
+        return [holder.get(name) for holder, name in self._tensors]
 
-        The output has gradients if anything requires one. For `log_det` see `native.chain.TransformChain.evaluate`.
-
-        Args:
-            library_call: Computes the rows that are not finite, or overflow on the way. If there are such rows, the
-                result is `None` without it, or if the output needs gradients.
-        """
-        if self.obstacle is not None:
-            return None
-        tensors: list[Any] = [holder.get(name) for holder, name in self._tensors]
-        in_pytorch = None
-        if library_call is not None and torch.is_grad_enabled():
-            in_pytorch = partial(self._evaluate_in_pytorch, library_call)
-        try:
-            result = self._chain.evaluate(tensors, x, context, is_inverse, log_det, in_pytorch)
-        except UnsupportedError:
-            return None
-        if result.failed is None:
-            return result.values, result.log_det
-        if library_call is None:
-            return None
-        rows = result.failed.nonzero().flatten()
-        values, log_dets = library_call(
-            self._module, x[rows], None if context is None else context.expand(len(x), -1)[rows]
-        )
-        result.values[rows] = values
-        if result.log_det is not None and log_dets is not None:
-            result.log_det[rows] = log_dets
-        return result.values, result.log_det
-
-    def _evaluate_in_pytorch(
+    def evaluate_in_pytorch(
         self, library_call: LibraryCall, x: Tensor, context: Tensor | None, tensors: Sequence[Tensor]
     ) -> TransformOutput:
         """Repeats a call by the library's code, with these tensors as weights."""

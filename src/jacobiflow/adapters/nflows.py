@@ -18,9 +18,10 @@ from nflows.transforms.standard import AffineTransform, PointwiseAffineTransform
 from jacobiflow.adapters.acceleration import Adapter
 from jacobiflow.adapters.library_module import library_class
 from jacobiflow.adapters.made import AcceleratedComposition, AcceleratedTransform, made_spec, spline_spec
-from jacobiflow.adapters.native_module import TransformSpec, affine_spec, permutation_spec
+from jacobiflow.adapters.native_module import TransformSpec, affine_spec
 from jacobiflow.errors import UnsupportedError
 from jacobiflow.native.boundary import TransformKind
+from jacobiflow.native.transforms import permutation_transform
 
 
 def list_transforms(
@@ -43,9 +44,10 @@ def _transform_spec(module: Any, kind: Any, is_conditional: bool) -> TransformSp
     if kind is MaskedPiecewiseRationalQuadraticAutoregressiveTransform:
         return spline_spec(module, made, is_conditional)
     if kind in (Permutation, RandomPermutation, ReversePermutation) and module._dim == 1:
-        return permutation_spec(module, module._permutation.tolist(), (module._buffers, "_permutation"))
+        order = permutation_transform(module._permutation.tolist())
+        return TransformSpec(order, constants=[(module._buffers, "_permutation")])
     if kind in (PointwiseAffineTransform, AffineTransform):
-        return affine_spec(module, (module._buffers, "_scale"), (module._buffers, "_shift"))
+        return affine_spec((module._buffers, "_scale"), (module._buffers, "_shift"))
     raise UnsupportedError(kind.__name__)
 
 

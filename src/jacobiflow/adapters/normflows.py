@@ -16,9 +16,10 @@ from torch import Tensor
 from jacobiflow.adapters.acceleration import AcceleratedModule, Adapter
 from jacobiflow.adapters.library_module import library_class
 from jacobiflow.adapters.made import AcceleratedTransform, context_args, evaluate_by_native, made_spec, spline_spec
-from jacobiflow.adapters.native_module import TransformSpec, permutation_spec
+from jacobiflow.adapters.native_module import TransformSpec
 from jacobiflow.errors import UnsupportedError
 from jacobiflow.native.boundary import TransformKind
+from jacobiflow.native.transforms import permutation_transform
 
 
 def list_transforms(module: Any, is_conditional: bool) -> Iterator[tuple[TransformSpec, bool]]:
@@ -35,10 +36,12 @@ def list_transforms(module: Any, is_conditional: bool) -> Iterator[tuple[Transfo
         kind = TransformKind.SIGMOID_AFFINE
         yield made_spec(module, made, is_conditional, kind, logit_shift=2.0, min_scale=1e-3), False
     elif kind is Permute and module.mode == "shuffle":
-        yield permutation_spec(module, module.perm.tolist(), (module._buffers, "perm")), False
+        order = permutation_transform(module.perm.tolist())
+        yield TransformSpec(order, constants=[(module._buffers, "perm")]), False
     elif kind is Permute and module.mode == "swap":
         half = module.num_channels // 2
-        yield permutation_spec(module, [*range(half, module.num_channels), *range(half)]), False
+        order = permutation_transform([*range(half, module.num_channels), *range(half)])
+        yield TransformSpec(order), False
     else:
         raise UnsupportedError(kind.__name__)
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from jacobiflow.adapters.acceleration import AcceleratedModule, Adapter, accelerate_module
 from jacobiflow.adapters.library_module import library_class
 from jacobiflow.adapters.native_module import TransformOutput, TransformSpec, masked_spec
-from jacobiflow.adapters.network import MaskedNetwork
+from jacobiflow.adapters.network import LibraryNetwork
 from jacobiflow.adapters.passes import invert_by_passes
 from jacobiflow.errors import UnsupportedError
 from jacobiflow.native.boundary import SplineBoundary, TransformKind
@@ -44,7 +44,7 @@ def list_transforms(module: Any, is_conditional: bool) -> Iterator[tuple[Transfo
         raise UnsupportedError(f"the network {type(network).__name__}")
     if list(network.param_dims) != sizes:
         raise UnsupportedError("parameters of other sizes")
-    yield masked_spec(module, _build_network(network), **settings), False
+    yield masked_spec(_build_network(network), **settings), False
 
 
 def _spline_fields(options: Mapping[str, Any]) -> tuple[dict[str, Any], list[int]]:
@@ -58,17 +58,17 @@ def _spline_fields(options: Mapping[str, Any]) -> tuple[dict[str, Any], list[int
     }, [bins, bins, bins - 1, *([bins] if order == "linear" else [])]  # fmt: skip
 
 
-def _build_network(arn: Any) -> MaskedNetwork:
+def _build_network(arn: Any) -> LibraryNetwork:
     *hidden, last = arn.layers
     if any(type(layer) is not MaskedLinear for layer in arn.layers):
         raise UnsupportedError("layers of another kind")
     outputs = torch.arange(last.out_features, device="cpu").view(-1, arn.input_dim).t()
-    network, value = MaskedNetwork(outputs, first_feature=arn.context_dim), 0
+    network, value = LibraryNetwork(outputs, context_columns=range(arn.context_dim)), 0
     for layer in hidden:
-        value = network.add_linear(value, layer, arn.f)
-    value = network.add_linear(value, last)
+        value = network.add_masked_layer(value, layer, arn.f)
+    value = network.add_masked_layer(value, last)
     if arn.skip_layer is not None:
-        network.add_sum(network.add_linear(0, arn.skip_layer), value)
+        network.add_sum(network.add_masked_layer(0, arn.skip_layer), value)
     return network
 
 

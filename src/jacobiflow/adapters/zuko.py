@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.distributions import AffineTransform, Transform
 from torch.distributions.transforms import _InverseTransform
+from torch.distributions.utils import _standard_normal
 from zuko.distributions import DiagNormal, NormalizingFlow
 from zuko.flows.autoregressive import MaskedAutoregressiveTransform
 from zuko.flows.spline import CircularRQSTransform
@@ -32,13 +33,12 @@ from jacobiflow.adapters.native_module import (
     TransformSpec,
     affine_spec,
     masked_spec,
-    normal_spec,
-    permutation_spec,
 )
-from jacobiflow.adapters.network import MaskedNetwork, Slot
+from jacobiflow.adapters.network import LibraryNetwork, Slot
 from jacobiflow.adapters.passes import invert_by_passes
 from jacobiflow.errors import UnsupportedError
 from jacobiflow.native.boundary import SplineBoundary, TransformKind
+from jacobiflow.native.transforms import permutation_transform
 
 
 def list_transforms(
@@ -48,7 +48,8 @@ def list_transforms(
     kind = library_class(module)
     if issubclass(kind, Flow):
         yield from list_transforms(module.transform, is_conditional)
-        yield _base_spec(module.base), False
+        loc, scale = _normal_base(module.base)
+        yield affine_spec(scale, loc, TransformKind.NORMAL), False
     elif kind is LazyComposedTransform:
         for part in reversed(module.transforms) if is_inverted else module.transforms:
             yield from list_transforms(part, is_conditional, is_inverted)
@@ -65,22 +66,23 @@ def list_transforms(
 def _autoregressive_spec(module: Any) -> TransformSpec:
     if type(module.hyper) is not MaskedMLP:
         raise UnsupportedError(f"the network {type(module.hyper).__name__}")
-    network = MaskedNetwork(torch.arange(module.hyper[-1].out_features, device="cpu").view(-1, module.total))
+    outputs = torch.arange(module.hyper[-1].out_features, device="cpu").view(-1, module.total)
+    network = LibraryNetwork(outputs, context_columns=range(len(outputs), module.hyper[0].in_features))
     _add_layers(network, 0, list(module.hyper))
-    return masked_spec(module, network, **_univariate_fields(module.univariate, list(module.shapes)))
+    return masked_spec(network, **_univariate_fields(module.univariate, list(module.shapes)))
 
 
-def _add_layers(network: MaskedNetwork, value: int, modules: list[nn.Module]) -> int:
+def _add_layers(network: LibraryNetwork, value: int, modules: list[nn.Module]) -> int:
     """Adds masked layers, activations and residual blocks, one after the other."""
     while modules:
         module, *modules = modules
         if type(module) is MaskedLinear:
             function = modules.pop(0) if modules and type(modules[0]) not in (MaskedLinear, Residual) else None
-            value = network.add_linear(value, module, function)
+            value = network.add_masked_layer(value, module, function)
         elif type(module) is Residual:
             value = network.add_sum(_add_layers(network, value, list(module.children())), value)
         else:
-            value = network.add_activation(value, module)
+            value = network.add_function(value, module)
     return value
 
 
@@ -110,23 +112,33 @@ def _univariate_fields(univariate: Any, shapes: list[Any]) -> dict[str, Any]:
 
 def _unconditional_spec(module: Any) -> TransformSpec:
     """Returns a permutation, or an affine transform whose scale and shift are parameters."""
-    names, slots = _argument_slots(module)
-    if module.f is PermutationTransform and len(names) == 1:
-        return permutation_spec(module, getattr(module, names[0]).tolist(), slots[0])
-    are_tensors = all(isinstance(getattr(module, name), Tensor) for name in names)
-    if module.f is AffineTransform and names in (["loc", "scale"], ["_0", "_1"]) and are_tensors:
-        return affine_spec(module, scale=slots[1], shift=slots[0])
+    slots = _argument_slots(module)
+    if module.f is PermutationTransform and len(slots) == 1:
+        (holder, name), *_ = slots.values()
+        return TransformSpec(permutation_transform(holder[name].tolist()), constants=[(holder, name)])
+    if module.f is AffineTransform:
+        loc, scale = _location_scale(module)
+        return affine_spec(scale, loc)
     raise UnsupportedError(f"UnconditionalTransform of {_name_of(module.f)}")
 
 
-def _base_spec(module: Any) -> TransformSpec:
-    """Returns the base of a flow, a normal distribution."""
+def _normal_base(module: Any) -> tuple[Slot, Slot]:
+    """Returns the location and the scale of a base, if it is a normal distribution."""
     if type(module) is not UnconditionalDistribution:
         raise UnsupportedError(f"the base {type(module).__name__}")
-    names, slots = _argument_slots(module)
-    if module.f is DiagNormal and names in (["_0", "_1"], ["loc", "scale"]):
-        return normal_spec(module, scale=slots[1], loc=slots[0])
-    raise UnsupportedError(f"the base {_name_of(module.f)}")
+    if module.f is not DiagNormal:
+        raise UnsupportedError(f"the base {_name_of(module.f)}")
+    return _location_scale(module)
+
+
+def _location_scale(module: Any) -> tuple[Slot, Slot]:
+    """Returns the arguments of a lazy module, if these are a location and a scale for all features or for each."""
+    slots = _argument_slots(module)
+    tensors = [holder.get(name) for holder, name in slots.values()]
+    if [*slots] not in (["loc", "scale"], ["_0", "_1"]) or any(t is None or t.ndim > 1 for t in tensors):
+        raise UnsupportedError(f"the arguments of {_name_of(module.f)}")
+    loc, scale = slots.values()
+    return loc, scale
 
 
 def _name_of(constructor: Any) -> str:
@@ -134,10 +146,10 @@ def _name_of(constructor: Any) -> str:
     return getattr(constructor, "__name__", type(constructor).__name__)
 
 
-def _argument_slots(module: Any) -> tuple[list[str], list[Slot]]:
-    """Returns the names of the arguments with which a lazy module calls its constructor, and their slots."""
+def _argument_slots(module: Any) -> dict[str, Slot]:
+    """Returns the slots of the arguments with which a lazy module calls its constructor, by name."""
     names = [*(f"_{i}" for i in range(module._nargs)), *module._keys]
-    return names, [(module._buffers if name in module._buffers else module._parameters, name) for name in names]
+    return {name: (module._buffers if name in module._buffers else module._parameters, name) for name in names}
 
 
 class _AcceleratedTransform(Transform):
@@ -259,6 +271,25 @@ class AcceleratedNormalizingFlow(NormalizingFlow):  # type: ignore[misc]
         else:
             raise AttributeError(name)
         return vars(self)[name]
+
+    def rsample(self, shape: Any = ()) -> Float[Tensor, "*batch d"]:
+        """Returns samples."""
+        module = self.module
+        if module is None or not is_accelerated(module):
+            return super().rsample(shape)
+
+        def library_call(module: Any, z: Tensor, context: Tensor | None) -> TransformOutput:
+            return library_class(module).forward(module, context).transform.inv(z), None
+
+        try:
+            loc, scale = (holder[name] for holder, name in _normal_base(module.base))
+        except UnsupportedError:
+            return super().rsample(shape)
+        batch = () if self.context is None else self.context.shape[:-1]
+        all_shape = (*shape, *batch, max(loc.numel(), scale.numel()))
+        z = loc + _standard_normal(all_shape, loc.dtype, loc.device) * scale  # the numbers that zuko's base draws
+        result = module.acceleration.evaluate(module, z, self.context, True, library_call)
+        return self.transform.inv(z) if result is None else result[0]
 
     def log_prob(self, x: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch"]:
         """Returns the log-density of x."""

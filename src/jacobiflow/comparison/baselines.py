@@ -23,8 +23,7 @@ from torch.nn import functional as F
 from jacobiflow.blocks.base import ScaleShift
 from jacobiflow.blocks.guidance import Guidance, SamplingSettings
 from jacobiflow.models.flow import Flow, check_flow
-from jacobiflow.models.maf import MAF, MAFBlock
-from jacobiflow.models.masked_network import run_masked_layers
+from jacobiflow.models.maf import MAF, MAFBlock, run_masked_layers
 from jacobiflow.models.starflow import STARFlow, STARFlowBlock
 from jacobiflow.models.tarflow import TarFlow, TarFlowBlock
 from jacobiflow.models.transformer.attention import Attention, AttentionBlock, Rotation

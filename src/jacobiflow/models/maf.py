@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import pairwise
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -23,17 +24,12 @@ from jacobiflow.errors import InputValueError, UnsupportedError
 from jacobiflow.models.config import check_sizes
 from jacobiflow.models.flow import Flow, Images
 from jacobiflow.models.labels import embed_classes
-from jacobiflow.models.maf_native import NativeLayout, describe_block
-from jacobiflow.models.masked_network import (
-    MaskedLayer,
-    MaskedLinear,
-    count_units_below,
-    run_masked_layers,
-    run_rows,
-    split_outputs,
-)
 from jacobiflow.models.registry import register_flow
 from jacobiflow.native import usable_library
+from jacobiflow.native.boundary import Activation, TransformKind
+from jacobiflow.native.chain import TransformChain
+from jacobiflow.native.masked_network import MaskedNetwork
+from jacobiflow.native.transforms import masked_transform
 from jacobiflow.utils.checks import check_fields, check_number
 
 _MIN_STD = 1e-3
@@ -76,6 +72,53 @@ class MAFConfig:
         return self.in_channels * self.image_size**2
 
 
+class MaskedLayer(NamedTuple):
+    """A layer h -> h weight^T + offset, of a masked weight, and a bias plus the classes' part."""
+
+    weight: Float[Tensor, "o i"]
+    offset: Float[Tensor, "#b o"]
+
+
+class MaskedLinear(nn.Module):
+    """A dense layer in which an output of degree d sees the inputs of degree d and below, with a bias per class."""
+
+    def __init__(self, in_degrees: np.ndarray, out_degrees: np.ndarray, num_classes: int) -> None:
+        super().__init__()
+        self.in_degrees, self.out_degrees = in_degrees, out_degrees
+        dense = nn.Linear(len(in_degrees), len(out_degrees))
+        self.weight, self.bias = dense.weight, dense.bias
+        self.class_embed = nn.Parameter(torch.zeros(num_classes, len(out_degrees))) if num_classes else None
+
+    def offset(self, labels: Int[Tensor, " b"] | None) -> Float[Tensor, "#b o"]:
+        """Returns the bias plus the part of each row's class."""
+        classes = embed_classes(self.class_embed, labels)
+        return self.bias.unsqueeze(0) if classes is None else self.bias + classes
+
+    def apply_mask(self, weight: Float[Tensor, "o i"]) -> Float[Tensor, "o i"]:
+        """Returns a weight times the mask."""
+        inputs, outputs = (torch.from_numpy(d).to(weight.device) for d in (self.in_degrees, self.out_degrees))
+        return weight.masked_fill(outputs.unsqueeze(1) < inputs, 0)
+
+
+def run_masked_layers(x: Tokens, layers: Sequence[MaskedLayer]) -> ScaleShift:
+    """Returns log-scale and shift of every entry."""
+    h = x.squeeze(-1).to(layers[0].weight.dtype)
+    for layer in layers[:-1]:
+        h = F.relu(F.linear(h, layer.weight) + layer.offset)
+    return _split_outputs(F.linear(h, layers[-1].weight) + layers[-1].offset, x.dtype)
+
+
+def _run_rows(layer: MaskedLayer, rows: slice, inputs: Float[Tensor, "b i"]) -> Float[Tensor, "b n"]:
+    """Returns outputs `rows` of a layer from its first `inputs`; the mask hides all other inputs from them."""
+    return torch.addmm(layer.offset[:, rows], inputs, layer.weight[rows, : inputs.shape[1]].T)
+
+
+def _split_outputs(out: Float[Tensor, "b n2"], dtype: torch.dtype) -> ScaleShift:
+    """Returns log-scale and shift, which are alternate outputs of the last layer."""
+    log_scale, shift = out.to(dtype).unflatten(1, (-1, 2)).chunk(2, dim=-1)
+    return log_scale, shift
+
+
 @dataclass(frozen=True)
 class MAFCache:
     """Tokens and hidden units of a block while it is solved, and its layers with a row of offsets per sample.
@@ -107,14 +150,10 @@ class MAFBlock(FlowBlock):
 
     def __init__(self, config: MAFConfig, permutation: Permutation) -> None:
         super().__init__()
+        self.config, self.permutation = config, permutation
         self.num_tokens, self.hidden_features = config.num_tokens, config.hidden_features
-        self.permutation = permutation
-        tokens = np.arange(self.num_tokens)
-        units = np.arange(self.hidden_features) * (self.num_tokens - 1) // self.hidden_features
-        entries = (tokens - 1).repeat(2)  # Entry t sees what a unit of degree t - 1 sees.
-        degrees = [tokens, *[units] * config.hidden_layers, entries]
         self.layers = nn.ModuleList(  # type: ignore[assignment]
-            MaskedLinear(seen, by, config.num_classes) for seen, by in pairwise(degrees)
+            MaskedLinear(seen, by, config.num_classes) for seen, by in _layer_degrees(config)
         )
         nn.init.zeros_(self.layers[-1].weight)
         nn.init.zeros_(self.layers[-1].bias)
@@ -143,14 +182,18 @@ class MAFBlock(FlowBlock):
     def affine(self, x: Tokens, start: int, stop: int, cache: MAFCache) -> ScaleShift:
         first, last = max(start - 1, 0), stop - 1
         cache.tokens[:, first:last] = x[:, first:last, 0]
-        new = slice(*(count_units_below(degree, self.num_tokens, self.hidden_features) for degree in (first, last)))
+        new = slice(*map(self._count_units_below, (first, last)))
         inputs = cache.tokens[:, :last]
         *inner, final = cache.layers
         for layer, hidden in zip(inner, cache.hidden, strict=True):
-            hidden[:, new] = F.relu(run_rows(layer, new, inputs))
+            hidden[:, new] = F.relu(_run_rows(layer, new, inputs))
             inputs = hidden[:, : new.stop]
-        out = run_rows(final, slice(2 * start, 2 * stop), inputs)
-        return split_outputs(out, x.dtype)
+        out = _run_rows(final, slice(2 * start, 2 * stop), inputs)
+        return _split_outputs(out, x.dtype)
+
+    def _count_units_below(self, degree: int) -> int:
+        """Returns the number of units of a hidden layer with a degree below `degree`; they are its first ones."""
+        return -(-degree * self.hidden_features // max(self.num_tokens - 1, 1))
 
     def row_bytes(self) -> int:
         # These are tokens, hidden units, offsets of all layers, and the outputs.
@@ -174,17 +217,20 @@ class MAFBlock(FlowBlock):
         usable_library(tokens)
         if tokens.shape[2:] != (1,):
             raise UnsupportedError(f"tokens {tuple(tokens.shape)} with other than one channel")
-        tensors = [tensor for layer in self.layers for tensor in (layer.weight, layer.bias)]
-        tables = [layer.class_embed for layer in self.layers if layer.class_embed is not None]
-        tensors += [table.t() for table in tables]
-        classes = embed_classes(torch.eye(len(tables[0]), dtype=tokens.dtype), context.values) if tables else None
+        num_classes = self.config.num_classes
+        table = torch.eye(num_classes, dtype=tokens.dtype) if num_classes else None
+        tensors: list[Tensor] = []
+        for layer in self.layers:
+            tensors += [layer.weight, layer.bias]
+            if layer.class_embed is not None:
+                tensors.append(layer.class_embed.t())
         if guidance is not None:
-            tensors += [layer.offset(None).squeeze(0) for layer in self.layers]
-            tensors.append(torch.stack(guidance.weights(tokens), dim=1))
-        shapes = tuple(tensor.shape for tensor in tensors)
-        chain = describe_block(NativeLayout(shapes, len(self.layers), bool(tables), guidance is not None))
+            tensors += [each for layer in self.layers for each in (layer.weight, layer.offset(None).squeeze(0))]
+            tensors.append(torch.stack(guidance.weights(tokens), dim=1).flatten())
         tensors = [tensor.contiguous() for tensor in tensors]
+        classes = embed_classes(table, context.values)
         in_pytorch = None if is_inverse else self._encode_in_pytorch
+        chain = _describe_block(self.config, guidance is not None)
         result = chain.evaluate(tensors, tokens.squeeze(-1), classes, is_inverse, "rows", in_pytorch)
         assert result.log_det is not None
         return result.values.unsqueeze(-1), result.log_det
@@ -193,12 +239,10 @@ class MAFBlock(FlowBlock):
         self, x: Float[Tensor, "b t"], classes: Float[Tensor, "#b n"] | None, tensors: Sequence[Tensor]
     ) -> tuple[Float[Tensor, "b t"], Float[Tensor, " b"]]:
         """Returns latents and log|det|, from the tensors that native code reads, for second derivatives."""
-        layers = []
-        for i, layer in enumerate(self.layers):
-            offset = tensors[2 * i + 1].unsqueeze(0)
-            if classes is not None:
-                offset = offset + F.linear(classes, tensors[2 * len(self.layers) + i])
-            layers.append(MaskedLayer(layer.apply_mask(tensors[2 * i]), offset))
+        layers, each = [], iter(tensors)
+        for layer in self.layers:
+            weight, offset = layer.apply_mask(next(each)), next(each).unsqueeze(0)
+            layers.append(MaskedLayer(weight, offset if classes is None else offset + F.linear(classes, next(each))))
         log_scale, shift = (part.squeeze(-1) for part in run_masked_layers(x.unsqueeze(-1), layers))
         return (x - shift) * torch.exp(-log_scale), -log_scale.sum(dim=1)
 
@@ -218,6 +262,39 @@ class MAFBlock(FlowBlock):
         std = (inverse * (x - shift - added_shift)).std(dim=0, correction=0)
         added_log_scale = torch.where(std > _MIN_STD, std, 1).log()
         self.layers[-1].bias.add_(torch.stack((added_log_scale, added_shift), dim=1).flatten())
+
+
+def _layer_degrees(config: MAFConfig) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Returns the degrees of the inputs and of the outputs of each layer."""
+    tokens = np.arange(config.num_tokens)
+    units = np.arange(config.hidden_features) * (config.num_tokens - 1) // config.hidden_features
+    entries = (tokens - 1).repeat(2)  # Entry t sees what a unit of degree t - 1 sees.
+    return list(pairwise([tokens, *[units] * config.hidden_layers, entries]))
+
+
+@lru_cache(maxsize=32)
+def _describe_block(config: MAFConfig, is_guided: bool) -> TransformChain:
+    """Returns the chain of one transform that native code evaluates for a block, see `MAFBlock._evaluate`."""
+    network = MaskedNetwork(torch.arange(2 * config.num_tokens, device="cpu").view(-1, 2))
+    value = _add_layers(network, config, config.num_classes)
+    if is_guided:
+        network.add_guidance(value, _add_layers(network, config, num_classes=0))
+    return TransformChain([(masked_transform(network, kind=TransformKind.LOG_AFFINE), False)])
+
+
+def _add_layers(network: MaskedNetwork, config: MAFConfig, num_classes: int) -> int:
+    """Adds the layers of a block."""
+    value, degrees = 0, _layer_degrees(config)
+    for i, (seen, by) in enumerate(degrees):
+        mask = torch.from_numpy(by[:, None] >= seen)
+        activation = {"activation": Activation.RELU} if i + 1 < len(degrees) else {}
+        if not num_classes:
+            value = network.add_linear(value, mask, **activation)
+            continue
+        value = network.add_context(network.add_linear(value, mask), num_classes, has_bias=False)
+        if activation:
+            value = network.add_activation(value, **activation)
+    return value
 
 
 @register_flow

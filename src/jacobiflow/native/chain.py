@@ -16,17 +16,16 @@ from torch import Tensor
 from jacobiflow.errors import UnsupportedError
 from jacobiflow.native.boundary import ChainArgs, GradientArgs, Transform
 from jacobiflow.native.library import Library, compiled_library
-from jacobiflow.native.masked import ChainTransform
 from jacobiflow.native.tensors import address_of, addresses_of, check_tensor, is_plain
+from jacobiflow.native.transforms import ChainTransform
 from jacobiflow.utils.autograd import check_first_derivative, is_batched
-from jacobiflow.utils.checks import format_value
 
 _MAX_ACTIVATION_BYTES = 24 << 20  # memory for the backward pass; above, computing activations again is faster
 _TILE_VECTORS = 4  # vectors of a tile, to which rows are padded, see `Tiles` in masked.h
 
 
 class Result(NamedTuple):
-    """Rows of a chain. `failed` marks rows that are not finite or overflowed on the way, and is `None` without any."""
+    """Rows of a chain. `failed` marks those that are not finite or overflowed on the way; `None` if there are none."""
 
     values: Float[Tensor, "b d"]
     log_det: Float[Tensor, "*bd"] | None
@@ -84,9 +83,7 @@ class TransformChain:
         log_det: str | None,
         in_pytorch: InPyTorch | None = None,
     ) -> Result:
-        """Computes the chain or its inverse.
-
-        The results have gradients if an input requires one.
+        """Computes the chain or its inverse. The results have gradients if an input requires one.
 
         Args:
             tensors: The tensors of all transforms, in the dtype of `x`.
@@ -97,31 +94,40 @@ class TransformChain:
             in_pytorch: Computes the same for second derivatives, which raise an error without it.
 
         Raises:
-            UnsupportedError: If native code does not take the inputs, or if a row fails and gradients are needed.
+            UnsupportedError: If native code does not take the inputs, or if a row fails whose gradients are needed.
             MemoryError: If it has too little memory.
         """
-        native, dtype = compiled_library(), x.dtype
-        width = 0 if context is None else context.shape[1]
-        if native is None or dtype not in (torch.float32, torch.float64) or not is_plain(x, dtype):
-            raise UnsupportedError(f"no native code for {format_value(x)}")
-        if x.shape[1] != self.features or width != self.context or (log_det == "features" and len(self._parts) > 1):
-            raise UnsupportedError(f"{x.shape[1]} features and a context of {width}")
-        if context is not None and not (is_plain(context, dtype) and context.shape[0] in (1, x.shape[0])):
-            raise UnsupportedError(f"the context {format_value(context)}")
+        native, dtype, (rows, features) = compiled_library(), x.dtype, x.shape
+        if native is None:
+            raise UnsupportedError("no native library")
+        width, is_by_feature = 0 if context is None else context.shape[1], log_det == "features"
+        if features != self.features or width != self.context:
+            raise UnsupportedError("rows or a context of another width")
+        if not (is_plain(x, torch.float32) or is_plain(x, torch.float64)):
+            raise UnsupportedError(f"rows of {dtype}, or not on a CPU")
+        if context is not None and not (is_plain(context, dtype) and context.shape[0] in (1, rows)):
+            raise UnsupportedError("a context that does not fit the rows")
         inputs = (x, context, *tensors)
         needed = [t is not None and t.requires_grad for t in inputs] if torch.is_grad_enabled() else []
-        call = _Call(self, native, is_inverse, log_det == "features", needed, in_pytorch, tensors)
-        addresses = addresses_of(tensors, self.shapes, dtype, self._addresses.get(dtype))
-        self._addresses[dtype] = addresses
+        self._addresses[dtype] = addresses = addresses_of(tensors, self.shapes, dtype, self._addresses.get(dtype))
+        call = _Call(self, native, is_inverse, is_by_feature, needed, in_pytorch, tensors)
         memory = x.new_empty(call.memory_size(x)) if any(needed) else None
-        result = call.evaluate(x, context, addresses, log_det is not None, memory)
+        out, failed = x.new_empty(rows, features), ctypes.create_string_buffer(rows)
+        log_dets = None
+        if log_det is not None:
+            log_dets = x.new_empty(rows, features) if is_by_feature else x.new_empty(rows)
+        arguments, _inputs = call.arguments(x, context, memory)
+        arguments.tensors, arguments.out = addresses.buffer_info()[0], out.data_ptr()
+        arguments.log_det, arguments.failed = address_of(log_dets), ctypes.addressof(failed)
+        num_failed = native.evaluate_chain(arguments, dtype)
+        result = Result(out, log_dets, torch.frombuffer(failed, dtype=torch.bool) if num_failed else None)
         if memory is None:
             return result
-        if result.failed is not None:
+        if num_failed:
             raise UnsupportedError("gradients of rows that are not finite")
         call.versions = _versions(tensors)
-        values, *log_dets = _Gradients.apply(call, memory, result, (x, context), *compress(inputs, needed))
-        return Result(values, log_dets[0] if log_dets else None, None)
+        values, log_dets = _Gradients.apply(call, memory, result, (x, context), *compress(inputs, needed))
+        return Result(values, log_dets, None)
 
 
 @dataclass(slots=True)
@@ -142,20 +148,6 @@ class _Call:
     tensors: Sequence[Tensor]
     versions: Sequence[tuple[int, int]] = ()
 
-    def evaluate(
-        self, x: Tensor, context: Tensor | None, addresses: array[int], has_log_det: bool,
-        memory: Tensor | None = None,
-    ) -> Result:  # fmt: skip
-        """Computes the result, and in `memory` what `differentiate` needs."""
-        rows, features = x.shape
-        out, failed = x.new_empty(rows, features), ctypes.create_string_buffer(rows)
-        log_det = (x.new_empty(rows, features) if self.is_by_feature else x.new_empty(rows)) if has_log_det else None
-        arguments, _inputs = self._arguments(x, context, memory)
-        arguments.tensors, arguments.out = addresses.buffer_info()[0], out.data_ptr()
-        arguments.log_det, arguments.failed = address_of(log_det), ctypes.addressof(failed)
-        count = self.native.evaluate_chain(arguments, x.dtype)
-        return Result(out, log_det, torch.frombuffer(failed, dtype=torch.bool) if count else None)
-
     def memory_size(self, x: Tensor) -> int:
         """Returns the size of memory for packed weights, and for the activations of all rows unless they are many."""
         packed, activations = self.chain.sizes(self.native)
@@ -171,15 +163,13 @@ class _Call:
         shape, dtype = (x.shape[0], self.chain.features), x.dtype
         # A hook on saved tensors, see torch.autograd.graph.saved_tensors_hooks, may have returned anything.
         memory, x = check_tensor(memory, (self.memory_size(x),), dtype), check_tensor(x, shape, dtype)
-        grad_out, grad_log_det = (
-            None if c is None else check_tensor(c, shape[: c.ndim], dtype) for c in (*cotangents, None)[:2]
-        )
+        grad_out, grad_log_det = (None if c is None else check_tensor(c, shape[: c.ndim], dtype) for c in cotangents)
         wants_x, wants_context, *wants_tensors = wanted
         grad_x = x.new_empty(shape) if wants_x else None
         grad_context = None if context is None or not wants_context else x.new_empty(len(x), context.shape[1])
         grads = [x.new_empty(s) if w else None for s, w in zip(self.chain.shapes, wants_tensors, strict=True)]
         table = (ctypes.c_void_p * len(grads))(*map(address_of, grads))
-        arguments, _inputs = self._arguments(x, context, memory)
+        arguments, _inputs = self.arguments(x, context, memory)
         gradient_arguments = GradientArgs(
             ctypes.addressof(arguments), address_of(grad_out), address_of(grad_log_det), ctypes.addressof(table),
             address_of(grad_x), address_of(grad_context),
@@ -205,7 +195,7 @@ class _Call:
             # Aliases leave out the part of a derivative by which x itself depends on a tensor.
             aliases: Any = [None if t is None else t.view_as(t) for t in (x, context, *self.tensors)]
             outputs = self.in_pytorch(aliases[0], aliases[1], aliases[2:])
-        pairs = [(o, c) for o, c in zip(outputs, cotangents, strict=False) if o is not None and c is not None]
+        pairs = [(o, c) for o, c in zip(outputs, cotangents, strict=True) if o is not None and c is not None]
         inputs = list(compress(aliases, wanted))
         gradients = iter(
             torch.autograd.grad(
@@ -215,7 +205,7 @@ class _Call:
         )  # fmt: skip
         return [next(gradients) if is_wanted else None for is_wanted in wanted]
 
-    def _arguments(self, x: Tensor, context: Tensor | None, memory: Tensor | None) -> tuple[ChainArgs, Any]:
+    def arguments(self, x: Tensor, context: Tensor | None, memory: Tensor | None) -> tuple[ChainArgs, Any]:
         """Returns the arguments of a call without results, and the tensors that they point to."""
         rows, features = x.shape
         x, in_stride = _with_row_stride(x)
@@ -253,11 +243,11 @@ class _Gradients(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, call: _Call, memory: Tensor, result: Result, rows: tuple[Tensor, Tensor | None], *_inputs: Tensor
-    ) -> tuple[Tensor, ...]:
+    ) -> tuple[Tensor, Tensor | None]:
         ctx.save_for_backward(memory, *rows)
         ctx.call = call
         ctx.set_materialize_grads(False)
-        return (result.values,) if result.log_det is None else (result.values, result.log_det)
+        return result.values, result.log_det
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Any, ...]:

@@ -175,7 +175,7 @@ class BackwardTile {
           propagate(o.source, layout.is_source_read_later, unchanged);
           propagate(o.other, layout.is_other_read_later, unchanged);
           break;
-        case OperationKind::extrapolation:
+        case OperationKind::guidance:
           propagate(o.source, layout.is_source_read_later,
                     [&](size_t i, Vector g) { return g * (weights[i / rows] + T(1)); });
           propagate(o.other, layout.is_other_read_later, [&](size_t i, Vector g) { return -g * weights[i / rows]; });

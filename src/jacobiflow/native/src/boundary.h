@@ -6,7 +6,7 @@
 
 namespace jacobiflow {
 
-enum class OperationKind : int32_t { linear, activation, sum, add_context, gate_context, extrapolation };
+enum class OperationKind : int32_t { linear, activation, sum, add_context, gate_context, guidance };
 
 enum class Activation : int32_t { identity, relu, leaky_relu, elu, selu, tanh, sigmoid, silu, gelu, gelu_tanh, softplus };
 
@@ -14,7 +14,7 @@ enum class Activation : int32_t { identity, relu, leaky_relu, elu, selu, tanh, s
 struct Operation {
   OperationKind kind;
   int32_t source;          // index of the value that it reads
-  int32_t other;           // index of the second value that `sum` and `extrapolation` read
+  int32_t other;           // index of the second value that `sum` and `guidance` read
   int32_t units;           // number of units of the new value
   int32_t weight;          // index in the transform's tensors, or -1
   int32_t bias;            // index in the transform's tensors, or -1

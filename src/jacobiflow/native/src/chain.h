@@ -153,7 +153,7 @@ class Chain {
   void add_layout(const Transform& t, int j) {
     const Operation& o = t.operations[j];
     OperationLayout layout;
-    if (o.weight >= 0 || o.kind == OperationKind::extrapolation) {
+    if (o.weight >= 0 || o.kind == OperationKind::guidance) {
       layout.inputs = o.kind == OperationKind::linear ? units(t, o.source) : o.weight >= 0 ? call.context_features : 0;
       work += (int64_t)o.units * layout.inputs;
       layout.bias = packed_size;
@@ -187,7 +187,7 @@ class Chain {
   }
 
   static bool reads(const Operation& o, int value) {
-    const bool reads_other = o.kind == OperationKind::sum || o.kind == OperationKind::extrapolation;
+    const bool reads_other = o.kind == OperationKind::sum || o.kind == OperationKind::guidance;
     return o.source == value || (reads_other && o.other == value);
   }
 
@@ -229,7 +229,7 @@ class Chain {
 
   void pack(const Transform& t, const Operation& o, const OperationLayout& layout) {
     const T *weight = tensor(t, o.weight), *bias = tensor(t, o.bias);
-    if (o.kind == OperationKind::extrapolation)
+    if (o.kind == OperationKind::guidance)
       for (int unit = 0; unit < o.units; unit++) packed[layout.bias + unit] = bias[o.rows[unit]];
     if (!weight) return;
     Vector non_finite{};

@@ -206,7 +206,7 @@ class ForwardTile {
           for (size_t i = 0; i < size; i += S::lanes) S::store(out + i, S::load(other + i) + S::load(in + i));
           break;
         }
-        case OperationKind::extrapolation: {  // value + w (value - other), with a w for each unit
+        case OperationKind::guidance: {  // value + w (value - other), with a w for each unit
           const T *weights = chain.bias(layout) + first, *in = new_units(o.source), *other = new_units(o.other);
           for (size_t i = 0; i < size; i += S::lanes) {
             const Vector a = S::load(in + i), b = S::load(other + i);

@@ -1,0 +1,202 @@
+"""The description of a masked network: its operations, and the order in which native code computes its units."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from jacobiflow.errors import UnsupportedError
+from jacobiflow.native.boundary import Operation, OperationKind
+from jacobiflow.native.tensors import is_plain
+
+Units = tuple[Sequence[int], Sequence[int]]
+"""The units of a value, sorted by the first step that can compute them, and how many each step can compute."""
+
+
+class MaskedNetwork:
+    """A network of masked layers, whose outputs are the parameters of an elementwise transform of D features.
+
+    Value 0 is the input: the features and, in some networks, the context. Each method adds an operation, and returns
+    the index of the value that it computes. The last value holds the parameters of all features. Where a method takes
+    `activation`, it takes the fields of `boundary.Operation` that describe one. Weights and biases are not part of the
+    description: native code gets them with each call, in the order of `shapes`.
+
+    Args:
+        outputs: The units of the last value that hold the P parameters of each feature (D, P), on the CPU.
+        context_columns: The columns of the input that are context. The others are the features.
+
+    Attributes:
+        operations: The operations.
+        masks: The mask of each operation's weight, or `None`.
+        shapes: The shapes of the weights and biases of all operations, a weight before its bias.
+        context: The width of the context.
+        groups: The group of each value, as a number. Elementwise operations connect the values of a group, so that
+            native code computes the same units of all of them in a step.
+
+    Example:
+        >>> network = MaskedNetwork(torch.tensor([[0, 1], [2, 3]]))  # a scale and a shift of two features
+        >>> reads_first = torch.tensor([[True, False]])
+        >>> hidden = network.add_linear(0, reads_first.repeat(8, 1))
+        >>> network.add_linear(hidden, torch.tensor([[False], [False], [True], [True]]).repeat(1, 8))
+        2
+        >>> find_order(network).features
+        [0, 1]
+    """
+
+    def __init__(self, outputs: Int[Tensor, "d p"], context_columns: range = range(0)) -> None:
+        self.outputs, self.context_columns, self.context = outputs, context_columns, len(context_columns)
+        self.operations: list[Operation] = []
+        self.masks: list[Tensor | None] = []
+        self.shapes: list[tuple[int, ...]] = []
+        self.groups = [0]
+
+    @property
+    def feature_columns(self) -> list[int]:
+        """The columns of the input that are features."""
+        return [column for column in range(self.num_units(0)) if column not in self.context_columns]
+
+    def num_units(self, value: int) -> int:
+        """Returns the number of units of a value."""
+        return self.operations[value - 1].units if value else len(self.outputs) + len(self.context_columns)
+
+    def add_linear(self, source: int, mask: Bool[Tensor, "o i"], has_bias: bool = True, **activation: Any) -> int:
+        """Adds activation(x (mask * weight)^T + bias). The mask is on the CPU."""
+        if not is_plain(mask, torch.bool) or mask.shape[1:] != (self.num_units(source),):
+            raise UnsupportedError("a mask of another shape than its weight")
+        if source:
+            self.operations[source - 1].is_kept = True
+        self.groups.append(max(self.groups) + 1)
+        return self._add(OperationKind.LINEAR, source, mask.shape, has_bias, mask, **activation)
+
+    def add_activation(self, source: int, **activation: Any) -> int:
+        """Adds activation(x)."""
+        self.groups.append(self.groups[source])
+        return self._add(OperationKind.ACTIVATION, source, **activation)
+
+    def add_sum(self, source: int, other: int) -> int:
+        """Adds the sum of two values."""
+        self._connect(source, other)
+        return self._add(OperationKind.SUM, source, other=other)
+
+    def add_guidance(self, source: int, other: int) -> int:
+        """Adds x + bias (x - other), where the bias has the guidance weight of each unit."""
+        self._connect(source, other)
+        return self._add(OperationKind.GUIDANCE, source, has_bias=True, other=other)
+
+    def add_context(
+        self, source: int, width: int, has_bias: bool = True, is_gate: bool = False, **activation: Any
+    ) -> int:
+        """Adds x + activation(context weight^T + bias), or for a gate x * sigmoid(context weight^T + bias)."""
+        if self.context not in (0, width):
+            raise UnsupportedError("contexts of several widths")
+        self.context = width
+        self.groups.append(self.groups[source])
+        kind = OperationKind.GATE_CONTEXT if is_gate else OperationKind.ADD_CONTEXT
+        return self._add(kind, source, (self.num_units(source), width), has_bias, **activation)
+
+    def _connect(self, source: int, other: int) -> None:
+        """Adds a value to the group of two others, which become one group."""
+        if self.num_units(source) != self.num_units(other) or 0 in (source, other):
+            raise UnsupportedError("a sum of values of other sizes, or of the input")
+        joined, absorbed = self.groups[source], self.groups[other]
+        self.groups = [*(joined if group == absorbed else group for group in self.groups), joined]
+
+    def _add(
+        self, kind: OperationKind, source: int, weight: tuple[int, ...] | None = None, has_bias: bool = False,
+        mask: Tensor | None = None, **fields: Any,
+    ) -> int:  # fmt: skip
+        """Adds an operation with a weight of this shape, if it has one."""
+        units = weight[0] if weight else self.num_units(source)
+        operation = Operation(kind=kind, source=source, units=units, weight=-1, bias=-1, **fields)
+        if weight:
+            operation.weight = len(self.shapes)
+            self.shapes.append(weight)
+        if has_bias:
+            operation.bias = len(self.shapes)
+            self.shapes.append((units,))
+        self.operations.append(operation)
+        self.masks.append(mask)
+        return len(self.operations)
+
+
+class Order(NamedTuple):
+    """The steps in which a transform is inverted. The features of a step depend on those of earlier steps only.
+
+    Attributes:
+        features: The features, sorted by step.
+        starts: The position in `features` at which each step starts, and D at the end.
+        units: The units of each value of the network. Those of the last are the parameters, feature by feature.
+    """
+
+    features: Sequence[int]
+    starts: Sequence[int]
+    units: Sequence[Units]
+
+
+@torch.no_grad()
+def find_order(network: MaskedNetwork) -> Order:
+    """Returns the steps of the inverse. Raises UnsupportedError if the network is not autoregressive."""
+    last = network.groups[-1]
+    with torch.device("cpu"):
+        dependencies = _find_dependencies(network)
+        if not torch.equal(network.outputs.flatten().sort().values, torch.arange(len(dependencies[last]))):
+            raise UnsupportedError("outputs that are not the parameters of all features")
+        step_of = _find_steps(dependencies[last][network.outputs].any(dim=1))
+        features, num_steps = step_of.argsort(stable=True), int(step_of.max()) + 1
+        first_steps = {group: (reads * (step_of + 1)).amax(dim=1) for group, reads in dependencies.items()}
+        first_steps[last][network.outputs] = step_of[:, None]
+        rows = {group: first.argsort(stable=True) for group, first in first_steps.items()}
+        rows[last] = network.outputs[features].flatten()
+        units = {group: (rows[group].tolist(), _count_units(first_steps[group], num_steps)) for group in rows}
+        starts = [0, *_count_units(step_of, num_steps)]
+        return Order(features.tolist(), starts, [units[group] for group in network.groups])
+
+
+def _count_units(first_steps: Int[Tensor, " units"], num_steps: int) -> list[int]:
+    """Returns, for each step, the number of units whose first step is this one or an earlier one."""
+    return torch.bincount(first_steps, minlength=num_steps).cumsum(0)[:num_steps].tolist()
+
+
+def _find_dependencies(network: MaskedNetwork) -> dict[int, Bool[Tensor, "units d"]]:
+    """Returns, for each group, True where one of its values depends on a feature, by any path through the masks.
+
+    A residual block adds to a value that it has read, so the paths are followed until nothing changes.
+    """
+    columns, groups = network.feature_columns, network.groups
+    found = {
+        group: torch.zeros(network.num_units(value), len(columns), dtype=torch.float32)
+        for value, group in enumerate(groups)
+    }
+    found[groups[0]][columns] = torch.eye(len(columns), dtype=torch.float32)
+    sources, is_changed = set[int](), True
+    while is_changed:
+        is_changed = False
+        sources.clear()
+        for operation, mask, group in zip(network.operations, network.masks, groups[1:], strict=True):
+            if mask is not None:
+                source = groups[operation.source]
+                sources.add(source)
+                now = found[group].maximum((mask.float() @ found[source] > 0).float())
+                is_changed |= group in sources and not torch.equal(now, found[group])
+                found[group] = now
+    if groups[-1] in sources:
+        raise UnsupportedError("layers that read the outputs")
+    return {group: dependencies.bool() for group, dependencies in found.items()}
+
+
+def _find_steps(dependencies: Bool[Tensor, "d d"]) -> Int[Tensor, " d"]:
+    """Returns the step at which each feature can be solved."""
+    step_of = torch.full((len(dependencies),), -1)
+    missing, step, readers = dependencies.sum(dim=1), 0, dependencies.T.contiguous()
+    while (step_of < 0).any():
+        solvable = ((missing == 0) & (step_of < 0)).nonzero().flatten()
+        if not len(solvable):
+            raise UnsupportedError("a network that is not autoregressive")
+        step_of[solvable] = step
+        missing = missing - readers.index_select(0, solvable).sum(dim=0)  # indexing takes a thousand times as long
+        step += 1
+    return step_of

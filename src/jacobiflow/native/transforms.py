@@ -1,0 +1,116 @@
+"""The transforms of a chain, as structures for native code."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Bool
+from torch import Tensor
+
+from jacobiflow.errors import UnsupportedError
+from jacobiflow.native.boundary import Operation, SplineBoundary, Transform, TransformKind
+from jacobiflow.native.masked_network import MaskedNetwork, Units, find_order
+from jacobiflow.native.tensors import address_of
+
+
+@dataclass(frozen=True)
+class ChainTransform:
+    """A transform of a chain, whose sizes fit each other.
+
+    Attributes:
+        structure: The transform for native code.
+        memory: What `structure` points to.
+        shapes: The shapes of its tensors.
+        features: D, or `None` if it takes any.
+        context: The width of the context that its network takes, or `None` if it has no network.
+    """
+
+    structure: Transform
+    memory: Any = None
+    shapes: Sequence[tuple[int, ...]] = ()
+    features: int | None = None
+    context: int | None = None
+
+
+def permutation_transform(order: Sequence[int]) -> ChainTransform:
+    """Returns the transform y_i = x_order[i]."""
+    if sorted(order) != list(range(len(order))):
+        raise UnsupportedError("an order that is not a permutation")
+    indices = _integers(order)
+    structure = Transform(kind=TransformKind.PERMUTATION, features=len(order), order=ctypes.addressof(indices))
+    return ChainTransform(structure, indices, features=len(order))
+
+
+def affine_transform(
+    scale: tuple[int, ...], shift: tuple[int, ...], kind: Any = TransformKind.AFFINE
+) -> ChainTransform:
+    """Returns the transform y = scale x + shift, of tensors of these shapes: one number, or one for each feature.
+
+    With the kind `NORMAL` it is y = x, whose log-determinant is the log-density of N(shift, scale^2) at x. At the end
+    of a chain it makes the log-determinant of the whole the log-density of a flow.
+    """
+    sizes = [torch.Size(shape).numel() for shape in (scale, shift)]
+    features = max(sizes)
+    if any(size not in (1, features) for size in sizes):
+        raise UnsupportedError("a scale and a shift of different sizes")
+    structure = Transform(kind=kind, scale_stride=sizes[0] > 1, shift_stride=sizes[1] > 1)
+    return ChainTransform(structure, shapes=(scale, shift), features=features if features > 1 else None)
+
+
+def masked_transform(network: MaskedNetwork, **fields: Any) -> ChainTransform:
+    """Returns an elementwise transform whose parameters a network gives; `fields` are those of `boundary.Transform`."""
+    order, (features, parameters) = find_order(network), network.outputs.shape
+    memory: list[Any] = [_integers(order.features), _integers(order.starts), *map(_integers, order.units[0])]
+    of_order, of_starts, of_rows, of_ready = map(ctypes.addressof, memory)
+    table = (Operation * len(network.operations))(*network.operations)
+    structure = Transform(
+        steps=len(order.starts) - 1, num_operations=len(table), features=features, parameters=parameters,
+        context=len(network.context_columns), context_start=network.context_columns.start, order=of_order,
+        starts=of_starts, input_rows=of_rows, input_ready=of_ready, operations=ctypes.addressof(table), **fields,
+    )  # fmt: skip
+    _check_parameters(structure)
+    for operation, mask, units in zip(table, network.masks, order.units[1:], strict=True):
+        rows, ready = map(_integers, units)
+        operation.rows, operation.ready = ctypes.addressof(rows), ctypes.addressof(ready)
+        memory += [rows, ready]
+        if mask is not None and not _has_all_inputs(mask, units, order.units[operation.source]):
+            memory.append(mask.contiguous())
+            operation.mask = address_of(memory[-1])
+    return ChainTransform(structure, (table, memory), network.shapes, features, network.context)
+
+
+def _check_parameters(t: Transform) -> None:
+    """Checks that each feature has as many parameters as the kind of transform reads."""
+    if t.kind in (TransformKind.RATIONAL_QUADRATIC, TransformKind.RATIONAL_LINEAR):
+        derivatives = {
+            SplineBoundary.FIXED: t.bins - 1,
+            SplineBoundary.FREE: t.bins + 1,
+            SplineBoundary.CIRCULAR: t.bins,
+        }[SplineBoundary(t.boundary)]
+        lambdas = t.bins if t.kind == TransformKind.RATIONAL_LINEAR else 0
+        fits = (
+            t.bins > 0 and t.parameters == 2 * t.bins + derivatives + lambdas
+            and max(t.min_width, t.min_height) * t.bins < 1
+            and (not lambdas or t.boundary == SplineBoundary.FIXED)
+        )  # fmt: skip
+    else:
+        fits = t.parameters == 2
+    if not fits:
+        raise UnsupportedError("parameters of other sizes")
+
+
+def _has_all_inputs(mask: Bool[Tensor, "o i"], units: Units, inputs: Units) -> bool:
+    """Returns True if each unit reads all inputs of its step, so that no mask is needed."""
+    (rows, ready), (columns, columns_ready) = units, inputs
+    num_new = torch.tensor(ready).diff(prepend=torch.tensor([0]))
+    reads = torch.tensor(columns_ready).repeat_interleave(num_new)
+    is_read = torch.arange(len(columns)) < reads[:, None]
+    return bool((mask[rows[: len(reads)]][:, columns] | ~is_read).all())
+
+
+def _integers(values: Sequence[int]) -> ctypes.Array[ctypes.c_int32]:
+    return (ctypes.c_int32 * len(values))(*values)
