@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 import jacobiflow as jf
+from jacobiflow.errors import UnsupportedError
 from jacobiflow.native import library
 from jacobiflow.native import transformer as native_transformer
 from tests.helpers import library_flows

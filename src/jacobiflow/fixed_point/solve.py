@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -24,6 +24,8 @@ from jacobiflow.fixed_point.problem import Problem
 from jacobiflow.fixed_point.solution import Solution, Status
 from jacobiflow.fixed_point.solver import MaxSweeps, Solver, Tolerance
 from jacobiflow.utils.checks import check_kind
+
+ExactInverse = Callable[[Tokens, Context], TokensLogDet]
 
 _RESUME_FACTOR = 0.5
 """Samples are resumed to this share of the tolerance; at the tolerance itself they would often miss it again."""
@@ -197,38 +199,45 @@ def attempt(problem: Problem, solver: Solver, options: SolveOptions) -> Solution
     if solver.bf16_sweeps and not supports(problem.block, "has_bf16"):
         message = f"{type(problem.block).__name__} has no bfloat16 network; give 0"
         raise InputValueError(message, argument="bf16_sweeps", value=solver.bf16_sweeps)
-    is_exact = len(problem) and solver.partition.token_by_token(problem.num_tokens)
+    solution, obstacle = None, None
     with no_gradients(problem.block):
-        solution = (_solve_exactly if is_exact else _solve_by_sweeps)(problem, solver, options)
+        for backend, inverse in _exact_inverses(problem, solver):
+            answers = []
+            try:
+                for rows in problem.batches(options.batch_size):
+                    answers.append(inverse(problem.z[rows], problem.context[rows]))
+                    options.check_time()
+            except UnsupportedError as error:
+                obstacle = obstacle or str(error)
+            else:
+                solution = _exact_solution(problem, answers, backend)
+                break
+        if solution is None:
+            solution = _solve_by_sweeps(problem, solver, options)
     # Clones made outside inference mode, so that autograd takes the tensors.
     tensors: Any = {name: value.clone() for name, value in vars(solution).items() if isinstance(value, Tensor)}
-    return replace(solution, **tensors)
+    return replace(solution, **tensors, obstacle=obstacle)
 
 
-def _solve_exactly(problem: Problem, solver: Solver, options: SolveOptions) -> Solution:
-    """Solves token by token: by the block's `sequential_inverse`, else by CUDA graphs, else by sweeps of one token."""
+def _exact_inverses(problem: Problem, solver: Solver) -> Iterator[tuple[str, ExactInverse]]:
+    """Yields functions that solve all tokens one after the other, with their names, if the solver goes token by token.
+
+    Each may raise UnsupportedError. The last resort are sweeps of one token.
+    """
     block: Any = problem.block
-    try:
-        if not hasattr(block, "sequential_inverse"):
-            raise UnsupportedError(f"{type(block).__name__} has no sequential_inverse")
-        return _solve_in_batches(problem, options, block.sequential_inverse, "native")
-    except UnsupportedError as error:
-        obstacle = str(error)
+    if not len(problem) or not solver.partition.token_by_token(problem.num_tokens):
+        return
+    yield "native", getattr(block, "sequential_inverse", _no_inverse)
     if problem.z.is_cuda and supports(block, "graph_safe"):
-        solution = _solve_in_batches(problem, options, TokenLoop(block), "graphs")
-    else:
-        solution = _solve_by_sweeps(problem, solver, options)
-    return replace(solution, obstacle=obstacle)
+        yield "graphs", TokenLoop(block)
 
 
-def _solve_in_batches(
-    problem: Problem, options: SolveOptions, inverse: Callable[[Tokens, Context], TokensLogDet], backend: str
-) -> Solution:
-    """Returns the solution that calls of `inverse` give. A call counts as a sweep for each token."""
-    answers = []
-    for rows in problem.batches(options.batch_size):
-        answers.append(inverse(problem.z[rows], problem.context[rows]))
-        options.check_time()
+def _no_inverse(z: Tokens, context: Context) -> TokensLogDet:
+    raise UnsupportedError("the block has no sequential_inverse")
+
+
+def _exact_solution(problem: Problem, answers: Sequence[TokensLogDet], backend: str) -> Solution:
+    """Returns the solution of the answers of batches. A call counts as a sweep for each token."""
     x, log_det = map(torch.cat, zip(*answers, strict=True))
     failed = ~x.isfinite().all(dim=(1, 2))
     num_tokens = problem.num_tokens
