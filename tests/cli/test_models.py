@@ -24,7 +24,8 @@ def test_convert(run: Any, refuse: Any, tmp_path: Path) -> None:
     result = run(line)
     assert (result.code, result.err) == (0, "")
     read = jf.load(tmp_path / "folder")
-    assert result.out == f"{read.config}\nwrote the model folder {tmp_path}/folder\n"
+    shape = "105,520 weights, images of 3x4x4, 4 tokens of 12 values, 2 classes"
+    assert result.out == f"{shape}\nwrote the model folder {tmp_path}/folder\n"
     assert read.config == replace(flow.config, noise_std=0.2)
     assert read.recommended == jf.SamplingSettings(denoise=1.0)
     for name, tensor in flow.state_dict().items():

@@ -38,8 +38,21 @@ class ConvertConfig(options.Config):
     out: Annotated[Path, options.OUTPUT]
 
 
-def run(config: ConvertConfig) -> FlowConfig:
-    """Converts the weights, writes the model folder, and returns the config of the flow."""
+@dataclass(frozen=True)
+class ConvertResult:
+    """A model folder.
+
+    Attributes:
+        description: Number of weights, size of the images, tokens and classes.
+        config: The config of the flow.
+    """
+
+    description: str
+    config: FlowConfig
+
+
+def run(config: ConvertConfig) -> ConvertResult:
+    """Converts the weights, and writes the model folder."""
     from jacobiflow.models.checkpoints.folder import CONFIG
     from jacobiflow.models.checkpoints.original import read_original
     from jacobiflow.utils.files import check_own
@@ -50,7 +63,11 @@ def run(config: ConvertConfig) -> FlowConfig:
     state = read_original(config.file)
     flow = (_convert_starflow if "blocks.0.sos_embed" in state else _convert_tarflow)(config, state)
     flow.save_pretrained(config.out)
-    return flow.config
+    parameters = sum(parameter.numel() for parameter in flow.parameters())
+    images = "" if flow.image_shape is None else f"images of {'x'.join(map(str, flow.image_shape))}, "
+    reads = "texts" if flow.reads_text else f"{flow.config.num_classes} classes"
+    tokens = f"{flow.config.num_tokens} tokens of {flow.config.token_channels} values"
+    return ConvertResult(f"{parameters:,} weights, {images}{tokens}, {reads}", flow.config)
 
 
 def _convert_starflow(config: ConvertConfig, state: dict[str, Any]) -> jf.STARFlow:
@@ -79,6 +96,6 @@ def _convert_tarflow(config: ConvertConfig, state: dict[str, Any]) -> jf.TarFlow
     return flow
 
 
-def show(config: ConvertConfig, result: FlowConfig) -> None:
-    """Prints the config of the flow, and its folder."""
-    print(f"{result}\nwrote the model folder {config.out}")
+def show(config: ConvertConfig, result: ConvertResult) -> None:
+    """Prints the shape of the flow, and its folder."""
+    print(f"{result.description}\nwrote the model folder {config.out}")
