@@ -36,11 +36,8 @@ class Digests(Job):
     def stages(self, store: JobStore) -> Iterator[list[Unit]]:
         yield [self._unit("salt", UnitOutput({"salt.bin": bytes([self.spec.seed])}, self.spec.model_sha256))]
         salt = (store.path / "salt.bin").read_bytes() + store.value("salt").encode()
-        digests = {f"{i:05}": hashlib.sha256(salt + f"{i:05}".encode()).digest() for i in range(self.spec.num)}
-        outputs = {
-            name: UnitOutput({f"{name[-1]}/{part}.bin": digest for part in "ab"}, digest.hex())
-            for name, digest in digests.items()
-        }
+        hashes = {f"{i:05}": hashlib.sha256(salt + f"{i:05}".encode()).digest() for i in range(self.spec.num)}
+        outputs = {name: UnitOutput({f"{name[-1]}/{x}.bin": h for x in "ab"}, h.hex()) for name, h in hashes.items()}
         yield [self._unit(*each) for each in (*outputs.items(), (f"count-{self.spec.num}", UnitOutput()))]
 
     def _unit(self, name: str, output: UnitOutput) -> Unit:
