@@ -184,7 +184,7 @@ def test_the_same_command_computes_only_missing_units(
         stopped = run(line)
     assert (stopped.code, (out / "evaluation.json").exists()) == (130, False)
     assert log.read_text().split() == ["1", "24", "8", "4"]  # The function is tried on one image.
-    monkeypatch.setattr(job.EvaluationJob, "compute", Mock(side_effect=AssertionError))
+    monkeypatch.setattr("jacobiflow.jobs.JobStore.write", Mock(side_effect=AssertionError))
     first = run(line)
     assert (first.code, run(line).out) == (0, first.out)
     assert log.read_text().split()[4:] == ["1", "1"]
@@ -226,7 +226,7 @@ REFUSED = {
 def test_what_cannot_work_is_refused_before_anything_is_computed(
     line: str, refuse: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(job.EvaluationJob, "compute", Mock(side_effect=AssertionError))
+    monkeypatch.setattr("jacobiflow.jobs.JobStore.write", Mock(side_effect=AssertionError))
     refuse(f"evaluate --model {line} --out out-x", REFUSED[line])
 
 

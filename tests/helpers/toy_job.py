@@ -10,7 +10,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from jacobiflow.jobs import Job, JobStore, UnitOutput, run
+from jacobiflow.jobs import Job, JobStore, Unit, UnitOutput, run
 from jacobiflow.utils.progress import Progress
 from tests.helpers.kills import read_files
 
@@ -33,20 +33,21 @@ class Digests(Job):
     def __init__(self, spec: Spec, before: Callable[[str], None] = lambda unit: None) -> None:
         self.spec, self.before = spec, before
 
-    def stages(self, store: JobStore) -> Iterator[Mapping[str, int]]:
-        yield {"salt": 1}
-        yield {f"{i:05}": 2 for i in range(self.spec.num)} | {f"count-{self.spec.num}": 1}
+    def stages(self, store: JobStore) -> Iterator[list[Unit]]:
+        yield [self._unit("salt", UnitOutput({"salt.bin": bytes([self.spec.seed])}, self.spec.model_sha256))]
+        salt = (store.path / "salt.bin").read_bytes() + store.value("salt").encode()
+        hashes = {f"{i:05}": hashlib.sha256(salt + f"{i:05}".encode()).digest() for i in range(self.spec.num)}
+        outputs = {name: UnitOutput({f"{name[-1]}/{x}.bin": h for x in "ab"}, h.hex()) for name, h in hashes.items()}
+        yield [self._unit(*each) for each in (*outputs.items(), (f"count-{self.spec.num}", UnitOutput()))]
 
-    def compute(self, unit: str, store: JobStore, progress: Progress | None) -> UnitOutput:
-        self.before(unit)
-        if unit == "salt":
-            return UnitOutput({"salt.bin": bytes([self.spec.seed])}, self.spec.model_sha256)
-        if unit.startswith("count"):
-            return UnitOutput()
-        if progress is not None:
-            progress(1, 2, "half")
-        digest = hashlib.sha256((store.path / "salt.bin").read_bytes() + store.value("salt").encode() + unit.encode())
-        return UnitOutput({f"{unit[-1]}/{name}.bin": digest.digest() for name in "ab"}, digest.hexdigest())
+    def _unit(self, name: str, output: UnitOutput) -> Unit:
+        def run(progress: Progress | None) -> UnitOutput:
+            self.before(name)
+            if progress is not None:
+                progress(1, 2, "half")
+            return output
+
+        return Unit(name, run, size=2)
 
     def reduce(self, store: JobStore) -> Any:
         return {"digests": [store.value(f"{i:05}") for i in range(self.spec.num)]}

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain
+from itertools import chain, product, starmap
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -31,12 +31,13 @@ from jacobiflow.calibration.statistics import (
     BlockSolution,
     CalibrationStatistics,
     Images,
+    Means,
     exact_solutions,
     mean_affine,
 )
 from jacobiflow.errors import InputTypeError, InputValueError
 from jacobiflow.fixed_point import Segments
-from jacobiflow.jobs import JobStore, UnitOutput
+from jacobiflow.jobs import JobStore, Unit, UnitOutput
 from jacobiflow.models.checkpoints.fingerprint import fingerprint
 from jacobiflow.models.flow import Flow, check_flow
 from jacobiflow.models.labels import ContextLike, Labels
@@ -125,15 +126,7 @@ class CalibrationSpec(CalibrationSettings):
 
 
 class CalibrationJob(jobs.Job):
-    """The job of `calibrate`; its arguments are those of `calibrate`.
-
-    Its units are
-    parameters-CHUNK: the sums of each block's parameters over a chunk of the images
-    solutions-SOURCE: the solutions of each block at the latents from which sweeps are measured
-    residuals-CHUNK: the sums of each guess's residuals over a chunk of the images
-    gamma-BLOCK: the norm of the error matrix at each solution
-    curves-BLOCK-SOURCE-GUESS-COUNT: the convergence curves of COUNT segments
-    """
+    """The job of `calibrate`; its arguments are those of `calibrate`."""
 
     kind, result_name, patterns = "calibration", "report.json", ("units/*.safetensors",)
 
@@ -175,83 +168,87 @@ class CalibrationJob(jobs.Job):
             labels_or_context_sha256=_sha256([] if values is None else [values]),
         )  # fmt: skip
 
-    def stages(self, store: JobStore) -> Iterator[Mapping[str, int]]:
+    def stages(self, store: JobStore) -> Iterator[list[Unit]]:
         """Yields units without requirements, those that need the mean parameters, and those that need the metrics."""
         chunks, blocks = range(len(self.statistics.chunks)), self.statistics.blocks
-        parameters, residuals = ([f"{name}-{chunk:02}" for chunk in chunks] for name in ("parameters", "residuals"))
-        yield {**{f"solutions-{source}": len(blocks) for source in self.sources}, **dict.fromkeys(parameters, 1)}
-        self._means = self.statistics.means(load_file(store.path / _file(unit)) for unit in parameters)
-        curves = [_curves(i, source, guess) for i in blocks for source in self.sources for guess in GUESS_NAMES]
-        yield dict.fromkeys([*residuals, *(f"gamma-{i}" for i in blocks), *curves], 1)
-        self._means |= self.statistics.means(load_file(store.path / _file(unit)) for unit in residuals)
-        yield {unit: 1 for units in self._segment_curves().values() for unit in units.values()}
+        solutions = [Unit(f"solutions-{source}", partial(self._solve, source), len(blocks)) for source in self.sources]
+        yield [*solutions, *(Unit(f"parameters-{i:02}", partial(self._sum_parameters, i)) for i in chunks)]
+        means = self._read_means(store, "parameters")
+        residuals = (Unit(f"residuals-{i:02}", partial(self._sum_residuals, means, i)) for i in chunks)
+        gamma = (Unit(f"gamma-{i}", partial(self._measure_gamma, store, i)) for i in blocks)
+        curves = starmap(partial(self._curves, store, means), product(blocks, self.sources, GUESS_NAMES))
+        yield [*residuals, *gamma, *curves]
+        segments = self._segment_curves(store, self._read_means(store, "parameters", "residuals"))
+        yield [unit for units in segments.values() for unit in units.values()]
 
-    def _segment_curves(self) -> dict[int, dict[int, str]]:
-        """Returns the units of each tough block by number of segments, from fresh latents and the best guess by IGM."""
-        most = self.flow.config.num_tokens // _MIN_SEGMENT_TOKENS
-        counts = sorted({1, self.settings.segments, *(2**k for k in range(1, most.bit_length()))})
-        best = self.statistics.metrics(self._means, self.settings.norm, self.statistics.blocks).best_guess
-        tough = self.statistics.tough_blocks(self._means, self.settings.norm)
-        return {i: {count: _curves(i, "noise", best(i), count) for count in counts} for i in tough}
+    def _sum_parameters(self, chunk: int, progress: Progress | None) -> UnitOutput:
+        return _output(f"parameters-{chunk:02}", self.statistics.sum_parameters(chunk))
 
-    def compute(self, unit: str, store: JobStore, progress: Progress | None) -> UnitOutput:
-        """Computes sums and solutions as tensors in a file, norms and curves as a value."""
-        settings = self.settings
-        match unit.split("-"):
-            case "gamma", block:
-                return UnitOutput(value=self._gamma(int(block), store))
-            case "curves", block, source, guess, count:
-                return UnitOutput(value=encode(self._measure(int(block), source, guess, int(count), store)))
-            case "parameters", chunk:
-                tensors = self.statistics.sum_parameters(int(chunk))
-            case "residuals", chunk:
-                tensors = self.statistics.sum_residuals(int(chunk), self._means, settings.segments, settings.norm)
-            case _, source:
-                solutions = self._solve(source, progress)
-                tensors = {name: torch.stack([getattr(each, name) for each in solutions]) for name in ("x", "z")}
-        return UnitOutput({_file(unit): save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()})})
+    def _sum_residuals(self, means: Means, chunk: int, progress: Progress | None) -> UnitOutput:
+        sums = self.statistics.sum_residuals(chunk, means, self.settings.segments, self.settings.norm)
+        return _output(f"residuals-{chunk:02}", sums)
 
-    def _solve(self, source: str, progress: Progress | None) -> list[BlockSolution]:
+    def _read_means(self, store: JobStore, *kinds: str) -> Means:
+        """Returns the means of the sums of these kinds, "parameters" and "residuals"."""
+        chunks = product(kinds, range(len(self.statistics.chunks)))
+        return self.statistics.means(load_file(store.path / _file(f"{kind}-{i:02}")) for kind, i in chunks)
+
+    def _solve(self, source: LatentSource, progress: Progress | None) -> UnitOutput:
         """Encodes images, or solves the blocks at fresh latents under the context of these images."""
         if source == "images":
-            return self.statistics.image_solutions(self._index)
-        shape = len(self._index), self.flow.config.num_tokens, self.flow.config.token_channels
-        latents = draw_latents(*shape, self.spec.seed, FIRST_CALIBRATION_LATENT)
-        context = self.statistics.context_at(self._index)
-        return exact_solutions(self.flow, latents, context, self.spec.batch_size, progress)
+            solutions = self.statistics.image_solutions(self._index)
+        else:
+            shape = len(self._index), self.flow.config.num_tokens, self.flow.config.token_channels
+            latents = draw_latents(*shape, self.spec.seed, FIRST_CALIBRATION_LATENT)
+            context = self.statistics.context_at(self._index)
+            solutions = exact_solutions(self.flow, latents, context, self.spec.batch_size, progress)
+        tensors = {name: torch.stack([getattr(each, name) for each in solutions]) for name in ("x", "z")}
+        return _output(f"solutions-{source}", tensors)
 
-    def _read_solution(self, source: str, block: int, store: JobStore) -> BlockSolution:
+    def _read_solution(self, store: JobStore, source: LatentSource, block: int) -> BlockSolution:
         with safe_open(store.path / _file(f"solutions-{source}"), "pt") as file:
             x, z = (file.get_slice(name)[block].to(self.flow.var.device) for name in ("x", "z"))
         return BlockSolution(x, z, self.statistics.context_at(self._index))
 
-    def _gamma(self, block: int, store: JobStore) -> list[float]:
+    def _measure_gamma(self, store: JobStore, block: int, progress: Progress | None) -> UnitOutput:
         """Measures the norm of a block's error matrix at the first solutions."""
-        solution = next(self._read_solution(self.sources[0], block, store).split(_GAMMA_SAMPLES))
+        solution = next(self._read_solution(store, self.sources[0], block).split(_GAMMA_SAMPLES))
         norms = [gamma_norm(self.flow.inverse_block(block), *batch) for batch in solution.split(self.spec.batch_size)]
-        return torch.cat(norms).tolist()
+        return UnitOutput(value=torch.cat(norms).tolist())
 
-    def _measure(
-        self, block: int, source: str, guess: str, num_segments: int, store: JobStore
-    ) -> list[ConvergenceCurve]:
-        """Measures the convergence curve of each segment of a block."""
-        start, solution = (
-            guesses_by_name(mean_affine(self._means, block))[guess],
-            self._read_solution(source, block, store),
-        )
-        distances = [
-            measure_distances(self.flow.inverse_block(block), x, z, start, context, num_segments)
-            for x, z, context in solution.split(min(self.spec.batch_size, _CURVE_BATCH))
-        ]
-        return [*map(ConvergenceCurve.from_distances, zip(*distances, strict=True))]
+    def _curves(
+        self, store: JobStore, means: Means, block: int, source: LatentSource, guess: str, num_segments: int = 1
+    ) -> Unit:
+        """Returns the unit of the convergence curve of each segment of a block."""
+
+        def run(progress: Progress | None) -> UnitOutput:
+            start = guesses_by_name(mean_affine(means, block))[guess]
+            batches = self._read_solution(store, source, block).split(min(self.spec.batch_size, _CURVE_BATCH))
+            distances = [
+                measure_distances(self.flow.inverse_block(block), x, z, start, context, num_segments)
+                for x, z, context in batches
+            ]
+            return UnitOutput(value=encode([*map(ConvergenceCurve.from_distances, zip(*distances, strict=True))]))
+
+        return Unit(f"curves-{block}-{source}-{guess}-{num_segments}", run)
+
+    def _segment_curves(self, store: JobStore, means: Means) -> dict[int, dict[int, Unit]]:
+        """Returns the units of each tough block by number of segments, from fresh latents and the best guess by IGM."""
+        most = self.flow.config.num_tokens // _MIN_SEGMENT_TOKENS
+        counts = sorted({1, self.settings.segments, *(2**k for k in range(1, most.bit_length()))})
+        best = self.statistics.metrics(means, self.settings.norm, self.statistics.blocks).best_guess
+        tough = self.statistics.tough_blocks(means, self.settings.norm)
+        return {i: {count: self._curves(store, means, i, "noise", best(i), count) for count in counts} for i in tough}
 
     def reduce(self, store: JobStore) -> Any:
         """Returns the report."""
-        config, settings, means, blocks = self.flow.config, self.settings, self._means, self.statistics.blocks
-        metrics, segments = partial(self.statistics.metrics, means), self._segment_curves()
+        config, settings, blocks = self.flow.config, self.settings, self.statistics.blocks
+        means = self._read_means(store, "parameters", "residuals")
+        metrics, segments = partial(self.statistics.metrics, means), self._segment_curves(store, means)
+        unit = partial(self._curves, store, means)
 
-        def curves(unit: str) -> tuple[ConvergenceCurve, ...]:
-            return decode(tuple[ConvergenceCurve, ...], store.value(unit))
+        def read(curves: Unit) -> tuple[ConvergenceCurve, ...]:
+            return decode(tuple[ConvergenceCurve, ...], store.value(curves.name))
 
         return CalibrationReport(
             fingerprint=self.spec.weights_sha256,
@@ -263,10 +260,10 @@ class CalibrationJob(jobs.Job):
             class_metrics={label: metrics(settings.norm, blocks, group=label) for label in self.spec.classes},
             mean_affine=tuple(mean_affine(means, i) for i in blocks),
             curves={
-                source: tuple({guess: curves(_curves(i, source, guess))[0] for guess in GUESS_NAMES} for i in blocks)
+                source: tuple({guess: read(unit(i, source, guess))[0] for guess in GUESS_NAMES} for i in blocks)
                 for source in self.sources
             },
-            segment_curves={i: {n: curves(unit) for n, unit in units.items()} for i, units in segments.items()},
+            segment_curves={i: {n: read(each) for n, each in units.items()} for i, units in segments.items()},
             gamma=tuple(tuple(store.value(f"gamma-{i}")) for i in blocks),
         ).to_json()
 
@@ -284,9 +281,9 @@ def _check_images(flow: Flow, images: Images) -> None:
         raise InputValueError(f"images: {num} of them; give at least 2, better 128, to take means over")
 
 
-def _curves(block: int, source: LatentSource, guess: str, num_segments: int = 1) -> str:
-    """Returns the name of the unit of a block's convergence curves."""
-    return f"curves-{block}-{source}-{guess}-{num_segments}"
+def _output(unit: str, tensors: Mapping[str, Tensor]) -> UnitOutput:
+    """Returns tensors as the file of a unit."""
+    return UnitOutput({_file(unit): save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()})})
 
 
 def _file(unit: str) -> str:

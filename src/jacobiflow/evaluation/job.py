@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -25,9 +26,15 @@ from jacobiflow.evaluation.distances import (
     kernel_distance,
     precision_recall,
 )
-from jacobiflow.evaluation.features import InceptionFeatures, extract_features, load_features, require_eval_extra
+from jacobiflow.evaluation.features import (
+    FeatureFunction,
+    InceptionFeatures,
+    extract_features,
+    load_features,
+    require_eval_extra,
+)
 from jacobiflow.evaluation.likelihood import count_correct_classes, total_bits_per_dim
-from jacobiflow.jobs import Job, JobStore, UnitOutput
+from jacobiflow.jobs import Job, JobStore, Unit, UnitOutput
 from jacobiflow.models.checkpoints.fingerprint import check_fingerprint, fingerprint
 from jacobiflow.models.flow import Flow
 from jacobiflow.models.latents import draw_latents
@@ -36,7 +43,6 @@ from jacobiflow.sampling.result import Outcome
 from jacobiflow.sampling.sample import sample
 from jacobiflow.utils import serialization
 from jacobiflow.utils.files import sha256
-from jacobiflow.utils.progress import Progress
 from jacobiflow.utils.provenance import Provenance
 from jacobiflow.utils.timing import describe_machine
 
@@ -118,12 +124,6 @@ class EvaluationResult(Provenance, EvaluationSpec):
 class EvaluationJob(Job):
     """The job of `jacobiflow evaluate`; its arguments are the options of this command, and the flow that they name.
 
-    Its units are named after the range of their images:
-    errors-START-STOP: the errors of a batch of samples against the exact loop's, and how much rounding changes these
-    likelihoods-START-STOP: of a batch of test images the sum of the bits per dimension, and the number of classes found
-    real-START-STOP: the features of real images, as a file
-    samples-START-STOP: the features of a shard of samples, as a file
-
     Raises:
         InputValueError: If a score cannot be computed; the features are tried on one image.
     """
@@ -135,126 +135,73 @@ class EvaluationJob(Job):
         inception: Path | None, statistics: Path | None, paired: int, test_images: int, batch_size: int, seed: int,
     ) -> None:  # fmt: skip
         self.flow, self.machine = flow, describe_machine(flow.var.device)
-        # Each is None if it is not given; then the job has no units of it.
-        self.samples: Any = None if samples is None else _open_samples(samples, flow, paired)
-        self.test: Any = None
-        self.real: Any = None
-        self.features: Any = None
+        self.folder = folder = None if samples is None else _open_samples(samples, flow, paired)
+        self.features: FeatureFunction | None = None
         self.statistics: FeatureStatistics | None = None
-        against = likelihood_images = None
+        self._units = defaultdict[str, list[Unit]](list)  # By kind.
+        against = likelihood_images = test = real = None
+        num = 0 if folder is None else folder.spec.num
+        if folder is not None:
+            self._split("errors", min(paired, num), folder.spec.batch_size, partial(_measure_errors, flow, folder))
         if images is not None and test_images:
             test, likelihood_images = _load_split(images, flow, "test")
-            self.test = test.evenly_spaced(min(test_images, len(test)))  # The first ones may be of one class.
-            flow.check_context(self.test.labels, len(self.test))
+            test = test.evenly_spaced(min(test_images, len(test)))  # The first ones may be of one class.
+            flow.check_context(test.labels, len(test))
+            self._split("likelihoods", len(test), batch_size, partial(_measure_likelihoods, flow, test, seed))
         if features != "none":
             flow.require_images()
             self.features = load_features(features, inception)
             if isinstance(self.features, nn.Module):
                 self.features.to(flow.var.device)
             if images is not None:
-                self.real, against = _load_split(images, flow, "train")
+                real, against = _load_split(images, flow, "train")
+                extract = partial(_extract, "real", self.features, partial(_real_images, real, self.features))
+                self._split("real", len(real), _UNIT_IMAGES, extract)
             if statistics is not None:
                 self.statistics, against = FeatureStatistics.load(statistics), str(statistics)
-        spec = None if self.samples is None else self.samples.spec
-        num, batch, shard = (0, 1, 1) if spec is None else (spec.num, spec.batch_size, spec.shard_size)
+            if folder is not None:
+                _check_features(self.features, folder, real, self.statistics)
+                size = folder.spec.shard_size
+                extract = partial(_extract, "samples", self.features, lambda rows: folder.images(rows.start // size))
+                self._split("samples", num, size, extract)
         files = [Path(features.rpartition(":")[0]), *filter(None, (inception, statistics))]
-        image_checksums = "".join(each.sha256() for each in (self.real, self.test) if each is not None)
+        image_checksums = "".join(each.sha256() for each in (real, test) if each is not None)
         self.spec = EvaluationSpec(
             model=model, weights_sha256=sha256(f"{fingerprint(flow)} {flow.config}".encode()), dtype=flow.precision,
-            batch_size=batch_size, seed=seed, samples_sha256=None if self.samples is None else self.samples.sha256(),
+            batch_size=batch_size, seed=seed, samples_sha256=None if folder is None else folder.sha256(),
             paired=min(paired, num), features=features, features_sha256=sha256(*filter(Path.is_file, files)),
-            against=against, test_images=len(self.test or ()), likelihood_images=likelihood_images,
+            against=against, test_images=len(test or ()), likelihood_images=likelihood_images,
             images_sha256=sha256(image_checksums.encode()),
         )  # fmt: skip
-        self._units = {
-            "errors": _ranges("errors", self.spec.paired, batch),
-            "likelihoods": _ranges("likelihoods", self.spec.test_images, batch_size),
-            "real": _ranges("real", len(self.real or ()), _UNIT_IMAGES),
-            "samples": _ranges("samples", num if features != "none" else 0, shard),
-        }
-        if self._units["samples"]:
-            self._check_features()
 
-    def _check_features(self) -> None:
-        """Raises InputValueError if the features of the samples cannot be compared with those of the real images."""
-        num, width = self.samples.spec.num, extract_features(self.features, self.samples.images(0)[:1]).shape[1]
-        if self.statistics is not None:
-            check_comparable((self.statistics.num, len(self.statistics.sum)), (num, width))
-        if self.real is not None:
-            check_comparable((len(self.real), width), (num, width))
-            require_eval_extra("the kernel distance")
+    def _split(self, kind: str, num: int, size: int, run: Callable[[range], UnitOutput]) -> None:
+        """Adds the units of `num` images, of which one unit has at most `size`; their names have the range."""
 
-    def stages(self, store: JobStore) -> Iterator[Mapping[str, int]]:
+        def unit(start: int) -> Unit:
+            rows = range(num)[start : start + size]
+            return Unit(f"{kind}-{rows.start}-{rows.stop}", lambda _: run(rows))
+
+        self._units[kind] = [unit(start) for start in range(0, num, size)]
+
+    def stages(self, store: JobStore) -> Iterator[list[Unit]]:
         """Yields all units."""
-        yield {unit: 1 for units in self._units.values() for unit in units}
-
-    def compute(self, unit: str, store: JobStore, progress: Progress | None) -> UnitOutput:
-        """Computes the errors or likelihoods of a batch as a value, or features as a file."""
-        kind, start, stop = unit.split("-")
-        rows = range(int(start), int(stop))
-        match kind:
-            case "errors":
-                return UnitOutput(value=serialization.encode(self._measure_errors(rows)))
-            case "likelihoods":
-                return UnitOutput(value=self._measure_likelihoods(rows))
-            case "real":
-                images = self._real_images(rows)
-            case _:
-                images = self.samples.images(rows.start // self.samples.spec.shard_size)
-        features = extract_features(self.features, images)
-        return UnitOutput({_file(unit): safetensors.torch.save({"features": features})})
-
-    def _measure_errors(self, rows: range) -> tuple[SampleErrors, float | None]:
-        """Compares samples with the exact loop's of the same latents; also returns the latters' largest sensitivity."""
-        folder: SampleFolder = self.samples
-        spec, config = folder.spec, self.flow.config
-        shard, first = divmod(rows.start, spec.shard_size)  # A batch is in one shard.
-        part = slice(first, first + len(rows))
-        labels = folder.labels(shard)
-        draw = partial(
-            sample, self.flow, labels=None if labels is None else labels[part],
-            latents=draw_latents(len(rows), config.num_tokens, config.token_channels, spec.seed, rows.start),
-            settings=SamplingSettings(spec.guidance, spec.denoise), certify=spec.certify,
-        )  # fmt: skip
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # The folder's outcome tells of samples that are not finite.
-            loop = draw(strategy="sequential", sensitivity=True)
-            if spec.has_pictures:  # The folder has only their 8-bit values, and other samples as they were drawn.
-                samples = draw(strategy=folder.strategy()).x.cpu()
-            else:
-                samples = (folder.tokens if self.flow.image_shape is None else folder.images)(shard)[part]
-        exact = loop.x.cpu().float()
-        pixels = pixel_difference(folder.images(shard)[part], quantize(exact)) if spec.has_pictures else None
-        return replace(sample_errors(samples, exact), pixels=pixels), loop.outcome.sensitivity
-
-    def _measure_likelihoods(self, rows: range) -> tuple[float, int | None]:
-        """Returns the sum of the bits per dimension of images, and the number of them whose class the flow finds."""
-        batch = self.flow, self.test, Noise(self.flow.config.noise_std), self.spec.seed, torch.tensor(rows)
-        return total_bits_per_dim(*batch), None if self.test.labels is None else count_correct_classes(*batch)
-
-    def _real_images(self, rows: range) -> Tensor:
-        """Returns real images; as in the original code of TarFlow, half of Inception's are mirrored."""
-        images = self.real.images[torch.tensor(rows)]
-        if not isinstance(self.features, InceptionFeatures):
-            return images
-        is_mirrored = torch.rand(len(self.real), generator=torch.Generator().manual_seed(0)) < 0.5
-        return torch.where(is_mirrored[rows.start : rows.stop].view(-1, 1, 1, 1), images.flip(-1), images)
+        yield [unit for units in self._units.values() for unit in units]
 
     def reduce(self, store: JobStore) -> Any:
         """Returns an `EvaluationResult` as a JSON value."""
-        samples, scores = self.samples, self._measure_distances(store)
-        if errors := [store.value(unit) for unit in self._units["errors"]]:
+        folder, scores = self.folder, self._measure_distances(store)
+        if errors := [store.value(unit.name) for unit in self._units["errors"]]:
             paired, sensitivity = zip(*errors, strict=True)
             scores["paired"] = SampleErrors.merge([serialization.decode(SampleErrors, each) for each in paired])
             scores["sensitivity"] = max((each for each in sensitivity if each is not None), default=None)
-        if likelihoods := [store.value(unit) for unit in self._units["likelihoods"]]:
+        if likelihoods := [store.value(unit.name) for unit in self._units["likelihoods"]]:
             bits, num_correct = zip(*likelihoods, strict=True)
             name = "bits_per_dim_noisy" if self.flow.config.noise_std else "bits_per_dim"
             scores[name] = sum(bits) / self.spec.test_images
             scores["bayes_accuracy"] = None if None in num_correct else sum(num_correct) / self.spec.test_images
-        residual = None if samples is None else samples.residual()
+        residual = None if folder is None else folder.residual()
         result = EvaluationResult(
-            **vars(self.spec), machine=dict(self.machine), samples=None if samples is None else samples.outcome(),
+            **vars(self.spec), machine=dict(self.machine), samples=None if folder is None else folder.outcome(),
             median_residual=None if residual is None else float(residual.median()), scores=Scores(**scores),
         )  # fmt: skip
         return serialization.encode(result)
@@ -265,7 +212,7 @@ class EvaluationJob(Job):
             return {}
         real = self.statistics or self._merge_statistics(store, "real")
         scores = {"frechet_distance": frechet_distance(real, self._merge_statistics(store, "samples"))}
-        if self.real is not None:
+        if self._units["real"]:
             sets = self._choose_features(store, "real"), self._choose_features(store, "samples")
             if min(map(len, sets)) >= MIN_IMAGES:
                 scores["kernel_distance"], scores["kernel_distance_std"] = kernel_distance(*sets)
@@ -289,16 +236,66 @@ class EvaluationJob(Job):
 
     def _load_features(self, store: JobStore, kind: str) -> Iterator[Tensor]:
         for unit in self._units[kind]:
-            yield safetensors.torch.load_file(store.path / _file(unit))["features"]
+            for file in store.checksums(unit.name):
+                yield safetensors.torch.load_file(store.path / file)["features"]
 
 
-def _ranges(kind: str, num: int, size: int) -> list[str]:
-    """Returns the names of the units of `num` images, of which one unit has at most `size`."""
-    return [f"{kind}-{start}-{min(start + size, num)}" for start in range(0, num, size)]
+def _measure_errors(flow: Flow, folder: SampleFolder, rows: range) -> UnitOutput:
+    """Compares samples with the exact loop's of the same latents; also returns the latters' largest sensitivity."""
+    spec, config = folder.spec, flow.config
+    shard, first = divmod(rows.start, spec.shard_size)  # A batch is in one shard.
+    part = slice(first, first + len(rows))
+    labels = folder.labels(shard)
+    draw = partial(
+        sample, flow, labels=None if labels is None else labels[part],
+        latents=draw_latents(len(rows), config.num_tokens, config.token_channels, spec.seed, rows.start),
+        settings=SamplingSettings(spec.guidance, spec.denoise), certify=spec.certify,
+    )  # fmt: skip
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # The folder's outcome tells of samples that are not finite.
+        loop = draw(strategy="sequential", sensitivity=True)
+        if spec.has_pictures:  # The folder has only their 8-bit values, and other samples as they were drawn.
+            samples = draw(strategy=folder.strategy()).x.cpu()
+        else:
+            samples = (folder.tokens if flow.image_shape is None else folder.images)(shard)[part]
+    exact = loop.x.cpu().float()
+    pixels = pixel_difference(folder.images(shard)[part], quantize(exact)) if spec.has_pictures else None
+    errors = replace(sample_errors(samples, exact), pixels=pixels)
+    return UnitOutput(value=serialization.encode((errors, loop.outcome.sensitivity)))
 
 
-def _file(unit: str) -> str:
-    return f"features/{unit}.safetensors"
+def _measure_likelihoods(flow: Flow, test: ImageDataset, seed: int, rows: range) -> UnitOutput:
+    """Measures the sum of the bits per dimension of images, and the number of them whose class the flow finds."""
+    batch = flow, test, Noise(flow.config.noise_std), seed, torch.tensor(rows)
+    num_correct = None if test.labels is None else count_correct_classes(*batch)
+    return UnitOutput(value=(total_bits_per_dim(*batch), num_correct))
+
+
+def _real_images(real: ImageDataset, features: FeatureFunction, rows: range) -> Tensor:
+    """Returns real images; as in the original code of TarFlow, half of Inception's are mirrored."""
+    images = real.images[torch.tensor(rows)]
+    if not isinstance(features, InceptionFeatures):
+        return images
+    is_mirrored = torch.rand(len(real), generator=torch.Generator().manual_seed(0)) < 0.5
+    return torch.where(is_mirrored[rows.start : rows.stop].view(-1, 1, 1, 1), images.flip(-1), images)
+
+
+def _extract(kind: str, features: FeatureFunction, images: Callable[[range], Tensor], rows: range) -> UnitOutput:
+    """Computes features of real images or samples, as a file."""
+    file = f"features/{kind}-{rows.start}-{rows.stop}.safetensors"
+    return UnitOutput({file: safetensors.torch.save({"features": extract_features(features, images(rows))})})
+
+
+def _check_features(
+    features: FeatureFunction, folder: SampleFolder, real: ImageDataset | None, statistics: FeatureStatistics | None
+) -> None:
+    """Raises InputValueError if the features of the samples cannot be compared with those of the real images."""
+    num, width = folder.spec.num, extract_features(features, folder.images(0)[:1]).shape[1]
+    if statistics is not None:
+        check_comparable((statistics.num, len(statistics.sum)), (num, width))
+    if real is not None:
+        check_comparable((len(real), width), (num, width))
+        require_eval_extra("the kernel distance")
 
 
 def _open_samples(path: Path, flow: Flow, paired: int) -> SampleFolder:

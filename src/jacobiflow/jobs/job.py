@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -22,11 +22,23 @@ from jacobiflow.utils.progress import Progress
 _POLL_SECONDS = 0.2  # Between two looks at the units that other processes are computing.
 
 
+@dataclass(frozen=True)
+class Unit:
+    """A unit of work.
+
+    Attributes:
+        name: The name, which is part of file names.
+        run: Computes the unit from the spec and the units of earlier stages only; may report its progress.
+        size: Its share of the progress of the stage.
+    """
+
+    name: str
+    run: Callable[[Progress | None], UnitOutput]
+    size: int = 1
+
+
 class Job(ABC):
     """Work that any number of processes share through a folder, without talking to each other.
-
-    The bytes of a unit depend on its name, the spec and the units of earlier stages only, so it does not matter which
-    process computes it, nor how often. The name is part of file names.
 
     Attributes:
         kind: The kind of job, such as "samples".
@@ -46,12 +58,8 @@ class Job(ABC):
     machine: Mapping[str, Any]
 
     @abstractmethod
-    def stages(self, store: JobStore) -> Iterator[Mapping[str, int]]:
-        """Yields the units of each stage, with their sizes for the progress. A stage may read units of earlier ones."""
-
-    @abstractmethod
-    def compute(self, unit: str, store: JobStore, progress: Progress | None) -> UnitOutput:
-        """Computes a unit."""
+    def stages(self, store: JobStore) -> Iterator[list[Unit]]:
+        """Yields the units of each stage. Those of earlier stages are finished then, and may be read."""
 
     @abstractmethod
     def reduce(self, store: JobStore) -> Any:
@@ -81,13 +89,13 @@ class CompletedJob:
         result: The result, a JSON object.
         should_print: Whether this process shall print the result. It has reduced the job; or it found the job complete,
             and is the first process of its launcher.
-        missing: The units of the last stage that were not finished when this process came to it.
+        missing_size: Size of the units of the last stage that were not finished when this process came to it.
         seconds: The time from then until all were finished.
     """
 
     result: Any
     should_print: bool
-    missing: tuple[str, ...]
+    missing_size: int
     seconds: float
 
 
@@ -120,10 +128,8 @@ def run(job: Job, path: str | Path, *, overwrite: bool = False, progress: Progre
             stack.enter_context(store.use())
         for units in job.stages(store):
             started = time.perf_counter()
-            missing = tuple(unit for unit in units if not store.is_finished(unit))
-            for unit, part in _claim(store, units, missing, progress):
-                store.write(unit, job.compute(unit, store, part))
-            names |= units.keys()
+            missing_size = _compute_missing(store, units, progress)
+            names |= {unit.name for unit in units}
         seconds = time.perf_counter() - started
         with store.lock():
             stack.close()
@@ -132,7 +138,7 @@ def run(job: Job, path: str | Path, *, overwrite: bool = False, progress: Progre
             if is_reducer:
                 store.write_result(job.reduce(store), names)
             should_print = is_reducer or (was_complete and find_launch().rank == 0)
-            return CompletedJob(store.read_result(), should_print, missing, seconds)
+            return CompletedJob(store.read_result(), should_print, missing_size, seconds)
 
 
 def _start(job: Job, store: JobStore, overwrite: bool) -> None:
@@ -160,27 +166,26 @@ def _start(job: Job, store: JobStore, overwrite: bool) -> None:
         store.write_manifest(spec, machine)
 
 
-def _claim(
-    store: JobStore, units: Mapping[str, int], missing: Iterable[str], progress: Progress | None
-) -> Iterator[tuple[str, Progress | None]]:
-    """Yields the missing units that no other process computes, each locked until the next one; waits for the others.
-
-    With each unit comes its `Progress`, which counts as that of all units.
-    """
-    todo, total = {unit: units[unit] for unit in missing}, sum(units.values())
-    done = total - sum(todo.values())
+def _compute_missing(store: JobStore, units: Iterable[Unit], progress: Progress | None) -> int:
+    """Computes the units that no other process does, and waits for the others; returns the size of what was missing."""
+    todo = [unit for unit in units if not store.is_finished(unit.name)]
+    total, missing_size = (sum(unit.size for unit in each) for each in (units, todo))
+    done = total - missing_size
     if done and progress is not None:
         progress(done, total, store.kind)
     while todo:
-        for unit, size in list(todo.items()):
-            with suppress(FolderInUseError), store.claim(unit):
-                if not store.is_finished(unit):
-                    yield unit, progress and partial(_report_part, progress, store.kind, done, size, total)
-                done += todo.pop(unit)
+        for unit in todo.copy():
+            with suppress(FolderInUseError), store.claim(unit.name):
+                if not store.is_finished(unit.name):
+                    part = progress and partial(_report_part, progress, store.kind, done, unit.size, total)
+                    store.write(unit.name, unit.run(part))
+                todo.remove(unit)
+                done += unit.size
                 if progress is not None:
                     progress(done, total, store.kind)
         if todo:
             time.sleep(_POLL_SECONDS)
+    return missing_size
 
 
 def _report_part(

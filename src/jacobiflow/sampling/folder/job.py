@@ -6,6 +6,7 @@ import io
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, get_args
@@ -17,7 +18,7 @@ from jacobiflow.data import image_grid, quantize, scale
 from jacobiflow.data.grid import PICTURE_CHANNELS
 from jacobiflow.errors import InputValueError
 from jacobiflow.fixed_point import CertifyMode
-from jacobiflow.jobs import JobStore, UnitOutput
+from jacobiflow.jobs import JobStore, Unit, UnitOutput
 from jacobiflow.models.flow import Flow, check_flow
 from jacobiflow.models.labels import ContextLike, Labels
 from jacobiflow.models.latents import MAX_SAMPLES, draw_latents
@@ -111,8 +112,7 @@ def sample_to_folder(
     spec = SampleSpec.of(request, name, num=num, seed=seed, shard_size=shard_size, files=files)
     job = SampleJob(spec, describe_machine(flow.var.device), request)
     run = jobs.run(job, out, overwrite=overwrite, progress=progress)
-    num_new = sum(len(spec.span(i)) for i in range(spec.num_shards) if spec.unit(i) in run.missing)
-    folder = SampleFolder(Path(out), spec, num_new, run.seconds, run.should_print)
+    folder = SampleFolder(Path(out), spec, run.missing_size, run.seconds, run.should_print)
     outcome = folder.outcome()
     if outcome.has_shortfall and run.should_print:
         warnings.warn(str(outcome), stacklevel=2)
@@ -133,23 +133,21 @@ class SampleJob(jobs.Job):
     machine: Mapping[str, Any]
     request: SamplingRequest
 
-    def stages(self, store: JobStore) -> Iterator[Mapping[str, int]]:
+    def stages(self, store: JobStore) -> Iterator[list[Unit]]:
         """Yields the plan, then the shards with their numbers of samples."""
-        yield {STRATEGY: 1}
-        yield {self.spec.unit(i): len(self.spec.span(i)) for i in range(self.spec.num_shards)}
+        yield [Unit(STRATEGY, self._plan)]
+        spec, draw = self.spec, partial(self._draw_shard, Strategy.load(store.path / "strategy.json"))
+        yield [Unit(spec.unit(i), partial(draw, i), len(spec.span(i))) for i in range(spec.num_shards)]
 
     @torch.no_grad()
-    def compute(self, unit: str, store: JobStore, progress: Progress | None) -> UnitOutput:
-        """Plans the strategy, or draws a shard."""
-        spec = self.spec
-        if unit == STRATEGY:
-            return UnitOutput({"strategy.json": json_bytes(self.request.plan(spec.batch_size).to_json())})
-        index = int(unit.split("-")[1])
-        rows = spec.span(index)
-        config = self.request.flow.config
-        latents = draw_latents(len(rows), config.num_tokens, config.token_channels, spec.seed, rows.start)
-        request = replace(self.request[rows.start : rows.stop], strategy=Strategy.load(store.path / "strategy.json"))
-        samples = request.run(latents, progress)
+    def _plan(self, progress: Progress | None) -> UnitOutput:
+        return UnitOutput({"strategy.json": json_bytes(self.request.plan(self.spec.batch_size).to_json())})
+
+    @torch.no_grad()
+    def _draw_shard(self, strategy: Strategy, index: int, progress: Progress | None) -> UnitOutput:
+        rows, config = self.spec.span(index), self.request.flow.config
+        latents = draw_latents(len(rows), config.num_tokens, config.token_channels, self.spec.seed, rows.start)
+        samples = replace(self.request[rows.start : rows.stop], strategy=strategy).run(latents, progress)
         return UnitOutput(self._files(index, samples), serialization.encode(samples.outcome))
 
     def reduce(self, store: JobStore) -> Any:
