@@ -5,8 +5,8 @@ from __future__ import annotations
 import time
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -128,7 +128,9 @@ def run(job: Job, path: str | Path, *, overwrite: bool = False, progress: Progre
             stack.enter_context(store.use())
         for units in job.stages(store):
             started = time.perf_counter()
-            missing_size = _compute_missing(store, units, progress)
+            missing = [unit for unit in units if not store.is_finished(unit.name)]
+            for unit, part in _claim(store, units, missing, progress):
+                store.write(unit.name, unit.run(part))
             names |= {unit.name for unit in units}
         seconds = time.perf_counter() - started
         with store.lock():
@@ -138,6 +140,7 @@ def run(job: Job, path: str | Path, *, overwrite: bool = False, progress: Progre
             if is_reducer:
                 store.write_result(job.reduce(store), names)
             should_print = is_reducer or (was_complete and find_launch().rank == 0)
+            missing_size = sum(unit.size for unit in missing)
             return CompletedJob(store.read_result(), should_print, missing_size, seconds)
 
 
@@ -166,26 +169,32 @@ def _start(job: Job, store: JobStore, overwrite: bool) -> None:
         store.write_manifest(spec, machine)
 
 
-def _compute_missing(store: JobStore, units: Iterable[Unit], progress: Progress | None) -> int:
-    """Computes the units that no other process does, and waits for the others; returns the size of what was missing."""
-    todo = [unit for unit in units if not store.is_finished(unit.name)]
-    total, missing_size = (sum(unit.size for unit in each) for each in (units, todo))
-    done = total - missing_size
+def _claim(
+    store: JobStore, units: Sequence[Unit], missing: Sequence[Unit], progress: Progress | None
+) -> Iterator[tuple[Unit, Progress | None]]:
+    """Yields the missing units of a stage that no other process computes, each locked until the next one.
+
+    With each comes its `Progress`, which counts as that of the stage. At last it waits for the locked units.
+    """
+    todo, total = [*missing], sum(unit.size for unit in units)
+    done = total - sum(unit.size for unit in todo)
     if done and progress is not None:
         progress(done, total, store.kind)
     while todo:
         for unit in todo.copy():
-            with suppress(FolderInUseError), store.claim(unit.name):
-                if not store.is_finished(unit.name):
-                    part = progress and partial(_report_part, progress, store.kind, done, unit.size, total)
-                    store.write(unit.name, unit.run(part))
-                todo.remove(unit)
-                done += unit.size
-                if progress is not None:
-                    progress(done, total, store.kind)
+            with ExitStack() as stack:
+                try:
+                    stack.enter_context(store.claim(unit.name))
+                except FolderInUseError:
+                    continue
+                if not store.is_finished(unit.name):  # Another process may have finished it meanwhile.
+                    yield unit, progress and partial(_report_part, progress, store.kind, done, unit.size, total)
+            todo.remove(unit)
+            done += unit.size
+            if progress is not None:
+                progress(done, total, store.kind)
         if todo:
             time.sleep(_POLL_SECONDS)
-    return missing_size
 
 
 def _report_part(
