@@ -220,7 +220,7 @@ def test_calibrating_changes_nothing_else(classes: Case) -> None:
     [
         ({"images": IMAGES / (torch.arange(7) != 5).view(-1, 1, 1, 1)}, "images=.*: holds a NaN or an infinity"),
         ({"segments": 17}, "there are only 16 tokens"),
-        ({"per_class": True}, "per_class: give the labels"),
+        ({"per_class": True}, "per_class=True: needs the labels"),
     ],
     ids=range(3),
 )
