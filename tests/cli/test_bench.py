@@ -67,7 +67,7 @@ def test_settings_reach_the_library(run: Any, tmp_path: Path) -> None:
 
 def test_a_tolerance_is_for_the_strategies_that_have_one(run: Any, refuse: Any, tmp_path: Path) -> None:
     out, planned = tmp_path / "out", tmp_path / "planned.json"
-    prediction = Prediction("cpu with 1 thread", 2, None, 1.0, 2.0, 0.0, 0.0)  # for batches of 2
+    prediction = Prediction("cpu with 1 thread", 2, None, 1.0, 2.0, 0.0)  # for batches of 2
     replace(jf.Strategy.load("window.json"), prediction=prediction).save(planned)
     line = "bench --model model --batch-size 2 --repeats 1 --strategy"
     assert run(f"{line} window.json --strategy auto --tolerance 1e-5 --out {out}").code == 0

@@ -1,9 +1,9 @@
-"""Timings of blocks by a clock that only solves move, and the choice of a solver from a table."""
+"""Timings of blocks by a clock that only solves move, and the choice of a solver among them."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -13,86 +13,52 @@ from jacobiflow.fixed_point.options import SolveOptions
 from jacobiflow.fixed_point.problem import Problem
 from jacobiflow.models.latents import draw_latents
 from jacobiflow.planner import benchmark
-from jacobiflow.planner.benchmark import BlockTimings, RaceState, TimedSolve, race, solver_key, time_block
-from tests.helpers.invented import TOKENS, Machine, fitted_block, small
+from jacobiflow.planner.benchmark import BlockTimings, TimedSolve, race, time_block, time_solve
+from tests.helpers.invented import TOKENS, Machine, small
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 Z, CONTEXT = draw_latents(6, TOKENS, 4), jf.Context(torch.arange(6) % 3)
 WHOLE, SHORT, LONG = (jf.Solver(partition) for partition in (jf.Whole(), jf.Window(4), jf.Window(8)))
-BF16 = replace(WHOLE, bf16_sweeps=3)
-EIGHT = jf.Solver(stopping=jf.MaxSweeps(8))  # what `WHOLE` leads to if its slowest sample takes 9 sweeps
-TIMINGS, START, LATE = BlockTimings(10.0, 1.0, 0.0), RaceState(1e9), -1.0
-
-
-def row(solver: jf.Solver, *seconds: float, sweeps: int = 9) -> TimedSolve:
-    return TimedSolve(solver, seconds, Z, sweeps)
+TIMINGS = BlockTimings(10.0, 1.0)
+OPTIONS = SolveOptions(1e-3)
 
 
 # ------------------------------------------------------------------------------------------------------ timed races
 
 
-@pytest.fixture
-def solves(monkeypatch: pytest.MonkeyPatch) -> dict[jf.Solver, list[float]]:
-    """Seconds that solvers take, in turn; others take 99."""
-    seconds: dict[jf.Solver, list[float]] = {}
+def test_slower_solvers_are_abandoned_and_the_fastest_wins(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The exact loop takes 10 seconds. A solver is abandoned after 1.1 times the best time before it."""
+    limits = list[float]()
 
-    def time_solve(problem: Problem, solver: jf.Solver, options: SolveOptions) -> TimedSolve:
-        taken = seconds[solver].pop(0) if seconds.get(solver) else 99.0
-        if options.time_limit is not None and taken > options.time_limit:
+    def time_solve(problem: Problem, solver: jf.Solver, options: SolveOptions, limit: float) -> TimedSolve:
+        limits.append(limit)
+        if seconds[solver] > limit:
             raise TimeoutError
-        return row(solver, taken)
+        return TimedSolve(solver, seconds[solver], Z)
 
     monkeypatch.setattr(benchmark, "time_solve", time_solve)
-    return seconds
+    problem = Problem(small().blocks[0], Z, CONTEXT)
+    for times, winner, bounds in (
+        ((5.0, 4.0, 4.2), SHORT, (11.0, 5.5, 4.4)),
+        ((99.0, 12.0, 9.0), LONG, (11.0, 11.0, 11.0)),
+        ((10.5, 10.0, 99.0), None, (11.0, 11.0, 11.0)),
+    ):
+        seconds = dict(zip((WHOLE, SHORT, LONG), times, strict=True))
+        limits.clear()
+        best = race(problem, seconds, 10.0, OPTIONS)
+        assert (None if best is None else best.solver) == winner
+        assert limits == pytest.approx(bounds)
 
 
-def run_race(
-    solvers: list[jf.Solver], batch_size: int = 2, state: RaceState = START
-) -> tuple[TimedSolve | None, RaceState]:
-    """A race of two samples."""
-    problem = Problem(small().blocks[0], Z[:2], CONTEXT[:2])
-    return race(problem, solvers, TIMINGS, SolveOptions(1e-3, batch_size=batch_size), state)
-
-
-def test_slower_solvers_are_abandoned_and_the_leader_runs_first(solves: dict[jf.Solver, list[float]]) -> None:
-    solves |= {WHOLE: [5.0], SHORT: [5.6], LONG: [4.0]}
-    winner, state = run_race([WHOLE, SHORT, LONG])
-    assert winner is not None
-    assert (winner.solver, winner.timings, list(state.last)) == (LONG, (4.0,), [solver_key(LONG)])
-    solves |= {LONG: [4.0], WHOLE: [3.0], SHORT: [3.0]}
-    winner, _ = run_race([WHOLE, SHORT, LONG], state=state)
-    assert winner is not None
-    assert winner.solver == LONG and solves[WHOLE] == solves[SHORT] == [3.0]
-    assert run_race([SHORT], state=RaceState(LATE)) == (None, RaceState(LATE))
-
-
-@pytest.mark.parametrize(
-    ("short", "long", "timings"),
-    [([4.0, 4.1], [4.3, 3.9], (4.3, 3.9)), ([4.0, 1.0], [4.5], (4.0,)), ([9.5, 9.8], [12.0], (9.5, 9.8)),
-     ([0.04, 0.06, 0.066], [0.042, 0.03, 0.036], (0.042, 0.03, 0.036)), ([10.5, 9.8], [12.0], (10.5, 9.8))],
-)  # fmt: skip
-def test_those_near_the_best_are_timed_again(
-    short: list[float], long: list[float], timings: tuple[float, ...], solves: dict[jf.Solver, list[float]]
-) -> None:
-    """Once, or twice if they are short; also those near the exact loop, which takes 10 seconds."""
-    solves |= {SHORT: short, LONG: long}
-    winner, _ = run_race([SHORT, LONG])
-    assert winner is not None
-    assert winner.timings == timings
-
-
-def test_the_exact_loop_takes_its_time_for_every_batch(solves: dict[jf.Solver, list[float]]) -> None:
-    for batch_size, seconds, wins in ((2, 9.0, True), (2, 10.0, False), (1, 19.0, True), (1, 20.0, False)):
-        solves[SHORT] = [seconds] * 2
-        assert (run_race([SHORT], batch_size)[0] is not None) == wins
-
-
-def test_a_fixed_number_of_sweeps_wins_and_leads_the_next_race(solves: dict[jf.Solver, list[float]]) -> None:
-    solves |= {SHORT: [9.0], WHOLE: [5.0], EIGHT: [4.0]}
-    winner, state = run_race([SHORT, WHOLE])
-    assert winner is not None
-    assert (winner.solver, list(state.last)) == (EIGHT, [solver_key(WHOLE)])
+def test_a_short_solve_is_repeated_and_a_long_one_abandoned(monkeypatch: pytest.MonkeyPatch) -> None:
+    for call, repeats in ((1e-4, 7), (1.0, 1)):
+        machine = Machine(call)
+        problem = Problem(machine.carry(small(), monkeypatch).blocks[1], Z, CONTEXT)
+        timed = time_solve(problem, WHOLE, OPTIONS, 1e9)
+        assert machine.now == pytest.approx(repeats * timed.seconds)
+        with pytest.raises(TimeoutError):
+            time_solve(problem, WHOLE, OPTIONS, 0.9 * timed.seconds - call)
 
 
 # ---------------------------------------------------------------------------------------------------- timed blocks
@@ -107,7 +73,7 @@ def test_the_exact_loop_and_an_evaluation_are_timed(monkeypatch: pytest.MonkeyPa
         machine.seconds(6, *[1] * TOKENS), machine.seconds(6, TOKENS), machine.seconds(4, TOKENS)
     )  # fmt: skip
     assert machine.now == pytest.approx(sequential + evaluation + (1 + 0.25) * sweep, rel=0.002)
-    assert timings == pytest.approx((sequential, evaluation, 0.0, 0.25 * evaluation), rel=0.05)
+    assert timings == pytest.approx((sequential, evaluation, 0.25 * evaluation), rel=0.05)
     for call, number in ((0.01, 4), (0.001, 6)):
         machine = Machine(call, low=0.25)
         block = machine.carry(small(), monkeypatch).blocks[1]
@@ -116,7 +82,7 @@ def test_the_exact_loop_and_an_evaluation_are_timed(monkeypatch: pytest.MonkeyPa
         assert timings.bf16_evaluation == math.inf
 
 
-@pytest.mark.parametrize(("timings", "least"), [((0.1, 0.0), 0.5), ((1.0, 0.0, 0.25), 0.75 + 2.0)])
+@pytest.mark.parametrize(("timings", "least"), [((0.1,), 0.5), ((1.0, 0.25), 0.75 + 2.0)])
 def test_other_solvers_take_four_evaluations_or_three_in_bfloat16_and_a_certificate(
     timings: tuple[float, ...], least: float
 ) -> None:
@@ -145,29 +111,22 @@ class Quarters(jf.Partition):
         return (cls(),) if num_tokens >= 4 else ()
 
 
-def test_candidates_are_of_every_partition_with_the_fitted_pieces() -> None:
-    fitted = fitted_block()
-    plain = benchmark.candidates(196, 1e-4, None, TIMINGS)
+def test_candidates_are_of_every_partition() -> None:
+    plain = benchmark.candidates(196, 1e-4, TIMINGS)
     assert {solver.partition for solver in plain} == {jf.Whole(), jf.Window(32), jf.Window(64), Quarters()}
-    assert {(solver.guess, solver.correction) for solver in plain} == {(jf.Latent(), jf.Plain())}
     assert {solver.stopping for solver in plain} == {jf.Tolerance(1e-4)}
-    both = benchmark.candidates(196, 1e-4, fitted, TIMINGS._replace(bf16_evaluation=0.5))
+    both = benchmark.candidates(196, 1e-4, TIMINGS._replace(bf16_evaluation=0.5))
     assert len(both) == 2 * len(plain)
     assert {solver.bf16_sweeps for solver in both} == {0, 3}
-    assert {(solver.guess, solver.correction) for solver in both} == {(fitted.guess, fitted.correction)}
 
 
-@pytest.mark.parametrize("batch_size", [2, 4])
-def test_a_winner_has_its_certified_answer_and_its_real_time(batch_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_winner_has_its_certified_answer_and_its_real_time(monkeypatch: pytest.MonkeyPatch) -> None:
     machine = Machine(1.0, 0.01)
     problem = Problem(machine.carry(small(), monkeypatch).blocks[1], Z[:4], CONTEXT[:4])
-    timings, options = time_block(problem[:batch_size]), SolveOptions(1e-3, batch_size=batch_size)
-    started = machine.now
-    winner, state = race(problem, [WHOLE, SHORT], timings, options, START)
+    winner = race(problem, [WHOLE, SHORT], time_block(problem).sequential, OPTIONS)
     assert winner is not None
-    assert state.seconds_left == pytest.approx(1e9 - (machine.now - started))
     started = machine.now
-    solution = jf.solve(problem.block, problem.z, winner.solver, problem.context, batch_size=batch_size, tolerance=1e-3)
+    solution = jf.solve(problem.block, problem.z, winner.solver, problem.context, tolerance=1e-3)
     assert winner.seconds == pytest.approx(machine.now - started)
     assert solution.residual.max() <= 1e-3
     assert torch.equal(solution.x, winner.x)

@@ -21,7 +21,7 @@ COUNTED = jf.Solver(stopping=jf.MaxSweeps(3))
 
 
 def planned(device: str = "cpu with 1 thread", guidance: jf.Guidance | None = None) -> jf.Strategy:
-    return jf.Strategy((jf.Solver(),) * 2, None, 1e-3, Prediction(device, 16, guidance, 1.0, 2.0, 0.0, 0.0))
+    return jf.Strategy((jf.Solver(),) * 2, None, 1e-3, Prediction(device, 16, guidance, 1.0, 2.0, 0.0))
 
 
 def test_auto_to_a_tolerance(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,7 @@ from jacobiflow.fixed_point.problem import Problem
 from jacobiflow.models.checkpoints.fingerprint import fingerprint
 from jacobiflow.models.latents import FIRST_CALIBRATION_LATENT, draw_latents
 from jacobiflow.planner import BlockTuning, planner
-from jacobiflow.planner.benchmark import RaceState, TimedSolve
+from jacobiflow.planner.benchmark import TimedSolve
 from jacobiflow.planner.fit import NUM_SAMPLES
 from tests.helpers.invented import GUIDANCE, TOKENS, Halfway, Machine, draw, make_tuning, small, tuned
 
@@ -98,30 +98,18 @@ def test_a_plan_whose_images_are_off_is_tightened(monkeypatch: pytest.MonkeyPatc
     assert (draw(flow, plan, LATENTS).images - exact).abs().max() <= 1e-2
 
 
-class Winners:
-    """Races whose winner in each block, in order of sampling, is known; `None` is the exact loop."""
+def fix_winners(monkeypatch: pytest.MonkeyPatch, *winners: tuple[jf.Solver, float]) -> None:
+    """Makes the winner of the race in each block, in order of sampling, and its seconds known."""
+    rest = iter(winners)
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, *winners: tuple[jf.Solver, float] | None) -> None:
-        self.states, self.rest = list[RaceState](), iter(winners)
-        monkeypatch.setattr(planner, "race", self._race)
+    def race(problem: Problem, *_: Any) -> TimedSolve:
+        return TimedSolve(*next(rest), exact_x(problem))
 
-    def _race(
-        self, problem: Problem, solvers: Any, timings: Any, options: Any, state: RaceState
-    ) -> tuple[TimedSolve | None, RaceState]:
-        self.states.append(state)
-        self.z, winner = problem.z, next(self.rest)
-        return (None if winner is None else TimedSolve(winner[0], (winner[1],), exact_x(problem), 9)), state
+    monkeypatch.setattr(planner, "race", race)
 
 
 def exact_x(problem: Problem) -> torch.Tensor:
     return jf.solve(problem.block, problem.z, jf.Solver(jf.Sequential()), problem.context).x
-
-
-def test_solvers_are_tightened_by_their_tolerance_or_by_a_sweep_for_each_power_of_ten() -> None:
-    solvers = [jf.Solver(stopping=jf.Tolerance(2e-3)), jf.Solver(stopping=jf.MaxSweeps(2))]
-    for factor, tighter in ((0.125, (jf.Tolerance(2.5e-4), jf.MaxSweeps(3))), (0.0125, (None, jf.MaxSweeps(4)))):
-        found = [planner.tighten(solver, factor).stopping for solver in solvers]
-        assert all(want in (None, stopping) for want, stopping in zip(tighter, found, strict=True))
 
 
 def test_a_plan_that_is_no_faster_when_verified_is_the_exact_loop(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -132,7 +120,7 @@ def test_a_plan_that_is_no_faster_when_verified_is_the_exact_loop(monkeypatch: p
     cases = ((4, [0.9], 0.9), (4, [1.5, 0.96], 0.96), (4, [1.5, 0.98], None), (6, [1.5], 0.25))
     for batch_size, shares, share in cases:
         rest = iter(shares)
-        Winners(monkeypatch, *[(jf.Solver(), loop / 8)] * 2)
+        fix_winners(monkeypatch, *[(jf.Solver(), loop / 8)] * 2)
         monkeypatch.setattr(planner, "time_call", lambda run, device, rest=rest: (next(rest) * loop, run()))
         plan = jf.plan(flow, batch_size=batch_size, tolerance=1e-2)
         assert is_loop(*plan.solvers) == (share is None)
@@ -151,7 +139,7 @@ def test_a_plan_is_verified_on_latents_of_its_own(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(planner, "draw_latents", note_range)
     for batch_size, raced, verified in ((1, 2, 1), (16, 16, 4)):
         ranges.clear()
-        Winners(monkeypatch, *[(jf.Solver(), 1.0)] * 2)
+        fix_winners(monkeypatch, *[(jf.Solver(), 1.0)] * 2)
         jf.plan(Machine(1.0).carry(small(), monkeypatch), batch_size=batch_size)
         timing, race, verification = ranges
         assert (len(timing), len(race), len(verification)) == (batch_size, raced, verified)

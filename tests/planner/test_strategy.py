@@ -27,7 +27,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 PLAN = jf.Strategy(
     (jf.Solver(jf.Segments(2), jf.Zeros(), jf.MaxSweeps((7, 4)), bf16_sweeps=3), jf.Solver(stopping=jf.EarlyStop(0.5))),
-    "f" * 64, 1e-3, Prediction("cpu", 4, GUIDANCE, 1.0, 2.0, 1e-4, 0.0),
+    "f" * 64, 1e-3, Prediction("cpu", 4, GUIDANCE, 1.0, 2.0, 1e-4),
 )  # fmt: skip
 
 

@@ -27,14 +27,7 @@ from jacobiflow.calibration.report import (
     LatentSource,
     guesses_by_name,
 )
-from jacobiflow.calibration.statistics import (
-    BlockSolution,
-    CalibrationStatistics,
-    Images,
-    Means,
-    exact_solutions,
-    mean_affine,
-)
+from jacobiflow.calibration.statistics import CalibrationStatistics, Images, Means, mean_affine
 from jacobiflow.errors import InputTypeError, InputValueError
 from jacobiflow.fixed_point import Segments
 from jacobiflow.jobs import JobStore, Unit, UnitOutput
@@ -42,6 +35,7 @@ from jacobiflow.models.checkpoints.fingerprint import fingerprint
 from jacobiflow.models.flow import Flow, check_flow
 from jacobiflow.models.labels import ContextLike, Labels
 from jacobiflow.models.latents import FIRST_CALIBRATION_LATENT, MAX_SAMPLES, draw_latents
+from jacobiflow.solutions import BlockSolution, exact_solutions
 from jacobiflow.utils.checks import check_choice, check_count, check_flag, check_path, check_seed
 from jacobiflow.utils.progress import Progress
 from jacobiflow.utils.serialization import decode, encode

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence, Sized
+from collections.abc import Mapping, Sequence, Sized
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -16,6 +16,7 @@ from jacobiflow.errors import InputValueError
 from jacobiflow.fixed_point import Guess, Latent, MeanAffine, Zeros
 from jacobiflow.fixed_point.registry import JsonDocument
 from jacobiflow.models.checkpoints.fingerprint import check_fingerprint
+from jacobiflow.models.checkpoints.folder import find_file_by_guidance
 from jacobiflow.models.flow import Flow, check_flow
 from jacobiflow.utils.checks import check_choice, check_count, check_number
 
@@ -237,15 +238,8 @@ def find_report(flow: Flow) -> Path | None:
         >>> jf.find_report(jf.load("digits-p1")).name
         'report.json'
     """
-    return find_file_by_guidance(flow, "report", lambda file: CalibrationReport.load(file).settings.guidance)
-
-
-def find_file_by_guidance(flow: Flow, prefix: str, read_guidance: Callable[[Path], Guidance | None]) -> Path | None:
-    """Finds the first file with this prefix that is of the flow's guidance; else the first with this prefix."""
     check_flow(flow)
-    files = [file for file in flow.report_files if file.name.startswith(prefix)]
-    same = (file for file in files if len(files) == 1 or read_guidance(file) == flow.guidance)
-    return next(same, next(iter(files), None))
+    return find_file_by_guidance(flow, "report", lambda file: CalibrationReport.load(file).settings.guidance)
 
 
 def _class_spread(classes: Sequence[Metrics], block: int) -> ClassSpread:

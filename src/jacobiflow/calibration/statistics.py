@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -16,10 +16,10 @@ from jacobiflow.calibration.convergence import initial_residuals, segment_slices
 from jacobiflow.calibration.metrics import Components, Metrics, Norm, matrix_norm, tough_blocks
 from jacobiflow.calibration.report import GUESS_NAMES, guesses_by_name
 from jacobiflow.errors import InputValueError
-from jacobiflow.fixed_point import MeanAffine, Sequential, Solver, solve
+from jacobiflow.fixed_point import MeanAffine
 from jacobiflow.models.flow import Flow, Step
+from jacobiflow.solutions import BlockSolution
 from jacobiflow.utils.checks import check_finite
-from jacobiflow.utils.progress import Progress
 
 Means = Mapping[str, Tensor]  # means over images by name, see `CalibrationStatistics`
 
@@ -33,43 +33,6 @@ class Images(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: Int[Tensor, " b"], /) -> Float[Tensor, "b c h w"]: ...
-
-
-class BlockSolution(NamedTuple):
-    """Solutions X* of one block at z, in its causal order, and their context."""
-
-    x: Float[Tensor, "b t c"]
-    z: Float[Tensor, "b t c"]
-    context: Context
-
-    def split(self, size: int) -> Iterator[BlockSolution]:
-        """Splits the solutions into batches of `size` samples."""
-        for start in range(0, len(self.x), size):
-            rows = slice(start, start + size)
-            yield BlockSolution(self.x[rows], self.z[rows], self.context[rows])
-
-
-def exact_solutions(
-    flow: Flow, latents: Float[Tensor, "n t c"], context: Context, batch_size: int, progress: Progress | None
-) -> list[BlockSolution]:
-    """Solves each block by the exact loop at standard normal latents. Raises ValueError if one overflows."""
-    num = flow.config.num_blocks
-    tokens, solutions = flow.prior_tokens(latents), list[BlockSolution]()
-    for i in reversed(range(num)):
-        permutation = flow.blocks[i].permutation
-        z = permutation(tokens)
-        x = solve(flow.inverse_block(i), z, Solver(Sequential()), context, batch_size=batch_size).x
-        overflows = int((~torch.isfinite(x).all(dim=(1, 2))).sum())
-        if overflows:
-            raise InputValueError(
-                f"{overflows} of {len(x)} fresh latents overflow in the exact inverse of block {i}; lower the "
-                "guidance, or use a wider dtype"
-            )
-        solutions.append(BlockSolution(x, z, context))
-        tokens = permutation.inverse(x)
-        if progress is not None:
-            progress(len(solutions), num, "exact loop")
-    return solutions[::-1]
 
 
 def mean_affine(means: Means, block: int) -> MeanAffine:

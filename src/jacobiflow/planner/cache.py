@@ -33,13 +33,11 @@ from jacobiflow.utils.progress import Progress
 from jacobiflow.utils.timing import describe_machine
 
 _PACKAGE = Path(__file__).parent.parent
-_MAX_SPREAD = 0.3
-"""Timings that differ by a larger share come from a busy machine, and its plan is not kept."""
 _MAX_CROWDING = 0.25
-"""Number of cores that other programs may use beyond those that PyTorch leaves free. If one of them takes the core of a
+"""Number of cores that programs may use beyond those that PyTorch leaves free. If one of them takes the core of a
 thread, the other threads wait for it at each step of the exact loop, which is then many times slower."""
-_CLOCK_ERROR = 0.2
-"""Seconds by which the sum over all programs may be off."""
+_CROWDING_SECONDS = 0.2
+"""Seconds over which the use of the cores is measured."""
 _BUSY_SECONDS = 60.0
 """Seconds for which the plan of a busy machine is used; to plan at every call would take longer."""
 _MAX_PLANS = 16
@@ -58,8 +56,8 @@ def auto(flow: Flow, batch_size: int, tolerance: float | None = None, progress: 
 
     A plan is made for the next power of two of the batch size, or for the batch size itself if the power of two would
     not fit in memory. The last plans are kept in memory, and in the user's cache folder unless the flow has changed
-    since an earlier plan, as in training. If the machine was so busy that its timings are in doubt, the plan is used
-    for a minute, in this process only.
+    since an earlier plan, as in training. If programs used the cores that PyTorch needs, the plan is used for a minute,
+    in this process only.
 
     Other weights, tunings, native libraries, settings of PyTorch and versions of the planner have plans of their own.
     `cached_fingerprint` says which changes of weights are noticed, and a tuning is read when a model is loaded. At a
@@ -104,7 +102,7 @@ def _environment(flow: Flow) -> tuple[Hashable, ...]:
 def _load_or_make(
     flow: Flow, weights: str, batch_size: int, tolerance: float, is_saved: bool, progress: Progress | None
 ) -> tuple[Strategy, bool]:
-    """Returns the plan in the cache folder, or a new one, and True if the machine was too busy to trust its timings."""
+    """Returns the plan in the cache folder, or a new one, and True if the machine was too busy to trust it."""
     power_of_two = 1 << (batch_size - 1).bit_length()
     batch_size = batch_size if exceeds_memory(flow, power_of_two) else power_of_two
     tuning = find_tuning(flow)
@@ -117,12 +115,10 @@ def _load_or_make(
     if file is not None:
         with suppress(InputError):  # The file may be missing or damaged.
             return Strategy.load(file), False
-    before = _clocks()
+    is_crowded = flow.var.device.type == "cpu" and _is_crowded()
     strategy = make_plan(flow, None, batch_size, tolerance, True, progress)
-    spread = 0.0 if strategy.prediction is None else strategy.prediction.spread
-    is_swept = any(solver.partition != Sequential() for solver in strategy.solvers)
     # On crowded cores the exact loop loses to sweeps that it otherwise beats; if it wins, no doubt is left.
-    is_busy = spread > _MAX_SPREAD or (is_swept and flow.var.device.type == "cpu" and _is_crowded(before))
+    is_busy = is_crowded and any(solver.partition != Sequential() for solver in strategy.solvers)
     if file is not None and is_saved and not is_busy:
         with suppress(OSError):  # A plan that cannot be saved is made again next time.
             file.parent.mkdir(parents=True, exist_ok=True)
@@ -132,19 +128,11 @@ def _load_or_make(
     return strategy, is_busy
 
 
-def _clocks() -> tuple[float, float, float]:
-    """Returns seconds since some time: of a clock, of computing by all programs, and of computing by this process."""
-    process, machine = os.times(), psutil.cpu_times()
-    counted_twice = getattr(machine, "guest", 0.0) + getattr(machine, "guest_nice", 0.0)
-    waiting = machine.idle + getattr(machine, "iowait", 0.0)
-    return time.monotonic(), sum(machine) - counted_twice - waiting, process.user + process.system
-
-
-def _is_crowded(before: tuple[float, float, float]) -> bool:
-    """Returns True if since `before` other programs have computed on cores that PyTorch's threads needed."""
-    seconds, machine_seconds, process_seconds = (now - then for now, then in zip(_clocks(), before, strict=True))
-    free_cores = (psutil.cpu_count() or 1) - torch.get_num_threads()
-    return machine_seconds - process_seconds > (free_cores + _MAX_CROWDING) * seconds + _CLOCK_ERROR
+def _is_crowded() -> bool:
+    """Tells if programs compute on cores that PyTorch's threads will need."""
+    num_cores = psutil.cpu_count() or 1
+    used_cores = psutil.cpu_percent(_CROWDING_SECONDS) / 100 * num_cores
+    return used_cores > num_cores - torch.get_num_threads() + _MAX_CROWDING
 
 
 @functools.cache

@@ -12,8 +12,6 @@ import torch
 from jacobiflow.blocks.context import Context
 from jacobiflow.blocks.guidance import Guidance
 from jacobiflow.blocks.tokens import Tokens
-from jacobiflow.calibration.report import find_file_by_guidance
-from jacobiflow.calibration.statistics import exact_solutions
 from jacobiflow.errors import InputValueError
 from jacobiflow.fixed_point import Correction, Guess, Plain, Solver, Whole
 from jacobiflow.fixed_point.options import SolveOptions
@@ -21,9 +19,11 @@ from jacobiflow.fixed_point.problem import Problem
 from jacobiflow.fixed_point.registry import JsonDocument, registered_pieces
 from jacobiflow.fixed_point.solve import attempt
 from jacobiflow.models.checkpoints.fingerprint import check_fingerprint, fingerprint
+from jacobiflow.models.checkpoints.folder import find_file_by_guidance
 from jacobiflow.models.flow import Flow, check_flow
 from jacobiflow.models.labels import ContextLike, Labels, convert_labels
 from jacobiflow.models.latents import FIRST_CALIBRATION_LATENT, MAX_SAMPLES, draw_latents
+from jacobiflow.solutions import exact_solutions
 from jacobiflow.utils.checks import check_count, check_seed
 from jacobiflow.utils.progress import Progress
 
@@ -130,6 +130,7 @@ def find_tuning(flow: Flow) -> Path | None:
         >>> jf.find_tuning(jf.load("digits-p1")).name
         'tuning.json'
     """
+    check_flow(flow)
     return find_file_by_guidance(flow, "tuning", lambda file: Tuning.load(file).guidance)
 
 

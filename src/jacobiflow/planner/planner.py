@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 import warnings
 from collections.abc import Hashable, Sequence
 from dataclasses import replace
@@ -14,14 +15,14 @@ import torch
 from jacobiflow.blocks.base import FlowBlock
 from jacobiflow.blocks.context import Context
 from jacobiflow.blocks.tokens import Tokens
-from jacobiflow.fixed_point import MaxSweeps, Solver, Tolerance
+from jacobiflow.fixed_point import Solver, Tolerance
 from jacobiflow.fixed_point.options import DEFAULT_TOLERANCE, SolveOptions
 from jacobiflow.fixed_point.problem import Problem
 from jacobiflow.fixed_point.solve import attempt, solve_to_tolerance
 from jacobiflow.models.checkpoints.fingerprint import fingerprint
 from jacobiflow.models.flow import Flow, check_flow
 from jacobiflow.models.latents import FIRST_CALIBRATION_LATENT, MAX_SAMPLES, draw_latents
-from jacobiflow.planner.benchmark import SEQUENTIAL, UNCERTIFIED, BlockTimings, RaceState, candidates, race, time_block
+from jacobiflow.planner.benchmark import SEQUENTIAL, UNCERTIFIED, BlockTimings, candidates, race, time_block
 from jacobiflow.planner.fit import NUM_SAMPLES, Tuning, find_tuning
 from jacobiflow.planner.strategy import Prediction, Strategy, device_name
 from jacobiflow.utils.checks import check_count, check_flag, check_kind, check_positive
@@ -31,19 +32,17 @@ from jacobiflow.utils.timing import time_call
 _MIN_RACED = 2
 """The least number of samples in a race: one sample may need twice as many sweeps as another."""
 _MIN_RACE_SECONDS = 2.0
-"""The least time limit, in seconds, of races between several solvers."""
+"""The least number of seconds for races between several solvers."""
 _NUM_VERIFIED = 4
 """Samples that a plan is verified on, and whose rounding is measured; a single one may have none."""
 _NUM_COMPARED = 2
 """Verified samples whose images are compared with exact ones."""
-_EXACT_FACTOR = 0.01
-"""Sweeps to this share of the tolerance count as exact."""
 _MAX_TIME_SHARE = 0.97
 """The largest share of the exact loop's time that a plan may take."""
 _NUM_TRIALS = 3
 """The number of tolerances that a verification tries."""
 _SAFETY_FACTOR = 0.5
-"""A tolerance is tightened to this share of the one that would be just enough."""
+"""The sweeps' tolerance is tightened to this share of the one that would be just enough."""
 _ROUNDING_MARGIN = 2.0
 """The rounding of a few samples is taken to be within this factor of a batch's."""
 _ROUNDED_DTYPES = ("bfloat16", "float16", "tf32")
@@ -93,11 +92,10 @@ def plan(
 
 
 class _Draft(NamedTuple):
-    """A plan in the making: a solver per block, the seconds of a batch, the spread of timings, the error of images."""
+    """A plan in the making: a solver per block, the seconds of a batch, the error of images."""
 
     solvers: tuple[Solver, ...]
     seconds: float
-    spread: float
     error: float = 0.0
 
 
@@ -114,10 +112,10 @@ def make_plan(
         tolerance = max(tolerance, _ROUNDING_MARGIN * rounding_floor(flow))
     timings = _time_blocks(flow, batch_size, bf16)
     sequential_seconds = sum(each.sequential for each in timings)
-    draft = _Draft((SEQUENTIAL,) * len(timings), sequential_seconds, max(each.spread for each in timings))
+    draft = _Draft((SEQUENTIAL,) * len(timings), sequential_seconds)
     if any(each.can_iterate for each in timings):
         raced = _race_blocks(flow, tuning, timings, batch_size, tolerance, progress)
-        draft = _verify(flow, raced, timings, batch_size, tolerance, progress) or draft._replace(spread=raced.spread)
+        draft = _verify(flow, raced, _MAX_TIME_SHARE * sequential_seconds, batch_size, tolerance, progress) or draft
     prediction = Prediction(
         device=device_name(flow.var.device),
         batch_size=batch_size,
@@ -125,7 +123,6 @@ def make_plan(
         seconds=draft.seconds,
         sequential_seconds=sequential_seconds,
         error=draft.error,
-        spread=draft.spread,
     )
     return Strategy(draft.solvers, fingerprint(flow), float(tolerance), prediction)
 
@@ -176,80 +173,76 @@ def _race_blocks(
     flow: Flow, tuning: Tuning | None, timings: Sequence[BlockTimings], batch_size: int, tolerance: float,
     progress: Progress | None,
 ) -> _Draft:  # fmt: skip
-    """The fastest solver of each block. Blocks of one shape share the time limit of their races."""
+    """The fastest solver of each block."""
     options = SolveOptions(tolerance, batch_size=batch_size)
     # A tuning has not seen these latents, and `sample` does not draw them.
     x, context = _latents(flow, NUM_SAMPLES, max(batch_size, _MIN_RACED))
-    solvers, seconds = [SEQUENTIAL] * len(timings), 0.0
-    shapes = [_shape(block) for block in flow.blocks]
-    limit = max(_MIN_RACE_SECONDS, sum(each.sequential for each in timings) / 2)
-    states = {shape: RaceState(limit) for shape, each in zip(shapes, timings, strict=True) if each.can_iterate}
+    solvers, seconds = [SEQUENTIAL] * len(timings), [each.sequential for each in timings]
+    shapes, num_tokens = [_shape(block) for block in flow.blocks], flow.config.num_tokens
+    left = {
+        shape: candidates(num_tokens, tolerance, each) if each.can_iterate else []
+        for shape, each in zip(shapes, timings, strict=True)
+    }
+    end = time.perf_counter() + max(_MIN_RACE_SECONDS, sum(seconds) / 2)
     for i in reversed(range(len(timings))):
-        problem, winner = _block_problem(flow, i, x, context), None
-        if shapes[i] in states:
-            fitted = None if tuning is None else tuning.blocks[i]
-            solvers_to_race = candidates(problem.num_tokens, tolerance, fitted, timings[i])
-            winner, states[shapes[i]] = race(problem, solvers_to_race, timings[i], options, states[shapes[i]])
+        if not any(left.values()):
+            break
+        problem, shape = _block_problem(flow, i, x, context), shapes[i]
+        num_batches = len(problem) / batch_size
+        fitted = {} if tuning is None else vars(tuning.blocks[i])
+        winner = race(
+            problem, [replace(each, **fitted) for each in left[shape]], num_batches * timings[i].sequential, options
+        )
         if winner is not None:
-            solvers[i], answer = winner.solver, winner.x
-            seconds += winner.seconds * batch_size / len(problem)
+            solvers[i], seconds[i], answer = winner.solver, winner.seconds / num_batches, winner.x
         else:
-            seconds += timings[i].sequential
-            are_over = all(state.is_over for state in states.values())
-            answer = problem.z if are_over else attempt(problem, SEQUENTIAL, replace(options, certify=False)).x
+            answer = attempt(problem, SEQUENTIAL, replace(options, certify=False)).x
+        if time.perf_counter() > end:
+            left[shape] = [] if winner is None else [winner.solver]
         x = flow.blocks[i].permutation.inverse(answer)
         del problem  # The next block is loaded once this one is free.
         if progress is not None:
             progress(len(timings) - i, len(timings), "timing solvers")
-    spread = max([*(each.spread for each in timings), *(state.spread for state in states.values())])
-    return _Draft(tuple(solvers), seconds, spread)
+    return _Draft(tuple(solvers), sum(seconds))
 
 
 def _verify(
-    flow: Flow, draft: _Draft, timings: Sequence[BlockTimings], batch_size: int, tolerance: float,
-    progress: Progress | None,
-) -> _Draft | None:  # fmt: skip
+    flow: Flow, draft: _Draft, max_seconds: float, batch_size: int, tolerance: float, progress: Progress | None
+) -> _Draft | None:
     """The draft, tightened until samples are within the tolerance, with its error; `None` if it is then too slow."""
-    limits = [each.sequential for each in timings]
-    max_seconds, num = _MAX_TIME_SHARE * sum(limits), min(batch_size, _NUM_VERIFIED)
     if draft.seconds > max_seconds:
         return None
     # The races have not seen these latents.
+    num = min(batch_size, _NUM_VERIFIED)
     tokens, context = _latents(flow, NUM_SAMPLES + _MIN_RACED + batch_size, num)
-    few = tokens[:_NUM_COMPARED], context[:_NUM_COMPARED]
-    stopping = Tolerance(_EXACT_FACTOR * tolerance)
-    closer = [replace(solver, stopping=stopping, bf16_sweeps=0) for solver in draft.solvers]
-    exact = _solve_blocks(flow, closer, *few, UNCERTIFIED, progress, limits)
+    few, loops = (tokens[:_NUM_COMPARED], context[:_NUM_COMPARED]), [SEQUENTIAL] * len(draft.solvers)
+    exact = _solve_blocks(flow, loops, *few, UNCERTIFIED, progress)
+    atol = tolerance
     for _ in range(_NUM_TRIALS):
         run = partial(_solve_blocks, flow, draft.solvers, tokens, context, SolveOptions(tolerance), progress)
         seconds, x = time_call(run, tokens.device)
-        if num == batch_size:
-            if seconds > max_seconds:  # The machine may have been busy.
-                seconds, _ = time_call(run, tokens.device)
-            draft = draft._replace(seconds=seconds)
-        draft = draft._replace(error=_max_error(x[: len(exact)], exact))
-        if draft.seconds > max_seconds or math.isinf(draft.error):
+        if seconds > max_seconds and num == batch_size:  # The machine may have been busy.
+            seconds, _ = time_call(run, tokens.device)
+        error = _max_error(x[: len(exact)], exact)
+        draft = _Draft(draft.solvers, seconds if num == batch_size else draft.seconds, error)
+        if draft.seconds > max_seconds or math.isinf(error):
             return None
-        if draft.error <= tolerance:
+        if error <= tolerance:
             return draft
-        factor = _SAFETY_FACTOR * tolerance / draft.error
-        draft = draft._replace(solvers=tuple(tighten(solver, factor) for solver in draft.solvers))
+        atol *= _SAFETY_FACTOR * tolerance / error
+        draft = draft._replace(solvers=tuple(replace(each, stopping=Tolerance(atol)) for each in draft.solvers))
     return None
 
 
 def _solve_blocks(
     flow: Flow, solvers: Sequence[Solver], x: Tokens, context: Context, options: SolveOptions,
-    progress: Progress | None, time_limits: Sequence[float] | None = None,
+    progress: Progress | None,
 ) -> Tokens:  # fmt: skip
-    """The inverse of tokens. After its time limit the exact loop solves a block."""
+    """The inverse of tokens."""
     for i in reversed(range(len(solvers))):
-        problem, limit = _block_problem(flow, i, x, context), None if time_limits is None else time_limits[i]
-        try:
-            solution = solve_to_tolerance(problem, solvers[i], replace(options, time_limit=limit))
-        except TimeoutError:
-            solution = solve_to_tolerance(problem, SEQUENTIAL, options)
+        problem = _block_problem(flow, i, x, context)
+        x = flow.blocks[i].permutation.inverse(solve_to_tolerance(problem, solvers[i], options).x)
         del problem  # The next block is loaded once this one is free.
-        x = flow.blocks[i].permutation.inverse(solution.x)
         if progress is not None:
             progress(len(solvers) - i, len(solvers), "verifying")
     return x
@@ -259,15 +252,6 @@ def _max_error(x: Tokens, exact: Tokens) -> float:
     """The largest difference from exact tokens, as far as these are finite; infinite if there is none."""
     difference = (x - exact)[exact.isfinite()].abs().nan_to_num(math.inf, math.inf)
     return max(difference.tolist(), default=math.inf)
-
-
-def tighten(solver: Solver, factor: float) -> Solver:
-    """Returns a solver that comes nearer: to `factor` times its tolerance, or with a sweep more per power of ten."""
-    atol, count = solver.stopping.atol, solver.stopping.max_sweeps
-    if atol is not None:
-        return replace(solver, stopping=Tolerance(factor * atol))
-    assert isinstance(count, int)
-    return replace(solver, stopping=MaxSweeps(count + math.ceil(-math.log10(factor))))
 
 
 def _block_problem(flow: Flow, i: int, x: Tokens, context: Context) -> Problem:

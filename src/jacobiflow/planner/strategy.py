@@ -33,7 +33,6 @@ class Prediction:
         seconds: Measured seconds for a batch, certificates included.
         sequential_seconds: Seconds for a batch by the exact loop.
         error: The largest difference between an image and that of the exact inverse.
-        spread: The share by which timings of the same thing differed.
     """
 
     device: str
@@ -42,7 +41,6 @@ class Prediction:
     seconds: float
     sequential_seconds: float
     error: float
-    spread: float
 
 
 @dataclass(frozen=True)
@@ -61,7 +59,7 @@ class Strategy(JsonDocument):
         torch.Size([2, 1, 8, 8])
     """
 
-    _name = "strategy"
+    _name, _remedy = "strategy", "; make it anew with jacobiflow plan"
 
     solvers: tuple[Solver, ...]
     fingerprint: str | None = field(default=None, compare=False)

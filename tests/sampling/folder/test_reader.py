@@ -104,7 +104,7 @@ def test_an_array_that_does_not_fit_its_shard_is_one_clear_error(name: str, tmp_
 
 
 def test_the_strategy_is_read_without_its_prediction(tmp_path: Path) -> None:
-    planned = replace(PLAN, prediction=Prediction("cpu", 4, None, 0.1, 0.2, 1e-4, 0.1))
+    planned = replace(PLAN, prediction=Prediction("cpu", 4, None, 0.1, 0.2, 1e-4))
     folder = run(tmp_path, plan=lambda: planned)
     assert (folder.strategy(), folder.strategy().prediction) == (planned, None)
     flip(tmp_path / "strategy.json")

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from jacobiflow.blocks.guidance import SamplingSettings
+from jacobiflow.blocks.guidance import Guidance, SamplingSettings
 from jacobiflow.errors import CheckpointError, InputError, first_line
 from jacobiflow.models.checkpoints.card import format_model_card
 from jacobiflow.models.checkpoints.fingerprint import fingerprint
@@ -151,6 +151,13 @@ def _download(name: str, hub: dict[str, Any]) -> Path:
 def list_reports(path: Path) -> tuple[Path, ...]:
     """Lists the reports and tunings in a model folder: report.json first."""
     return tuple(file for pattern in REPORTS for file in sorted(path.glob(pattern)) if file.is_file())
+
+
+def find_file_by_guidance(flow: Any, prefix: str, read_guidance: Callable[[Path], Guidance | None]) -> Path | None:
+    """Finds the first report or tuning, by its prefix, of the flow's guidance; else the first with this prefix."""
+    files = [file for file in flow.report_files if file.name.startswith(prefix)]
+    same = (file for file in files if len(files) == 1 or read_guidance(file) == flow.guidance)
+    return next(same, next(iter(files), None))
 
 
 def list_weights(path: Path) -> list[Path]:
