@@ -33,7 +33,7 @@ SCRIPTS = sorted(
     path.stem for path in (ROOT / "benchmarks").glob("*.py") if '__name__ == "__main__"' in path.read_text()
 )
 CONFIG = jf.TarFlowConfig(1, 16, 2, channels=64, num_blocks=2, layers_per_block=1, num_classes=3)
-UNLIMITED = ("free_energy", "basin_difference")  # infinite for a bin without samples
+UNLIMITED = ("free_energy", "basin_difference", "psnr")  # infinite for a bin without samples, and for equal images
 
 Run = Callable[..., dict[str, list[Any]]]
 
