@@ -20,8 +20,8 @@ _HALVES = (torch.float16, torch.bfloat16)
 _MIN_BF16 = 2**20  # weights of a block from which bfloat16 is faster than float32, with few rows
 _MAX_BF16_ROWS = 8  # largest number of the network's rows per team that counts as few
 _MIN_BF16_ANY_ROWS = 2**23  # weights of a block from which bfloat16 is faster with any number of rows
-_ALIGNMENT = 64  # of matrices in memory, in numbers
-_MAX_KEPT_BYTES = 2**27  # of the memory that a thread keeps between calls
+_ALIGNMENT = 64  # Matrices begin at multiples of so many numbers.
+_MAX_KEPT_BYTES = 2**27  # Larger memory is freed after the call.
 
 _kept = threading.local()
 
@@ -39,7 +39,7 @@ class WeightMemory:
         self.bytes = torch.empty(0, dtype=torch.uint8)
 
     def resize(self, size: int) -> int:
-        """Makes room for so many bytes, and returns their address."""
+        """Grows the memory to `size` bytes if it is smaller, and returns its address."""
         if len(self.bytes) < size:
             self.bytes = torch.empty(size, dtype=torch.uint8)
         return self.bytes.data_ptr()
