@@ -55,7 +55,7 @@ def _sample(make_network: Callable[..., _Network], flow: Flow, z: Tensor, contex
 
 
 def _guided(guidance: Any, weights: Sequence[Tensor], params: ScaleShift, free: ScaleShift) -> ScaleShift:
-    """Returns log-scale and shift of an entry, moved away from the unconditional ones."""
+    """Returns log-scale and shift of an entry under guidance, by the rule of `Guidance`."""
     (log_scale, shift), (free_log_scale, free_shift), (w, w_shift) = params, free, weights
     if guidance.rule == "linear":
         return log_scale + w * (log_scale - free_log_scale), shift + w_shift * (shift - free_shift)

@@ -162,16 +162,16 @@ def _count_units(first_steps: Int[Tensor, " units"], num_steps: int) -> list[int
 
 
 def _find_dependencies(network: MaskedNetwork) -> dict[int, Bool[Tensor, "units d"]]:
-    """Returns, for each group, True where one of its values depends on a feature, by any path through the masks.
+    """Returns for each group which of its units depend on which features, by any path through the masks.
 
     A residual block adds to a value that it has read, so the paths are followed until nothing changes.
     """
     columns, groups = network.feature_columns, network.groups
-    found = {
+    reads = {
         group: torch.zeros(network.num_units(value), len(columns), dtype=torch.float32)
         for value, group in enumerate(groups)
     }
-    found[groups[0]][columns] = torch.eye(len(columns), dtype=torch.float32)
+    reads[groups[0]][columns] = torch.eye(len(columns), dtype=torch.float32)
     sources, is_changed = set[int](), True
     while is_changed:
         is_changed = False
@@ -180,12 +180,12 @@ def _find_dependencies(network: MaskedNetwork) -> dict[int, Bool[Tensor, "units 
             if mask is not None:
                 source = groups[operation.source]
                 sources.add(source)
-                now = found[group].maximum((mask.float() @ found[source] > 0).float())
-                is_changed |= group in sources and not torch.equal(now, found[group])
-                found[group] = now
+                now = reads[group].maximum((mask.float() @ reads[source] > 0).float())
+                is_changed |= group in sources and not torch.equal(now, reads[group])
+                reads[group] = now
     if groups[-1] in sources:
         raise UnsupportedError("layers that read the outputs")
-    return {group: dependencies.bool() for group, dependencies in found.items()}
+    return {group: dependencies.bool() for group, dependencies in reads.items()}
 
 
 def _find_steps(dependencies: Bool[Tensor, "d d"]) -> Int[Tensor, " d"]:

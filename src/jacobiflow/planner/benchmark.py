@@ -33,9 +33,9 @@ _MAX_BF16_SHARE = 0.8
 _MAX_TIME_RATIO = 1.1
 """A solve is abandoned after this multiple of the best time so far: the first solve may take longer than later ones."""
 _SHORT_SECONDS = 0.05
-"""Solves, and evaluations in bfloat16, are repeated until they have taken so many seconds."""
+"""Seconds that the timings of a solve, or of evaluations in bfloat16, take together; a shorter call is repeated."""
 _TIMING_SECONDS = 0.5
-"""Seconds after which calls in a block are not repeated."""
+"""Seconds after which other calls in a block are not repeated."""
 _MAX_TIMINGS = 6
 """The largest number of timings of a call."""
 _NUM_BF16_SAMPLES = 4

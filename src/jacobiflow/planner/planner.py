@@ -179,26 +179,29 @@ def _race_blocks(
     x, context = _latents(flow, NUM_SAMPLES, max(batch_size, _MIN_RACED))
     solvers, seconds = [SEQUENTIAL] * len(timings), [each.sequential for each in timings]
     shapes, num_tokens = [_shape(block) for block in flow.blocks], flow.config.num_tokens
-    left = {
+    remaining = {
         shape: candidates(num_tokens, tolerance, each) if each.can_iterate else []
         for shape, each in zip(shapes, timings, strict=True)
     }
     end = time.perf_counter() + max(_MIN_RACE_SECONDS, sum(seconds) / 2)
     for i in reversed(range(len(timings))):
-        if not any(left.values()):
+        if not any(remaining.values()):
             break
         problem, shape = _block_problem(flow, i, x, context), shapes[i]
         num_batches = len(problem) / batch_size
         fitted = {} if tuning is None else vars(tuning.blocks[i])
         winner = race(
-            problem, [replace(each, **fitted) for each in left[shape]], num_batches * timings[i].sequential, options
+            problem,
+            [replace(each, **fitted) for each in remaining[shape]],
+            num_batches * timings[i].sequential,
+            options,
         )
         if winner is not None:
             solvers[i], seconds[i], answer = winner.solver, winner.seconds / num_batches, winner.x
         else:
             answer = attempt(problem, SEQUENTIAL, replace(options, certify=False)).x
         if time.perf_counter() > end:
-            left[shape] = [] if winner is None else [winner.solver]
+            remaining[shape] = [] if winner is None else [winner.solver]
         x = flow.blocks[i].permutation.inverse(answer)
         del problem  # The next block is loaded once this one is free.
         if progress is not None:

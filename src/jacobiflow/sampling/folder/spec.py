@@ -19,7 +19,7 @@ from jacobiflow.planner import Auto
 from jacobiflow.sampling.request import SamplingRequest
 from jacobiflow.utils.files import json_bytes, sha256
 
-KIND, VERSION, RESULT = "samples", 3, "outcome.json"
+KIND, VERSION, RESULT = "samples", 4, "outcome.json"
 STRATEGY = "strategy"
 """The name of the unit that plans the strategy."""
 Count = Annotated[int, msgspec.Meta(ge=1)]
