@@ -51,24 +51,27 @@ class SweepResult:
 
 def sweep(problem: Problem, solver: Solver, options: SolveOptions, in_bf16: bool = False) -> SweepResult:
     """Sweeps all samples until their tokens are final; `in_bf16` runs the network in bfloat16."""
-    engine = SweepEngine(problem.block, solver, problem.num_tokens)
-    guess = solver.guess(problem.z)
-    result = SweepResult(torch.empty_like(guess), Fronts.initial(len(problem), problem.z))
+    max_change = None if options.tolerance is None else solver.tolerance_factor * options.tolerance
+    engine = SweepEngine(problem.block, solver, problem.num_tokens, max_change)
+    start = solver.guess.start(problem, solver.correction, options)
+    x, fronts = torch.empty_like(start.x), Fronts.initial(len(problem), problem.z)
+    result = SweepResult(x, fronts, start.sweeps, start.token_evaluations)
     while result.num_entered < len(problem):
         rows = result.enter(options.batch_size or len(problem))
-        state = engine.init(problem[rows], guess[rows], rows.start, in_bf16)
+        state = engine.init(problem[rows], start.x[rows], rows.start, in_bf16)
         if not engine.shares_front:
             _use_graphs(engine, state)
         while not engine.finished(state):
             options.check_time()
             engine.step(state)
             if not engine.shares_front:
-                _swap_finished(engine, state, problem, guess, result)
+                _swap_finished(engine, state, problem, start.x, result)
         if engine.shares_front:
             state.fronts.sweeps += state.sweeps
             result.store(rows, state, slice(None))
         result.sweeps += state.sweeps
         result.token_evaluations += state.token_evaluations
+    result.fronts.sweeps += start.sample_sweeps
     return result
 
 

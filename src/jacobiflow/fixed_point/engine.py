@@ -18,7 +18,7 @@ from jacobiflow.errors import InputValueError
 from jacobiflow.fixed_point.fronts import Fronts, SweepChanges
 from jacobiflow.fixed_point.partition import SlidingRun
 from jacobiflow.fixed_point.problem import Problem
-from jacobiflow.fixed_point.solver import Solver
+from jacobiflow.fixed_point.solver import Solver, Stopping
 from jacobiflow.utils.checks import format_value
 
 UpdateAt = Callable[..., Float[Tensor, "b n c"]]
@@ -69,16 +69,19 @@ class SweepEngine:
     Attributes:
         block: Gives g.
         num_tokens: T.
+        max_change: A token is final when a sweep changes it, and all tokens before it, by at most this. With `None`
+            only the solver's rules end its sweeps.
     """
 
     block: Any
     solver: Solver
     num_tokens: int
+    max_change: float | None
 
     @cached_property
     def shares_front(self) -> bool:
         """True if all samples have one front; False if each has its own."""
-        slides = isinstance(self.solver.partition, SlidingRun) and self.solver.stopping.is_tolerance
+        slides = isinstance(self.solver.partition, SlidingRun) and self.solver.stopping == Stopping()
         return not (slides and supports(self.block, "per_sample_front"))
 
     def init(self, problem: Problem, guess: Tokens, start: int, in_bf16: bool) -> SweepState:
@@ -101,7 +104,7 @@ class SweepEngine:
 
     def step(self, state: SweepState) -> None:
         """Sweeps the run at the front of each sample once, and moves the fronts; changes the state in place."""
-        fronts, tolerance = state.fronts, self.solver.stopping.atol
+        fronts = state.fronts
         if not self.shares_front:
             fronts.sweeps += fronts.front < self.num_tokens
         start, size, g = self._evaluate(state)
@@ -114,10 +117,10 @@ class SweepEngine:
             scatter_run(state.x, g, start)
         else:
             changes = self._update_run(state, start, old, g)
-            num_accepted = fronts.count_accepted(changes, tolerance)
+            num_accepted = fronts.count_accepted(changes, self.max_change)
             if self.shares_front:
                 num_accepted, state.num_outdated_keys = fronts.count_accepted_together(
-                    changes, tolerance, num_accepted, self._count_sweep(state, size)
+                    changes, self.max_change, num_accepted, self._count_sweep(state, size)
                 )
         self._move_fronts(state, start, size, num_accepted)
 

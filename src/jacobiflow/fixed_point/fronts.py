@@ -86,13 +86,13 @@ class Fronts:
         self.run_stop = self.run_stop.clamp(min=stop)
         return self.num_growing >= _MAX_GROWING_SWEEPS
 
-    def count_accepted(self, sweep: SweepChanges, tolerance: float | None) -> Int[Tensor, " b"]:
+    def count_accepted(self, sweep: SweepChanges, max_change: float | None) -> Int[Tensor, " b"]:
         """Returns how many leading tokens of its run each sample passes.
 
-        It passes those that changed by at most the tolerance, and one more, which was computed from final ones
+        It passes those that changed by at most `max_change`, and one more, which was computed from final ones
         (Proposition 1 of the paper).
         """
-        is_final = (sweep.change <= (-torch.inf if tolerance is None else tolerance)).cumprod(1).bool()
+        is_final = (sweep.change <= (-torch.inf if max_change is None else max_change)).cumprod(1).bool()
         num_accepted = is_final.sum(1).add_(1).clamp_(max=is_final.shape[1])
         self._record(torch.where(is_final, sweep.residual, 0))
         # Only the last token passed can have overflowed; the others are final.
@@ -100,20 +100,20 @@ class Fronts:
         return num_accepted
 
     def count_accepted_together(
-        self, sweep: SweepChanges, tolerance: float | None, num_accepted: Int[Tensor, " b"], num_exhausted: int
+        self, sweep: SweepChanges, max_change: float | None, num_accepted: Int[Tensor, " b"], num_exhausted: int
     ) -> tuple[int, int]:
         """Returns how many tokens of their common run all samples pass, and how many keys are then a sweep behind.
 
         Args:
             sweep: The changes of the run.
-            tolerance: That of `count_accepted`.
+            max_change: That of `count_accepted`.
             num_accepted: The result of `count_accepted`. All samples pass as many tokens as the slowest one.
             num_exhausted: The leading tokens of the run that have no sweeps left. They are passed in any case. An early
                 stop passes the whole run.
         """
         size = sweep.change.shape[1]
         # The others do not wait for a sample that overflowed, which is solved again.
-        slowest = 1 if tolerance is None else int(torch.where(self.nonfinite, size, num_accepted).min())
+        slowest = 1 if max_change is None else int(torch.where(self.nonfinite, size, num_accepted).min())
         if sweep.is_early:
             num_exhausted = size
         if num_exhausted <= slowest:
