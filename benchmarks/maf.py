@@ -41,18 +41,19 @@ def trained() -> jf.MAF:
 def inverses_of(flow: jf.MAF) -> dict[str, Callable[[Tensor], Tensor]]:
     """Inverses from latents to images: the table's loop and sweeps, and to a tolerance."""
 
-    def sweeps(partition: jf.Partition, stopping: jf.Stopping, certify: bool = False) -> Callable[[Tensor], Tensor]:
-        plan = jf.Strategy.uniform(jf.Solver(partition, stopping=stopping), flow.config.num_blocks)
+    def inverse(solver: jf.Solver, tolerance: float | None, certify: bool = False) -> Callable[[Tensor], Tensor]:
+        plan = jf.Strategy.uniform(solver, flow.config.num_blocks, tolerance)
         return partial(jf.decode, flow, strategy=plan, certify=certify)
 
     original = original_sampler(flow)[1]
-    tolerance, loop = jf.Tolerance(TOLERANCE), partial(jf.decode, flow, strategy="sequential", certify=False)
+    loop = partial(jf.decode, flow, strategy="sequential", certify=False)
+    numbers = {f"{count} sweeps": jf.Solver(stopping=jf.MaxSweeps(count)) for count in (10, 20, 30)}
     return {
         FOR_LOOP: lambda z: original(flow, z, None),
-        **{f"{count} sweeps": sweeps(jf.Whole(), jf.MaxSweeps(count)) for count in (10, 20, 30)},
-        f"sweeps to {TOLERANCE:g}": sweeps(jf.Whole(), tolerance),
-        f"window of 64 to {TOLERANCE:g}": sweeps(jf.Window(64), tolerance),
-        f"window of 64 to {TOLERANCE:g}, certified": sweeps(jf.Window(64), tolerance, certify=True),
+        **{name: inverse(solver, None) for name, solver in numbers.items()},
+        f"sweeps to {TOLERANCE:g}": inverse(jf.Solver(), TOLERANCE),
+        f"window of 64 to {TOLERANCE:g}": inverse(jf.Solver(jf.Window(64)), TOLERANCE),
+        f"window of 64 to {TOLERANCE:g}, certified": inverse(jf.Solver(jf.Window(64)), TOLERANCE, certify=True),
         "sequential, cached, in PyTorch": without_native()(loop),
         "sequential, cached": loop,
     }

@@ -102,11 +102,12 @@ def settings_of(name: str) -> Mapping[str, Sampler]:
         }
     if name == "GS-Jacobi":
         return {text: partial(sample, flow, jf.Strategy.parse(text, report)) for text in gs_jacobi_grid(report)}
-    solvers = {
-        f"window:{size} to {tolerance:g}": jf.Solver(jf.Window(size), stopping=jf.Tolerance(tolerance))
+    plans = {
+        f"window:{size} to {tolerance:g}": jf.Strategy.uniform(
+            jf.Solver(jf.Window(size)), flow.config.num_blocks, tolerance
+        )
         for size, tolerance in product((32, flow.config.num_tokens), TOLERANCES)
     }
-    plans = {text: jf.Strategy.uniform(solver, flow.config.num_blocks) for text, solver in solvers.items()}
     return {text: partial(sample, flow, plan) for text, plan in plans.items()}
 
 
@@ -202,8 +203,8 @@ def blocks_by_piece(plan: jf.Strategy) -> dict[str, int]:
     return {
         "loop": len(plan.solvers) - len(by_sweeps),
         "swept": len(by_sweeps),
-        "bfloat16": sum(solver.bf16_sweeps > 0 for solver in by_sweeps),
-        "fitted": sum(solver.guess != jf.Latent() or solver.correction != jf.Plain() for solver in by_sweeps),
+        "bfloat16": sum(isinstance(solver.guess, jf.Bf16Sweeps) for solver in by_sweeps),
+        "fitted": sum(any(name in str(solver) for name in ("CausalLinear", "Chord")) for solver in by_sweeps),
     }
 
 

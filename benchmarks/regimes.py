@@ -88,8 +88,9 @@ def count_sweeps(key: Json) -> Json:
     blocks: list[list[int]] = []
 
     def solve(i: int, x: Tensor) -> Tensor:
-        solver = jf.Solver(jf.Whole(), tuned[i].guess, jf.Tolerance(TOLERANCE), tuned[i].correction)
-        blocks.append(jf.solve(flow.blocks[i], x, solver, labels, certify=False).sample_sweeps.tolist())
+        solver = jf.Solver(jf.Whole(), tuned[i].guess, correction=tuned[i].correction)
+        solution = jf.solve(flow.blocks[i], x, solver, labels, tolerance=TOLERANCE, certify=False)
+        blocks.append(solution.sample_sweeps.tolist())
         return exact_loop(flow.blocks[i], x, labels)
 
     flow.map_blocks_reversed(flow.prior_tokens(z), solve)

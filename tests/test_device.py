@@ -116,7 +116,7 @@ PATHS: dict[str, Callable[[str], Tensor]] = {
     "sequential": sample(strategy="sequential"), "denoised": sample(strategy="jacobi", denoise=1.0),
     "segments": sample(strategy=SEGMENTS, guidance=GUIDANCE),
     "waiting samples": sample(num=5, strategy=WINDOW, batch_size=2, guidance=GUIDANCE, tolerance=1e-5),
-    "bfloat16 first": sample(strategy=jf.Strategy.uniform(jf.Solver(bf16_sweeps=3), 2)),
+    "bfloat16 first": sample(strategy=jf.Strategy.uniform(jf.Solver(guess=jf.Bf16Sweeps(3)), 2)),
     "maf": sample(DIGITS_MAF, strategy=WINDOW), "maf, sequential": sample(DIGITS_MAF, strategy="sequential"),
     "evaluate": evaluate, "calibrate": calibrate, "train": training, "accelerate": accelerated, "folder": folder,
     "plan": planned, "texts": texts_read("window:3"),
@@ -145,7 +145,7 @@ def test_tf32_is_a_precision_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None
 
 def count(
     side: int, solver: jf.Solver, guidance: jf.Guidance | None, num: int = 3, batch_size: int | None = None,
-    graphs: bool = True,
+    graphs: bool = True, tolerance: float | None = 1e-3,
 ) -> tuple[int, Counts]:  # fmt: skip
     """The sweeps of a solve over (side/2)^2 tokens by a block of 2 layers, and the counts of the device."""
     config = jf.TarFlowConfig(3, side, 2, channels=32, num_blocks=1, layers_per_block=2, num_classes=5, head_dim=16)
@@ -157,7 +157,7 @@ def count(
         z = draw_latents(num, config.num_tokens, config.token_channels, 0).to("cuda")
         labels = torch.arange(num, device="cuda") % 5
         with device.counting() as counts:
-            solution = jf.solve(block, z, solver, labels, certify=False, batch_size=batch_size)
+            solution = jf.solve(block, z, solver, labels, tolerance=tolerance, certify=False, batch_size=batch_size)
     return solution.sweeps, counts
 
 
@@ -200,9 +200,10 @@ def test_a_sweep(guidance: jf.Guidance | None) -> None:
 
     The window has one sample: several stand at tokens of their own if their rounding differs, and some move.
     """
-    segments = count_sweep(lambda tokens: jf.Solver(jf.Segments(tokens // 8), stopping=jf.MaxSweeps(3)), guidance)
+    three = jf.MaxSweeps(3)
+    segments = count_sweep(lambda tokens: jf.Solver(jf.Segments(tokens // 8), stopping=three), guidance, tolerance=None)
     assert segments["read_backs"] == segments["copies"] == segments["explicit_masks"] == 0
-    window = count_sweep(lambda tokens: jf.Solver(jf.Window(4), stopping=jf.Tolerance(1e-30)), guidance, num=1)
+    window = count_sweep(lambda tokens: jf.Solver(jf.Window(4)), guidance, num=1, tolerance=1e-30)
     assert window["read_backs"] <= 0.25
     assert window["operations"] <= 45  # of which one is the graph of the network
     assert window["copies"] == 0
@@ -210,8 +211,8 @@ def test_a_sweep(guidance: jf.Guidance | None) -> None:
 
 @pytest.mark.parametrize("guidance", [None, jf.Guidance(1.0)])
 def test_waiting_samples_take_the_memory_of_those_that_have_finished(guidance: jf.Guidance | None) -> None:
-    solver = jf.Solver(jf.Window(8), stopping=jf.Tolerance(1e-6))
-    (_, alone), (_, waiting) = (count(8, solver, guidance, num, 8) for num in (8, 24))
+    solver = jf.Solver(jf.Window(8))
+    (_, alone), (_, waiting) = (count(8, solver, guidance, num, 8, tolerance=1e-6) for num in (8, 24))
     assert waiting.peak <= 1.5 * alone.peak
 
 

@@ -73,8 +73,8 @@ ARGUMENTS: dict[str, Argument] = {
     **each("in_channels image_size", COUNT),
     **each("layers_per_block patch_size channels head_dim expansion hidden_features hidden_layers", COUNT),
     **each("count size max_sweeps", UNLIMITED),
-    **each("num_classes bf16_sweeps", FROM_0), "attn_temperature": POSITIVE,
-    **each("tolerance denoise rate ebound noise_std std call_cost atol weight", NUMBER),
+    "num_classes": FROM_0, **each("attn_temperature tolerance_factor", POSITIVE),
+    **each("tolerance denoise rate ebound noise_std std call_cost weight", NUMBER),
     **each("return_intermediates sensitivity per_class bf16 annealed nvp per_segment", FLAG),
     **each("certify", (True, (), ("x", 1))), "norm": (2, (), ("x", True)), "on": ("both", (), ("x", 7)),
     "seed": (0, KINDS, (-1, 2**63)), "start": (0, KINDS, (-1, 2**63)),
@@ -94,7 +94,7 @@ ARGUMENTS: dict[str, Argument] = {
     "solvers": ((jf.Solver(),), (jf.Solver(), ("x",)), ((), [])),
     "logit_alpha": (1e-6, NUMBERS, (*POSITIVE[2], 0.5)),
 }  # fmt: skip
-NAMED = {"atol": "tolerance", "max_sweeps": "sweeps", "context": "labels"}
+NAMED = {"max_sweeps": "sweeps", "context": "labels"}
 
 DATA = {"x": ARGUMENTS["images"], "context": ARGUMENTS["labels"]}
 CALLS: list[tuple[Callable[..., Any], str, dict[str, Argument]]] = [
@@ -119,8 +119,8 @@ CALLS: list[tuple[Callable[..., Any], str, dict[str, Argument]]] = [
     (jf.Segments, "count", {}), (jf.Window, "size", {}),
     *((jf.Solver, name, {name: (getattr(jf.Solver(), name), ("jacobi", 7, jf.Whole), ())})
       for name in ("partition", "guess", "stopping", "correction")),
-    (jf.Solver, "bf16_sweeps", {}), (jf.Tolerance, "atol", {}), (jf.EarlyStop, "ebound", {}),
-    (fixed_point.Stopping, "atol max_sweeps ebound", {"max_sweeps": (2, KINDS, (0, (5, 0, 2)))}),
+    (jf.Solver, "tolerance_factor", {}), (jf.Bf16Sweeps, "count", {}), (jf.EarlyStop, "ebound", {}),
+    (fixed_point.Stopping, "max_sweeps ebound", {"max_sweeps": (2, KINDS, (0, (5, 0, 2)))}),
     (jf.MeanAffine, "log_scale shift", {}), (jf.CausalLinear, "kernel shift", {}), (jf.Chord, "kernel", {}),
     (jf.Guidance, "weight annealed on attn_temperature", {}), (jf.SamplingSettings, "guidance denoise", {}),
     (jf.find_report, "flow", {}), (jf.find_tuning, "flow", {}),
@@ -129,8 +129,9 @@ CALLS: list[tuple[Callable[..., Any], str, dict[str, Argument]]] = [
     (jf.MAFConfig, "in_channels image_size hidden_features num_blocks hidden_layers num_classes logit_alpha", {}),
     (jf.TarFlow, "config", {"config": (FLOW.config, ({}, MAF.config), ())}),
     (jf.MAF, "config", {"config": (MAF.config, ({}, FLOW.config), ())}),
-    (jf.Strategy, "solvers fingerprint tolerance prediction", {}), (jf.Strategy.uniform, "solver num_blocks", {}),
-    (jf.Strategy.parse, "text report num_blocks num_tokens tolerance", {}), (PLAN.with_tolerance, "tolerance", {}),
+    (jf.Strategy, "solvers fingerprint tolerance prediction", {}),
+    (jf.Strategy.uniform, "solver num_blocks tolerance", {}),
+    (jf.Strategy.parse, "text report num_blocks num_tokens", {}), (PLAN.with_tolerance, "tolerance", {}),
     (jf.Strategy.from_report, "report tolerance per_segment call_cost", {"report": (REPORT, (7, PLAN), ())}),
     *((made.check, "flow", {}) for made in (PLAN, REPORT, TUNING)),
     *((call, "path", {}) for made in (PLAN, REPORT, TUNING) for call in (made.save, made.load)),
@@ -168,7 +169,7 @@ def test_an_entry_refuses_what_it_cannot_take_by_name_and_takes_numbers_of_numpy
     arguments = {name: (ARGUMENTS | own)[name] for name in names.split()}
     usual = {name: valid for name, (valid, *_) in arguments.items()}
     for name, (valid, kinds, values) in arguments.items():
-        is_required = valid is not None and inspect.signature(call).parameters[name].default is not None
+        is_required = valid is not None and "None" not in str(inspect.signature(call).parameters[name].annotation)
         kinds = (*kinds, None) if kinds and is_required else kinds
         for error, wrong in [(TypeError, kind) for kind in kinds] + [(ValueError, value) for value in values]:
             with pytest.raises(error) as caught:

@@ -21,9 +21,8 @@ class OneBack(jf.Correction):
         return g + self.gain * _before((g - x).nan_to_num(0.0, 0.0, 0.0))
 
     @classmethod
-    def fit(cls, problem: jf.Problem, x: Tensor, guess: jf.Guess) -> jf.Correction:
+    def fit(cls, problem: jf.Problem, x: Tensor, start: Tensor) -> jf.Correction:
         """The gain that best predicts the error that a plain sweep leaves."""
-        start = guess(problem.z)
         residual = problem.evaluate(start)[0] - start
         before, error = _before(residual), x - start - residual
         return cls(float((before * error).sum() / before.square().sum()))

@@ -7,6 +7,7 @@ from jacobiflow.blocks.guidance import Guidance, SamplingSettings
 from jacobiflow.calibration import CalibrationReport, calibrate, find_report
 from jacobiflow.errors import CheckpointError, InputError, UnsupportedError
 from jacobiflow.fixed_point import (
+    Bf16Sweeps,
     CausalLinear,
     Chord,
     Correction,
@@ -23,7 +24,6 @@ from jacobiflow.fixed_point import (
     Solution,
     Solver,
     Status,
-    Tolerance,
     WarmStart,
     Whole,
     Window,
@@ -50,6 +50,7 @@ __all__ = [
     "PRESETS",
     "Acceleration",
     "AffineBlock",
+    "Bf16Sweeps",
     "Block",
     "CalibrationReport",
     "CausalLinear",
@@ -88,7 +89,6 @@ __all__ = [
     "TarFlow",
     "TarFlowConfig",
     "TokenConfig",
-    "Tolerance",
     "Tuning",
     "UnsupportedError",
     "WarmStart",

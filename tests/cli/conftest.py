@@ -32,7 +32,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     flow = to_float32(make_flow(num_classes=3, noise_std=0.1, num_blocks=3))
     flow.save_pretrained(folder / "model")
     to_float32(make_flow()).save_pretrained(folder / "plain")  # no classes, no noise to remove
-    jf.Strategy.uniform(jf.Solver(jf.Window(4), stopping=jf.Tolerance(1e-2)), 3).save(folder / "window.json")
+    jf.Strategy.uniform(jf.Solver(jf.Window(4)), 3, 1e-2).save(folder / "window.json")
     images = torch.randn(9, 1, 8, 8, generator=torch.Generator().manual_seed(0)).clamp(-1, 1)
     report = jf.calibrate(flow, images, torch.arange(9) % 3, segments=4, num_convergence_samples=3)
     report.save(folder / "report.json")

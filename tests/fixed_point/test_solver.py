@@ -18,8 +18,8 @@ from jacobiflow.utils.serialization import decode, encode
 KERNEL = torch.tensor([[[0.5, -1.0], [0.25, 3.0]]])
 SOLVERS = [
     jf.Solver(jf.Sequential()),
-    jf.Solver(jf.Whole(), jf.Zeros(), jf.EarlyStop(), jf.Chord(KERNEL), bf16_sweeps=3),
-    jf.Solver(jf.Segments(2), jf.MeanAffine(KERNEL[0], KERNEL[0]), jf.MaxSweeps((5, 3)) | jf.Tolerance(0.5)),
+    jf.Solver(jf.Whole(), jf.Bf16Sweeps(3, jf.Zeros()), jf.EarlyStop(), jf.Chord(KERNEL)),
+    jf.Solver(jf.Segments(2), jf.MeanAffine(KERNEL[0], KERNEL[0]), jf.MaxSweeps((5, 3)), tolerance_factor=0.5),
     jf.Solver(jf.Window(8), jf.CausalLinear(KERNEL.double(), KERNEL[0].double()), jf.MaxSweeps(4)),
 ]
 OTHER_GUESSES = [jf.MeanAffine(KERNEL[0], KERNEL[0] + 1), jf.CausalLinear(KERNEL + 1, KERNEL[0])]
@@ -28,19 +28,18 @@ OTHER_GUESSES = [jf.MeanAffine(KERNEL[0], KERNEL[0] + 1), jf.CausalLinear(KERNEL
 @pytest.mark.parametrize(
     ("build", "names"),
     [
-        (Stopping, "give a tolerance"),
-        (lambda: jf.Tolerance(0.1) | jf.Tolerance(0.1), "both give atol"),
+        (lambda: jf.EarlyStop(0.1) | jf.EarlyStop(0.1), "both give ebound"),
         (lambda: jf.Solver(jf.Segments(3), stopping=jf.MaxSweeps((5, 3))), r"2 sweep counts.*Segments\(count=3\)"),
         (lambda: jf.Solver(stopping=jf.MaxSweeps((5,))), "1 sweep counts.*Whole"),
         (lambda: jf.MaxSweeps(()), r"sweeps=\(\): give a number, or one for each segment"),
-        (lambda: jf.Solver(jf.Sequential(), bf16_sweeps=3).check(4, 1), "bf16_sweeps=3.*Sequential.*token by token"),
-        (lambda: jf.Solver(jf.Segments(4), bf16_sweeps=1).check(4, 1), "bf16_sweeps=1.*Segments"),
+        (lambda: jf.Solver(jf.Segments(4)).check(8, 1, None), r"tolerance=None: nothing .* Segments\(count=4\)"),
     ],
 )
 def test_pieces_that_do_not_go_together_are_refused(build: Callable[[], Any], names: str) -> None:
     with pytest.raises((TypeError, ValueError), match=names):
         build()
-    jf.Solver(jf.Segments(4), bf16_sweeps=1).check(8, 1)
+    jf.Solver(jf.Segments(4)).check(4, 1, None)  # token by token
+    jf.Solver(stopping=jf.EarlyStop()).check(8, 1, None)
 
 
 @pytest.mark.parametrize("solver", SOLVERS, ids=range(len(SOLVERS)))
@@ -51,8 +50,7 @@ def test_a_solver_comes_back_from_json(solver: jf.Solver) -> None:
 
 
 def test_rules_are_values_that_join() -> None:
-    assert jf.Tolerance(0.1) | jf.MaxSweeps(3) == jf.MaxSweeps(3) | jf.Tolerance(0.1) == Stopping(0.1, 3)
-    assert jf.EarlyStop(0.5) | jf.MaxSweeps([5, 3]) | jf.Tolerance(0) == Stopping(0, (5, 3), 0.5)
+    assert jf.EarlyStop(0.1) | jf.MaxSweeps(3) == jf.MaxSweeps(3) | jf.EarlyStop(0.1) == Stopping(3, 0.1)
     assert jf.EarlyStop() == Stopping(ebound=1e-8)
     assert jf.MaxSweeps(range(1, 4)).max_sweeps == (1, 2, 3)
     assert hash(jf.MaxSweeps([5, 3])) == hash(jf.MaxSweeps((5, 3)))

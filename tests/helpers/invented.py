@@ -64,7 +64,7 @@ class Halfway(jf.Correction):
 
 def counted(partition: jf.Partition, sweeps: int | tuple[int, ...]) -> jf.Solver:
     """So many sweeps, or fewer by the early stop of the paper's Algorithm 1."""
-    return jf.Solver(partition, stopping=Stopping(None, sweeps, 1e-8))
+    return jf.Solver(partition, stopping=Stopping(sweeps, 1e-8))
 
 
 Counts = Sequence[int | None]

@@ -14,7 +14,7 @@ from torch import Tensor
 import jacobiflow as jf
 from jacobiflow.blocks.context import NO_CONTEXT
 from jacobiflow.blocks.guidance import guided
-from jacobiflow.fixed_point.options import SolveOptions
+from jacobiflow.fixed_point.options import DEFAULT_TOLERANCE, SolveOptions
 from jacobiflow.fixed_point.problem import Problem
 from jacobiflow.fixed_point.solve import attempt as attempt_once
 from tests.helpers.oracle import Guide, Oracle, sequential
@@ -33,10 +33,11 @@ def error(x: Tensor, answer: Tensor) -> float:
 
 
 def attempt(
-    block: Any, z: Tensor, solver: jf.Solver, context: Tensor | None = None, batch_size: int | None = None
-) -> jf.Solution:
+    block: Any, z: Tensor, solver: jf.Solver, context: Tensor | None = None, *,
+    tolerance: float | None = DEFAULT_TOLERANCE, batch_size: int | None = None,
+) -> jf.Solution:  # fmt: skip
     """The first attempt of `jf.solve`, which leaves samples that fall short as they are."""
-    options = SolveOptions(certify=False, batch_size=batch_size)
+    options = SolveOptions(tolerance, certify=False, batch_size=batch_size)
     return attempt_once(Problem.checked(block, z, context), solver, options)
 
 
@@ -136,11 +137,10 @@ def steep_problem(kinds: list[int], fronts: bool = False) -> BlockProblem:
 
 
 OVERFLOWING = [
-    jf.Solver(jf.Whole(), stopping=jf.Tolerance(1e-9)), jf.Solver(jf.Whole(), stopping=jf.MaxSweeps(3)),
-    jf.Solver(jf.Segments(3), stopping=jf.Tolerance(1e-9)), jf.Solver(jf.Segments(3), jf.Zeros(), jf.MaxSweeps(3)),
-    jf.Solver(jf.Window(6), jf.Zeros(), jf.Tolerance(1e-9)),
-    jf.Solver(jf.Whole(), stopping=jf.Tolerance(1e-9), correction=jf.Chord(0.1 * normal(3, 2, 2))),
-    jf.Solver(jf.Window(6), stopping=jf.Tolerance(1e-9) | jf.MaxSweeps(2)),
+    (jf.Solver(jf.Whole()), 1e-9), (jf.Solver(jf.Whole(), stopping=jf.MaxSweeps(3)), None),
+    (jf.Solver(jf.Segments(3)), 1e-9), (jf.Solver(jf.Segments(3), jf.Zeros(), jf.MaxSweeps(3)), None),
+    (jf.Solver(jf.Window(6), jf.Zeros()), 1e-9), (jf.Solver(jf.Window(6), stopping=jf.MaxSweeps(2)), 1e-9),
+    (jf.Solver(jf.Whole(), correction=jf.Chord(0.1 * normal(3, 2, 2))), 1e-9),
 ]  # fmt: skip
 
 

@@ -112,12 +112,11 @@ class Quarters(jf.Partition):
 
 
 def test_candidates_are_of_every_partition() -> None:
-    plain = benchmark.candidates(196, 1e-4, TIMINGS)
-    assert {solver.partition for solver in plain} == {jf.Whole(), jf.Window(32), jf.Window(64), Quarters()}
-    assert {solver.stopping for solver in plain} == {jf.Tolerance(1e-4)}
-    both = benchmark.candidates(196, 1e-4, TIMINGS._replace(bf16_evaluation=0.5))
-    assert len(both) == 2 * len(plain)
-    assert {solver.bf16_sweeps for solver in both} == {0, 3}
+    plain = benchmark.candidates(196, TIMINGS)
+    assert {each.partition for each in plain} == {jf.Whole(), jf.Window(32), jf.Window(64), Quarters()}
+    both = benchmark.candidates(196, TIMINGS._replace(bf16_evaluation=0.5))
+    guesses = {each.solver(jf.Zeros(), jf.Plain()).guess for each in both}
+    assert len(both) == 2 * len(plain) and guesses == {jf.Zeros(), jf.Bf16Sweeps(3, jf.Zeros())}
 
 
 def test_a_winner_has_its_certified_answer_and_its_real_time(monkeypatch: pytest.MonkeyPatch) -> None:

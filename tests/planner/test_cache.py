@@ -212,8 +212,7 @@ def test_plans_are_in_the_user_s_cache_folder(
 
 
 def test_a_tolerance_of_0_is_the_loop(model: Path, plans: Plans) -> None:
-    loop = jf.Solver(jf.Sequential(), stopping=jf.Tolerance(0))
-    assert auto(jf.load(model), 4, 0) == jf.Strategy.uniform(loop, 2)
+    assert auto(jf.load(model), 4, 0) == jf.Strategy.uniform(jf.Solver(jf.Sequential()), 2, 0.0)
     assert plans.made == 0
 
 

@@ -10,7 +10,6 @@ import pytest
 import torch
 
 import jacobiflow as jf
-from jacobiflow.fixed_point import Stopping
 from jacobiflow.planner import Auto, Prediction, auto, is_auto, resolve_strategy
 from tests.helpers.invented import GUIDANCE, Machine, igm, make_report, small
 
@@ -21,7 +20,7 @@ COUNTED = jf.Solver(stopping=jf.MaxSweeps(3))
 
 
 def planned(device: str = "cpu with 1 thread", guidance: jf.Guidance | None = None) -> jf.Strategy:
-    return jf.Strategy((jf.Solver(),) * 2, None, 1e-3, Prediction(device, 16, guidance, 1.0, 2.0, 0.0))
+    return jf.Strategy((jf.Solver(),) * 2, prediction=Prediction(device, 16, guidance, 1.0, 2.0, 0.0))
 
 
 def test_auto_to_a_tolerance(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -51,24 +50,19 @@ def test_a_name_a_file_and_a_strategy(tmp_path: Path) -> None:
     assert resolve_strategy("window:3", small(), 8) == jf.Strategy.parse("window:3", num_blocks=2, num_tokens=16)
 
 
-def test_a_tolerance_replaces_the_tolerances_of_all_solvers() -> None:
-    given = jf.Strategy((jf.Solver(stopping=jf.Tolerance(0.5)), jf.Solver(stopping=Stopping(0.5, 3))))
-    assert resolve_strategy(given, small(), 1) == given
-    found: Any = resolve_strategy(given, small(), 1, 1e-6)
-    assert [solver.stopping for solver in found.solvers] == [Stopping(1e-6), Stopping(1e-6, 3)]
-    for name, tolerance, want in (("jacobi", None, 1e-3), ("jacobi", 0.0, 0.0), ("window:3", 1e-5, 1e-5)):
-        named: Any = resolve_strategy(name, small(), 1, tolerance)
-        assert named.solvers[1].stopping == jf.Tolerance(want)
-    for ignores in ("gs-jacobi:3-2", jf.Strategy((COUNTED, COUNTED))):
-        resolve_strategy(ignores, small(), 1)
-        with pytest.raises(ValueError, match=r"tolerance=0\.01: .* stops after a number of sweeps and ignores it"):
-            resolve_strategy(ignores, small(), 1, 1e-2)
+@pytest.mark.parametrize("given", ["jacobi", "gs-jacobi:3-2", jf.Strategy((COUNTED, jf.Solver()), tolerance=0.5)])
+def test_a_tolerance_replaces_that_of_a_strategy(given: Any) -> None:
+    own, found = (resolve_strategy(given, small(), 1, tolerance) for tolerance in (None, 1e-6))
+    assert isinstance(own, jf.Strategy)
+    assert own.tolerance == {"jacobi": 1e-3, "gs-jacobi:3-2": None}.get(given, 0.5)
+    assert found == replace(own, tolerance=1e-6)
 
 
 CHORD = jf.Chord(torch.ones(2, 3, 3))
 REFUSED: list[tuple[Any, dict[str, Any], str]] = [
     ("plan.txt", {}, "strategy 'plan.txt': unknown"), ("missing.json", {}, "strategy missing.json: cannot be read"),
     (jf.Strategy.uniform(COUNTED, 3), {}, "strategy for 3 blocks, but the flow has 2"),
+    (jf.Strategy.uniform(jf.Solver(), 2, None), {}, "strategy, block 0: tolerance=None: nothing would end the sweeps"),
     (jf.Strategy.uniform(jf.Solver(jf.Segments(17)), 2), {}, "strategy, block 0: .*only 16 tokens"),
     (jf.Strategy.uniform(jf.Solver(correction=CHORD), 2), {}, "strategy, block 0: Chord.*tokens have 4"),
     (jf.Strategy.parse("jacobi", replace(REPORT, fingerprint="0" * 64)), {}, "the strategy was made for another"),

@@ -38,18 +38,17 @@ def partitions() -> Figure:
     block = flow.blocks[-1]
     z = block.permutation(draw_latents(1, flow.config.num_tokens, flow.config.token_channels, seed=0))
     label = torch.tensor([3])
-    tolerance = jf.Tolerance(1e-3)
     solvers = {
         "sequential": jf.Solver(jf.Sequential()),
-        "Jacobi": jf.Solver(jf.Whole(), stopping=tolerance),
-        "GS-Jacobi, 4 segments": jf.Solver(jf.Segments(4), stopping=tolerance),
-        "window of 12": jf.Solver(jf.Window(12), stopping=tolerance),
+        "Jacobi": jf.Solver(jf.Whole()),
+        "GS-Jacobi, 4 segments": jf.Solver(jf.Segments(4)),
+        "window of 12": jf.Solver(jf.Window(12)),
     }
     figure = new_figure(5.2)
     axes = figure.subplots(2, 2, sharex=True, sharey=True).ravel()
     for axis, (name, solver) in zip(axes, solvers.items(), strict=True):
         recorder, color = Recorder(block), sampler_style(name).color
-        solution = jf.solve(recorder, z, solver, label, certify=False)
+        solution = jf.solve(recorder, z, solver, label, tolerance=1e-3, certify=False)
         raster = np.ones((flow.config.num_tokens, flow.config.num_tokens, 3))
         raster[: len(recorder.runs)] = token_colors(recorder.runs, flow.config.num_tokens, color)
         axis.imshow(raster, interpolation="none", aspect="auto")

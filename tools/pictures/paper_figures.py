@@ -136,9 +136,10 @@ def strategies_of(report: CalibrationReport, notation: str) -> dict[str, jf.Stra
     most = max(1, *report.slowest_sweeps("noise", TOLERANCE))
     few, more = max(1, most // 3), max(1, 2 * most // 3)
     by_igm = {f"guess by IGM, Jacobi-{j}": jf.Strategy.parse(f"Jacobi-{j}", report) for j in (few, more, most)}
+    stopping, num = MaxSweeps(few), report.num_blocks
     return {
-        f"guess 0, Jacobi-{few}": jf.Strategy.uniform(Solver(Whole(), Zeros(), MaxSweeps(few)), report.num_blocks),
-        f"guess z, Jacobi-{few}": jf.Strategy.uniform(Solver(Whole(), Latent(), MaxSweeps(few)), report.num_blocks),
+        f"guess 0, Jacobi-{few}": jf.Strategy.uniform(Solver(Whole(), Zeros(), stopping), num, tolerance=None),
+        f"guess z, Jacobi-{few}": jf.Strategy.uniform(Solver(Whole(), Latent(), stopping), num, tolerance=None),
         **by_igm,
         f"guess by IGM, {notation}": jf.Strategy.parse(notation, report),
     }

@@ -94,7 +94,10 @@ def show(config: PlanConfig, result: PlanResult) -> None:
     plan = result.strategy.prediction
     assert plan is not None
     print(f"{config.model}, batch size {plan.batch_size}, {plan.device}\n{result.settings}")
-    rows = [(str(i), *_describe(solver, result.num_tokens)) for i, solver in enumerate(result.strategy.solvers)]
+    rows = [
+        (str(i), str(solver.partition.stop(0, result.num_tokens)), _describe_end(solver, result))
+        for i, solver in enumerate(result.strategy.solvers)
+    ]
     show_table(("block", "tokens at a time", "until"), rows, text=(0, 1, 2))
     print(
         f"predicted: {plan.seconds:.3f} s a batch, the exact loop {plan.sequential_seconds:.3f} s; largest error of a "
@@ -105,12 +108,10 @@ def show(config: PlanConfig, result: PlanResult) -> None:
     print(f"use it: {shlex.join([*use, '--num', size, '--guidance', guidance])}")
 
 
-def _describe(solver: jf.Solver, num_tokens: int) -> tuple[str, str]:
-    """Returns the tokens at a time and the stopping rule of a solver, in words."""
-    tokens = str(solver.partition.stop(0, num_tokens))
-    if tokens == "1":
-        return tokens, "exact"
-    first = f"{solver.bf16_sweeps} sweeps in bfloat16, then " if solver.bf16_sweeps else ""
-    if solver.stopping.atol is not None:
-        return tokens, f"{first}changes are below {solver.stopping.atol:.1e}"
-    return tokens, f"{first}{solver.stopping.max_sweeps} sweeps"
+def _describe_end(solver: jf.Solver, result: PlanResult) -> str:
+    """Describes what ends the sweeps of a planned solver, and which come first."""
+    assert result.strategy.tolerance is not None
+    if solver.partition.token_by_token(result.num_tokens):
+        return "exact"
+    first = f"{solver.guess.count} sweeps in bfloat16, then " if isinstance(solver.guess, jf.Bf16Sweeps) else ""
+    return f"{first}changes are below {solver.tolerance_factor * result.strategy.tolerance:.1e}"

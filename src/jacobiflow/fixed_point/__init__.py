@@ -1,15 +1,16 @@
 """Parallel and sequential solvers of x = g(x): a problem, a solver of four pieces, and one engine."""
 
+from jacobiflow.fixed_point.bf16_sweeps import Bf16Sweeps
 from jacobiflow.fixed_point.correction import Chord, Correction, Plain
 from jacobiflow.fixed_point.guess import CausalLinear, Guess, Latent, MeanAffine, WarmStart, Zeros
 from jacobiflow.fixed_point.options import CertifyMode
 from jacobiflow.fixed_point.partition import Partition, Segments, Sequential, SlidingRun, Whole, Window
 from jacobiflow.fixed_point.solution import Solution, Status
 from jacobiflow.fixed_point.solve import solve
-from jacobiflow.fixed_point.solver import EarlyStop, MaxSweeps, Solver, Stopping, Tolerance
+from jacobiflow.fixed_point.solver import EarlyStop, MaxSweeps, Solver, Stopping
 
 __all__ = [
-    "CausalLinear", "CertifyMode", "Chord", "Correction", "EarlyStop", "Guess", "Latent", "MaxSweeps", "MeanAffine",
-    "Partition", "Plain", "Segments", "Sequential", "SlidingRun", "Solution", "Solver", "Status", "Stopping",
-    "Tolerance", "WarmStart", "Whole", "Window", "Zeros", "solve",
+    "Bf16Sweeps", "CausalLinear", "CertifyMode", "Chord", "Correction", "EarlyStop", "Guess", "Latent", "MaxSweeps",
+    "MeanAffine", "Partition", "Plain", "Segments", "Sequential", "SlidingRun", "Solution", "Solver", "Status",
+    "Stopping", "WarmStart", "Whole", "Window", "Zeros", "solve",
 ]  # fmt: skip

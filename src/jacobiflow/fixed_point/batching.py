@@ -25,14 +25,16 @@ class SweepResult(NamedTuple):
 
 def sweep(problem: Problem, solver: Solver, options: SolveOptions, in_bf16: bool = False) -> SweepResult:
     """Sweeps all samples until their tokens are final; `in_bf16` runs the network in bfloat16."""
+    max_change = None if options.tolerance is None else solver.tolerance_factor * options.tolerance
+    start = solver.guess.start(problem, solver.correction, options)
     kind: type[SweepBatch] = OwnFronts if OwnFronts.supports(problem.block, solver) else SharedFront
-    queue = SampleQueue(problem, solver.guess(problem.z))
-    sweeps = token_evaluations = 0
+    queue, sweeps, token_evaluations = SampleQueue(problem, start.x), start.sweeps, start.token_evaluations
     while queue.has_waiting:
-        batch = kind(queue, queue.take(options.batch_size or len(problem)), solver, in_bf16)
+        batch = kind(queue, queue.take(options.batch_size or len(problem)), solver, max_change, in_bf16)
         while not batch.is_finished:
             options.check_time()
             batch.step()
             batch.exchange(queue)
         sweeps, token_evaluations = sweeps + batch.sweeps, token_evaluations + batch.token_evaluations
+    queue.progress.sweeps += start.sample_sweeps
     return SweepResult(queue.x, queue.progress, sweeps, token_evaluations)

@@ -10,9 +10,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from jacobiflow.blocks.base import no_gradients
+from jacobiflow.blocks.tokens import Tokens
 from jacobiflow.errors import InputValueError
 from jacobiflow.fixed_point.convolution import FIT_WIDTH, Convolution, as_kernel, rows_before
-from jacobiflow.fixed_point.guess import Guess
 from jacobiflow.fixed_point.problem import Problem
 from jacobiflow.fixed_point.registry import Piece, register_piece
 
@@ -40,8 +40,11 @@ class Correction(Piece):
         """Raises ValueError if the correction does not fit tokens of that many channels."""
 
     @classmethod
-    def fit(cls, problem: Problem, x: Float[Tensor, "b t c"], guess: Guess) -> Correction | None:
-        """Returns the correction for `jacobiflow.tune` to try, fitted to the solutions `x` of a problem; or `None`."""
+    def fit(cls, problem: Problem, x: Tokens, start: Tokens) -> Correction | None:
+        """Returns the correction for `jacobiflow.tune` to try on a problem with solutions `x`, if it can be fitted.
+
+        `start` is X^(0).
+        """
         return None
 
 
@@ -89,10 +92,10 @@ class Chord(Convolution, Correction):
             raise InputValueError(f"{self!r}, but the tokens have {token_channels} channels: calibrate this flow")
 
     @classmethod
-    def fit(cls, problem: Problem, x: Float[Tensor, "b t c"], guess: Guess, width: int = FIT_WIDTH) -> Chord:
+    def fit(cls, problem: Problem, x: Tokens, start: Tokens, width: int = FIT_WIDTH) -> Chord:
         """Fits the chord over `width` tokens that best predicts errors x - X^(k) from residuals, by ridge regression.
 
-        The errors are those of `width` sweeps of all tokens from `guess`, with the chord fitted to the sweeps so far.
+        The errors are those of `width` sweeps of all tokens from `start`, with the chord fitted to the sweeps so far.
         Each token has the same weight, whatever the size of its residuals.
         """
         _, length, channels = x.shape
@@ -100,7 +103,6 @@ class Chord(Convolution, Correction):
         cross = torch.zeros(width * channels, channels, dtype=torch.float64, device=x.device)
         gram = cross.new_zeros(len(cross), len(cross))
         ridge = _RIDGE * torch.eye(len(cross)).to(gram)
-        start = guess(problem.z)
         current, count = start, 0
         with no_gradients(problem.block):
             for _ in range(min(width, length)):

@@ -56,6 +56,8 @@ class SweepBatch(ABC):
     Args:
         queue: Gives the samples, and gets their answers.
         rows: The samples of the batch.
+        max_change: A token is final when a sweep changes it, and all tokens before it, by at most this. With `None`
+            only the solver's rules end its sweeps.
         in_bf16: Whether the network runs in bfloat16.
 
     Attributes:
@@ -68,9 +70,12 @@ class SweepBatch(ABC):
         token_evaluations: Tokens times samples over these sweeps.
     """
 
-    def __init__(self, queue: SampleQueue, rows: slice, solver: Solver, in_bf16: bool) -> None:
+    def __init__(
+        self, queue: SampleQueue, rows: slice, solver: Solver, max_change: float | None, in_bf16: bool
+    ) -> None:
         problem: Any = queue.problem[rows]
-        self.block, self.solver, self.num_tokens = problem.block, solver, problem.num_tokens
+        self.block, self.num_tokens = problem.block, problem.num_tokens
+        self.solver, self.max_change = solver, max_change
         self.z, self.x, self.guess = problem.z.clone(), queue.guess[rows].clone(), queue.guess[rows].clone()
         cache = self.block.init_cache(self.z, problem.context.clone())
         self.cache = self.block.to_bf16(cache) if in_bf16 else cache

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from jacobiflow.blocks.tokens import Tokens
 from jacobiflow.errors import InputValueError
 from jacobiflow.fixed_point.convolution import (
     FIT_WIDTH,
@@ -18,6 +20,9 @@ from jacobiflow.fixed_point.convolution import (
     check_values,
     rows_before,
 )
+from jacobiflow.fixed_point.correction import Correction
+from jacobiflow.fixed_point.options import SolveOptions
+from jacobiflow.fixed_point.problem import Problem
 from jacobiflow.fixed_point.registry import Piece, register_piece
 from jacobiflow.utils.checks import check_floating, check_kind
 
@@ -25,8 +30,24 @@ _RIDGE = 1e-3
 """The ridge penalty, relative to the variance of the latents."""
 
 
+class Start(NamedTuple):
+    """The start of an iteration, and the cost of the sweeps that led to it.
+
+    Attributes:
+        x: X^(0).
+        sample_sweeps: Sweeps of each sample.
+        sweeps: Sweeps of all batches.
+        token_evaluations: Tokens times samples over these sweeps.
+    """
+
+    x: Tokens
+    sample_sweeps: int = 0
+    sweeps: int = 0
+    token_evaluations: int = 0
+
+
 class Guess(Piece):
-    """Chooses X^(0) from the block's input.
+    """Chooses X^(0), as a rule from the block's input.
 
     Example:
         >>> class Ones(jf.Guess):
@@ -36,14 +57,18 @@ class Guess(Piece):
     """
 
     @abstractmethod
-    def __call__(self, z: Float[Tensor, "b t c"]) -> Float[Tensor, "b t c"]:
-        """Returns X^(0), a new tensor."""
+    def __call__(self, z: Tokens) -> Tokens:
+        """Returns X^(0)."""
+
+    def start(self, problem: Problem, correction: Correction, options: SolveOptions) -> Start:
+        """Returns X^(0) for a problem, of which a guess may also use the block."""
+        return Start(self(problem.z))
 
     def check(self, num_tokens: int, token_channels: int) -> None:
         """Raises ValueError if the guess does not fit tokens (T, C)."""
 
     @classmethod
-    def fit(cls, x: Float[Tensor, "b t c"], z: Float[Tensor, "b t c"]) -> Guess | None:
+    def fit(cls, x: Tokens, z: Tokens) -> Guess | None:
         """Returns the one for `jacobiflow.tune` to try on a block with solutions `x` at `z`, if it can be fitted."""
         return None
 
@@ -58,8 +83,8 @@ class Latent(Guess):
         tensor([1., 1.])
     """
 
-    def __call__(self, z: Float[Tensor, "b t c"]) -> Float[Tensor, "b t c"]:
-        return z.clone()
+    def __call__(self, z: Tokens) -> Tokens:
+        return z
 
 
 @register_piece("zeros")
@@ -72,7 +97,7 @@ class Zeros(Guess):
         tensor([1., 0.])
     """
 
-    def __call__(self, z: Float[Tensor, "b t c"]) -> Float[Tensor, "b t c"]:
+    def __call__(self, z: Tokens) -> Tokens:
         x = torch.zeros_like(z)
         x[:, :1] = z[:, :1]
         return x
@@ -107,7 +132,7 @@ class MeanAffine(_ShiftedGuess):
         check_values("MeanAffine: log_scale", self.log_scale, ("tokens", "channels"))
         check_values("MeanAffine: shift", self.shift, tuple(self.log_scale.shape))
 
-    def __call__(self, z: Float[Tensor, "b t c"]) -> Float[Tensor, "b t c"]:
+    def __call__(self, z: Tokens) -> Tokens:
         return torch.addcmul(self.shift.to(z), self.log_scale.to(z).exp(), z)
 
 
@@ -130,11 +155,11 @@ class CausalLinear(Convolution, _ShiftedGuess):
         self.check_kernel()
         check_values("CausalLinear: shift", self.shift, ("tokens", self.kernel.shape[1]))
 
-    def __call__(self, z: Float[Tensor, "b t c"]) -> Float[Tensor, "b t c"]:
+    def __call__(self, z: Tokens) -> Tokens:
         return self.convolve(z, add=self.shift.to(z).expand_as(z))
 
     @classmethod
-    def fit(cls, x: Float[Tensor, "b t c"], z: Float[Tensor, "b t c"], width: int = FIT_WIDTH) -> CausalLinear:
+    def fit(cls, x: Tokens, z: Tokens, width: int = FIT_WIDTH) -> CausalLinear:
         """Returns the guess from `width` + 1 latents nearest to the solutions `x` at `z`, by ridge regression."""
         rows = rows_before((z - z.mean(dim=0)).double(), width + 1)
         gram = rows.T @ rows
@@ -154,14 +179,14 @@ class WarmStart(Guess):
 
     Example:
         >>> x = torch.zeros(1, 2, 1)
-        >>> solver = jf.Solver(jf.Whole(), jf.WarmStart(x), jf.Tolerance(1e-3))
+        >>> solver = jf.Solver(jf.Whole(), jf.WarmStart(x))
     """
 
-    value: Float[Tensor, "b t c"]
+    value: Tokens
 
     def __post_init__(self) -> None:
         check_kind("WarmStart: value", self.value, Tensor, "a torch.Tensor of tokens (B, T, C)")
 
-    def __call__(self, z: Float[Tensor, "b t c"]) -> Float[Tensor, "b t c"]:
+    def __call__(self, z: Tokens) -> Tokens:
         check_floating("WarmStart: value", self.value, tuple(z.shape))
-        return self.value.to(z, copy=True)
+        return self.value.to(z)

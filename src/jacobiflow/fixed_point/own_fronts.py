@@ -16,7 +16,7 @@ from jacobiflow.fixed_point.cuda_graphs import SweepGraphs
 from jacobiflow.fixed_point.engine import SampleQueue, SweepBatch
 from jacobiflow.fixed_point.partition import SlidingRun
 from jacobiflow.fixed_point.progress import SampleProgress
-from jacobiflow.fixed_point.solver import Solver
+from jacobiflow.fixed_point.solver import Solver, Stopping
 
 _MIN_FINISHED_SHARE = 0.25
 """The share of finished samples from which others take their places; copying their keys costs about a sweep."""
@@ -27,8 +27,10 @@ _SWEEPS_PER_CHECK = 4
 class OwnFronts(SweepBatch):
     """Samples that each have a front of their own. Finished ones leave, and others take their places."""
 
-    def __init__(self, queue: SampleQueue, rows: slice, solver: Solver, in_bf16: bool) -> None:
-        super().__init__(queue, rows, solver, in_bf16)
+    def __init__(
+        self, queue: SampleQueue, rows: slice, solver: Solver, max_change: float | None, in_bf16: bool
+    ) -> None:
+        super().__init__(queue, rows, solver, max_change, in_bf16)
         self._front: Int[Tensor, " b"] = torch.zeros_like(self.progress.sweeps)
         self._samples = np.arange(rows.start, rows.stop)  # in the caller's order
         self._min_front = self._max_front = 0  # bounds of the fronts, which a GPU is not asked for in every sweep
@@ -37,7 +39,7 @@ class OwnFronts(SweepBatch):
     @staticmethod
     def supports(block: Any, solver: Solver) -> bool:
         """Tells if samples of this block can have fronts of their own: runs slide, and end by the tolerance alone."""
-        slides = isinstance(solver.partition, SlidingRun) and solver.stopping.is_tolerance
+        slides = isinstance(solver.partition, SlidingRun) and solver.stopping == Stopping()
         return slides and supports(block, "per_sample_front")
 
     @property
@@ -56,7 +58,7 @@ class OwnFronts(SweepBatch):
             scatter_run(self.x, g, start)
         else:
             changes = self._iterate(start, old, g)
-            num_accepted = self.progress.count_accepted(changes, self.solver.stopping.atol)
+            num_accepted = self.progress.count_accepted(changes, self.max_change)
         front = self._front.clamp(min=start + num_accepted)
         self._front = front.masked_fill(self.progress.nonfinite, self.num_tokens)  # a sample that overflowed leaves
         self._max_front = min(self._max_front + size, self.num_tokens)

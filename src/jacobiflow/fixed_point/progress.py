@@ -86,13 +86,13 @@ class SampleProgress:
         self.run_stop = self.run_stop.clamp(min=stop)
         return self.num_growing >= _MAX_GROWING_SWEEPS
 
-    def count_accepted(self, changes: SweepChanges, tolerance: float | None) -> Int[Tensor, " b"]:
+    def count_accepted(self, changes: SweepChanges, max_change: float | None) -> Int[Tensor, " b"]:
         """Returns how many leading tokens of its run each sample passes.
 
-        It passes those that changed by at most the tolerance, and one more, which was computed from final ones
+        It passes those that changed by at most `max_change`, and one more, which was computed from final ones
         (Proposition 1 of the paper).
         """
-        is_final = (changes.change <= (-torch.inf if tolerance is None else tolerance)).cumprod(1).bool()
+        is_final = (changes.change <= (-torch.inf if max_change is None else max_change)).cumprod(1).bool()
         num_accepted = is_final.sum(1).add_(1).clamp_(max=is_final.shape[1])
         self.record_residual(torch.where(is_final, changes.residual, 0))
         # Only the last token passed can have overflowed; the others are final.

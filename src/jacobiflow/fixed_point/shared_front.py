@@ -13,8 +13,10 @@ from jacobiflow.fixed_point.solver import Solver
 class SharedFront(SweepBatch):
     """Samples that share a front, which waits for the slowest of them."""
 
-    def __init__(self, queue: SampleQueue, rows: slice, solver: Solver, in_bf16: bool) -> None:
-        super().__init__(queue, rows, solver, in_bf16)
+    def __init__(
+        self, queue: SampleQueue, rows: slice, solver: Solver, max_change: float | None, in_bf16: bool
+    ) -> None:
+        super().__init__(queue, rows, solver, max_change, in_bf16)
         self._rows, self._front = rows, 0
         self._sweeps_left = _max_sweeps_per_token(solver, self.num_tokens)
         self._num_outdated_keys = 0  # of tokens before the front, which are a sweep behind
@@ -42,10 +44,10 @@ class SharedFront(SweepBatch):
         All samples pass as many tokens as the slowest one. The `num_exhausted` leading tokens of the run, which have no
         sweeps left, are passed in any case. An early stop passes the whole run.
         """
-        progress, tolerance = self.progress, self.solver.stopping.atol
-        num_accepted, size = progress.count_accepted(changes, tolerance), changes.change.shape[1]
+        progress, size = self.progress, changes.change.shape[1]
+        num_accepted = progress.count_accepted(changes, self.max_change)
         # The others do not wait for a sample that overflowed, which is solved again.
-        slowest = 1 if tolerance is None else int(torch.where(progress.nonfinite, size, num_accepted).min())
+        slowest = 1 if self.max_change is None else int(torch.where(progress.nonfinite, size, num_accepted).min())
         if changes.is_early:
             num_exhausted = size
         if num_exhausted <= slowest:

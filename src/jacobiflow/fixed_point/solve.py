@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -14,16 +15,16 @@ from torch import Tensor
 from jacobiflow.blocks.base import Block, TokensLogDet, no_gradients, supports
 from jacobiflow.blocks.context import Context
 from jacobiflow.blocks.tokens import Tokens
-from jacobiflow.errors import InputValueError, UnsupportedError
+from jacobiflow.errors import UnsupportedError
 from jacobiflow.fixed_point.batching import sweep
 from jacobiflow.fixed_point.cuda_graphs import TokenLoop
 from jacobiflow.fixed_point.guess import WarmStart
-from jacobiflow.fixed_point.options import CertifyMode, SolveOptions
-from jacobiflow.fixed_point.partition import Sequential, Whole
+from jacobiflow.fixed_point.options import DEFAULT_TOLERANCE, CertifyMode, SolveOptions
+from jacobiflow.fixed_point.partition import Sequential
 from jacobiflow.fixed_point.problem import Problem
 from jacobiflow.fixed_point.solution import Solution, Status
-from jacobiflow.fixed_point.solver import MaxSweeps, Solver, Tolerance
-from jacobiflow.utils.checks import check_kind
+from jacobiflow.fixed_point.solver import Solver
+from jacobiflow.utils.checks import check_kind, check_positive
 
 ExactInverse = Callable[[Tokens, Context], TokensLogDet]
 
@@ -39,23 +40,24 @@ _ROUNDING_FACTOR = 4.0
 
 def solve(
     block: Block, z: Tokens, solver: Solver, context: Tensor | Context | None = None, *,
-    tolerance: float | None = None, certify: CertifyMode = True, batch_size: int | None = None,
+    tolerance: float | None = DEFAULT_TOLERANCE, certify: CertifyMode = True, batch_size: int | None = None,
     time_limit: float | None = None,
 ) -> Solution:  # fmt: skip
     """Solves x = g(x) for the inverse of a block, by sweeps x <- g(x) over runs of tokens, and certifies each sample.
 
     A sweep evaluates g on the run [front, stop) that the partition chooses. Then the front passes the leading tokens
-    that the sweep changed by at most the solver's tolerance, and one more, which was computed from final ones
-    (Proposition 1 of the paper): T sweeps always suffice. Under `MaxSweeps(J)` a token is passed after J sweeps,
-    converged or not. A value that overflows is set back to the guess. If the residual of a sample keeps growing, its
-    correction is turned off. If every run is one token, the block's `sequential_inverse` is called instead.
+    that the sweep changed by at most the tolerance, and one more, which was computed from final ones (Proposition 1 of
+    the paper): T sweeps always suffice. Under `MaxSweeps(J)` a token is passed after J sweeps at the latest. A value
+    that overflows is set back to the guess. If the residual of a sample keeps growing, its correction is turned off. If
+    every run is one token, the block's `sequential_inverse` is called instead.
 
-    If a partition whose run slides (`Whole`, `Window`) stops on a tolerance and the block has `per_sample_front`, each
-    sample has a front of its own. Else the batch shares one front, which waits for the slowest sample.
+    If the partition's run slides (`Whole`, `Window`), the solver has no stopping rule, and the block has
+    `per_sample_front`, then each sample has a front of its own. Else the batch shares one front, which waits for the
+    slowest sample.
 
-    One more pass measures the residual of each sample. A sample above the tolerance is resumed from its answer, to half
-    of the tolerance. If it is still above, if it ran out of sweeps before the solver's own tolerance, or if it is not
-    finite, it is solved token by token.
+    One more pass measures the residual of each sample. A sample above the tolerance is resumed from its answer, without
+    stopping rules, to half of the tolerance. If it is still above, or not finite, it is solved token by token. Without
+    certificates, samples that ran out of sweeps are solved token by token.
 
     An exact solve leaves a residual as well: the rounding of the network. If more than four samples are to be solved
     token by token, the four with the largest residuals go first. The smallest |g(x) - x| / |x| that they leave is the
@@ -66,7 +68,8 @@ def solve(
         z: Input of the block in its causal order, float32 or float64.
         solver: The partition, guess, correction and stopping.
         context: One row for each sample (labels, for example).
-        tolerance: The largest residual allowed, by default the solver's own. Without either, samples end as they are.
+        tolerance: The largest residual allowed. With `None` only the solver's stopping rules end the sweeps, and
+            nothing is promised.
         certify: `False` leaves out the pass that measures. "always" measures exact answers too. Without it the
             residual of an exact answer is measured if the block is not `is_causal`. Else it is 0 by construction; or,
             if that is above the tolerance, the distance of the largest entry of x to the next number.
@@ -75,11 +78,12 @@ def solve(
 
     Example:
         >>> block, z = jf.load("digits-p1").blocks[0], torch.ones(2, 64, 1)
-        >>> solution = jf.solve(block, z, jf.Solver(jf.Window(16), stopping=jf.Tolerance(1e-3)))
+        >>> solution = jf.solve(block, z, jf.Solver(jf.Window(16)), tolerance=1e-3)
         >>> bool((solution.residual <= 1e-3).all()), solution.sweeps < 64
         (True, True)
     """
-    options = SolveOptions(tolerance, certify, batch_size, time_limit)
+    seconds = math.inf if time_limit is None else check_positive("time_limit", time_limit)
+    options = SolveOptions(tolerance, certify, batch_size, time.perf_counter() + seconds)
     check_kind("solver", solver, Solver, "a Solver, such as Solver(Whole())")
     return solve_to_tolerance(Problem.checked(block, z, context), solver, options)
 
@@ -87,8 +91,7 @@ def solve(
 def solve_to_tolerance(problem: Problem, solver: Solver, options: SolveOptions) -> Solution:
     """Solves a problem as `solve` does."""
     started = time.perf_counter()
-    has_promise = options.certify and options.tolerance is not None
-    tolerance = options.tolerance if has_promise else solver.stopping.atol
+    tolerance = options.tolerance
     solution = attempt(problem, solver, options)
     # Without a look at `solution.exact`, which waits for a GPU.
     is_exact = solver.partition.token_by_token(problem.num_tokens)
@@ -98,18 +101,16 @@ def solve_to_tolerance(problem: Problem, solver: Solver, options: SolveOptions) 
     elif options.certify and tolerance:
         solution = replace(solution, residual=_least_rounding(solution, tolerance))
     if not is_exact:
-        solution = _solve_shortfall(problem, solver, options, solution, tolerance)
+        solution = _solve_shortfall(problem, solver, options, solution)
     if tolerance is not None:  # NONFINITE is a larger status than ROUNDING
         status = torch.where(solution.residual > tolerance, solution.status.clamp(min=Status.ROUNDING), solution.status)
         solution = replace(solution, status=status)
     return replace(solution, seconds=time.perf_counter() - started)
 
 
-def _solve_shortfall(
-    problem: Problem, solver: Solver, options: SolveOptions, solution: Solution, tolerance: float | None
-) -> Solution:
+def _solve_shortfall(problem: Problem, solver: Solver, options: SolveOptions, solution: Solution) -> Solution:
     """Solves samples again that are above the tolerance, or not finite."""
-    rounding = 0.0
+    tolerance, rounding = options.tolerance, 0.0
     if options.certify and tolerance is not None:
         solution = _resume(problem, solver, options, solution, tolerance)
         solution, rounding = _probe_rounding(problem, options, solution, tolerance)
@@ -121,13 +122,13 @@ def _solve_shortfall(
 
 def _resume(problem: Problem, solver: Solver, options: SolveOptions, solution: Solution, tolerance: float) -> Solution:
     """Solves samples that ended above the tolerance again, from their answers."""
-    # A sample that ran out of sweeps has converged if it came within the tolerance, or if it had no other rule.
-    has_ended = (solution.residual <= tolerance) | (solver.stopping.atol is None)
-    status = solution.status.masked_fill((solution.status == Status.MAX_SWEEPS) & has_ended, Status.CONVERGED)
+    # The residual tells more than the number of sweeps.
+    status = solution.status.masked_fill(solution.status == Status.MAX_SWEEPS, Status.CONVERGED)
     solution = replace(solution, status=status)
-    rows = _is_above(solution, tolerance) & (status == Status.CONVERGED)
-    guess, stopping = WarmStart(solution.x[rows]), Tolerance(_RESUME_FACTOR * tolerance)
-    return _solve_again(problem, Solver(solver.partition, guess, stopping, solver.correction), options, solution, rows)
+    rows = _is_above(solution, tolerance)
+    guess = WarmStart(solution.x[rows])
+    resumed = Solver(solver.partition, guess, correction=solver.correction, tolerance_factor=_RESUME_FACTOR)
+    return _solve_again(problem, resumed, options, solution, rows)
 
 
 def _probe_rounding(
@@ -195,10 +196,7 @@ def _max_abs(x: Tokens) -> Float[Tensor, " b"]:
 
 def attempt(problem: Problem, solver: Solver, options: SolveOptions) -> Solution:
     """Solves a problem once, as its solver says, without a certificate."""
-    solver.check(*problem.z.shape[1:])
-    if solver.bf16_sweeps and not supports(problem.block, "has_bf16"):
-        message = f"{type(problem.block).__name__} has no bfloat16 network; give 0"
-        raise InputValueError(message, argument="bf16_sweeps", value=solver.bf16_sweeps)
+    solver.check(problem.num_tokens, problem.z.shape[2], options.tolerance)
     solution, obstacle = None, None
     with no_gradients(problem.block):
         for backend, inverse in _exact_inverses(problem, solver):
@@ -257,17 +255,10 @@ def _exact_solution(problem: Problem, answers: Sequence[TokensLogDet], backend: 
 
 
 def _solve_by_sweeps(problem: Problem, solver: Solver, options: SolveOptions) -> Solution:
-    """Solves by sweeps, the first of them in bfloat16 if the solver says so."""
-    first = None
-    if solver.bf16_sweeps:
-        bf16_solver = replace(solver, partition=Whole(), stopping=MaxSweeps(solver.bf16_sweeps))
-        first = sweep(problem, bf16_solver, options, in_bf16=True)
-        solver = replace(solver, guess=WarmStart(first.x))
     result = sweep(problem, solver, options)
     x, progress = result.x, result.progress
     failed = ~x.isfinite().all(dim=(1, 2)) | progress.nonfinite
     status = torch.where(progress.hit_max_sweeps, Status.MAX_SWEEPS, Status.CONVERGED)
-    sweeps = result.sweeps + (0 if first is None else first.sweeps)
     return Solution(
         x=x,
         status=status.masked_fill(failed, Status.NONFINITE),
@@ -275,9 +266,9 @@ def _solve_by_sweeps(problem: Problem, solver: Solver, options: SolveOptions) ->
         log_det=torch.full_like(progress.residual, torch.nan),
         exact=progress.exact,
         used_fallback=torch.zeros_like(failed),
-        sample_sweeps=progress.sweeps if first is None else progress.sweeps + first.progress.sweeps,
-        sweeps=sweeps,
-        network_calls=sweeps,
-        token_evaluations=result.token_evaluations + (0 if first is None else first.token_evaluations),
+        sample_sweeps=progress.sweeps,
+        sweeps=result.sweeps,
+        network_calls=result.sweeps,
+        token_evaluations=result.token_evaluations,
         backend="sweeps",
     )

@@ -1,4 +1,4 @@
-"""A solver as data: four pieces, and the rules that end the sweeps."""
+"""A solver as data: four pieces, of which the stopping rules are defined here."""
 
 from __future__ import annotations
 
@@ -6,30 +6,24 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from jacobiflow.errors import InputTypeError, InputValueError
+from jacobiflow.errors import InputValueError
 from jacobiflow.fixed_point.correction import Correction, Plain
 from jacobiflow.fixed_point.guess import Guess, Latent
-from jacobiflow.fixed_point.options import DEFAULT_TOLERANCE
 from jacobiflow.fixed_point.partition import Partition, Segments, Whole
-from jacobiflow.utils.checks import check_count, check_fields, check_kind, check_number
+from jacobiflow.utils.checks import check_count, check_fields, check_kind, check_number, check_positive
 
 
 @dataclass(frozen=True)
 class Stopping:
-    """Rules of which the first that holds ends the sweeps; `None`: no such rule.
+    """Rules that end the sweeps of tokens which have not come within the tolerance; `Stopping()` has none.
 
-    Build one by `Tolerance(atol)`, `MaxSweeps(count)`, `EarlyStop(ebound)`, or several of them joined by `|`.
+    Build one by `MaxSweeps(count)`, `EarlyStop(ebound)`, or both joined by `|`.
     """
 
-    atol: float | None = None
     max_sweeps: int | tuple[int, ...] | None = None
     ebound: float | None = None
 
     def __post_init__(self) -> None:
-        if not self._rules():
-            raise InputTypeError("Stopping: give a tolerance, a number of sweeps, or an ebound")
-        if self.atol is not None:
-            check_number("tolerance", self.atol, expected="0 (down to rounding) or a positive number")
         if self.ebound is not None:
             check_number("ebound", self.ebound)
         if self.max_sweeps is not None:
@@ -41,39 +35,25 @@ class Stopping:
         check_fields(self)
 
     def __or__(self, other: Stopping) -> Stopping:
-        check_kind("stopping", other, Stopping, "a rule such as Tolerance(1e-3) or MaxSweeps(8)")
+        check_kind("stopping", other, Stopping, "a rule such as MaxSweeps(8)")
         mine, others = self._rules(), other._rules()
         if both := mine.keys() & others.keys():
             raise InputValueError(f"{self} | {other}: both give {', '.join(both)}; give it once")
         return Stopping(**mine, **others)
 
-    @property
-    def is_tolerance(self) -> bool:
-        """Tells if a tolerance is the only rule."""
-        return list(self._rules()) == ["atol"]
-
     def _rules(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if value is not None}
 
 
-def Tolerance(atol: float) -> Stopping:
-    """A token is final, per sample, when a sweep changed it and all tokens before it by at most `atol`.
-
-    Example:
-        >>> solver = jf.Solver(jf.Whole(), stopping=jf.Tolerance(1e-4))
-    """
-    return Stopping(atol=atol)
-
-
 def MaxSweeps(count: int | Sequence[int]) -> Stopping:
-    """A token is final after `count` sweeps, converged or not: the paper's J.
+    """A token is final after `count` sweeps, within the tolerance or not: the paper's J.
 
     A sequence has a count for each segment of a `Segments` partition (end of section 3.4 of the paper).
 
     Example:
         >>> solver = jf.Solver(jf.Segments(2), stopping=jf.MaxSweeps([8, 3]))
     """
-    return Stopping(max_sweeps=tuple(count) if isinstance(count, Sequence) else count)
+    return Stopping(max_sweeps=tuple(count) if isinstance(count, Sequence) else check_count("sweeps", count))
 
 
 def EarlyStop(ebound: float = 1e-8) -> Stopping:
@@ -85,39 +65,48 @@ def EarlyStop(ebound: float = 1e-8) -> Stopping:
     Example:
         >>> solver = jf.Solver(jf.Whole(), stopping=jf.EarlyStop(1e-6) | jf.MaxSweeps(20))
     """
-    return Stopping(ebound=ebound)
+    return Stopping(ebound=check_number("ebound", ebound))
 
 
 @dataclass(frozen=True)
 class Solver:
-    """A way to solve a block: four independent pieces, and sweeps in bfloat16 that come first.
+    """A way to solve a block: four independent pieces.
 
     `Solver(Sequential())` is the exact loop, `Solver(Whole())` Jacobi, `Solver(Segments(G), stopping=MaxSweeps(J))`
-    the paper's GS-Jacobi, `Solver(Window(n))` a sliding window. With `bf16_sweeps`, so many sweeps of all tokens come
-    first, by the network in bfloat16; their answer is then the guess.
+    the paper's GS-Jacobi, `Solver(Window(n))` a sliding window. The tolerance is that of `solve` or of a `Strategy`.
+
+    Args:
+        partition: Chooses the tokens that are swept together.
+        guess: Starts the iteration.
+        stopping: Rules besides the tolerance; none by default.
+        correction: Applies the residual g(x) - x.
+        tolerance_factor: A token is final when a sweep changes it, and all tokens before it, by at most this multiple
+            of the tolerance.
 
     Example:
-        >>> jf.Solver(jf.Window(32), jf.Zeros(), jf.Tolerance(1e-3)).partition
+        >>> jf.Solver(jf.Window(32), jf.Zeros()).partition
         Window(size=32)
     """
 
     partition: Partition = field(default_factory=Whole)
     guess: Guess = field(default_factory=Latent)
-    stopping: Stopping = field(default_factory=lambda: Tolerance(DEFAULT_TOLERANCE))
+    stopping: Stopping = field(default_factory=Stopping)
     correction: Correction = field(default_factory=Plain)
-    bf16_sweeps: int = 0
+    tolerance_factor: float = 1.0
 
     def __post_init__(self) -> None:
         check_fields(self)
-        check_count("bf16_sweeps", self.bf16_sweeps, 0)
+        check_positive("tolerance_factor", self.tolerance_factor)
         counts = self.stopping.max_sweeps
         if isinstance(counts, tuple) and self.partition != Segments(len(counts)):
             raise InputValueError(f"{len(counts)} sweep counts for {self.partition}: give one for each of its Segments")
 
-    def check(self, num_tokens: int, token_channels: int) -> None:
-        """Raises ValueError if a piece does not fit tokens (T, C)."""
+    def check(self, num_tokens: int, token_channels: int, tolerance: float | None) -> None:
+        """Raises ValueError if a piece does not fit tokens (T, C), or if neither a tolerance nor a rule ends sweeps."""
         self.partition.check(num_tokens)
         self.guess.check(num_tokens, token_channels)
         self.correction.check(token_channels)
-        if self.bf16_sweeps and self.partition.token_by_token(num_tokens):
-            raise InputValueError(f"bf16_sweeps={self.bf16_sweeps}: {self.partition} solves token by token; give 0")
+        has_end = tolerance is not None or self.stopping != Stopping()
+        if not has_end and not self.partition.token_by_token(num_tokens):
+            message = f"nothing would end the sweeps of {self.partition}; give a tolerance, or a number of sweeps"
+            raise InputValueError(message, argument="tolerance", value=tolerance)

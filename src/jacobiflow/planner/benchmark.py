@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import replace
@@ -13,7 +14,7 @@ import torch
 
 from jacobiflow.blocks.base import no_gradients, supports
 from jacobiflow.blocks.tokens import Tokens
-from jacobiflow.fixed_point import Partition, Sequential, Solver, Tolerance, Whole
+from jacobiflow.fixed_point import Bf16Sweeps, Correction, Guess, Partition, Sequential, Solver, Whole
 from jacobiflow.fixed_point.options import SolveOptions
 from jacobiflow.fixed_point.problem import Problem
 from jacobiflow.fixed_point.registry import registered_pieces
@@ -62,6 +63,22 @@ class BlockTimings(NamedTuple):
         return self.sequential > sweeps + self.evaluation
 
 
+class Candidate(NamedTuple):
+    """A solver without the pieces that are fitted to a block.
+
+    Attributes:
+        bf16_sweeps: Sweeps in bfloat16 that come first.
+    """
+
+    partition: Partition
+    bf16_sweeps: int = 0
+
+    def solver(self, guess: Guess, correction: Correction) -> Solver:
+        """Returns the solver with these pieces."""
+        start = Bf16Sweeps(self.bf16_sweeps, guess) if self.bf16_sweeps else guess
+        return Solver(self.partition, start, correction=correction)
+
+
 class TimedSolve(NamedTuple):
     """A solver, the seconds of its shortest solve with certificates, and its answers."""
 
@@ -98,15 +115,13 @@ def _bf16_share(problem: Problem) -> float:
     return bf16 / full
 
 
-def candidates(num_tokens: int, tolerance: float, timings: BlockTimings) -> list[Solver]:
-    """Returns the solvers to time against the exact loop: all tokens at once, and those of every partition."""
+def candidates(num_tokens: int, timings: BlockTimings) -> list[Candidate]:
+    """Returns those to time against the exact loop: all tokens at once, and the candidates of every partition."""
     partitions: list[Partition] = [Whole()]
     for kind in registered_pieces(Partition).values():
         partitions += [p for p in kind.candidates(num_tokens) if p.stop(0, num_tokens) < num_tokens]
-    solvers = [Solver(partition, stopping=Tolerance(tolerance)) for partition in partitions]
-    if math.isfinite(timings.bf16_evaluation):
-        solvers += [replace(solver, bf16_sweeps=_BF16_SWEEPS) for solver in solvers]
-    return solvers
+    bf16_sweeps = (0, _BF16_SWEEPS) if math.isfinite(timings.bf16_evaluation) else (0,)
+    return [Candidate(partition, count) for count in bf16_sweeps for partition in partitions]
 
 
 def race(problem: Problem, solvers: Iterable[Solver], sequential: float, options: SolveOptions) -> TimedSolve | None:
@@ -126,7 +141,8 @@ def race(problem: Problem, solvers: Iterable[Solver], sequential: float, options
 def time_solve(problem: Problem, solver: Solver, options: SolveOptions, limit: float) -> TimedSolve:
     """Times a solve with certificates, a short one several times. Raises TimeoutError after `limit` seconds."""
     solve, device = partial(solve_to_tolerance, problem, solver), problem.z.device
-    seconds, solution = time_call(partial(solve, replace(options, time_limit=limit)), device)
+    limited = replace(options, deadline=time.perf_counter() + limit)
+    seconds, solution = time_call(partial(solve, limited), device)
     others = _time_repeatedly(partial(solve, options), device, _SHORT_SECONDS - seconds)
     return TimedSolve(solver, min([seconds, *others]), solution.x)
 

@@ -17,7 +17,7 @@ import psutil
 import torch
 
 from jacobiflow.errors import InputError
-from jacobiflow.fixed_point import Sequential, Solver, Tolerance
+from jacobiflow.fixed_point import Sequential, Solver
 from jacobiflow.fixed_point.options import DEFAULT_TOLERANCE
 from jacobiflow.models.checkpoints.fingerprint import cached_fingerprint
 from jacobiflow.models.flow import Flow, check_flow
@@ -67,7 +67,7 @@ def auto(flow: Flow, batch_size: int, tolerance: float | None = None, progress: 
     tolerance = DEFAULT_TOLERANCE if tolerance is None else check_number("tolerance", tolerance)
     batch_size = check_count("batch_size", batch_size, maximum=MAX_SAMPLES)
     if tolerance == 0:
-        return Strategy.uniform(Solver(Sequential(), stopping=Tolerance(0)), flow.config.num_blocks)
+        return Strategy.uniform(Solver(Sequential()), flow.config.num_blocks, tolerance)
     weights = cached_fingerprint(flow)
     conditions = (weights, batch_size, tolerance, *_environment(flow))
     plans = _plans.setdefault(flow.blocks, {})

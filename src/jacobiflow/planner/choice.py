@@ -58,11 +58,10 @@ def resolve_strategy(
     Args:
         strategy: "auto", planned for this flow, device and batch size, or "auto:1e-2", to that tolerance; another name
             (see `Strategy.parse`); the path of a JSON file; or a `Strategy`.
-        tolerance: Replaces every tolerance of the strategy. By default a `Strategy` or a file keeps its own, and a name
-            gets 1e-3.
+        tolerance: Replaces the tolerance of the strategy.
 
     Raises:
-        ValueError: If the strategy does not fit the flow, or would ignore the tolerance.
+        ValueError: If the strategy does not fit the flow, or was planned for another tolerance.
     """
     check_kind("strategy", strategy, str | Path | Strategy, "a name, a Strategy, or the path of one's file")
     if isinstance(strategy, str) and is_auto(strategy):
@@ -76,12 +75,5 @@ def resolve_strategy(
         plan = Strategy.parse(str(strategy), num_blocks=config.num_blocks, num_tokens=config.num_tokens)
     if tolerance is not None:
         plan = plan.with_tolerance(tolerance)
-        if plan.tolerance is None and all(solver.stopping.atol is None for solver in plan.solvers):
-            raise InputValueError(
-                f"strategy {format_value(strategy)} stops after a number of sweeps and ignores it; leave the tolerance "
-                "out, or give a strategy with one",
-                argument="tolerance",
-                value=tolerance,
-            )
     plan.check(flow, batch_size)
     return plan

@@ -157,6 +157,7 @@ def _fit(problem: Problem, x: Tokens, batch_size: int) -> BlockTuning:
     kinds = registered_pieces(Guess).values()
     guesses = [fitted for kind in kinds if (fitted := kind.fit(x, problem.z)) is not None]
     guess = guesses[0] if len(guesses) == 1 else min(guesses, key=lambda guess: sweeps(guess, Plain()))
-    fits = [kind.fit(problem, x, guess) for kind in registered_pieces(Correction).values()]
+    start = guess(problem.z)
+    fits = [kind.fit(problem, x, start) for kind in registered_pieces(Correction).values()]
     corrections: Sequence[Correction] = [Plain(), *(fitted for fitted in fits if fitted is not None)]
     return BlockTuning(guess, min(corrections, key=lambda correction: sweeps(guess, correction)))

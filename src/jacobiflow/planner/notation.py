@@ -18,7 +18,6 @@ from jacobiflow.fixed_point import (
     Sequential,
     Solver,
     Stopping,
-    Tolerance,
     Whole,
 )
 from jacobiflow.fixed_point.registry import registered_pieces
@@ -32,7 +31,7 @@ _NUMBERS = f"{_NUMBER}(?:/{_NUMBER})*"
 _SWEEPS = f"{_NUMBER}(?:[,/]{_NUMBER})*"
 
 
-def parse(text: str, guesses: Sequence[Guess], num_tokens: int, tolerance: float) -> tuple[Solver, ...]:
+def parse(text: str, guesses: Sequence[Guess], num_tokens: int) -> tuple[Solver, ...]:
     """Returns the solvers that `text` names, one per block; `guesses` are for blocks without one.
 
     See `Strategy.parse`.
@@ -40,7 +39,7 @@ def parse(text: str, guesses: Sequence[Guess], num_tokens: int, tolerance: float
     name, *pieces = text.strip().lower().split("+")
     try:
         is_stack = name.startswith("[")
-        solvers = _parse_stack(name, len(guesses)) if is_stack else [_parse_name(name, tolerance)] * len(guesses)
+        solvers = _parse_stack(name, len(guesses)) if is_stack else [_parse_name(name)] * len(guesses)
         solvers = [replace(solver, guess=guess) for solver, guess in zip(solvers, guesses, strict=True)]
         for piece in pieces:
             solvers = [_add_piece(solver, piece) for solver in solvers]
@@ -56,7 +55,7 @@ def is_auto(name: str) -> bool:
     return name.strip().lower().split(":")[0] == "auto"
 
 
-def _parse_name(name: str, tolerance: float) -> Solver:
+def _parse_name(name: str) -> Solver:
     """The solver that a name gives every block."""
     if is_auto(name):
         raise InputValueError("is planned for a flow, a device and a batch: give it to sample, or use plan")
@@ -74,7 +73,7 @@ def _parse_name(name: str, tolerance: float) -> Solver:
         partition = _parse_piece(Partition, name)
     if partition is None:
         raise InputValueError(f"unknown; give {_FORMS}")
-    return Solver(partition, stopping=Tolerance(tolerance) if sweeps is None else _parse_sweeps(sweeps))
+    return Solver(partition, stopping=Stopping() if sweeps is None else _parse_sweeps(sweeps))
 
 
 def _add_piece(solver: Solver, name: str) -> Solver:

@@ -15,7 +15,7 @@ import torch
 from jacobiflow.blocks.base import FlowBlock
 from jacobiflow.blocks.context import Context
 from jacobiflow.blocks.tokens import Tokens
-from jacobiflow.fixed_point import Solver, Tolerance
+from jacobiflow.fixed_point import Latent, Plain, Solver
 from jacobiflow.fixed_point.options import DEFAULT_TOLERANCE, SolveOptions
 from jacobiflow.fixed_point.problem import Problem
 from jacobiflow.fixed_point.solve import attempt, solve_to_tolerance
@@ -23,7 +23,7 @@ from jacobiflow.models.checkpoints.fingerprint import fingerprint
 from jacobiflow.models.flow import Flow, check_flow
 from jacobiflow.models.latents import FIRST_CALIBRATION_LATENT, MAX_SAMPLES, draw_latents
 from jacobiflow.planner.benchmark import SEQUENTIAL, UNCERTIFIED, BlockTimings, candidates, race, time_block
-from jacobiflow.planner.fit import NUM_SAMPLES, Tuning, find_tuning
+from jacobiflow.planner.fit import NUM_SAMPLES, BlockTuning, Tuning, find_tuning
 from jacobiflow.planner.strategy import Prediction, Strategy, device_name
 from jacobiflow.utils.checks import check_count, check_flag, check_kind, check_positive
 from jacobiflow.utils.progress import Progress
@@ -152,10 +152,10 @@ def rounding_floor(flow: Flow) -> float:
         x = attempt(problem, SEQUENTIAL, UNCERTIFIED).x
         residual, _ = problem.residual(x)
         floor = max([floor, *residual[residual.isfinite()].tolist()])
-        sweeps = Solver(stopping=Tolerance(floor))
-        other_x = attempt(_block_problem(flow, i, swept_tokens, context), sweeps, UNCERTIFIED).x
+        swept_problem = _block_problem(flow, i, swept_tokens, context)
+        other_x = attempt(swept_problem, Solver(), replace(UNCERTIFIED, tolerance=floor)).x
         exact, swept_tokens = (flow.blocks[i].permutation.inverse(tokens) for tokens in (x, other_x))
-        del problem  # The next block is loaded once this one is free.
+        del problem, swept_problem  # The next block is loaded once this one is free.
     return max(floor, float((exact - swept_tokens).nan_to_num(0.0, 0.0, 0.0).abs().max()))
 
 
@@ -180,7 +180,7 @@ def _race_blocks(
     solvers, seconds = [SEQUENTIAL] * len(timings), [each.sequential for each in timings]
     shapes, num_tokens = [_shape(block) for block in flow.blocks], flow.config.num_tokens
     remaining = {
-        shape: candidates(num_tokens, tolerance, each) if each.can_iterate else []
+        shape: candidates(num_tokens, each) if each.can_iterate else []
         for shape, each in zip(shapes, timings, strict=True)
     }
     end = time.perf_counter() + max(_MIN_RACE_SECONDS, sum(seconds) / 2)
@@ -189,19 +189,16 @@ def _race_blocks(
             break
         problem, shape = _block_problem(flow, i, x, context), shapes[i]
         num_batches = len(problem) / batch_size
-        fitted = {} if tuning is None else vars(tuning.blocks[i])
-        winner = race(
-            problem,
-            [replace(each, **fitted) for each in remaining[shape]],
-            num_batches * timings[i].sequential,
-            options,
-        )
+        fitted = BlockTuning(Latent(), Plain()) if tuning is None else tuning.blocks[i]
+        raced = [candidate.solver(fitted.guess, fitted.correction) for candidate in remaining[shape]]
+        winner = race(problem, raced, num_batches * timings[i].sequential, options)
         if winner is not None:
             solvers[i], seconds[i], answer = winner.solver, winner.seconds / num_batches, winner.x
         else:
             answer = attempt(problem, SEQUENTIAL, replace(options, certify=False)).x
         if time.perf_counter() > end:
-            remaining[shape] = [] if winner is None else [winner.solver]
+            pairs = zip(remaining[shape], raced, strict=True)
+            remaining[shape] = [candidate for candidate, solver in pairs if winner and solver == winner.solver]
         x = flow.blocks[i].permutation.inverse(answer)
         del problem  # The next block is loaded once this one is free.
         if progress is not None:
@@ -220,7 +217,7 @@ def _verify(
     tokens, context = _latents(flow, NUM_SAMPLES + _MIN_RACED + batch_size, num)
     few, loops = (tokens[:_NUM_COMPARED], context[:_NUM_COMPARED]), [SEQUENTIAL] * len(draft.solvers)
     exact = _solve_blocks(flow, loops, *few, UNCERTIFIED, progress)
-    atol = tolerance
+    factor = 1.0
     for _ in range(_NUM_TRIALS):
         run = partial(_solve_blocks, flow, draft.solvers, tokens, context, SolveOptions(tolerance), progress)
         seconds, x = time_call(run, tokens.device)
@@ -232,8 +229,8 @@ def _verify(
             return None
         if error <= tolerance:
             return draft
-        atol *= _SAFETY_FACTOR * tolerance / error
-        draft = draft._replace(solvers=tuple(replace(each, stopping=Tolerance(atol)) for each in draft.solvers))
+        factor *= _SAFETY_FACTOR * tolerance / error
+        draft = draft._replace(solvers=tuple(replace(each, tolerance_factor=factor) for each in draft.solvers))
     return None
 
 

@@ -9,7 +9,7 @@ import torch
 from jacobiflow.blocks.guidance import Guidance
 from jacobiflow.calibration import CalibrationReport, gs_jacobi_notation
 from jacobiflow.errors import InputError, InputValueError
-from jacobiflow.fixed_point import Latent, Solver
+from jacobiflow.fixed_point import Guess, Latent, Solver, Stopping
 from jacobiflow.fixed_point.options import DEFAULT_TOLERANCE
 from jacobiflow.fixed_point.registry import JsonDocument
 from jacobiflow.models.checkpoints.fingerprint import cached_fingerprint, check_fingerprint
@@ -50,7 +50,8 @@ class Strategy(JsonDocument):
     Attributes:
         solvers: Entry 0 is for the block that touches the image.
         fingerprint: Fingerprint of the only flow that the strategy is for; `None` for any flow. See `check`.
-        tolerance: The largest residual of a certified sample; `None` for each solver's own.
+        tolerance: The largest residual of a certified sample in any block. With `None` only the solvers' stopping rules
+            end the sweeps, and nothing is promised.
         prediction: The time and the error that `jacobiflow.plan` expects.
 
     Example:
@@ -59,11 +60,11 @@ class Strategy(JsonDocument):
         torch.Size([2, 1, 8, 8])
     """
 
-    _name, _remedy = "strategy", "; make it anew with jacobiflow plan"
+    _name, _version, _remedy = "strategy", 2, "; make it anew with jacobiflow plan"
 
     solvers: tuple[Solver, ...]
     fingerprint: str | None = field(default=None, compare=False)
-    tolerance: float | None = None
+    tolerance: float | None = DEFAULT_TOLERANCE
     prediction: Prediction | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
@@ -74,19 +75,19 @@ class Strategy(JsonDocument):
             check_number("tolerance", self.tolerance)
 
     @classmethod
-    def uniform(cls, solver: Solver, num_blocks: int) -> Strategy:
+    def uniform(cls, solver: Solver, num_blocks: int, tolerance: float | None = DEFAULT_TOLERANCE) -> Strategy:
         """Returns the strategy that solves every block by the same solver."""
-        return cls((solver,) * check_count("num_blocks", num_blocks, maximum=_MAX_BLOCKS))
+        return cls((solver,) * check_count("num_blocks", num_blocks, maximum=_MAX_BLOCKS), tolerance=tolerance)
 
     @classmethod
     def parse(
         cls, text: str, report: CalibrationReport | None = None, *, num_blocks: int | None = None,
-        num_tokens: int | None = None, tolerance: float = DEFAULT_TOLERANCE,
+        num_tokens: int | None = None,
     ) -> Strategy:  # fmt: skip
-        """Reads a strategy from its name.
+        """Reads a strategy from its name. Its tolerance is 1e-3, or `None` if the name has numbers of sweeps.
 
         - "sequential" solves token by token; "Original", a row of the paper's tables, is the same.
-        - To `tolerance`: "jacobi", "gs-jacobi:8" (8 segments), "window:24", and any registered partition, its name
+        - To the tolerance: "jacobi", "gs-jacobi:8" (8 segments), "window:24", and any registered partition, its name
           followed by its numbers.
         - A number of sweeps, with the early stop (`jacobiflow.EarlyStop`): "jacobi-30", "gs-jacobi:8-32".
         - The paper's [Stack-GS-J-Else] (section 3.4): blocks in Stack are cut into GS segments of J sweeps each, the
@@ -100,7 +101,6 @@ class Strategy(JsonDocument):
                 is `Latent`.
             num_blocks: L; needed without a report.
             num_tokens: T; needed without a report.
-            tolerance: The tolerance of solvers that stop on one.
 
         Example:
             >>> strategy = jf.Strategy.parse("[1-4-9-6]", num_blocks=2, num_tokens=64)
@@ -109,17 +109,19 @@ class Strategy(JsonDocument):
         """
         check_kind("text", text, str, "the name of a strategy")
         check_kind("report", report, CalibrationReport | None, "a CalibrationReport, as calibrate returns, or None")
-        tolerance = check_number("tolerance", tolerance)
         if report is not None:
-            guesses = [report.guess(block) for block in range(report.num_blocks)]
-            return cls(notation.parse(text, guesses, report.num_tokens, tolerance), report.fingerprint)
-        if num_blocks is None or num_tokens is None:
+            guesses: list[Guess] = [report.guess(block) for block in range(report.num_blocks)]
+            num_tokens, fingerprint = report.num_tokens, report.fingerprint
+        elif num_blocks is None or num_tokens is None:
             raise InputValueError(
                 f"strategy {format_value(text)}: give a report, or num_blocks and num_tokens of the flow"
             )
-        blocks = check_count("num_blocks", num_blocks, maximum=_MAX_BLOCKS)
-        tokens = check_count("num_tokens", num_tokens, maximum=_MAX_TOKENS)
-        return cls(notation.parse(text, [Latent()] * blocks, tokens, tolerance))
+        else:
+            guesses = [Latent()] * check_count("num_blocks", num_blocks, maximum=_MAX_BLOCKS)
+            num_tokens, fingerprint = check_count("num_tokens", num_tokens, maximum=_MAX_TOKENS), None
+        solvers = notation.parse(text, guesses, num_tokens)
+        has_rules = any(solver.stopping != Stopping() for solver in solvers)
+        return cls(solvers, fingerprint, None if has_rules else DEFAULT_TOLERANCE)
 
     @classmethod
     def from_report(
@@ -139,34 +141,17 @@ class Strategy(JsonDocument):
         """Lists the solvers, a line for each block."""
         return "\n".join(f"block {i}: {solver}" for i, solver in enumerate(self.solvers))
 
-    def certified_tolerance(self, num_tokens: int) -> float | None:
-        """Returns the largest residual of a certified sample of `num_tokens` tokens in any block.
-
-        It is the strategy's own tolerance, else the largest of its solvers. A block that is solved token by token is
-        exact, and needs none. It is `None` if another block only has a number of sweeps.
-        """
-        if self.tolerance is not None:
-            return self.tolerance
-        others = [solver for solver in self.solvers if not solver.partition.token_by_token(num_tokens)]
-        tolerances = [solver.stopping.atol for solver in others]
-        return None if None in tolerances else max((atol for atol in tolerances if atol is not None), default=0.0)
-
     def with_tolerance(self, tolerance: float) -> Strategy:
-        """Returns the strategy with `tolerance` in place of every tolerance that it has; numbers of sweeps stay.
+        """Returns the strategy with another tolerance; the solvers keep their stopping rules.
 
         Raises:
             ValueError: If the strategy was planned for another tolerance.
         """
-        atol = check_number("tolerance", tolerance)
-        if self.tolerance is not None:
-            if atol != self.tolerance:
-                message = f"the strategy was planned for {self.tolerance:g}; plan again"
-                raise InputValueError(message, argument="tolerance", value=atol)
-            return self
-        solvers = (
-            s if s.stopping.atol is None else replace(s, stopping=replace(s.stopping, atol=atol)) for s in self.solvers
-        )
-        return replace(self, solvers=tuple(solvers))
+        tolerance = check_number("tolerance", tolerance)
+        if self.prediction is not None and tolerance != self.tolerance:
+            message = f"the strategy was planned for {self.tolerance:g}; plan again"
+            raise InputValueError(message, argument="tolerance", value=tolerance)
+        return replace(self, tolerance=tolerance)
 
     def check(self, flow: Flow, batch_size: int = 1) -> None:
         """Checks that the strategy fits the flow, and was planned for its conditions.
@@ -182,7 +167,7 @@ class Strategy(JsonDocument):
             raise InputValueError(f"strategy for {len(self.solvers)} blocks, but the flow has {config.num_blocks}")
         for i, solver in enumerate(self.solvers):
             try:
-                solver.check(config.num_tokens, config.token_channels)
+                solver.check(config.num_tokens, config.token_channels, self.tolerance)
             except InputError as error:
                 raise InputValueError(f"strategy, block {i}: {error}") from error
         if self.fingerprint is not None and self.fingerprint != cached_fingerprint(flow):

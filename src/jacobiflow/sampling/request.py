@@ -74,13 +74,6 @@ class SamplingRequest:
         resolved = resolve_strategy(strategy, flow, batch_size or num, tolerance)
         return cls(flow, checked, resolved, options, denoise, log_prob, sensitivity, return_intermediates)
 
-    @property
-    def tolerance(self) -> float | None:
-        """The largest residual of a certified sample; `None` if a block stops after a number of sweeps."""
-        if isinstance(self.strategy, Auto):
-            return self.strategy.tolerance
-        return self.strategy.certified_tolerance(self.flow.config.num_tokens)
-
     def plan(self, batch_size: int, progress: Progress | None = None) -> Strategy:
         """Returns the strategy, which "auto" plans for batches of a size."""
         if isinstance(self.strategy, Auto):
@@ -126,7 +119,7 @@ class SamplingRequest:
             log_prob=torch.cat(log_probs) if self.log_prob else None,
             stats=stats,
             residual=torch.stack([block.residual for block in stats]).amax(dim=0) if options.certify else None,
-            tolerance=strategy.certified_tolerance(flow.config.num_tokens),
+            tolerance=strategy.tolerance,
             intermediates=tuple(intermediates) if self.return_intermediates else None,
             seconds=seconds,
             denoise_seconds=time.perf_counter() - started,

@@ -61,7 +61,7 @@ class Outcome:
     Attributes:
         num: Number of samples.
         dtype: The dtype of the network, or "tf32".
-        tolerance: The largest residual allowed in any block; `None` if a block stops after a number of sweeps.
+        tolerance: The largest residual allowed in any block; `None` if the strategy promises nothing.
         residual: The largest finite residual; `None` if residuals were not measured.
         is_exact: Every block of every sample was solved token by token.
         num_fallback: Samples that some block solved again token by token.
@@ -166,8 +166,8 @@ class Samples:
         residual: Per sample the largest |g(x) - x| over tokens, channels and blocks, guidance included, before
             denoising; `None` if it was not measured. A block that was solved token by token is exact by construction
             and counts as 0, unless it was measured too.
-        tolerance: The residual that every block was held to; `None` if the strategy has blocks that stop after a fixed
-            number of sweeps. Their samples are not certified, see `outcome`.
+        tolerance: The residual that every block was held to; `None` if sweeps end by the strategy's stopping rules.
+            Samples are then not certified, see `outcome`.
         intermediates: The noise, x after each block in sampling order, and the denoised image; `None` if they were not
             asked for.
         seconds: Wall-clock time of solving all blocks; that of denoising is `denoise_seconds`.

@@ -54,8 +54,7 @@ def sample(
         settings: "recommended" takes the guidance and denoising that the model recommends (guidance only with labels
             or prompts), `None` neither, and `SamplingSettings` sets both.
         strategy: A name (see `Strategy.parse`), a `Strategy`, or the path of its JSON file.
-        tolerance: The largest |g(x) - x| in any block; by default 1e-3 for a named strategy, and else the strategy's
-            own. Refused if no block of the strategy stops on a tolerance.
+        tolerance: The largest |g(x) - x| in any block; by default the strategy's own, which is 1e-3 for most names.
         certify: Measures the residual of every sample in every block, one parallel pass each, and solves again each
             sample above the tolerance. Blocks that are solved token by token need no such pass; "always" measures them
             too. Without certificates a token is final when its last sweep changed it by at most the tolerance; its

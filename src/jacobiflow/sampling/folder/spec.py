@@ -42,7 +42,7 @@ class SampleSpec:
         dtype: The dtype of the network, or "tf32".
         strategy: The name of the strategy, or the path of its file.
         strategy_sha256: Checksum of the strategy; None for "auto", whose plan depends on timings.
-        tolerance: The largest residual of a certified sample; None if a block stops after a number of sweeps.
+        tolerance: The largest residual of a certified sample; None if the strategy promises nothing.
         log_prob: Whether the shards have densities.
         sensitivity: Whether the shards have sensitivities.
     """
@@ -81,7 +81,7 @@ class SampleSpec:
             classes=tuple(flow.classes), batch_size=batch_size, shard_size=shard_size, files=files,
             weights_sha256=fingerprint(flow), dtype=flow.precision, strategy=strategy,
             strategy_sha256=None if solvers is None else sha256(json_bytes(solvers)),
-            guidance=flow.guidance, denoise=float(request.denoise), tolerance=request.tolerance,
+            guidance=flow.guidance, denoise=float(request.denoise), tolerance=request.strategy.tolerance,
             certify=request.options.certify, log_prob=request.log_prob, sensitivity=request.sensitivity,
         )  # fmt: skip
 
