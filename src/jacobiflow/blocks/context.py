@@ -10,9 +10,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from jacobiflow.errors import InputValueError
-from jacobiflow.utils.checks import FLOATS, check_kind, format_value
-
 
 @dataclass(frozen=True)
 class Context:
@@ -73,11 +70,3 @@ class Context:
 
 
 NO_CONTEXT = Context()
-
-
-def check_numbers(context: Any, num_tokens: int, channels: int) -> None:
-    """Checks that a context is numbers (B, K) or (B, T, K)."""
-    give = f"floating-point numbers (B, {channels}), or (B, {num_tokens}, {channels}) with a row for each token"
-    check_kind("context", context, Tensor, give)
-    if context.dtype not in FLOATS or tuple(context.shape[1:]) not in ((channels,), (num_tokens, channels)):
-        raise InputValueError(f"context={format_value(context)}: give {give}")
