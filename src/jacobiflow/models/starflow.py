@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
@@ -25,9 +24,9 @@ from jacobiflow.models.contexts import Texts
 from jacobiflow.models.flow import Flow
 from jacobiflow.models.registry import register_flow
 from jacobiflow.models.text_encoder import EncodeText
-from jacobiflow.models.transformer.attention import AttentionBlock, LayerWeights, Rotation
+from jacobiflow.models.transformer.attention import AttentionBlock, Rotation, SharedParameters
 from jacobiflow.models.transformer.block import TransformerBlock
-from jacobiflow.models.transformer.cache import TransformerCache
+from jacobiflow.models.transformer.cache import Projections
 from jacobiflow.utils.checks import check_kind, check_positive
 
 if TYPE_CHECKING:
@@ -137,11 +136,7 @@ class STARFlowBlock(TransformerBlock):
             self.proj_txt = nn.Linear(config.text_channels, channels)
             self.register_buffer("null_text", torch.zeros(config.text_tokens, config.text_channels))
 
-    def layer_readers(self) -> list[Callable[[], LayerWeights]]:
-        rotation = self._rotation()
-        return [partial(layer.weights, rotation) for layer in self.attn_blocks]
-
-    def _rotation(self) -> Rotation:
+    def shared_parameters(self) -> SharedParameters:
         """Returns the rotations of the prefix and of the tokens. Token t uses the rotary position of t + 1."""
         side, weight = math.isqrt(self.num_tokens), self.proj_in.weight
         token = torch.arange(self.num_tokens, dtype=torch.float64)
@@ -150,7 +145,7 @@ class STARFlowBlock(TransformerBlock):
         texts = F.pad(text, (0, self.num_tokens + 1))
         pairs = self.head_dim // 4 - _TEXT_PAIRS // 2
         angles = torch.cat((_angles(rows, pairs), _angles(columns, pairs), _angles(texts, _TEXT_PAIRS)), dim=1)
-        return Rotation(angles.cos().to(weight), angles.sin().to(weight))
+        return SharedParameters(Rotation(angles.cos().to(weight), angles.sin().to(weight)))
 
     def positions(self) -> Float[Tensor, "t c"]:
         assert self.proj_in.bias is not None
@@ -173,9 +168,9 @@ class STARFlowBlock(TransformerBlock):
     def final_norm_weight(self) -> Float[Tensor, " c"]:
         return 1 + self.final_norm.weight
 
-    def read_out(self, h: Float[Tensor, "b n c"], cache: TransformerCache, dtype: torch.dtype) -> ScaleShift:
-        normalised = F.rms_norm(h, h.shape[-1:], cache.final_norm, _NORM_EPSILON)
-        out = F.linear(normalised, *cache.proj_out).to(dtype)
+    def read_out(self, h: Float[Tensor, "b n c"], projections: Projections, dtype: torch.dtype) -> ScaleShift:
+        normalised = F.rms_norm(h, h.shape[-1:], projections.final_norm, _NORM_EPSILON)
+        out = F.linear(normalised, *projections.proj_out).to(dtype)
         scale, shift = (self.soft_clip * torch.tanh(out / self.soft_clip)).chunk(2, dim=-1)
         return F.softplus(scale + _INVERSE_SOFTPLUS_OF_1).log(), shift
 

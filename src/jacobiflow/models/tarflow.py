@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
@@ -21,7 +21,7 @@ from jacobiflow.models.config import BlockShape, Order, PatchConfig, check_heads
 from jacobiflow.models.contexts import ContextKind, Numbers, embed_classes
 from jacobiflow.models.flow import Flow
 from jacobiflow.models.registry import register_flow
-from jacobiflow.models.transformer.attention import AttentionBlock, LayerWeights
+from jacobiflow.models.transformer.attention import AttentionBlock
 from jacobiflow.models.transformer.block import TransformerBlock
 from jacobiflow.utils.checks import check_fields, check_kind, format_value
 from jacobiflow.utils.files import atomic_path
@@ -157,9 +157,6 @@ class TarFlowBlock(TransformerBlock):
         )
         self.proj_out = nn.Linear(channels, config.token_channels * (2 if config.nvp else 1))
         nn.init.zeros_(self.proj_out.weight)
-
-    def layer_readers(self) -> list[Callable[[], LayerWeights]]:
-        return [layer.weights for layer in self.attn_blocks]
 
     def positions(self) -> Float[Tensor, "t c"]:
         return self.permutation(_widen(self.pos_embed), dim=0) + self.proj_in.bias
