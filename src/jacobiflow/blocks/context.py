@@ -51,22 +51,5 @@ class Context:
         """Returns a copy, whose rows may be overwritten."""
         return self.map(torch.clone)
 
-    def with_unconditional(
-        self, unconditional: Callable[[Tensor], Tensor], temperature: float, num: int, like: Tensor
-    ) -> Context:
-        """Returns the context of two rows for each of `num` samples: its own row, then the unconditional one.
-
-        `unconditional` returns the values of the unconditional rows beside given ones. `temperature` is that of the
-        unconditional rows, in the dtype and on the device of `like`.
-        """
-        values, temperatures = self.values, None
-        if values is not None:
-            values = torch.stack((values, unconditional(values)), dim=1).flatten(0, 1)
-        if temperature != 1:
-            temperatures = like.new_ones(num, 2)
-            temperatures[:, 1] = temperature
-            temperatures = temperatures.flatten()
-        return Context(values, temperatures)
-
 
 NO_CONTEXT = Context()

@@ -148,7 +148,7 @@ def _convert_numbers(name: str, values: Any, device: torch.device | None = None)
         raise InputTypeError(f"{name}={format_value(values)}: give whole numbers") from error
 
 
-def _check_encodings(encodings: dict[str, Tensor]) -> dict[str, Int[Tensor, " t"]]:
+def _resolve_encodings(encodings: dict[str, Tensor]) -> dict[str, Int[Tensor, " t"]]:
     """Returns the encodings, checked, with a number for each atom."""
     num_atoms = len(encodings["atom_type"])
     limits = {"atom_type": NUM_ATOM_TYPES, "aa_type": NUM_RESIDUE_TYPES}
@@ -233,7 +233,7 @@ class Prose(Flow):
         if missing:
             raise InputValueError(f"encodings and permutations lack {', '.join(missing)}")
         tensors = {name: _convert_numbers(name, encodings[name], weight.device) for name in ENCODINGS}
-        tensors = _check_encodings(tensors)
+        tensors = _resolve_encodings(tensors)
         num_atoms = len(tensors["atom_type"])
         view = copy.copy(self)
         view._of_any_peptide = (self,)  # A tuple hides it from `nn.Module`, whose submodule it is not.

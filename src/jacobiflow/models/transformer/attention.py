@@ -36,9 +36,13 @@ class AttentionSpan:
     rows: Int[Tensor, "b 1"] | None = None
 
     @classmethod
-    def of(cls, positions: slice | Int[Tensor, "b n"], end: int, like: Tensor) -> AttentionSpan:
-        """Returns a span, with a mask in the dtype and on the device of `like` only if it needs one."""
-        if not isinstance(positions, slice):
+    def of(cls, positions: slice | Int[Tensor, "b n"], end: int, like: Tensor, prefix_length: int = 0) -> AttentionSpan:
+        """Returns the span of tokens after a prefix, with a mask in the dtype of `like` only if it needs one."""
+        end += prefix_length
+        if isinstance(positions, slice):
+            positions = slice(prefix_length + positions.start, prefix_length + positions.stop)
+        else:
+            positions = positions + prefix_length
             is_later = torch.arange(end, device=like.device) > positions.unsqueeze(-1)
             mask = torch.zeros_like(is_later, dtype=like.dtype).masked_fill_(is_later, -torch.inf)
             rows = torch.arange(len(positions), device=like.device).view(-1, 1)
@@ -157,14 +161,15 @@ def run_layers(h: Tokens, layers: Sequence[Callable[[Tokens, bool], Tokens]]) ->
 
 
 def run_layer(
-    x: Tokens, hide_nonfinite: bool, weights: LayerWeights, cache: Float[Tensor, "b 2 h t d"] | None,
-    span: AttentionSpan, query_scale: Float[Tensor, "b 1 1 1"] | None,
+    x: Tokens, weights: LayerWeights, cache: Float[Tensor, "b 2 h t d"] | None, span: AttentionSpan,
+    query_scale: Float[Tensor, "b 1 1 1"] | None, hide_nonfinite: bool,
 ) -> Tokens:  # fmt: skip
     """Runs a layer on the tokens of a span.
 
     Args:
         cache: Keys and values of the layer; `None` if `x` are all tokens.
         query_scale: One over the attention temperature of each row.
+        hide_nonfinite: Whether non-finite keys and values are 0 to other tokens.
     """
     adaptive = weights.adaptive
     out = x if weights.condition is None else x + weights.condition[span.positions]

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 from operator import itemgetter
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -101,13 +102,11 @@ class TransformerBlock(FlowBlock):
         span = AttentionSpan.of(slice(0, h.shape[1]), h.shape[1], projections.proj_in)
 
         def run(layer: Layer, h: Tokens, hide_nonfinite: bool) -> Tokens:
-            def run_module(h: Tokens) -> Tokens:
-                return run_layer(h, hide_nonfinite, layer.weights(shared), None, span, query_scale)
-
-            if self.recomputes_layers and torch.is_grad_enabled():
-                recomputed: Tokens = checkpoint(layer, run_module, h, use_reentrant=False)
-                return recomputed
-            out: Tokens = layer(run_module, h)
+            is_recomputed = self.recomputes_layers and torch.is_grad_enabled()
+            call: Any = partial(checkpoint, layer, use_reentrant=False) if is_recomputed else layer
+            out: Tokens = call(
+                lambda x: run_layer(x, layer.weights(shared), None, span, query_scale, hide_nonfinite), h
+            )
             return out
 
         if h.shape[1]:
@@ -120,11 +119,10 @@ class TransformerBlock(FlowBlock):
     def init_cache(self, z: Float[Tensor, "b t c"], context: Context = NO_CONTEXT) -> TransformerCache:
         check_input(z, self.num_tokens, self.proj_in.in_features)
         cache = self._make_cache(z, context, self.prefix_length + self.num_tokens)
-        cache = replace(cache, embedding=cache.embedding.contiguous())
-        if not self.prefix_length:
-            return cache
-        hidden = self._read_prefix(cache, context)
-        return replace(cache, entry0_params=self.read_out(hidden, cache.projections, z.dtype))
+        entry0 = cache.entry0_params
+        if self.prefix_length:
+            entry0 = self.read_out(self._read_prefix(cache, context), cache.projections, z.dtype)
+        return replace(cache, embedding=cache.embedding.contiguous(), entry0_params=entry0)
 
     def _make_cache(self, z: Tensor, context: Context, length: int) -> TransformerCache:
         """Returns a cache of `length` positions for the rows of `z`, its keys and values 0."""
@@ -137,6 +135,7 @@ class TransformerBlock(FlowBlock):
             self._projections(),
             self._embed(context).expand(len(z), -1, -1),
             self._query_scale(context),
+            (torch.zeros_like(z[:, :1]), torch.zeros_like(z[:, :1])),
         )
 
     def _projections(self) -> Projections:
@@ -202,11 +201,11 @@ class TransformerBlock(FlowBlock):
             parts = (self.affine(x[rows], start, stop, cache.map_rows(itemgetter(rows))) for rows in batches)
             return _concatenate(parts, dim=0)
         if stop == 1:
-            return self._entry0_params(x, cache)
+            return cache.entry0(x.dtype)
         positions = slice(max(start - 1, 0), stop - 1)
         h = self._run_network(x[:, positions], positions, stop - 1, cache)
         params = self.read_out(h, cache.projections, x.dtype)
-        return params if start else _concatenate((self._entry0_params(x, cache), params), dim=1)
+        return params if start else _concatenate((cache.entry0(x.dtype), params), dim=1)
 
     def affine_at(
         self, x: Tokens, start: Int[Tensor, " b"], size: int, end: int, cache: TransformerCache
@@ -217,24 +216,12 @@ class TransformerBlock(FlowBlock):
         log_scale, shift = self.read_out(
             self._run_network(tokens, positions, end - 1, cache), cache.projections, x.dtype
         )
-        is_first, first = (before < 0).unsqueeze(-1), self._entry0_params(x, cache)
+        is_first, first = (before < 0).unsqueeze(-1), cache.entry0(x.dtype)
         return torch.where(is_first, first[0], log_scale), torch.where(is_first, first[1], shift)
-
-    def _entry0_params(self, x: Tensor, cache: TransformerCache) -> ScaleShift:
-        """Returns log-scale and shift of entry 0."""
-        if cache.entry0_params is not None:
-            log_scale, shift = cache.entry0_params
-            return log_scale.to(x.dtype), shift.to(x.dtype)
-        return torch.zeros_like(x[:, :1]), torch.zeros_like(x[:, :1])
 
     def _run_network(self, tokens: Tensor, positions: slice | Tensor, end: int, cache: TransformerCache) -> Tensor:
         """Returns the last layer's output for tokens at `positions`; they attend to the prefix and all before `end`."""
-        length, with_prefix = self.prefix_length, positions
-        if isinstance(positions, slice):
-            with_prefix = slice(length + positions.start, length + positions.stop)
-        else:
-            with_prefix = length + positions
-        span = AttentionSpan.of(with_prefix, length + end, cache.embedding)
+        span = AttentionSpan.of(positions, end, cache.embedding, self.prefix_length)
         embedding = cache.embedding[:, positions] if span.rows is None else cache.embedding[span.rows, positions]
         h = F.linear(tokens.to(embedding.dtype), cache.projections.proj_in) + embedding
         return _run_cached(h, span, cache)
@@ -255,7 +242,7 @@ class TransformerBlock(FlowBlock):
         query_scale = self._query_scale(context)
         if cache.query_scale is not None and query_scale is not None:
             cache.query_scale[rows] = query_scale.to(cache.query_scale.dtype)
-        if cache.entry0_params is not None:
+        if self.prefix_length:
             part = cache.map_rows(itemgetter(rows))
             hidden, dtype = self._read_prefix(part, context), cache.entry0_params[0].dtype
             params = self.read_out(hidden, part.projections, dtype)
@@ -293,9 +280,11 @@ class TransformerBlock(FlowBlock):
 
 def _run_cached(h: Tokens, span: AttentionSpan, cache: TransformerCache) -> Tokens:
     """Returns the last layer's output for the tokens of a span, and writes their keys and values to the cache."""
-    pairs = zip(cache.weights, cache.layers, strict=True)
-    rest = {"span": span, "query_scale": cache.query_scale}
-    return run_layers(h, [partial(run_layer, weights=weights, cache=layer, **rest) for weights, layer in pairs])
+
+    def run(layer: tuple[LayerWeights, Tensor], h: Tokens, hide_nonfinite: bool) -> Tokens:
+        return run_layer(h, *layer, span, cache.query_scale, hide_nonfinite)
+
+    return run_layers(h, [partial(run, layer) for layer in zip(cache.weights, cache.layers, strict=True)])
 
 
 def _row_batches(x: Tokens, num_tokens: int) -> list[slice]:

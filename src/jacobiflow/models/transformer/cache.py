@@ -38,7 +38,7 @@ class TransformerCache:
         weights: The parameters of each layer.
         embedding: The sum of bias, position and context of each token in causal order.
         query_scale: One over the attention temperature of each row; `None` if all are 1.
-        entry0_params: Log-scale and shift of entry 0, computed from the prefix; `None` if they are 0.
+        entry0_params: Log-scale and shift of entry 0: computed from the prefix, 0 without one.
     """
 
     layers: tuple[Float[Tensor, "b 2 h t d"], ...]
@@ -46,18 +46,23 @@ class TransformerCache:
     projections: Projections
     embedding: Tokens
     query_scale: Float[Tensor, "b 1 1 1"] | None
-    entry0_params: ScaleShift | None = None
+    entry0_params: ScaleShift
 
     def map_rows(self, change: Callable[[Tensor], Tensor]) -> TransformerCache:
         """Returns the cache with `change` applied to every tensor that has a row per sample."""
-        params = self.entry0_params
+        log_scale, shift = self.entry0_params
         return replace(
             self,
             layers=tuple(map(change, self.layers)),
             embedding=change(self.embedding),
             query_scale=None if self.query_scale is None else change(self.query_scale),
-            entry0_params=None if params is None else (change(params[0]), change(params[1])),
+            entry0_params=(change(log_scale), change(shift)),
         )
+
+    def entry0(self, dtype: torch.dtype) -> ScaleShift:
+        """Returns log-scale and shift of entry 0, in the dtype of the tokens."""
+        log_scale, shift = self.entry0_params
+        return log_scale.to(dtype), shift.to(dtype)
 
     def to(self, dtype: torch.dtype) -> TransformerCache:
         """Returns a copy with which the network runs in `dtype`."""
