@@ -80,7 +80,7 @@ def in_float32() -> Iterator[None]:
 def time_model(key: Json) -> Json:
     """Seconds of a batch of unguided samples (of emoji-star guided ones), and errors against the float32 loop."""
     flow, batch = trained(key["model"]), key["batch"]
-    flow = flow.guided(GUIDANCE if flow.reads_text else None)
+    flow = flow.guided(GUIDANCE if isinstance(flow, jf.STARFlow) else None)
     z, context = latents(flow, batch, prompts=PROMPTS)
     draw = partial(sample, flow, z=z, context=context, certify=True)
     runs: dict[str, Callable[[], Any]] = {
@@ -89,7 +89,7 @@ def time_model(key: Json) -> Json:
         AUTO: partial(draw, jf.plan(flow, batch_size=batch)),
     }
     if batch <= MAX_ORIGINAL_BATCH:
-        runs[ORIGINAL] = partial(original_sampler(flow)[1], flow, z, flow.check_context(context, batch).values)
+        runs[ORIGINAL] = partial(original_sampler(flow)[1], flow, z, flow.context_kind.resolve(context, batch).values)
     seconds, results = time_runs(runs, ROUNDS[batch])
     errors = {name: float((results[name].x - results[FLOAT32].x).abs().max()) for name in (HALVES, AUTO)}
     return {"seconds": seconds, "errors": errors}

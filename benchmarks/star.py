@@ -47,7 +47,7 @@ def speeds(key: Json) -> Json:
     """Seconds of a batch by each sampler, and errors against the exact inverse in float64."""
     flow, batch = load().guided(GUIDANCE), key["batch"]
     z, prompts = latents(flow, batch, prompts=PROMPTS)
-    context = flow.check_context(prompts, batch)
+    context = flow.context_kind.resolve(prompts, batch)
     draw = partial(sample, flow, z=z, context=context, certify=True)
     exact_loop = partial(draw, "sequential")
     runs: dict[str, Callable[[], Any]] = {

@@ -20,7 +20,7 @@ from jacobiflow.blocks.guidance import guided
 from jacobiflow.data import Noise, digits, noisy_images
 from jacobiflow.evaluation import bits_per_dim
 from jacobiflow.models.latents import draw_latents
-from jacobiflow.models.memory import batch_bytes, find_batch_size
+from jacobiflow.models.memory import find_batch_size, memory_needs
 from jacobiflow.models.tarflow import TarFlowBlock
 from jacobiflow.sampling.folder import SampleFolder
 from jacobiflow.training import TrainingConfig, train
@@ -223,7 +223,7 @@ def test_a_batch_takes_at_most_the_estimated_memory(partition: jf.Partition, gui
     with FakeDevice() as device:
         flow = jf.TarFlow(config).requires_grad_(False).to("cuda")
         z = draw_latents(16, config.num_tokens, config.token_channels, 0).to("cuda")
-        labels, needed = torch.arange(16, device="cuda") % 5, batch_bytes(flow.guided(guidance), 1)
+        labels, needed = torch.arange(16, device="cuda") % 5, memory_needs(flow.guided(guidance)).of_batch(1)
         assert needed is not None
         with device.counting() as counts:
             jf.solve(guided(flow.blocks[0], guidance), z, jf.Solver(partition), labels, certify=False)

@@ -109,8 +109,7 @@ CALLS: list[tuple[Callable[..., Any], str, dict[str, Argument]]] = [
      {"labels": (LABELS, NO_LABELS, (LABELS[0], LABELS[:0], LABELS + 1, 3, *HUGE_LABELS, *ABSENT_LABELS))}),
     (jf.plan, "flow tuning batch_size tolerance bf16", {"tolerance": POSITIVE, "tuning": (None, (7, REPORT), ())}),
     (jf.load, "name device dtype", {"name": ("digits-p1", (7,), ("x", "x" * 300, Path("x" * 300), "x\0"))}),
-    *((call, "x context", DATA) for call in (FLOW.encode, FLOW.normalize, FLOW.log_prob)),
-    (FLOW.bits_per_dim, "images labels", {}),
+    *((call, "x context", DATA) for call in (FLOW.encode, FLOW.log_prob)),
     *((jf.solve, "block z solver context certify batch_size tolerance",
        {"solver": (jf.Solver(way), (PLAN, "jacobi"), ())})
       for way in (jf.Whole(), jf.Sequential())),

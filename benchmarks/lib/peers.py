@@ -122,7 +122,7 @@ def _sample(
     maps = []
 
     def solve(i: int, z: Tensor) -> Tensor:
-        maps.append(CountedMap(flow.inverse_blocks[i], z, labels))
+        maps.append(CountedMap(flow.inverse_block(i), z, labels))
         return solvers[i](maps[-1])
 
     with torch.inference_mode():

@@ -70,9 +70,10 @@ def test_a_guided_flow_is_a_view() -> None:
     flow = make_flow(**CLASSES)
     view = flow.guided(jf.Guidance(2.0))
     assert view.guidance == jf.Guidance(2.0)
-    assert all(block.block is plain for block, plain in zip(view.inverse_blocks, flow.blocks, strict=True))
+    assert all(view.inverse_block(i).block is block for i, block in enumerate(flow.blocks))
     assert flow.guidance is view.guided(None).guidance is view.guided(jf.Guidance(0.0)).guidance is None
-    assert view.guided(None).inverse_blocks == view.guided(jf.Guidance(0.0)).inverse_blocks == list(flow.blocks)
+    for plain in (view.guided(None), view.guided(jf.Guidance(0.0))):
+        assert all(plain.inverse_block(i) is block for i, block in enumerate(flow.blocks))
     x = torch.rand(2, 1, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     assert torch.equal(view.log_prob(x, LABELS[:2]), flow.log_prob(x, LABELS[:2]))
     view.double().var.fill_(4)

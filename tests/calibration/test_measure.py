@@ -60,7 +60,7 @@ class Case:
         make, self.guidance, self.norm, self.segments = CASES[name]
         self.flow = make()
         self.guided, self.images = self.flow.guided(self.guidance), images_of(self.flow)
-        self.blocks = self.guided.inverse_blocks
+        self.blocks = [self.guided.inverse_block(i) for i in range(self.guided.config.num_blocks)]
         self.labels = torch.tensor([-1, 1, 0, 0, 1, -1, self.flow.config.num_classes - 1])  # some without a class
         self.settings = {
             "norm": self.norm,
@@ -77,9 +77,12 @@ class Case:
     @torch.no_grad()
     def walk(self, rows: Any = slice(None)) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
         """Yields X* of each block, and its guided z, scale and shift; the images are encoded without guidance."""
-        for step in self.flow.encode_steps(self.flow.to_tokens(self.images[rows]), self.labels[rows]):
-            log_scale, shift = self.blocks[step.block].affine_whole(step.x, jf.Context(self.labels)[rows])
-            yield step.x, (step.x - shift) / log_scale.exp(), log_scale.exp(), shift
+        x = self.flow.to_tokens(self.images[rows])
+        for i, block in enumerate(self.flow.blocks):
+            x = block.permutation(x)
+            log_scale, shift = self.blocks[i].affine_whole(x, jf.Context(self.labels)[rows])
+            yield x, (x - shift) / log_scale.exp(), log_scale.exp(), shift
+            x = block.permutation.inverse(block.encode(x, jf.Context(self.labels)[rows])[0])
 
     def metrics(self, rows: Any, norm: Any, count: int = 1) -> list[Any]:
         """Returns IGM of each guess and the components of CRM, per block and segment."""

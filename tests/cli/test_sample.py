@@ -155,7 +155,7 @@ def test_a_batch_that_fits_and_then_the_one_that_was_begun_with(
     run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     line = f"sample --model model --num 5 --strategy jacobi-1 --batch-size auto --out {tmp_path}/out"
-    one, five = (memory.batch_bytes(jf.load("./model"), num) for num in (1, 5))
+    one, five = (memory.memory_needs(jf.load("./model")).of_batch(num) for num in (1, 5))
     assert one is not None and five is not None
     for free in (1.25 * five - 10, one):
         monkeypatch.setattr(memory, "free_memory", lambda device, free=free: free)

@@ -35,7 +35,7 @@ def test_the_largest_block_tells_how_much_a_batch_takes(large: int, guidance: jf
         z, labels = draw_latents(16, 64, 4).to("cuda"), torch.arange(16, device="cuda") % 5
         with device.counting() as counts:
             jf.solve(guided(flow.blocks[large], guidance), z, jf.Solver(), labels, certify=False)
-        needed = memory.batch_bytes(flow.guided(guidance), 16)
+        needed = memory.memory_needs(flow.guided(guidance)).of_batch(16)
     assert needed is not None
     assert 0.5 * needed < counts.peak <= needed
 
@@ -44,7 +44,7 @@ def test_the_largest_block_tells_how_much_a_batch_takes(large: int, guidance: jf
 def test_the_exact_loop_copies_a_block_s_weights_unless_they_are_large(dtype: torch.dtype, size: int) -> None:
     for channels, layers, is_copied in ((128, 2, True), (1024, 3, dtype == torch.float32)):
         flow = jf.TarFlow(jf.TokenConfig(4, 2, channels, num_blocks=1, layers_per_block=layers)).to(dtype)
-        one, two = (memory.batch_bytes(flow, num) for num in (1, 2))
+        one, two = (memory.memory_needs(flow).of_batch(num) for num in (1, 2))
         assert one is not None and two is not None
         weights = 12 * layers * channels**2 * size * is_copied
         assert weights <= 2 * one - two < weights + 2**16
@@ -52,9 +52,7 @@ def test_the_exact_loop_copies_a_block_s_weights_unless_they_are_large(dtype: to
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("guidance", [None, jf.Guidance(1.0)])
-def test_the_needs_of_a_flow_are_those_of_the_loaded_one(
-    dtype: torch.dtype, guidance: jf.Guidance | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_needs_of_a_flow_are_those_of_the_loaded_one(dtype: torch.dtype, guidance: jf.Guidance | None) -> None:
     config = jf.TokenConfig(64, 4, (32, 64), num_blocks=2, layers_per_block=(1, 3), num_classes=5, head_dim=16)
     with torch.device("meta"):
         shapes = jf.TarFlow(config).guided(guidance)
@@ -62,29 +60,25 @@ def test_the_needs_of_a_flow_are_those_of_the_loaded_one(
     needs = memory.memory_needs(shapes, cpu, dtype)
     blocks = [sum(tensor.nbytes for tensor in block.state_dict().values()) for block in flow.blocks]
     assert (needs.weights, needs.largest_block) == (sum(blocks), max(blocks))
-    one, two = (memory.batch_bytes(flow, num) for num in (1, 2))
+    one, two = (memory.memory_needs(flow).of_batch(num) for num in (1, 2))
     assert one is not None and two is not None and needs.sample is not None
     assert (needs.sample, needs.copied) == (two - one, 2 * one - two)
-    deep = flow.inverse_blocks[1].init_cache(draw_latents(1, 64, 4), Context(torch.zeros(1, dtype=torch.int64)))
+    deep = flow.inverse_block(1).init_cache(draw_latents(1, 64, 4), Context(torch.zeros(1, dtype=torch.int64)))
     layers = deep.layers if guidance is None else deep.inner.layers
     assert needs.keys_values == sum(layer.nbytes for layer in layers)
-    for num, others in ((4, sum(blocks)), (8, max(blocks))):  # the whole flow, and one block at a time
-        free = int((others + needs.copied + num * needs.sample) / 0.8) + 1
-        monkeypatch.setattr(memory, "free_memory", lambda device, free=free: free)
-        found = memory.memory_needs(flow.offloaded(cpu), cpu, dtype)
-        assert num == (found.batch if num == 4 else found.offloaded_batch)
+    assert needs == memory.memory_needs(flow) == memory.memory_needs(flow.offloaded(cpu))
+    assert needs.offloaded == max(blocks) + needs.copied
+    free = int((needs.weights + needs.copied + 4 * needs.sample) / 0.8) + 1
+    batches = [needs.max_batch(free, needs.weights + needs.copied, limit) for limit in (None, 3, 9)]
+    assert batches == [4, 3, 4] and needs.max_batch(0, 0) == 0
 
 
-def test_a_gpu_holds_two_blocks_of_an_offloaded_flow(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gpu_holds_two_blocks_of_an_offloaded_flow() -> None:
     config = jf.TokenConfig(64, 4, 64, num_blocks=3, layers_per_block=(1, 3, 2), head_dim=16)
-    flow, device = jf.TarFlow(config), torch.device("cuda")
+    flow = jf.TarFlow(config)
     blocks = [sum(parameter.nbytes for parameter in block.parameters()) for block in flow.blocks]
-    sample = memory.memory_needs(flow, torch.device("cpu"), torch.float32).sample
-    assert sample is not None
-    for field, weights in (("offloaded_batch", blocks[1] + blocks[2]), ("batch", sum(blocks))):
-        monkeypatch.setattr(memory, "free_memory", lambda _, weights=weights: int((weights + 4 * sample) / 0.8) + 1)
-        needs = memory.memory_needs(flow, device, torch.float32)
-        assert (needs.copied, getattr(needs, field)) == (0, 4)
+    needs = memory.memory_needs(flow, torch.device("cuda"))
+    assert (needs.copied, needs.offloaded) == (0, blocks[1] + blocks[2])
 
 
 def test_the_machine_and_every_group_limit_the_free_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

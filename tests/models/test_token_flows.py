@@ -97,7 +97,7 @@ def test_a_context_that_does_not_fit_is_named() -> None:
             jf.sample(flow, context=context, latents=z)
     with pytest.raises(ValueError, match="context"):
         jf.sample(flow, context=torch.zeros(2, 4), latents=z)
-    with pytest.raises(ValueError, match="this flow's context is labels, or none"):
+    with pytest.raises(ValueError, match="this flow takes none: leave them out"):
         jf.sample(make("plain"), context=torch.zeros(3, 4), latents=z)
-    with pytest.raises(ValueError, match="for classes only"):
+    with pytest.raises(ValueError, match="for classes and texts only"):
         flow.guided(jf.Guidance(1.0))

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import jacobiflow as jf
-from jacobiflow.models.memory import batch_bytes
+from jacobiflow.models.memory import memory_needs
 from jacobiflow.native import SWITCH
 from jacobiflow.planner import Prediction, auto, cache
 from tests.helpers.invented import GUIDANCE, fitted_block, make_tuning, small
@@ -185,7 +185,7 @@ def test_no_plan_is_made_for_a_batch_that_does_not_fit_in_memory(
     model: Path, plans: Plans, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     flow = jf.load(model)
-    four = batch_bytes(flow, 4)
+    four = memory_needs(flow).of_batch(4)
     assert four is not None
     for room, planned in ((0.5, 3), (0.99, 3), (1.01, 4)):
         monkeypatch.setattr("jacobiflow.models.memory.free_memory", lambda device, room=room: room * four / 0.8)

@@ -21,7 +21,7 @@ def total_sweeps(flow: jf.TarFlow, tuning: jf.Tuning | None) -> int:
     for i in reversed(range(len(flow.blocks))):
         permutation, pieces = flow.blocks[i].permutation, {} if tuning is None else vars(tuning.blocks[i])
         solution = jf.solve(
-            flow.inverse_blocks[i], permutation(x), jf.Solver(**pieces), torch.arange(4) % 3, certify=False
+            flow.inverse_block(i), permutation(x), jf.Solver(**pieces), torch.arange(4) % 3, certify=False
         )
         sweeps += int(solution.sample_sweeps.sum())
         x = permutation.inverse(solution.x)

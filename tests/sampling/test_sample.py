@@ -237,7 +237,7 @@ def test_options_that_a_flow_lacks_are_refused() -> None:
     flow, labels = make_flow(**FLOWS["nvp"]), [0, 0]
     z, images = latents(flow, 2), sample(flow, num=2).images
     for call in (lambda: flow.log_prob(images, labels), lambda: jf.decode(flow, z, labels)):
-        with pytest.raises(ValueError, match="labels given, but this flow has no classes: leave them out"):
+        with pytest.raises(ValueError, match="labels or a context given, but this flow takes none: leave them out"):
             call()
     with pytest.raises(ValueError, match="the images of this flow's training had no noise"):
         sample(flow, num=2, settings=jf.SamplingSettings(denoise=1.0))

@@ -99,7 +99,7 @@ def test_the_loss_falls_and_the_averaged_flow_is_the_model_folder(tmp_path: Path
     assert_same(dict(jf.load(tmp_path).state_dict()), dict(average.state_dict()))
     images, labels = some_digits().batch(slice(None))
     with torch.no_grad():
-        z, log_det = average.normalize(images, labels)
+        z, log_det = average.encode(images, labels, is_scaled=False)
     held_out = {report.step: report.held_out_loss for report in reports if report.held_out_loss is not None}
     assert list(held_out) == [30, 40]
     assert held_out[40] == pytest.approx(float(0.5 * z.square().mean() - log_det.mean() / 64), abs=1e-3)
@@ -130,15 +130,14 @@ def test_steps_are_of_new_orders_changes_and_dropped_labels(tmp_path: Path, monk
     batches: list[tuple[Tensor, Tensor]] = []
     noises, marks = set[float](), set[int]()
     want = torch.ones(16, 4)
-    normalize = jf.TarFlow.normalize
+    encode = jf.TarFlow.encode
 
-    def recorded(self: jf.TarFlow, images: Tensor, labels: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        assert labels is not None
+    def recorded(self: jf.TarFlow, images: Tensor, labels: Tensor, is_scaled: bool) -> tuple[Tensor, Tensor]:
         levels = ((images + 1) * 127.5).round().long()
         batches.append((levels[:, 0, 0, 0], labels))
         noises.add(float(images[0, 0, 0, 0] - images[0, 0, 0, 1]))
         marks.update(levels[:, 0, 7, 7].tolist())
-        z, log_det = normalize(self, images, labels)
+        z, log_det = encode(self, images, labels, is_scaled=is_scaled)
         want.mul_(0.9).add_(0.1 * z.detach().square().mean(dim=0))
         return z, log_det
 
@@ -146,7 +145,7 @@ def test_steps_are_of_new_orders_changes_and_dropped_labels(tmp_path: Path, monk
         image[0, 7, 7] = torch.randint(256, ())
         return image
 
-    monkeypatch.setattr(jf.TarFlow, "normalize", recorded)
+    monkeypatch.setattr(jf.TarFlow, "encode", recorded)
     grey = torch.arange(40, dtype=torch.uint8).view(-1, 1, 1, 1).expand(40, 1, 8, 8).contiguous()
     config, settings = replace(CONFIG, noise_std=1e-4), replace(SETTINGS, steps=60, label_dropout=0.25)
     average = train(fresh(config), ImageDataset(grey, torch.arange(40) % 10), settings, tmp_path, transform=marked)
@@ -166,13 +165,13 @@ def test_a_text_is_trained_by_its_states_and_a_dropped_one_by_the_empty_text(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     batches: list[tuple[Tensor, Tensor]] = []
-    normalize = jf.STARFlow.normalize
+    encode = jf.STARFlow.encode
 
-    def recorded(self: jf.STARFlow, images: Tensor, states: Tensor) -> tuple[Tensor, Tensor]:
+    def recorded(self: jf.STARFlow, images: Tensor, states: Tensor, is_scaled: bool) -> tuple[Tensor, Tensor]:
         batches.append((((images.mean(dim=(1, 2, 3)) + 1) * 127.5).round().long(), states))
-        return normalize(self, images, states)
+        return encode(self, images, states, is_scaled=is_scaled)
 
-    monkeypatch.setattr(jf.STARFlow, "normalize", recorded)
+    monkeypatch.setattr(jf.STARFlow, "encode", recorded)
     shape = {"text_tokens": 2, "text_channels": 3, "head_dim": 20, "noise_std": 1e-3}
     flow = jf.STARFlow(jf.STARFlowConfig(1, 8, 4, 20, (1,), **shape))  # type: ignore[arg-type]
     states = torch.randn(5, 2, 3)

@@ -90,14 +90,14 @@ def _trajectory(
     flow: Flow, latents: Tensor, label: int, denoise: float, solver: jf.Solver, color: str
 ) -> Trajectory:  # fmt: skip
     last, residual = flow.config.num_blocks - 1, 0.0
-    recorder = Recorder(flow.inverse_blocks[last])
+    recorder = Recorder(flow.inverse_block(last))
 
     def solve(i: int, z: Tensor) -> Tensor:
         """The solution of a block; of the first one all recorded states, with which the other blocks continue."""
         nonlocal residual
         labels = torch.full((len(z),), label)
         if i != last:
-            return jf.solve(flow.inverse_blocks[i], z, jf.Solver(jf.Sequential()), labels, batch_size=ROWS).x
+            return jf.solve(flow.inverse_block(i), z, jf.Solver(jf.Sequential()), labels, batch_size=ROWS).x
         solution = jf.solve(recorder, z, solver, labels, tolerance=TOLERANCE)
         residual = float(solution.residual)
         return torch.cat((*recorder.states, solution.x))

@@ -10,9 +10,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from jacobiflow.errors import InputValueError
-from jacobiflow.utils.checks import FLOATS, check_kind, format_value
-
 
 @dataclass(frozen=True)
 class Context:
@@ -54,30 +51,5 @@ class Context:
         """Returns a copy, whose rows may be overwritten."""
         return self.map(torch.clone)
 
-    def with_unconditional(
-        self, unconditional: Callable[[Tensor], Tensor], temperature: float, num: int, like: Tensor
-    ) -> Context:
-        """Returns the context of two rows for each of `num` samples: its own row, then the unconditional one.
-
-        `unconditional` returns the values of the unconditional rows beside given ones. `temperature` is that of the
-        unconditional rows, in the dtype and on the device of `like`.
-        """
-        values, temperatures = self.values, None
-        if values is not None:
-            values = torch.stack((values, unconditional(values)), dim=1).flatten(0, 1)
-        if temperature != 1:
-            temperatures = like.new_ones(num, 2)
-            temperatures[:, 1] = temperature
-            temperatures = temperatures.flatten()
-        return Context(values, temperatures)
-
 
 NO_CONTEXT = Context()
-
-
-def check_numbers(context: Any, num_tokens: int, channels: int) -> None:
-    """Checks that a context is numbers (B, K) or (B, T, K)."""
-    give = f"floating-point numbers (B, {channels}), or (B, {num_tokens}, {channels}) with a row for each token"
-    check_kind("context", context, Tensor, give)
-    if context.dtype not in FLOATS or tuple(context.shape[1:]) not in ((channels,), (num_tokens, channels)):
-        raise InputValueError(f"context={format_value(context)}: give {give}")

@@ -175,8 +175,15 @@ class GuidedBlock(AffineBlock):
         return self.block.output_weights()
 
     def _both(self, context: Context, num: int, like: Tensor) -> Context:
-        """Returns the context of both rows of `num` samples."""
-        return context.with_unconditional(self.block.unconditional, self.guidance.attn_temperature, num, like)
+        """Returns the context of two rows for each of `num` samples: its own row, then the unconditional one."""
+        values = context.values
+        if values is not None:
+            values = torch.stack((values, self.block.unconditional(values)), dim=1).flatten(0, 1)
+        if self.guidance.attn_temperature == 1:
+            return Context(values)
+        temperatures = like.new_ones(num, 2)
+        temperatures[:, 1] = self.guidance.attn_temperature
+        return Context(values, temperatures.flatten())
 
     def _weights(self, like: Tensor) -> ScaleShift:
         """Returns 1 + w of log-scale and shift, (T, 1) each."""
@@ -193,9 +200,8 @@ class GuidedBlock(AffineBlock):
         if self.guidance.rule == "linear":
             return torch.lerp(plain_scale, scale, of_scale), torch.lerp(plain_shift, shift, of_shift)
         variance_ratio = torch.exp(2 * (scale - plain_scale).clamp(max=0))
-        precision = torch.lerp(variance_ratio, torch.ones_like(variance_ratio), of_scale).clamp(
-            min=1
-        )  # 1 + w - w variance_ratio
+        # 1 + w - w variance_ratio
+        precision = torch.lerp(variance_ratio, torch.ones_like(variance_ratio), of_scale).clamp(min=1)
         mean = (of_scale * shift - (of_scale - 1) * variance_ratio * plain_shift) / precision
         return scale - 0.5 * precision.log(), mean
 

@@ -32,8 +32,8 @@ from jacobiflow.errors import InputTypeError, InputValueError
 from jacobiflow.fixed_point import Segments
 from jacobiflow.jobs import JobStore, Unit, UnitOutput
 from jacobiflow.models.checkpoints.fingerprint import fingerprint
+from jacobiflow.models.contexts import ContextLike, Labels, labels_or_context
 from jacobiflow.models.flow import Flow, check_flow
-from jacobiflow.models.labels import ContextLike, Labels
 from jacobiflow.models.latents import FIRST_CALIBRATION_LATENT, MAX_SAMPLES, draw_latents
 from jacobiflow.solutions import BlockSolution, exact_solutions
 from jacobiflow.utils.checks import check_choice, check_count, check_flag, check_path, check_seed
@@ -143,7 +143,7 @@ class CalibrationJob(jobs.Job):
                 argument="per_class",
                 value=True,
             )
-        checked = flow.check_one_context(labels, context, len(images))
+        checked = flow.context_kind.resolve(labels_or_context(labels, context), len(images))
         values = checked.values
         classes = sorted(set(values.tolist())) if per_class and values is not None else []
         self.settings = CalibrationSettings(

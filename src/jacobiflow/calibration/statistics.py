@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -12,12 +12,13 @@ from torch import Tensor
 
 from jacobiflow.blocks.base import AffineBlock, no_gradients
 from jacobiflow.blocks.context import Context
+from jacobiflow.blocks.tokens import Tokens
 from jacobiflow.calibration.convergence import initial_residuals, segment_slices
 from jacobiflow.calibration.metrics import Components, Metrics, Norm, matrix_norm, tough_blocks
 from jacobiflow.calibration.report import GUESS_NAMES, guesses_by_name
 from jacobiflow.errors import InputValueError
 from jacobiflow.fixed_point import MeanAffine
-from jacobiflow.models.flow import Flow, Step
+from jacobiflow.models.flow import Flow
 from jacobiflow.solutions import BlockSolution
 from jacobiflow.utils.checks import check_finite
 
@@ -25,6 +26,16 @@ Means = Mapping[str, Tensor]  # means over images by name, see `CalibrationStati
 
 _ALL = "all"  # The group of all images.
 _MAX_CHUNKS = 32  # Number of chunks of the images, each of which is a unit of work.
+
+
+class Step(NamedTuple):
+    """The step z = (x - shift) exp(-log_scale) of a block in an encoding pass, in the block's causal order."""
+
+    block: int
+    x: Tokens
+    log_scale: Tokens
+    shift: Tokens
+    z: Tokens
 
 
 class Images(Protocol):
@@ -162,15 +173,18 @@ class CalibrationStatistics:
 
     def _encode(self, x: Tensor, context: Context) -> Iterator[Step]:
         """Yields the steps of the encoding; under guidance, with guided parameters and the z that they encode to."""
-        for step in self.flow.encode_steps(x, context, lambda i, x: _affine(self.flow.block(i), x, context)):
-            if not torch.isfinite(step.z).all():
-                raise InputValueError(
-                    f"images overflow in block {step.block} when they are encoded; are they in [-1, 1]?"
-                )
+        for i, block in enumerate(self.flow.blocks):
+            x = block.permutation(x)
+            log_scale, shift = _affine(self.flow.block(i), x, context)
+            z = (x - shift) * torch.exp(-log_scale)
+            if not torch.isfinite(z).all():
+                raise InputValueError(f"images overflow in block {i} when they are encoded; are they in [-1, 1]?")
+            step = Step(i, x, log_scale, shift, z)
             if self.flow.guidance:
-                log_scale, shift = _affine(self.flow.inverse_block(step.block), step.x, context)
-                step = Step(step.block, step.x, log_scale, shift, (step.x - shift) * torch.exp(-log_scale))
+                log_scale, shift = _affine(self.flow.inverse_block(i), x, context)
+                step = Step(i, x, log_scale, shift, (x - shift) * torch.exp(-log_scale))
             yield step
+            x = block.permutation.inverse(z)
 
 
 def _affine(block: AffineBlock, x: Tensor, context: Context) -> tuple[Tensor, Tensor]:

@@ -65,7 +65,7 @@ def run(config: ConvertConfig) -> ConvertResult:
     flow.save_pretrained(config.out)
     parameters = sum(parameter.numel() for parameter in flow.parameters())
     images = "" if flow.image_shape is None else f"images of {'x'.join(map(str, flow.image_shape))}, "
-    reads = "texts" if flow.reads_text else f"{flow.config.num_classes} classes"
+    reads = "texts" if isinstance(flow, jf.STARFlow) else f"{flow.config.num_classes} classes"
     tokens = f"{flow.config.num_tokens} tokens of {flow.config.token_channels} values"
     return ConvertResult(f"{parameters:,} weights, {images}{tokens}, {reads}", flow.config)
 

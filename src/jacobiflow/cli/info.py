@@ -94,7 +94,7 @@ def _native_loops(flow: Flow) -> str:
     no_rows = flow.var.new_empty(0, flow.config.num_tokens, flow.config.token_channels)
     try:
         for i in range(flow.config.num_blocks):
-            flow.inverse_block(i).sequential_inverse(no_rows, flow.example_context(1)[:0])
+            flow.inverse_block(i).sequential_inverse(no_rows, flow.context_kind.example(1)[:0])
     except UnsupportedError as error:
         return f"none: {error}"
     return native.describe()
@@ -109,9 +109,13 @@ def _measure_memory(model: str) -> InfoResult:
 
     flow, device = load_shapes(model), torch.device(local_device("auto"))
     free, guidance = free_memory(device), str(flow.guidance or "none")
-    needs = {name: asdict(memory_needs(flow, device, getattr(torch, name))) for name in ("float32", "bfloat16")}
-    labels = ("weights", "largest block", "copy for the exact loop", "keys and values of a sample", "all of a sample",
-              "batch", "batch, offloaded")  # fmt: skip
+    needs = dict[str, dict[str, Any]]()
+    for name in ("float32", "bfloat16"):
+        each = memory_needs(flow, device, getattr(torch, name))
+        batches = (each.max_batch(free, weights) for weights in (each.weights + each.copied, each.offloaded))
+        needs[name] = asdict(each) | dict(zip(("batch", "offloaded_batch"), batches, strict=True))
+    labels = ("weights", "largest block", "copy for the exact loop", "weights, offloaded",
+              "keys and values of a sample", "all of a sample", "batch", "batch, offloaded")  # fmt: skip
     lines = [f"{free / 2**30:.3g} GiB are free on {device}; guidance: {guidance}; batches are powers of two"]
     lines += [f"{'':<28}{'float32':>12}{'bfloat16':>12}"]
     for label, *sizes in zip(labels, *(each.values() for each in needs.values()), strict=True):
@@ -166,7 +170,7 @@ def _model_problems(folder: Path) -> Iterator[str]:
         except InputError as error:
             yield str(error)
     z = draw_latents(1, flow.config.num_tokens, flow.config.token_channels, seed=0)
-    context = flow.example_context(1)
+    context = flow.context_kind.example(1)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # The line below reports an overflow.
         x = jf.decode(flow, z, context, strategy="sequential", certify=False)

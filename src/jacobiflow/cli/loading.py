@@ -27,7 +27,7 @@ def load_model(
         torch.set_float32_matmul_precision("high")
         dtype = "float32"
     flow = jf.load(name, device, dtype, offload)
-    if encode_text is not None and flow.reads_text:
+    if encode_text is not None and isinstance(flow, jf.STARFlow):
         flow.encode_text = options.load_encoder(encode_text)
     return flow.guided(jf.Guidance.parse(guidance))
 
@@ -43,7 +43,7 @@ def resolve_settings(
     settings = jf.SamplingSettings(value, recommended.denoise if denoise is None else denoise)
     if guidance is None and not plain:
         if value != flow.recommended.guidance:
-            note = f"; the recommended guidance needs {'prompts' if flow.reads_text else 'labels'}"
+            note = f"; the recommended guidance needs {'prompts' if isinstance(flow, jf.STARFlow) else 'labels'}"
         elif not denoise and settings != jf.SamplingSettings():
             note = " (recommended by the model; --plain turns it off)"
     return settings, f"settings: {settings_text(settings)}{note}"

@@ -158,10 +158,10 @@ def parse_labels(text: str, num: int, flow: Flow, seed: int) -> Tensor | None:
     import torch
 
     from jacobiflow.data import balanced_labels
-    from jacobiflow.models.labels import class_number
+    from jacobiflow.models.contexts import Numbers, class_number
     from jacobiflow.models.latents import draw_labels
 
-    if getattr(flow.config, "context_channels", 0):
+    if isinstance(flow.context_kind, Numbers):
         raise InputValueError("this flow needs a context of numbers: draw its samples in Python, by jacobiflow.sample")
     if text == "none" or (text in ("balanced", "random") and not flow.config.num_classes):
         return None
@@ -170,11 +170,11 @@ def parse_labels(text: str, num: int, flow: Flow, seed: int) -> Tensor | None:
     if text == "random":
         return draw_labels(num, flow.config.num_classes, seed)
     if text.endswith((".txt", ".npy")):
-        return flow.check_labels(_read_labels(Path(text)), num)
-    names, classes = [name.strip() for name in text.split(",")], flow.classes
-    is_number = [name not in classes and re.fullmatch(r"-?\d{1,9}", name) for name in names]
-    numbers = [int(name) if is_number[i] else class_number(name, classes) for i, name in enumerate(names)]
-    return flow.check_labels(numbers, len(names))[torch.arange(num) % len(names)]
+        return flow.context_kind.resolve(_read_labels(Path(text)), num).values
+    names = [name.strip() for name in text.split(",")]
+    is_number = [name not in flow.classes and re.fullmatch(r"-?\d{1,9}", name) for name in names]
+    labels = [int(name) if is_number[i] else class_number(name, flow.classes) for i, name in enumerate(names)]
+    return flow.context_kind.resolve(labels)[torch.arange(num) % len(names)].values
 
 
 def _read_labels(path: Path) -> Any:
@@ -191,11 +191,13 @@ def _read_labels(path: Path) -> Any:
 
 def parse_prompts(text: str | None, encoder: str | None, num: int, flow: Flow) -> list[str] | None:
     """Returns the prompts of `num` samples by `--prompts`, for which the flow needs the encoder of `--encode-text`."""
+    from jacobiflow.models.contexts import Texts
+
     if text is None and encoder is not None:
         raise InputValueError(f"--encode-text {encoder}: give --prompts, too, or leave it out")
     if text is None:
         return None
-    if not flow.reads_text:
+    if not isinstance(flow.context_kind, Texts):
         raise InputValueError(f"--prompts {text}: this flow reads no text; leave it out")
     if encoder is None:
         raise InputValueError(f"--prompts {text}: give --encode-text, too: {_ENCODE_TEXT}")

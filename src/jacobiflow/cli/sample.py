@@ -124,7 +124,7 @@ def run(config: SampleConfig) -> SampleResult | None:
     )
     classes = options.parse_labels(config.labels, config.num, flow, config.seed)
     texts = options.parse_prompts(config.prompts, config.encode_text, config.num, flow)
-    context = flow.check_context(classes if texts is None else texts, config.num)
+    context = flow.context_kind.resolve(classes if texts is None else texts, config.num)
     settings, line = loading.resolve_settings(
         flow, config.guidance, config.denoise, config.plain, context.values is not None
     )

@@ -146,7 +146,7 @@ class EvaluationJob(Job):
         if images is not None and test_images:
             test, likelihood_images = _load_split(images, flow, "test")
             test = test.evenly_spaced(min(test_images, len(test)))  # The first ones may be of one class.
-            flow.check_context(test.labels, len(test))
+            flow.context_kind.resolve(test.labels, len(test))
             self._split("likelihoods", len(test), batch_size, partial(_measure_likelihoods, flow, test, seed))
         if features != "none":
             flow.require_images()

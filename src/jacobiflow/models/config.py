@@ -114,3 +114,12 @@ def check_sizes(config: FlowConfig) -> None:
         raise InputValueError(
             f"{total:,} layers in {config.num_blocks:,} blocks: the limit is {_MAX_LAYERS:,}; give fewer"
         )
+
+
+def resolve_rate(config: FlowConfig, rate: float, name: str = "denoise") -> float:
+    """Returns the rate of denoising as a Python number; raises ValueError if the flow has no noise to remove."""
+    rate = check_number(name, rate, expected="0 (off) or a positive rate")
+    if rate and not config.noise_std:
+        message = "the images of this flow's training had no noise, which it could remove; give 0"
+        raise InputValueError(message, argument=name, value=rate)
+    return rate

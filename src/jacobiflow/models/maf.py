@@ -22,8 +22,8 @@ from jacobiflow.blocks.permutation import Permutation
 from jacobiflow.blocks.tokens import Tokens
 from jacobiflow.errors import InputValueError, UnsupportedError
 from jacobiflow.models.config import check_sizes
+from jacobiflow.models.contexts import embed_classes
 from jacobiflow.models.flow import Flow, Images
-from jacobiflow.models.labels import embed_classes
 from jacobiflow.models.registry import register_flow
 from jacobiflow.native import usable_library
 from jacobiflow.native.boundary import Activation, TransformKind

@@ -10,8 +10,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from jacobiflow.blocks.base import FlowBlock
+from jacobiflow.blocks.base import FlowBlock, TokensLogDet
+from jacobiflow.blocks.context import Context
+from jacobiflow.blocks.tokens import Tokens
 
 
 class BlockLoader:
@@ -29,16 +32,21 @@ class BlockLoader:
         self.copies: dict[int, FlowBlock] = {}
         blocks = {id(tensor) for tensor in _tensors(flow.blocks)}
         others = [tensor for tensor in _tensors(flow) if id(tensor) not in blocks]
-        self._others = copies_of(others, device, dtype)
+        self._others = _copies_of(others, device, dtype)
         self._last = -2  # No block is one step from it.
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         if self._stream is not None:
             for tensor in _tensors(flow.blocks):
                 tensor.data = tensor.data.pin_memory()  # A GPU reads pinned memory without the processor.
 
-    def copy_other(self, part: Any) -> Any:
-        """Returns a copy of a part of the flow beside its blocks, on the device."""
-        return copy.deepcopy(part, dict(self._others))
+    def view(self) -> Any:
+        """Returns a view of the flow that computes by the copies of this loader; all else of it is on the device."""
+        view, modules = copy.copy(self.flow), self.flow._modules
+        others = {name: module for name, module in modules.items() if name != "blocks"}
+        view._modules = copy.deepcopy(others, dict(self._others)) | {"blocks": modules["blocks"]}
+        view._buffers = copy.deepcopy(self.flow._buffers, dict(self._others))
+        view.block_loader = self
+        return view
 
     def load(self, index: int) -> FlowBlock:
         """Returns the copy of a block. The caller keeps no reference to it when it asks for another block."""
@@ -64,22 +72,26 @@ class BlockLoader:
         if self._stream is not None:
             self._stream.wait_stream(torch.cuda.current_stream(self.device))
         with nullcontext() if self._stream is None else torch.cuda.stream(self._stream):
-            tensors = copies_of(_tensors(block), self.device, self.dtype)
+            tensors = _copies_of(_tensors(block), self.device, self.dtype)
         copied: FlowBlock = copy.deepcopy(block, self._others | tensors)
         return copied
 
-    def shapes(self) -> Sequence[FlowBlock]:
-        """Returns the blocks without values, in the dtype of the device."""
-        return without_values(self.flow, self.dtype)
+    def encode(self, index: int, x: Tokens, context: Context) -> TokensLogDet:
+        """Returns `encode` of a block. The backward pass loads the block again: the graph does not hold its weights."""
+        if not torch.is_grad_enabled():
+            return self.load(index).encode(x, context)
+        options: Any = {"use_reentrant": False, "preserve_rng_state": False}
+        result: TokensLogDet = checkpoint(lambda x: self.load(index).encode(x, context), x, **options)
+        return result
 
 
 def without_values(flow: Any, dtype: torch.dtype) -> Sequence[FlowBlock]:
     """Returns the blocks of a flow on the meta device, in a dtype."""
-    blocks: Sequence[FlowBlock] = copy.deepcopy(flow.blocks, copies_of(_tensors(flow), torch.device("meta"), dtype))
+    blocks: Sequence[FlowBlock] = copy.deepcopy(flow.blocks, _copies_of(_tensors(flow), torch.device("meta"), dtype))
     return blocks
 
 
-def copies_of(tensors: list[Tensor], device: torch.device, dtype: torch.dtype) -> dict[int, Any]:
+def _copies_of(tensors: list[Tensor], device: torch.device, dtype: torch.dtype) -> dict[int, Any]:
     """Returns copies of tensors by their ids, as `copy.deepcopy` takes them. Whole numbers keep their dtype."""
     copies = dict[int, Any]()
     for tensor in tensors:

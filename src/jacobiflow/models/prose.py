@@ -29,7 +29,7 @@ from jacobiflow.models.prose_layers import (
     sinusoid,
 )
 from jacobiflow.models.registry import register_flow
-from jacobiflow.models.transformer.attention import LayerWeights
+from jacobiflow.models.transformer.attention import SharedParameters
 from jacobiflow.models.transformer.block import TransformerBlock
 from jacobiflow.utils.checks import check_fields, check_kind, format_value
 
@@ -126,12 +126,11 @@ class ProseBlock(TransformerBlock):
         view.permutation, view.num_tokens, view.embed_atoms = Permutation(tuple(order)), num_atoms, embed_atoms
         return view
 
-    def layer_readers(self) -> list[Callable[[], LayerWeights]]:
+    def shared_parameters(self) -> SharedParameters:
         atoms = self.permutation(self.embed_atoms(), dim=0)
         if self.lookahead:
             atoms = torch.cat((atoms, F.pad(atoms[1:], (0, 0, 0, 1))), dim=-1)
-        condition = self.proj_cond(atoms)
-        return [partial(layer.conditioned, condition) for layer in self.attn_blocks]
+        return SharedParameters(condition=self.proj_cond(atoms))
 
     def positions(self) -> Float[Tensor, "t c"]:
         table = sinusoid(torch.arange(self.num_tokens), len(self.proj_in.weight), _TOKEN_PERIOD)
@@ -149,7 +148,7 @@ def _convert_numbers(name: str, values: Any, device: torch.device | None = None)
         raise InputTypeError(f"{name}={format_value(values)}: give whole numbers") from error
 
 
-def _check_encodings(encodings: dict[str, Tensor]) -> dict[str, Int[Tensor, " t"]]:
+def _resolve_encodings(encodings: dict[str, Tensor]) -> dict[str, Int[Tensor, " t"]]:
     """Returns the encodings, checked, with a number for each atom."""
     num_atoms = len(encodings["atom_type"])
     limits = {"atom_type": NUM_ATOM_TYPES, "aa_type": NUM_RESIDUE_TYPES}
@@ -234,7 +233,7 @@ class Prose(Flow):
         if missing:
             raise InputValueError(f"encodings and permutations lack {', '.join(missing)}")
         tensors = {name: _convert_numbers(name, encodings[name], weight.device) for name in ENCODINGS}
-        tensors = _check_encodings(tensors)
+        tensors = _resolve_encodings(tensors)
         num_atoms = len(tensors["atom_type"])
         view = copy.copy(self)
         view._of_any_peptide = (self,)  # A tuple hides it from `nn.Module`, whose submodule it is not.

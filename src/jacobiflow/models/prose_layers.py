@@ -10,7 +10,14 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from jacobiflow.models.transformer.attention import Adaptive, Attention, AttentionBlock, Layer, LayerWeights
+from jacobiflow.models.transformer.attention import (
+    Adaptive,
+    Attention,
+    AttentionBlock,
+    Layer,
+    LayerWeights,
+    SharedParameters,
+)
 
 NUM_ATOM_TYPES, NUM_RESIDUE_TYPES = 128, 64
 _RESIDUE_PERIOD = 1e3  # Base of the wavelengths that encode residue positions and sequence lengths.
@@ -59,11 +66,14 @@ class NormalizedAttentionBlock(AttentionBlock):
         super().__init__(channels, head_dim, expansion)
         self.attention = _NormalizedAttention(channels, head_dim)
 
-    def conditioned(self, condition: Float[Tensor, "t c"]) -> LayerWeights:
-        return self.weights()._replace(
-            query_norm=(self.attention.q_layer_norm.weight, self.attention.q_layer_norm.bias),
-            key_norm=(self.attention.k_layer_norm.weight, self.attention.k_layer_norm.bias),
-            condition=condition,
+    def weights(self, shared: SharedParameters) -> LayerWeights:
+        return (
+            super()
+            .weights(shared)
+            ._replace(
+                query_norm=(self.attention.q_layer_norm.weight, self.attention.q_layer_norm.bias),
+                key_norm=(self.attention.k_layer_norm.weight, self.attention.k_layer_norm.bias),
+            )
         )
 
 
@@ -102,8 +112,8 @@ class AdaptiveLayer(Layer):
             _AdaptiveTransition(channels, expansion),
         )
 
-    def conditioned(self, condition: Float[Tensor, "t c"]) -> LayerWeights:
-        transition = self.transition.transition
+    def weights(self, shared: SharedParameters) -> LayerWeights:
+        transition, condition = self.transition.transition, shared.condition
         scale, shift = self.mha.adaln(condition)
         gated_scale, gated_shift = self.transition.adaln(condition)
         adaptive = Adaptive(
@@ -116,7 +126,7 @@ class AdaptiveLayer(Layer):
             gated_up=cast(nn.Linear, transition.swish_linear[0]).weight,
             gated_down=transition.linear_out.weight,
         )
-        return self.mha.mha.conditioned(condition)._replace(condition=None, adaptive=adaptive)
+        return self.mha.mha.weights(SharedParameters())._replace(adaptive=adaptive)
 
 
 class AtomEmbedder(nn.Module):

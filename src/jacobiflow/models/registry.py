@@ -9,7 +9,7 @@ import torch
 
 from jacobiflow.errors import CheckpointError, InputTypeError, InputValueError
 from jacobiflow.models.checkpoints.folder import CONFIG, ModelFolder
-from jacobiflow.models.checkpoints.tensors import check_dtype, widened_dtype
+from jacobiflow.models.checkpoints.tensors import resolve_dtype, widened_dtype
 from jacobiflow.models.flow import Flow
 from jacobiflow.utils.checks import check_device, check_flag, check_path, format_value
 
@@ -59,7 +59,7 @@ def load(
         ('TarFlow', 64)
     """
     check_path("name", name)
-    device, dtype = check_device(device), check_dtype(dtype)
+    device, dtype = check_device(device), resolve_dtype(dtype)
     check_flag("offload", offload)
     folder, kind = _open(name)
     if offload:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from jaxtyping import Float
@@ -15,21 +14,20 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from jacobiflow.blocks.base import ScaleShift
-from jacobiflow.blocks.context import NO_CONTEXT, Context
 from jacobiflow.blocks.guidance import Guidance, SamplingSettings
 from jacobiflow.blocks.permutation import Permutation
-from jacobiflow.errors import CheckpointError, InputTypeError, InputValueError
+from jacobiflow.errors import CheckpointError, InputValueError
 from jacobiflow.models.checkpoints.original import OriginalShapes, read_original
 from jacobiflow.models.checkpoints.tensors import build
 from jacobiflow.models.config import BlockShape, PatchConfig, check_heads, check_sizes, size_of_block
+from jacobiflow.models.contexts import Texts
 from jacobiflow.models.flow import Flow
-from jacobiflow.models.latents import FIRST_CALIBRATION_LATENT, draw_latents
 from jacobiflow.models.registry import register_flow
 from jacobiflow.models.text_encoder import EncodeText
-from jacobiflow.models.transformer.attention import AttentionBlock, LayerWeights, Rotation
+from jacobiflow.models.transformer.attention import AttentionBlock, Rotation, SharedParameters
 from jacobiflow.models.transformer.block import TransformerBlock
-from jacobiflow.models.transformer.cache import TransformerCache
-from jacobiflow.utils.checks import FLOATS, check_finite, check_floating, check_kind, check_positive, format_value
+from jacobiflow.models.transformer.cache import Projections
+from jacobiflow.utils.checks import check_kind, check_positive
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -138,11 +136,7 @@ class STARFlowBlock(TransformerBlock):
             self.proj_txt = nn.Linear(config.text_channels, channels)
             self.register_buffer("null_text", torch.zeros(config.text_tokens, config.text_channels))
 
-    def layer_readers(self) -> list[Callable[[], LayerWeights]]:
-        rotation = self._rotation()
-        return [partial(layer.weights, rotation) for layer in self.attn_blocks]
-
-    def _rotation(self) -> Rotation:
+    def shared_parameters(self) -> SharedParameters:
         """Returns the rotations of the prefix and of the tokens. Token t uses the rotary position of t + 1."""
         side, weight = math.isqrt(self.num_tokens), self.proj_in.weight
         token = torch.arange(self.num_tokens, dtype=torch.float64)
@@ -151,7 +145,7 @@ class STARFlowBlock(TransformerBlock):
         texts = F.pad(text, (0, self.num_tokens + 1))
         pairs = self.head_dim // 4 - _TEXT_PAIRS // 2
         angles = torch.cat((_angles(rows, pairs), _angles(columns, pairs), _angles(texts, _TEXT_PAIRS)), dim=1)
-        return Rotation(angles.cos().to(weight), angles.sin().to(weight))
+        return SharedParameters(Rotation(angles.cos().to(weight), angles.sin().to(weight)))
 
     def positions(self) -> Float[Tensor, "t c"]:
         assert self.proj_in.bias is not None
@@ -174,9 +168,9 @@ class STARFlowBlock(TransformerBlock):
     def final_norm_weight(self) -> Float[Tensor, " c"]:
         return 1 + self.final_norm.weight
 
-    def read_out(self, h: Float[Tensor, "b n c"], cache: TransformerCache, dtype: torch.dtype) -> ScaleShift:
-        normalised = F.rms_norm(h, h.shape[-1:], cache.final_norm, _NORM_EPSILON)
-        out = F.linear(normalised, *cache.proj_out).to(dtype)
+    def read_out(self, h: Float[Tensor, "b n c"], projections: Projections, dtype: torch.dtype) -> ScaleShift:
+        normalised = F.rms_norm(h, h.shape[-1:], projections.final_norm, _NORM_EPSILON)
+        out = F.linear(normalised, *projections.proj_out).to(dtype)
         scale, shift = (self.soft_clip * torch.tanh(out / self.soft_clip)).chunk(2, dim=-1)
         return F.softplus(scale + _INVERSE_SOFTPLUS_OF_1).log(), shift
 
@@ -210,12 +204,16 @@ class STARFlow(Flow):
         torch.Size([2, 3, 8, 8])
     """
 
-    model_type, reads_text = "starflow", True
+    model_type = "starflow"
     config_types = (STARFlowConfig,)
     block_type = STARFlowBlock
     config: STARFlowConfig
     blocks: Sequence[STARFlowBlock]
     encode_text: EncodeText | None = None
+
+    @property
+    def context_kind(self) -> Texts:
+        return Texts(self.blocks[-1].null_text, self.encode_text)
 
     def make_block(self, index: int) -> STARFlowBlock:
         return STARFlowBlock(self.config, Permutation(self.config.of_block(index).order), index)
@@ -233,8 +231,11 @@ class STARFlow(Flow):
         config = cls.infer_config(state, str(path)) if config is None else config
         cls.check_config(config)
         state = {name: tensor for name, tensor in state.items() if name.partition(".")[0] not in _UNUSED_MODULES}
-        states = torch.zeros(1, 0, config.text_channels) if encode_text is None else _call_encoder(encode_text, [""])
-        state[f"blocks.{config.num_blocks - 1}.null_text"] = _pad_states("encode_text", states, config)[0]
+        null_text = torch.zeros(config.text_tokens, config.text_channels)
+        if encode_text is not None:
+            texts = Texts(null_text, encode_text)
+            null_text = texts.pad("encode_text", texts.encode([""]))[0]
+        state[f"blocks.{config.num_blocks - 1}.null_text"] = null_text
         flow = build(cls, config, state, str(path))
         flow.encode_text = encode_text
         # These are the settings of the script of the released weights.
@@ -269,11 +270,6 @@ class STARFlow(Flow):
             expansion=sizes.expansion,
         )
 
-    def guided(self, guidance: Guidance | None) -> Self:
-        if guidance is not None and guidance.weight:
-            self._check_null_text("guidance")
-        return super().guided(guidance)
-
     def to_tokens(self, x: Float[Tensor, "n ..."]) -> Float[Tensor, "n t d"]:
         size = self.config.patch_size
         patches = x.unflatten(3, (-1, size)).unflatten(2, (-1, size))  # (N, C, rows, size, columns, size)
@@ -283,71 +279,3 @@ class STARFlow(Flow):
         size, side = self.config.patch_size, self.config.image_size // self.config.patch_size
         patches = tokens.unflatten(2, (size, size, -1)).unflatten(1, (side, side))
         return patches.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)
-
-    def check_context(self, context: Any, num: int) -> Context:
-        """Returns the states of texts for `num` samples, padded to `text_tokens`; no context is the empty text.
-
-        A single prompt is that of all samples.
-        """
-        if isinstance(context, Context):
-            context = context.values
-        if context is None:
-            self._check_null_text("no context")
-            return NO_CONTEXT
-        if isinstance(context, str):
-            context = [context] * num
-        if not isinstance(context, Tensor):
-            context = self._encode_prompts(context)
-        states = _pad_states("context", context, self.config)
-        if len(states) != num:
-            raise InputValueError(f"context of {len(states)} texts: give {num}, one for each sample")
-        return Context(states)
-
-    def example_context(self, num: int) -> Context:
-        config, null_text = self.config, self.blocks[-1].null_text
-        if null_text.any():
-            return Context(null_text.expand(num, -1, -1))
-        return Context(draw_latents(num, config.text_tokens, config.text_channels, start=FIRST_CALIBRATION_LATENT))
-
-    def _check_null_text(self, name: str) -> None:
-        """Raises ValueError if the states of the empty text are not known."""
-        if not self.blocks[-1].null_text.any():
-            raise InputValueError(
-                f"{name}: the states of the empty text are not in these weights; convert them again with a text "
-                "encoder, or set flow.blocks[-1].null_text"
-            )
-
-    def _encode_prompts(self, prompts: Any) -> Float[Tensor, "n l k"]:
-        if not isinstance(prompts, Sequence) or not all(isinstance(prompt, str) for prompt in prompts):
-            raise InputTypeError(f"context={format_value(prompts)}: give prompts, or the states of texts as a tensor")
-        if self.encode_text is None:
-            raise InputValueError(
-                "prompts given, but this flow has no text encoder: set flow.encode_text to a function of a list of "
-                "prompts that returns their states"
-            )
-        unique = list(dict.fromkeys(prompts))
-        states = _call_encoder(self.encode_text, unique)
-        if len(unique) == 1:
-            return states.expand(len(prompts), -1, -1)
-        rows = {prompt: row for row, prompt in enumerate(unique)}
-        return states[[rows[prompt] for prompt in prompts]]
-
-
-def _call_encoder(encode_text: EncodeText, prompts: list[str]) -> Float[Tensor, "n l k"]:
-    """Calls a text encoder, and checks its result."""
-    check_kind("encode_text", encode_text, Callable, "a function of a list of prompts")
-    states = encode_text(prompts)
-    check_floating("result of encode_text", states, (len(prompts), "L", "K"))
-    return states
-
-
-def _pad_states(name: str, states: Tensor, config: STARFlowConfig) -> Float[Tensor, "n l k"]:
-    """Returns states of texts, padded to the model's length with zeros; messages call them `name`."""
-    give = f"states of texts (N, L, {config.text_channels}), L up to {config.text_tokens}"
-    check_kind(name, states, Tensor, give)
-    if states.dtype not in FLOATS:
-        raise InputTypeError(f"{name}={format_value(states)}: give prompts, or {give}")
-    if states.ndim != 3 or states.shape[1] > config.text_tokens or states.shape[2] != config.text_channels:
-        raise InputValueError(f"{name} of shape {tuple(states.shape)}: give {give}")
-    check_finite(name, states)
-    return F.pad(states, (0, 0, 0, config.text_tokens - states.shape[1]))

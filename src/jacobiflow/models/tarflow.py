@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
@@ -13,16 +13,15 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from jacobiflow.blocks.context import check_numbers
 from jacobiflow.blocks.permutation import Permutation
 from jacobiflow.errors import CheckpointError, InputValueError, first_line
 from jacobiflow.models.checkpoints.original import OriginalShapes, one_or_all, read_original
 from jacobiflow.models.checkpoints.tensors import build, check_values
 from jacobiflow.models.config import BlockShape, Order, PatchConfig, check_heads, check_sizes, size_of_block
+from jacobiflow.models.contexts import ContextKind, Numbers, embed_classes
 from jacobiflow.models.flow import Flow
-from jacobiflow.models.labels import embed_classes
 from jacobiflow.models.registry import register_flow
-from jacobiflow.models.transformer.attention import AttentionBlock, LayerWeights
+from jacobiflow.models.transformer.attention import AttentionBlock
 from jacobiflow.models.transformer.block import TransformerBlock
 from jacobiflow.utils.checks import check_fields, check_kind, format_value
 from jacobiflow.utils.files import atomic_path
@@ -159,16 +158,13 @@ class TarFlowBlock(TransformerBlock):
         self.proj_out = nn.Linear(channels, config.token_channels * (2 if config.nvp else 1))
         nn.init.zeros_(self.proj_out.weight)
 
-    def layer_readers(self) -> list[Callable[[], LayerWeights]]:
-        return [layer.weights for layer in self.attn_blocks]
-
     def positions(self) -> Float[Tensor, "t c"]:
         return self.permutation(_widen(self.pos_embed), dim=0) + self.proj_in.bias
 
     def embed_context(self, values: Tensor | None) -> Float[Tensor, "#b #t c"] | None:
         if self.proj_context is None:
             return embed_classes(None if self.class_embed is None else _widen(self.class_embed), values)
-        check_numbers(values, self.num_tokens, self.proj_context.in_features)
+        Numbers(self.num_tokens, self.proj_context.in_features).check(values)
         weight, bias = map(_widen, self.proj_context.parameters())
         projected = F.linear(values.to(weight.dtype), weight, bias)  # type: ignore[union-attr]
         return projected.unsqueeze(1) if projected.ndim == 2 else self.permutation(projected)
@@ -199,6 +195,11 @@ class TarFlow(Flow):
     block_type = TarFlowBlock
     config: TarFlowConfig | TokenConfig
     blocks: Sequence[TarFlowBlock]
+
+    @property
+    def context_kind(self) -> ContextKind:
+        channels = self.config.context_channels
+        return Numbers(self.config.num_tokens, channels) if channels else super().context_kind
 
     def make_block(self, index: int) -> TarFlowBlock:
         return TarFlowBlock(self.config, Permutation(self.config.of_block(index).order), index)

@@ -31,14 +31,14 @@ class GuidanceTerms:
         scale, shift: Guidance weights of the log-scale and of the shift of each token.
         context: Added to the embeddings of the second row.
         temperature: Divides the attention logits of the second row.
-        by_density: Guides by densities, with the weights of the log-scale.
+        rule: "linear", or "density", which takes the weights of the log-scale.
     """
 
     scale: Float[Tensor, " t"]
     shift: Float[Tensor, " t"]
     context: Float[Tensor, "1 1 c"] | None
     temperature: float
-    by_density: bool
+    rule: str
 
 
 @dataclass(frozen=True)
@@ -217,7 +217,7 @@ class _PackedTransformer:
         if guidance is not None:
             context = _guided_context(context, guidance, samples)
             tensors |= self._guidance_tensors(z, guidance)
-            args.is_by_density = guidance.by_density
+            args.is_by_density = guidance.rule == "density"
         if context is not None:
             sizes = (1 if len(context) == 1 else rows, 1 if context.shape[1] == 1 else self.tokens, self.channels)
             tensors["context"] = check_tensor(self._converted(context), sizes, self.dtype)

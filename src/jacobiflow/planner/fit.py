@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -20,8 +19,8 @@ from jacobiflow.fixed_point.registry import JsonDocument, registered_pieces
 from jacobiflow.fixed_point.solve import attempt
 from jacobiflow.models.checkpoints.fingerprint import check_fingerprint, fingerprint
 from jacobiflow.models.checkpoints.folder import find_file_by_guidance
+from jacobiflow.models.contexts import ContextLike, Labels, labels_or_context
 from jacobiflow.models.flow import Flow, check_flow
-from jacobiflow.models.labels import ContextLike, Labels, convert_labels
 from jacobiflow.models.latents import FIRST_CALIBRATION_LATENT, MAX_SAMPLES, draw_latents
 from jacobiflow.solutions import exact_solutions
 from jacobiflow.utils.checks import check_count, check_seed
@@ -135,16 +134,16 @@ def find_tuning(flow: Flow) -> Path | None:
 
 
 def _context(flow: Flow, labels: Labels | None, context: ContextLike | None, samples: int) -> Context:
-    """The context of each of the samples."""
-    if labels is None and context is None:
-        return flow.example_context(samples).to(flow.var.device)
-    labels = None if labels is None else convert_labels(labels, 1, flow.classes)
-    values: Any = context if labels is None else labels
-    num = 1 if isinstance(values, str) else len(values)
-    if not num:
+    """Returns the context of each of the samples; what the arguments give is taken in turn."""
+    values = labels_or_context(labels, context)
+    if values is None:
+        return flow.context_kind.example(samples).to(flow.var.device)
+    resolved = flow.context_kind.resolve(values).to(flow.var.device)
+    if resolved.values is None:
+        return resolved
+    if not len(resolved.values):
         raise InputValueError(f"{'context' if labels is None else 'labels'}: empty; give one or more")
-    checked = flow.check_one_context(labels, context, num)
-    return checked.to(flow.var.device)[torch.arange(samples, device=flow.var.device) % num]
+    return resolved[torch.arange(samples, device=flow.var.device) % len(resolved.values)]
 
 
 def _fit(problem: Problem, x: Tokens, batch_size: int) -> BlockTuning:

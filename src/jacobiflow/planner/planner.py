@@ -264,7 +264,7 @@ def _latents(flow: Flow, first: int, num: int) -> tuple[Tokens, Context]:
     """Tokens at which the last block is inverted, in the order of the data, and a context."""
     config = flow.config
     latents = draw_latents(num, config.num_tokens, config.token_channels, start=FIRST_CALIBRATION_LATENT + first)
-    return flow.prior_tokens(latents), flow.example_context(num).to(flow.var.device)
+    return flow.prior_tokens(latents), flow.context_kind.example(num).to(flow.var.device)
 
 
 def _shape(block: FlowBlock) -> Hashable:

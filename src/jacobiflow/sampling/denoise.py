@@ -10,9 +10,10 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from jacobiflow.blocks.context import Context
-from jacobiflow.models.flow import Flow, check_flow, check_rate
-from jacobiflow.models.labels import Labels
-from jacobiflow.models.memory import batch_bytes
+from jacobiflow.models.config import resolve_rate
+from jacobiflow.models.contexts import Labels
+from jacobiflow.models.flow import Flow, check_flow
+from jacobiflow.models.memory import memory_needs
 from jacobiflow.utils.checks import check_count
 
 _MAX_BACKWARD_BYTES = 4 << 30
@@ -42,10 +43,10 @@ def denoise(
         torch.Size([2, 1, 8, 8])
     """
     check_flow(flow)
-    rate = check_rate(flow, rate, "rate")
+    rate = resolve_rate(flow.config, rate, "rate")
     batch_size = check_count("batch_size", batch_size, maximum=2**31)
     flow.check_data(images, "images")
-    context = flow.check_batch(images, labels)
+    context = flow.resolve_batch(images, labels)
     num_nonfinite = int((~torch.isfinite(images).all(dim=(1, 2, 3))).sum())
     if num_nonfinite:
         warnings.warn(f"{num_nonfinite} of {len(images)} images hold a NaN or an infinity: they are NaN", stacklevel=2)
@@ -84,5 +85,5 @@ def _score(flow: Flow, images: Tensor, context: Context) -> tuple[Tensor, int]:
     weights = {tensor.untyped_storage()._cdata for tensor in flow.state_dict(keep_vars=True).values()}
     used = sum(size for storage, size in sizes.items() if storage not in weights)
     if flow.block_loader is not None:  # The backward pass computes a block's activations again, which the hooks miss.
-        used += _ACTIVATIONS_OF_BACKWARD * (batch_bytes(flow, len(images)) or _MAX_BACKWARD_BYTES)
+        used += _ACTIVATIONS_OF_BACKWARD * (memory_needs(flow).of_batch(len(images)) or _MAX_BACKWARD_BYTES)
     return score, used

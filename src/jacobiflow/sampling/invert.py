@@ -118,5 +118,6 @@ def log_prob_of(flow: Flow, solution: FlowSolution, batch_size: int) -> Float[Te
     is_unknown = (~solution.is_exact() | solution.log_det.isnan()) & ~nonfinite
     rows = is_unknown.nonzero().flatten()
     for batch in rows.split(batch_size) if len(rows) else ():
-        log_prob = log_prob.index_put((batch,), flow.tokens_log_prob(x[batch], solution.context[batch]))
+        z, log_det = flow.encode_tokens(x[batch], solution.context[batch])
+        log_prob = log_prob.index_put((batch,), log_normal(z) + log_det)
     return log_prob.masked_fill(nonfinite, torch.nan)

@@ -16,8 +16,9 @@ from jacobiflow.blocks.guidance import SamplingSettings
 from jacobiflow.blocks.tokens import Tokens
 from jacobiflow.errors import InputValueError
 from jacobiflow.fixed_point.options import CertifyMode, SolveOptions
-from jacobiflow.models.flow import Flow, check_flow, check_rate
-from jacobiflow.models.labels import ContextLike, Labels
+from jacobiflow.models.config import resolve_rate
+from jacobiflow.models.contexts import ContextLike, Labels, labels_or_context
+from jacobiflow.models.flow import Flow, check_flow
 from jacobiflow.models.latents import MAX_SAMPLES
 from jacobiflow.planner import Auto, Strategy, resolve_strategy
 from jacobiflow.sampling.denoise import denoise_checked
@@ -65,7 +66,7 @@ class SamplingRequest:
         check_flag("return_intermediates", return_intermediates)
         if batch_size is not None:
             batch_size = min(check_count("batch_size", batch_size, maximum=MAX_SAMPLES), num)
-        checked = flow.check_one_context(labels, context, num)
+        checked = flow.context_kind.resolve(labels_or_context(labels, context), num)
         flow, denoise = _resolve_settings(flow, settings, checked)
         if flow.guidance is not None and checked.values is None and flow.guidance.attn_temperature == 1:
             warnings.warn("guidance without labels or texts at attn_temperature 1 changes nothing", stacklevel=3)
@@ -142,7 +143,8 @@ def _resolve_settings(flow: Flow, settings: Settings, context: Context) -> tuple
     check_kind("settings", settings, SamplingSettings | None, give)
     if settings is None:
         return flow, 0.0
-    return flow if settings.guidance is None else flow.guided(settings.guidance), check_rate(flow, settings.denoise)
+    rate = resolve_rate(flow.config, settings.denoise)
+    return flow if settings.guidance is None else flow.guided(settings.guidance), rate
 
 
 def _resolve_log_prob(flow: Flow, log_prob: bool | None, denoise: float) -> bool:

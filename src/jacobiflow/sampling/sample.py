@@ -13,8 +13,8 @@ from torch import Tensor
 
 from jacobiflow.errors import InputValueError
 from jacobiflow.fixed_point.options import CertifyMode
+from jacobiflow.models.contexts import ContextLike, Labels
 from jacobiflow.models.flow import Flow, check_flow
-from jacobiflow.models.labels import ContextLike, Labels
 from jacobiflow.models.latents import draw_latents
 from jacobiflow.planner import Strategy
 from jacobiflow.sampling.request import SamplingRequest, Settings

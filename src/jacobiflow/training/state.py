@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
+from jacobiflow.models.contexts import NoContextKind
 from jacobiflow.models.flow import Flow
 from jacobiflow.models.transformer.block import TransformerBlock
 from jacobiflow.training.checkpoint import gather
@@ -33,7 +34,7 @@ class FlowLoss(nn.Module):
     def forward(self, x: Tensor, context: Tensor | None) -> tuple[Float[Tensor, " b"], Float[Tensor, "b t c"]]:
         """Returns the loss of each sample, and its latents."""
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16):
-            z, log_det = self.flow.normalize(x, context)
+            z, log_det = self.flow.encode(x, context, is_scaled=False)
         return 0.5 * z.square().flatten(1).mean(dim=1) - log_det / z[0].numel(), z.detach()
 
 
@@ -149,10 +150,10 @@ def to_flow(batch: Batch, flow: Flow) -> tuple[Tensor, Tensor | None]:
     """Returns data and context on the flow's device, with unconditional values in place of dropped contexts."""
     device = flow.var.device
     x = batch.x.to(device, non_blocking=True)
-    if batch.context is None or not (flow.has_conditions or bool(getattr(flow.config, "context_channels", False))):
+    if batch.context is None or isinstance(flow.context_kind, NoContextKind):
         return x, None
     context = batch.context.to(device, non_blocking=True)
-    if flow.reads_text or not context.is_floating_point():
+    if flow.context_kind.is_optional:
         is_dropped = batch.is_dropped.to(device).view(-1, *[1] * (context.ndim - 1))
         context = torch.where(is_dropped, flow.blocks[-1].unconditional(context), context)
     return x, context

@@ -150,9 +150,9 @@ def _check(flow: Flow, config: TrainingConfig, data: Any, held_out: Any) -> None
         if dataset is not None:
             first = NoisyItems(dataset).__getitems__([(0, 0)])
             flow.check_data(first.x, name)
-            flow.check_context(to_flow(first, flow)[1], 1)
+            flow.context_kind.resolve(to_flow(first, flow)[1], 1)
         if isinstance(dataset, ImageDataset) and dataset.labels is not None and flow.config.num_classes:
-            flow.check_labels(dataset.labels, len(dataset))
+            flow.context_kind.resolve(dataset.labels, len(dataset))
 
 
 def _describe_run(flow: Flow, config: TrainingConfig, items: NoisyItems) -> dict[str, Any]:

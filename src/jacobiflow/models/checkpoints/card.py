@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+from jacobiflow.models.contexts import Texts
+
 
 def format_model_card(flow: Any, name: str) -> str:
     """Returns a model card in Markdown, with front matter for the Hugging Face Hub."""
     config, classes = flow.config, flow.config.num_classes
+    reads_text = isinstance(flow.context_kind, Texts)
     conditional = f", class-conditional over {classes} classes" if classes else ""
     parameters = sum(parameter.numel() for parameter in flow.parameters())
     if flow.image_shape is None:
@@ -19,14 +22,14 @@ print(tuple(out.tokens.shape))  # {(8, config.num_tokens, config.token_channels)
 print(out.log_prob)  # densities in nats"""
     else:
         _, size, _ = flow.image_shape
-        task = "text-to-image" if flow.reads_text else "unconditional-image-generation"
+        task = "text-to-image" if reads_text else "unconditional-image-generation"
         data = f"{size}x{size} images"
         context = f"labels = torch.arange(8) % {classes}" if classes else "labels = None"
-        if flow.reads_text:
+        if reads_text:
             context = f"states = torch.randn(8, {config.text_tokens}, {config.text_channels})  # or the states of texts"
         code = f"""\
 {context}
-out = jf.sample(flow, 8, {"context=states" if flow.reads_text else "labels"})
+out = jf.sample(flow, 8, {"context=states" if reads_text else "labels"})
 print(tuple(out.images.shape))  # {(8, *flow.image_shape)}, nominally in [-1, 1]"""
     return f"""\
 ---

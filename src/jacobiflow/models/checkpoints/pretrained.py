@@ -20,8 +20,8 @@ from jacobiflow.models.checkpoints.folder import (
     list_reports,
     write_model,
 )
-from jacobiflow.models.checkpoints.tensors import build, check_dtype
-from jacobiflow.models.config import FlowConfig
+from jacobiflow.models.checkpoints.tensors import build, resolve_dtype
+from jacobiflow.models.config import FlowConfig, resolve_rate
 from jacobiflow.utils.checks import check_count, check_path
 
 if TYPE_CHECKING:
@@ -42,9 +42,6 @@ class Pretrained(nn.Module):
     recommended: SamplingSettings = SamplingSettings()
     classes: tuple[str, ...] = ()
     report_files: tuple[Path, ...] = ()
-
-    def check_recommended(self) -> None:
-        """Raises ValueError if the recommended settings do not fit the flow."""
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **hub: Any) -> Self:
@@ -70,11 +67,12 @@ class Pretrained(nn.Module):
                 f"{folder.path / CONFIG}: {len(folder.classes)} names of {config.num_classes} classes; name all, or "
                 "leave out classes"
             )
-        flow = build(cls, config, state, str(folder.path), device, dtype, maps)
+        flow: Any = build(cls, config, state, str(folder.path), device, dtype, maps)
         flow.recommended, flow.report_files = folder.recommended, list_reports(folder.path)
         flow.classes = folder.classes
         with checkpoint_errors(f"{folder.path / CONFIG}: recommended: "):
-            flow.check_recommended()
+            flow.guided(folder.recommended.guidance)
+            resolve_rate(config, folder.recommended.denoise)
         return flow
 
     def save_pretrained(
@@ -96,7 +94,7 @@ class Pretrained(nn.Module):
         """
         check_path("save_directory", save_directory)
         max_shard_size = check_count("max_shard_size", max_shard_size)
-        write_model(self, Path(save_directory), check_dtype(dtype), max_shard_size=max_shard_size)
+        write_model(self, Path(save_directory), resolve_dtype(dtype), max_shard_size=max_shard_size)
 
     def push_to_hub(
         self, repo_id: str, *, private: bool | None = None, token: str | None = None,
@@ -113,7 +111,7 @@ class Pretrained(nn.Module):
             The address of the commit.
         """
         with TemporaryDirectory() as folder:
-            write_model(self, Path(folder), check_dtype(dtype), repo_id)
+            write_model(self, Path(folder), resolve_dtype(dtype), repo_id)
             hub = import_hub().HfApi(token=token)
             repo_id = hub.create_repo(repo_id, private=private, exist_ok=True).repo_id
             return str(hub.upload_folder(repo_id=repo_id, folder_path=folder, **upload))

@@ -109,7 +109,7 @@ def _raise_flaws(flaws: Sequence[str], source: str) -> None:
         raise CheckpointError(f"{source}: {'; '.join(flaws)}")
 
 
-def check_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+def resolve_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     """Returns the floating-point dtype of that name, or `None`."""
     check_kind("dtype", dtype, str | torch.dtype | None, "a dtype, such as torch.float64, its name, or None")
     number = getattr(torch, dtype, dtype) if isinstance(dtype, str) else dtype

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -12,7 +13,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention.bias import causal_lower_right
-from torch.utils.checkpoint import checkpoint
+
+from jacobiflow.blocks.tokens import Tokens
 
 
 @dataclass(frozen=True)
@@ -34,9 +36,13 @@ class AttentionSpan:
     rows: Int[Tensor, "b 1"] | None = None
 
     @classmethod
-    def of(cls, positions: slice | Int[Tensor, "b n"], end: int, like: Tensor) -> AttentionSpan:
-        """Returns a span, with a mask in the dtype and on the device of `like` only if it needs one."""
-        if not isinstance(positions, slice):
+    def of(cls, positions: slice | Int[Tensor, "b n"], end: int, like: Tensor, prefix_length: int = 0) -> AttentionSpan:
+        """Returns the span of tokens after a prefix, with a mask in the dtype of `like` only if it needs one."""
+        end += prefix_length
+        if isinstance(positions, slice):
+            positions = slice(prefix_length + positions.start, prefix_length + positions.stop)
+        else:
+            positions = positions + prefix_length
             is_later = torch.arange(end, device=like.device) > positions.unsqueeze(-1)
             mask = torch.zeros_like(is_later, dtype=like.dtype).masked_fill_(is_later, -torch.inf)
             rows = torch.arange(len(positions), device=like.device).view(-1, 1)
@@ -83,6 +89,13 @@ class Rotation(NamedTuple):
         return torch.stack(tuple(self), dim=-1).flatten(-2)
 
 
+class SharedParameters(NamedTuple):
+    """Parameters by position that all layers of a block share: a rotation, and a vector for each token."""
+
+    rotation: Rotation | None = None
+    condition: Float[Tensor, "t c"] | None = None
+
+
 class LayerWeights(NamedTuple):
     """The parameters of one transformer layer.
 
@@ -113,29 +126,6 @@ class LayerWeights(NamedTuple):
         return named if self.adaptive is None else named | self.adaptive._asdict()
 
 
-@dataclass(frozen=True)
-class LazyLayer:
-    """A layer whose parameters are read only while it runs, since until then they may be sharded over processes.
-
-    Attributes:
-        module: The layer, which is called so that the hooks of PyTorch's FSDP run.
-        read: Returns the parameters.
-        recomputes: Whether the backward pass computes the activations of the layer again, which saves their memory.
-    """
-
-    module: Layer
-    read: Callable[[], LayerWeights]
-    recomputes: bool
-
-    def __call__(self, run: Callable[[Tensor, LayerWeights], Tensor], x: Tensor) -> Tensor:
-        def run_layer(x: Tensor) -> Tensor:
-            return run(x, self.read())
-
-        if self.recomputes and torch.is_grad_enabled():
-            return checkpoint(self.module, run_layer, x, use_reentrant=False)
-        return self.module(run_layer, x)
-
-
 def cast_tensors(parameters: Any, dtype: torch.dtype) -> Any:
     """Converts the tensors in a tuple of tensors and tuples to `dtype`."""
     if isinstance(parameters, Tensor):
@@ -146,11 +136,7 @@ def cast_tensors(parameters: Any, dtype: torch.dtype) -> Any:
     return type(parameters)(*parts) if hasattr(parameters, "_fields") else tuple(parts)
 
 
-def run_layers(
-    h: Float[Tensor, "b n c"],
-    layers: Sequence[tuple[LayerWeights | LazyLayer, Float[Tensor, "b 2 h t d"] | None]],
-    span: AttentionSpan, query_scale: Float[Tensor, "b 1 1 1"] | None,
-) -> Float[Tensor, "b n c"]:  # fmt: skip
+def run_layers(h: Tokens, layers: Sequence[Callable[[Tokens, bool], Tokens]]) -> Tokens:
     """Runs transformer layers on `h`; no token's output depends on later tokens, even if these overflow.
 
     Non-finite keys and values are 0 to other tokens, and make their own token's output NaN. A CPU replaces them only if
@@ -158,17 +144,13 @@ def run_layers(
     gradients they are not replaced.
 
     Args:
-        layers: The parameters and the cache of each layer. If the caches are `None`, `h` are all tokens.
-        query_scale: One over the attention temperature of each row.
+        layers: Functions that run one layer each, and replace non-finite keys and values if the flag is set.
     """
 
     def run(hide_nonfinite: bool) -> Tensor:
         out = h
-        for layer, cache in layers:
-            if isinstance(layer, LazyLayer):
-                out = layer(lambda x, weights: _run_layer(x, weights, None, span, query_scale, hide_nonfinite), out)
-            else:
-                out = _run_layer(out, layer, cache, span, query_scale, hide_nonfinite)
+        for layer in layers:
+            out = layer(out, hide_nonfinite)
         return out
 
     if h.shape[1] == 1 or torch.is_grad_enabled():
@@ -178,10 +160,17 @@ def run_layers(
     return run(hide_nonfinite=True)
 
 
-def _run_layer(
-    x: Tensor, weights: LayerWeights, cache: Tensor | None, span: AttentionSpan, query_scale: Tensor | None,
-    hide_nonfinite: bool,
-) -> Tensor:  # fmt: skip
+def run_layer(
+    x: Tokens, weights: LayerWeights, cache: Float[Tensor, "b 2 h t d"] | None, span: AttentionSpan,
+    query_scale: Float[Tensor, "b 1 1 1"] | None, hide_nonfinite: bool,
+) -> Tokens:  # fmt: skip
+    """Runs a layer on the tokens of a span.
+
+    Args:
+        cache: Keys and values of the layer; `None` if `x` are all tokens.
+        query_scale: One over the attention temperature of each row.
+        hide_nonfinite: Whether non-finite keys and values are 0 to other tokens.
+    """
     adaptive = weights.adaptive
     out = x if weights.condition is None else x + weights.condition[span.positions]
     if adaptive is not None:
@@ -290,7 +279,15 @@ class MLP(nn.Module):
 
 
 class Layer(nn.Module):
-    """The parameters of one layer. Its call runs a function that reads them."""
+    """The parameters of one layer.
+
+    Until the module is called they may be sharded over processes. Its call runs a function that reads them, after the
+    hooks of PyTorch's FSDP.
+    """
+
+    @abstractmethod
+    def weights(self, shared: SharedParameters) -> LayerWeights:
+        """Returns the parameters as `run_layer` takes them."""
 
     def forward(self, run: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         return run(x)
@@ -304,11 +301,13 @@ class AttentionBlock(Layer):
         self.attention = Attention(channels, head_dim)
         self.mlp = MLP(channels, expansion)
 
-    def weights(self, rotation: Rotation | None = None) -> LayerWeights:
-        """Returns the parameters as `run_layers` takes them."""
+    def weights(self, shared: SharedParameters) -> LayerWeights:
         attention, mlp = self.attention, self.mlp
         norm, qkv, proj, mlp_norm, up, down = (
             (module.weight, module.bias)
             for module in (attention.norm, attention.qkv, attention.proj, mlp.norm, mlp.main[0], mlp.main[2])
         )
-        return LayerWeights(norm, qkv, proj, mlp_norm, up, down, attention.num_heads, rotation=rotation)  # type: ignore[arg-type]
+        return LayerWeights(
+            norm, qkv, proj, mlp_norm, up, down, attention.num_heads,  # type: ignore[arg-type]
+            condition=shared.condition, rotation=shared.rotation,
+        )  # fmt: skip

@@ -3,22 +3,32 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from functools import partial
 from operator import itemgetter
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from jacobiflow.blocks.base import FlowBlock, ScaleShift, TokensLogDet, check_input
 from jacobiflow.blocks.context import NO_CONTEXT, Context
 from jacobiflow.blocks.guidance import Guidance
 from jacobiflow.blocks.permutation import Permutation
 from jacobiflow.blocks.tokens import Tokens
-from jacobiflow.models.transformer.attention import AttentionSpan, Layer, LayerWeights, LazyLayer, run_layers
-from jacobiflow.models.transformer.cache import TransformerCache
+from jacobiflow.models.transformer.attention import (
+    AttentionSpan,
+    Layer,
+    LayerWeights,
+    SharedParameters,
+    run_layer,
+    run_layers,
+)
+from jacobiflow.models.transformer.cache import Projections, TransformerCache
 from jacobiflow.native.transformer import CausalTransformer, GuidanceTerms, Prefix
 from jacobiflow.native.weights import copy_bytes
 
@@ -47,13 +57,14 @@ class TransformerBlock(FlowBlock):
         super().__init__()
         self.num_tokens, self.nvp, self.permutation = num_tokens, nvp, permutation
 
-    @abstractmethod
-    def layer_readers(self) -> list[Callable[[], LayerWeights]]:
-        """Returns for each layer a function that reads its parameters."""
+    def shared_parameters(self) -> SharedParameters:
+        """Returns the parameters that the layers share."""
+        return SharedParameters()
 
     def layer_weights(self) -> tuple[LayerWeights, ...]:
         """Returns the parameters of the layers."""
-        return tuple(read() for read in self.layer_readers())
+        shared = self.shared_parameters()
+        return tuple(layer.weights(shared) for layer in self.attn_blocks)
 
     @abstractmethod
     def positions(self) -> Float[Tensor, "t c"]:
@@ -63,57 +74,72 @@ class TransformerBlock(FlowBlock):
     def embed_context(self, values: Tensor | None) -> Float[Tensor, "#b #t c"] | None:
         """Returns the part of a context in the embedding of each row and token, in causal order; `None` for none."""
 
-    def embed_prefix(self, values: Tensor | None, num: int) -> Float[Tensor, "b p c"] | None:
-        """Returns the embeddings of the prefix of `num` rows under a context; `None` without a prefix."""
-        return None
+    def embed_prefix(self, values: Tensor | None, num: int) -> Float[Tensor, "b p c"]:
+        """Returns the embeddings of the prefix of `num` rows under a context, if there is a prefix."""
+        raise NotImplementedError
 
     def final_norm_weight(self) -> Float[Tensor, " c"] | None:
         """Returns what multiplies the normalised output of the last layer; `None` without normalisation."""
         return None
 
-    def read_out(self, h: Float[Tensor, "b n c"], cache: TransformerCache, dtype: torch.dtype) -> ScaleShift:
+    def read_out(self, h: Float[Tensor, "b n c"], projections: Projections, dtype: torch.dtype) -> ScaleShift:
         """Returns the log-scale and the shift that the output of the last layer gives, in `dtype`."""
-        out = F.linear(h, *cache.proj_out).to(dtype)
+        out = F.linear(h, *projections.proj_out).to(dtype)
         if not self.nvp:
             return torch.zeros_like(out), out
         log_scale, shift = out.chunk(2, dim=-1)
         return log_scale, shift
 
-    def affine_whole(self, x: Float[Tensor, "b t c"], context: Context = NO_CONTEXT) -> ScaleShift:
-        cache = self._make_cache(x, context, 0)
-        prefix = self.embed_prefix(context.values, len(x))
-        return self.affine(x, 0, x.shape[1], cache if prefix is None else replace(cache, prefix=prefix))
+    def affine_whole(self, x: Tokens, context: Context = NO_CONTEXT) -> ScaleShift:
+        batches = _row_batches(x, x.shape[1])
+        if len(batches) > 1:
+            return _concatenate((self.affine_whole(x[rows], context[rows]) for rows in batches), dim=0)
+        projections, shared = self._projections(), self.shared_parameters()
+        embedding, query_scale = self._embed(context), self._query_scale(context)
+        h = F.linear(x[:, :-1].to(embedding.dtype), projections.proj_in) + embedding[:, :-1]
+        if self.prefix_length:
+            h = torch.cat((self.embed_prefix(context.values, len(x)), h), dim=1)
+        span = AttentionSpan.of(slice(0, h.shape[1]), h.shape[1], projections.proj_in)
+
+        def run(layer: Layer, h: Tokens, hide_nonfinite: bool) -> Tokens:
+            is_recomputed = self.recomputes_layers and torch.is_grad_enabled()
+            call: Any = partial(checkpoint, layer, use_reentrant=False) if is_recomputed else layer
+            out: Tokens = call(
+                lambda x: run_layer(x, layer.weights(shared), None, span, query_scale, hide_nonfinite), h
+            )
+            return out
+
+        if h.shape[1]:
+            h = run_layers(h, [partial(run, layer) for layer in self.attn_blocks])
+        if self.prefix_length:
+            return self.read_out(h[:, self.prefix_length - 1 :], projections, x.dtype)
+        log_scale, shift = self.read_out(h, projections, x.dtype)
+        return F.pad(log_scale, (0, 0, 1, 0)), F.pad(shift, (0, 0, 1, 0))
 
     def init_cache(self, z: Float[Tensor, "b t c"], context: Context = NO_CONTEXT) -> TransformerCache:
         check_input(z, self.num_tokens, self.proj_in.in_features)
         cache = self._make_cache(z, context, self.prefix_length + self.num_tokens)
-        cache = replace(cache, embedding=cache.embedding.contiguous())
-        if not self.prefix_length:
-            return cache
-        hidden = self._read_prefix(cache, context)
-        return replace(cache, entry0_params=self.read_out(hidden, cache, z.dtype))
+        entry0 = cache.entry0_params
+        if self.prefix_length:
+            entry0 = self.read_out(self._read_prefix(cache, context), cache.projections, z.dtype)
+        return replace(cache, embedding=cache.embedding.contiguous(), entry0_params=entry0)
 
     def _make_cache(self, z: Tensor, context: Context, length: int) -> TransformerCache:
-        """Returns a cache of `length` positions for the rows of `z`, its keys and values 0; without them for 0."""
-        layers: tuple[Tensor, ...] = ()
-        weights: tuple[LayerWeights | LazyLayer, ...]
-        if length:
-            weights = read = self.layer_weights()
-            heads = read[0].num_heads
-            shape = (len(z), 2, heads, length, len(self.proj_in.weight) // heads)
-            layers = tuple(self.proj_in.weight.new_zeros(shape) for _ in weights)
-        else:
-            pairs = zip(self.attn_blocks, self.layer_readers(), strict=True)
-            weights = tuple(LazyLayer(layer, read, self.recomputes_layers) for layer, read in pairs)
+        """Returns a cache of `length` positions for the rows of `z`, its keys and values 0."""
+        weights = self.layer_weights()
+        heads = weights[0].num_heads
+        shape = (len(z), 2, heads, length, len(self.proj_in.weight) // heads)
         return TransformerCache(
-            layers,
+            tuple(self.proj_in.weight.new_zeros(shape) for _ in weights),
             weights,
-            self.proj_in.weight,
-            (self.proj_out.weight, self.proj_out.bias),
+            self._projections(),
             self._embed(context).expand(len(z), -1, -1),
             self._query_scale(context),
-            self.final_norm_weight(),
+            (torch.zeros_like(z[:, :1]), torch.zeros_like(z[:, :1])),
         )
+
+    def _projections(self) -> Projections:
+        return Projections(self.proj_in.weight, (self.proj_out.weight, self.proj_out.bias), self.final_norm_weight())
 
     def _embed(self, context: Context) -> Float[Tensor, "#b t c"]:
         """Returns the sum of bias, position and context for each token, in causal order."""
@@ -127,11 +153,9 @@ class TransformerBlock(FlowBlock):
 
     def _read_prefix(self, cache: TransformerCache, context: Context) -> Float[Tensor, "b 1 c"]:
         """Writes keys and values of the prefix to the cache; returns the last layer's output for its last row."""
-        prefix = self.embed_prefix(context.values, len(cache.embedding))
-        assert prefix is not None
-        span = AttentionSpan.of(slice(0, self.prefix_length), self.prefix_length, cache.proj_in)
-        layers = list(zip(cache.weights, cache.layers, strict=True))
-        return run_layers(prefix.to(cache.proj_in.dtype), layers, span, cache.query_scale)[:, -1:]
+        prefix = self.embed_prefix(context.values, len(cache.embedding)).to(cache.embedding.dtype)
+        span = AttentionSpan.of(slice(0, self.prefix_length), self.prefix_length, cache.embedding)
+        return _run_cached(prefix, span, cache)[:, -1:]
 
     def _make_prefix(self, z: Tensor, context: Context) -> Prefix:
         """Returns the prefix for the rows of `z`, as native code takes it."""
@@ -155,10 +179,10 @@ class TransformerBlock(FlowBlock):
             final_norm=self.final_norm_weight(),
             soft_clip=self.soft_clip,
         )
-        extrapolation = None
+        terms = None
         if guidance is not None:
-            other, by_density = self.embed_context(None), guidance.rule == "density"
-            extrapolation = GuidanceTerms(*guidance.weights(z), other, guidance.attn_temperature, by_density)
+            other = self.embed_context(None)
+            terms = GuidanceTerms(*guidance.weights(z), other, guidance.attn_temperature, guidance.rule)
 
         def read_prefix(rows: slice) -> Prefix:
             parts = [self._make_prefix(z[rows], context[rows])]
@@ -169,24 +193,19 @@ class TransformerBlock(FlowBlock):
             return Prefix(layers, torch.cat([part.hidden for part in parts]))
 
         prefix = read_prefix if self.prefix_length else None
-        return network.invert(z, self.embed_context(context.values), extrapolation, prefix)
+        return network.invert(z, self.embed_context(context.values), terms, prefix)
 
     def affine(self, x: Tokens, start: int, stop: int, cache: TransformerCache) -> ScaleShift:
-        size = max(_TOKENS_PER_PASS // (stop - start), 1)
-        if len(x) > size and x.device.type == "cpu" and not torch.is_grad_enabled():
-            parts = [slice(first, first + size) for first in range(0, len(x), size)]
-            outputs = [self.affine(x[rows], start, stop, cache.map_rows(itemgetter(rows))) for rows in parts]
-            log_scales, shifts = zip(*outputs, strict=True)
-            return torch.cat(log_scales), torch.cat(shifts)
+        batches = _row_batches(x, stop - start)
+        if len(batches) > 1:
+            parts = (self.affine(x[rows], start, stop, cache.map_rows(itemgetter(rows))) for rows in batches)
+            return _concatenate(parts, dim=0)
+        if stop == 1:
+            return cache.entry0(x.dtype)
         positions = slice(max(start - 1, 0), stop - 1)
-        first = self._entry0_params(x, cache) if start == 0 and cache.prefix is None else None
-        if first is not None and stop == 1:
-            return first
         h = self._run_network(x[:, positions], positions, stop - 1, cache)
-        log_scale, shift = self.read_out(h, cache, x.dtype)
-        if first is None:
-            return log_scale, shift
-        return torch.cat((first[0], log_scale), dim=1), torch.cat((first[1], shift), dim=1)
+        params = self.read_out(h, cache.projections, x.dtype)
+        return params if start else _concatenate((cache.entry0(x.dtype), params), dim=1)
 
     def affine_at(
         self, x: Tokens, start: Int[Tensor, " b"], size: int, end: int, cache: TransformerCache
@@ -194,37 +213,18 @@ class TransformerBlock(FlowBlock):
         before = start.view(-1, 1) + torch.arange(-1, size - 1, device=x.device)
         positions = before.clamp(min=0)  # Entry 0 is computed from token 0, and replaced below.
         tokens = x.gather(1, positions.unsqueeze(-1).expand(-1, -1, x.shape[2]))
-        log_scale, shift = self.read_out(self._run_network(tokens, positions, end - 1, cache), cache, x.dtype)
-        is_first, first = (before < 0).unsqueeze(-1), self._entry0_params(x, cache)
+        log_scale, shift = self.read_out(
+            self._run_network(tokens, positions, end - 1, cache), cache.projections, x.dtype
+        )
+        is_first, first = (before < 0).unsqueeze(-1), cache.entry0(x.dtype)
         return torch.where(is_first, first[0], log_scale), torch.where(is_first, first[1], shift)
 
-    def _entry0_params(self, x: Tensor, cache: TransformerCache) -> ScaleShift:
-        """Returns log-scale and shift of entry 0."""
-        if cache.entry0_params is not None:
-            log_scale, shift = cache.entry0_params
-            return log_scale.to(x.dtype), shift.to(x.dtype)
-        return torch.zeros_like(x[:, :1]), torch.zeros_like(x[:, :1])
-
     def _run_network(self, tokens: Tensor, positions: slice | Tensor, end: int, cache: TransformerCache) -> Tensor:
-        """Returns the last layer's output for `tokens` at `positions`; they attend to the prefix and all before `end`.
-
-        A pass over all tokens also returns the output for the last row of the prefix.
-        """
-        length = self.prefix_length
-        if cache.prefix is not None:
-            cache_positions: slice | Tensor = slice(0, length + end)
-        elif isinstance(positions, slice):
-            cache_positions = slice(length + positions.start, length + positions.stop)
-        else:
-            cache_positions = positions + length
-        span = AttentionSpan.of(cache_positions, length + end, cache.proj_in)
+        """Returns the last layer's output for tokens at `positions`; they attend to the prefix and all before `end`."""
+        span = AttentionSpan.of(positions, end, cache.embedding, self.prefix_length)
         embedding = cache.embedding[:, positions] if span.rows is None else cache.embedding[span.rows, positions]
-        h = F.linear(tokens.to(embedding.dtype), cache.proj_in) + embedding
-        if cache.prefix is not None:
-            h = torch.cat((cache.prefix, h), dim=1)
-        layers = cache.layers or (None,) * len(cache.weights)
-        h = run_layers(h, list(zip(cache.weights, layers, strict=True)), span, cache.query_scale)
-        return h if cache.prefix is None else h[:, length - 1 :]
+        h = F.linear(tokens.to(embedding.dtype), cache.projections.proj_in) + embedding
+        return _run_cached(h, span, cache)
 
     def move_rows(
         self, cache: TransformerCache, source: Int[Tensor, " m"], target: Int[Tensor, " m"], num: int
@@ -242,9 +242,10 @@ class TransformerBlock(FlowBlock):
         query_scale = self._query_scale(context)
         if cache.query_scale is not None and query_scale is not None:
             cache.query_scale[rows] = query_scale.to(cache.query_scale.dtype)
-        if cache.entry0_params is not None:
+        if self.prefix_length:
             part = cache.map_rows(itemgetter(rows))
-            params = self.read_out(self._read_prefix(part, context), part, cache.entry0_params[0].dtype)
+            hidden, dtype = self._read_prefix(part, context), cache.entry0_params[0].dtype
+            params = self.read_out(hidden, part.projections, dtype)
             for tensor, new in zip((*cache.layers, *cache.entry0_params), (*part.layers, *params), strict=True):
                 tensor[rows] = new
 
@@ -275,3 +276,25 @@ class TransformerBlock(FlowBlock):
         projections = self.proj_in.weight.numel() + self.proj_out.weight.numel()
         bytes_per_number = max(self.proj_in.weight.element_size(), 4)
         return copy_bytes([layer.named() for layer in self.layer_weights()]) + projections * bytes_per_number
+
+
+def _run_cached(h: Tokens, span: AttentionSpan, cache: TransformerCache) -> Tokens:
+    """Returns the last layer's output for the tokens of a span, and writes their keys and values to the cache."""
+
+    def run(layer: tuple[LayerWeights, Tensor], h: Tokens, hide_nonfinite: bool) -> Tokens:
+        return run_layer(h, *layer, span, cache.query_scale, hide_nonfinite)
+
+    return run_layers(h, [partial(run, layer) for layer in zip(cache.weights, cache.layers, strict=True)])
+
+
+def _row_batches(x: Tokens, num_tokens: int) -> list[slice]:
+    """Returns the rows of each pass over `num_tokens` tokens of a sample: all, or a few without gradients on a CPU."""
+    size = max(_TOKENS_PER_PASS // num_tokens, 1)
+    if x.device.type != "cpu" or torch.is_grad_enabled():
+        size = max(len(x), 1)
+    return [slice(first, first + size) for first in range(0, len(x), size)]
+
+
+def _concatenate(parts: Iterable[ScaleShift], dim: int) -> ScaleShift:
+    log_scale, shift = (torch.cat(tensors, dim) for tensors in zip(*parts, strict=True))
+    return log_scale, shift

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -11,7 +12,19 @@ from torch import Tensor
 
 from jacobiflow.blocks.base import ScaleShift
 from jacobiflow.blocks.tokens import Tokens
-from jacobiflow.models.transformer.attention import LayerWeights, LazyLayer, Parameters, cast_tensors
+from jacobiflow.models.transformer.attention import LayerWeights, Parameters, cast_tensors
+
+
+class Projections(NamedTuple):
+    """The parameters of a block before and after its layers.
+
+    Attributes:
+        final_norm: Multiplies the normalised output of the last layer; `None` without normalisation.
+    """
+
+    proj_in: Float[Tensor, "c d"]
+    proj_out: Parameters
+    final_norm: Float[Tensor, " c"] | None
 
 
 @dataclass(frozen=True)
@@ -21,42 +34,40 @@ class TransformerCache:
     The network runs in the dtype of these tensors.
 
     Attributes:
-        layers: Keys and values, written in place; empty for a pass over all tokens.
+        layers: Keys and values, written in place.
+        weights: The parameters of each layer.
         embedding: The sum of bias, position and context of each token in causal order.
         query_scale: One over the attention temperature of each row; `None` if all are 1.
-        final_norm: Multiplies the normalised output of the last layer; `None` without normalisation.
-        prefix: Embeddings of the prefix, for a pass over all tokens.
-        entry0_params: Log-scale and shift of entry 0, computed from the prefix; `None` if they are 0.
+        entry0_params: Log-scale and shift of entry 0: computed from the prefix, 0 without one.
     """
 
     layers: tuple[Float[Tensor, "b 2 h t d"], ...]
-    weights: tuple[LayerWeights | LazyLayer, ...]
-    proj_in: Float[Tensor, "c d"]
-    proj_out: Parameters
+    weights: tuple[LayerWeights, ...]
+    projections: Projections
     embedding: Tokens
     query_scale: Float[Tensor, "b 1 1 1"] | None
-    final_norm: Float[Tensor, " c"] | None = None
-    prefix: Float[Tensor, "b p c"] | None = None
-    entry0_params: ScaleShift | None = None
+    entry0_params: ScaleShift
 
     def map_rows(self, change: Callable[[Tensor], Tensor]) -> TransformerCache:
         """Returns the cache with `change` applied to every tensor that has a row per sample."""
-        params = self.entry0_params
+        log_scale, shift = self.entry0_params
         return replace(
             self,
             layers=tuple(map(change, self.layers)),
             embedding=change(self.embedding),
             query_scale=None if self.query_scale is None else change(self.query_scale),
-            prefix=None if self.prefix is None else change(self.prefix),
-            entry0_params=None if params is None else (change(params[0]), change(params[1])),
+            entry0_params=(change(log_scale), change(shift)),
         )
+
+    def entry0(self, dtype: torch.dtype) -> ScaleShift:
+        """Returns log-scale and shift of entry 0, in the dtype of the tokens."""
+        log_scale, shift = self.entry0_params
+        return log_scale.to(dtype), shift.to(dtype)
 
     def to(self, dtype: torch.dtype) -> TransformerCache:
         """Returns a copy with which the network runs in `dtype`."""
         return replace(
             self.map_rows(lambda tensor: tensor.to(dtype)),
             weights=cast_tensors(self.weights, dtype),
-            proj_in=self.proj_in.to(dtype),
-            proj_out=cast_tensors(self.proj_out, dtype),
-            final_norm=cast_tensors(self.final_norm, dtype),
+            projections=cast_tensors(self.projections, dtype),
         )

@@ -19,8 +19,8 @@ from jacobiflow.data.grid import PICTURE_CHANNELS
 from jacobiflow.errors import InputValueError
 from jacobiflow.fixed_point import CertifyMode
 from jacobiflow.jobs import JobStore, Unit, UnitOutput
+from jacobiflow.models.contexts import ContextLike, Labels
 from jacobiflow.models.flow import Flow, check_flow
-from jacobiflow.models.labels import ContextLike, Labels
 from jacobiflow.models.latents import MAX_SAMPLES, draw_latents
 from jacobiflow.planner import Strategy
 from jacobiflow.sampling.encoding import npz_bytes, pillow, png_bytes
