@@ -9,7 +9,8 @@ from typing import Any, overload
 from torch import nn
 from torch.distributions import Distribution, Transform
 
-from jacobiflow.adapters.acceleration import Acceleration, Adapter, find_adapter
+from jacobiflow.adapters.acceleration import Acceleration
+from jacobiflow.adapters.adapter import Adapter, find_adapter
 from jacobiflow.adapters.library_acceleration import LibraryAcceleration
 from jacobiflow.adapters.library_module import LIBRARIES
 from jacobiflow.adapters.registry import BUILDERS, load_adapters

@@ -10,7 +10,8 @@ from weakref import WeakSet
 
 from torch import nn
 
-from jacobiflow.adapters.acceleration import Acceleration, Adapter, describe_tolerance, find_adapter
+from jacobiflow.adapters.acceleration import Acceleration, describe_tolerance
+from jacobiflow.adapters.adapter import Adapter, find_adapter
 from jacobiflow.adapters.library_module import is_accelerated
 
 if TYPE_CHECKING:

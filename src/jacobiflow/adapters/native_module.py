@@ -10,13 +10,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from jacobiflow.adapters.library_module import copy_with_tensors
+from jacobiflow.adapters.library_module import DROPOUTS, FUNCTIONS, check_call, copy_with_tensors
 from jacobiflow.adapters.network import LibraryNetwork, Slot
-from jacobiflow.adapters.snapshot import ModuleSnapshot, check_call
 from jacobiflow.errors import UnsupportedError
 from jacobiflow.native.boundary import TransformKind
 from jacobiflow.native.chain import TransformChain
 from jacobiflow.native.transforms import ChainTransform, affine_transform, masked_transform
+from jacobiflow.utils.snapshot import Snapshot
+
+_SETTINGS = (bool, int, float, str, type, *FUNCTIONS)  # Other attributes may be results of calls.
 
 TransformOutput = tuple[Tensor, Tensor | None]
 """The transformed rows, and the log-determinants of the Jacobian if the caller wants them."""
@@ -32,12 +34,12 @@ class TransformSpec:
     Attributes:
         transform: The native transform.
         tensors: Weights, biases, scales and shifts. Their values are read at every call.
-        constants: Masks and indices, which must not change.
+        constants: The dictionaries of masks and indices, which must not change.
     """
 
     transform: ChainTransform
     tensors: Sequence[Slot] = ()
-    constants: Sequence[Slot] = ()
+    constants: Sequence[dict[str, Any]] = ()
 
 
 ListTransforms = Callable[[Any, bool], Iterator[tuple[TransformSpec, bool]]]
@@ -63,31 +65,31 @@ class NativeModule:
 
     Attributes:
         snapshot: The module as it was when this was made.
-        obstacle: Why native code does not take the module, or `None` if it does.
         chain: Its transforms.
-        uses: What `Acceleration` records of a call: for each transform, the number of passes and the backend.
     """
 
     chain: TransformChain
-    uses: dict[nn.Module, tuple[int, str]]
 
     def __init__(self, module: nn.Module, list_transforms: ListTransforms, is_conditional: bool) -> None:
-        self._module = module
-        self.obstacle: str | None = None
-        constants: list[Slot] = []
+        self._module, modules = module, list(module.modules())
+        self._dropouts = [part for part in modules if isinstance(part, DROPOUTS) and part.p > 0]
+        self._obstacle: str | None = None
         try:
-            for child in module.modules():
-                check_call(child)
+            for part in modules:
+                check_call(part)
             specs = list(list_transforms(module, is_conditional))
             self.chain = TransformChain([(spec.transform, is_inverted) for spec, is_inverted in specs])
-            constants = [slot for spec, _ in specs for slot in spec.constants]
-            if any(holder[name].is_inference() for holder, name in constants):
-                raise UnsupportedError("masks of inference mode")  # They do not count their changes.
-        except UnsupportedError as error:
-            self.obstacle, constants = str(error), []
-        else:
             self._tensors = [slot for spec, _ in specs for slot in spec.tensors]
-        self.snapshot = ModuleSnapshot(module, constants)
+            self.snapshot = Snapshot(modules, [each for spec, _ in specs for each in spec.constants], _SETTINGS)
+        except UnsupportedError as error:
+            self._obstacle, self.snapshot = str(error), Snapshot(modules, kinds=_SETTINGS)
+
+    @property
+    def obstacle(self) -> str | None:
+        """Why native code does not take the module, or `None` if it does."""
+        if self._dropouts and any(part.training for part in self._dropouts):
+            return "dropout in training mode"
+        return self._obstacle
 
     def tensors(self) -> list[Any]:
         """Returns the tensors of the chain as they are now."""
@@ -105,16 +107,22 @@ class NativeModule:
 def flatten_batch(
     x: Float[Tensor, "*batch d"], context: Float[Tensor, "*batch c"] | None
 ) -> tuple[Float[Tensor, "b d"], Float[Tensor, "#b c"] | None, torch.Size]:
-    """Returns the rows, one context for each row or for all, and the shape of the batch that both broadcast to."""
-    batch, features = x.shape[:-1], x.shape[-1]
-    if x.ndim == 2 and (context is None or (context.ndim == 2 and context.shape[0] == batch[0])):
-        return x, context, batch
-    if context is None:
-        return x.reshape(-1, features), None, batch
-    batch_of_context, width = context.shape[:-1], context.shape[-1]
-    if batch_of_context != batch and (len(batch_of_context) > len(batch) or batch_of_context.numel() != 1):
-        batch = torch.broadcast_shapes(batch, batch_of_context)  # It is slow, so it is called only if needed.
-        x = x.expand(*batch, features)
-    if batch_of_context.numel() == 1:
-        return x.reshape(-1, features), context.reshape(1, width), batch
-    return x.reshape(-1, features), context.expand(*batch, width).reshape(-1, width), batch
+    """Returns the rows, one context for each row or for all, and the shape of the batch that both broadcast to.
+
+    Raises UnsupportedError if they do not broadcast.
+    """
+    if x.ndim == 2 and (context is None or (context.ndim == 2 and context.shape[0] == x.shape[0])):
+        return x, context, x.shape[:-1]
+    try:
+        batch, features = x.shape[:-1], x.shape[-1]
+        if context is None:
+            return x.reshape(-1, features), None, batch
+        batch_of_context, width = context.shape[:-1], context.shape[-1]
+        if batch_of_context != batch and (len(batch_of_context) > len(batch) or batch_of_context.numel() != 1):
+            batch = torch.broadcast_shapes(batch, batch_of_context)  # It is slow, so it is called only if needed.
+            x = x.expand(*batch, features)
+        if batch_of_context.numel() == 1:
+            return x.reshape(-1, features), context.reshape(1, width), batch
+        return x.reshape(-1, features), context.expand(*batch, width).reshape(-1, width), batch
+    except (IndexError, RuntimeError) as error:
+        raise UnsupportedError("rows and a context of shapes that do not fit") from error

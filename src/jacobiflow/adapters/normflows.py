@@ -13,7 +13,7 @@ from normflows.flows.neural_spline.wrapper import AutoregressiveRationalQuadrati
 from normflows.nets import made
 from torch import Tensor
 
-from jacobiflow.adapters.acceleration import AcceleratedModule, Adapter
+from jacobiflow.adapters.adapter import AcceleratedModule, Adapter
 from jacobiflow.adapters.library_module import library_class
 from jacobiflow.adapters.made import AcceleratedTransform, context_args, evaluate_by_native, made_spec, spline_spec
 from jacobiflow.adapters.native_module import TransformSpec
@@ -37,7 +37,7 @@ def list_transforms(module: Any, is_conditional: bool) -> Iterator[tuple[Transfo
         yield made_spec(module, made, is_conditional, kind, logit_shift=2.0, min_scale=1e-3), False
     elif kind is Permute and module.mode == "shuffle":
         order = permutation_transform(module.perm.tolist())
-        yield TransformSpec(order, constants=[(module._buffers, "perm")]), False
+        yield TransformSpec(order, constants=[module._buffers]), False
     elif kind is Permute and module.mode == "swap":
         half = module.num_channels // 2
         order = permutation_transform([*range(half, module.num_channels), *range(half)])

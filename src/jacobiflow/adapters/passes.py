@@ -11,8 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from jacobiflow.adapters.acceleration import MIN_PASSES, Acceleration
-from jacobiflow.adapters.library_module import LIBRARIES, shallow_copy
-from jacobiflow.adapters.snapshot import DROPOUTS, has_forward_hooks, has_replaced_method
+from jacobiflow.adapters.library_module import DROPOUTS, LIBRARIES, has_forward_hooks, has_replaced_method, shallow_copy
 from jacobiflow.fixed_point.implicit import solve_adjoint
 from jacobiflow.native.tensors import is_traced
 from jacobiflow.utils.autograd import check_first_derivative, is_batched

@@ -26,7 +26,7 @@ from zuko.transforms import (
     PermutationTransform,
 )
 
-from jacobiflow.adapters.acceleration import AcceleratedModule, Adapter
+from jacobiflow.adapters.adapter import AcceleratedModule, Adapter
 from jacobiflow.adapters.library_module import is_accelerated, library_class
 from jacobiflow.adapters.native_module import (
     TransformOutput,
@@ -115,7 +115,7 @@ def _unconditional_spec(module: Any) -> TransformSpec:
     slots = _argument_slots(module)
     if module.f is PermutationTransform and len(slots) == 1:
         (holder, name), *_ = slots.values()
-        return TransformSpec(permutation_transform(holder[name].tolist()), constants=[(holder, name)])
+        return TransformSpec(permutation_transform(holder[name].tolist()), constants=[holder])
     if module.f is AffineTransform:
         loc, scale = _location_scale(module)
         return affine_spec(scale, loc)
