@@ -170,7 +170,7 @@ class Acceleration:
             indices = failed.nonzero().flatten()
             contexts = None if contexts is None else contexts.expand(len(rows), -1)[indices]
             values[indices], new_log_dets = library_call(module, rows[indices], contexts)
-            if log_dets is not None:
+            if log_dets is not None and new_log_dets is not None:
                 log_dets[indices] = new_log_dets
         for each in part.parts:
             each.latest_use = 0, "native"

@@ -43,20 +43,20 @@ class Snapshot:
         self._has_hooks = any(self._hooks)
         self._dicts = [*(module._modules for module in modules), *dicts]
         self._dicts_before = _copy(self._dicts)
-        slots = [
+        slots: list[tuple[Any, str]] = [
             (state, name)
             for state in self._states
             for name, value in state.items()
             if name not in _PYTORCH_NAMES and isinstance(value, kinds)
         ]
-        self._attribute_slots = list(zip(*slots, strict=True))
-        self._attributes = _copy(list(self._read(self._attribute_slots)))
+        self._attribute_slots = _unzip(slots)
+        self._attributes = [_copy(state[name]) for state, name in slots]
         slots += [(each, name) for each in self._dicts for name in each]
         tensors = [(holder, name) for holder, name in slots if isinstance(holder[name], Tensor)]
         if any(holder[name].is_inference() for holder, name in tensors):
             raise UnsupportedError("tensors of inference mode")
-        self._tensor_slots = list(zip(*tensors, strict=True))
-        self._versions = list(map(_version, self._read(self._tensor_slots)))
+        self._tensor_slots = _unzip(tensors)
+        self._versions = [holder[name]._version for holder, name in tensors]
 
     def is_current(self) -> bool:
         """Returns True if nothing has changed.
@@ -69,15 +69,15 @@ class Snapshot:
                 and list(map(len, self._states)) == self._sizes
                 and any(self._hooks) == self._has_hooks
                 and self._dicts == self._dicts_before
-                and list(self._read(self._attribute_slots)) == self._attributes
-                and list(map(_version, self._read(self._tensor_slots))) == self._versions
+                and list(map(getitem, *self._attribute_slots)) == self._attributes
+                and list(map(_version, map(getitem, *self._tensor_slots))) == self._versions
             )
         except Exception:  # Tensors, and other objects of a user, cannot be compared with each other.
             return False
 
-    @staticmethod
-    def _read(slots: list[Any]) -> Any:
-        return map(getitem, *slots) if slots else ()
+
+def _unzip(slots: list[tuple[Any, str]]) -> tuple[list[Any], list[str]]:
+    return [holder for holder, _ in slots], [name for _, name in slots]
 
 
 def _copy(value: Any) -> Any:
