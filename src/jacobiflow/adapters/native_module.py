@@ -79,7 +79,8 @@ class NativeModule:
                 check_call(part)
             specs = list(list_transforms(module, is_conditional))
             self.chain = TransformChain([(spec.transform, is_inverted) for spec, is_inverted in specs])
-            self._tensors = [slot for spec, _ in specs for slot in spec.tensors]
+            slots = [slot for spec, _ in specs for slot in spec.tensors]
+            self._holders, self._names = [holder for holder, _ in slots], [name for _, name in slots]
             self.snapshot = Snapshot(modules, [each for spec, _ in specs for each in spec.constants], _SETTINGS)
         except UnsupportedError as error:
             self._obstacle, self.snapshot = str(error), Snapshot(modules, kinds=_SETTINGS)
@@ -93,13 +94,13 @@ class NativeModule:
 
     def tensors(self) -> list[Any]:
         """Returns the tensors of the chain as they are now."""
-        return [holder.get(name) for holder, name in self._tensors]
+        return list(map(dict.get, self._holders, self._names))
 
     def evaluate_in_pytorch(
         self, library_call: LibraryCall, x: Tensor, context: Tensor | None, tensors: Sequence[Tensor]
     ) -> TransformOutput:
         """Repeats a call by the library's code, with these tensors as weights."""
-        places = [(id(holder), name) for holder, name in self._tensors]
+        places = zip(map(id, self._holders), self._names, strict=True)
         module = copy_with_tensors(self._module, dict(zip(places, tensors, strict=True)))
         return library_call(module, x, None if context is None else context.expand(len(x), -1))
 
