@@ -54,13 +54,13 @@ class AcceleratedFlow(AcceleratedModule):
 
     def forward_and_log_det(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Returns x of latents z and log|det dx/dz| (B,), as normflows does."""
-        result = evaluate_by_native(self, "forward_and_log_det", z, context)
-        return super().forward_and_log_det(z, *context_args(context)) if result is None else result  # type: ignore[misc]
+        result: Any = evaluate_by_native(self, "forward_and_log_det", z, context)
+        return result or super().forward_and_log_det(z, *context_args(context))  # type: ignore[misc]
 
     def inverse_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Returns latents z of x and log|det dz/dx| (B,), as normflows does."""
-        result = evaluate_by_native(self, "inverse_and_log_det", x, context)
-        return super().inverse_and_log_det(x, *context_args(context)) if result is None else result  # type: ignore[misc]
+        result: Any = evaluate_by_native(self, "inverse_and_log_det", x, context)
+        return result or super().inverse_and_log_det(x, *context_args(context))  # type: ignore[misc]
 
     def forward(self, z: Tensor, context: Tensor | None = None) -> Tensor:
         return self.forward_and_log_det(z, context)[0]
