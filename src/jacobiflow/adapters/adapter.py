@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 from torch import nn
 
 from jacobiflow.adapters.library_module import library_class, shallow_copy
 from jacobiflow.adapters.native_module import ListTransforms
-
-if TYPE_CHECKING:
-    from jacobiflow.adapters.acceleration import Acceleration
 
 
 class AcceleratedModule(nn.Module):
@@ -20,10 +17,14 @@ class AcceleratedModule(nn.Module):
 
     A module is accelerated by a change of its class, so that its attributes stay as they are. Copies and pickles are of
     the library's class.
+
+    Attributes:
+        library_class: The class without acceleration.
+        acceleration: The `Acceleration` that changed the class.
     """
 
     library_class: ClassVar[type[nn.Module]]
-    acceleration: ClassVar[Acceleration]
+    acceleration: ClassVar[Any]
 
     def __init_subclass__(cls, **_: Any) -> None:
         """Leaves out that of the user's class, which may register its subclasses or have parameters."""
