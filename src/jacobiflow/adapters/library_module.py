@@ -9,9 +9,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from jacobiflow.errors import UnsupportedError
-from jacobiflow.utils.snapshot import HOOKS
-
 LIBRARIES = {  # Package on PyPI, first supported version, end of the supported versions.
     "zuko": ("zuko", "1.2", "2"), "nflows": ("nflows", "0.14", "0.15"),
     "normflows": ("normflows", "1.7", "2"), "pyro": ("pyro-ppl", "1.9", "2"),
@@ -51,14 +48,6 @@ def copy_with_tensors(module: nn.Module, tensors: Mapping[tuple[int, str], Tenso
             entries = vars(part)[kind]
             vars(copy)[kind] = {name: tensors.get((id(entries), name), tensor) for name, tensor in entries.items()}
     return copies[module]
-
-
-def check_call(module: nn.Module) -> None:
-    """Raises UnsupportedError if a call of the module does more than its class's `forward`."""
-    if any(vars(module)[name] for name in HOOKS):
-        raise UnsupportedError(f"a hook on {type(module).__name__}")
-    if has_replaced_method(module):
-        raise UnsupportedError(f"a method of its own on {type(module).__name__}")
 
 
 def has_forward_hooks(module: nn.Module) -> bool:

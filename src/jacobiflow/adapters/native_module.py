@@ -10,13 +10,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from jacobiflow.adapters.library_module import DROPOUTS, FUNCTIONS, check_call, copy_with_tensors
+from jacobiflow.adapters.library_module import DROPOUTS, FUNCTIONS, copy_with_tensors, has_replaced_method
 from jacobiflow.adapters.network import LibraryNetwork, Slot
 from jacobiflow.errors import UnsupportedError
 from jacobiflow.native.boundary import TransformKind
 from jacobiflow.native.chain import TransformChain
 from jacobiflow.native.transforms import ChainTransform, affine_transform, masked_transform
-from jacobiflow.utils.snapshot import Snapshot
+from jacobiflow.utils.snapshot import HOOKS, Snapshot
 
 _SETTINGS = (bool, int, float, str, type, *FUNCTIONS)  # Other attributes may be results of calls.
 
@@ -34,12 +34,10 @@ class TransformSpec:
     Attributes:
         transform: The native transform.
         tensors: Weights, biases, scales and shifts. Their values are read at every call.
-        constants: The dictionaries of masks and indices, which must not change.
     """
 
     transform: ChainTransform
     tensors: Sequence[Slot] = ()
-    constants: Sequence[dict[str, Any]] = ()
 
 
 ListTransforms = Callable[[Any, bool], Iterator[tuple[TransformSpec, bool]]]
@@ -51,7 +49,7 @@ Raises UnsupportedError if native code does not take one of the transforms.
 
 def masked_spec(network: LibraryNetwork, **fields: Any) -> TransformSpec:
     """Returns an elementwise transform whose parameters a network gives; `fields` are those of `masked_transform`."""
-    return TransformSpec(masked_transform(network, **fields), network.tensors, network.constants)
+    return TransformSpec(masked_transform(network, **fields), network.tensors)
 
 
 def affine_spec(scale: Slot, shift: Slot, kind: Any = TransformKind.AFFINE) -> TransformSpec:
@@ -76,12 +74,15 @@ class NativeModule:
         self._obstacle: str | None = None
         try:
             for part in modules:
-                check_call(part)
+                if any(vars(part)[name] for name in HOOKS):
+                    raise UnsupportedError(f"a hook on {type(part).__name__}")
+                if has_replaced_method(part):
+                    raise UnsupportedError(f"a method of its own on {type(part).__name__}")
             specs = list(list_transforms(module, is_conditional))
             self.chain = TransformChain([(spec.transform, is_inverted) for spec, is_inverted in specs])
             slots = [slot for spec, _ in specs for slot in spec.tensors]
             self._holders, self._names = [holder for holder, _ in slots], [name for _, name in slots]
-            self.snapshot = Snapshot(modules, [each for spec, _ in specs for each in spec.constants], _SETTINGS)
+            self.snapshot = Snapshot(modules, [part._buffers for part in modules], _SETTINGS)
         except UnsupportedError as error:
             self._obstacle, self.snapshot = str(error), Snapshot(modules, kinds=_SETTINGS)
 

@@ -44,8 +44,7 @@ def _transform_spec(module: Any, kind: Any, is_conditional: bool) -> TransformSp
     if kind is MaskedPiecewiseRationalQuadraticAutoregressiveTransform:
         return spline_spec(module, made, is_conditional)
     if kind in (Permutation, RandomPermutation, ReversePermutation) and module._dim == 1:
-        order = permutation_transform(module._permutation.tolist())
-        return TransformSpec(order, constants=[module._buffers])
+        return TransformSpec(permutation_transform(module._permutation.tolist()))
     if kind in (PointwiseAffineTransform, AffineTransform):
         return affine_spec((module._buffers, "_scale"), (module._buffers, "_shift"))
     raise UnsupportedError(kind.__name__)

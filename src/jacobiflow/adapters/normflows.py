@@ -36,12 +36,10 @@ def list_transforms(module: Any, is_conditional: bool) -> Iterator[tuple[Transfo
         kind = TransformKind.SIGMOID_AFFINE
         yield made_spec(module, made, is_conditional, kind, logit_shift=2.0, min_scale=1e-3), False
     elif kind is Permute and module.mode == "shuffle":
-        order = permutation_transform(module.perm.tolist())
-        yield TransformSpec(order, constants=[module._buffers]), False
+        yield TransformSpec(permutation_transform(module.perm.tolist())), False
     elif kind is Permute and module.mode == "swap":
         half = module.num_channels // 2
-        order = permutation_transform([*range(half, module.num_channels), *range(half)])
-        yield TransformSpec(order), False
+        yield TransformSpec(permutation_transform([*range(half, module.num_channels), *range(half)])), False
     else:
         raise UnsupportedError(kind.__name__)
 

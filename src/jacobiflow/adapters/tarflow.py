@@ -123,14 +123,14 @@ def _reverse(block: Any, arguments: _ReverseArgs) -> tuple[Tensor, Tensor]:
     elif getattr(block, "class_embed", None) is not None:
         other = block.class_embed.mean(dim=0, keepdim=True)
         context = other if arguments.y is None else block.class_embed[arguments.y]
-    extrapolation = None
+    guidance = None
     if arguments.guidance > 0:
         weights = x.new_full((tokens,), arguments.guidance)
         if arguments.annealed_guidance:
             weights *= torch.arange(tokens, device=x.device) / max(tokens - 1, 1)
         zeros = torch.zeros_like(weights)
         of_scale, of_shift = (weights if parameter in arguments.guide_what else zeros for parameter in "ab")
-        extrapolation = GuidanceTerms(of_scale, of_shift, other, arguments.attn_temp, by_density=False)
+        guidance = GuidanceTerms(of_scale, of_shift, other, arguments.attn_temp, by_density=False)
     layers = [_layer(layer) for layer in block.attn_blocks]
     network = CausalTransformer(
         proj_in=block.proj_in.weight,
@@ -141,7 +141,7 @@ def _reverse(block: Any, arguments: _ReverseArgs) -> tuple[Tensor, Tensor]:
         out_bias=block.proj_out.bias,
         has_scale=len(block.proj_out.bias) == 2 * x.shape[2],
     )
-    x, log_det = network.invert(z, context, extrapolation)
+    x, log_det = network.invert(z, context, guidance)
     return block.permutation(x, inverse=True), log_det
 
 

@@ -113,7 +113,7 @@ def _unconditional_spec(module: Any) -> TransformSpec:
     """Returns a permutation, or an affine transform whose scale and shift are parameters."""
     if module.f is PermutationTransform and module._nargs == 1 and len(module._buffers) == 1:
         (order,) = module._buffers.values()
-        return TransformSpec(permutation_transform(order.tolist()), constants=[module._buffers])
+        return TransformSpec(permutation_transform(order.tolist()))
     if module.f is AffineTransform:
         loc, scale = _location_scale(module)
         return affine_spec(scale, loc)
@@ -245,7 +245,7 @@ class AcceleratedComposed(_AcceleratedTransform, ComposedTransform):  # type: ig
 class AcceleratedNormalizingFlow(NormalizingFlow):  # type: ignore[misc]
     """A flow at a context. Its transform and base are made when they are needed. Copies are of zuko's class.
 
-    It has no constructor of its own, as zuko's `expand` refuses those. An expanded flow has no module.
+    It has no constructor of its own, as zuko's `expand` refuses those. An expanded flow has no module, so it is zuko's.
     """
 
     module: Any = None
@@ -267,7 +267,7 @@ class AcceleratedNormalizingFlow(NormalizingFlow):  # type: ignore[misc]
     def rsample(self, shape: Any = ()) -> Float[Tensor, "*batch d"]:
         """Returns samples."""
         module = self.module
-        if module is None or not is_accelerated(module):
+        if not is_accelerated(module):
             return super().rsample(shape)
 
         def library_call(module: Any, z: Tensor, context: Tensor | None) -> TransformOutput:
@@ -287,7 +287,7 @@ class AcceleratedNormalizingFlow(NormalizingFlow):  # type: ignore[misc]
     def log_prob(self, x: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch"]:
         """Returns the log-density of x."""
         module = self.module
-        if module is None or not is_accelerated(module):
+        if not is_accelerated(module):
             return super().log_prob(x)
 
         def library_call(module: Any, x: Tensor, context: Tensor | None) -> TransformOutput:
