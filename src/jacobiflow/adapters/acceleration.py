@@ -209,19 +209,17 @@ class _Part:
                 self.module, self.adapter.list_transforms, is_conditional
             )
         if native.obstacle is not None:
-            raise UnsupportedError(native.obstacle)
+            raise UnsupportedError(f"native code does not know {native.obstacle}")
         return native
 
     def expected_backend(self, tolerance: float | None) -> str:
         """Returns in words how the module is inverted."""
-        is_missing, why = load_library() is None, f"native code is {describe_native()}"
         if self.adapter.list_transforms is None:
-            return f"its own loop: {why}" if is_missing else "native code"
+            return "native code"
         if tolerance == 0:
             return "passes"
-        if is_missing:
-            return f"passes: {why}"
-        obstacle = NativeModule(self.module, self.adapter.list_transforms, is_conditional=False).obstacle
-        if obstacle is None:
-            return "native code"
-        return f"passes, if there are {MIN_PASSES} features or more: native code does not know {obstacle}"
+        try:
+            self.find_native(is_conditional=False)
+        except UnsupportedError as error:
+            return f"passes, if there are {MIN_PASSES} features or more: {error}"
+        return "native code"
