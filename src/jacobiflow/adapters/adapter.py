@@ -10,6 +10,7 @@ from torch import nn
 
 from jacobiflow.adapters.library_module import library_class, shallow_copy
 from jacobiflow.adapters.native_module import ListTransforms
+from jacobiflow.errors import UnsupportedError
 
 
 class AcceleratedModule(nn.Module):
@@ -63,17 +64,16 @@ class Adapter:
     def library(self) -> str:
         return self.target.__module__.split(".")[0]
 
-    def obstacle(self, module: nn.Module) -> str | None:
-        """Returns why the module cannot be accelerated, or `None` if it can."""
+    def check(self, module: nn.Module) -> None:
+        """Raises UnsupportedError if the module cannot be accelerated."""
         kind = library_class(module)
         if _layout(kind) is not _layout(self.mixin):  # Python refuses to change the class of a module.
-            return f"the first base of {kind.__name__} is not {self.library}'s"
+            raise UnsupportedError(f"the first base of {kind.__name__} is not {self.library}'s")
         for method in self.methods:
             if getattr(kind, method) is not getattr(self.target, method):
-                return f"{kind.__name__} overrides {self.library}'s {method}"
+                raise UnsupportedError(f"{kind.__name__} overrides {self.library}'s {method}")
             if method in vars(module):
-                return f"its {method} was replaced"
-        return None
+                raise UnsupportedError(f"its {method} was replaced")
 
 
 def _layout(kind: type) -> type:

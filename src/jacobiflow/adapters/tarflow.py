@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 
 from jacobiflow.adapters.adapter import AcceleratedModule, Adapter
 from jacobiflow.adapters.library_module import has_forward_hooks, library_class
-from jacobiflow.adapters.tarflow_trial import MAX_GUIDANCE, TEMPERATURES, TrialResult, try_block
+from jacobiflow.adapters.tarflow_trial import MAX_GUIDANCE, TEMPERATURES, TrialResult, run_trial
 from jacobiflow.errors import UnsupportedError
 from jacobiflow.native import describe as describe_native
 from jacobiflow.native import load_library
@@ -38,22 +37,17 @@ class _ReverseArgs:
     annealed_guidance: Any = False
 
 
-def find_blocks(modules: Iterable[nn.Module]) -> tuple[dict[nn.Module, Adapter], dict[nn.Module, str]]:
-    """Tries all TarFlow blocks; returns the adapters of those that can be accelerated, and the obstacles of others."""
-    adapters: dict[nn.Module, Adapter] = {}
-    obstacles: dict[nn.Module, str] = {}
-    results: dict[bytes | None, TrialResult] = {}
-    for module in modules:
-        if all(hasattr(module, name) for name in _PARTS):
-            try:
-                adapters[module] = _make_adapter(module, results)
-            except UnsupportedError as error:
-                obstacles[module] = str(error)
-    return adapters, obstacles
+def is_block(module: nn.Module) -> bool:
+    """Returns True if a module has the attributes of a TarFlow block."""
+    return all(hasattr(module, name) for name in _PARTS)
 
 
-def _make_adapter(block: Any, results: dict[bytes | None, TrialResult]) -> Adapter:
-    """Returns the adapter of a block, given the results of earlier trials. Raises UnsupportedError if there is none."""
+def try_block(block: Any, trials: dict[bytes | None, TrialResult]) -> Adapter:
+    """Returns the adapter of a block whose parts, and whose results in a trial, are those of a TarFlow block.
+
+    The result of its trial is added to those of earlier blocks, see `run_trial`. Raises UnsupportedError if they are
+    not those of a TarFlow block.
+    """
     kind: Any = library_class(block)
     signature = inspect.signature(kind.reverse)
     for name in signature.parameters:
@@ -72,7 +66,7 @@ def _make_adapter(block: Any, results: dict[bytes | None, TrialResult]) -> Adapt
     def reverse(block: Any, **arguments: Any) -> tuple[Tensor, Tensor]:
         return _reverse(block, _ReverseArgs(**defaults | arguments))
 
-    result = try_block(block, reverse, signature.parameters, results)
+    result = run_trial(block, reverse, signature.parameters, trials)
     modules = list(block.modules())
     bases = dict.fromkeys(base for part in modules for base in library_class(part).__mro__)
     names = {
@@ -89,28 +83,22 @@ def _shapes(block: nn.Module) -> dict[str, torch.Size]:
 
 def _check_parts(block: Any) -> None:
     """Raises UnsupportedError with the name of the first part that a TarFlow block lacks, or has otherwise."""
-    layers = {
-        "attention.norm": nn.LayerNorm, "attention.qkv": nn.Linear, "attention.proj": nn.Linear,
-        "mlp.norm": nn.LayerNorm, "mlp.main.0": nn.Linear, "mlp.main.1": nn.GELU,
-    }  # fmt: skip
-    expected: dict[str, Any] = {"proj_in": nn.Linear, "proj_out": nn.Linear}
+    expected: dict[Any, type[nn.Module]] = {block.proj_in: nn.Linear, block.proj_out: nn.Linear}
     if getattr(block, "cond_proj", None) is not None:
-        expected["cond_proj"] = nn.Linear
+        expected[block.cond_proj] = nn.Linear
     for i, layer in enumerate(block.attn_blocks):
-        expected |= {f"attn_blocks.{i}.{name}": kind for name, kind in layers.items()}
-        main = getattr(getattr(layer, "mlp", None), "main", ())
-        if len(main) == 4:
-            expected[f"attn_blocks.{i}.mlp.main.2"] = nn.Dropout
-        expected[f"attn_blocks.{i}.mlp.main.{max(len(main), 3) - 1}"] = nn.Linear
-    parts = dict(block.named_modules())
-    for name, kind in expected.items():
-        part: Any = parts.get(name)
-        if (
-            type(part) is not kind
-            or any(getattr(part, key) != value for key, value in _SETTINGS.get(kind, {}).items())
-            or (kind in (nn.Linear, nn.LayerNorm) and (part.weight is None or part.bias is None))
-        ):
-            raise UnsupportedError(f"{name} is not that of a TarFlow block")
+        try:
+            attention, mlp, (up, activation, *dropout, down) = layer.attention, layer.mlp, layer.mlp.main
+            expected |= dict.fromkeys((attention.norm, mlp.norm), nn.LayerNorm)
+            expected |= dict.fromkeys((attention.qkv, attention.proj, up, down), nn.Linear)
+        except (AttributeError, TypeError, ValueError) as error:
+            raise UnsupportedError(f"attn_blocks.{i} is not that of a TarFlow block") from error
+        expected |= {activation: nn.GELU, **dict.fromkeys(dropout, nn.Dropout)}
+    names = {part: name for name, part in block.named_modules()}
+    for part, kind in expected.items():
+        has_settings = all(getattr(part, key, None) == value for key, value in _SETTINGS.get(kind, {}).items())
+        if type(part) is not kind or not has_settings or getattr(part, "bias", part) is None:
+            raise UnsupportedError(f"{names.get(part)} is not that of a TarFlow block")
 
 
 def _reverse(block: Any, arguments: _ReverseArgs) -> tuple[Tensor, Tensor]:

@@ -62,19 +62,19 @@ def _default_settings() -> Iterator[None]:
         torch.set_default_dtype(dtype)
 
 
-def try_block(
+def run_trial(
     block: Any,
     native: Callable[..., tuple[Tensor, Tensor]],
     parameters: Collection[str],
-    results: dict[bytes | None, TrialResult],
+    trials: dict[bytes | None, TrialResult],
 ) -> TrialResult:
     """Compares a block's `reverse` with native code, on a copy of the block on a CPU in float32.
 
     Args:
         native: Computes `reverse` of a block by native code, with its arguments.
         parameters: The names of the parameters of the block's `reverse`.
-        results: Those of earlier blocks, to which this one is added. Blocks that differ only in the values of their
-            weights share the comparisons with random weights.
+        trials: The results of earlier blocks, to which this one is added. Blocks that differ only in the values of
+            their weights share the comparisons with random weights.
 
     Raises:
         UnsupportedError: If results differ, or the block's code raises an error.
@@ -87,9 +87,9 @@ def try_block(
         except Exception as error:
             raise UnsupportedError(f"it cannot be tried: {type(error).__name__}: {first_line(error)}") from error
         trial.compare_own_weights()
-        result = results.get(key) or trial.compare_random_weights()
+        result = trials.get(key) or trial.compare_random_weights()
         if key is not None:
-            results[key] = result
+            trials[key] = result
         return result
 
 
