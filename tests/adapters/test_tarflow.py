@@ -238,6 +238,16 @@ def test_a_fork_that_computes_something_else_is_left_alone(name: str, surroundin
     assert torch.equal(torch.get_rng_state(), state)
 
 
+def test_blocks_that_differ_only_in_weights_share_a_part_of_the_trial(monkeypatch: pytest.MonkeyPatch) -> None:
+    trial, calls = tarflow_trial._Trial, []
+    compare = trial.compare_random_weights
+    monkeypatch.setattr(trial, "compare_random_weights", lambda self: calls.append(self) or compare(self))
+    blocks = [Block(dropout=0.1), Block(dropout=0.1), Block(dropout=0.2)]
+    blocks[2].gain = torch.ones(1)
+    assert len(jf.accelerate(nn.ModuleList(blocks)).transforms) == 3
+    assert len(calls) == 2
+
+
 def test_without_native_code_a_block_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(SWITCH, "0")
     handle = jf.accelerate(nn.ModuleList([make("plain")]))

@@ -9,12 +9,14 @@ from typing import Any, overload
 from torch import nn
 from torch.distributions import Distribution, Transform
 
-from jacobiflow.adapters.acceleration import Acceleration, Adapter, find_adapter
+from jacobiflow.adapters.acceleration import Acceleration
+from jacobiflow.adapters.adapter import Adapter, find_adapter
 from jacobiflow.adapters.library_acceleration import LibraryAcceleration
 from jacobiflow.adapters.library_module import LIBRARIES
 from jacobiflow.adapters.registry import BUILDERS, load_adapters
-from jacobiflow.adapters.tarflow import find_blocks
-from jacobiflow.errors import InputTypeError, InputValueError
+from jacobiflow.adapters.tarflow import is_block, try_block
+from jacobiflow.adapters.tarflow_trial import TrialResult
+from jacobiflow.errors import InputTypeError, InputValueError, UnsupportedError
 from jacobiflow.utils.checks import check_flag, check_number, format_value
 
 _MAX_DEPTH = 4  # An ensemble holds a list of posteriors, each holds a potential, and this holds the module.
@@ -101,17 +103,20 @@ def accelerate(
         )
     packages = {kind.__module__.split(".")[0] for _, module in modules for kind in type(module).__mro__}
     library_adapters = [adapter for library in LIBRARIES if library in packages for adapter in load_adapters(library)]
-    blocks, obstacles = find_blocks(module for _, module in modules)
     accelerated: dict[nn.Module, tuple[str, Adapter]] = {}
+    reasons: dict[str, str] = {}
+    trials: dict[bytes | None, TrialResult] = {}
     for name, module in modules:
-        adapter = find_adapter(module, library_adapters) or blocks.get(module)
-        if adapter is None:
-            continue
-        if (obstacle := adapter.obstacle(module)) is None:
-            accelerated[module] = name, adapter
-        elif not adapter.is_composition:
-            obstacles[module] = obstacle
-    reasons = {name: obstacles[module] for name, module in modules if module in obstacles}
+        adapter = find_adapter(module, library_adapters)
+        try:
+            if adapter is None and is_block(module):
+                adapter = try_block(module, trials)
+            if adapter is not None:
+                adapter.check(module)
+                accelerated[module] = name, adapter
+        except UnsupportedError as error:
+            if adapter is None or not adapter.is_composition:
+                reasons[name] = str(error)
     if all(adapter.is_composition for _, adapter in accelerated.values()):
         accelerated = {}
         reasons = reasons or {"": _reason_of(module for _, module in modules)}

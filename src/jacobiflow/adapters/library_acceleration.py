@@ -10,8 +10,10 @@ from weakref import WeakSet
 
 from torch import nn
 
-from jacobiflow.adapters.acceleration import Acceleration, Adapter, describe_tolerance, find_adapter
+from jacobiflow.adapters.acceleration import Acceleration, describe_tolerance
+from jacobiflow.adapters.adapter import Adapter, find_adapter
 from jacobiflow.adapters.library_module import is_accelerated
+from jacobiflow.errors import UnsupportedError
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -64,9 +66,14 @@ class LibraryAcceleration:
     def add(self, module: nn.Module) -> None:
         """Accelerates a new module if it can be."""
         adapter = find_adapter(module, self._adapters)
-        if adapter is not None and adapter.obstacle(module) is None:
-            self._accelerations.add(Acceleration(self.tolerance, {module: ("", adapter)}, {}))
-            self._count += not adapter.is_composition
+        if adapter is None:
+            return
+        try:
+            adapter.check(module)
+        except UnsupportedError:
+            return
+        self._accelerations.add(Acceleration(self.tolerance, {module: ("", adapter)}, {}))
+        self._count += not adapter.is_composition
 
     def _end(self, undo: Callable[[Acceleration], None]) -> None:
         with _lock:

@@ -1,8 +1,10 @@
-"""The libraries whose flows can be accelerated; the class of a module without acceleration, and copies that have it."""
+"""Modules of the libraries: their classes without acceleration, their copies, and what they do beside their class."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
+from types import BuiltinFunctionType, FunctionType, MethodType
 from typing import Any
 
 from torch import Tensor, nn
@@ -11,6 +13,8 @@ LIBRARIES = {  # Package on PyPI, first supported version, end of the supported 
     "zuko": ("zuko", "1.2", "2"), "nflows": ("nflows", "0.14", "0.15"),
     "normflows": ("normflows", "1.7", "2"), "pyro": ("pyro-ppl", "1.9", "2"),
 }  # fmt: skip
+DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
+FUNCTIONS = (partial, FunctionType, BuiltinFunctionType, MethodType)
 
 
 def is_accelerated(module: nn.Module) -> bool:
@@ -44,3 +48,18 @@ def copy_with_tensors(module: nn.Module, tensors: Mapping[tuple[int, str], Tenso
             entries = vars(part)[kind]
             vars(copy)[kind] = {name: tensors.get((id(entries), name), tensor) for name, tensor in entries.items()}
     return copies[module]
+
+
+def has_forward_hooks(module: nn.Module) -> bool:
+    """Returns True if the module has forward hooks."""
+    return bool(module._forward_pre_hooks or module._forward_hooks)
+
+
+def has_replaced_method(module: nn.Module) -> bool:
+    """Returns True if an attribute of the module replaces a method of its class, such as `forward`."""
+    kind = type(module)
+    return any(
+        isinstance(value, FUNCTIONS) and isinstance(of_class := getattr(kind, name, None), FunctionType)
+        and getattr(value, "__func__", None) is not of_class
+        for name, value in vars(module).items()
+    )  # fmt: skip

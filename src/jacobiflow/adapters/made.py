@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from jacobiflow.adapters.acceleration import AcceleratedModule
+from jacobiflow.adapters.adapter import AcceleratedModule
 from jacobiflow.adapters.library_module import library_class
 from jacobiflow.adapters.native_module import TransformOutput, TransformSpec, masked_spec
 from jacobiflow.adapters.network import LibraryNetwork
@@ -94,13 +94,11 @@ class AcceleratedComposition(AcceleratedModule):
 
     def forward(self, inputs: Float[Tensor, "b d"], context: Float[Tensor, "b c"] | None = None) -> Sequence[Tensor]:
         """Returns z and log|det dz/dinputs| (B,), as the library does."""
-        result = evaluate_by_native(self, "forward", inputs, context)
-        return super().forward(inputs, context) if result is None else result
+        return evaluate_by_native(self, "forward", inputs, context) or super().forward(inputs, context)
 
     def inverse(self, inputs: Float[Tensor, "b d"], context: Float[Tensor, "b c"] | None = None) -> Sequence[Tensor]:
         """Returns x and log|det dx/dinputs| (B,), as the library does."""
-        result = evaluate_by_native(self, "inverse", inputs, context)
-        return self._invert(inputs, context) if result is None else result
+        return evaluate_by_native(self, "inverse", inputs, context) or self._invert(inputs, context)
 
     def _invert(self, inputs: Tensor, context: Tensor | None) -> Sequence[Tensor]:
         return super().inverse(inputs, context)  # type: ignore[misc]

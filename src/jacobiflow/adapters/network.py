@@ -36,18 +36,15 @@ class LibraryNetwork(MaskedNetwork):
 
     Attributes:
         tensors: The weights and biases, in the order of `shapes`.
-        constants: The masks.
     """
 
     def __init__(self, outputs: Int[Tensor, "d p"], context_columns: range = range(0)) -> None:
         super().__init__(outputs, context_columns)
         self.tensors: list[Slot] = []
-        self.constants: list[Slot] = []
 
     def add_masked_layer(self, source: int, layer: Any, function: Any = None) -> int:
         """Adds function(layer(x))."""
         has_bias = self._add_tensors(layer)
-        self.constants.append((layer._buffers, "mask"))
         return self.add_linear(source, layer.mask.bool(), has_bias, **_activation_fields(function))
 
     def add_function(self, source: int, function: Any) -> int:

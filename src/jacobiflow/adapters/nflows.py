@@ -15,7 +15,7 @@ from nflows.transforms.base import CompositeTransform, InverseTransform
 from nflows.transforms.permutations import Permutation, RandomPermutation, ReversePermutation
 from nflows.transforms.standard import AffineTransform, PointwiseAffineTransform
 
-from jacobiflow.adapters.acceleration import Adapter
+from jacobiflow.adapters.adapter import Adapter
 from jacobiflow.adapters.library_module import library_class
 from jacobiflow.adapters.made import AcceleratedComposition, AcceleratedTransform, made_spec, spline_spec
 from jacobiflow.adapters.native_module import TransformSpec, affine_spec
@@ -44,8 +44,7 @@ def _transform_spec(module: Any, kind: Any, is_conditional: bool) -> TransformSp
     if kind is MaskedPiecewiseRationalQuadraticAutoregressiveTransform:
         return spline_spec(module, made, is_conditional)
     if kind in (Permutation, RandomPermutation, ReversePermutation) and module._dim == 1:
-        order = permutation_transform(module._permutation.tolist())
-        return TransformSpec(order, constants=[(module._buffers, "_permutation")])
+        return TransformSpec(permutation_transform(module._permutation.tolist()))
     if kind in (PointwiseAffineTransform, AffineTransform):
         return affine_spec((module._buffers, "_scale"), (module._buffers, "_shift"))
     raise UnsupportedError(kind.__name__)

@@ -13,7 +13,7 @@ from normflows.flows.neural_spline.wrapper import AutoregressiveRationalQuadrati
 from normflows.nets import made
 from torch import Tensor
 
-from jacobiflow.adapters.acceleration import AcceleratedModule, Adapter
+from jacobiflow.adapters.adapter import AcceleratedModule, Adapter
 from jacobiflow.adapters.library_module import library_class
 from jacobiflow.adapters.made import AcceleratedTransform, context_args, evaluate_by_native, made_spec, spline_spec
 from jacobiflow.adapters.native_module import TransformSpec
@@ -36,12 +36,10 @@ def list_transforms(module: Any, is_conditional: bool) -> Iterator[tuple[Transfo
         kind = TransformKind.SIGMOID_AFFINE
         yield made_spec(module, made, is_conditional, kind, logit_shift=2.0, min_scale=1e-3), False
     elif kind is Permute and module.mode == "shuffle":
-        order = permutation_transform(module.perm.tolist())
-        yield TransformSpec(order, constants=[(module._buffers, "perm")]), False
+        yield TransformSpec(permutation_transform(module.perm.tolist())), False
     elif kind is Permute and module.mode == "swap":
         half = module.num_channels // 2
-        order = permutation_transform([*range(half, module.num_channels), *range(half)])
-        yield TransformSpec(order), False
+        yield TransformSpec(permutation_transform([*range(half, module.num_channels), *range(half)])), False
     else:
         raise UnsupportedError(kind.__name__)
 
@@ -54,13 +52,13 @@ class AcceleratedFlow(AcceleratedModule):
 
     def forward_and_log_det(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Returns x of latents z and log|det dx/dz| (B,), as normflows does."""
-        result = evaluate_by_native(self, "forward_and_log_det", z, context)
-        return super().forward_and_log_det(z, *context_args(context)) if result is None else result  # type: ignore[misc]
+        result: Any = evaluate_by_native(self, "forward_and_log_det", z, context)
+        return result or super().forward_and_log_det(z, *context_args(context))  # type: ignore[misc]
 
     def inverse_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Returns latents z of x and log|det dz/dx| (B,), as normflows does."""
-        result = evaluate_by_native(self, "inverse_and_log_det", x, context)
-        return super().inverse_and_log_det(x, *context_args(context)) if result is None else result  # type: ignore[misc]
+        result: Any = evaluate_by_native(self, "inverse_and_log_det", x, context)
+        return result or super().inverse_and_log_det(x, *context_args(context))  # type: ignore[misc]
 
     def forward(self, z: Tensor, context: Tensor | None = None) -> Tensor:
         return self.forward_and_log_det(z, context)[0]

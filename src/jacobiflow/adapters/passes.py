@@ -11,8 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from jacobiflow.adapters.acceleration import MIN_PASSES, Acceleration
-from jacobiflow.adapters.library_module import LIBRARIES, shallow_copy
-from jacobiflow.adapters.snapshot import DROPOUTS, has_forward_hooks, has_replaced_method
+from jacobiflow.adapters.library_module import DROPOUTS, LIBRARIES, has_forward_hooks, has_replaced_method, shallow_copy
 from jacobiflow.fixed_point.implicit import solve_adjoint
 from jacobiflow.native.tensors import is_traced
 from jacobiflow.utils.autograd import check_first_derivative, is_batched
@@ -46,39 +45,48 @@ def invert_by_passes(
     needs_graph = torch.is_grad_enabled() and any(
         tensor is not None and tensor.requires_grad for tensor in (y, context, *module.parameters())
     )
-    count = 0
-    if _can_end_early(module, y, context, needs_graph):
-        start = _native_inverse(acceleration, module, y, context) if acceleration.tolerance == 0 else None
-        if start is not None or passes >= MIN_PASSES:
-            tolerance = acceleration.tolerance or 0.0
-            outputs: Sequence[Tensor] = [torch.zeros_like(y) if start is None else start]
-            fast_step = partial(step, multiply_masks(network))
-            try:
-                outputs, count = _iterate(fast_step, outputs[0], passes - needs_graph, tolerance)
-            except (MemoryError, torch.OutOfMemoryError):
-                raise
-            except Exception:  # A spline of a user may refuse an iterate that the library's loop does not meet.
-                outputs, count = (), 1
-            if outputs and needs_graph:
-                with torch.enable_grad():
-                    x = outputs[0].detach().requires_grad_()
-                    outputs, count = _Implicit.apply(x, passes, tolerance, *step(network, x)), count + 1
-            if outputs and outputs[0].isfinite().all():
-                acceleration.record_use(module, count, "passes")
-                return outputs
+    tolerance, count = acceleration.tolerance or 0.0, 0
+    outputs: Sequence[Tensor] = ()
+    start = _find_start(acceleration, module, y, context, passes, needs_graph)
+    if start is not None:
+        try:
+            outputs, count = _iterate(partial(step, multiply_masks(network)), start, passes - needs_graph, tolerance)
+        except (MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception:  # A spline of a user may refuse an iterate that the library's loop does not meet.
+            count = 1
+    if outputs and needs_graph:
+        with torch.enable_grad():
+            x = outputs[0].detach().requires_grad_()
+            outputs, count = _Implicit.apply(x, passes, tolerance, *step(network, x)), count + 1
+    if outputs and outputs[0].isfinite().all():
+        acceleration.record_use(module, count, "passes")
+        return outputs
     acceleration.record_use(module, count + passes, "library")
     return None
 
 
-def _can_end_early(module: nn.Module, y: Tensor, context: Tensor | None, needs_graph: bool) -> bool:
-    """Returns False if iterates have no values to compare, or a pass may depend on more than its argument."""
+def _find_start(
+    acceleration: Acceleration, module: nn.Module, y: Tensor, context: Tensor | None, passes: int, needs_graph: bool
+) -> Tensor | None:
+    """Returns where the passes start; `None` if they cannot end early, or are too few to gain by it.
+
+    They cannot if iterates have no values to compare, or if a pass may depend on more than its argument.
+    """
     if y.is_meta or is_traced() or not y.is_floating_point():
-        return False
-    if any(tensor is not None and tensor.layout != torch.strided for tensor in (y, context)):
-        return False
+        return None
     if needs_graph and y.ndim > 2 and not y.is_contiguous():  # PyTorch's products have other bits with a graph.
-        return False
-    return not any(is_stateful(part) for part in module.modules()) and _are_moderate(y, context)
+        return None
+    if any(map(is_stateful, module.modules())) or not _are_moderate(y, context):
+        return None
+    if acceleration.tolerance == 0:
+        with torch.no_grad():
+            of_context = None if context is None else context.detach()
+            output = acceleration.evaluate(module, y.detach(), of_context, is_inverse=True, library_call=None)
+        # Not every library broadcasts y to a larger batch of contexts.
+        if output is not None and output[0].shape == y.shape and _are_moderate(output[0]):
+            return output[0]
+    return torch.zeros_like(y) if passes >= MIN_PASSES else None
 
 
 def is_stateful(module: nn.Module) -> bool:
@@ -101,15 +109,6 @@ def _are_moderate(*tensors: Tensor | None) -> bool:
     """Returns True if all entries are finite, and so small that no iterate of the library overflows."""
     bounds = [t.abs() <= torch.finfo(t.dtype).max ** 0.5 for t in tensors if t is not None]
     return bool(torch.stack([is_moderate.all() for is_moderate in bounds]).all())
-
-
-@torch.no_grad()
-def _native_inverse(acceleration: Acceleration, module: nn.Module, y: Tensor, context: Tensor | None) -> Tensor | None:
-    context = None if context is None else context.detach()
-    output = acceleration.evaluate(module, y.detach(), context, is_inverse=True, library_call=None)
-    if output is None or output[0].shape != y.shape:  # Not every library broadcasts y to a larger batch of contexts.
-        return None
-    return output[0] if _are_moderate(output[0]) else None
 
 
 @torch.no_grad()

@@ -16,7 +16,7 @@ from pyro.distributions.transforms.utils import clamp_preserve_gradients
 from pyro.nn.auto_reg_nn import AutoRegressiveNN, ConditionalAutoRegressiveNN, MaskedLinear
 from torch import Tensor, nn
 
-from jacobiflow.adapters.acceleration import AcceleratedModule, Adapter, accelerate_module
+from jacobiflow.adapters.adapter import AcceleratedModule, Adapter
 from jacobiflow.adapters.library_module import library_class
 from jacobiflow.adapters.native_module import TransformOutput, TransformSpec, masked_spec
 from jacobiflow.adapters.network import LibraryNetwork
@@ -178,7 +178,7 @@ class AcceleratedConditional(ConditionalTransformModule, AcceleratedModule):
         # As a submodule, the conditional transform would give pyro its parameters twice.
         vars(transform).update(_conditional=self, _context=context)
         kind = AcceleratedAffine if isinstance(transform, AffineAutoregressive) else AcceleratedSpline
-        accelerate_module(transform, kind, self.acceleration)
+        self.acceleration.replace_class(transform, kind)
         return transform
 
 

@@ -6,7 +6,7 @@ from importlib.metadata import version
 
 from packaging.version import Version
 
-from jacobiflow.adapters.acceleration import Adapter
+from jacobiflow.adapters.adapter import Adapter
 from jacobiflow.adapters.library_module import LIBRARIES
 from jacobiflow.errors import InputValueError
 

@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from jacobiflow.adapters.acceleration import AcceleratedModule, Adapter
-from jacobiflow.adapters.library_module import library_class
-from jacobiflow.adapters.snapshot import has_forward_hooks
-from jacobiflow.adapters.tarflow_state import BlockState, copy_state, is_same_state, read_state
-from jacobiflow.adapters.tarflow_trial import MAX_GUIDANCE, TEMPERATURES, Trial, TrialResult
-from jacobiflow.errors import UnsupportedError, first_line
+from jacobiflow.adapters.adapter import AcceleratedModule, Adapter
+from jacobiflow.adapters.library_module import has_forward_hooks, library_class
+from jacobiflow.adapters.tarflow_trial import MAX_GUIDANCE, TEMPERATURES, TrialResult, run_trial
+from jacobiflow.errors import UnsupportedError
 from jacobiflow.native import describe as describe_native
 from jacobiflow.native import load_library
 from jacobiflow.native.tensors import is_traced
 from jacobiflow.native.transformer import CausalTransformer, GuidanceTerms
+from jacobiflow.utils.snapshot import Snapshot
 
 _PARTS = ("proj_in", "pos_embed", "attn_blocks", "proj_out", "permutation", "reverse")
 # The settings that native code has for these layers.
@@ -39,83 +37,68 @@ class _ReverseArgs:
     annealed_guidance: Any = False
 
 
-def find_blocks(modules: Iterable[nn.Module]) -> tuple[dict[nn.Module, Adapter], dict[nn.Module, str]]:
-    """Tries all TarFlow blocks; returns the adapters of those that can be accelerated, and the obstacles of others."""
-    adapters: dict[nn.Module, Adapter] = {}
-    obstacles: dict[nn.Module, str] = {}
-    results: list[tuple[BlockState, TrialResult]] = []
-    for module in modules:
-        if all(hasattr(module, name) for name in _PARTS):
-            try:
-                adapters[module] = _try_block(module, results)
-            except UnsupportedError as error:
-                obstacles[module] = str(error)
-    return adapters, obstacles
+def is_block(module: nn.Module) -> bool:
+    """Returns True if a module has the attributes of a TarFlow block."""
+    return all(hasattr(module, name) for name in _PARTS)
 
 
-def _try_block(block: Any, results: list[tuple[BlockState, TrialResult]]) -> Adapter:
-    """Returns the adapter of a block whose parts and results are those of a TarFlow block.
+def try_block(block: Any, trials: dict[bytes | None, TrialResult]) -> Adapter:
+    """Returns the adapter of a block whose parts, and whose results in a trial, are those of a TarFlow block.
 
-    Blocks that differ only in the values of their weights share the trial with random weights. So the result of this
-    block is added to the `results` of earlier blocks.
+    The result of its trial is added to those of earlier blocks, see `run_trial`. Raises UnsupportedError if they are
+    not those of a TarFlow block.
     """
     kind: Any = library_class(block)
     signature = inspect.signature(kind.reverse)
-    known_names = {"self", *(field.name for field in fields(_ReverseArgs))}
     for name in signature.parameters:
-        if name not in known_names:
+        if name not in ("self", *(field.name for field in fields(_ReverseArgs))):
             raise UnsupportedError(f"its reverse takes {name}")
     if "reverse" in vars(block):
         raise UnsupportedError("its reverse was replaced")
     _check_parts(block)
     if load_library() is None:
         raise UnsupportedError(f"native code is {describe_native()}")
-    if is_traced():
-        raise UnsupportedError("it cannot be tried while PyTorch traces, or has hooks on all modules")
+    if is_traced() or any(map(has_forward_hooks, block.modules())):
+        raise UnsupportedError("it cannot be tried while PyTorch traces, or with hooks")
     parameters = signature.parameters.values()
     defaults = {each.name: each.default for each in parameters if each.default is not each.empty}
 
     def reverse(block: Any, **arguments: Any) -> tuple[Tensor, Tensor]:
         return _reverse(block, _ReverseArgs(**defaults | arguments))
 
-    try:
-        state, trial = copy_state(read_state(block)), Trial(block, reverse, signature.parameters)
-    except (MemoryError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:
-        raise UnsupportedError(f"it cannot be tried: {type(error).__name__}: {first_line(error)}") from error
-    trial.compare_own_weights()
-    shared = next((result for other, result in results if is_same_state(other, state)), None)
-    result = shared or trial.compare_random_weights()
-    results.append((state, result))
-    names = {"tried_signature": signature, "tried_state": state, "trial_result": result}
+    result = run_trial(block, reverse, signature.parameters, trials)
+    modules = list(block.modules())
+    bases = dict.fromkeys(base for part in modules for base in library_class(part).__mro__)
+    names = {
+        "signature": signature, "trial_result": result, "shapes": _shapes(block),
+        "buffers_before": {name: buffer.clone() for name, buffer in block.named_buffers()},
+        "snapshot": Snapshot(modules, map(vars, bases)),
+    }  # fmt: skip
     return Adapter(kind, ("reverse",), type("_AcceleratedBlock", (_AcceleratedBlock,), names), list_transforms=None)
+
+
+def _shapes(block: nn.Module) -> dict[str, torch.Size]:
+    return {name: weight.shape for name, weight in block.named_parameters()}
 
 
 def _check_parts(block: Any) -> None:
     """Raises UnsupportedError with the name of the first part that a TarFlow block lacks, or has otherwise."""
-    layers = {
-        "attention.norm": nn.LayerNorm, "attention.qkv": nn.Linear, "attention.proj": nn.Linear,
-        "mlp.norm": nn.LayerNorm, "mlp.main.0": nn.Linear, "mlp.main.1": nn.GELU,
-    }  # fmt: skip
-    expected: dict[str, Any] = {"proj_in": nn.Linear, "proj_out": nn.Linear}
+    expected: dict[Any, type[nn.Module]] = {block.proj_in: nn.Linear, block.proj_out: nn.Linear}
     if getattr(block, "cond_proj", None) is not None:
-        expected["cond_proj"] = nn.Linear
+        expected[block.cond_proj] = nn.Linear
     for i, layer in enumerate(block.attn_blocks):
-        expected |= {f"attn_blocks.{i}.{name}": kind for name, kind in layers.items()}
-        main = getattr(getattr(layer, "mlp", None), "main", ())
-        if len(main) == 4:
-            expected[f"attn_blocks.{i}.mlp.main.2"] = nn.Dropout
-        expected[f"attn_blocks.{i}.mlp.main.{max(len(main), 3) - 1}"] = nn.Linear
-    parts = dict(block.named_modules())
-    for name, kind in expected.items():
-        part: Any = parts.get(name)
-        if (
-            type(part) is not kind
-            or any(getattr(part, key) != value for key, value in _SETTINGS.get(kind, {}).items())
-            or (kind in (nn.Linear, nn.LayerNorm) and (part.weight is None or part.bias is None))
-        ):
-            raise UnsupportedError(f"{name} is not that of a TarFlow block")
+        try:
+            attention, mlp, (up, activation, *dropout, down) = layer.attention, layer.mlp, layer.mlp.main
+            expected |= dict.fromkeys((attention.norm, mlp.norm), nn.LayerNorm)
+            expected |= dict.fromkeys((attention.qkv, attention.proj, up, down), nn.Linear)
+        except (AttributeError, TypeError, ValueError) as error:
+            raise UnsupportedError(f"attn_blocks.{i} is not that of a TarFlow block") from error
+        expected |= {activation: nn.GELU, **dict.fromkeys(dropout, nn.Dropout)}
+    names = {part: name for name, part in block.named_modules()}
+    for part, kind in expected.items():
+        has_settings = all(getattr(part, key, None) == value for key, value in _SETTINGS.get(kind, {}).items())
+        if type(part) is not kind or not has_settings or getattr(part, "bias", part) is None:
+            raise UnsupportedError(f"{names.get(part)} is not that of a TarFlow block")
 
 
 def _reverse(block: Any, arguments: _ReverseArgs) -> tuple[Tensor, Tensor]:
@@ -164,9 +147,11 @@ class _AcceleratedBlock(AcceleratedModule):
     """A block whose `reverse` is native code, unless the block has changed or the trial compared no such call."""
 
     library_class: ClassVar[Any]
-    tried_signature: ClassVar[inspect.Signature]
-    tried_state: ClassVar[BlockState]
+    signature: ClassVar[inspect.Signature]
     trial_result: ClassVar[TrialResult]
+    snapshot: ClassVar[Snapshot]
+    shapes: ClassVar[dict[str, torch.Size]]
+    buffers_before: ClassVar[dict[str, Tensor]]
     pos_embed: Tensor
     proj_in: nn.Linear
 
@@ -180,7 +165,7 @@ class _AcceleratedBlock(AcceleratedModule):
 
     def _native_reverse(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor]:
         try:
-            call = self.tried_signature.bind(self, *args, **kwargs)
+            call = self.signature.bind(self, *args, **kwargs)
         except TypeError as error:  # The block's own message names its function.
             raise UnsupportedError("arguments that do not fit its signature") from error
         call.apply_defaults()
@@ -201,7 +186,15 @@ class _AcceleratedBlock(AcceleratedModule):
         return result
 
     def _has_changed(self) -> bool:
-        return any(map(has_forward_hooks, self.modules())) or not is_same_state(self.tried_state, read_state(self))
+        """Returns True if more than the values of weights has changed since the trial."""
+        buffers = dict(self.named_buffers())
+        if not self.snapshot.is_current() or buffers.keys() != self.buffers_before.keys():
+            return True
+        try:
+            is_same = all(torch.equal(buffer, self.buffers_before[name]) for name, buffer in buffers.items())
+        except RuntimeError:  # They are on another device.
+            is_same = False
+        return not is_same or _shapes(self) != self.shapes
 
     def _is_tried(self, call: _ReverseArgs) -> bool:
         """Returns True if the trial compared arguments of this form."""

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import copy
+import io
+import pickle
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from jacobiflow.adapters.passes import is_stateful
 from jacobiflow.errors import UnsupportedError, first_line
@@ -60,35 +62,66 @@ def _default_settings() -> Iterator[None]:
         torch.set_default_dtype(dtype)
 
 
-class Trial:
+def run_trial(
+    block: Any,
+    native: Callable[..., tuple[Tensor, Tensor]],
+    parameters: Collection[str],
+    trials: dict[bytes | None, TrialResult],
+) -> TrialResult:
     """Compares a block's `reverse` with native code, on a copy of the block on a CPU in float32.
 
     Args:
         native: Computes `reverse` of a block by native code, with its arguments.
         parameters: The names of the parameters of the block's `reverse`.
-    """
+        trials: The results of earlier blocks, to which this one is added. Blocks that differ only in the values of
+            their weights share the comparisons with random weights.
 
-    @_default_settings()
+    Raises:
+        UnsupportedError: If results differ, or the block's code raises an error.
+    """
+    with _default_settings():
+        try:
+            trial, key = _Trial(block, native, parameters), _bytes_without_weights(block)
+        except (MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            raise UnsupportedError(f"it cannot be tried: {type(error).__name__}: {first_line(error)}") from error
+        trial.compare_own_weights()
+        result = trials.get(key) or trial.compare_random_weights()
+        if key is not None:
+            trials[key] = result
+        return result
+
+
+def _bytes_without_weights(block: nn.Module) -> bytes | None:
+    """Returns a file of the block in which only the values of its weights are missing; `None` if it cannot be saved."""
+    weights: dict[int, Any] = {id(weight): torch.empty_like(weight, device="meta") for weight in block.parameters()}
+    file = io.BytesIO()
+    try:
+        torch.save(copy.deepcopy(block, weights), file)
+    except (AttributeError, TypeError, pickle.PicklingError):  # A class of a function, or an object without a pickle.
+        return None
+    return file.getvalue()
+
+
+class _Trial:
+    """A copy of a block whose `reverse` is compared with native code."""
+
     def __init__(self, block: Any, native: Callable[..., tuple[Tensor, Tensor]], parameters: Collection[str]) -> None:
         self._block = copy.deepcopy(block).cpu().float().eval()
-        for part in self._block.modules():  # A call of a block with hooks runs its own code.
-            part._forward_hooks.clear()
-            part._forward_pre_hooks.clear()
         self._native, self._parameters, self._generator = native, parameters, torch.Generator().manual_seed(0)
         self._tokens, self._channels = len(self._block.pos_embed), self._block.proj_in.in_features
         self._input_scale, self._is_random, self._num_results = torch.ones(self._channels), False, 0
         work = self._tokens * sum(weight.numel() for weight in self._block.parameters())
         self._is_large, self._is_conditional = work > _LARGE_BLOCK, getattr(self._block, "cond_proj", None) is not None
 
-    @_default_settings()
     def compare_own_weights(self) -> None:
-        """Compares a call with the block's own weights; raises UnsupportedError if the results differ."""
+        """Compares a call with the block's own weights."""
         if not (self._is_large and self._agrees(2, _FEW_TOKENS)):
             self._compare(2, self._tokens)
 
-    @_default_settings()
     def compare_random_weights(self) -> TrialResult:
-        """Compares all forms of arguments that native code will take; raises UnsupportedError if results differ."""
+        """Compares all forms of arguments that native code will take."""
         self._draw_weights(-1)
         few = min(_FEW_TOKENS, self._tokens - 1)
         takes_fewer = few > 0 and self._agrees(2, few)

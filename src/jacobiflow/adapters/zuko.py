@@ -12,7 +12,6 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.distributions import AffineTransform, Transform
 from torch.distributions.transforms import _InverseTransform
-from torch.distributions.utils import _standard_normal
 from zuko.distributions import DiagNormal, NormalizingFlow
 from zuko.flows.autoregressive import MaskedAutoregressiveTransform
 from zuko.flows.spline import CircularRQSTransform
@@ -26,7 +25,7 @@ from zuko.transforms import (
     PermutationTransform,
 )
 
-from jacobiflow.adapters.acceleration import AcceleratedModule, Adapter
+from jacobiflow.adapters.adapter import AcceleratedModule, Adapter
 from jacobiflow.adapters.library_module import is_accelerated, library_class
 from jacobiflow.adapters.native_module import (
     TransformOutput,
@@ -112,17 +111,16 @@ def _univariate_fields(univariate: Any, shapes: list[Any]) -> dict[str, Any]:
 
 def _unconditional_spec(module: Any) -> TransformSpec:
     """Returns a permutation, or an affine transform whose scale and shift are parameters."""
-    slots = _argument_slots(module)
-    if module.f is PermutationTransform and len(slots) == 1:
-        (holder, name), *_ = slots.values()
-        return TransformSpec(permutation_transform(holder[name].tolist()), constants=[(holder, name)])
+    if module.f is PermutationTransform and module._nargs == 1 and len(module._buffers) == 1:
+        (order,) = module._buffers.values()
+        return TransformSpec(permutation_transform(order.tolist()))
     if module.f is AffineTransform:
         loc, scale = _location_scale(module)
         return affine_spec(scale, loc)
     raise UnsupportedError(f"UnconditionalTransform of {_name_of(module.f)}")
 
 
-def _normal_base(module: Any) -> tuple[Slot, Slot]:
+def _normal_base(module: Any) -> list[Slot]:
     """Returns the location and the scale of a base, if it is a normal distribution."""
     if type(module) is not UnconditionalDistribution:
         raise UnsupportedError(f"the base {type(module).__name__}")
@@ -131,25 +129,19 @@ def _normal_base(module: Any) -> tuple[Slot, Slot]:
     return _location_scale(module)
 
 
-def _location_scale(module: Any) -> tuple[Slot, Slot]:
+def _location_scale(module: Any) -> list[Slot]:
     """Returns the arguments of a lazy module, if these are a location and a scale for all features or for each."""
-    slots = _argument_slots(module)
-    tensors = [holder.get(name) for holder, name in slots.values()]
-    if [*slots] not in (["loc", "scale"], ["_0", "_1"]) or any(t is None or t.ndim > 1 for t in tensors):
-        raise UnsupportedError(f"the arguments of {_name_of(module.f)}")
-    loc, scale = slots.values()
-    return loc, scale
+    holder = module._buffers or module._parameters
+    if module._nargs + len(module._keys) == 2 and [*holder] in (["loc", "scale"], ["_0", "_1"]):
+        loc, scale = holder.values()
+        if loc.ndim < 2 and scale.ndim < 2:
+            return [(holder, name) for name in holder]
+    raise UnsupportedError(f"the arguments of {_name_of(module.f)}")
 
 
 def _name_of(constructor: Any) -> str:
     """Returns the name of a function or class, or the class of another callable."""
     return getattr(constructor, "__name__", type(constructor).__name__)
-
-
-def _argument_slots(module: Any) -> dict[str, Slot]:
-    """Returns the slots of the arguments with which a lazy module calls its constructor, by name."""
-    names = [*(f"_{i}" for i in range(module._nargs)), *module._keys]
-    return {name: (module._buffers if name in module._buffers else module._parameters, name) for name in names}
 
 
 class _AcceleratedTransform(Transform):
@@ -253,7 +245,7 @@ class AcceleratedComposed(_AcceleratedTransform, ComposedTransform):  # type: ig
 class AcceleratedNormalizingFlow(NormalizingFlow):  # type: ignore[misc]
     """A flow at a context. Its transform and base are made when they are needed. Copies are of zuko's class.
 
-    It has no constructor of its own, as zuko's `expand` refuses those. An expanded flow has no module.
+    It has no constructor of its own, as zuko's `expand` refuses those. An expanded flow has no module, so it is zuko's.
     """
 
     module: Any = None
@@ -275,26 +267,27 @@ class AcceleratedNormalizingFlow(NormalizingFlow):  # type: ignore[misc]
     def rsample(self, shape: Any = ()) -> Float[Tensor, "*batch d"]:
         """Returns samples."""
         module = self.module
-        if module is None or not is_accelerated(module):
+        if not is_accelerated(module):
             return super().rsample(shape)
 
         def library_call(module: Any, z: Tensor, context: Tensor | None) -> TransformOutput:
             return library_class(module).forward(module, context).transform.inv(z), None
 
         try:
-            loc, scale = (holder[name] for holder, name in _normal_base(module.base))
+            loc, scale = [holder[name] for holder, name in _normal_base(module.base)]
         except UnsupportedError:
             return super().rsample(shape)
         batch = () if self.context is None else self.context.shape[:-1]
-        all_shape = (*shape, *batch, max(loc.numel(), scale.numel()))
-        z = loc + _standard_normal(all_shape, loc.dtype, loc.device) * scale  # the numbers that zuko's base draws
+        features = max(loc.numel(), scale.numel())
+        noise = torch.randn(*shape, *batch, features, dtype=loc.dtype, device=loc.device)
+        z = loc + noise * scale  # the numbers that zuko's base draws
         result = module.acceleration.evaluate(module, z, self.context, True, library_call)
         return self.transform.inv(z) if result is None else result[0]
 
     def log_prob(self, x: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch"]:
         """Returns the log-density of x."""
         module = self.module
-        if module is None or not is_accelerated(module):
+        if not is_accelerated(module):
             return super().log_prob(x)
 
         def library_call(module: Any, x: Tensor, context: Tensor | None) -> TransformOutput:

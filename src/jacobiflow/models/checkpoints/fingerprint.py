@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from itertools import chain
-from operator import attrgetter, is_
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
-from jacobiflow.errors import InputValueError
+from jacobiflow.errors import InputValueError, UnsupportedError
+from jacobiflow.utils.snapshot import Snapshot
 
 
 def fingerprint(flow: nn.Module | Mapping[str, Tensor]) -> str:
@@ -42,37 +41,16 @@ def cached_fingerprint(flow: Any) -> str:
     PyTorch counts changes by optimizers, `load_state_dict` and in-place operations, not those through `.data` or NumPy.
     """
     cached = _cache.get(flow.blocks)  # The views of a flow share its blocks.
-    try:
-        if cached is None or not cached.is_current():
-            cached = _cache[flow.blocks] = _Snapshot(flow)
-    except RuntimeError:  # PyTorch counts no changes of tensors that were made in inference mode.
-        return fingerprint(flow)
-    return cached.fingerprint
-
-
-class _Snapshot:
-    """A flow's fingerprint, its modules and tensors at that time, and how often the tensors had been changed."""
-
-    def __init__(self, flow: nn.Module) -> None:
+    if cached is None or not cached[0].is_current():
         modules = list(flow.modules())
         # The flow's own dictionary of modules is left out. It holds the blocks, which are a weak key of the cache.
-        dicts: list[dict[str, Any]] = [module._modules for module in modules[1:]]
+        dicts = [module._modules for module in modules[1:]]
         dicts += [each for module in modules for each in (module._parameters, module._buffers)]
-        self._dicts = [each for each in dicts if each]
-        self._parts = self._read()
-        self._tensors = [part for part in self._parts if isinstance(part, Tensor)]
-        self._versions = list(map(_version, self._tensors))
-        self.fingerprint = fingerprint(flow)
-
-    def is_current(self) -> bool:
-        """Tells if the flow has not changed; it has no Python loop, since every call of `auto` needs it."""
-        parts = self._read()
-        is_same = len(parts) == len(self._parts) and all(map(is_, parts, self._parts))
-        return is_same and list(map(_version, self._tensors)) == self._versions
-
-    def _read(self) -> list[Any]:
-        return list(chain.from_iterable(map(dict.values, self._dicts)))
+        try:
+            cached = _cache[flow.blocks] = Snapshot(dicts=dicts), fingerprint(flow)
+        except UnsupportedError:
+            return fingerprint(flow)
+    return cached[1]
 
 
-_version = attrgetter("_version")
-_cache: WeakKeyDictionary[nn.Module, _Snapshot] = WeakKeyDictionary()
+_cache: WeakKeyDictionary[nn.Module, tuple[Snapshot, str]] = WeakKeyDictionary()
