@@ -97,8 +97,8 @@ struct Linear {
     if (!is_packed)
       std::memcpy(memory.data(), values, weight.size() * (is_half ? 2 : sizeof(T)));
     else {
-      const WeightCopy copy{values, memory.data(), outputs, inputs};
-      if (jacobiflow_store(&copy, 1, (int32_t)format, (int32_t)format, 1, 2)) check("store", 1, 0);
+      const WeightCopy copy{{memory.data(), format, 1}, values, outputs, inputs};
+      if (jacobiflow_store(&copy, 1, (int32_t)format, 2)) check("store", 1, 0);
     }
     args = {memory.data(), format, is_packed};
   }
@@ -145,7 +145,7 @@ double transformer_error(WeightFormat format) {
     args.proj_out = out.args, args.out_bias = out.bias.data(), args.layers = &layer;
     args.x = x[i].data(), args.keys_values = keys_values.data(), args.log_det = &log_det[i];
     args.samples = args.networks = args.depth = args.has_scale = args.num_teams = 1, args.num_threads = 1 + 2 * i;
-    args.tokens = args.stop = tokens, args.values = values, args.channels = channels, args.hidden = hidden, args.heads = heads;
+    args.tokens = args.stop = tokens, args.token_channels = values, args.channels = channels, args.hidden = hidden, args.heads = heads;
     if (jacobiflow_solve_transformer(&args, std::is_same<T, double>::value)) return INFINITY;
   }
   double total = std::abs(log_det[0] - log_det[1]);

@@ -47,6 +47,7 @@ def _with_fields(structure: Kind) -> Kind:
 OperationKind = _read_enumeration("OperationKind")
 Activation = _read_enumeration("Activation")
 TransformKind = _read_enumeration("TransformKind")
+ScaleActivation = _read_enumeration("ScaleActivation")
 SplineBoundary = _read_enumeration("SplineBoundary")
 WeightFormat = _read_enumeration("WeightFormat")
 
@@ -72,13 +73,13 @@ class GradientArgs(ctypes.Structure):
 
 
 @_with_fields
-class WeightCopy(ctypes.Structure):
-    """A matrix that is copied to where native code reads it."""
+class Weight(ctypes.Structure):
+    """A weight of a dense layer."""
 
 
 @_with_fields
-class Weight(ctypes.Structure):
-    """A weight of a dense layer."""
+class WeightCopy(ctypes.Structure):
+    """A matrix that is copied to where native code reads it."""
 
 
 @_with_fields

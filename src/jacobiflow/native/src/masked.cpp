@@ -1,24 +1,12 @@
 // Calls from Python: chains of masked transforms. Code for float and for double has files of its own, to compile at once.
 #include "masked.h"
 
-#include <exception>
-
 namespace jacobiflow {
 
 extern template int64_t evaluate<float>(const ChainArgs&);
 extern template int64_t evaluate<double>(const ChainArgs&);
 extern template void differentiate<float>(const GradientArgs&);
 extern template void differentiate<double>(const GradientArgs&);
-
-// Returns run(), or -1 without enough memory or threads.
-template <typename Run>
-int64_t result_of(const Run& run) {
-  try {
-    return run();
-  } catch (const std::exception&) {
-    return -1;
-  }
-}
 
 }  // namespace jacobiflow
 
