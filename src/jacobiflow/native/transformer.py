@@ -180,7 +180,9 @@ class _PackedTransformer:
         padded_size = self.native.padded(size, self.dtype)
         if padded_size > size:
             vectors = [F.pad(vector, (0, padded_size - size)) for vector in vectors]
-        vectors = [vector.to(self.dtype).contiguous() for vector in vectors]
+        if vectors[0].dtype != self.dtype:
+            vectors = [vector.to(self.dtype) for vector in vectors]
+        vectors = [vector.contiguous() for vector in vectors]
         self.tensors += vectors
         return addresses_of(vectors, [(*tokens, padded_size)] * len(vectors), self.dtype)
 
