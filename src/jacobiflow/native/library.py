@@ -44,10 +44,11 @@ class Library:
     def __init__(self, path: Path) -> None:
         self.path, self._native = path, ctypes.CDLL(str(path))
         number, address = ctypes.c_int32, ctypes.c_void_p
-        for name, *types in (
-            ("store", address, number, number, number), ("solve_transformer", address, number),
-            ("masked", address, number), ("masked_gradients", address, number), ("masked_sizes", address, address),
-        ):  # fmt: skip
+        arguments: dict[str, tuple[Any, ...]] = {
+            "store": (address, number, number, number), "solve_transformer": (address, number),
+            "masked": (address, number), "masked_gradients": (address, number), "masked_sizes": (address, address),
+        }  # fmt: skip
+        for name, types in arguments.items():
             function = self._native[f"jacobiflow_{name}"]
             function.argtypes, function.restype = types, ctypes.c_int64
         self.lanes: int = self._native.jacobiflow_lanes()
