@@ -3,12 +3,14 @@
 #include <cstdio>
 #include <random>
 
+#include "library.cpp"
+#define NUMBER float
 #include "masked.cpp"
-#include "masked_double.cpp"
-#include "masked_float.cpp"
 #include "transformer.cpp"
-#include "transformer_double.cpp"
-#include "transformer_float.cpp"
+#undef NUMBER
+#define NUMBER double
+#include "masked.cpp"
+#include "transformer.cpp"
 
 namespace {
 
@@ -34,7 +36,7 @@ double error_of(Function function, Exact exact, double first, double last, doubl
   double most = 0;
   for (int i = 0; i <= 10000; i++) {
     const float v = (float)(first + (last - first) * i / 10000);
-    const double expected = exact((double)v), error = std::abs(function(broadcast(v))[i % float_lanes] - expected);
+    const double expected = exact((double)v), error = std::abs(function(Simd<float>::broadcast(v))[i % float_lanes] - expected);
     most = std::fmax(most, error / (unit + std::abs(expected)));
   }
   return most;
@@ -58,7 +60,7 @@ double elementary_error() {
                          error_of(S::reciprocal, inverse, scale / 100, scale, 0)})
       most = std::fmax(most, error);
   const float inf = S::infinity, tiny = 1e-40f;
-  const auto value = [](auto function, float v) { return function(broadcast(v))[0]; };
+  const auto value = [](auto function, float v) { return function(Simd<float>::broadcast(v))[0]; };
   bool is_right = value(S::tanh, inf) == 1 && value(S::tanh, -inf) == -1 && value(S::tanh, tiny) == tiny &&
                   value(S::sigmoid, inf) == 1 && value(S::sigmoid, -inf) == 0 && value(softplus, inf) == inf &&
                   value(softplus, -inf) == 0 && value(S::exp, inf) == inf && value(S::exp, -inf) == 0 &&
@@ -97,8 +99,8 @@ struct Linear {
     if (!is_packed)
       std::memcpy(memory.data(), values, weight.size() * (is_half ? 2 : sizeof(T)));
     else {
-      const WeightCopy copy{values, memory.data(), outputs, inputs};
-      if (jacobiflow_store(&copy, 1, (int32_t)format, (int32_t)format, 1, 2)) check("store", 1, 0);
+      const WeightCopy copy{{memory.data(), format, 1}, values, outputs, inputs};
+      if (jacobiflow_store(&copy, 1, (int32_t)format, 2)) check("store", 1, 0);
     }
     args = {memory.data(), format, is_packed};
   }
@@ -145,7 +147,7 @@ double transformer_error(WeightFormat format) {
     args.proj_out = out.args, args.out_bias = out.bias.data(), args.layers = &layer;
     args.x = x[i].data(), args.keys_values = keys_values.data(), args.log_det = &log_det[i];
     args.samples = args.networks = args.depth = args.has_scale = args.num_teams = 1, args.num_threads = 1 + 2 * i;
-    args.tokens = args.stop = tokens, args.values = values, args.channels = channels, args.hidden = hidden, args.heads = heads;
+    args.tokens = args.stop = tokens, args.token_channels = values, args.channels = channels, args.hidden = hidden, args.heads = heads;
     if (jacobiflow_solve_transformer(&args, std::is_same<T, double>::value)) return INFINITY;
   }
   double total = std::abs(log_det[0] - log_det[1]);
@@ -156,9 +158,10 @@ double transformer_error(WeightFormat format) {
 }  // namespace
 
 int main() {
-  check("power of two", error_of(exp2_of_negative, [](double v) { return std::exp2(v); }, -126, 0, 0), 1e-6);
+  check("power of two", error_of(Simd<float>::exp2_of_negative, [](double v) { return std::exp2(v); }, -126, 0, 0), 1e-6);
   check("gelu", error_of(Simd<float>::gelu, gelu_in_double, -8, 8, 1), 1e-6);
-  if (!std::isnan(exp2_of_negative(broadcast(NAN))[0] + Simd<float>::gelu(broadcast(NAN))[0])) check("NaN", NAN, 0);
+  const Vector nan = Simd<float>::broadcast(NAN);
+  if (!std::isnan(Simd<float>::exp2_of_negative(nan)[0] + Simd<float>::gelu(nan)[0])) check("NaN", NAN, 0);
   check("logarithm", error_of(Simd<float>::log, [](double v) { return std::log(v); }, 1e-3, 1e3, 1), 1e-6);
   check("elementary functions", elementary_error(), 3e-7);
   using Format = WeightFormat;

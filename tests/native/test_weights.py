@@ -27,15 +27,15 @@ def stored(monkeypatch: pytest.MonkeyPatch) -> Iterator[set[tuple[torch.dtype, b
     """The dtypes of the layers' weights that native code was given, each with whether they were packed."""
     monkeypatch.setattr(weights, "_MIN_BF16", 0)
     monkeypatch.setattr(native.load_library(), "has_fast_halves", True)
-    seen, store = set[tuple[torch.dtype, bool]](), transformer._PackedTransformer._store_layers
+    seen, store = set[tuple[torch.dtype, bool]](), transformer.store_weights
 
-    def noted(*arguments: Any) -> Any:
-        table = store(*arguments)
+    def noted(*arguments: Any, **options: Any) -> Any:
+        *stored, proj_in, proj_out = store(*arguments, **options)
         dtypes = {number: dtype for dtype, number in WEIGHT_FORMATS.items()}
-        seen.update((dtypes[layer.qkv.format], bool(layer.qkv.is_packed)) for layer in table)
-        return table
+        seen.update((dtypes[weight.format], bool(weight.is_packed)) for weight in stored)
+        return [*stored, proj_in, proj_out]
 
-    monkeypatch.setattr(transformer._PackedTransformer, "_store_layers", noted)
+    monkeypatch.setattr(transformer, "store_weights", noted)
     yield seen
 
 

@@ -20,7 +20,7 @@ from jacobiflow.adapters.library_module import library_class
 from jacobiflow.adapters.made import AcceleratedComposition, AcceleratedTransform, made_spec, spline_spec
 from jacobiflow.adapters.native_module import TransformSpec, affine_spec
 from jacobiflow.errors import UnsupportedError
-from jacobiflow.native.boundary import TransformKind
+from jacobiflow.native.boundary import ScaleActivation, TransformKind
 from jacobiflow.native.transforms import permutation_transform
 
 
@@ -40,7 +40,8 @@ def list_transforms(
 
 def _transform_spec(module: Any, kind: Any, is_conditional: bool) -> TransformSpec:
     if kind is MaskedAffineAutoregressiveTransform:
-        return made_spec(module, made, is_conditional, TransformKind.SOFTPLUS_AFFINE, min_scale=module._epsilon)
+        scale: dict[str, Any] = {"scale_activation": ScaleActivation.SOFTPLUS, "min_scale": module._epsilon}
+        return made_spec(module, made, is_conditional, TransformKind.MASKED_AFFINE, **scale)
     if kind is MaskedPiecewiseRationalQuadraticAutoregressiveTransform:
         return spline_spec(module, made, is_conditional)
     if kind in (Permutation, RandomPermutation, ReversePermutation) and module._dim == 1:

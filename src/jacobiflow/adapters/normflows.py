@@ -18,7 +18,7 @@ from jacobiflow.adapters.library_module import library_class
 from jacobiflow.adapters.made import AcceleratedTransform, context_args, evaluate_by_native, made_spec, spline_spec
 from jacobiflow.adapters.native_module import TransformSpec
 from jacobiflow.errors import UnsupportedError
-from jacobiflow.native.boundary import TransformKind
+from jacobiflow.native.boundary import ScaleActivation, TransformKind
 from jacobiflow.native.transforms import permutation_transform
 
 
@@ -33,8 +33,8 @@ def list_transforms(module: Any, is_conditional: bool) -> Iterator[tuple[Transfo
     elif kind is MaskedPiecewiseRationalQuadraticAutoregressive:
         yield spline_spec(module, made, is_conditional), False
     elif kind is MaskedAffineAutoregressive:
-        kind = TransformKind.SIGMOID_AFFINE
-        yield made_spec(module, made, is_conditional, kind, logit_shift=2.0, min_scale=1e-3), False
+        scale: dict[str, Any] = {"scale_activation": ScaleActivation.SIGMOID, "logit_shift": 2.0, "min_scale": 1e-3}
+        yield made_spec(module, made, is_conditional, TransformKind.MASKED_AFFINE, **scale), False
     elif kind is Permute and module.mode == "shuffle":
         yield TransformSpec(permutation_transform(module.perm.tolist())), False
     elif kind is Permute and module.mode == "swap":

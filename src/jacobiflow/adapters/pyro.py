@@ -22,7 +22,7 @@ from jacobiflow.adapters.native_module import TransformOutput, TransformSpec, ma
 from jacobiflow.adapters.network import LibraryNetwork
 from jacobiflow.adapters.passes import invert_by_passes
 from jacobiflow.errors import UnsupportedError
-from jacobiflow.native.boundary import SplineBoundary, TransformKind
+from jacobiflow.native.boundary import ScaleActivation, SplineBoundary, TransformKind
 
 
 def list_transforms(module: Any, is_conditional: bool) -> Iterator[tuple[TransformSpec, bool]]:
@@ -31,7 +31,8 @@ def list_transforms(module: Any, is_conditional: bool) -> Iterator[tuple[Transfo
     options = vars(module).get("kwargs", vars(module))  # A conditional transform has its settings in kwargs.
     if kind in (AffineAutoregressive, ConditionalAffineAutoregressive):
         settings: dict[str, Any] = {
-            "kind": TransformKind.CLAMPED_AFFINE, "min_log_scale": options.get("log_scale_min_clip", -5.0),
+            "kind": TransformKind.MASKED_AFFINE, "scale_activation": ScaleActivation.CLAMPED_EXP, "scale_index": 1,
+            "min_log_scale": options.get("log_scale_min_clip", -5.0),
             "max_log_scale": options.get("log_scale_max_clip", 3.0),
         }  # fmt: skip
         sizes = [1, 1]

@@ -36,7 +36,7 @@ from jacobiflow.adapters.native_module import (
 from jacobiflow.adapters.network import LibraryNetwork, Slot
 from jacobiflow.adapters.passes import invert_by_passes
 from jacobiflow.errors import UnsupportedError
-from jacobiflow.native.boundary import SplineBoundary, TransformKind
+from jacobiflow.native.boundary import ScaleActivation, SplineBoundary, TransformKind
 from jacobiflow.native.transforms import permutation_transform
 
 
@@ -96,7 +96,10 @@ def _univariate_fields(univariate: Any, shapes: list[Any]) -> dict[str, Any]:
     if settings or not all(isinstance(number, int | float) for number in (slope, bound)):
         raise UnsupportedError(f"the settings of {_name_of(univariate)}")
     if univariate is MonotonicAffineTransform and sizes == [(), ()]:
-        return {"kind": TransformKind.SOFT_CLIPPED_AFFINE, "clip": clip}
+        return {
+            "kind": TransformKind.MASKED_AFFINE, "scale_activation": ScaleActivation.SOFT_CLIPPED_EXP, "scale_index": 1,
+            "clip": clip,
+        }  # fmt: skip
     if univariate in (MonotonicRQSTransform, CircularRQSTransform) and len(sizes) == 3 and len(sizes[0]) == 1:
         (bins,), is_circular = sizes[0], univariate is CircularRQSTransform
         if sizes == [(bins,), (bins,), (bins - 1,)]:

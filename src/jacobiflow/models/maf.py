@@ -26,7 +26,7 @@ from jacobiflow.models.contexts import embed_classes
 from jacobiflow.models.flow import Flow, Images
 from jacobiflow.models.registry import register_flow
 from jacobiflow.native import usable_library
-from jacobiflow.native.boundary import Activation, TransformKind
+from jacobiflow.native.boundary import Activation, ScaleActivation, TransformKind
 from jacobiflow.native.chain import TransformChain
 from jacobiflow.native.masked_network import MaskedNetwork
 from jacobiflow.native.transforms import masked_transform
@@ -279,7 +279,8 @@ def _describe_block(config: MAFConfig, is_guided: bool) -> TransformChain:
     value = _add_layers(network, config, config.num_classes)
     if is_guided:
         network.add_guidance(value, _add_layers(network, config, num_classes=0))
-    return TransformChain([(masked_transform(network, kind=TransformKind.LOG_AFFINE), False)])
+    scale = {"scale_activation": ScaleActivation.EXP, "is_of_inverse": True}  # x = exp(s) z + u
+    return TransformChain([(masked_transform(network, kind=TransformKind.MASKED_AFFINE, **scale), False)])
 
 
 def _add_layers(network: MaskedNetwork, config: MAFConfig, num_classes: int) -> int:

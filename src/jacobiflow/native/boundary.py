@@ -10,13 +10,12 @@ import ctypes
 import re
 from enum import IntEnum
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 _HEADER = (Path(__file__).parent / "src" / "boundary.h").read_text()
 _TYPES: dict[str, Any] = {"int32_t": ctypes.c_int32, "int64_t": ctypes.c_int64, "double": ctypes.c_double}
 _enumerations = list[Any]()
 _structures = list[Any]()
-Kind = TypeVar("Kind", bound=type[ctypes.Structure])
 
 
 def _read_body(declaration: str) -> str:
@@ -33,62 +32,31 @@ def _read_enumeration(name: str) -> Any:
     return enumeration
 
 
-def _with_fields(structure: Kind) -> Kind:
-    """Gives a structure its fields, which have a line each."""
-    declarations = re.findall(r"^  (.+?)(\w+);", _read_body(f"struct {structure.__name__}"), re.MULTILINE)
-    structure._fields_ = [
-        (name, ctypes.c_void_p if "*" in kind else _TYPES[kind.strip()]) for kind, name in declarations
-    ]
+def _read_structure(name: str) -> Any:
+    """Returns a structure, whose fields have a line each."""
+    declarations = re.findall(r"^  (.+?)(\w+);", _read_body(f"struct {name}"), re.MULTILINE)
+    fields = [(field, ctypes.c_void_p if "*" in kind else _TYPES[kind.strip()]) for kind, field in declarations]
+    structure = type(name, (ctypes.Structure,), {"_fields_": fields})
     _structures.append(structure)
-    _TYPES[structure.__name__] = structure
+    _TYPES[name] = structure
     return structure
 
 
 OperationKind = _read_enumeration("OperationKind")
 Activation = _read_enumeration("Activation")
 TransformKind = _read_enumeration("TransformKind")
+ScaleActivation = _read_enumeration("ScaleActivation")
 SplineBoundary = _read_enumeration("SplineBoundary")
 WeightFormat = _read_enumeration("WeightFormat")
 
-
-@_with_fields
-class Operation(ctypes.Structure):
-    """Computes one value of a masked network."""
-
-
-@_with_fields
-class Transform(ctypes.Structure):
-    """A transform of a chain."""
-
-
-@_with_fields
-class ChainArgs(ctypes.Structure):
-    """A call of a chain of transforms."""
-
-
-@_with_fields
-class GradientArgs(ctypes.Structure):
-    """A call of the backward pass of a chain."""
-
-
-@_with_fields
-class WeightCopy(ctypes.Structure):
-    """A matrix that is copied to where native code reads it."""
-
-
-@_with_fields
-class Weight(ctypes.Structure):
-    """A weight of a dense layer."""
-
-
-@_with_fields
-class LayerArgs(ctypes.Structure):
-    """The parameters of a transformer layer."""
-
-
-@_with_fields
-class TransformerArgs(ctypes.Structure):
-    """The inverse of a block with a causal transformer."""
+Operation = _read_structure("Operation")
+Transform = _read_structure("Transform")
+ChainArgs = _read_structure("ChainArgs")
+GradientArgs = _read_structure("GradientArgs")
+Weight = _read_structure("Weight")
+WeightCopy = _read_structure("WeightCopy")
+LayerArgs = _read_structure("LayerArgs")
+TransformerArgs = _read_structure("TransformerArgs")
 
 
 def layout_assertions() -> str:

@@ -13,11 +13,14 @@ import shutil
 import subprocess
 from collections.abc import Callable, Container
 from concurrent.futures import ThreadPoolExecutor
+from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 SOURCES = Path(__file__).parent / "src"
 _BOUNDARY = Path(__file__).parent / "boundary.py"
+# What is compiled at once: a file, for a type of number.
+_UNITS = (("library.cpp", "float"), *product(("masked.cpp", "transformer.cpp"), ("float", "double")))
 # The libraries of a wheel for each processor, the fastest first, and the instructions that each needs. Their names are
 # those of /proc/cpuinfo, which a compiler takes after -m.
 TARGETS: dict[str, dict[str, tuple[str, ...]]] = {
@@ -53,11 +56,11 @@ def compile_library(path: Path, target: tuple[str, ...] | None = None) -> None:
         target = ("-mcpu=native" if platform.machine() in ("arm64", "aarch64") else "-march=native",)
     command = (_compiler(), *FLAGS, *target)
     _run((*command, f"-I{SOURCES}", "-fsyntax-only", "-x", "c++", "-"), _layout_assertions())
-    sources = sorted(SOURCES.glob("*.cpp"))
-    with TemporaryDirectory(prefix="jacobiflow-") as folder, ThreadPoolExecutor(len(sources)) as pool:
-        objects = [Path(folder, f"{source.stem}.o") for source in sources]
+    with TemporaryDirectory(prefix="jacobiflow-") as folder, ThreadPoolExecutor(len(_UNITS)) as pool:
+        objects = [Path(folder, f"{source}-{number}.o") for source, number in _UNITS]
         commands = [
-            (*command, "-c", source, "-o", object_file) for source, object_file in zip(sources, objects, strict=True)
+            (*command, f"-DNUMBER={number}", "-c", SOURCES / source, "-o", object_file)
+            for (source, number), object_file in zip(_UNITS, objects, strict=True)
         ]
         list(pool.map(_run, commands))
         _run((*command, "-shared", *objects, "-o", path))

@@ -44,11 +44,13 @@ class Library:
     def __init__(self, path: Path) -> None:
         self.path, self._native = path, ctypes.CDLL(str(path))
         number, address = ctypes.c_int32, ctypes.c_void_p
-        self._native.jacobiflow_store.argtypes = (address, number, number, number, number, number)
-        self._native.jacobiflow_solve_transformer.argtypes = (address, number)
-        for name, argument in (("masked", number), ("masked_gradients", number), ("masked_sizes", address)):
+        arguments: dict[str, tuple[Any, ...]] = {
+            "store": (address, number, number, number), "solve_transformer": (address, number),
+            "masked": (address, number), "masked_gradients": (address, number), "masked_sizes": (address, address),
+        }  # fmt: skip
+        for name, types in arguments.items():
             function = self._native[f"jacobiflow_{name}"]
-            function.argtypes, function.restype = (address, argument), ctypes.c_int64
+            function.argtypes, function.restype = types, ctypes.c_int64
         self.lanes: int = self._native.jacobiflow_lanes()
         self.has_fast_halves = self.lanes > 4 or platform.machine() in ("aarch64", "arm64")
         self._use_threads_of_pytorch()
@@ -58,13 +60,13 @@ class Library:
         count = 4 * self.lanes // dtype.itemsize
         return -(-size // count) * count
 
-    def store(self, matrices: ctypes.Array[WeightCopy], source: int, stored: int, is_packed: bool) -> bool:
-        """Copies matrices to panels or rows, in their own format or in 16 bits; False if a number would change."""
-        arguments, threads = (matrices, len(matrices), source, stored, is_packed), torch.get_num_threads()
-        status = self._native.jacobiflow_store(*arguments, threads)
-        if status < 0:  # so many threads are not available
-            status = self._native.jacobiflow_store(*arguments, 1)
-        return bool(status == 0)
+    def store(self, weights: ctypes.Array[WeightCopy], source_format: int) -> bool:
+        """Copies weights, all to one format; False if a number would change."""
+        for num_threads in (torch.get_num_threads(), 1):  # Fewer threads are used if so many are not available.
+            status = self._native.jacobiflow_store(weights, len(weights), source_format, num_threads)
+            if status >= 0:
+                return bool(status == 0)
+        return False
 
     def solve_transformer(self, arguments: TransformerArgs, dtype: torch.dtype) -> None:
         """Solves tokens `start` to `stop` - 1."""

@@ -121,89 +121,74 @@ class _PackedTransformer:
         self, native: Library, network: CausalTransformer, dtype: torch.dtype, rows: int, networks: int,
         memory: WeightMemory,
     ) -> None:  # fmt: skip
-        self.native, self.dtype, self.rotation = native, dtype, network.rotation
+        self.native, self.dtype, self.rotation, layers = native, dtype, network.rotation, network.layers
         self.tensors: list[Tensor] = []  # what structures point to
-        self.heads, self.depth, self.networks = network.heads, len(network.layers), networks
-        self.tokens, self.values = len(network.position), network.proj_in.shape[1]
-        self.channels, self.hidden = len(network.proj_in), len(network.layers[0]["up"])
+        self.heads, self.depth, self.networks = network.heads, len(layers), networks
+        self.tokens, self.token_channels = len(network.position), network.proj_in.shape[1]
+        self.channels, self.hidden = len(network.proj_in), len(layers[0]["up"])
         self.head_size = self.channels // self.heads
         if self.head_size * self.heads != self.channels or (self.rotation is not None and self.head_size % 2):
             raise UnsupportedError("heads that do not divide the channels, or whose channels make no pairs")
         if self.tokens * self.channels > MAX_INT32:
             raise UnsupportedError("a context whose rows are too far apart")
-        self.layers = self._store_layers(network.layers, rows, memory)
-        outputs = self.values * (2 if network.has_scale else 1)
-        position = check_tensor(self._converted(network.position), (self.tokens, self.channels), dtype)
-        self.projections = WeightMemory()
-        shapes = ((self.channels, self.values), (outputs, self.channels))
-        proj_in, proj_out = self._store((network.proj_in, network.proj_out), shapes, (), self.projections)
-        norm = network.final_norm
+        norms = [] if network.final_norm is None else [network.final_norm]
+        parameters = [network.proj_in, network.proj_out, network.out_bias, *norms]
+        dtypes = {tensor.dtype for part in (parameters, *(layer.values() for layer in layers)) for tensor in part}
+        stored = network.proj_in.dtype
+        if dtypes != {stored} or torch.promote_types(stored, torch.float32) != dtype:
+            raise UnsupportedError(f"parameters of {' and '.join(sorted(map(str, dtypes)))} for tokens of {dtype}")
+        self.num_weights = sum(layer[name].numel() for layer in layers for name in layer.keys() & MATRICES)
+        shapes = layer_shapes(layers, self.tokens, self.channels, self.hidden)
+        names, outputs = shapes.keys() & MATRICES, self.token_channels * (2 if network.has_scale else 1)
+        matrices = [(layer[name], shapes[name]) for layer in layers for name in names]
+        matrices.append((network.proj_in, (self.channels, self.token_channels)))
+        matrices.append((network.proj_out, (outputs, self.channels)))
+        weights = iter(self._store(matrices, rows, memory))
+        self.layers = (LayerArgs * self.depth)()
+        for entry in self.layers:
+            for name in names:
+                setattr(entry, name, next(weights))
+        for name in shapes.keys() - MATRICES:
+            for entry, address in zip(
+                self.layers, self._pad([layer[name] for layer in layers], shapes[name]), strict=True
+            ):
+                setattr(entry, name, address)
+        position = self._converted(network.position, (self.tokens, self.channels))
         self.tensors.append(position)
         self.args = TransformerArgs(
-            layers=ctypes.addressof(self.layers), position=address_of(position), proj_in=proj_in, proj_out=proj_out,
-            out_bias=self._pad([network.out_bias], [(outputs,)])[0],
-            final_norm=None if norm is None else self._pad([norm], [(self.channels,)])[0], networks=networks,
-            tokens=self.tokens, values=self.values, channels=self.channels, hidden=self.hidden, heads=self.heads,
+            layers=ctypes.addressof(self.layers), position=address_of(position), proj_in=next(weights),
+            proj_out=next(weights), out_bias=self._pad([network.out_bias], (outputs,))[0], networks=networks,
+            final_norm=self._pad(norms, (self.channels,))[0] if norms else None, tokens=self.tokens,
+            token_channels=self.token_channels, channels=self.channels, hidden=self.hidden, heads=self.heads,
             depth=self.depth, has_scale=network.has_scale, soft_clip=network.soft_clip,
         )  # fmt: skip
 
-    def _store_layers(
-        self, layers: Sequence[Mapping[str, Tensor]], rows: int, memory: WeightMemory
-    ) -> ctypes.Array[LayerArgs]:
-        shapes = layer_shapes(layers, self.tokens, self.channels, self.hidden)
-        matrices = [name for name in shapes if name in MATRICES]
-        vectors = [name for name in shapes if name not in MATRICES]
-        weights = [layer[name] for layer in layers for name in matrices]
-        self.num_weights, self.parameter_dtype = sum(weight.numel() for weight in weights), weights[0].dtype
-        if torch.promote_types(self.parameter_dtype, torch.float32) != self.dtype:
-            raise UnsupportedError(f"weights of {self.parameter_dtype} for tokens of {self.dtype}")
-        has_fast_halves = self.parameter_dtype == torch.float32 and self.native.has_fast_halves
-        halves = faster_halves(self.num_weights, rows // self._threads(rows, rows)[1]) if has_fast_halves else ()
-        has_whole_vectors = all(self.native.padded(n, self.dtype) == n for n in (self.channels, self.hidden))
-        in_place = self.num_weights >= MIN_IN_PLACE and has_whole_vectors
-        weight_shapes = [shapes[name] for _ in layers for name in matrices]
-        stored = iter(self._store(weights, weight_shapes, halves, memory, in_place=in_place))
-        values = [layer[name] for layer in layers for name in vectors]
-        addresses = iter(self._pad(values, [shapes[name] for _ in layers for name in vectors]))
-        table = (LayerArgs * self.depth)()
-        for entry in table:
-            for name in matrices:
-                setattr(entry, name, next(stored))
-            for name in vectors:
-                setattr(entry, name, next(addresses))
-        return table
-
     def _store(
-        self, weights: Sequence[Tensor], shapes: Sequence[tuple[int, ...]], halves: Sequence[torch.dtype],
-        memory: WeightMemory, *, in_place: bool = False,
-    ) -> list[Weight]:  # fmt: skip
-        """Returns weights of the dtype of the layers' as native code reads them."""
-        if any(weight.dtype != self.parameter_dtype for weight in weights):
-            raise UnsupportedError("weights of several dtypes")
-        contiguous = [weight.contiguous() for weight in weights]
+        self, matrices: Sequence[tuple[Tensor, tuple[int, ...]]], rows: int, memory: WeightMemory
+    ) -> Sequence[Weight]:
+        """Returns matrices of these shapes as native code reads them."""
+        contiguous, shapes = [matrix.contiguous() for matrix, _ in matrices], [shape for _, shape in matrices]
         self.tensors += contiguous
+        has_fast_halves = contiguous[0].dtype == torch.float32 and self.native.has_fast_halves
+        halves = faster_halves(self.num_weights, rows // self._threads(rows, rows)[1]) if has_fast_halves else ()
+        in_place = self.num_weights >= MIN_IN_PLACE
         return store_weights(self.native, contiguous, shapes, halves, memory, in_place=in_place)
 
-    def _pad(self, vectors: Sequence[Tensor], shapes: Sequence[tuple[int, ...]]) -> Sequence[int]:
-        """Returns the addresses of values in the dtype of the sums, padded to whole vectors."""
-        padded, padded_shapes = [], []
-        for values, shape in zip(vectors, shapes, strict=True):
-            missing = self.native.padded(shape[-1], self.dtype) - shape[-1]
-            values = self._widened(values).contiguous()
-            padded.append(F.pad(values, (0, missing)) if missing else values)
-            padded_shapes.append((*shape[:-1], shape[-1] + missing))
-        self.tensors += padded
-        return addresses_of(padded, padded_shapes, self.dtype)
+    def _pad(self, vectors: Sequence[Tensor], shape: tuple[int, ...]) -> Sequence[int]:
+        """Returns the addresses of parameters of one shape in the dtype of the sums, padded to whole vectors."""
+        *tokens, size = shape
+        padded_size = self.native.padded(size, self.dtype)
+        if padded_size > size:
+            vectors = [F.pad(vector, (0, padded_size - size)) for vector in vectors]
+        if vectors[0].dtype != self.dtype:
+            vectors = [vector.to(self.dtype) for vector in vectors]
+        vectors = [vector.contiguous() for vector in vectors]
+        self.tensors += vectors
+        return addresses_of(vectors, [(*tokens, padded_size)] * len(vectors), self.dtype)
 
-    def _widened(self, parameter: Tensor) -> Tensor:
-        """Returns a parameter that is not a layer's matrix in the dtype of the sums."""
-        if parameter.dtype != self.parameter_dtype:
-            raise UnsupportedError(f"parameters of {self.parameter_dtype} and of {parameter.dtype}")
-        return parameter.to(self.dtype)
-
-    def _converted(self, values: Tensor) -> Tensor:
+    def _converted(self, values: Tensor, shape: tuple[int, ...]) -> Tensor:
         """Returns values that PyTorch has computed from parameters in the dtype of the sums."""
-        return values if values.dtype == self.dtype else self._widened(values)
+        return check_tensor(values.to(self.dtype), shape, self.dtype)
 
     def calls(
         self, z: Tensor, x: Tensor, log_det: Tensor, context: Tensor | None, guidance: GuidanceTerms | None,
@@ -220,16 +205,15 @@ class _PackedTransformer:
             args.is_by_density = guidance.rule == "density"
         if context is not None:
             sizes = (1 if len(context) == 1 else rows, 1 if context.shape[1] == 1 else self.tokens, self.channels)
-            tensors["context"] = check_tensor(self._converted(context), sizes, self.dtype)
+            tensors["context"] = self._converted(context, sizes)
             args.context_row_stride = 0 if sizes[0] == 1 else sizes[1] * self.channels
             args.context_token_stride = 0 if sizes[1] == 1 else self.channels
         if prefix is not None:
             shape = (self.depth, rows, 2, self.heads, prefix_length, self.head_size)
-            keys_values, hidden = self._converted(torch.stack(list(prefix.layers))), self._converted(prefix.hidden)
-            tensors["prefix_keys_values"] = check_tensor(keys_values, shape, self.dtype)
-            tensors["prefix_hidden"] = check_tensor(hidden, (rows, self.channels), self.dtype)
+            tensors["prefix_keys_values"] = self._converted(torch.stack(list(prefix.layers)), shape)
+            tensors["prefix_hidden"] = self._converted(prefix.hidden, (rows, self.channels))
         if self.rotation is not None:
-            tensors["rotation"] = check_tensor(self._converted(self.rotation), (length, self.head_size), self.dtype)
+            tensors["rotation"] = self._converted(self.rotation, (length, self.head_size))
         for name, tensor in tensors.items():
             setattr(args, name, address_of(tensor))
         args.samples, args.prefix_length = samples, prefix_length

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Bool
 from torch import Tensor
@@ -77,7 +78,7 @@ def masked_transform(network: MaskedNetwork, **fields: Any) -> ChainTransform:
         rows, ready = map(_integers, units)
         operation.rows, operation.ready = ctypes.addressof(rows), ctypes.addressof(ready)
         memory += [rows, ready]
-        if mask is not None and not _has_all_inputs(mask, units, order.units[operation.source]):
+        if mask is not None and not _reads_all(mask, units, order.units[operation.source]):
             memory.append(mask.contiguous())
             operation.mask = address_of(memory[-1])
     return ChainTransform(structure, (table, memory), network.shapes, features, network.context)
@@ -103,13 +104,11 @@ def _check_parameters(t: Transform) -> None:
         raise UnsupportedError("parameters of other sizes")
 
 
-def _has_all_inputs(mask: Bool[Tensor, "o i"], units: Units, inputs: Units) -> bool:
-    """Returns True if each unit reads all inputs of its step, so that no mask is needed."""
-    (rows, ready), (columns, columns_ready) = units, inputs
-    num_new = torch.tensor(ready).diff(prepend=torch.tensor([0]))
-    reads = torch.tensor(columns_ready).repeat_interleave(num_new)
-    is_read = torch.arange(len(columns)) < reads[:, None]
-    return bool((mask[rows[: len(reads)]][:, columns] | ~is_read).all())
+def _reads_all(mask: Bool[Tensor, "o i"], units: Units, inputs: Units) -> bool:
+    """Returns True if each unit reads all inputs that its step can compute, so that no mask is needed."""
+    (rows, ready), (_, ready_inputs) = units, inputs
+    num_inputs = np.repeat(ready_inputs, np.diff(ready, prepend=0))
+    return bool((mask.numpy().sum(axis=1)[rows[: len(num_inputs)]] == num_inputs).all())
 
 
 def _integers(values: Sequence[int]) -> ctypes.Array[ctypes.c_int32]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from itertools import accumulate
+from itertools import accumulate, compress
 
 import torch
 from torch import Tensor
@@ -60,7 +60,7 @@ def store_weights(
 ) -> list[Weight]:  # fmt: skip
     """Copies matrices to panels, in the first of the dtypes `halves` that represents all of them, else in their own.
 
-    With `in_place`, copies have rows as the matrices do, and matrices that would keep their dtype are not copied.
+    With `in_place`, matrices of whole vectors keep their rows, and are not copied if they keep their dtype.
 
     Args:
         matrices: Contiguous, of the same dtype.
@@ -68,21 +68,24 @@ def store_weights(
     dtype = matrices[0].dtype
     if dtype not in WEIGHT_FORMATS:
         raise UnsupportedError(f"weights of {dtype}")
-    addresses = addresses_of(matrices, [*shapes], dtype)
     sums = torch.promote_types(dtype, torch.float32)
-    sizes = [-(-native.padded(rows, sums) * columns // _ALIGNMENT) * _ALIGNMENT for rows, columns in shapes]
-    offsets = [0, *accumulate(sizes)]
-    entries = (WeightCopy * len(matrices))()
+    addresses = addresses_of(matrices, [*shapes], dtype)
+    keeps_rows = [in_place and all(native.padded(size, sums) == size for size in shape) for shape in shapes]
     for stored in (*halves, dtype):
-        stored_format = WEIGHT_FORMATS[stored]
-        if in_place and stored == dtype:
-            return [Weight(address, stored_format, False) for address in addresses]
-        start = memory.resize(offsets[-1] * stored.itemsize)
-        places = [start + offset * stored.itemsize for offset in offsets[:-1]]
-        for entry, address, place, (rows, columns) in zip(entries, addresses, places, shapes, strict=True):
-            entry.values, entry.stored, entry.outputs, entry.inputs = address, place, rows, columns
-        if native.store(entries, WEIGHT_FORMATS[dtype], stored_format, not in_place):
-            return [Weight(place, stored_format, not in_place) for place in places]
+        is_copied = [not rows or stored != dtype for rows in keeps_rows]
+        counts = [-(-native.padded(outputs, sums) * inputs // _ALIGNMENT) * _ALIGNMENT for outputs, inputs in shapes]
+        sizes = [count * stored.itemsize * copied for count, copied in zip(counts, is_copied, strict=True)]
+        places = accumulate(sizes[:-1], initial=memory.resize(sum(sizes)))
+        weights = [
+            Weight(place if copied else address, WEIGHT_FORMATS[stored], not rows)
+            for place, address, copied, rows in zip(places, addresses, is_copied, keeps_rows, strict=True)
+        ]
+        copies = [
+            WeightCopy(weight, address, *shape)
+            for weight, address, shape in compress(zip(weights, addresses, shapes, strict=True), is_copied)
+        ]
+        if not copies or native.store((WeightCopy * len(copies))(*copies), WEIGHT_FORMATS[dtype]):
+            return weights
     raise MemoryError("not enough memory for native code")
 
 

@@ -26,74 +26,71 @@ Vector inverse_gradient(const Gradients<Vector>& g, Vector slope, Vector bend) {
   return (g.value - g.log_slope * bend) / slope;
 }
 
+// A transform y = scale x + shift of one feature, or with `is_of_inverse` x = scale y + shift.
 template <typename T>
 class Affine {
  public:
   using S = Simd<T>;
   using Vector = typename S::Vector;
 
-  // Returns scale x + shift, or the inverse, and sets the logarithm of the scale.
-  static Vector apply(const Transform& t, const Parameters<T>& p, bool inverts, Vector in, Vector& log_scale) {
-    const Vector first = p[0], second = p[1];
-    Vector shift = first, scale;
-    switch (t.kind) {
-      case TransformKind::soft_clipped_affine: log_scale = second * S::reciprocal(S::abs(second) * (T)t.clip + T(1)); break;
-      case TransformKind::clamped_affine: log_scale = clamp(t, second); break;
-      case TransformKind::log_affine:  // x = exp(s) y + u
-        log_scale = -first;
-        return inverts ? in * S::exp(first) + second : (in - second) * S::exp(-first);
-      default:
-        shift = second;
-        scale = t.kind == TransformKind::softplus_affine ? S::softplus(first, 1, 20) : S::sigmoid(first + (T)t.logit_shift);
-        scale += (T)t.min_scale;
-        log_scale = S::log(scale);
-        return inverts ? (in - shift) / scale : in * scale + shift;
-    }
-    return inverts ? (in - shift) * S::exp(-log_scale) : in * S::exp(log_scale) + shift;
+  Affine(const Transform& t, const Parameters<T>& p)
+      : t(t), stride(p.stride), parameter(p[t.scale_index]), shift(p[1 - t.scale_index]) {}
+
+  // Transforms x, or y if the transform is inverted, and sets the logarithm of dy/dx.
+  Vector apply(bool inverts, Vector in, Vector& log_slope) const {
+    const Vector change = slope(inverts, log_slope);
+    return inverts != t.is_of_inverse ? (in - shift) * change : in * change + shift;
   }
 
   // Writes the gradients of the parameters to `to`, and returns the gradient of the input.
-  static Vector differentiate(const Transform& t, const Parameters<T>& p, bool inverts, Vector x, Gradients<Vector> g,
-                              T* to) {
-    const Vector first = p[0], second = p[1];
-    Vector scale, to_scale = S::broadcast(1);  // to_scale: derivative of the logarithm of the scale, or of the scale
-    switch (t.kind) {
-      case TransformKind::soft_clipped_affine: {
-        const Vector clip = S::reciprocal(S::abs(second) * (T)t.clip + T(1));
-        scale = S::exp(second * clip), to_scale = clip * clip;
-        break;
-      }
-      case TransformKind::clamped_affine: scale = S::exp(clamp(t, second)); break;  // gradients pass, as in pyro
-      case TransformKind::log_affine: scale = S::exp(-first); break;
-      case TransformKind::softplus_affine:
-        scale = S::softplus(first, 1, 20) + (T)t.min_scale, to_scale = first > T(20) ? to_scale : S::sigmoid(first);
-        break;
-      default: {
-        const Vector s = S::sigmoid(first + (T)t.logit_shift);
-        scale = s + (T)t.min_scale, to_scale = s * (T(1) - s);
-      }
-    }
-    const Vector result = inverts ? inverse_gradient(g, scale, Vector{}) : g.value * scale;
+  Vector differentiate(bool inverts, Vector x, Gradients<Vector> g, T* to) const {
+    Vector log_slope;
+    const Vector slope = this->slope(false, log_slope);
+    const Vector result = inverts ? inverse_gradient(g, slope, Vector{}) : g.value * slope;
     if (inverts) g = {-result, -g.log_slope};
-    switch (t.kind) {
-      case TransformKind::soft_clipped_affine:
-      case TransformKind::clamped_affine:
-        S::store(to, g.value);
-        S::store(to + p.stride, (g.value * x * scale + g.log_slope) * to_scale);
-        break;
-      case TransformKind::log_affine:  // y = (x - second) scale
-        S::store(to, -(g.value * (x - second) * scale + g.log_slope));
-        S::store(to + p.stride, -g.value * scale);
-        break;
-      default:
-        S::store(to, (g.value * x + g.log_slope * S::reciprocal(scale)) * to_scale);
-        S::store(to + p.stride, g.value);
-    }
+    const Vector of_log_slope = g.value * (t.is_of_inverse ? x - shift : x) * slope + g.log_slope;
+    const Vector of_parameter = of_log_slope * log_scale_derivative(slope);
+    S::store(to + t.scale_index * stride, t.is_of_inverse ? -of_parameter : of_parameter);
+    S::store(to + (1 - t.scale_index) * stride, t.is_of_inverse ? -g.value * slope : g.value);
     return result;
   }
 
  private:
-  static Vector clamp(const Transform& t, Vector v) { return S::min(S::max(v, (T)t.min_log_scale), (T)t.max_log_scale); }
+  const Transform& t;
+  const int stride;
+  const Vector parameter, shift;  // the scale's parameter, before its activation
+
+  // Returns dy/dx, or dx/dy if the transform is inverted, and sets the logarithm of dy/dx.
+  Vector slope(bool inverts, Vector& log_slope) const {
+    Vector scale{}, log_scale;
+    bool is_exponential = true;
+    switch (t.scale_activation) {
+      case ScaleActivation::exp: log_scale = parameter; break;
+      case ScaleActivation::soft_clipped_exp: log_scale = parameter * soft_clip(); break;
+      case ScaleActivation::clamped_exp: log_scale = S::min(S::max(parameter, (T)t.min_log_scale), (T)t.max_log_scale); break;
+      default:
+        scale = t.scale_activation == ScaleActivation::softplus ? S::softplus(parameter, 1, 20) : sigmoid();
+        scale += (T)t.min_scale;
+        log_scale = S::log(scale), is_exponential = false;
+    }
+    log_slope = t.is_of_inverse ? -log_scale : log_scale;
+    if (is_exponential) return S::exp(inverts ? -log_slope : log_slope);
+    return inverts != t.is_of_inverse ? T(1) / scale : scale;
+  }
+
+  // Returns the derivative of the scale's logarithm in its parameter, from the slope dy/dx.
+  Vector log_scale_derivative(Vector slope) const {
+    const Vector one = S::broadcast(1), inverse_scale = t.is_of_inverse ? slope : S::reciprocal(slope);
+    switch (t.scale_activation) {
+      case ScaleActivation::soft_clipped_exp: return soft_clip() * soft_clip();
+      case ScaleActivation::softplus: return (parameter > T(20) ? one : S::sigmoid(parameter)) * inverse_scale;
+      case ScaleActivation::sigmoid: return sigmoid() * (T(1) - sigmoid()) * inverse_scale;
+      default: return one;  // Gradients pass a clamp, as in pyro.
+    }
+  }
+
+  Vector soft_clip() const { return S::reciprocal(S::abs(parameter) * (T)t.clip + T(1)); }
+  Vector sigmoid() const { return S::sigmoid(parameter + (T)t.logit_shift); }
 };
 
 }  // namespace jacobiflow

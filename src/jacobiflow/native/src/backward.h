@@ -80,7 +80,7 @@ class BackwardTile {
 
   void differentiate_unconditional(const Transform& t) {
     const OperationLayout& layout = chain.of(index, 0);
-    const GradientLayout& to = tensors.of(index, -1);
+    const GradientLayout& to = tensors.of(index, 0);
     const T *scales = chain.weight(layout), *shifts = chain.bias(layout);
     for (int f = 0; f < call.features; f++) {
       const T scale = scales[f], shift = shifts[f];
@@ -141,8 +141,9 @@ class BackwardTile {
       const Vector x = S::load(value_of(0) + input + v * S::lanes);
       Gradients<Vector> g{S::load(at), log_det_of(t.order[i], v)};
       if (inverts) g.value += S::load(gradient_of(0) + input + v * S::lanes);
-      S::store(at, is_spline(t) ? Spline<T>(t, p, inverts, bins.get()).differentiate(x, g, to)
-                                : Affine<T>::differentiate(t, p, inverts, x, g, to));
+      S::store(at, t.kind == TransformKind::masked_affine
+                       ? Affine<T>(t, p).differentiate(inverts, x, g, to)
+                       : Spline<T>(t, p, inverts, bins.get()).differentiate(x, g, to));
     }
   }
 
@@ -180,19 +181,15 @@ class BackwardTile {
                     [&](size_t i, Vector g) { return g * (weights[i / rows] + T(1)); });
           propagate(o.other, layout.is_other_read_later, [&](size_t i, Vector g) { return -g * weights[i / rows]; });
           break;
-        case OperationKind::add_context: {
-          T* of_layer = context_layer_gradient(layout) + at;
-          std::memcpy(of_layer, g, sizeof(T) * size);
-          multiply_by_slopes(o.activation, slopes, slopes, of_layer, size);
-          propagate(o.source, layout.is_source_read_later, unchanged);
-          break;
-        }
-        case OperationKind::gate_context: {
+        default: {  // add_context or gate_context
+          const bool is_gate = o.kind == OperationKind::gate_context;
           T* of_layer = context_layer_gradient(layout) + at;
           const T* value = value_of(o.source) + at;
-          for (size_t i = 0; i < size; i += S::lanes) S::store(of_layer + i, S::load(g + i) * S::load(value + i));
-          multiply_by_slopes(Activation::sigmoid, slopes, slopes, of_layer, size);
-          propagate(o.source, layout.is_source_read_later, [&](size_t i, Vector g) { return g * S::load(slopes + i); });
+          for (size_t i = 0; i < size; i += S::lanes)
+            S::store(of_layer + i, is_gate ? S::load(g + i) * S::load(value + i) : S::load(g + i));
+          multiply_by_slopes(o.activation, slopes, slopes, of_layer, size);
+          propagate(o.source, layout.is_source_read_later,
+                    [&](size_t i, Vector g) { return is_gate ? g * S::load(slopes + i) : g; });
         }
       }
     }
@@ -222,7 +219,7 @@ class BackwardTile {
                S::load(gradient_of(0) + (size_t)i * rows + v * S::lanes));
     for (int j = 0; j < t.num_operations; j++) {
       const Operation& o = t.operations[j];
-      if (o.weight < 0 || o.kind == OperationKind::linear) continue;
+      if (!reads_context(o)) continue;
       const OperationLayout& layout = chain.of(index, j);
       const Range units{0, o.ready[t.steps - 1]};
       T* to = context_gradient.get();

@@ -18,7 +18,7 @@ struct Operation {
   int32_t units;           // number of units of the new value
   int32_t weight;          // index in the transform's tensors, or -1
   int32_t bias;            // index in the transform's tensors, or -1
-  Activation activation;   // applied to the result
+  Activation activation;   // of the result, or of the layer that reads the context
   int32_t is_kept;         // 1 if later steps read the value
   double negative_slope;   // of leaky_relu
   double alpha;            // of elu
@@ -29,15 +29,16 @@ struct Operation {
   const int32_t* ready;    // (steps): number of units that can be computed at each step
 };
 
-enum class TransformKind : int32_t {
-  permutation, affine, soft_clipped_affine, softplus_affine, sigmoid_affine, clamped_affine, log_affine,
-  rational_quadratic, rational_linear, normal
-};
+enum class TransformKind : int32_t { permutation, affine, normal, masked_affine, rational_quadratic, rational_linear };
+
+// Makes a scale of a parameter p: the exponential of p, p / (1 + clip |p|) or clamped p; or a function of p, plus `min_scale`.
+enum class ScaleActivation : int32_t { exp, soft_clipped_exp, clamped_exp, softplus, sigmoid };
 
 enum class SplineBoundary : int32_t { fixed, free, circular };
 
-// Transforms x to y, feature by feature. A masked network gives the parameters from the features of earlier steps. `normal`
-// leaves x as it is, and adds its log-density to the log-determinant: the base of a flow ends its chain.
+// Transforms x to y, feature by feature. `affine` and `normal` have a scale and a shift as tensors. `normal` leaves x as it is,
+// and adds its log-density to the log-determinant: the base of a flow ends its chain. For the kinds after them, a masked network
+// gives the parameters from the features of earlier steps.
 struct Transform {
   TransformKind kind;
   int32_t features;           // D
@@ -49,6 +50,9 @@ struct Transform {
   int32_t first_tensor;       // index in ChainArgs.tensors of the transform's first tensor
   int32_t scale_stride;       // of the scale of `affine` and `normal`: 0 for one number, 1 for one per feature
   int32_t shift_stride;       // the same of the shift
+  ScaleActivation scale_activation;  // of masked_affine
+  int32_t scale_index;        // 0 if the scale is the first of the two parameters of masked_affine, 1 if it is the second
+  int32_t is_of_inverse;      // 1 if the parameters of masked_affine are those of the inverse, x = scale y + shift
   int32_t bins;               // number of bins of a spline
   SplineBoundary boundary;    // derivatives at the ends of a spline: a constant, parameters, or one parameter for both
   int32_t is_soft_clipped;    // 1 if the parameters of a spline are soft-clipped
@@ -56,10 +60,10 @@ struct Transform {
   int32_t is_circular;        // 1 if a spline takes x modulo high - low
   int32_t is_reversed;        // 1 if the chain has the inverse of the transform
   double clip;                // soft-clips p to p / (1 + clip |p|); for widths and heights twice as strongly
-  double min_scale;           // added to the scale of softplus_affine and sigmoid_affine
-  double logit_shift;         // added to the logit of the scale of sigmoid_affine
-  double min_log_scale;       // of clamped_affine
-  double max_log_scale;       // of clamped_affine
+  double min_scale;           // added to a scale by softplus or sigmoid
+  double logit_shift;         // added to the logit of a scale by sigmoid
+  double min_log_scale;       // of clamped_exp
+  double max_log_scale;       // of clamped_exp
   double low;                 // start of a spline
   double high;                // end of a spline
   double min_width;           // of a bin, as a fraction of high - low
@@ -111,19 +115,19 @@ struct GradientArgs {
 
 enum class WeightFormat : int32_t { float32, float64, bfloat16, float16 };
 
-// A copy of a weight (outputs, inputs) that jacobiflow_store makes.
-struct WeightCopy {
-  const void* values;  // row after row
-  void* stored;        // the copy; in panels it has whole vectors of outputs
-  int32_t outputs;
-  int32_t inputs;
-};
-
 // A weight (outputs, inputs): in panels of columns as jacobiflow_store makes them, or row after row.
 struct Weight {
   const void* values;
   WeightFormat format;
   int32_t is_packed;  // 1 if in panels
+};
+
+// A copy of a weight that jacobiflow_store makes. In panels it has whole vectors of outputs, else of outputs and inputs.
+struct WeightCopy {
+  Weight copy;
+  const void* source;  // row after row
+  int32_t outputs;
+  int32_t inputs;
 };
 
 // A transformer layer: h <- h + proj(attention(norm(h))), then h <- h + down(gelu(up(mlp_norm(h)))). Pointers after
@@ -158,16 +162,16 @@ struct LayerArgs {
   const T* gated_gate;       // (tokens, channels)
 };
 
-// The inverse of a block with a causal transformer. The network has rows = networks * samples rows: first the conditional row
+// The inverse of a block with a causal transformer of width `channels`. The network has rows = networks * samples rows: first the conditional row
 // of each sample, then, for guidance, the unconditional ones. Biases are padded to whole vectors.
 template <typename T>
 struct TransformerArgs {
-  const T* z;                   // (samples, tokens, values)
+  const T* z;                   // (samples, tokens, token_channels)
   const T* position;            // (tokens, channels), added to the projection of each token
   const T* context;             // (rows, tokens, channels) by its strides, added to the embeddings; null without a context
   const T* query_scale;         // (rows), or null: multiplies the attention's logits
-  Weight proj_in;               // (channels, values)
-  Weight proj_out;              // (values or 2 values, channels)
+  Weight proj_in;               // (channels, token_channels)
+  Weight proj_out;              // (token_channels or 2 token_channels, channels)
   const T* out_bias;            // (outputs of proj_out)
   const T* guidance_scale;      // (tokens): guidance weights of the log-scales
   const T* guidance_shift;      // (tokens): guidance weights of the shifts
@@ -176,13 +180,13 @@ struct TransformerArgs {
   const T* rotation;            // (prefix_length + tokens, channels / heads): cosine and sine of each pair, or null
   const T* final_norm;          // (channels): weights of an RMS norm of the last layer's output, or null
   const LayerArgs<T>* layers;   // (depth)
-  T* x;                         // (samples, tokens, values)
+  T* x;                         // (samples, tokens, token_channels)
   T* keys_values;               // memory of KeyValueCache, which lives until all tokens are solved
   double* log_det;              // (samples), to which the log-scales are added
   int32_t samples;
   int32_t networks;             // 1, or 2 with guidance
   int32_t tokens;
-  int32_t values;               // numbers in a token
+  int32_t token_channels;       // numbers of a token
   int32_t channels;
   int32_t hidden;               // units of a layer's perceptron
   int32_t heads;

@@ -24,14 +24,25 @@ class Buffer {
   T* data_;
 };
 
-// Where the numbers of an operation lie. A transform without a network has one layout, for its scale and shift.
+inline bool reads_context(const Operation& o) {
+  return o.kind == OperationKind::add_context || o.kind == OperationKind::gate_context;
+}
+
+inline bool reads_value(const Operation& o, int value) {
+  const bool reads_other = o.kind == OperationKind::sum || o.kind == OperationKind::guidance;
+  return o.source == value || (reads_other && o.other == value);
+}
+
+// Where the numbers of an operation lie. A scale and a shift that no network gives are the weight and the bias of a layout.
 struct OperationLayout {
-  int inputs = 0;                     // columns of the weight
+  int weight_index = -1, bias_index = -1;  // in ChainArgs.tensors; -1 without one
+  int units = 0, inputs = 0;               // rows and columns of the weight
   size_t weight = 0;                  // offset in the packed weights: (units, inputs), sorted by step
   size_t bias = 0;                    // offset in the packed weights: (units), sorted by step
   bool is_stored = false;             // the backward pass reads its value
+  bool has_slopes = false;            // the backward pass reads the derivatives of its activation, or of its layer's
   size_t value = 0;                   // first unit in a tile's activations
-  size_t slopes = 0;                  // first unit in a tile's activations of the derivatives of its activation
+  size_t slopes = 0;                  // first unit in a tile's activations of these derivatives
   size_t gradient = 0;                // first unit in a transform's gradients
   size_t layer_gradient = 0;          // first unit in a transform's gradients of the layer of the context
   size_t reads = 0;                   // offset in `ranges`: for each unit, the end of the inputs that it reads
@@ -53,17 +64,14 @@ class Chain {
       first_layout.push_back(layouts.size());
       inputs.push_back(tile_units);
       tile_units += units(t, 0);
-      gradient_units = units(t, 0);
+      size_t gradient_units = units(t, 0);
       lengths.push_back(inverts(t) ? 1 : group(t));
-      for (int j = 0; j < t.num_operations; j++) add_layout(t, j);
+      for (int j = 0; j < t.num_operations; j++) layouts.push_back(layout_of(t, j, gradient_units));
+      if (t.kind == TransformKind::affine || t.kind == TransformKind::normal)
+        layouts.push_back(tensor_layout(t, 0, 1, call.features, 1));
       max_gradient_units = std::max(max_gradient_units, gradient_units);
-      if (layout_count(t) > t.num_operations) {
-        layouts.push_back({});
-        layouts.back().weight = packed_size;
-        layouts.back().bias = packed_size + call.features;
-        packed_size += 2 * (size_t)call.features;
-      }
     }
+    first_layout.push_back(layouts.size());
   }
 
   // Packs the weights, into memory of the caller if it has given some.
@@ -75,7 +83,7 @@ class Chain {
       for (int i; (i = next++) < call.count;) {
         const Transform& t = call.transforms[i];
         for (int j = 0; j < t.num_operations; j++) pack(t, t.operations[j], of(i, j));
-        if (layout_count(t) > t.num_operations) pack_numbers(t, of(i, 0));
+        if (!t.num_operations && num_layouts(i)) pack_numbers(t, of(i, 0));
       }
     });
   }
@@ -93,10 +101,7 @@ class Chain {
   std::vector<int> lengths;       // for each transform, the number of steps that are computed together
   std::atomic<bool> is_finite{true};
 
-  // Returns the number of layouts of a transform. Without operations it is 1, for its two tensors if it has any.
-  static int layout_count(const Transform& t) {
-    return t.kind == TransformKind::permutation ? 0 : std::max(t.num_operations, 1);
-  }
+  size_t num_layouts(int transform) const { return first_layout[transform + 1] - first_layout[transform]; }
 
   size_t position(int transform, int operation) const { return first_layout[transform] + operation; }
 
@@ -148,34 +153,42 @@ class Chain {
   std::vector<int> ranges;
   std::vector<Buffer<T>> memory;
   T* packed = nullptr;
-  size_t gradient_units = 0;  // of the transform whose layouts are added
 
-  void add_layout(const Transform& t, int j) {
-    const Operation& o = t.operations[j];
+  // Returns a layout with memory for a packed weight and bias; the indices are those in the transform's tensors, or -1.
+  OperationLayout tensor_layout(const Transform& t, int weight, int bias, int units, int inputs) {
     OperationLayout layout;
-    if (o.weight >= 0 || o.kind == OperationKind::guidance) {
-      layout.inputs = o.kind == OperationKind::linear ? units(t, o.source) : o.weight >= 0 ? call.context_features : 0;
-      work += (int64_t)o.units * layout.inputs;
-      layout.bias = packed_size;
-      layout.weight = packed_size + o.units;
-      packed_size += (size_t)o.units * (layout.inputs + 1);
+    layout.weight_index = weight < 0 ? -1 : t.first_tensor + weight;
+    layout.bias_index = bias < 0 ? -1 : t.first_tensor + bias;
+    layout.units = units;
+    if (weight < 0 && bias < 0) return layout;
+    layout.inputs = weight < 0 ? 0 : inputs;
+    layout.bias = packed_size;
+    layout.weight = packed_size + units;
+    packed_size += (size_t)units * (layout.inputs + 1);
+    return layout;
+  }
+
+  // Returns the layout of operation `j`. `gradient_units` counts the units of the transform's gradients.
+  OperationLayout layout_of(const Transform& t, int j, size_t& gradient_units) {
+    const Operation& o = t.operations[j];
+    const int num_inputs = reads_context(o) ? call.context_features : units(t, o.source);
+    OperationLayout layout = tensor_layout(t, o.weight, o.bias, o.units, num_inputs);
+    work += (int64_t)o.units * layout.inputs;
+    const bool is_activated = o.activation != Activation::identity;
+    layout.has_slopes = needs_slopes(o.activation) || (reads_context(o) && is_activated);
+    layout.is_stored = o.is_kept || j + 1 == t.num_operations || (is_activated && !layout.has_slopes);
+    for (int k = j + 1; k < t.num_operations; k++) {
+      const Operation& later = t.operations[k];
+      layout.is_stored |= later.kind == OperationKind::gate_context && later.source == j + 1;
+      layout.is_source_read_later |= reads_value(later, o.source);
+      layout.is_other_read_later |= reads_value(later, o.other);
     }
-    const bool is_curved = o.activation != Activation::identity, is_gate = o.kind == OperationKind::gate_context;
-    const bool reads_context = o.kind == OperationKind::add_context || is_gate;
-    const bool tells_slopes = !reads_context && is_curved && !needs_slopes(o.activation);
-    layout.is_stored = o.is_kept || tells_slopes || j + 1 == t.num_operations;
-    for (int k = j + 1; k < t.num_operations; k++)
-      layout.is_stored |= t.operations[k].kind == OperationKind::gate_context && t.operations[k].source == j + 1;
     layout.value = tile_units;
     layout.slopes = tile_units += layout.is_stored ? o.units : 0;
-    if (is_gate || needs_slopes(o.activation) || (reads_context && is_curved)) tile_units += o.units;
+    tile_units += layout.has_slopes ? o.units : 0;
     layout.gradient = gradient_units;
     layout.layer_gradient = gradient_units += o.units;
-    if (reads_context) gradient_units += o.units;
-    for (int k = j + 1; k < t.num_operations; k++) {
-      layout.is_source_read_later |= reads(t.operations[k], o.source);
-      layout.is_other_read_later |= reads(t.operations[k], o.other);
-    }
+    gradient_units += reads_context(o) ? o.units : 0;
     if (o.kind == OperationKind::linear) {
       layout.reads = ranges.size();
       for (int step = 0; step < t.steps; step++) ranges.resize(layout.reads + o.ready[step], ready(t, o.source, step));
@@ -183,12 +196,7 @@ class Chain {
       for (int step = 0; step < t.steps; step++)
         ranges.resize(layout.readers + ready(t, o.source, step), ready(t, j + 1, step - 1));
     }
-    layouts.push_back(layout);
-  }
-
-  static bool reads(const Operation& o, int value) {
-    const bool reads_other = o.kind == OperationKind::sum || o.kind == OperationKind::guidance;
-    return o.source == value || (reads_other && o.other == value);
+    return layout;
   }
 
   // Returns the number of steps that the forward direction computes together, so that their units fill the registers.
@@ -207,10 +215,8 @@ class Chain {
     return true;
   }
 
-  // Returns null if the operation has no such tensor.
-  const T* tensor(const Transform& t, int tensor) const {
-    return tensor < 0 ? nullptr : static_cast<const T*>(call.tensors[t.first_tensor + tensor]);
-  }
+  // Returns null for index -1.
+  const T* tensor(int index) const { return index < 0 ? nullptr : static_cast<const T*>(call.tensors[index]); }
 
   // Adds 0, or NaN if a value is not finite. The libraries multiply weights by masks, so a masked one gives NaN too.
   static void add_non_finite(const T* values, int64_t size, Vector& non_finite) {
@@ -220,7 +226,7 @@ class Chain {
   }
 
   void pack_numbers(const Transform& t, const OperationLayout& layout) {
-    const T *scale = tensor(t, 0), *shift = tensor(t, 1);
+    const T *scale = tensor(layout.weight_index), *shift = tensor(layout.bias_index);
     for (int f = 0; f < call.features; f++) {
       packed[layout.weight + f] = scale[f * t.scale_stride];
       packed[layout.bias + f] = shift[f * t.shift_stride];
@@ -228,10 +234,8 @@ class Chain {
   }
 
   void pack(const Transform& t, const Operation& o, const OperationLayout& layout) {
-    const T *weight = tensor(t, o.weight), *bias = tensor(t, o.bias);
-    if (o.kind == OperationKind::guidance)
-      for (int unit = 0; unit < o.units; unit++) packed[layout.bias + unit] = bias[o.rows[unit]];
-    if (!weight) return;
+    const T *weight = tensor(layout.weight_index), *bias = tensor(layout.bias_index);
+    if (!weight && !bias) return;
     Vector non_finite{};
     if (bias) add_non_finite(bias, o.units, non_finite);
     const T* shared = shares_context ? static_cast<const T*>(call.context) : nullptr;
@@ -240,7 +244,7 @@ class Chain {
     for (int unit = 0; unit < o.units; unit++) {
       const int64_t row = (int64_t)o.rows[unit] * layout.inputs;
       add_non_finite(weight + row, layout.inputs, non_finite);
-      if (unit >= all) continue;
+      if (unit >= all) continue;  // nothing reads it
       T total = bias ? bias[o.rows[unit]] : 0;
       T* to = packed + layout.weight + (size_t)unit * layout.inputs;
       if (!columns) {

@@ -6,7 +6,7 @@
 
 #include "boundary.h"
 #include "threads.h"
-#include "vector_math.h"
+#include "transpose.h"
 
 #if defined(__F16C__)
 #include <immintrin.h>
@@ -60,63 +60,60 @@ inline int padded(int n) {
   return (n + Simd<T>::lanes - 1) / Simd<T>::lanes * Simd<T>::lanes;
 }
 
-// Converts numbers to 16 bits. A number that these cannot represent becomes another one.
-inline Halves narrowed(Vector v, BFloat16) { return __builtin_convertvector((Bits)v >> 16, Halves); }
+// Converts a vector of sums' type to stored numbers. A number that 16 bits cannot represent becomes another one.
+inline Vector narrow(Vector v, float) { return v; }
 
-inline Halves narrowed(Vector v, Float16) {
+inline Simd<double>::Vector narrow(Simd<double>::Vector v, double) { return v; }
+
+inline Halves narrow(Vector v, BFloat16) { return __builtin_convertvector((Bits)v >> 16, Halves); }
+
+inline Halves narrow(Vector v, Float16) {
+#if defined(__AVX512F__)
+  return (Halves)_mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#elif defined(__F16C__) && defined(__AVX__)
+  return (Halves)_mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT);
+#elif defined(__aarch64__)
+  return (Halves)vcvt_f16_f32((float32x4_t)v);
+#else
   const Bits sign = (Bits)v >> 16 & 0x8000, magnitude = (Bits)v & 0x7fffffff, normal = (magnitude - (112u << 23)) >> 13;
+  const Bits infinite = (magnitude - (224u << 23)) >> 13;
   const Bits subnormal = (Bits)((Vector)magnitude * 0x1p24f + 0x1p23f) & 0x7ff;  // counts the smallest Float16
-  return __builtin_convertvector(sign | (magnitude < (113u << 23) ? subnormal : normal), Halves);
+  const Bits half = magnitude < (113u << 23) ? subnormal : magnitude < (255u << 23) ? normal : infinite;
+  return __builtin_convertvector(sign | half, Halves);
+#endif
 }
 
-// Copies numbers as they are, or converts float to 16 bits, in whole vectors. Returns false if a number changes.
-template <typename Number>
-inline bool copy_numbers(const Number* from, int count, Number* to) {
-  std::memcpy(to, from, sizeof(Number) * count);
-  return true;
-}
-
-template <typename Half, typename = std::enable_if_t<sizeof(Half) == 2>>
-inline bool copy_numbers(const float* from, int count, Half* to) {
-  Bits changed{};
-  for (int i = 0; i < count; i += float_lanes) {
-    Vector v{};
-    if (i + float_lanes <= count)
-      v = Simd<float>::load(from + i);
-    else
-      std::memcpy(&v, from + i, sizeof(float) * (count - i));
-    const Halves halves = narrowed(v, Half());
-    std::memcpy(to + i, &halves, sizeof halves);
-    changed |= (Bits)widen(to + i) ^ (Bits)v;
-  }
-  bool is_changed = false;
-  for (int lane = 0; lane < float_lanes; lane++) is_changed |= changed[lane] != 0;
-  return !is_changed;
-}
-
-// Copies outputs from `first` on of a weight (outputs, inputs) to a panel (inputs, width), or to rows. The last panel may be
-// narrower. Returns false if a number changes.
+// Copies outputs from `first` on of a weight (outputs, inputs) to a panel (inputs, width), or to rows of whole vectors. The last
+// panel may be narrower. Returns false if a number changes.
 template <typename T, typename Source, typename Element>
 bool store_panel(const Source* weight, int outputs, int inputs, int first, bool is_packed, Element* stored) {
-  constexpr int chunk = 128, group = std::min(Simd<T>::lanes, 4);  // inputs and outputs at a time: writes are of a group
+  using S = Simd<T>;
+  using Bits = typename S::Bits;
+  constexpr int lanes = S::lanes;
   const int width = std::min(padded<T>(outputs - first), panel_columns<T>);
-  bool is_exact = true;
-  stored += (int64_t)first * inputs;
-  for (int start = 0; start < inputs; start += chunk)
-    for (int j = 0; j < width; j += group) {
-      const int count = std::min(inputs - start, chunk);
-      Element numbers[group][chunk] = {};
-      for (int i = 0; i < group && first + j + i < outputs; i++)
-        is_exact &= copy_numbers(weight + (int64_t)(first + j + i) * inputs + start, count, numbers[i]);
-      for (int k = 0; is_packed && k < count; k++) {
-        Element column[group];
-        for (int i = 0; i < group; i++) column[i] = numbers[i][k];
-        std::memcpy(stored + (int64_t)(start + k) * width + j, column, sizeof column);
+  Bits changed{};
+  for (int k = 0; k < inputs; k += lanes)
+    for (int j = first; j < first + width; j += lanes) {
+      const int rows = std::min(outputs - j, lanes), columns = std::min(inputs - k, lanes);
+      typename S::Vector block[lanes] = {};
+      for (int i = 0; i < rows; i++) {
+        const Source* from = weight + (int64_t)(j + i) * inputs + k;
+        Source numbers[lanes] = {};
+        if (columns < lanes) from = (const Source*)std::memcpy(numbers, from, sizeof(Source) * columns);
+        block[i] = widen(from);
       }
-      for (int i = 0; !is_packed && i < group; i++)
-        std::memcpy(stored + (int64_t)(j + i) * inputs + start, numbers[i], sizeof(Element) * count);
+      if (is_packed) transpose<T>(block);
+      for (int i = 0; i < (is_packed ? columns : rows); i++) {
+        const int64_t offset = is_packed ? (int64_t)first * inputs + (int64_t)(k + i) * width + (j - first)
+                                         : (int64_t)(j + i) * inputs + k;
+        const auto numbers = narrow(block[i], Element());
+        std::memcpy(stored + offset, &numbers, sizeof numbers);
+        changed |= (Bits)widen(stored + offset) ^ (Bits)block[i];
+      }
     }
-  return is_exact;
+  bool is_changed = false;
+  for (int lane = 0; lane < lanes; lane++) is_changed |= changed[lane] != 0;
+  return !is_changed;
 }
 
 // Multiplies `rows` rows by `vectors` vectors of a panel's columns, with all sums in registers. With few rows, even and odd

@@ -90,10 +90,10 @@ class ForwardTile {
   void transform(const Transform& t) {
     if (t.kind == TransformKind::permutation)
       permute(t, inverts, rows, features.get(), copy.get());
-    else if (!t.num_operations)
-      transform_unconditional(t);
-    else
+    else if (t.num_operations)
       masked(t);
+    else
+      transform_unconditional(t);
   }
 
   // Adds to the log-determinant by Kahan's method, because sums over many features lose digits.
@@ -190,16 +190,16 @@ class ForwardTile {
         return units_of(value) + (has_all_units(t, value) ? (size_t)first * rows : 0);
       };
       T* out = new_units(j + 1);
-      T* slopes = activations ? activations + (layout.slopes + first) * rows : nullptr;
+      T* slopes = activations && layout.has_slopes ? activations + (layout.slopes + first) * rows : nullptr;
       const size_t size = (size_t)(last - first) * rows;
       switch (o.kind) {
         case OperationKind::linear:
           linear(t, j, first, last, begin, out);
-          if (!is_curved(o)) continue;
-          activate(o, out, out, needs_slopes(o.activation) ? slopes : nullptr, size);
+          if (!is_activated_later(o)) continue;
+          activate(o, out, out, slopes, size);
           break;
         case OperationKind::activation:
-          activate(o, new_units(o.source), out, needs_slopes(o.activation) ? slopes : nullptr, size);
+          activate(o, new_units(o.source), out, slopes, size);
           break;
         case OperationKind::sum: {
           const T *in = new_units(o.source), *other = new_units(o.other);
@@ -221,7 +221,8 @@ class ForwardTile {
     }
   }
 
-  static bool is_curved(const Operation& o) {
+  // Returns false if `linear` applies the activation to its sums.
+  static bool is_activated_later(const Operation& o) {
     return o.activation != Activation::identity && o.activation != Activation::relu;
   }
 
@@ -239,29 +240,27 @@ class ForwardTile {
           return sums ? S::load(sums + (skipped + unit) * rows + v * S::lanes) : S::broadcast(bias[unit]);
         },
         [&](int v, Vector sum) {
-          if (is_curved(o)) return sum;
+          if (is_activated_later(o)) return sum;
           if (o.activation == Activation::relu) sum = S::max(sum, 0);
           if (o.is_kept) non_finite[v] += sum * T(0);
           return sum;
         });
   }
 
-  // Adds activation(layer(context)) to a value, or multiplies the value by the layer's sigmoid. Writes the derivatives of the
-  // activation to `slopes`, or its values if these give the derivatives.
+  // Adds activation(layer(context)) to a value, or multiplies the value by it. Writes the derivatives of the activation to
+  // `slopes`, or its values if these give the derivatives.
   void use_context(const Operation& o, const OperationLayout& layout, int first, int last, const T* in, T* out, T* slopes) {
-    const bool is_gate = o.kind == OperationKind::gate_context;
     const T* bias = chain.bias(layout) + first;
     const Range inputs{0, chain.shares_context ? 0 : layout.inputs};
     multiply<T, vectors>(matrix(layout), first, last, [&](int, int) { return inputs; }, context.get(), out,
                          [&](int unit, int) { return S::broadcast(bias[unit]); }, [](int, Vector sum) { return sum; });
     const size_t size = (size_t)(last - first) * rows;
-    Operation curve = o;
-    if (is_gate) curve.activation = Activation::sigmoid;
-    activate(curve, out, out, needs_slopes(curve.activation) ? slopes : nullptr, size);
+    const bool keeps_values = slopes && !needs_slopes(o.activation);
+    activate(o, out, out, keeps_values ? nullptr : slopes, size);
     for (size_t i = 0; i < size; i += S::lanes) {
       const Vector value = S::load(in + i), change = S::load(out + i);
-      if (slopes && curve.activation != Activation::identity && !needs_slopes(curve.activation)) S::store(slopes + i, change);
-      S::store(out + i, is_gate ? value * change : value + change);
+      if (keeps_values) S::store(slopes + i, change);
+      S::store(out + i, o.kind == OperationKind::gate_context ? value * change : value + change);
     }
   }
 
@@ -274,9 +273,10 @@ class ForwardTile {
       T* at = features.get() + feature + v * S::lanes;
       const Parameters<T> p{parameters + v * S::lanes, rows};
       Vector change{};
-      const Vector in = S::load(at), out = is_spline(t) ? Spline<T>(t, p, inverts, bins.get())
-                                                        .apply(in, call.log_det, change, non_finite[v])
-                                                  : Affine<T>::apply(t, p, inverts, in, change);
+      const Vector in = S::load(at);
+      const Vector out = t.kind == TransformKind::masked_affine
+                             ? Affine<T>(t, p).apply(inverts, in, change)
+                             : Spline<T>(t, p, inverts, bins.get()).apply(in, call.log_det, change, non_finite[v]);
       S::store(at, out);
       if (inverts) change = -change;
       add(v, change);

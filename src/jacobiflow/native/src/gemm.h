@@ -2,10 +2,9 @@
 #pragma once
 
 #include <algorithm>
-#include <utility>
 
 #include "threads.h"
-#include "vector_math.h"
+#include "transpose.h"
 
 namespace jacobiflow {
 
@@ -72,38 +71,6 @@ void multiply(Matrix<T> m, int first, int last, const Inputs& inputs, const T* i
   if constexpr (count > 1)
     if (unit < last)
       multiply<T, vectors, Inputs, Start, Finish, count - 1>(m, first, last, inputs, in, out, start, finish, unit);
-}
-
-// Exchanges lanes between `a` and `b`: those of `a` whose index has the bit `step`, and those of `b` whose index lacks it.
-template <int step, typename Vector, int... i>
-void exchange_lanes(Vector& a, Vector& b, std::integer_sequence<int, i...>) {
-  constexpr int count = sizeof...(i);
-  const Vector low = a, high = b;
-  a = __builtin_shufflevector(low, high, (i & step ? count + i - step : i)...);
-  b = __builtin_shufflevector(low, high, (i & step ? count + i : i + step)...);
-}
-
-// Transposes a square of vectors.
-template <typename T, int step = 1>
-void transpose(typename Simd<T>::Vector (&v)[Simd<T>::lanes]) {
-  constexpr int count = Simd<T>::lanes;
-  for (int k = 0; k < count; k++)
-    if (!(k & step)) exchange_lanes<step>(v[k], v[k + step], std::make_integer_sequence<int, count>());
-  if constexpr (2 * step < count) transpose<T, 2 * step>(v);
-}
-
-// Copies values (units, rows) to (rows, stride), whose columns from `units` on are 0; both sizes are whole vectors.
-template <typename T>
-void transpose(const T* from, int units, int rows, T* to, int stride) {
-  using S = Simd<T>;
-  for (int unit = 0; unit < stride; unit += S::lanes)
-    for (int row = 0; row < rows; row += S::lanes) {
-      typename S::Vector block[S::lanes];
-      for (int i = 0; i < S::lanes; i++)
-        block[i] = unit + i < units ? S::load(from + (size_t)(unit + i) * rows + row) : typename S::Vector{};
-      transpose<T>(block);
-      for (int i = 0; i < S::lanes; i++) S::store(to + (size_t)(row + i) * stride + unit, block[i]);
-    }
 }
 
 // Adds g x (units, columns of x) for g (units, rows) and x (rows, stride) to sums (units, stride).

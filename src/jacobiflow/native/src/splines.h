@@ -5,10 +5,6 @@
 
 namespace jacobiflow {
 
-inline bool is_spline(const Transform& t) {
-  return t.kind == TransformKind::rational_quadratic || t.kind == TransformKind::rational_linear;
-}
-
 // A spline of one feature. `memory` has room for two vectors per bin.
 template <typename T>
 class Spline {

@@ -5,8 +5,7 @@
 
 namespace jacobiflow {
 
-// Offsets of one operation's sums over rows: of its weight (units, stride) and bias (units, lanes), or of the scale and the
-// shift (features, lanes) of a transform without a network.
+// Offsets of the sums over rows for an operation's weight (units, stride) and bias (units, lanes).
 struct GradientLayout {
   bool has_any = false;
   int stride = 0;
@@ -20,48 +19,39 @@ class TensorGradients {
   using S = Simd<T>;
 
   TensorGradients(const Chain<T>& chain, const GradientArgs& args, int threads) : chain(chain), args(args) {
-    for_all([&](const Transform& t, int, int j, const OperationLayout& layout) {
+    for_all([&](const Transform&, int, const OperationLayout& layout) {
       GradientLayout s;
-      if (j < 0) {
-        s.has_any = gradient(t, 0) || gradient(t, 1);
-        s.weight = size, s.bias = size + (size_t)chain.call.features * S::lanes;
-        if (s.has_any) size += (size_t)2 * chain.call.features * S::lanes;
-      } else if (const Operation& o = t.operations[j]; o.weight >= 0) {
-        s.has_any = gradient(t, o.weight) || gradient(t, o.bias);
-        s.stride = (layout.inputs + S::lanes - 1) / S::lanes * S::lanes;
-        s.weight = size, s.bias = size + (size_t)o.units * s.stride;
-        if (s.has_any) size += (size_t)o.units * (s.stride + S::lanes);
-        max_inputs = std::max(max_inputs, s.stride);
-      }
+      s.has_any = gradient(layout.weight_index) || (layout.inputs && gradient(layout.bias_index));
+      s.stride = (layout.inputs + S::lanes - 1) / S::lanes * S::lanes;
+      s.weight = size, s.bias = size + (size_t)layout.units * s.stride;
+      if (s.has_any) size += num_sums(layout, s);
+      max_inputs = std::max(max_inputs, s.stride);
       layouts.push_back(s);
     });
     for (int i = 0; size && i < threads; i++) memory.emplace_back(size);
     for (Buffer<T>& sums : memory) std::memset(sums.get(), 0, sizeof(T) * size);
   }
 
-  int max_inputs = 0;  // of a layer whose gradient is needed, in whole vectors
+  int max_inputs = 0;  // of a layer, in whole vectors
 
   T* of_thread(int rank) { return size ? memory[rank].get() : nullptr; }
 
-  const GradientLayout& of(int transform, int operation) const {
-    return layouts[chain.position(transform, std::max(operation, 0))];
-  }
+  const GradientLayout& of(int transform, int operation) const { return layouts[chain.position(transform, operation)]; }
 
   // Adds up the sums of all threads and writes the gradients of the tensors. Masked entries get 0.
   void write() {
-    for_all([&](const Transform& t, int i, int j, const OperationLayout& layout) {
-      const GradientLayout& s = of(i, j);
+    size_t position = 0;
+    for_all([&](const Transform& t, int j, const OperationLayout& layout) {
+      const GradientLayout& s = layouts[position++];
       if (!s.has_any) return;
-      const int units = j < 0 ? chain.call.features : t.operations[j].units;
-      const size_t count = j < 0 ? (size_t)2 * units * S::lanes : (size_t)units * (s.stride + S::lanes);
-      T* sums = memory[0].get() + s.weight;
+      T* sums = memory[0].get();
       for (size_t rank = 1; rank < memory.size(); rank++)
-        for (size_t k = 0; k < count; k++) sums[k] += memory[rank].get()[s.weight + k];
-      if (j < 0) {
-        write_numbers(sums, t.scale_stride, gradient(t, 0));
-        write_numbers(sums + (size_t)units * S::lanes, t.shift_stride, gradient(t, 1));
-      } else {
+        for (size_t k = s.weight; k < s.weight + num_sums(layout, s); k++) sums[k] += memory[rank].get()[k];
+      if (t.num_operations) {
         write_layer(t, t.operations[j], layout, s);
+      } else {
+        write_numbers(sums + s.weight, t.scale_stride, gradient(layout.weight_index));
+        write_numbers(sums + s.bias, t.shift_stride, gradient(layout.bias_index));
       }
     });
   }
@@ -73,19 +63,20 @@ class TensorGradients {
   std::vector<Buffer<T>> memory;
   size_t size = 0;
 
-  // Calls use(transform, its index, index of the operation, its layout) for each operation. A transform without a network has
-  // one call, with -1.
+  // Calls use(transform, index of the layout in the transform, layout) for all layouts of the chain.
   template <typename Use>
   void for_all(const Use& use) {
-    for (int i = 0; i < chain.call.count; i++) {
-      const Transform& t = chain.call.transforms[i];
-      for (int j = 0; j < chain.layout_count(t); j++) use(t, i, t.num_operations ? j : -1, chain.of(i, j));
-    }
+    for (int i = 0; i < chain.call.count; i++)
+      for (size_t j = 0; j < chain.num_layouts(i); j++) use(chain.call.transforms[i], (int)j, chain.of(i, (int)j));
   }
 
-  // Returns null if the tensor needs no gradient.
-  T* gradient(const Transform& t, int tensor) const {
-    return tensor < 0 || !args.grad_tensors ? nullptr : static_cast<T*>(args.grad_tensors[t.first_tensor + tensor]);
+  static size_t num_sums(const OperationLayout& layout, const GradientLayout& s) {
+    return (size_t)layout.units * (s.stride + S::lanes);
+  }
+
+  // Returns null if the tensor needs no gradient, or for index -1.
+  T* gradient(int index) const {
+    return index < 0 || !args.grad_tensors ? nullptr : static_cast<T*>(args.grad_tensors[index]);
   }
 
   static T total(const T* sums) { return S::sum(S::load(sums)); }
@@ -99,7 +90,7 @@ class TensorGradients {
   }
 
   void write_layer(const Transform& t, const Operation& o, const OperationLayout& layout, const GradientLayout& s) const {
-    T *weight = gradient(t, o.weight), *bias = gradient(t, o.bias);
+    T *weight = gradient(layout.weight_index), *bias = gradient(layout.bias_index);
     const int32_t* columns = o.kind == OperationKind::linear ? chain.rows(t, o.source) : nullptr;
     const int num_read = o.ready[t.steps - 1];  // nothing reads the units after these
     const T* base = memory[0].get();

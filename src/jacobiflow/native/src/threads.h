@@ -5,6 +5,8 @@
 
 #include <atomic>
 #include <chrono>
+#include <cstdint>
+#include <exception>
 #include <thread>
 #include <vector>
 
@@ -107,6 +109,16 @@ bool in_pool(int num_threads, const Run& run) {
   };
   openmp.parallel(member, &team, num_threads, 0);
   return team.ran;
+}
+
+// Returns run(), or -1 without enough memory or threads.
+template <typename Run>
+int64_t result_of(const Run& run) {
+  try {
+    return run();
+  } catch (const std::exception&) {
+    return -1;
+  }
 }
 
 // Calls run(rank) for each rank below `num_threads`, in threads that may wait for each other.

@@ -29,7 +29,7 @@ struct TeamWorkspace {
         cache(args.keys_values, args.samples * args.networks, args.heads, head_size, length()),
         h((size_t)rows * stride), input(is_gated() ? h.size() : 0), qkv((size_t)rows * padded<T>(3 * args.channels)),
         attended(h.size()), up((size_t)rows * padded<T>((is_gated() ? 2 : 1) * args.hidden)),
-        scratch(num_threads, std::vector<T>(h.size() + stride + padded<T>(length()) + 2 * padded<T>(2 * args.values))) {}
+        scratch(num_threads, std::vector<T>(h.size() + stride + padded<T>(length()) + 2 * padded<T>(2 * args.token_channels))) {}
 
   int num_samples() const { return samples.last - samples.first; }
   int length() const { return args.prefix_length + args.tokens; }
@@ -94,7 +94,7 @@ void TeamWorkspace<T>::read_prefix(int rank) {
 // Sets h = proj_in x_t + position_t + context in each row of the sample.
 template <typename T>
 void TeamWorkspace<T>::embed(int sample, int t) {
-  const T* token = args.x + ((int64_t)(samples.first + sample) * args.tokens + t) * args.values;
+  const T* token = args.x + ((int64_t)(samples.first + sample) * args.tokens + t) * args.token_channels;
   for (int n = 0; n < args.networks; n++) {
     const int r = n * num_samples() + sample;
     T* row = h.data() + (int64_t)r * stride;
@@ -103,7 +103,7 @@ void TeamWorkspace<T>::embed(int sample, int t) {
       const T* context = args.context + (int64_t)network_row(r) * args.context_row_stride;
       for (int k = 0; k < args.channels; k++) row[k] += context[(int64_t)t * args.context_token_stride + k];
     }
-    dense(token, args.values, args.proj_in, args.values, args.channels, 1, {0, stride},
+    dense(token, args.token_channels, args.proj_in, args.token_channels, args.channels, 1, {0, stride},
           [&](int, int column, Vector out) { S::store(row + column, S::load(row + column) + out); });
   }
 }
@@ -211,7 +211,7 @@ void TeamWorkspace<T>::gated_perceptron(const LayerArgs<T>& w, int t, int rank, 
 // Solves x_t of a sample from the network's output at the position before, with guidance if the sample has two rows.
 template <typename T>
 void TeamWorkspace<T>::read_out(int sample, int t, T* buffer) {
-  const int outputs = args.values * (args.has_scale + 1), width = padded<T>(outputs);
+  const int outputs = args.token_channels * (args.has_scale + 1), width = padded<T>(outputs);
   T* normalised = buffer + 2 * width;
   for (int n = 0; n < args.networks; n++) {
     const T* row = h.data() + (int64_t)(n * num_samples() + sample) * stride;
@@ -224,12 +224,12 @@ void TeamWorkspace<T>::read_out(int sample, int t, T* buffer) {
           [&](int, int column, Vector sums) { S::store(out + column, sums + S::load(args.out_bias + column)); });
     if (const T clip = (T)args.soft_clip) {
       for (int k = 0; k < outputs; k++) out[k] = clip * std::tanh(out[k] / clip);
-      for (int c = 0; c < args.values; c++) out[c] = std::log(std::log1p(std::exp(out[c] + T(0.54132485461291810898))));
+      for (int c = 0; c < args.token_channels; c++) out[c] = std::log(std::log1p(std::exp(out[c] + T(0.54132485461291810898))));
     }
   }
-  const T *scales = buffer, *shifts = buffer + args.has_scale * args.values;
-  const int64_t first = ((int64_t)(samples.first + sample) * args.tokens + t) * args.values;
-  for (int c = 0; c < args.values; c++) {
+  const T *scales = buffer, *shifts = buffer + args.has_scale * args.token_channels;
+  const int64_t first = ((int64_t)(samples.first + sample) * args.tokens + t) * args.token_channels;
+  for (int c = 0; c < args.token_channels; c++) {
     T scale = args.has_scale ? scales[c] : T(0), shift = shifts[c];
     if (args.networks == 2) {
       const T other_scale = args.has_scale ? scales[width + c] : T(0), other_shift = shifts[width + c];
@@ -266,8 +266,8 @@ void TeamWorkspace<T>::run(int rank) {
     t = 1;
   } else if (t == 0) {  // entry 0 has nothing before it
     for (int s = own.first; s < own.last; s++) {
-      const int64_t first = (int64_t)(samples.first + s) * args.tokens * args.values;
-      std::memcpy(args.x + first, args.z + first, sizeof(T) * args.values);
+      const int64_t first = (int64_t)(samples.first + s) * args.tokens * args.token_channels;
+      std::memcpy(args.x + first, args.z + first, sizeof(T) * args.token_channels);
     }
     t = 1;
   }

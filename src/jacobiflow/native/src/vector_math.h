@@ -6,15 +6,25 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <initializer_list>
 #include <limits>
 #include <type_traits>
 #if defined(__AVX512F__)
 #include <immintrin.h>
 #endif
 
-#include "simd.h"
-
 namespace jacobiflow {
+
+// The number of floats in a vector; and the sizes of a block of a dense layer, whose sums fill the registers: `tile_rows` rows
+// by `panel_vectors` vectors of outputs.
+#if defined(__AVX512F__)
+constexpr int float_lanes = 16, panel_vectors = 4;
+#elif defined(__AVX__)
+constexpr int float_lanes = 8, panel_vectors = 2;  // for 16 registers
+#else
+constexpr int float_lanes = 4, panel_vectors = 4;
+#endif
+constexpr int tile_rows = 6;
 
 template <typename T>
 struct Simd {
@@ -93,9 +103,17 @@ struct Simd {
   // e^v for v <= 88, at least the smallest normal number.
   static Vector exp_of_small(Vector v) { return Reduced(max(v, is_float ? -87 : -708)).exp(); }
 
-  // 2^v for v <= 0, at least the smallest normal number.
+  // 2^v for v <= 0, at least the smallest normal number; for float to 2e-9 before rounding.
   static Vector exp2_of_negative(Vector v) {
-    if constexpr (is_float) return jacobiflow::exp2_of_negative(v);
+    if constexpr (is_float) {
+      v = v < T(-126) ? broadcast(-126) : v;
+      const Vector rounded = v + broadcast(shift), f = v - (rounded - broadcast(shift));
+      const Bits whole = (Bits)rounded - (Bits)broadcast(shift);
+      Vector fraction = broadcast(1.5353361e-4f);
+      for (float c : {1.3398875e-3f, 9.6184374e-3f, 5.5503325e-2f, 2.4022648e-1f, 6.9314720e-1f, 1.0f})
+        fraction = fraction * f + c;
+      return fraction * (Vector)((whole + exponent_bias) << mantissa_bits);
+    }
     return exp_of_small(v * T(0.69314718055994530942));
   }
 
@@ -160,9 +178,20 @@ struct Simd {
     return scaled > threshold ? v : (max(scaled, 0) + log1p(small)) / beta;
   }
 
-  // The distribution function of a standard normal variable, Phi(v).
+  // The distribution function of a standard normal variable, Phi(v). For float Phi(-t) = 2^(-1 - q(t)), to 2e-9 before rounding,
+  // with a polynomial q up to t = 6, where Phi(-t) is 1e-9.
   static Vector normal_cdf(Vector v) {
-    if constexpr (is_float) return jacobiflow::normal_cdf(v);
+    if constexpr (is_float) {
+      Vector t = v < T(0) ? -v : v;
+      const Integers far = t > T(6);
+      t = far ? broadcast(6) : t;
+      Vector q = broadcast(-4.0072768e-7f);
+      for (float c : {7.9270631e-6f, -6.5241548e-5f, 2.5360741e-4f, 4.0717510e-5f, -6.9896374e-3f, 5.2468930e-2f,
+                      4.5921157e-1f, 1.1511053f, 0.0f})
+        q = q * t + c;
+      const Vector tail = far ? Vector{} : T(0.5) * exp2_of_negative(-q);
+      return v < T(0) ? tail : T(1) - tail;
+    }
     Vector out;
     for (int i = 0; i < lanes; i++) out[i] = T(0.5) * std::erfc(v[i] * T(-0.70710678118654752440));
     return out;
@@ -247,5 +276,8 @@ struct Simd {
     return (Vector)((Bits)n + (Bits)broadcast(shift)) - shift;
   }
 };
+
+using Vector = Simd<float>::Vector;
+using Bits = Simd<float>::Bits;
 
 }  // namespace jacobiflow

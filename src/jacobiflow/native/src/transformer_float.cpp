@@ -1,7 +1,0 @@
-#include "transformer.h"
-
-namespace jacobiflow {
-
-template void solve_transformer<float>(const TransformerArgs<float>&);
-
-}  // namespace jacobiflow
