@@ -130,7 +130,7 @@ class AffineBlock(ABC):
         raise NotImplementedError
 
     def sequential_inverse(self, z: Tokens, context: Context = NO_CONTEXT, guidance: Any = None) -> TokensLogDet:
-        """Solves x_t = g(x)_t token by token in one call; returns x and the sums of log_scale(x).
+        """Solves x_t = g(x)_t token by token in one call; returns x and log|det dx/dz|, the sums of log_scale(x).
 
         With a `Guidance` g is that of the guided block.
 
@@ -162,9 +162,9 @@ class FlowBlock(AffineBlock, nn.Module):
         return self.affine_whole(x, Context.of(context))
 
     def encode(self, x: Tokens, context: Context = NO_CONTEXT) -> TokensLogDet:
-        """Returns z = exp(-log_scale(x)) (x - shift(x)), and the sums of log_scale(x)."""
+        """Returns z = exp(-log_scale(x)) (x - shift(x)), and log|det dz/dx|, minus the sums of log_scale(x)."""
         log_scale, shift = _checked(self(x, context), x)
-        return (x - shift) * torch.exp(-log_scale), log_scale.sum(dim=(1, 2))
+        return (x - shift) * torch.exp(-log_scale), -log_scale.sum(dim=(1, 2))
 
     def row_bytes(self) -> int | None:
         """Returns the bytes of a row while it is solved, its cache and a sweep of all tokens; `None` if not known."""

@@ -234,8 +234,8 @@ class Flow(Pretrained):
         log_det = self.tokens_log_det(tokens)
         for i, block in enumerate(self.blocks):
             encode = block.encode if self.block_loader is None else partial(self.block_loader.encode, i)
-            z, log_scale = encode(block.permutation(tokens), context)
-            tokens, log_det = block.permutation.inverse(z), log_det - log_scale
+            z, block_log_det = encode(block.permutation(tokens), context)
+            tokens, log_det = block.permutation.inverse(z), log_det + block_log_det
         if not is_scaled:
             return tokens, log_det
         var = self.var.to(tokens.dtype)

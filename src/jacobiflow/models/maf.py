@@ -202,10 +202,9 @@ class MAFBlock(FlowBlock):
 
     def encode(self, x: Tokens, context: Context = NO_CONTEXT) -> TokensLogDet:
         try:
-            z, log_det = self._evaluate(x, context, None, is_inverse=False)
+            return self._evaluate(x, context, None, is_inverse=False)
         except UnsupportedError:
             return super().encode(x, context)
-        return z, -log_det
 
     def sequential_inverse(
         self, z: Tokens, context: Context = NO_CONTEXT, guidance: Guidance | None = None
