@@ -67,7 +67,7 @@ def test_a_fit_finds_a_causal_linear_map() -> None:
     ("build", "names"),
     [
         (lambda: jf.WarmStart(SHIFT[None])(normal(1, 4, 2)), r"WarmStart: value=.*: give .* \(1, 4, 2\)"),
-        (lambda: jf.WarmStart(3), "WarmStart: value=3"),  # type: ignore[arg-type]
+        (lambda: jf.WarmStart(3)(normal(1, 4, 2)), "WarmStart: value=3"),  # type: ignore[arg-type]
         (lambda: jf.MeanAffine(SHIFT, SHIFT[:, :1]), r"MeanAffine: shift=a tensor \(5, 1\)"),
         (lambda: jf.MeanAffine(SHIFT, SHIFT).check(4, 2), r"MeanAffine.*\(5, 2\).*\(4, 2\)"),
         (lambda: jf.CausalLinear(torch.ones(3, 2, 4), SHIFT), r"CausalLinear: kernel=a tensor \(3, 2, 4\)"),
