@@ -103,7 +103,7 @@ def time_block(key: Json) -> Json:
     stored, z = deepcopy(plain).bfloat16().float(), latents(plain, rows)[0]
 
     def solve(flow: jf.TarFlow, strategy: str) -> Any:
-        solver = jf.Strategy.parse(strategy, num_blocks=1, num_tokens=256).solvers[0]
+        solver = jf.Strategy.parse(strategy, num_blocks=1).solvers[0]
         return partial(jf.solve, flow.blocks[0], z, solver)
 
     runs = {FLOAT32: solve(plain, "sequential"), HALVES: solve(stored, "sequential")}

@@ -130,7 +130,7 @@ CALLS: list[tuple[Callable[..., Any], str, dict[str, Argument]]] = [
     (jf.MAF, "config", {"config": (MAF.config, ({}, FLOW.config), ())}),
     (jf.Strategy, "solvers fingerprint tolerance prediction", {}),
     (jf.Strategy.uniform, "solver num_blocks tolerance", {}),
-    (jf.Strategy.parse, "text report num_blocks num_tokens", {}), (PLAN.with_tolerance, "tolerance", {}),
+    (jf.Strategy.parse, "text report num_blocks", {}), (PLAN.with_tolerance, "tolerance", {}),
     (jf.Strategy.from_report, "report tolerance per_segment call_cost", {"report": (REPORT, (7, PLAN), ())}),
     *((made.check, "flow", {}) for made in (PLAN, REPORT, TUNING)),
     *((call, "path", {}) for made in (PLAN, REPORT, TUNING) for call in (made.save, made.load)),

@@ -228,3 +228,16 @@ def test_a_sample_that_overflows_is_solved_sequentially(
     assert solution.status.tolist() == [tame, CONVERGED, NONFINITE, CONVERGED]
     solved = [1, 3] if tame == MAX_SWEEPS else [0, 1, 3]
     assert error(solution.x[solved], problem.answer[solved]) < 1e-7
+
+
+@pytest.mark.parametrize("name", ["digits-p1", "digits-maf"])
+@pytest.mark.parametrize("guidance", [None, jf.Guidance(1.0)])
+def test_batches_of_an_exact_loop_have_the_bits_of_calls_by_themselves(name: str, guidance: jf.Guidance | None) -> None:
+    """A batch of 40 is more than a thread takes at once."""
+    block, z, labels = jf.load(name).guided(guidance).inverse_block(0), normal(90, 64, 1).float(), torch.arange(90) % 10
+    for batch_size in (1, 7, 40):
+        parts = zip(z.split(batch_size), labels.split(batch_size), strict=True)
+        want = [block.sequential_inverse(part, jf.Context(own)) for part, own in parts]
+        found = block.sequential_inverse(z, jf.Context(labels), batch_size=batch_size)
+        for have, each in zip(found, zip(*want, strict=True), strict=True):
+            assert torch.equal(have, torch.cat(each))

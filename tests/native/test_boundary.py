@@ -91,6 +91,6 @@ def test_guidance_of_a_context_without_an_unconditional_one_is_refused() -> None
         block.proj_out.weight, block.proj_out.bias, has_scale=True,
     )  # fmt: skip
     guidance = GuidanceTerms(weights, weights, None, 1.0, rule="linear")
-    network.invert(z, None, guidance)
+    network.invert(z, lambda rows: None, guidance)
     with pytest.raises(UnsupportedError, match="a context for one of two rows"):
-        network.invert(z, torch.ones(1, 1, 7), guidance)
+        network.invert(z, lambda rows: torch.ones(1, 1, 7), guidance)

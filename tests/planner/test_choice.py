@@ -47,7 +47,7 @@ def test_a_name_a_file_and_a_strategy(tmp_path: Path) -> None:
     own.save(tmp_path / "own.json")
     for given in (own, tmp_path / "own.json", str(tmp_path / "own.json")):
         assert resolve_strategy(given, small(), 8) == own
-    assert resolve_strategy("window:3", small(), 8) == jf.Strategy.parse("window:3", num_blocks=2, num_tokens=16)
+    assert resolve_strategy("window:3", small(), 8) == jf.Strategy.parse("window:3", num_blocks=2)
 
 
 @pytest.mark.parametrize("given", ["jacobi", "gs-jacobi:3-2", jf.Strategy((COUNTED, jf.Solver()), tolerance=0.5)])
@@ -60,6 +60,7 @@ def test_a_tolerance_replaces_that_of_a_strategy(given: Any) -> None:
 
 CHORD = jf.Chord(torch.ones(2, 3, 3))
 REFUSED: list[tuple[Any, dict[str, Any], str]] = [
+    ("gs-jacobi:17", {}, "strategy, block 0: .*only 16 tokens"),
     ("plan.txt", {}, "strategy 'plan.txt': unknown"), ("missing.json", {}, "strategy missing.json: cannot be read"),
     (jf.Strategy.uniform(COUNTED, 3), {}, "strategy for 3 blocks, but the flow has 2"),
     (jf.Strategy.uniform(jf.Solver(), 2, None), {}, "strategy, block 0: tolerance=None: nothing would end the sweeps"),

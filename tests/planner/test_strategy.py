@@ -57,11 +57,10 @@ def test_a_broken_file_is_one_error_that_names_the_place(path: Any, new: Any, me
         jf.Strategy.load(tmp_path / "plan.json")
 
 
-def test_a_strategy_has_up_to_1000_blocks_and_65536_tokens() -> None:
-    assert len(jf.Strategy.parse("jacobi", num_blocks=1000, num_tokens=2**16).solvers) == 1000
-    for sizes in ((1001, 8), (1, 2**16 + 1)):
-        with pytest.raises(ValueError, match="the limit is"):
-            jf.Strategy.parse("jacobi", num_blocks=sizes[0], num_tokens=sizes[1])
+def test_a_strategy_has_up_to_1000_blocks() -> None:
+    assert len(jf.Strategy.parse("jacobi", num_blocks=1000).solvers) == 1000
+    with pytest.raises(ValueError, match="the limit is"):
+        jf.Strategy.parse("jacobi", num_blocks=1001)
     for num in (0, 1001):
         with pytest.raises(ValueError, match=f"solvers: {num} of them"):
             jf.Strategy((jf.Solver(),) * num)
@@ -98,17 +97,16 @@ def test_a_report_gives_each_block_the_guess_of_the_smallest_igm() -> None:
     named = [{"latent": LATENT, "zeros": jf.Zeros()}.get(name) for name in BEST_6]
     want = [guess or report.mean_affine[block] for block, guess in enumerate(named)]
     for text in ("[0/5-4-3-2]", "window:4"):
-        found, plain = jf.Strategy.parse(text, report), jf.Strategy.parse(text, num_blocks=6, num_tokens=16)
+        found, plain = jf.Strategy.parse(text, report), jf.Strategy.parse(text, num_blocks=6)
         assert [solver.guess for solver in found.solvers] == want
         assert [replace(solver, guess=LATENT) for solver in found.solvers] == list(plain.solvers)
         assert (found.fingerprint, plain.fingerprint) == (report.fingerprint, None)
     assert {solver.guess for solver in jf.Strategy.parse("jacobi+zeros", report).solvers} == {jf.Zeros()}
 
 
-def test_sizes_are_those_of_the_report_or_of_the_caller() -> None:
-    for sizes in ({}, {"num_blocks": 8}, {"num_tokens": 8}):
-        with pytest.raises(ValueError, match="give a report, or num_blocks and num_tokens of the flow"):
-            jf.Strategy.parse("jacobi", **sizes)
+def test_the_number_of_blocks_is_that_of_the_report_or_of_the_caller() -> None:
+    with pytest.raises(ValueError, match="give a report, or num_blocks of the flow"):
+        jf.Strategy.parse("jacobi")
 
 
 # ---------------------------------------------------------------------------------------- Algorithm 1, invented numbers

@@ -129,7 +129,7 @@ def _reverse(block: Any, arguments: _ReverseArgs) -> tuple[Tensor, Tensor]:
         out_bias=block.proj_out.bias,
         has_scale=len(block.proj_out.bias) == 2 * x.shape[2],
     )
-    x, log_det = network.invert(z, context, guidance)
+    x, log_det = network.invert(z, lambda rows: context, guidance)
     return block.permutation(x, inverse=True), log_det
 
 

@@ -129,10 +129,12 @@ class AffineBlock(ABC):
         """Returns a copy of the cache with which the network runs in bfloat16."""
         raise NotImplementedError
 
-    def sequential_inverse(self, z: Tokens, context: Context = NO_CONTEXT, guidance: Any = None) -> TokensLogDet:
+    def sequential_inverse(
+        self, z: Tokens, context: Context = NO_CONTEXT, guidance: Any = None, batch_size: int | None = None
+    ) -> TokensLogDet:
         """Solves x_t = g(x)_t token by token in one call; returns x and log|det dx/dz|, the sums of log_scale(x).
 
-        With a `Guidance` g is that of the guided block.
+        With a `Guidance` g is that of the guided block. `batch_size` rows are solved at a time, all by default.
 
         Raises:
             UnsupportedError: If the block has no such call for this device, dtype or installation. Solvers then solve

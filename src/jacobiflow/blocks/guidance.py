@@ -168,8 +168,10 @@ class GuidedBlock(AffineBlock):
     def to_bf16(self, cache: GuidedCache) -> GuidedCache:
         return cache._replace(inner=self.block.to_bf16(cache.inner))
 
-    def sequential_inverse(self, z: Tokens, context: Context = NO_CONTEXT, guidance: Any = None) -> TokensLogDet:
-        return self.block.sequential_inverse(z, context, self.guidance)
+    def sequential_inverse(
+        self, z: Tokens, context: Context = NO_CONTEXT, guidance: Any = None, batch_size: int | None = None
+    ) -> TokensLogDet:
+        return self.block.sequential_inverse(z, context, self.guidance, batch_size)
 
     def output_weights(self) -> tuple[Float[Tensor, "o d"] | None, Float[Tensor, "o d"]] | None:
         return self.block.output_weights()

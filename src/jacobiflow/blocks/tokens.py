@@ -10,6 +10,12 @@ Tokens = Float[Tensor, "b t c"]
 """Tokens of a batch: T for each of B samples, of C values."""
 
 
+def row_batches(num: int, size: int | None) -> list[slice]:
+    """Returns the rows of batches of at most `size` of `num` samples; all at once for `None`."""
+    size = size or max(num, 1)
+    return [slice(start, min(start + size, num)) for start in range(0, num, size)]
+
+
 def gather_run(x: Tokens, start: int | Int[Tensor, " b"], size: int) -> Float[Tensor, "b n c"]:
     """Returns x[b, start_b : start_b + size] for every sample b; a view if all samples share `start`."""
     if isinstance(start, int):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import fields
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -54,7 +53,9 @@ class Convolution(TensorFields):
 
         A product of matrices takes a third of the time of `conv1d` for a few tokens.
         """
-        weights, width = self._weights(x), len(self.kernel)
+        width = len(self.kernel)
+        # A row per channel of each token, the oldest first. On a GPU, the copy of a small kernel waits for nothing.
+        weights = self.kernel.to(x, non_blocking=True).flip(0).transpose(1, 2).flatten(0, 1)
         rows = max(_MAX_REGRESSORS // (x.shape[1] * len(weights)), 1)
 
         def convolved(part: Tensor, added: Tensor) -> Tensor:
@@ -62,26 +63,6 @@ class Convolution(TensorFields):
 
         with torch.autocast(x.device.type, enabled=False):  # autocast is for networks; tokens keep their dtype
             return torch.cat([*map(convolved, x.split(rows), add.split(rows))]).view(x.shape)
-
-    def _weights(self, x: Tensor) -> Float[Tensor, "f c"]:
-        """The kernel with a row per channel of each of its tokens, the oldest first, in the dtype and place of `x`.
-
-        A copy is kept until the kernel changes in place.
-        """
-        kernel, key = self.kernel, (x.device, x.dtype)
-        # PyTorch counts no changes of tensors made in inference mode, and a graph can be used once: no copy is kept.
-        version = None if kernel.is_inference() or kernel.requires_grad else kernel._version
-        kept_version, weights = self._copies.get(key, (None, kernel))
-        if version is None or version != kept_version:
-            with torch.inference_mode(False):  # autograd takes the copy
-                weights = kernel.flip(0).transpose(1, 2).flatten(0, 1).to(x)
-            if version is not None:
-                self._copies[key] = version, weights
-        return weights
-
-    @cached_property
-    def _copies(self) -> dict[tuple[torch.device, torch.dtype], tuple[int, Tensor]]:
-        return {}
 
 
 def check_values(name: str, values: Tensor, shape: tuple[int | str, ...]) -> None:

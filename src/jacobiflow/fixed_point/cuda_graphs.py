@@ -15,7 +15,7 @@ from torch import Tensor
 
 from jacobiflow.blocks.base import TokensLogDet
 from jacobiflow.blocks.context import Context
-from jacobiflow.blocks.tokens import Tokens, scatter_run
+from jacobiflow.blocks.tokens import Tokens, row_batches, scatter_run
 
 T = TypeVar("T")
 
@@ -38,8 +38,12 @@ class TokenLoop:
         self.block, self.num = block, 0
         self.pool: Any = None
 
-    def __call__(self, z: Tokens, context: Context) -> TokensLogDet:
+    def __call__(self, z: Tokens, context: Context, batch_size: int | None) -> TokensLogDet:
         """Returns the solution, and NaN for the sums of log-scales, which are not computed."""
+        x = torch.cat([self._solve(z[rows], context[rows]) for rows in row_batches(len(z), batch_size)])
+        return x, z.new_full((len(z),), torch.nan)
+
+    def _solve(self, z: Tokens, context: Context) -> Tokens:
         if self.num != len(z):
             self._allocate(z, context)
         self.z.copy_(z)
@@ -53,7 +57,7 @@ class TokenLoop:
                 self.steps[end], _, self.pool = capture(partial(self._step, end), self.pool)
                 self.entry -= 1  # the capture has made the step once
             self.steps[end]()
-        return self.x.clone(), z.new_full((len(z),), torch.nan)
+        return self.x.clone()
 
     def _allocate(self, z: Tensor, context: Context) -> None:
         self.num, self.z, self.x = len(z), z.clone(), z.clone()

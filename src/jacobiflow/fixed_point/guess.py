@@ -24,7 +24,7 @@ from jacobiflow.fixed_point.correction import Correction
 from jacobiflow.fixed_point.options import SolveOptions
 from jacobiflow.fixed_point.problem import Problem
 from jacobiflow.fixed_point.registry import Piece, register_piece
-from jacobiflow.utils.checks import check_floating, check_kind
+from jacobiflow.utils.checks import check_floating
 
 _RIDGE = 1e-3
 """The ridge penalty, relative to the variance of the latents."""
@@ -183,9 +183,6 @@ class WarmStart(Guess):
     """
 
     value: Tokens
-
-    def __post_init__(self) -> None:
-        check_kind("WarmStart: value", self.value, Tensor, "a torch.Tensor of tokens (B, T, C)")
 
     def __call__(self, z: Tokens) -> Tokens:
         check_floating("WarmStart: value", self.value, tuple(z.shape))

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from jacobiflow.blocks.base import AffineBlock, Block, TokensLogDet, apply_affine, no_gradients
 from jacobiflow.blocks.context import NO_CONTEXT, Context
-from jacobiflow.blocks.tokens import Tokens
+from jacobiflow.blocks.tokens import Tokens, row_batches
 from jacobiflow.errors import InputTypeError, InputValueError
 from jacobiflow.utils.checks import check_finite, check_kind, check_rows, format_value
 
@@ -69,8 +69,7 @@ class Problem:
 
     def batches(self, size: int | None) -> list[slice]:
         """Returns the rows of batches of at most `size` samples; all at once for `None`."""
-        size = size or max(len(self), 1)
-        return [slice(start, start + size) for start in range(0, len(self), size)]
+        return row_batches(len(self), size)
 
     def evaluate(self, x: Tokens) -> TokensLogDet:
         """Returns g(x), all entries at once, and the sums of log_scale(x); these are NaN if the block is not affine."""

@@ -57,7 +57,7 @@ def register_piece(name: str) -> Callable[[type[T]], type[T]]:
         ... class Halves(jf.Partition):
         ...     def stop(self, front, num_tokens):
         ...         return num_tokens // 2 if front < num_tokens // 2 else num_tokens
-        >>> jf.Strategy.parse("halves", num_blocks=1, num_tokens=8).solvers[0].partition
+        >>> jf.Strategy.parse("halves", num_blocks=1).solvers[0].partition
         Halves()
     """
     check_kind("name", name, str, "the name that stands for the class")

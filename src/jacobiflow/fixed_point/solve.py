@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -26,7 +26,7 @@ from jacobiflow.fixed_point.solution import Solution, Status
 from jacobiflow.fixed_point.solver import Solver
 from jacobiflow.utils.checks import check_kind, check_positive
 
-ExactInverse = Callable[[Tokens, Context], TokensLogDet]
+ExactInverse = Callable[..., TokensLogDet]
 
 _RESUME_FACTOR = 0.5
 """Samples are resumed to this share of the tolerance; at the tolerance itself they would often miss it again."""
@@ -200,15 +200,13 @@ def attempt(problem: Problem, solver: Solver, options: SolveOptions) -> Solution
     solution, obstacle = None, None
     with no_gradients(problem.block):
         for backend, inverse in _exact_inverses(problem, solver):
-            answers = []
             try:
-                for rows in problem.batches(options.batch_size):
-                    answers.append(inverse(problem.z[rows], problem.context[rows]))
-                    options.check_time()
+                x, log_det = inverse(problem.z, problem.context, batch_size=options.batch_size)
             except UnsupportedError as error:
                 obstacle = obstacle or str(error)
             else:
-                solution = _exact_solution(problem, answers, backend)
+                options.check_time()
+                solution = _exact_solution(problem, options, x, log_det, backend)
                 break
         if solution is None:
             solution = _solve_by_sweeps(problem, solver, options)
@@ -230,15 +228,16 @@ def _exact_inverses(problem: Problem, solver: Solver) -> Iterator[tuple[str, Exa
         yield "graphs", TokenLoop(block)
 
 
-def _no_inverse(z: Tokens, context: Context) -> TokensLogDet:
+def _no_inverse(z: Tokens, context: Context, batch_size: int | None) -> TokensLogDet:
     raise UnsupportedError("the block has no sequential_inverse")
 
 
-def _exact_solution(problem: Problem, answers: Sequence[TokensLogDet], backend: str) -> Solution:
-    """Returns the solution of the answers of batches. A call counts as a sweep for each token."""
-    x, log_det = map(torch.cat, zip(*answers, strict=True))
+def _exact_solution(
+    problem: Problem, options: SolveOptions, x: Tokens, log_det: Float[Tensor, " b"], backend: str
+) -> Solution:
+    """Returns the solution of an exact loop, which counts as a sweep for each token and batch."""
     failed = ~x.isfinite().all(dim=(1, 2))
-    num_tokens = problem.num_tokens
+    num_tokens, num_batches = problem.num_tokens, len(problem.batches(options.batch_size))
     return Solution(
         x=x,
         status=torch.where(failed, Status.NONFINITE, Status.CONVERGED),
@@ -247,8 +246,8 @@ def _exact_solution(problem: Problem, answers: Sequence[TokensLogDet], backend: 
         exact=torch.ones_like(failed),
         used_fallback=torch.zeros_like(failed),
         sample_sweeps=torch.full_like(failed, num_tokens, dtype=torch.int64),
-        sweeps=num_tokens * len(answers),
-        network_calls=num_tokens * len(answers),
+        sweeps=num_tokens * num_batches,
+        network_calls=num_tokens * num_batches,
         token_evaluations=num_tokens * len(x),
         backend=backend,
     )

@@ -19,7 +19,7 @@ from jacobiflow.blocks.base import FlowBlock, ScaleShift, TokensLogDet, check_in
 from jacobiflow.blocks.context import NO_CONTEXT, Context
 from jacobiflow.blocks.guidance import Guidance
 from jacobiflow.blocks.permutation import Permutation
-from jacobiflow.blocks.tokens import Tokens
+from jacobiflow.blocks.tokens import Tokens, row_batches
 from jacobiflow.errors import InputValueError, UnsupportedError
 from jacobiflow.models.config import check_sizes
 from jacobiflow.models.contexts import embed_classes
@@ -207,9 +207,14 @@ class MAFBlock(FlowBlock):
             return super().encode(x, context)
 
     def sequential_inverse(
-        self, z: Tokens, context: Context = NO_CONTEXT, guidance: Guidance | None = None
+        self, z: Tokens, context: Context = NO_CONTEXT, guidance: Guidance | None = None, batch_size: int | None = None
     ) -> TokensLogDet:
-        return self._evaluate(z, context, guidance, is_inverse=True)
+        if batch_size is None or len(z) <= batch_size:
+            return self._evaluate(z, context, guidance, is_inverse=True)
+        batches = row_batches(len(z), batch_size)
+        answers = [self._evaluate(z[rows], context[rows], guidance, is_inverse=True) for rows in batches]
+        x, log_det = map(torch.cat, zip(*answers, strict=True))
+        return x, log_det
 
     def _evaluate(self, tokens: Tokens, context: Context, guidance: Guidance | None, is_inverse: bool) -> TokensLogDet:
         """Returns the result of the block or its inverse by native code, and log|det|, or raises UnsupportedError."""

@@ -80,8 +80,9 @@ class CausalTransformer:
 
     @torch.no_grad()
     def invert(
-        self, z: Float[Tensor, "b t d"], context: Float[Tensor, "#b #t c"] | None = None,
+        self, z: Float[Tensor, "b t d"], embed: Callable[[slice], Float[Tensor, "#b #t c"] | None],
         guidance: GuidanceTerms | None = None, read_prefix: Callable[[slice], Prefix] | None = None,
+        batch_size: int | None = None,
     ) -> tuple[Float[Tensor, "b t d"], Float[Tensor, " b"]]:  # fmt: skip
         """Returns x = g(x) and the sums of its log-scales.
 
@@ -89,8 +90,9 @@ class CausalTransformer:
         bit of the result. Weights may change between calls, so each call stores them anew.
 
         Args:
-            context: Added to the embeddings of tokens, in causal order.
+            embed: Returns what the context of some rows of z adds to the embeddings of tokens, in causal order.
             read_prefix: Returns the prefix of some rows of z.
+            batch_size: Rows that are solved at a time, on which the last bits depend; all by default.
 
         Raises:
             UnsupportedError: If native code does not take these tensors.
@@ -98,19 +100,23 @@ class CausalTransformer:
         """
         native = usable_library(z)
         z = check_tensor(z, (*z.shape[:1], len(self.position), self.proj_in.shape[1]), z.dtype)
-        if context is not None and len(context) not in (1, len(z)):
-            raise UnsupportedError("a context for another number of samples")
-        networks = 1 if guidance is None else 2
+        networks, batch_size = 1 if guidance is None else 2, batch_size or max(len(z), 1)
         size = max(_MAX_ROWS_PER_THREAD * torch.get_num_threads() // networks, 1)
         x, log_det = torch.empty_like(z), z.new_zeros(len(z), dtype=torch.float64)
         with kept_memory() as memory:
-            packed = _PackedTransformer(native, self, z.dtype, min(size, len(z)) * networks, networks, memory)
-            for first in range(0, len(z), size):
-                rows = slice(first, first + size)
-                some = context if context is None or len(context) == 1 else context[rows]
-                prefix = None if read_prefix is None else read_prefix(rows)
-                for args in packed.calls(z[rows], x[rows], log_det[rows], some, guidance, prefix):
-                    native.solve_transformer(args, z.dtype)
+            rows = min(size, batch_size, len(z)) * networks
+            packed = _PackedTransformer(native, self, z.dtype, rows, networks, memory)
+            for start in range(0, len(z), batch_size):
+                stop = min(start + batch_size, len(z))
+                context = embed(slice(start, stop))
+                if context is not None and len(context) not in (1, stop - start):
+                    raise UnsupportedError("a context for another number of samples")
+                for first in range(start, stop, size):
+                    some = slice(first, min(first + size, stop))
+                    added = context if context is None or len(context) == 1 else context[first - start :][:size]
+                    prefix = None if read_prefix is None else read_prefix(some)
+                    for args in packed.calls(z[some], x[some], log_det[some], added, guidance, prefix):
+                        native.solve_transformer(args, z.dtype)
         return x, log_det.to(z.dtype)
 
 

@@ -66,13 +66,12 @@ def resolve_strategy(
     check_kind("strategy", strategy, str | Path | Strategy, "a name, a Strategy, or the path of one's file")
     if isinstance(strategy, str) and is_auto(strategy):
         return Auto.parse(strategy, tolerance)
-    config = flow.config
     if isinstance(strategy, Strategy):
         plan = strategy
     elif str(strategy).endswith(".json"):
         plan = Strategy.load(strategy)
     else:
-        plan = Strategy.parse(str(strategy), num_blocks=config.num_blocks, num_tokens=config.num_tokens)
+        plan = Strategy.parse(str(strategy), num_blocks=flow.config.num_blocks)
     if tolerance is not None:
         plan = plan.with_tolerance(tolerance)
     plan.check(flow, batch_size)

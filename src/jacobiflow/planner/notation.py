@@ -31,7 +31,7 @@ _NUMBERS = f"{_NUMBER}(?:/{_NUMBER})*"
 _SWEEPS = f"{_NUMBER}(?:[,/]{_NUMBER})*"
 
 
-def parse(text: str, guesses: Sequence[Guess], num_tokens: int) -> tuple[Solver, ...]:
+def parse(text: str, guesses: Sequence[Guess]) -> tuple[Solver, ...]:
     """Returns the solvers that `text` names, one per block; `guesses` are for blocks without one.
 
     See `Strategy.parse`.
@@ -43,8 +43,6 @@ def parse(text: str, guesses: Sequence[Guess], num_tokens: int) -> tuple[Solver,
         solvers = [replace(solver, guess=guess) for solver, guess in zip(solvers, guesses, strict=True)]
         for piece in pieces:
             solvers = [_add_piece(solver, piece) for solver in solvers]
-        for solver in solvers:
-            solver.partition.check(num_tokens)
     except ValueError as error:
         raise InputValueError(f"strategy {format_value(text)}: {error}") from error
     return tuple(solvers)

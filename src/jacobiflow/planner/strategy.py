@@ -18,8 +18,6 @@ from jacobiflow.planner import notation
 from jacobiflow.utils.checks import check_count, check_fields, check_kind, check_number, format_value
 
 _MAX_BLOCKS = 1_000
-_MAX_TOKENS = 2**16
-"""The largest number of tokens of a strategy that is parsed."""
 
 
 @dataclass(frozen=True)
@@ -80,10 +78,7 @@ class Strategy(JsonDocument):
         return cls((solver,) * check_count("num_blocks", num_blocks, maximum=_MAX_BLOCKS), tolerance=tolerance)
 
     @classmethod
-    def parse(
-        cls, text: str, report: CalibrationReport | None = None, *, num_blocks: int | None = None,
-        num_tokens: int | None = None,
-    ) -> Strategy:  # fmt: skip
+    def parse(cls, text: str, report: CalibrationReport | None = None, *, num_blocks: int | None = None) -> Strategy:
         """Reads a strategy from its name. Its tolerance is 1e-3, or `None` if the name has numbers of sweeps.
 
         - "sequential" solves token by token; "Original", a row of the paper's tables, is the same.
@@ -97,29 +92,24 @@ class Strategy(JsonDocument):
 
         Args:
             text: The name.
-            report: Gives each block the guess with the smallest IGM, and the sizes of the flow. Without it every guess
-                is `Latent`.
+            report: Gives each block the guess with the smallest IGM. Without it every guess is `Latent`.
             num_blocks: L; needed without a report.
-            num_tokens: T; needed without a report.
 
         Example:
-            >>> strategy = jf.Strategy.parse("[1-4-9-6]", num_blocks=2, num_tokens=64)
+            >>> strategy = jf.Strategy.parse("[1-4-9-6]", num_blocks=2)
             >>> strategy.solvers[1].partition
             Segments(count=4)
         """
         check_kind("text", text, str, "the name of a strategy")
         check_kind("report", report, CalibrationReport | None, "a CalibrationReport, as calibrate returns, or None")
+        fingerprint = None if report is None else report.fingerprint
         if report is not None:
             guesses: list[Guess] = [report.guess(block) for block in range(report.num_blocks)]
-            num_tokens, fingerprint = report.num_tokens, report.fingerprint
-        elif num_blocks is None or num_tokens is None:
-            raise InputValueError(
-                f"strategy {format_value(text)}: give a report, or num_blocks and num_tokens of the flow"
-            )
-        else:
+        elif num_blocks is not None:
             guesses = [Latent()] * check_count("num_blocks", num_blocks, maximum=_MAX_BLOCKS)
-            num_tokens, fingerprint = check_count("num_tokens", num_tokens, maximum=_MAX_TOKENS), None
-        solvers = notation.parse(text, guesses, num_tokens)
+        else:
+            raise InputValueError(f"strategy {format_value(text)}: give a report, or num_blocks of the flow")
+        solvers = notation.parse(text, guesses)
         has_rules = any(solver.stopping != Stopping() for solver in solvers)
         return cls(solvers, fingerprint, None if has_rules else DEFAULT_TOLERANCE)
 

@@ -164,7 +164,7 @@ class TransformerBlock(FlowBlock):
 
     @torch.no_grad()
     def sequential_inverse(
-        self, z: Tokens, context: Context = NO_CONTEXT, guidance: Guidance | None = None
+        self, z: Tokens, context: Context = NO_CONTEXT, guidance: Guidance | None = None, batch_size: int | None = None
     ) -> TokensLogDet:
         layers = self.layer_weights()
         network = CausalTransformer(
@@ -192,8 +192,11 @@ class TransformerBlock(FlowBlock):
             layers = [torch.cat(pair) for pair in zip(*(part.layers for part in parts), strict=True)]
             return Prefix(layers, torch.cat([part.hidden for part in parts]))
 
+        def embed(rows: slice) -> Tensor | None:
+            return self.embed_context(context[rows].values)
+
         prefix = read_prefix if self.prefix_length else None
-        return network.invert(z, self.embed_context(context.values), terms, prefix)
+        return network.invert(z, embed, terms, prefix, batch_size)
 
     def affine(self, x: Tokens, start: int, stop: int, cache: TransformerCache) -> ScaleShift:
         batches = _row_batches(x, stop - start)
