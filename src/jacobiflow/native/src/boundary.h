@@ -162,8 +162,8 @@ struct LayerArgs {
   const T* gated_gate;       // (tokens, channels)
 };
 
-// The inverse of a block with a causal transformer of width `channels`. The network has rows = networks * samples rows: first the
-// conditional row of each sample, then, for guidance, the unconditional ones. Biases are padded to whole vectors.
+// The inverse of a block with a causal transformer of width `channels`. The network has rows = networks * samples rows: first
+// the conditional row of each sample, then, for guidance, the unconditional ones. Biases are padded to whole vectors.
 template <typename T>
 struct TransformerArgs {
   const T* z;                   // (samples, tokens, token_channels)
