@@ -248,16 +248,16 @@ class Chain {
       if (unit >= all) continue;  // nothing reads it
       T total = bias ? bias[o.rows[unit]] : 0;
       T* to = packed + layout.weight + (size_t)unit * layout.inputs;
-      if (!columns) {
-        std::memcpy(to, weight + row, sizeof(T) * layout.inputs);
-        for (int k = 0; shared && k < layout.inputs; k++) total += to[k] * shared[k];
-      } else {
+      if (columns) {
         // Units and inputs are multiplied in blocks, whose other entries are 0.
         const int read = reads(layout, unit), last = std::min(unit + max_units, all) - 1;
         const int beyond = std::max(reads(layout, last), read + max_units);
         gather(weight + row, o.mask ? o.mask + row : nullptr, columns, read, to);
         std::fill(to + read, to + std::min(beyond, layout.inputs), T(0));
         for (int k = 0; k < context; k++) total += to[k] * shared[columns[k] - t.context_start];
+      } else if (weight) {
+        std::memcpy(to, weight + row, sizeof(T) * layout.inputs);
+        for (int k = 0; shared && k < layout.inputs; k++) total += to[k] * shared[k];
       }
       packed[layout.bias + unit] = total;
     }
