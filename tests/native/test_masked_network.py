@@ -44,10 +44,8 @@ def test_a_feature_is_solved_once_all_that_it_reads_is(name: str, is_residual: b
     position = torch.tensor(order.features).argsort()
     assert all(position[j] < position[i] for i, j in reads.nonzero().tolist())
     chain = TransformChain([(masked_transform(network, kind=TransformKind.MASKED_AFFINE), False)])
-    tensors, x = (
-        [torch.randn(shape, dtype=torch.float64) for shape in network.shapes],
-        torch.randn(9, FEATURES).double(),
-    )
+    tensors = [torch.randn(shape, dtype=torch.float64) for shape in network.shapes]
+    x = torch.randn(9, FEATURES, dtype=torch.float64)
     y, log_det, _ = chain.evaluate(tensors, x, None, False, "rows")
     inverse, log_det_of_inverse, _ = chain.evaluate(tensors, y, None, True, "rows")
     torch.testing.assert_close(inverse, x, rtol=0, atol=1e-9)

@@ -52,7 +52,7 @@ def layer_shapes(
     return {name: tuple(sizes[size] for size in shape.split()) for name, shape in _LAYER.items() if name in names}
 
 
-def check_tensor(tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
+def check_tensor(tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """Returns the tensor as contiguous memory. Raises UnsupportedError if its shape or dtype differ."""
     if not is_plain(tensor, dtype) or tensor.shape != shape:
         raise UnsupportedError(f"{format_value(tensor)}, where native code reads {shape} of {dtype}")

@@ -38,19 +38,19 @@ class Affine {
 
   // Transforms x, or y if the transform is inverted, and sets the logarithm of dy/dx.
   Vector apply(bool inverts, Vector in, Vector& log_slope) const {
-    const Vector change = slope(inverts, log_slope);
-    return inverts != t.is_of_inverse ? (in - shift) * change : in * change + shift;
+    const Vector factor = derivative(inverts, log_slope);
+    return inverts != t.is_of_inverse ? (in - shift) * factor : in * factor + shift;
   }
 
   // Writes the gradients of the parameters to `to`, and returns the gradient of the input.
   Vector differentiate(bool inverts, Vector x, Gradients<Vector> g, T* to) const {
     Vector log_slope;
-    const Vector slope = this->slope(false, log_slope);
+    const Vector slope = derivative(false, log_slope);
     const Vector result = inverts ? inverse_gradient(g, slope, Vector{}) : g.value * slope;
     if (inverts) g = {-result, -g.log_slope};
     const Vector of_log_slope = g.value * (t.is_of_inverse ? x - shift : x) * slope + g.log_slope;
-    const Vector of_parameter = of_log_slope * log_scale_derivative(slope);
-    S::store(to + t.scale_index * stride, t.is_of_inverse ? -of_parameter : of_parameter);
+    const Vector of_scale = (t.is_of_inverse ? -of_log_slope : of_log_slope) * log_scale_derivative(slope);
+    S::store(to + t.scale_index * stride, of_scale);
     S::store(to + (1 - t.scale_index) * stride, t.is_of_inverse ? -g.value * slope : g.value);
     return result;
   }
@@ -61,7 +61,7 @@ class Affine {
   const Vector parameter, shift;  // the scale's parameter, before its activation
 
   // Returns dy/dx, or dx/dy if the transform is inverted, and sets the logarithm of dy/dx.
-  Vector slope(bool inverts, Vector& log_slope) const {
+  Vector derivative(bool inverts, Vector& log_slope) const {
     Vector scale{}, log_scale;
     bool is_exponential = true;
     switch (t.scale_activation) {

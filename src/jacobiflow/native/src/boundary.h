@@ -37,8 +37,8 @@ enum class ScaleActivation : int32_t { exp, soft_clipped_exp, clamped_exp, softp
 enum class SplineBoundary : int32_t { fixed, free, circular };
 
 // Transforms x to y, feature by feature. `affine` and `normal` have a scale and a shift as tensors. `normal` leaves x as it is,
-// and adds its log-density to the log-determinant: the base of a flow ends its chain. For the kinds after them, a masked network
-// gives the parameters from the features of earlier steps.
+// and adds its log-density to the log-determinant: the base of a flow ends its chain. For the kinds after them, a masked
+// network gives the parameters from the features of earlier steps.
 struct Transform {
   TransformKind kind;
   int32_t features;           // D
@@ -50,7 +50,7 @@ struct Transform {
   int32_t first_tensor;       // index in ChainArgs.tensors of the transform's first tensor
   int32_t scale_stride;       // of the scale of `affine` and `normal`: 0 for one number, 1 for one per feature
   int32_t shift_stride;       // the same of the shift
-  ScaleActivation scale_activation;  // of masked_affine
+  ScaleActivation scale_activation;
   int32_t scale_index;        // 0 if the scale is the first of the two parameters of masked_affine, 1 if it is the second
   int32_t is_of_inverse;      // 1 if the parameters of masked_affine are those of the inverse, x = scale y + shift
   int32_t bins;               // number of bins of a spline
@@ -162,8 +162,8 @@ struct LayerArgs {
   const T* gated_gate;       // (tokens, channels)
 };
 
-// The inverse of a block with a causal transformer of width `channels`. The network has rows = networks * samples rows: first the conditional row
-// of each sample, then, for guidance, the unconditional ones. Biases are padded to whole vectors.
+// The inverse of a block with a causal transformer of width `channels`. The network has rows = networks * samples rows: first
+// the conditional row of each sample, then, for guidance, the unconditional ones. Biases are padded to whole vectors.
 template <typename T>
 struct TransformerArgs {
   const T* z;                   // (samples, tokens, token_channels)

@@ -33,22 +33,23 @@ inline bool reads_value(const Operation& o, int value) {
   return o.source == value || (reads_other && o.other == value);
 }
 
-// Where the numbers of an operation lie. A scale and a shift that no network gives are the weight and the bias of a layout.
+// Where the numbers of an operation lie. A transform without a network has one layout: its scale is a weight with one input for
+// each feature, and its shift the bias.
 struct OperationLayout {
   int weight_index = -1, bias_index = -1;  // in ChainArgs.tensors; -1 without one
   int units = 0, inputs = 0;               // rows and columns of the weight
-  size_t weight = 0;                  // offset in the packed weights: (units, inputs), sorted by step
-  size_t bias = 0;                    // offset in the packed weights: (units), sorted by step
-  bool is_stored = false;             // the backward pass reads its value
-  bool has_slopes = false;            // the backward pass reads the derivatives of its activation, or of its layer's
-  size_t value = 0;                   // first unit in a tile's activations
-  size_t slopes = 0;                  // first unit in a tile's activations of these derivatives
-  size_t gradient = 0;                // first unit in a transform's gradients
-  size_t layer_gradient = 0;          // first unit in a transform's gradients of the layer of the context
-  size_t reads = 0;                   // offset in `ranges`: for each unit, the end of the inputs that it reads
-  size_t readers = 0;                 // offset in `ranges`: for each input, the first unit that reads it
-  bool is_source_read_later = false;  // a later operation reads its source
-  bool is_other_read_later = false;   // a later operation reads its second source
+  size_t weight = 0;                       // offset in the packed weights: (units, inputs), sorted by step
+  size_t bias = 0;                         // offset in the packed weights: (units), sorted by step
+  bool is_stored = false;                  // the backward pass reads its value
+  bool has_slopes = false;                 // the backward pass reads the derivatives of its activation
+  size_t value = 0;                        // first unit in a tile's activations
+  size_t slopes = 0;                       // first unit in a tile's activations of the derivatives
+  size_t gradient = 0;                     // first unit in a transform's gradients
+  size_t layer_gradient = 0;               // first unit in a transform's gradients of the layer of the context
+  size_t reads = 0;                        // offset in `ranges`: for each unit, the end of the inputs that it reads
+  size_t readers = 0;                      // offset in `ranges`: for each input, the first unit that reads it
+  bool is_source_read_later = false;       // a later operation reads its source
+  bool is_other_read_later = false;        // a later operation reads its second source
 };
 
 template <typename T>
@@ -93,7 +94,7 @@ class Chain {
 
   const ChainArgs& call;
   const bool shares_context;
-  int64_t work = 0;  // multiplications for each row
+  int64_t work = 0;               // multiplications for each row
   size_t packed_size = 0;         // in numbers
   size_t tile_units = 0;          // units of a tile's activations
   size_t max_gradient_units = 0;  // most units of the gradients of a transform
@@ -247,16 +248,16 @@ class Chain {
       if (unit >= all) continue;  // nothing reads it
       T total = bias ? bias[o.rows[unit]] : 0;
       T* to = packed + layout.weight + (size_t)unit * layout.inputs;
-      if (!columns) {
-        std::memcpy(to, weight + row, sizeof(T) * layout.inputs);
-        for (int k = 0; shared && k < layout.inputs; k++) total += to[k] * shared[k];
-      } else {
+      if (columns) {
         // Units and inputs are multiplied in blocks, whose other entries are 0.
         const int read = reads(layout, unit), last = std::min(unit + max_units, all) - 1;
         const int beyond = std::max(reads(layout, last), read + max_units);
         gather(weight + row, o.mask ? o.mask + row : nullptr, columns, read, to);
         std::fill(to + read, to + std::min(beyond, layout.inputs), T(0));
         for (int k = 0; k < context; k++) total += to[k] * shared[columns[k] - t.context_start];
+      } else if (weight) {
+        std::memcpy(to, weight + row, sizeof(T) * layout.inputs);
+        for (int k = 0; shared && k < layout.inputs; k++) total += to[k] * shared[k];
       }
       packed[layout.bias + unit] = total;
     }

@@ -83,8 +83,8 @@ inline Halves narrow(Vector v, Float16) {
 #endif
 }
 
-// Copies outputs from `first` on of a weight (outputs, inputs) to a panel (inputs, width), or to rows of whole vectors. The last
-// panel may be narrower. Returns false if a number changes.
+// Copies outputs from `first` on of a weight (outputs, inputs) to a panel (inputs, width), or to rows of whole vectors. The
+// last panel may be narrower. Returns false if a number changes.
 template <typename T, typename Source, typename Element>
 bool store_panel(const Source* weight, int outputs, int inputs, int first, bool is_packed, Element* stored) {
   using S = Simd<T>;

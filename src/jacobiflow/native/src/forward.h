@@ -136,17 +136,12 @@ class ForwardTile {
     return has_stored(value) || !value || t.operations[value - 1].is_kept;
   }
 
-  void set_context(const Transform& t) {
-    if (t.context && !chain.shares_context)
-      for (int i = 0; i < t.context; i++)
-        std::memcpy(units_of(0) + (size_t)i * rows, context.get() + (size_t)(t.input_rows[i] - t.context_start) * rows,
-                    sizeof(T) * rows);
-  }
-
   // Computes some steps together, or step by step if the transform is inverted. Every `block_steps` steps of an inverse, one
   // matrix product adds what all earlier features contribute to later units.
   void masked(const Transform& t) {
-    set_context(t);
+    for (int i = 0; i < t.context && !chain.shares_context; i++)
+      std::memcpy(units_of(0) + (size_t)i * rows, context.get() + (size_t)(t.input_rows[i] - t.context_start) * rows,
+                  sizeof(T) * rows);
     for (int i = 0; i < t.features && !inverts; i++)
       std::memcpy(units_of(0) + (size_t)(t.context + i) * rows, features.get() + (size_t)t.order[i] * rows,
                   sizeof(T) * rows);

@@ -29,7 +29,8 @@ struct TeamWorkspace {
         cache(args.keys_values, args.samples * args.networks, args.heads, head_size, length()),
         h((size_t)rows * stride), input(is_gated() ? h.size() : 0), qkv((size_t)rows * padded<T>(3 * args.channels)),
         attended(h.size()), up((size_t)rows * padded<T>((is_gated() ? 2 : 1) * args.hidden)),
-        scratch(num_threads, std::vector<T>(h.size() + stride + padded<T>(length()) + 2 * padded<T>(2 * args.token_channels))) {}
+        scratch(num_threads,
+                std::vector<T>(h.size() + stride + padded<T>(length()) + 2 * padded<T>(2 * args.token_channels))) {}
 
   int num_samples() const { return samples.last - samples.first; }
   int length() const { return args.prefix_length + args.tokens; }

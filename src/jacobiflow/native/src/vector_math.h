@@ -178,8 +178,8 @@ struct Simd {
     return scaled > threshold ? v : (max(scaled, 0) + log1p(small)) / beta;
   }
 
-  // The distribution function of a standard normal variable, Phi(v). For float Phi(-t) = 2^(-1 - q(t)), to 2e-9 before rounding,
-  // with a polynomial q up to t = 6, where Phi(-t) is 1e-9.
+  // The distribution function of a standard normal variable, Phi(v). For float Phi(-t) = 2^(-1 - q(t)), to 2e-9 before
+  // rounding, with a polynomial q up to t = 6, where Phi(-t) is 1e-9.
   static Vector normal_cdf(Vector v) {
     if constexpr (is_float) {
       Vector t = v < T(0) ? -v : v;
