@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import wraps
 from threading import RLock
 from typing import TYPE_CHECKING, Any
@@ -66,14 +67,11 @@ class LibraryAcceleration:
     def add(self, module: nn.Module) -> None:
         """Accelerates a new module if it can be."""
         adapter = find_adapter(module, self._adapters)
-        if adapter is None:
-            return
-        try:
-            adapter.check(module)
-        except UnsupportedError:
-            return
-        self._accelerations.add(Acceleration(self.tolerance, {module: ("", adapter)}, {}))
-        self._count += not adapter.is_composition
+        with suppress(UnsupportedError):
+            if adapter is not None:
+                adapter.check(module)
+                self._accelerations.add(Acceleration(self.tolerance, {module: ("", adapter)}, {}))
+                self._count += not adapter.is_composition
 
     def _end(self, undo: Callable[[Acceleration], None]) -> None:
         with _lock:

@@ -18,7 +18,7 @@ FUNCTIONS = (partial, FunctionType, BuiltinFunctionType, MethodType)
 
 
 def is_accelerated(module: nn.Module) -> bool:
-    """Returns True if `accelerate_module` made the module's class."""
+    """Returns True if an `Acceleration` made the module's class."""
     return "library_class" in vars(type(module))
 
 

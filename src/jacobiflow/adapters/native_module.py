@@ -82,7 +82,7 @@ class NativeModule:
             self.chain = TransformChain([(spec.transform, is_inverted) for spec, is_inverted in specs])
             slots = [slot for spec, _ in specs for slot in spec.tensors]
             self._holders, self._names = [holder for holder, _ in slots], [name for _, name in slots]
-            self.snapshot = Snapshot(modules, [part._buffers for part in modules], _SETTINGS)
+            self.snapshot = Snapshot(modules, [part._buffers for part in modules if part._buffers], _SETTINGS)
         except UnsupportedError as error:
             self._obstacle, self.snapshot = str(error), Snapshot(modules, kinds=_SETTINGS)
 

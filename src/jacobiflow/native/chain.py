@@ -74,6 +74,35 @@ class TransformChain:
             self._sizes = native.chain_sizes(arguments)
         return self._sizes
 
+    def memory_size(self, native: Library, x: Tensor) -> int:
+        """Returns the size of memory for packed weights, and for the activations of all rows unless they are many."""
+        packed, activations = self.sizes(native)
+        tile = _TILE_VECTORS * native.lanes * 4 // x.itemsize
+        size = activations * -(-x.shape[0] // tile) * tile
+        return packed + (size if size * x.itemsize <= _MAX_ACTIVATION_BYTES else 0)
+
+    def arguments(
+        self, x: Tensor, context: Tensor | None, memory: Tensor | None, is_inverse: bool, is_by_feature: bool
+    ) -> tuple[ChainArgs, Any]:
+        """Returns the arguments of a call without results, and the tensors that they point to."""
+        rows, features = x.shape
+        x, in_stride = _with_row_stride(x)
+        context_stride = 0
+        if context is not None:
+            context, stride = _with_row_stride(context)
+            context_stride = stride if len(context) > 1 else 0
+        arguments = ChainArgs(
+            ctypes.addressof(self.table), None, address_of(x), address_of(context), None, None, None, None, None,
+            rows, in_stride, context_stride, len(self.table), features, self.context, is_inverse, is_by_feature,
+            torch.get_num_threads(),
+        )  # fmt: skip
+        if memory is not None and self._sizes is not None:
+            packed, _ = self._sizes
+            arguments.packed = memory.data_ptr()
+            if memory.shape[0] > packed:
+                arguments.activations = memory.data_ptr() + packed * memory.itemsize
+        return arguments, (x, context)
+
     def evaluate(
         self,
         tensors: Sequence[Tensor],
@@ -110,13 +139,12 @@ class TransformChain:
         inputs = (x, context, *tensors)
         needed = [t is not None and t.requires_grad for t in inputs] if torch.is_grad_enabled() else []
         self._addresses[dtype] = addresses = addresses_of(tensors, self.shapes, dtype, self._addresses.get(dtype))
-        call = _Call(self, native, is_inverse, is_by_feature, needed, in_pytorch, tensors)
-        memory = x.new_empty(call.memory_size(x)) if any(needed) else None
+        memory = x.new_empty(self.memory_size(native, x)) if any(needed) else None
         out, failed = x.new_empty(rows, features), ctypes.create_string_buffer(rows)
         log_dets = None
         if log_det is not None:
             log_dets = x.new_empty(rows, features) if is_by_feature else x.new_empty(rows)
-        arguments, _inputs = call.arguments(x, context, memory)
+        arguments, _inputs = self.arguments(x, context, memory, is_inverse, is_by_feature)
         arguments.tensors, arguments.out = addresses.buffer_info()[0], out.data_ptr()
         arguments.log_det, arguments.failed = address_of(log_dets), ctypes.addressof(failed)
         num_failed = native.evaluate_chain(arguments, dtype)
@@ -125,17 +153,17 @@ class TransformChain:
             return result
         if num_failed:
             raise UnsupportedError("gradients of rows that are not finite")
-        call.versions = _versions(tensors)
+        call = _Call(self, native, is_inverse, is_by_feature, needed, in_pytorch, tensors, _versions(tensors))
         values, log_dets = _Gradients.apply(call, memory, result, (x, context), *compress(inputs, needed))
         return Result(values, log_dets, None)
 
 
 @dataclass(slots=True)
 class _Call:
-    """A call of native code, and what its backward pass needs beside tensors.
+    """What the backward pass of a call needs beside tensors.
 
     Attributes:
-        needed: True for each of x, the context and the tensors that requires a gradient. It may be empty without any.
+        needed: True for each of x, the context and the tensors that requires a gradient.
         versions: The versions of the tensors in the forward pass, with which a second derivative compares them.
     """
 
@@ -146,14 +174,7 @@ class _Call:
     needed: Sequence[bool]
     in_pytorch: InPyTorch | None
     tensors: Sequence[Tensor]
-    versions: Sequence[tuple[int, int]] = ()
-
-    def memory_size(self, x: Tensor) -> int:
-        """Returns the size of memory for packed weights, and for the activations of all rows unless they are many."""
-        packed, activations = self.chain.sizes(self.native)
-        tile = _TILE_VECTORS * self.native.lanes * 4 // x.itemsize
-        size = activations * -(-x.shape[0] // tile) * tile
-        return packed + (size if size * x.itemsize <= _MAX_ACTIVATION_BYTES else 0)
+    versions: Sequence[tuple[int, int]]
 
     def differentiate(
         self, memory: Tensor, x: Tensor, context: Tensor | None, cotangents: Sequence[Tensor | None],
@@ -162,14 +183,17 @@ class _Call:
         """Returns the gradients of x, the context and the tensors, `None` for those that are not wanted."""
         shape, dtype = (x.shape[0], self.chain.features), x.dtype
         # A hook on saved tensors, see torch.autograd.graph.saved_tensors_hooks, may have returned anything.
-        memory, x = check_tensor(memory, (self.memory_size(x),), dtype), check_tensor(x, shape, dtype)
+        memory, x = (
+            check_tensor(memory, (self.chain.memory_size(self.native, x),), dtype),
+            check_tensor(x, shape, dtype),
+        )
         grad_out, grad_log_det = (None if c is None else check_tensor(c, shape[: c.ndim], dtype) for c in cotangents)
         wants_x, wants_context, *wants_tensors = wanted
         grad_x = x.new_empty(shape) if wants_x else None
         grad_context = None if context is None or not wants_context else x.new_empty(len(x), context.shape[1])
         grads = [x.new_empty(s) if w else None for s, w in zip(self.chain.shapes, wants_tensors, strict=True)]
         table = (ctypes.c_void_p * len(grads))(*map(address_of, grads))
-        arguments, _inputs = self.arguments(x, context, memory)
+        arguments, _inputs = self.chain.arguments(x, context, memory, self.is_inverse, self.is_by_feature)
         gradient_arguments = GradientArgs(
             ctypes.addressof(arguments), address_of(grad_out), address_of(grad_log_det), ctypes.addressof(table),
             address_of(grad_x), address_of(grad_context),
@@ -204,26 +228,6 @@ class _Call:
             )
         )  # fmt: skip
         return [next(gradients) if is_wanted else None for is_wanted in wanted]
-
-    def arguments(self, x: Tensor, context: Tensor | None, memory: Tensor | None) -> tuple[ChainArgs, Any]:
-        """Returns the arguments of a call without results, and the tensors that they point to."""
-        rows, features = x.shape
-        x, in_stride = _with_row_stride(x)
-        context_stride = 0
-        if context is not None:
-            context, stride = _with_row_stride(context)
-            context_stride = stride if len(context) > 1 else 0
-        arguments = ChainArgs(
-            ctypes.addressof(self.chain.table), None, address_of(x), address_of(context), None, None, None, None, None,
-            rows, in_stride, context_stride, len(self.chain.table), features, self.chain.context, self.is_inverse,
-            self.is_by_feature, torch.get_num_threads(),
-        )  # fmt: skip
-        if memory is not None:
-            packed, _ = self.chain.sizes(self.native)
-            arguments.packed = memory.data_ptr()
-            if memory.shape[0] > packed:
-                arguments.activations = memory.data_ptr() + packed * memory.itemsize
-        return arguments, (x, context)
 
 
 def _versions(tensors: Sequence[Tensor]) -> list[tuple[int, int]]:
