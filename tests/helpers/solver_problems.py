@@ -14,9 +14,9 @@ from torch import Tensor
 import jacobiflow as jf
 from jacobiflow.blocks.context import NO_CONTEXT
 from jacobiflow.blocks.guidance import guided
+from jacobiflow.fixed_point.attempt import attempt as attempt_once
 from jacobiflow.fixed_point.options import DEFAULT_TOLERANCE, SolveOptions
 from jacobiflow.fixed_point.problem import Problem
-from jacobiflow.fixed_point.solve import attempt as attempt_once
 from tests.helpers.oracle import Guide, Oracle, sequential
 from tests.helpers.problems import BlockProblem, latents, make_flow
 

@@ -1,23 +1,19 @@
-"""Solves a fixed-point problem: an attempt, its certificate, and new solves of the samples that fall short."""
+"""Solves a fixed-point problem: an attempt, its certificate, and new attempts at the samples that fall short."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from jacobiflow.blocks.base import Block, TokensLogDet, no_gradients, supports
+from jacobiflow.blocks.base import Block, supports
 from jacobiflow.blocks.context import Context
 from jacobiflow.blocks.tokens import Tokens
-from jacobiflow.errors import UnsupportedError
-from jacobiflow.fixed_point.batching import sweep
-from jacobiflow.fixed_point.cuda_graphs import TokenLoop
+from jacobiflow.fixed_point.attempt import attempt
 from jacobiflow.fixed_point.guess import WarmStart
 from jacobiflow.fixed_point.options import DEFAULT_TOLERANCE, CertifyMode, SolveOptions
 from jacobiflow.fixed_point.partition import Sequential
@@ -25,8 +21,6 @@ from jacobiflow.fixed_point.problem import Problem
 from jacobiflow.fixed_point.solution import Solution, Status
 from jacobiflow.fixed_point.solver import Solver
 from jacobiflow.utils.checks import check_kind, check_positive
-
-ExactInverse = Callable[..., TokensLogDet]
 
 _RESUME_FACTOR = 0.5
 """Samples are resumed to this share of the tolerance; at the tolerance itself they would often miss it again."""
@@ -72,7 +66,7 @@ def solve(
             nothing is promised.
         certify: `False` leaves out the pass that measures. "always" measures exact answers too. Without it the
             residual of an exact answer is measured if the block is not `is_causal`. Else it is 0 by construction; or,
-            if that is above the tolerance, the distance of the largest entry of x to the next number.
+            if that is above a tolerance other than 0, the distance of the largest entry of x to the next number.
         batch_size: Samples that are swept at a time, all by default. The next ones enter as others finish.
         time_limit: Seconds after which TimeoutError is raised, between two sweeps.
 
@@ -85,10 +79,10 @@ def solve(
     seconds = math.inf if time_limit is None else check_positive("time_limit", time_limit)
     options = SolveOptions(tolerance, certify, batch_size, time.perf_counter() + seconds)
     check_kind("solver", solver, Solver, "a Solver, such as Solver(Whole())")
-    return solve_to_tolerance(Problem.checked(block, z, context), solver, options)
+    return solve_problem(Problem.checked(block, z, context), solver, options)
 
 
-def solve_to_tolerance(problem: Problem, solver: Solver, options: SolveOptions) -> Solution:
+def solve_problem(problem: Problem, solver: Solver, options: SolveOptions) -> Solution:
     """Solves a problem as `solve` does."""
     started = time.perf_counter()
     tolerance = options.tolerance
@@ -101,14 +95,14 @@ def solve_to_tolerance(problem: Problem, solver: Solver, options: SolveOptions) 
     elif options.certify and tolerance:
         solution = replace(solution, residual=_least_rounding(solution, tolerance))
     if not is_exact:
-        solution = _solve_shortfall(problem, solver, options, solution)
+        solution = _solve_rejected(problem, solver, options, solution)
     if tolerance is not None:  # NONFINITE is a larger status than ROUNDING
         status = torch.where(solution.residual > tolerance, solution.status.clamp(min=Status.ROUNDING), solution.status)
         solution = replace(solution, status=status)
     return replace(solution, seconds=time.perf_counter() - started)
 
 
-def _solve_shortfall(problem: Problem, solver: Solver, options: SolveOptions, solution: Solution) -> Solution:
+def _solve_rejected(problem: Problem, solver: Solver, options: SolveOptions, solution: Solution) -> Solution:
     """Solves samples again that are above the tolerance, or not finite."""
     tolerance, rounding = options.tolerance, 0.0
     if options.certify and tolerance is not None:
@@ -192,82 +186,3 @@ def _certify(problem: Problem, solution: Solution, options: SolveOptions) -> Sol
 
 def _max_abs(x: Tokens) -> Float[Tensor, " b"]:
     return x.abs().amax(dim=(1, 2))
-
-
-def attempt(problem: Problem, solver: Solver, options: SolveOptions) -> Solution:
-    """Solves a problem once, as its solver says, without a certificate."""
-    solver.check(problem.num_tokens, problem.z.shape[2], options.tolerance)
-    solution, obstacle = None, None
-    with no_gradients(problem.block):
-        for backend, inverse in _exact_inverses(problem, solver):
-            try:
-                x, log_det = inverse(problem.z, problem.context, batch_size=options.batch_size)
-            except UnsupportedError as error:
-                obstacle = obstacle or str(error)
-            else:
-                options.check_time()
-                solution = _exact_solution(problem, options, x, log_det, backend)
-                break
-        if solution is None:
-            solution = _solve_by_sweeps(problem, solver, options)
-    # Clones made outside inference mode, so that autograd takes the tensors.
-    tensors: Any = {name: value.clone() for name, value in vars(solution).items() if isinstance(value, Tensor)}
-    return replace(solution, **tensors, obstacle=obstacle)
-
-
-def _exact_inverses(problem: Problem, solver: Solver) -> Iterator[tuple[str, ExactInverse]]:
-    """Yields functions that solve all tokens one after the other, with their names, if the solver goes token by token.
-
-    Each may raise UnsupportedError. The last resort are sweeps of one token.
-    """
-    block: Any = problem.block
-    if not len(problem) or not solver.partition.token_by_token(problem.num_tokens):
-        return
-    yield "native", getattr(block, "sequential_inverse", _no_inverse)
-    if problem.z.is_cuda and supports(block, "graph_safe"):
-        yield "graphs", TokenLoop(block)
-
-
-def _no_inverse(z: Tokens, context: Context, batch_size: int | None) -> TokensLogDet:
-    raise UnsupportedError("the block has no sequential_inverse")
-
-
-def _exact_solution(
-    problem: Problem, options: SolveOptions, x: Tokens, log_det: Float[Tensor, " b"], backend: str
-) -> Solution:
-    """Returns the solution of an exact loop, which counts as a sweep for each token and batch."""
-    failed = ~x.isfinite().all(dim=(1, 2))
-    num_tokens, num_batches = problem.num_tokens, len(problem.batches(options.batch_size))
-    return Solution(
-        x=x,
-        status=torch.where(failed, Status.NONFINITE, Status.CONVERGED),
-        residual=torch.zeros_like(log_det).masked_fill(failed, torch.inf),
-        log_det=log_det,
-        exact=torch.ones_like(failed),
-        used_fallback=torch.zeros_like(failed),
-        sample_sweeps=torch.full_like(failed, num_tokens, dtype=torch.int64),
-        sweeps=num_tokens * num_batches,
-        network_calls=num_tokens * num_batches,
-        token_evaluations=num_tokens * len(x),
-        backend=backend,
-    )
-
-
-def _solve_by_sweeps(problem: Problem, solver: Solver, options: SolveOptions) -> Solution:
-    result = sweep(problem, solver, options)
-    x, progress = result.x, result.progress
-    failed = ~x.isfinite().all(dim=(1, 2)) | progress.nonfinite
-    status = torch.where(progress.hit_max_sweeps, Status.MAX_SWEEPS, Status.CONVERGED)
-    return Solution(
-        x=x,
-        status=status.masked_fill(failed, Status.NONFINITE),
-        residual=progress.residual.masked_fill(failed, torch.inf),
-        log_det=torch.full_like(progress.residual, torch.nan),
-        exact=progress.exact,
-        used_fallback=torch.zeros_like(failed),
-        sample_sweeps=progress.sweeps,
-        sweeps=result.sweeps,
-        network_calls=result.sweeps,
-        token_evaluations=result.token_evaluations,
-        backend="sweeps",
-    )

@@ -15,10 +15,11 @@ import torch
 from jacobiflow.blocks.base import no_gradients, supports
 from jacobiflow.blocks.tokens import Tokens
 from jacobiflow.fixed_point import Bf16Sweeps, Correction, Guess, Partition, Sequential, Solver, Whole
+from jacobiflow.fixed_point.attempt import attempt
 from jacobiflow.fixed_point.options import SolveOptions
 from jacobiflow.fixed_point.problem import Problem
 from jacobiflow.fixed_point.registry import registered_pieces
-from jacobiflow.fixed_point.solve import attempt, solve_to_tolerance
+from jacobiflow.fixed_point.solve import solve_problem
 from jacobiflow.native import library_name
 from jacobiflow.utils.timing import time_call
 
@@ -140,7 +141,7 @@ def race(problem: Problem, solvers: Iterable[Solver], sequential: float, options
 
 def time_solve(problem: Problem, solver: Solver, options: SolveOptions, limit: float) -> TimedSolve:
     """Times a solve with certificates, a short one several times. Raises TimeoutError after `limit` seconds."""
-    solve, device = partial(solve_to_tolerance, problem, solver), problem.z.device
+    solve, device = partial(solve_problem, problem, solver), problem.z.device
     limited = replace(options, deadline=time.perf_counter() + limit)
     seconds, solution = time_call(partial(solve, limited), device)
     others = _time_repeatedly(partial(solve, options), device, _SHORT_SECONDS - seconds)

@@ -13,10 +13,10 @@ from jacobiflow.blocks.guidance import Guidance
 from jacobiflow.blocks.tokens import Tokens
 from jacobiflow.errors import InputValueError
 from jacobiflow.fixed_point import Correction, Guess, Plain, Solver, Whole
+from jacobiflow.fixed_point.attempt import attempt
 from jacobiflow.fixed_point.options import SolveOptions
 from jacobiflow.fixed_point.problem import Problem
 from jacobiflow.fixed_point.registry import JsonDocument, registered_pieces
-from jacobiflow.fixed_point.solve import attempt
 from jacobiflow.models.checkpoints.fingerprint import check_fingerprint, fingerprint
 from jacobiflow.models.checkpoints.folder import find_file_by_guidance
 from jacobiflow.models.contexts import ContextLike, Labels, labels_or_context

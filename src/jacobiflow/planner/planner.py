@@ -16,9 +16,10 @@ from jacobiflow.blocks.base import FlowBlock
 from jacobiflow.blocks.context import Context
 from jacobiflow.blocks.tokens import Tokens
 from jacobiflow.fixed_point import Latent, Plain, Solver
+from jacobiflow.fixed_point.attempt import attempt
 from jacobiflow.fixed_point.options import DEFAULT_TOLERANCE, SolveOptions
 from jacobiflow.fixed_point.problem import Problem
-from jacobiflow.fixed_point.solve import attempt, solve_to_tolerance
+from jacobiflow.fixed_point.solve import solve_problem
 from jacobiflow.models.checkpoints.fingerprint import fingerprint
 from jacobiflow.models.flow import Flow, check_flow
 from jacobiflow.models.latents import FIRST_CALIBRATION_LATENT, MAX_SAMPLES, draw_latents
@@ -241,7 +242,7 @@ def _solve_blocks(
     """The inverse of tokens."""
     for i in reversed(range(len(solvers))):
         problem = _block_problem(flow, i, x, context)
-        x = flow.blocks[i].permutation.inverse(solve_to_tolerance(problem, solvers[i], options).x)
+        x = flow.blocks[i].permutation.inverse(solve_problem(problem, solvers[i], options).x)
         del problem  # The next block is loaded once this one is free.
         if progress is not None:
             progress(len(solvers) - i, len(solvers), "verifying")

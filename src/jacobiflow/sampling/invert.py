@@ -15,7 +15,7 @@ from jacobiflow.fixed_point.implicit import with_gradient
 from jacobiflow.fixed_point.options import SolveOptions
 from jacobiflow.fixed_point.problem import Problem
 from jacobiflow.fixed_point.solution import Solution, Status
-from jacobiflow.fixed_point.solve import solve_to_tolerance
+from jacobiflow.fixed_point.solve import solve_problem
 from jacobiflow.models.flow import Flow
 from jacobiflow.models.latents import log_normal
 from jacobiflow.planner import Strategy
@@ -75,7 +75,7 @@ def invert_in_groups(
             permutation = flow.blocks[i].permutation
             # A sample that overflowed is replaced by zeros, so that the rest of its group can be solved.
             z_block = permutation(x).masked_fill(nonfinite.view(-1, 1, 1), 0)
-            solution = solve_to_tolerance(Problem(flow.inverse_block(i), z_block, rows), strategy.solvers[i], options)
+            solution = solve_problem(Problem(flow.inverse_block(i), z_block, rows), strategy.solvers[i], options)
             tokens, block_log_det = solution.x, solution.log_det
             if torch.is_grad_enabled():
                 tokens, block_log_det = _attach_gradient(flow, i, z_block, rows, solution)

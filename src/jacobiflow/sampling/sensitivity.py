@@ -14,7 +14,7 @@ from jacobiflow.blocks.tokens import Tokens
 from jacobiflow.fixed_point import Sequential, Solver
 from jacobiflow.fixed_point.options import SolveOptions
 from jacobiflow.fixed_point.problem import Problem
-from jacobiflow.fixed_point.solve import solve_to_tolerance
+from jacobiflow.fixed_point.solve import solve_problem
 from jacobiflow.models.flow import Flow
 from jacobiflow.models.latents import FIRST_CALIBRATION_LATENT, draw_latents
 from jacobiflow.planner import Strategy
@@ -64,6 +64,6 @@ def _solve_in_float64(
 
     def solve_block(i: int, z: Tensor) -> Tensor:
         block = guided(copy.deepcopy(flow.block(i)).double(), flow.guidance)
-        return solve_to_tolerance(Problem(block, z, solution.context[rows]), Solver(Sequential()), exact).x
+        return solve_problem(Problem(block, z, solution.context[rows]), Solver(Sequential()), exact).x
 
     return flow.map_blocks_reversed(solution.latents[rows].double() * flow.var.double().sqrt(), solve_block)
