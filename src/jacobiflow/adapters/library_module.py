@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import inspect
+from collections.abc import Callable, Mapping
 from functools import partial
 from types import BuiltinFunctionType, FunctionType, MethodType
 from typing import Any
@@ -25,6 +26,11 @@ def is_accelerated(module: nn.Module) -> bool:
 def library_class(module: nn.Module) -> type[nn.Module]:
     """Returns the class that the module has without acceleration."""
     return vars(type(module)).get("library_class", type(module))
+
+
+def default_of(function: Callable[..., Any], name: str) -> Any:
+    """Returns the default of a parameter of a library's function or class, which another version may change."""
+    return inspect.signature(function).parameters[name].default
 
 
 def shallow_copy(module: nn.Module, kind: type[nn.Module], **changes: Any) -> nn.Module:

@@ -18,7 +18,7 @@ from jacobiflow.native.chain import TransformChain
 from jacobiflow.native.transforms import ChainTransform, affine_transform, masked_transform
 from jacobiflow.utils.snapshot import HOOKS, Snapshot
 
-_SETTINGS = (bool, int, float, str, type, *FUNCTIONS)  # Other attributes may be results of calls.
+_SETTINGS = (bool, int, float, str, type, dict, *FUNCTIONS)  # Other attributes may be results of calls.
 
 TransformOutput = tuple[Tensor, Tensor | None]
 """The transformed rows, and the log-determinants of the Jacobian if the caller wants them."""

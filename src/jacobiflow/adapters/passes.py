@@ -73,7 +73,7 @@ def _find_start(
 
     They cannot if iterates have no values to compare, or if a pass may depend on more than its argument.
     """
-    if y.is_meta or is_traced() or not y.is_floating_point():
+    if y.is_meta or is_traced() or not all(t is None or t.is_floating_point() for t in (y, context)):
         return None
     if needs_graph and y.ndim > 2 and not y.is_contiguous():  # PyTorch's products have other bits with a graph.
         return None

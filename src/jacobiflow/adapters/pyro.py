@@ -17,7 +17,7 @@ from pyro.nn.auto_reg_nn import AutoRegressiveNN, ConditionalAutoRegressiveNN, M
 from torch import Tensor, nn
 
 from jacobiflow.adapters.adapter import AcceleratedModule, Adapter
-from jacobiflow.adapters.library_module import library_class
+from jacobiflow.adapters.library_module import default_of, library_class
 from jacobiflow.adapters.native_module import TransformOutput, TransformSpec, masked_spec
 from jacobiflow.adapters.network import LibraryNetwork
 from jacobiflow.adapters.passes import invert_by_passes
@@ -32,8 +32,8 @@ def list_transforms(module: Any, is_conditional: bool) -> Iterator[tuple[Transfo
     if kind in (AffineAutoregressive, ConditionalAffineAutoregressive):
         settings: dict[str, Any] = {
             "kind": TransformKind.MASKED_AFFINE, "scale_activation": ScaleActivation.CLAMPED_EXP, "scale_index": 1,
-            "min_log_scale": options.get("log_scale_min_clip", -5.0),
-            "max_log_scale": options.get("log_scale_max_clip", 3.0),
+            "min_log_scale": _option(options, AffineAutoregressive, "log_scale_min_clip"),
+            "max_log_scale": _option(options, AffineAutoregressive, "log_scale_max_clip"),
         }  # fmt: skip
         sizes = [1, 1]
     elif kind in (SplineAutoregressive, ConditionalSplineAutoregressive):
@@ -48,9 +48,14 @@ def list_transforms(module: Any, is_conditional: bool) -> Iterator[tuple[Transfo
     yield masked_spec(_build_network(network), **settings), False
 
 
+def _option(options: Mapping[str, Any], kind: type[nn.Module], name: str) -> Any:
+    """Returns an option of a transform; by default that of its class."""
+    return options[name] if name in options else default_of(kind, name)
+
+
 def _spline_fields(options: Mapping[str, Any]) -> tuple[dict[str, Any], list[int]]:
     """Returns the native fields of a spline, and the sizes of its parameters."""
-    bins, bound, order = options.get("count_bins", 8), options.get("bound", 3.0), options.get("order", "linear")
+    bins, bound, order = (_option(options, SplineAutoregressive, name) for name in ("count_bins", "bound", "order"))
     kind = TransformKind.RATIONAL_LINEAR if order == "linear" else TransformKind.RATIONAL_QUADRATIC
     return {
         "kind": kind, "bins": bins, "boundary": SplineBoundary.FIXED, "end_slope": 1 - 1e-3,

@@ -26,7 +26,7 @@ from zuko.transforms import (
 )
 
 from jacobiflow.adapters.adapter import AcceleratedModule, Adapter
-from jacobiflow.adapters.library_module import is_accelerated, library_class
+from jacobiflow.adapters.library_module import default_of, is_accelerated, library_class
 from jacobiflow.adapters.native_module import (
     TransformOutput,
     TransformSpec,
@@ -90,11 +90,14 @@ def _univariate_fields(univariate: Any, shapes: list[Any]) -> dict[str, Any]:
     settings: dict[str, Any] = {}
     if isinstance(univariate, partial) and not univariate.args:
         univariate, settings = univariate.func, dict(univariate.keywords)
-    slope, bound = settings.pop("slope", 1e-3), settings.pop("bound", 5.0)
-    clip = 1 / abs(math.log(slope))
+    if univariate not in (MonotonicAffineTransform, MonotonicRQSTransform, CircularRQSTransform):
+        raise UnsupportedError(f"the univariate {_name_of(univariate)}")
+    slope = settings.pop("slope", default_of(univariate, "slope"))
+    bound = settings.pop("bound", default_of(MonotonicRQSTransform, "bound"))
     sizes = [tuple(shape) for shape in shapes]
     if settings or not all(isinstance(number, int | float) for number in (slope, bound)):
         raise UnsupportedError(f"the settings of {_name_of(univariate)}")
+    clip = 1 / abs(math.log(slope))
     if univariate is MonotonicAffineTransform and sizes == [(), ()]:
         return {
             "kind": TransformKind.MASKED_AFFINE, "scale_activation": ScaleActivation.SOFT_CLIPPED_EXP, "scale_index": 1,
