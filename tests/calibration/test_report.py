@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -24,7 +23,7 @@ from jacobiflow.calibration import (
 from jacobiflow.calibration.report import GUESS_NAMES
 from tests.helpers.calibration_problems import linear_flow, randn
 from tests.helpers.invented import GUIDANCE, make_tuning, small
-from tests.helpers.running import figures, put
+from tests.helpers.running import figures
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -97,24 +96,6 @@ def test_a_report_comes_back_from_its_file_and_fits_its_flow_only(report: Calibr
     path.write_text('{"format_version": 1}')
     with pytest.raises(ValueError, match=r"report .*report\.json: not a report of format_version 3; make it anew with"):
         CalibrationReport.load(path)
-
-
-UNFIT: dict[str, Any] = {
-    "values of latent, zeros, mean_affine": (("metrics", "fro", "igm", 0), {"latent": 1.0}),
-    "an entry for each of 5 blocks": (("metrics", "fro", "components"), []),
-    "metrics in norm 1": (("settings", "norm"), 1),
-    "curves from noise": (("curves",), {}),
-    "a curve for each segment": (("segment_curves", "2", "2"), []),
-    "sweeps for each tolerance": (("curves", "noise", 0, "zeros", "sweeps", "0.001"), []),
-    "gamma of each block": (("gamma", 3), []),
-}
-
-
-@pytest.mark.parametrize("missing", UNFIT)
-def test_a_report_whose_parts_do_not_fit_each_other_is_refused(missing: str, report: CalibrationReport) -> None:
-    value = replace(report, metrics={"fro": report.metrics["fro"]}).to_json()
-    with pytest.raises(jf.InputError, match=rf"^its parts do not fit each other: it lacks {missing}$"):
-        CalibrationReport.from_json(put(json.loads(json.dumps(value)), *UNFIT[missing]))
 
 
 def test_a_report_is_found_by_its_guidance(report: CalibrationReport, tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence, Sized
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -111,27 +111,6 @@ class CalibrationReport(JsonDocument):
     curves: Mapping[LatentSource, tuple[Mapping[str, ConvergenceCurve], ...]]
     segment_curves: Mapping[int, Mapping[int, tuple[ConvergenceCurve, ...]]]
     gamma: tuple[tuple[float, ...], ...]
-
-    def __post_init__(self) -> None:
-        """Raises ValueError if the parts of an edited file do not fit each other."""
-        metrics = [*self.metrics.values(), *self.class_metrics.values()]
-        rows = [row for blocks in self.curves.values() for row in blocks]
-        segments = [item for counts in self.segment_curves.values() for item in counts.items()]
-        curves = [curve for row in rows for curve in row.values()] + [curve for _, row in segments for curve in row]
-        igm = [row for each in (*metrics, *self.segment_metrics.values()) for row in each.igm]
-        per_block: list[Sized] = [*self.curves.values(), self.gamma, *(each.igm for each in metrics)]
-        per_block += [each.components for each in metrics if each.components is not None]
-        requirements = {
-            f"an entry for each of {self.num_blocks} blocks": {*map(len, per_block)} == {self.num_blocks},
-            f"metrics in norm {self.settings.norm}": self.settings.norm in self.metrics,
-            "curves from noise": "noise" in self.curves,
-            f"values of {', '.join(GUESS_NAMES)}": all(row.keys() == set(GUESS_NAMES) for row in (*rows, *igm)),
-            "a curve for each segment": all(count == len(row) > 0 for count, row in segments),
-            "sweeps for each tolerance": all(all(curve.sweeps.values()) for curve in curves),
-            "gamma of each block": all(self.gamma) and self.num_blocks > 0,
-        }
-        if missing := [part for part, is_met in requirements.items() if not is_met]:
-            raise InputValueError(f"its parts do not fit each other: it lacks {missing[0]}")
 
     def __repr__(self) -> str:
         tough = f", tough: {self.tough_blocks}" if self.components is not None else ""

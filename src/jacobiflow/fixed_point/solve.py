@@ -255,17 +255,17 @@ def _exact_solution(
 
 def _solve_by_sweeps(problem: Problem, solver: Solver, options: SolveOptions) -> Solution:
     result = sweep(problem, solver, options)
-    x, fronts = result.x, result.fronts
-    failed = ~x.isfinite().all(dim=(1, 2)) | fronts.nonfinite
-    status = torch.where(fronts.hit_max_sweeps, Status.MAX_SWEEPS, Status.CONVERGED)
+    x, progress = result.x, result.progress
+    failed = ~x.isfinite().all(dim=(1, 2)) | progress.nonfinite
+    status = torch.where(progress.hit_max_sweeps, Status.MAX_SWEEPS, Status.CONVERGED)
     return Solution(
         x=x,
         status=status.masked_fill(failed, Status.NONFINITE),
-        residual=fronts.residual.masked_fill(failed, torch.inf),
-        log_det=torch.full_like(fronts.residual, torch.nan),
-        exact=fronts.exact,
+        residual=progress.residual.masked_fill(failed, torch.inf),
+        log_det=torch.full_like(progress.residual, torch.nan),
+        exact=progress.exact,
         used_fallback=torch.zeros_like(failed),
-        sample_sweeps=fronts.sweeps,
+        sample_sweeps=progress.sweeps,
         sweeps=result.sweeps,
         network_calls=result.sweeps,
         token_evaluations=result.token_evaluations,

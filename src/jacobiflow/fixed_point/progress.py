@@ -1,4 +1,4 @@
-"""The fronts of the samples of a batch, and how a sweep moves them. All of it is on the device of the tokens."""
+"""The progress of the samples of a batch. All of it is on the device of the tokens."""
 
 from __future__ import annotations
 
@@ -30,11 +30,10 @@ class SweepChanges(NamedTuple):
 
 
 @dataclass
-class Fronts:
-    """The front of each sample, and the progress of its solve.
+class SampleProgress:
+    """The progress of the solve of each sample.
 
     Attributes:
-        front: The tokens before it are final. Not used if all samples share a front.
         residual: The largest change that the last sweep of a token made.
         nonfinite: A token was not finite when the front passed it.
         hit_max_sweeps: A token was passed by a number of sweeps, not by the tolerance.
@@ -45,7 +44,6 @@ class Fronts:
         run_stop: The end of its latest run.
     """
 
-    front: Int[Tensor, " b"]
     residual: Float[Tensor, " b"]
     nonfinite: Bool[Tensor, " b"]
     hit_max_sweeps: Bool[Tensor, " b"]
@@ -56,29 +54,31 @@ class Fronts:
     run_stop: Int[Tensor, " b"]
 
     @classmethod
-    def initial(cls, num: int, z: Tensor) -> Fronts:
-        """Returns the fronts of `num` samples at their first token, on the device and in the dtype of `z`."""
-        front, sweeps, num_growing, run_stop = torch.zeros(4, num, dtype=torch.int64, device=z.device)
+    def initial(cls, num: int, z: Tensor) -> SampleProgress:
+        """Returns the progress of `num` samples at their first token, on the device and in the dtype of `z`."""
+        sweeps, num_growing, run_stop = torch.zeros(3, num, dtype=torch.int64, device=z.device)
         nonfinite, hit_max_sweeps = torch.zeros(2, num, dtype=torch.bool, device=z.device)
         residual = z.new_zeros(num)
         min_residual = torch.full_like(residual, torch.inf)
-        return cls(front, residual, nonfinite, hit_max_sweeps, ~nonfinite, sweeps, min_residual, num_growing, run_stop)
+        return cls(residual, nonfinite, hit_max_sweeps, ~nonfinite, sweeps, min_residual, num_growing, run_stop)
 
-    def scatter(self, rows: Int[Tensor, " m"] | slice, others: Fronts, source: Int[Tensor, " m"] | slice) -> None:
+    def scatter(
+        self, rows: Int[Tensor, " m"] | slice, others: SampleProgress, source: Int[Tensor, " m"] | slice
+    ) -> None:
         """Replaces `rows` by the rows `source` of others, in place."""
         for entry in fields(self):
             getattr(self, entry.name)[rows] = getattr(others, entry.name)[source]
 
-    def first(self, num: int) -> Fronts:
-        """Returns the fronts of the first `num` samples."""
-        return Fronts(*(getattr(self, entry.name)[:num] for entry in fields(self)))
+    def first(self, num: int) -> SampleProgress:
+        """Returns the progress of the first `num` samples."""
+        return SampleProgress(*(getattr(self, entry.name)[:num] for entry in fields(self)))
 
     def update_correction_state(self, start: int | Tensor, residual: Float[Tensor, "b n"]) -> Bool[Tensor, " b"]:
         """Returns the samples whose correction is turned off, since their residuals keep growing.
 
         The runs begin at `start`. A new token's residual does not tell whether the correction works.
         """
-        is_known = _offsets(residual) < (self.run_stop - start)[:, None]
+        is_known = offsets(residual) < (self.run_stop - start)[:, None]
         grew = ~(torch.where(is_known, residual, 0).amax(1) <= _GROWTH_FACTOR * self.min_residual)
         self.num_growing = (self.num_growing + 1) * (grew | (self.num_growing >= _MAX_GROWING_SWEEPS))
         largest, stop = residual.amax(1), start + residual.shape[1]
@@ -86,49 +86,24 @@ class Fronts:
         self.run_stop = self.run_stop.clamp(min=stop)
         return self.num_growing >= _MAX_GROWING_SWEEPS
 
-    def count_accepted(self, sweep: SweepChanges, max_change: float | None) -> Int[Tensor, " b"]:
+    def count_accepted(self, changes: SweepChanges, max_change: float | None) -> Int[Tensor, " b"]:
         """Returns how many leading tokens of its run each sample passes.
 
         It passes those that changed by at most `max_change`, and one more, which was computed from final ones
         (Proposition 1 of the paper).
         """
-        is_final = (sweep.change <= (-torch.inf if max_change is None else max_change)).cumprod(1).bool()
+        is_final = (changes.change <= (-torch.inf if max_change is None else max_change)).cumprod(1).bool()
         num_accepted = is_final.sum(1).add_(1).clamp_(max=is_final.shape[1])
-        self._record(torch.where(is_final, sweep.residual, 0))
+        self.record_residual(torch.where(is_final, changes.residual, 0))
         # Only the last token passed can have overflowed; the others are final.
-        self.nonfinite |= ~sweep.change.gather(1, num_accepted[:, None] - 1).isfinite()[:, 0]
+        self.nonfinite |= ~changes.change.gather(1, num_accepted[:, None] - 1).isfinite()[:, 0]
         return num_accepted
 
-    def count_accepted_together(
-        self, sweep: SweepChanges, max_change: float | None, num_accepted: Int[Tensor, " b"], num_exhausted: int
-    ) -> tuple[int, int]:
-        """Returns how many tokens of their common run all samples pass, and how many keys are then a sweep behind.
-
-        Args:
-            sweep: The changes of the run.
-            max_change: That of `count_accepted`.
-            num_accepted: The result of `count_accepted`. All samples pass as many tokens as the slowest one.
-            num_exhausted: The leading tokens of the run that have no sweeps left. They are passed in any case. An early
-                stop passes the whole run.
-        """
-        size = sweep.change.shape[1]
-        # The others do not wait for a sample that overflowed, which is solved again.
-        slowest = 1 if max_change is None else int(torch.where(self.nonfinite, size, num_accepted).min())
-        if sweep.is_early:
-            num_exhausted = size
-        if num_exhausted <= slowest:
-            return slowest, 0
-        is_beyond = _offsets(sweep.residual) >= num_accepted[:, None]
-        self._record(torch.where(is_beyond, sweep.residual, 0)[:, :num_exhausted])
-        self.nonfinite |= ~sweep.change[:, :num_exhausted].isfinite().all(1)
-        if sweep.is_early:
-            return num_exhausted, 0
-        self.hit_max_sweeps |= num_accepted < num_exhausted
-        return num_exhausted, num_exhausted - slowest
-
-    def _record(self, residual: Float[Tensor, "b n"]) -> None:
+    def record_residual(self, residual: Float[Tensor, "b n"]) -> None:
+        """Records the residuals of tokens that are passed."""
         self.residual = torch.maximum(self.residual, residual.amax(1))
 
 
-def _offsets(run: Tensor) -> Int[Tensor, " n"]:
+def offsets(run: Tensor) -> Int[Tensor, " n"]:
+    """Returns 0 .. n-1 for a run (B, N)."""
     return torch.arange(run.shape[1], device=run.device)
