@@ -142,7 +142,7 @@ class _PackedTransformer:
         dtypes = {tensor.dtype for part in (parameters, *(layer.values() for layer in layers)) for tensor in part}
         stored = network.proj_in.dtype
         if dtypes != {stored} or torch.promote_types(stored, torch.float32) != dtype:
-            raise UnsupportedError(f"parameters of {' and '.join(sorted(map(str, dtypes)))} for tokens of {dtype}")
+            raise UnsupportedError(f"weights of {' and '.join(sorted(map(str, dtypes)))} for tokens of {dtype}")
         self.num_weights = sum(layer[name].numel() for layer in layers for name in layer.keys() & MATRICES)
         shapes = layer_shapes(layers, self.tokens, self.channels, self.hidden)
         names, outputs = shapes.keys() & MATRICES, self.token_channels * (2 if network.has_scale else 1)
