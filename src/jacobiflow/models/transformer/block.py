@@ -19,7 +19,7 @@ from jacobiflow.blocks.base import FlowBlock, ScaleShift, TokensLogDet, check_in
 from jacobiflow.blocks.context import NO_CONTEXT, Context
 from jacobiflow.blocks.guidance import Guidance
 from jacobiflow.blocks.permutation import Permutation
-from jacobiflow.blocks.tokens import Tokens
+from jacobiflow.blocks.tokens import Tokens, row_batches
 from jacobiflow.models.transformer.attention import (
     AttentionSpan,
     Layer,
@@ -292,10 +292,8 @@ def _run_cached(h: Tokens, span: AttentionSpan, cache: TransformerCache) -> Toke
 
 def _row_batches(x: Tokens, num_tokens: int) -> list[slice]:
     """Returns the rows of each pass over `num_tokens` tokens of a sample: all, or a few without gradients on a CPU."""
-    size = max(_TOKENS_PER_PASS // num_tokens, 1)
-    if x.device.type != "cpu" or torch.is_grad_enabled():
-        size = max(len(x), 1)
-    return [slice(first, first + size) for first in range(0, len(x), size)]
+    is_split = x.device.type == "cpu" and not torch.is_grad_enabled()
+    return row_batches(len(x), max(_TOKENS_PER_PASS // num_tokens, 1) if is_split else None)
 
 
 def _concatenate(parts: Iterable[ScaleShift], dim: int) -> ScaleShift:
