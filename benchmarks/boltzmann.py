@@ -41,7 +41,7 @@ PARTS = 20  # into which samples are split for an error
 CERTIFIED = ("auto", "window:8, 1e-3", "window:8, 1e-2", "window:8, 1e-1")
 UNCERTIFIED = ("jacobi, 1e-2", "jacobi, 1e-1", "jacobi-8", "jacobi-4", "jacobi-2")
 
-SIZES: dict[str, tuple[int, int, int, int, int]] = {  # tokens, values, channels, blocks, layers
+SIZES: dict[str, tuple[int, int, int, int, int]] = {  # tokens, values of a token, width, blocks, layers
     "22 x 3, 4 x 3 layers of 128": (22, 3, 128, 4, 3),
     "66 x 1, 4 x 4 layers of 256": (66, 1, 256, 4, 4),
     "63 x 3, 6 x 6 layers of 384": (63, 3, 384, 6, 6),
@@ -120,7 +120,7 @@ def tolerances(_: Json) -> Json:
     Samples without a certificate take the density of the latent: log N(z) + log|det| at x.
     """
     flow, coordinates = load()
-    z = draw_latents(LATENTS, flow.config.num_tokens, flow.config.token_channels, seed=3)
+    z = draw_latents(LATENTS, flow.config.num_tokens, flow.config.token_dim, seed=3)
     exact, log_prob = jf.decode(copy.deepcopy(flow).double(), z.double(), strategy="sequential", log_prob=True)
     energy, positions = coordinates.energy(exact)
     base = -energy - log_prob
@@ -217,7 +217,7 @@ def flow_of(size: str) -> Flow:
     numbers = {"atom_type": torch.arange(22) + 1, "aa_type": ones, "aa_pos": ones, "seq_len": ones}
     flow = jf.Prose(PROSE_CONFIG).for_peptide(numbers, orders).eval().requires_grad_(False)
     for block in flow.blocks:
-        block.proj_out.weight.normal_(std=0.1 * PROSE_CONFIG.channels**-0.5)  # small enough that nothing grows
+        block.proj_out.weight.normal_(std=0.1 * PROSE_CONFIG.width**-0.5)  # small enough that nothing grows
     return flow
 
 
@@ -236,7 +236,7 @@ def errors(flow: Flow, z: Tensor, answers: dict[str, tuple[Tensor, Tensor]]) -> 
 def measure_samples(key: Json) -> Json:
     """Seconds of a batch of samples with densities, and the errors of the original sampler's and of ours."""
     flow = flow_of(key["size"])
-    z = draw_latents(key["batch"], flow.config.num_tokens, flow.config.token_channels, seed=1)
+    z = draw_latents(key["batch"], flow.config.num_tokens, flow.config.token_dim, seed=1)
     loop = partial(jf.sample, flow, latents=z, strategy="sequential")
     densities = partial(loop, log_prob=True)
     runs: dict[str, Callable[[], Any]] = {
@@ -260,7 +260,7 @@ def measure_gradients(key: Json) -> Json:
     flow = jf.load(MODEL if key["model"] == MODEL.name else key["model"]).requires_grad_()
     num = key["batch"]
     labels = torch.arange(num) % flow.config.num_classes if flow.config.num_classes else None
-    z = draw_latents(num, flow.config.num_tokens, flow.config.token_channels, seed=1)
+    z = draw_latents(num, flow.config.num_tokens, flow.config.token_dim, seed=1)
     with torch.no_grad():
         x = jf.decode(flow, z, labels, strategy="sequential")
     outputs = {"decode": jf.decode(flow, z, labels, strategy="sequential"), "encode": flow.encode(x, labels)[0]}

@@ -17,9 +17,9 @@ from benchmarks.lib.process import finish, start_command
 from benchmarks.lib.results import Json, measure_files
 from jacobiflow.training import read_metrics
 
-FLOW = "--images digits --image-size 8 --channels 32 --head-dim 16 --blocks 2 --layers 2"
+FLOW = "--images digits --image-size 8 --width 32 --head-dim 16 --blocks 2 --layers 2"
 TRAIN = f"train {FLOW} --batch-size 12 --warmup 4 --no-bf16 --steps 50 --sample-every 1000000000"
-THROUGHPUT = "train --images fashion-512 --channels 128 --blocks 4 --layers 2 --no-bf16 --steps 20"
+THROUGHPUT = "train --images fashion-512 --width 128 --blocks 4 --layers 2 --no-bf16 --steps 20"
 TRAININGS = {"replicated": "", "sharded": "--shard"}
 KEYS: list[Json] = [*({"training": name} for name in TRAININGS), {"throughput": "fashion"}]
 

@@ -41,7 +41,7 @@ from jacobiflow.sampling.sensitivity import FLOAT64_BOUND
 from jacobiflow.utils.files import sha256
 
 MODELS = ("emoji-p2", "emoji-p2, bfloat16", "emoji-star", "fashion-p2")
-BLOCKS = ("512x4", "768x8")  # channels, layers
+BLOCKS = ("512x4", "768x8")  # width, layers
 RELEASED = jf.STARFlowConfig(layers_per_block=(2,))  # One block of two layers that reads the text.
 RELEASED_RUNS = (("bfloat16", False), ("float32", False), ("bfloat16", True))  # dtype, in PyTorch
 FLOAT64_MODEL = "emoji-p2"  # The model that is sampled in float64, too.
@@ -97,8 +97,8 @@ def time_model(key: Json) -> Json:
 
 def time_block(key: Json) -> Json:
     """Seconds of a block of random weights: by the exact loop, and by sweeps with their certificate."""
-    channels, layers = map(int, key["block"].split("x"))
-    config = jf.TarFlowConfig(3, 32, 2, channels=channels, num_blocks=1, layers_per_block=layers)
+    width, layers = map(int, key["block"].split("x"))
+    config = jf.TarFlowConfig(3, 32, 2, width=width, num_blocks=1, layers_per_block=layers)
     plain, rows = random_flow(config), key["rows"]
     stored, z = deepcopy(plain).bfloat16().float(), latents(plain, rows)[0]
 
@@ -108,7 +108,7 @@ def time_block(key: Json) -> Json:
 
     runs = {FLOAT32: solve(plain, "sequential"), HALVES: solve(stored, "sequential")}
     runs |= {name: solve(plain, name) for name in ("window:32", "jacobi")}
-    is_small = channels < 768
+    is_small = width < 768
     seconds, results = time_runs(runs, 3 if is_small else 1, warm_up=is_small)
     residual = max(float(results[name].residual.max()) for name in ("window:32", "jacobi"))
     return {"seconds": seconds, "residual": residual}
@@ -119,7 +119,7 @@ def released_block(key: Json) -> Json:
     native.load_library()
     before = memory("VmRSS")
     block = random_starflow(RELEASED, key["released"]).blocks[0]
-    z = draw_latents(1, RELEASED.num_tokens, RELEASED.token_channels, seed=1)
+    z = draw_latents(1, RELEASED.num_tokens, RELEASED.token_dim, seed=1)
     weights = sum(parameter.nbytes for parameter in block.parameters())
     reset_peak_memory()
     solve = partial(jf.solve, block, z, jf.Solver(jf.Sequential()))
@@ -176,8 +176,8 @@ def sample_large(folder: str, how: str) -> Json:
     jf.sample(jf.load("digits-p1"), 1, labels=[0], strategy="sequential")
     with peak_memory() as peak:
         flow: Any = jf.load(folder, dtype="bfloat16", offload=how == "offloaded")
-        z = draw_latents(1, flow.config.num_tokens, flow.config.token_channels, seed=1)
-        states = draw_latents(1, flow.config.text_tokens, flow.config.text_channels, seed=2)
+        z = draw_latents(1, flow.config.num_tokens, flow.config.token_dim, seed=1)
+        states = draw_latents(1, flow.config.text_tokens, flow.config.text_dim, seed=2)
         x = jf.sample(flow, latents=z, context=states, strategy="sequential", settings=None).x
     needs = memory_needs(flow, torch.device("cpu"), torch.bfloat16)
     return {

@@ -25,7 +25,7 @@ from jacobiflow.data.noise import keyed_generator
 from jacobiflow.utils.timing import time_call
 
 FOLDER = ROOT / "out" / "maf-fashion-mnist"
-TRAINING = "--flow maf --channels 512 --layers 2 --blocks 5 --unconditional --batch-size 128 --steps 3000"
+TRAINING = "--flow maf --width 512 --layers 2 --blocks 5 --unconditional --batch-size 128 --steps 3000"
 IMAGES, BATCH, LOOP_BATCHES = 50_000, 500, 2
 TOLERANCE = 1e-3
 FOR_LOOP = "For loop"

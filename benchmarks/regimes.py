@@ -26,7 +26,7 @@ from benchmarks.lib.timing import time_runs
 from jacobiflow.models.tarflow import TarFlowBlock
 
 BATCH_SIZES = (1, 4, 16)
-SHAPES = ((128, 2), (192, 4), (256, 2), (256, 4), (384, 4), (512, 4), (768, 8))  # channels, layers
+SHAPES = ((128, 2), (192, 4), (256, 2), (256, 4), (384, 4), (512, 4), (768, 8))  # width, layers
 TRAINED = ("fashion-p2", "emoji-p2", "digits-p1")
 # Names in the result files.
 EXACT_LOOP, LOOP_IN_PYTORCH, PASS, BF16_PASS = "fused loop", "eager loop", "pass", "pass in bfloat16"
@@ -35,10 +35,10 @@ TOLERANCE = 1e-3
 SAMPLES = 16  # Samples whose sweeps are counted.
 
 FLOWS: Mapping[str, Callable[[], jf.TarFlow]] = {
-    f"{channels}x{layers}": partial(
-        random_flow, jf.TarFlowConfig(3, 32, 2, channels=channels, num_blocks=1, layers_per_block=layers)
+    f"{width}x{layers}": partial(
+        random_flow, jf.TarFlowConfig(3, 32, 2, width=width, num_blocks=1, layers_per_block=layers)
     )
-    for channels, layers in SHAPES
+    for width, layers in SHAPES
 } | {name: partial(jf.TarFlow.from_pretrained, name) for name in TRAINED}  # fmt: skip
 
 
@@ -65,8 +65,8 @@ def measure_block(key: Json) -> Json:
     difference = float((results[EXACT_LOOP] - results[LOOP_IN_PYTORCH]).abs().max())
     config = flow.config
     return {
-        "channels": config.channels, "layers": config.layers_per_block, "tokens": config.num_tokens,
-        "values": config.token_channels, "weights_mb": sum(p.nbytes for p in block.parameters()) / 1e6,
+        "width": config.width, "layers": config.layers_per_block, "tokens": config.num_tokens,
+        "values": config.token_dim, "weights_mb": sum(p.nbytes for p in block.parameters()) / 1e6,
         "seconds": seconds, "max_difference": difference,
     }  # fmt: skip
 

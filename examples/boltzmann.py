@@ -29,7 +29,7 @@ from jacobiflow.utils.files import atomic_path
 MODEL = Path(__file__).parent / "alanine-dipeptide"
 TRAJECTORIES = Path("out/alanine-dipeptide")
 RUN = Path("runs/alanine-dipeptide")
-CONFIG = jf.TokenConfig(num_tokens=22, token_channels=3, channels=64, num_blocks=4, layers_per_block=2, head_dim=16)
+CONFIG = jf.TokenConfig(num_tokens=22, token_dim=3, width=64, num_blocks=4, layers_per_block=2, head_dim=16)
 BINS = 36  # Number of bins of phi.
 MASK = torch.tensor([[len(earlier) > k for k in range(3)] for _, _, earlier in ATOMS])
 """Which of bond, angle and torsion an atom has, (22, 3). The first three atoms lack six; noise takes their places."""

@@ -27,8 +27,8 @@ MODEL = Path(__file__).parent / "emoji-star"
 RUN = Path("runs/emoji-star")
 PACKAGE = Path("node_modules/emoji-datasource-google")
 CONFIG = jf.STARFlowConfig(
-    in_channels=3, image_size=32, patch_size=2, channels=128, layers_per_block=(1, 1, 6), text_tokens=12,
-    text_channels=64, noise_std=0.1,
+    in_channels=3, image_size=32, patch_size=2, width=128, layers_per_block=(1, 1, 6), text_tokens=12,
+    text_dim=64, noise_std=0.1,
 )  # fmt: skip
 GUIDANCE = jf.Guidance(2, annealed=False, rule="density")
 SETTINGS = jf.SamplingSettings(GUIDANCE, denoise=1.0)
@@ -45,12 +45,12 @@ TONES = {"1F3FB": "light", "1F3FC": "medium light", "1F3FD": "medium", "1F3FE": 
 
 def encode_text(prompts: list[str]) -> Float[Tensor, "n 12 64"]:
     """Returns a random vector for each word, which depends on the word only, and one for the end of the text."""
-    states = torch.zeros(len(prompts), CONFIG.text_tokens, CONFIG.text_channels)
+    states = torch.zeros(len(prompts), CONFIG.text_tokens, CONFIG.text_dim)
     for i, prompt in enumerate(prompts):
         words = [*re.findall(r"[a-z0-9]+", prompt.lower())[: CONFIG.text_tokens - 1], "."]
         for j, word in enumerate(words):
             seed = int.from_bytes(hashlib.sha256(word.encode()).digest()[:8], "big")
-            states[i, j] = torch.from_numpy(np.random.default_rng(seed).standard_normal(CONFIG.text_channels))
+            states[i, j] = torch.from_numpy(np.random.default_rng(seed).standard_normal(CONFIG.text_dim))
     return states
 
 

@@ -46,7 +46,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("benchmarks", "examples"):
         (folder / name).symlink_to(ROOT / name)
     torch.manual_seed(0)
-    config = jf.TarFlowConfig(1, 32, 8, channels=64, num_blocks=2, layers_per_block=1, num_classes=2, noise_std=0.07)
+    config = jf.TarFlowConfig(1, 32, 8, width=64, num_blocks=2, layers_per_block=1, num_classes=2, noise_std=0.07)
     flow = jf.TarFlow(config)
     flow.to_original(folder / "afhq_model_8_768_8_8_0.07.pth")
     for name in ("mine", "runs/mine", "me/mine"):  # the last one as from the hub
@@ -64,7 +64,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
         head = bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">u4").tobytes()
         for stem in ("train", "t10k"):
             (folder / f"fashion-mnist/{stem}-{name}-ubyte").write_bytes(head + array.tobytes())
-    star = jf.STARFlow(jf.STARFlowConfig(3, 4, 2, 128, (1, 1), text_tokens=4, text_channels=16))
+    star = jf.STARFlow(jf.STARFlowConfig(3, 4, 2, 128, (1, 1), text_tokens=4, text_dim=16))
     torch.save(star.state_dict(), folder / "starflow_3B_t2i_256x256.pth")
     for name, model in (("demo", jf.load("fashion-p2")), ("many", jf.load("fashion-p2")), ("mine", flow)):
         jf.sample_to_folder(model, 2, folder / "out" / name)

@@ -43,7 +43,7 @@ def sample(
 ) -> Callable[[str], Tensor]:
     def run(device: str) -> Tensor:
         flow = make(device=device)
-        z = draw_latents(num, flow.config.num_tokens, flow.config.token_channels, 0)
+        z = draw_latents(num, flow.config.num_tokens, flow.config.token_dim, 0)
         options.setdefault("tolerance", None if options["strategy"] in ("sequential", SEGMENTS) else 1e-6)
         settings = jf.SamplingSettings(guidance, denoise)
         return jf.sample(flow, latents=z, labels=LABELS[:num], settings=settings, **options).images
@@ -148,13 +148,13 @@ def count(
     graphs: bool = True, tolerance: float | None = 1e-3,
 ) -> tuple[int, Counts]:  # fmt: skip
     """The sweeps of a solve over (side/2)^2 tokens by a block of 2 layers, and the counts of the device."""
-    config = jf.TarFlowConfig(3, side, 2, channels=32, num_blocks=1, layers_per_block=2, num_classes=5, head_dim=16)
+    config = jf.TarFlowConfig(3, side, 2, width=32, num_blocks=1, layers_per_block=2, num_classes=5, head_dim=16)
     torch.manual_seed(0)
     flow = jf.TarFlow(config).requires_grad_(False)
     flow.blocks[0].proj_out.weight.normal_(std=0.02)
     with FakeDevice() as device, patch.object(TarFlowBlock, "graph_safe", graphs):
         block = guided(flow.to("cuda").blocks[0], guidance)
-        z = draw_latents(num, config.num_tokens, config.token_channels, 0).to("cuda")
+        z = draw_latents(num, config.num_tokens, config.token_dim, 0).to("cuda")
         labels = torch.arange(num, device="cuda") % 5
         with device.counting() as counts:
             solution = jf.solve(block, z, solver, labels, tolerance=tolerance, certify=False, batch_size=batch_size)
@@ -184,7 +184,7 @@ def test_an_exact_loop_never_waits_for_the_device() -> None:
     """Each further block is launched while those before it still run."""
     waits = []
     for num_blocks in (2, 4):
-        config = jf.TarFlowConfig(3, 8, 2, channels=32, num_blocks=num_blocks, layers_per_block=1, head_dim=16)
+        config = jf.TarFlowConfig(3, 8, 2, width=32, num_blocks=num_blocks, layers_per_block=1, head_dim=16)
         with FakeDevice() as device:
             flow = jf.TarFlow(config).requires_grad_(False).to("cuda")
             jf.sample(flow, 3, strategy="sequential")  # which reads the weights once, for their fingerprint
@@ -219,10 +219,10 @@ def test_waiting_samples_take_the_memory_of_those_that_have_finished(guidance: j
 @pytest.mark.parametrize("guidance", [None, GUIDANCE])
 @pytest.mark.parametrize("partition", [jf.Whole(), jf.Window(8), jf.Sequential()])
 def test_a_batch_takes_at_most_the_estimated_memory(partition: jf.Partition, guidance: jf.Guidance | None) -> None:
-    config = jf.TarFlowConfig(3, 16, 2, channels=32, num_blocks=1, layers_per_block=8, num_classes=5, head_dim=16)
+    config = jf.TarFlowConfig(3, 16, 2, width=32, num_blocks=1, layers_per_block=8, num_classes=5, head_dim=16)
     with FakeDevice() as device:
         flow = jf.TarFlow(config).requires_grad_(False).to("cuda")
-        z = draw_latents(16, config.num_tokens, config.token_channels, 0).to("cuda")
+        z = draw_latents(16, config.num_tokens, config.token_dim, 0).to("cuda")
         labels, needed = torch.arange(16, device="cuda") % 5, memory_needs(flow.guided(guidance)).of_batch(1)
         assert needed is not None
         with device.counting() as counts:

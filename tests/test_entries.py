@@ -71,7 +71,7 @@ def each(names: str, argument: Argument) -> dict[str, Argument]:
 ARGUMENTS: dict[str, Argument] = {
     **each("num batch_size samples num_convergence_samples segments num_tokens num_blocks", COUNT),
     **each("in_channels image_size", COUNT),
-    **each("layers_per_block patch_size channels head_dim expansion hidden_features hidden_layers", COUNT),
+    **each("layers_per_block patch_size width head_dim expansion hidden_features hidden_layers", COUNT),
     **each("count size max_sweeps", UNLIMITED),
     "num_classes": FROM_0, **each("attn_temperature tolerance_factor", POSITIVE),
     **each("tolerance denoise rate ebound noise_std std call_cost weight", NUMBER),
@@ -123,7 +123,7 @@ CALLS: list[tuple[Callable[..., Any], str, dict[str, Argument]]] = [
     (jf.MeanAffine, "log_scale shift", {}), (jf.CausalLinear, "kernel shift", {}), (jf.Chord, "kernel", {}),
     (jf.Guidance, "weight annealed on attn_temperature", {}), (jf.SamplingSettings, "guidance denoise", {}),
     (jf.find_report, "flow", {}), (jf.find_tuning, "flow", {}),
-    (jf.TarFlowConfig, "in_channels image_size patch_size channels num_blocks layers_per_block num_classes nvp "
+    (jf.TarFlowConfig, "in_channels image_size patch_size width num_blocks layers_per_block num_classes nvp "
      "head_dim expansion noise_std", {}),
     (jf.MAFConfig, "in_channels image_size hidden_features num_blocks hidden_layers num_classes logit_alpha", {}),
     (jf.TarFlow, "config", {"config": (FLOW.config, ({}, MAF.config), ())}),

@@ -18,7 +18,7 @@ from tests.helpers.running import run_line
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One of a few training steps on digits, by the command line."""
     out = tmp_path_factory.mktemp("recurrent") / "model"
-    line = "train --flow recurrent --images digits --image-size 8 --channels 16 --blocks 2 --batch-size 32 --warmup 5"
+    line = "train --flow recurrent --images digits --image-size 8 --width 16 --blocks 2 --batch-size 32 --warmup 5"
     settings = f"--noise-std 0.2 --learning-rate 0.01 --steps 40 --out {out}"
     assert main([*line.split(), *settings.split()]) == 0
     return out

@@ -15,7 +15,7 @@ from jacobiflow.models.latents import draw_latents
 
 def latents(flow: Flow, batch: int, seed: int = 1, prompts: Sequence[str] = ()) -> tuple[Tensor, Any]:
     """Latents of a batch and their context, the same each time: `prompts` if the flow reads text, classes, or None."""
-    z = draw_latents(batch, flow.config.num_tokens, flow.config.token_channels, seed)
+    z = draw_latents(batch, flow.config.num_tokens, flow.config.token_dim, seed)
     if isinstance(flow, jf.STARFlow):
         return z, [prompts[i % len(prompts)] for i in range(batch)]
     return z, torch.arange(batch) % flow.config.num_classes if flow.config.num_classes else None

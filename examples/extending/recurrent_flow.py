@@ -15,11 +15,11 @@ NO_CONTEXT = Context()
 
 @dataclass(frozen=True)
 class RecurrentConfig:
-    """Shape of a `RecurrentFlow`, whose networks have so many `channels`."""
+    """Shape of a `RecurrentFlow`, whose networks have `width` units."""
 
     in_channels: int
     image_size: int
-    channels: int
+    width: int
     num_blocks: int
     num_classes: int = 0
     noise_std: float = 0.0
@@ -29,7 +29,7 @@ class RecurrentConfig:
         return self.image_size
 
     @property
-    def token_channels(self) -> int:
+    def token_dim(self) -> int:
         return self.in_channels * self.image_size
 
 
@@ -41,11 +41,11 @@ class RecurrentBlock(FlowBlock):
     def __init__(self, config: RecurrentConfig, permutation: Permutation) -> None:
         super().__init__()
         self.permutation = permutation
-        states = torch.zeros(config.num_classes + 1, config.channels)
+        states = torch.zeros(config.num_classes + 1, config.width)
         self.start = nn.Parameter(states)  # before row 0; the last: without a class
-        sizes = config.token_channels, config.channels
+        sizes = config.token_dim, config.width
         self.network = nn.GRU(*sizes, batch_first=True)
-        self.out = nn.Linear(config.channels, 2 * config.token_channels)
+        self.out = nn.Linear(config.width, 2 * config.token_dim)
         nn.init.zeros_(self.out.weight)
 
     def init_cache(self, z: Tensor, context: Context = NO_CONTEXT) -> Tensor:
@@ -81,14 +81,14 @@ class RecurrentFlow(Flow):
     def config_from_options(
         cls,
         *,
-        channels: int,
+        width: int,
         blocks: int,
         layers: int,
         noise_std: float = 0.1,
         **sizes: Any,
     ) -> Any:
         return RecurrentConfig(
-            channels=channels, num_blocks=blocks, noise_std=noise_std, **sizes
+            width=width, num_blocks=blocks, noise_std=noise_std, **sizes
         )
 
     def to_tokens(self, x: Tensor) -> Tensor:

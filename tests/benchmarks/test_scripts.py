@@ -32,7 +32,7 @@ pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.slow]
 SCRIPTS = sorted(
     path.stem for path in (ROOT / "benchmarks").glob("*.py") if '__name__ == "__main__"' in path.read_text()
 )
-CONFIG = jf.TarFlowConfig(1, 16, 2, channels=64, num_blocks=2, layers_per_block=1, num_classes=3)
+CONFIG = jf.TarFlowConfig(1, 16, 2, width=64, num_blocks=2, layers_per_block=1, num_classes=3)
 UNLIMITED = ("free_energy", "basin_difference", "psnr")  # infinite for a bin without samples, and for equal images
 
 Run = Callable[..., dict[str, list[Any]]]
@@ -194,7 +194,7 @@ def test_devices(run: Run) -> None:
 def tiny_star() -> jf.STARFlow:
     """A STARFlow that reads the number of letters of a text."""
     flow = deepcopy(make_star()).float()
-    shape = (flow.config.text_tokens, flow.config.text_channels)
+    shape = (flow.config.text_tokens, flow.config.text_dim)
     flow.encode_text = lambda prompts: (
         torch.tensor([float(len(text)) for text in prompts]).view(-1, 1, 1).expand(-1, *shape)
     )
@@ -242,7 +242,7 @@ def test_boltzmann(run: Run) -> None:
 
 
 def test_clusters(run: Run) -> None:
-    line = "train --images digits --channels 32 --head-dim 16 --blocks 2 --layers 1 --no-bf16 --steps 2"
+    line = "train --images digits --width 32 --head-dim 16 --blocks 2 --layers 1 --no-bf16 --steps 2"
     (row,) = run("clusters", KEYS=[{"training": "sharded"}], TRAIN=line)["clusters"]
     assert max(row["loss"], row["weights"]) < 1e-3
 

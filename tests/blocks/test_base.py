@@ -18,7 +18,7 @@ Parameters = tuple[Tensor, Tensor]
 @dataclass(frozen=True)
 class Config:
     num_tokens: int = 6
-    token_channels: int = 3
+    token_dim: int = 3
     num_blocks: int = 2
     num_classes: int = 0
     noise_std: float = 0.0
@@ -29,7 +29,7 @@ class Sums(FlowBlock):
 
     def __init__(self, config: Config, permutation: Permutation) -> None:
         super().__init__()
-        self.permutation, self.out = permutation, nn.Linear(config.token_channels, 2 * config.token_channels)
+        self.permutation, self.out = permutation, nn.Linear(config.token_dim, 2 * config.token_dim)
 
     def init_cache(self, z: Tensor, context: Any = None) -> None:
         return None
@@ -40,7 +40,7 @@ class Sums(FlowBlock):
 
 
 class Shared(Sums):
-    """All channels of a token share a log-scale, without being expanded."""
+    """All values of a token share a log-scale, without being expanded."""
 
     def affine(self, x: Tensor, start: int, stop: int, cache: None) -> Parameters:
         log_scale, shift = super().affine(x, start, stop, cache)

@@ -155,7 +155,7 @@ def test_sweeps_and_gamma_are_those_at_fresh_latents_and_at_evenly_spaced_images
     """The latents have the images' labels. Tough blocks are cut into 1, `segments`, and powers of 2 segments."""
     case = case_of(name)
     report, config = case.report, case.flow.config
-    tokens = draw_latents(2, config.num_tokens, config.token_channels, 0, 2**40).double() * case.flow.var.sqrt()
+    tokens = draw_latents(2, config.num_tokens, config.token_dim, 0, 2**40).double() * case.flow.var.sqrt()
     problems = way_back(case.flow, tokens, case.labels[CHOSEN], case.guidance)
     solutions = {"noise": [(problem.answer, problem.z) for problem in problems]}
     if not case.guidance:

@@ -94,7 +94,7 @@ def test_a_report_comes_back_from_its_file_and_fits_its_flow_only(report: Calibr
     with pytest.raises(ValueError, match=r"the report is of another flow.*calibrate this one"):
         report.check(small())
     path.write_text('{"format_version": 1}')
-    with pytest.raises(ValueError, match=r"report .*report\.json: not a report of format_version 3; make it anew with"):
+    with pytest.raises(ValueError, match=r"report .*report\.json: not a report of format_version 4; make it anew with"):
         CalibrationReport.load(path)
 
 

@@ -18,7 +18,7 @@ from tests.helpers.running import figures
 
 def test_convert(run: Any, refuse: Any, tmp_path: Path) -> None:
     torch.manual_seed(0)
-    flow = jf.TarFlow(jf.TarFlowConfig(3, 4, 2, channels=64, num_blocks=2, layers_per_block=1, num_classes=2))
+    flow = jf.TarFlow(jf.TarFlowConfig(3, 4, 2, width=64, num_blocks=2, layers_per_block=1, num_classes=2))
     flow.to_original(tmp_path / "original.pth")
     line = f"convert {tmp_path}/original.pth --patch-size 2 --noise-std 0.2 --out {tmp_path}/folder"
     result = run(line)
@@ -40,7 +40,7 @@ def test_info(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert (result.code, result.err) == (0, "")
     entries, flow = figures(tmp_path / "f"), jf.load("./model")
     assert entries["parameters"] == sum(parameter.numel() for parameter in flow.parameters())
-    assert (entries["num_tokens"], entries["token_channels"], entries["noise_std"]) == (16, 4, 0.1)
+    assert (entries["num_tokens"], entries["token_dim"], entries["noise_std"]) == (16, 4, 0.1)
     assert (entries["torch"], entries["zuko"]) == (torch.__version__, version("zuko"))
     for line in result.out.splitlines():
         name, value = line.split(maxsplit=1)
@@ -105,7 +105,7 @@ def test_check_of_a_model_uses_its_reports_and_its_weights(run: Any, refuse: Any
 
 def test_convert_a_starflow(run: Any, refuse: Any, tmp_path: Path) -> None:
     torch.manual_seed(0)
-    flow = jf.STARFlow(jf.STARFlowConfig(3, 4, 2, 64, (1, 2), text_tokens=3, text_channels=5, noise_std=0.1))
+    flow = jf.STARFlow(jf.STARFlowConfig(3, 4, 2, 64, (1, 2), text_tokens=3, text_dim=5, noise_std=0.1))
     state = {name: tensor for name, tensor in flow.state_dict().items() if "null_text" not in name}
     torch.save(state | {"feat_rope.freqs_cos": torch.zeros(7, 32)}, tmp_path / "star.pth")
     (tmp_path / "words.py").write_text("import torch\nencode = lambda prompts: torch.ones(len(prompts), 1, 5)\n")
@@ -133,7 +133,7 @@ def test_convert_a_starflow(run: Any, refuse: Any, tmp_path: Path) -> None:
 def test_prompts_become_samples(run: Any, refuse: Any, tmp_path: Path) -> None:
     """Each of a file in turn; other prompts are another run."""
     torch.manual_seed(0)
-    flow = jf.STARFlow(jf.STARFlowConfig(3, 4, 2, 64, (1, 2), text_tokens=3, text_channels=5))
+    flow = jf.STARFlow(jf.STARFlowConfig(3, 4, 2, 64, (1, 2), text_tokens=3, text_dim=5))
     for block in flow.blocks:
         torch.nn.init.normal_(block.proj_out.weight, std=0.1)
     flow.blocks[-1].null_text.fill_(0.5)

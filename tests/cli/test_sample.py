@@ -93,7 +93,7 @@ def test_compare_prints_both_rows_and_the_error(run: Any, tmp_path: Path) -> Non
 
 
 def test_latents_of_an_autoencoder_are_no_picture(run: Any, tmp_path: Path) -> None:
-    config = jf.TarFlowConfig(4, 4, 2, channels=16, num_blocks=2, layers_per_block=1, head_dim=16)
+    config = jf.TarFlowConfig(4, 4, 2, width=16, num_blocks=2, layers_per_block=1, head_dim=16)
     jf.TarFlow(config).save_pretrained(tmp_path / "latents")
     for more in ("--compare", "--overwrite"):
         result = run(f"sample --model {tmp_path}/latents --num 2 --out {tmp_path}/out {more}")

@@ -19,7 +19,7 @@ from jacobiflow.models.registry import FLOWS
 from tests.helpers.running import figures
 from tests.helpers.scoring import levels
 
-TINY = "--channels 32 --head-dim 16 --blocks 2 --layers 1 --no-bf16"
+TINY = "--width 32 --head-dim 16 --blocks 2 --layers 1 --no-bf16"
 
 
 def test_it_writes_a_model_that_sample_takes(run: Any, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import jacobiflow as jf
 
-SIZES = {"channels": 8, "num_blocks": 2, "layers_per_block": 1, "num_classes": 3, "head_dim": 4, "expansion": 2}
+SIZES = {"width": 8, "num_blocks": 2, "layers_per_block": 1, "num_classes": 3, "head_dim": 4, "expansion": 2}
 SMALL = jf.TarFlowConfig(1, 4, 2, **SIZES, noise_std=0.1)
 
 

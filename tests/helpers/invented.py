@@ -96,7 +96,7 @@ def make_report(
     noise = noise or [dict.fromkeys(GUESS_NAMES, same(min(4, num_tokens), min(6, num_tokens)))] * len(crm)
     affine = torch.ones(num_tokens, CHANNELS)
     return jf.CalibrationReport(
-        fingerprint=fingerprint(small()), num_tokens=num_tokens, token_channels=CHANNELS,
+        fingerprint=fingerprint(small()), num_tokens=num_tokens, token_dim=CHANNELS,
         settings=CalibrationSettings(8, False, norm, None, 8, 2, 0),
         metrics={name: metrics if name == norm else others for name in NORMS},
         segment_metrics={0: Metrics((igm(1, 2, 3),) * 8, None)}, class_metrics={},

@@ -43,7 +43,7 @@ class Case:
 
     def z(self, flow: Any) -> Tensor:
         generator = torch.Generator().manual_seed(1)
-        shape = (self.batch, flow.config.num_tokens, flow.config.token_channels)
+        shape = (self.batch, flow.config.num_tokens, flow.config.token_dim)
         return torch.randn(shape, generator=generator, dtype=torch.float32)
 
     def context(self) -> Tensor | None:
@@ -79,7 +79,7 @@ class Case:
 
 def _tarflow(size: dict[str, int]) -> jf.TarFlow:
     config = jf.TarFlowConfig(
-        in_channels=1, image_size=4, patch_size=1, channels=32, num_blocks=2, layers_per_block=1, head_dim=16
+        in_channels=1, image_size=4, patch_size=1, width=32, num_blocks=2, layers_per_block=1, head_dim=16
     )
     flow = jf.TarFlow(replace(config, **size)).eval()  # type: ignore[arg-type]
     for block in flow.blocks:
@@ -87,8 +87,8 @@ def _tarflow(size: dict[str, int]) -> jf.TarFlow:
         for name, parameter in block.named_parameters():
             if name.endswith("bias") or "norm" in name or name == "class_embed":
                 parameter.add_(0.2 * torch.randn_like(parameter))
-        values = flow.config.token_channels
-        block.proj_out.weight.normal_(std=0.5 / flow.config.channels**0.5)
+        values = flow.config.token_dim
+        block.proj_out.weight.normal_(std=0.5 / flow.config.width**0.5)
         if flow.config.nvp:
             block.proj_out.weight[:values].mul_(0.3)
     return flow
@@ -120,28 +120,28 @@ def _star_case(*args: Any, **kwargs: Any) -> Case:
 CASES = {
     "one row": Case({}, batch=1, threads=2),
     "one token": Case({"image_size": 1, "num_classes": 2}, batch=2),
-    "heads of 32": Case({"channels": 64, "head_dim": 32, "num_classes": 5}, batch=7, threads=2),
+    "heads of 32": Case({"width": 64, "head_dim": 32, "num_classes": 5}, batch=7, threads=2),
     "heads of 48": Case(
-        {"image_size": 5, "channels": 48, "head_dim": 48, "layers_per_block": 2, "num_classes": 3},
+        {"image_size": 5, "width": 48, "head_dim": 48, "layers_per_block": 2, "num_classes": 3},
         threads=3, guide=Guide(1.5, True, "both", 1.3),
     ),
-    "heads of 64, two teams": Case({"channels": 128, "head_dim": 64, "num_classes": 4}, batch=33, threads=2),
+    "heads of 64, two teams": Case({"width": 128, "head_dim": 64, "num_classes": 4}, batch=33, threads=2),
     "one head of 128": Case(
-        {"image_size": 3, "channels": 128, "head_dim": 128, "nvp": False, "num_classes": 2},
+        {"image_size": 3, "width": 128, "head_dim": 128, "nvp": False, "num_classes": 2},
         batch=5, threads=2, guide=Guide(0.7, False, "shift", 1.0),
     ),
-    "no label": Case({"image_size": 2, "channels": 20, "head_dim": 10, "num_classes": 5}, batch=7, labels=False),
-    "7 channels": Case({"in_channels": 3, "patch_size": 2, "channels": 7, "head_dim": 7, "expansion": 1}, batch=17),
+    "no label": Case({"image_size": 2, "width": 20, "head_dim": 10, "num_classes": 5}, batch=7, labels=False),
+    "7 wide": Case({"in_channels": 3, "patch_size": 2, "width": 7, "head_dim": 7, "expansion": 1}, batch=17),
     "heads of 17": Case(
-        {"channels": 51, "head_dim": 17, "layers_per_block": 3, "expansion": 3, "num_classes": 2},
+        {"width": 51, "head_dim": 17, "layers_per_block": 3, "expansion": 3, "num_classes": 2},
         batch=2, threads=3, guide=Guide(1.0, False, "scale", 0.8),
     ),
     "several calls": Case({"image_size": 2, "num_classes": 3}, batch=33, guide=Guide(1.0, True, "both", 1.0)),
     "four teams": Case({"image_size": 3, "num_classes": 3}, batch=130, threads=4),
-    "a team of two and a team of two": Case({"image_size": 3, "channels": 33, "head_dim": 11}, batch=32, threads=4),
+    "a team of two and a team of two": Case({"image_size": 3, "width": 33, "head_dim": 11}, batch=32, threads=4),
     "STARFlow": _star_case({"image_size": 8}, batch=7, threads=2),
     "STARFlow, heads of 64": _star_case(
-        {"channels": 64, "head_dim": 64, "in_channels": 3, "patch_size": 1, "soft_clip": 1.0}, threads=3,
+        {"width": 64, "head_dim": 64, "in_channels": 3, "patch_size": 1, "soft_clip": 1.0}, threads=3,
         guide=Guide(2.0, False, "both", 1.0, "density"),
     ),
     "STARFlow, one token": _star_case({"image_size": 2}, batch=2, guide=Guide(1.0, False, "both", 0.7)),

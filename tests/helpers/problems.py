@@ -55,13 +55,13 @@ def make_flow(
     and the prior of a volume-preserving flow has variances between 1/2 and 2.
     """
     config = jf.TarFlowConfig(
-        in_channels, image_size, patch_size, channels=32, num_blocks=num_blocks, layers_per_block=2,
+        in_channels, image_size, patch_size, width=32, num_blocks=num_blocks, layers_per_block=2,
         num_classes=num_classes, nvp=nvp, head_dim=16, expansion=2, noise_std=noise_std,
     )  # fmt: skip
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
         flow = jf.TarFlow(config).double().eval()
-        size = config.token_channels
+        size = config.token_dim
         for block in flow.blocks:
             block.pos_embed.mul_(30)
             if block.class_embed is not None:
@@ -103,7 +103,7 @@ def make_maf(
 @cache
 def make_star(**size: Any) -> jf.STARFlow:
     """A float64 STARFlow, not to be changed, whose every weight matters."""
-    config = jf.STARFlowConfig(1, 6, 2, 40, (1, 2), text_tokens=3, text_channels=5, head_dim=20, noise_std=0.2)
+    config = jf.STARFlowConfig(1, 6, 2, 40, (1, 2), text_tokens=3, text_dim=5, head_dim=20, noise_std=0.2)
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(0)
         flow = jf.STARFlow(replace(config, **size)).double().eval().requires_grad_(False)
@@ -118,14 +118,14 @@ def make_star(**size: Any) -> jf.STARFlow:
 
 def texts(flow: jf.STARFlow, num: int) -> Tensor:
     """States of texts in float64."""
-    shape = (num, flow.config.text_tokens, flow.config.text_channels)
+    shape = (num, flow.config.text_tokens, flow.config.text_dim)
     return torch.randn(shape, generator=torch.Generator().manual_seed(num), dtype=torch.float64)
 
 
 def latents(flow: jf.TarFlow, num: int, seed: int = 0) -> Tensor:
     """Standard normal latents in the flow's dtype."""
     generator = torch.Generator().manual_seed(seed)
-    shape = (num, flow.config.num_tokens, flow.config.token_channels)
+    shape = (num, flow.config.num_tokens, flow.config.token_dim)
     return torch.randn(shape, generator=generator, dtype=torch.float64).to(flow.var.dtype)
 
 

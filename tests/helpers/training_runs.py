@@ -20,7 +20,7 @@ from jacobiflow.training import TrainingConfig, TrainMetrics, read_metrics, trai
 from jacobiflow.training.checkpoint import CHECKPOINT, last_step
 from tests.helpers.checkpoints import assert_same
 
-SIZES = {"channels": 32, "num_blocks": 2, "layers_per_block": 1, "num_classes": 10, "head_dim": 16, "expansion": 2}
+SIZES = {"width": 32, "num_blocks": 2, "layers_per_block": 1, "num_classes": 10, "head_dim": 16, "expansion": 2}
 CONFIG = jf.TarFlowConfig(1, 8, 2, **SIZES, nvp=False, noise_std=0.1)  # learns its prior
 # 5 batches an epoch, so that 12 steps see three orders.
 SETTINGS = TrainingConfig(steps=12, batch_size=8, warmup=4, bf16=False, checkpoint_every=5, sample_every=6)

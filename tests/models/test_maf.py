@@ -125,7 +125,7 @@ def test_training_takes_in_the_first_batch_once(tmp_path: Path, monkeypatch: pyt
 def test_train_writes_a_maf_and_refuses_options_that_it_has_not(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    line = "train --flow maf --images digits --image-size 8 --channels 24 --blocks 3 --batch-size 16 --steps 1"
+    line = "train --flow maf --images digits --image-size 8 --width 24 --blocks 3 --batch-size 16 --steps 1"
     out = run_line(f"{line} --out {tmp_path}/model", capsys)
     assert out.code == 0, out.err
     assert jf.load(tmp_path / "model").config == jf.MAFConfig(1, 8, 24, 3, 2, num_classes=10)

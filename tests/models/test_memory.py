@@ -42,11 +42,11 @@ def test_the_largest_block_tells_how_much_a_batch_takes(large: int, guidance: jf
 
 @pytest.mark.parametrize(("dtype", "size"), [(torch.float32, 4), (torch.bfloat16, 2), (torch.float64, 8)])
 def test_the_exact_loop_copies_a_block_s_weights_unless_they_are_large(dtype: torch.dtype, size: int) -> None:
-    for channels, layers, is_copied in ((128, 2, True), (1024, 3, dtype == torch.float32)):
-        flow = jf.TarFlow(jf.TokenConfig(4, 2, channels, num_blocks=1, layers_per_block=layers)).to(dtype)
+    for width, layers, is_copied in ((128, 2, True), (1024, 3, dtype == torch.float32)):
+        flow = jf.TarFlow(jf.TokenConfig(4, 2, width, num_blocks=1, layers_per_block=layers)).to(dtype)
         one, two = (memory.memory_needs(flow).of_batch(num) for num in (1, 2))
         assert one is not None and two is not None
-        weights = 12 * layers * channels**2 * size * is_copied
+        weights = 12 * layers * width**2 * size * is_copied
         assert weights <= 2 * one - two < weights + 2**16
 
 

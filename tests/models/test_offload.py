@@ -41,7 +41,7 @@ FLOWS: dict[str, Any] = {
 
 def of_batch(flow: Any, num: int = 3) -> tuple[Tensor, Any]:
     """Latents, and a context for them."""
-    z = draw_latents(num, flow.config.num_tokens, flow.config.token_channels)
+    z = draw_latents(num, flow.config.num_tokens, flow.config.token_dim)
     if isinstance(flow, jf.STARFlow):
         return z, texts(flow, num).float()
     return z, torch.arange(num) % 3 if flow.config.num_classes else None

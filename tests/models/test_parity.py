@@ -74,7 +74,7 @@ def test_encodes_as_the_original(name: str, rows: str) -> None:
         z_scaled, log_det_scaled = flow.encode(tensors["images"], labels)
 
     # The original takes the mean of the log-determinant over dimensions, ours is their sum in nats.
-    want = tensors[f"encode.{rows}.log_det"] * flow.config.num_tokens * flow.config.token_channels
+    want = tensors[f"encode.{rows}.log_det"] * flow.config.num_tokens * flow.config.token_dim
     # It also leaves the prior's variance to its loss and its sampling.
     for have in (log_det, log_det_scaled + 0.5 * flow.var.log().sum()):
         assert_close(have, want, ROUNDING)

@@ -10,7 +10,7 @@ def test_presets_are_those_of_the_paper_s_tables() -> None:
     for name, preset in jf.PRESETS.items():
         config = preset.config
         assert (config.num_blocks, config.layers_per_block, config.nvp, config.head_dim) == (8, 8, True, 64)
-        shapes[name] = config.num_tokens, config.token_channels, config.channels, config.num_classes, preset.strategy
+        shapes[name] = config.num_tokens, config.token_dim, config.width, config.num_classes, preset.strategy
     assert shapes == {
         "img128cond": (1024, 48, 1024, 1000, "[6-8-32-10]"),
         "img64uncond": (1024, 12, 768, 0, "[0/6-8-32-20]"),

@@ -113,7 +113,7 @@ def original(flow: jf.STARFlow) -> dict[str, Tensor]:
 
 
 def test_the_original_s_file_is_read(tmp_path: Path) -> None:
-    config = jf.STARFlowConfig(3, 2, 1, (64, 128), (2, 3), text_tokens=3, text_channels=5)
+    config = jf.STARFlowConfig(3, 2, 1, (64, 128), (2, 3), text_tokens=3, text_dim=5)
     flow, path = jf.STARFlow(config), tmp_path / "star.pth"
     torch.save(original(flow), path)
     loaded = jf.STARFlow.from_original(path, encode_text=encode_text)

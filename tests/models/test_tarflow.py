@@ -19,7 +19,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 FLOWS: list[dict[str, Any]] = [{"image_size": 6, "num_classes": 3}, {"image_size": 6, "in_channels": 3, "nvp": False}]
 LABELS = torch.tensor([0, -1, 2, 1])
-CONFIG = jf.TarFlowConfig(1, 8, 2, channels=32, num_blocks=2, layers_per_block=1, head_dim=16)
+CONFIG = jf.TarFlowConfig(1, 8, 2, width=32, num_blocks=2, layers_per_block=1, head_dim=16)
 
 
 def close(actual: Any, expected: Any) -> None:
@@ -33,7 +33,7 @@ def test_a_run_after_its_prefix_is_the_full_pass(data: st.DataObject) -> None:
     i = data.draw(st.integers(0, 1))
     block, labels, length = flow.blocks[i], LABELS if flow.config.num_classes else None, 9
     x, wrong = latents(flow, 4), latents(flow, 4, seed=1)
-    weight, size = flow.state_dict()[f"blocks.{i}.proj_out.weight"], flow.config.token_channels
+    weight, size = flow.state_dict()[f"blocks.{i}.proj_out.weight"], flow.config.token_dim
     w_s, w_u = block.output_weights()
     assert torch.equal(w_u, weight[-size:])
     assert torch.equal(w_s, weight[:size]) if flow.config.nvp else w_s is None and len(weight) == size
@@ -92,8 +92,8 @@ def test_keys_and_values_that_are_not_finite_are_not_hidden(part: int) -> None:
 
 
 def test_a_config_from_the_options_of_training() -> None:
-    sizes = {"in_channels": 1, "image_size": 8, "num_classes": 10, "channels": 32, "blocks": 2, "layers": 3}
+    sizes = {"in_channels": 1, "image_size": 8, "num_classes": 10, "width": 32, "blocks": 2, "layers": 3}
     config = jf.TarFlow.config_from_options(**sizes, head_dim=16, volume_preserving=True, noise_std=0.0)
     assert config == replace(CONFIG, layers_per_block=3, num_classes=10, nvp=False)
-    assert jf.TarFlow.config_from_options(**{**sizes, "channels": 64}).noise_std == 0.1
+    assert jf.TarFlow.config_from_options(**{**sizes, "width": 64}).noise_std == 0.1
     assert [jf.TarFlow(replace(CONFIG, nvp=nvp)).learns_prior for nvp in (True, False)] == [False, True]

@@ -31,7 +31,7 @@ def test_states_of_a_prompt_do_not_depend_on_the_others(folder: Path) -> None:
 
 def test_prompts_become_samples(folder: Path) -> None:
     torch.manual_seed(0)
-    flow = jf.STARFlow(jf.STARFlowConfig(1, 4, 2, 40, (1, 1), text_tokens=4, text_channels=16, head_dim=20))
+    flow = jf.STARFlow(jf.STARFlowConfig(1, 4, 2, 40, (1, 1), text_tokens=4, text_dim=16, head_dim=20))
     flow.encode_text = t5_encoder(folder, 4)
     for block in flow.blocks:
         torch.nn.init.normal_(block.proj_out.weight, std=0.1)

@@ -18,8 +18,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "plain": {},
     "orders": {"orders": ((3, 1, 0, 4, 2), "flip", "identity"), "num_blocks": 3},
     "classes": {"num_classes": 3},
-    "context": {"context_channels": 4, "orders": ((3, 1, 0, 4, 2),)},
-    "sizes": {"channels": (8, 16), "layers_per_block": (2, 1), "nvp": False},
+    "context": {"context_dim": 4, "orders": ((3, 1, 0, 4, 2),)},
+    "sizes": {"width": (8, 16), "layers_per_block": (2, 1), "nvp": False},
     "one token": {"num_tokens": 1},
 }
 CONTEXTS = {"classes": lambda: torch.tensor([0, 2, -1]), "context": lambda: randn(3, 4), "rows": lambda: randn(3, 5, 4)}
@@ -32,7 +32,7 @@ def randn(*shape: int) -> Tensor:
 @cache
 def make(name: str) -> jf.TarFlow:
     """A flow in float64 in which every weight matters."""
-    sizes = {"num_tokens": 5, "token_channels": 2, "channels": 8, "num_blocks": 2, "layers_per_block": 1, "head_dim": 4}
+    sizes = {"num_tokens": 5, "token_dim": 2, "width": 8, "num_blocks": 2, "layers_per_block": 1, "head_dim": 4}
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(0)
         flow = jf.TarFlow(jf.TokenConfig(**sizes | CONFIGS[name])).double().eval()

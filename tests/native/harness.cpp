@@ -128,18 +128,18 @@ double dense_error(int outputs, int inputs, int rows, WeightFormat format, bool 
 // vectors on other processors, which the tests in Python check.
 template <typename T>
 double transformer_error(WeightFormat format) {
-  constexpr int tokens = float_lanes + 4, values = 3, heads = 2, head = 5, channels = heads * head, hidden = 12;
-  const Linear<T> in(channels, values, format), qkv(3 * channels, channels, format), proj(channels, channels, format),
-      up(hidden, channels, format), down(channels, hidden, format), out(2 * values, channels, format);
-  const std::vector<float> numbers = normal(tokens * channels, 0.1);
-  const std::vector<T> norm(numbers.begin(), numbers.begin() + channels), z(numbers.begin(), numbers.begin() + tokens * values),
+  constexpr int tokens = float_lanes + 4, token_dim = 3, heads = 2, head = 5, width = heads * head, hidden = 12;
+  const Linear<T> in(width, token_dim, format), qkv(3 * width, width, format), proj(width, width, format),
+      up(hidden, width, format), down(width, hidden, format), out(2 * token_dim, width, format);
+  const std::vector<float> numbers = normal(tokens * width, 0.1);
+  const std::vector<T> norm(numbers.begin(), numbers.begin() + width), z(numbers.begin(), numbers.begin() + tokens * token_dim),
       position(numbers.begin(), numbers.end());
   LayerArgs<T> layer{};
   layer.norm = layer.norm_bias = layer.mlp_norm = layer.mlp_norm_bias = norm.data();
   layer.qkv = qkv.args, layer.qkv_bias = qkv.bias.data(), layer.proj = proj.args, layer.proj_bias = proj.bias.data();
   layer.up = up.args, layer.up_bias = up.bias.data(), layer.down = down.args, layer.down_bias = down.bias.data();
   double log_det[2] = {};
-  std::vector<T> x[2], keys_values(3 * (channels + heads * float_lanes) * 2 * tokens);
+  std::vector<T> x[2], keys_values(3 * (width + heads * float_lanes) * 2 * tokens);
   for (int i = 0; i < 2; i++) {
     x[i].resize(z.size());
     TransformerArgs<T> args{};
@@ -147,7 +147,7 @@ double transformer_error(WeightFormat format) {
     args.proj_out = out.args, args.out_bias = out.bias.data(), args.layers = &layer;
     args.x = x[i].data(), args.keys_values = keys_values.data(), args.log_det = &log_det[i];
     args.samples = args.networks = args.depth = args.has_scale = args.num_teams = 1, args.num_threads = 1 + 2 * i;
-    args.tokens = args.stop = tokens, args.token_channels = values, args.channels = channels, args.hidden = hidden, args.heads = heads;
+    args.tokens = args.stop = tokens, args.token_dim = token_dim, args.width = width, args.hidden = hidden, args.heads = heads;
     if (jacobiflow_solve_transformer(&args, std::is_same<T, double>::value)) return INFINITY;
   }
   double total = std::abs(log_det[0] - log_det[1]);

@@ -82,7 +82,7 @@ def test_values_that_are_freed_or_not_aligned_have_no_address(tensor: Tensor) ->
 
 def test_guidance_of_a_context_without_an_unconditional_one_is_refused() -> None:
     """The second half of the network's rows would have none."""
-    case = CASES["7 channels"]
+    case = CASES["7 wide"]
     flow = case.flow()
     z, block = case.z(flow), flow.blocks[1]
     weights = torch.ones(z.shape[1])

@@ -158,7 +158,7 @@ def test_one_thread_solves_if_no_other_is_available(name: str) -> None:
 
 @pytest.mark.parametrize("count", [5, 64])
 def test_more_threads_than_there_is_work_for(count: int) -> None:
-    for case in (Case({"image_size": 2, "channels": 80}, 1), Case({"image_size": 2}, 100), CASES["MAF"]):
+    for case in (Case({"image_size": 2, "width": 80}, 1), Case({"image_size": 2}, 100), CASES["MAF"]):
         flow = case.flow()
         with threads(count):
             x, _ = case.block(flow).sequential_inverse(case.z(flow), jf.Context(case.context()))

@@ -103,7 +103,7 @@ def test_large_weights_are_read_where_they_lie(stored: set[Any], monkeypatch: py
         assert all(map(torch.equal, answer, answers[0]))
     double = invert(WHOLE_VECTORS, flow.double(), torch.float64)
     assert relative_error(double[0], reference) < 1e-13
-    case = CASES["7 channels"]  # which make no whole vectors
+    case = CASES["7 wide"]  # which make no whole vectors
     stored.clear()
     invert(case, case.flow())
     assert stored == {(torch.float32, True)}

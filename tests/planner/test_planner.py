@@ -68,7 +68,7 @@ def test_a_flow_of_one_token_has_a_plan(monkeypatch: pytest.MonkeyPatch) -> None
     """Also if the exact loop is timed as slow, so that sweeps are tried."""
     seconds = chain([10.0], repeat(1.0))
     monkeypatch.setattr("jacobiflow.planner.benchmark._time_repeatedly", lambda run, *_: (run(), [next(seconds)])[1])
-    flow = jf.TarFlow(jf.TokenConfig(1, 2, channels=8, num_blocks=2, layers_per_block=1, head_dim=4))
+    flow = jf.TarFlow(jf.TokenConfig(1, 2, width=8, num_blocks=2, layers_per_block=1, head_dim=4))
     assert jf.plan(flow, batch_size=3).check(flow) is None
     assert jf.sample(flow, 3, strategy="auto").outcome.has_shortfall is False
 
@@ -76,7 +76,7 @@ def test_a_flow_of_one_token_has_a_plan(monkeypatch: pytest.MonkeyPatch) -> None
 def test_blocks_of_different_sizes_are_timed_each(monkeypatch: pytest.MonkeyPatch) -> None:
     """Sweeps win in one of two blocks, whichever is solved first."""
     for slower, left in (({0: 9.0}, [True, False]), ({1: 9.0}, [False, True])):
-        flow = jf.TarFlow(jf.TokenConfig(TOKENS, 4, channels=(64, 128), num_blocks=2, layers_per_block=1))
+        flow = jf.TarFlow(jf.TokenConfig(TOKENS, 4, width=(64, 128), num_blocks=2, layers_per_block=1))
         flow = Machine(1.0, slower=slower).carry(flow.requires_grad_(False), monkeypatch)
         plan = jf.plan(flow, batch_size=2)
         assert [is_loop(solver) for solver in plan.solvers] == left

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 @cache
 def flow() -> jf.TarFlow:
     """A Gaussian with another mean and scale than N(0, I)."""
-    flow = jf.TarFlow(jf.TokenConfig(2, 1, channels=8, num_blocks=1, layers_per_block=1, head_dim=8)).double()
+    flow = jf.TarFlow(jf.TokenConfig(2, 1, width=8, num_blocks=1, layers_per_block=1, head_dim=8)).double()
     flow.var.fill_(1.5)
     flow.requires_grad_(False).blocks[0].proj_out.bias.zero_()
     return flow

@@ -40,7 +40,7 @@ from tests.helpers.training_runs import (
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-SIZE = "--images digits --image-size 8 --channels 16 --head-dim 8 --blocks 1 --layers 1"
+SIZE = "--images digits --image-size 8 --width 16 --head-dim 8 --blocks 1 --layers 1"
 
 
 @pytest.fixture(scope="module")
@@ -172,7 +172,7 @@ def test_a_text_is_trained_by_its_states_and_a_dropped_one_by_the_empty_text(
         return encode(self, images, states, is_scaled=is_scaled)
 
     monkeypatch.setattr(jf.STARFlow, "encode", recorded)
-    shape = {"text_tokens": 2, "text_channels": 3, "head_dim": 20, "noise_std": 1e-3}
+    shape = {"text_tokens": 2, "text_dim": 3, "head_dim": 20, "noise_std": 1e-3}
     flow = jf.STARFlow(jf.STARFlowConfig(1, 8, 4, 20, (1,), **shape))  # type: ignore[arg-type]
     states = torch.randn(5, 2, 3)
     flow.blocks[-1].null_text.copy_(states[4])
@@ -189,7 +189,7 @@ def test_tokens_with_numbers_are_trained_without_noise(tmp_path: Path) -> None:
     """The flow learns that its data are their context, moved and scaled."""
     numbers = torch.randn(200, 2)
     tokens = numbers[:, :1, None] + 0.1 * torch.randn(200, 3, 1, generator=torch.Generator().manual_seed(0))
-    config = jf.TokenConfig(3, 1, 16, num_blocks=2, layers_per_block=1, head_dim=8, context_channels=2)
+    config = jf.TokenConfig(3, 1, 16, num_blocks=2, layers_per_block=1, head_dim=8, context_dim=2)
     settings = replace(SETTINGS, steps=60, batch_size=50, learning_rate=3e-2, bf16=True)
     torch.manual_seed(0)
     flow = train(jf.TarFlow(config), list(zip(tokens, numbers, strict=True)), settings, tmp_path)

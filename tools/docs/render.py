@@ -142,7 +142,7 @@ def recommendation(search: Json) -> str:
 def chord_share(preset: str) -> float:
     """Multiplications of a chord over those of a block's dense layers, for a token."""
     config = jf.PRESETS[preset].config
-    return 24 * config.token_channels**2 / (12 * config.channels**2 * config.layers_per_block)
+    return 24 * config.token_dim**2 / (12 * config.width**2 * config.layers_per_block)
 
 
 def plain_sweeps(model: str, blocks: Iterable[int]) -> str:

@@ -51,7 +51,7 @@ class BlockFunctions(torch.nn.Module):
 
     def __init__(self, config: jf.TarFlowConfig, guidance: jf.Guidance) -> None:
         super().__init__()
-        self.layers, self.heads = config.layers_per_block, config.channels // config.head_dim
+        self.layers, self.heads = config.layers_per_block, config.width // config.head_dim
         self.scale = config.head_dim**-0.5
         self.row_scales = torch.tensor([self.scale, self.scale / guidance.attn_temperature]).view(2, 1, 1, 1)
         self.guidance = torch.stack(guidance.weights(torch.zeros(1, config.num_tokens, 1))).unsqueeze(2)
@@ -123,8 +123,8 @@ def block_graphs(config: jf.TarFlowConfig, guidance: jf.Guidance, stored: Mappin
     `stored` are the weights of any of its blocks.
     """
     functions, stored = BlockFunctions(config, guidance), dict(stored)
-    x, z = torch.zeros(2, config.num_tokens, config.token_channels)
-    cache, label = torch.zeros(4, 4 * config.layers_per_block * config.channels), torch.tensor([0])
+    x, z = torch.zeros(2, config.num_tokens, config.token_dim)
+    cache, label = torch.zeros(4, 4 * config.layers_per_block * config.width), torch.tensor([0])
     step, gradient = (stored, x[:3], z[:3], cache, label), (stored, x, z, label)
     sizes = dict.fromkeys(stored), *({0: Dim.DYNAMIC},) * 3, None
     exported = torch.export.export(functions, step, dynamic_shapes=sizes)

@@ -40,13 +40,13 @@ def export(flow: jf.TarFlow, out: Path, guidance: jf.Guidance) -> dict[str, Any]
         return name
 
     weights = [b"".join(part.numpy().tobytes() for part in parts.values()) for parts in stored]
-    sizes = ("num_tokens", "token_channels", "image_size", "in_channels", "patch_size", "noise_std")
+    sizes = ("num_tokens", "token_dim", "image_size", "in_channels", "patch_size", "noise_std")
     manifest: dict[str, Any] = {
         **{name: add(name, graph) for name, graph in block_graphs(config, guidance, stored[0]).items()},
         "weights": [add(f"weights-{i}", content) for i, content in enumerate(weights)],
         "orders": [block.permutation.order for block in flow.blocks],
         **{name: getattr(config, name) for name in sizes},
-        "keys_per_token": 4 * config.layers_per_block * config.channels,
+        "keys_per_token": 4 * config.layers_per_block * config.width,
         "window": WINDOW,
         "tolerance": TOLERANCE,
         "prior_scale": flow.var.detach().float().sqrt().flatten().tolist(),

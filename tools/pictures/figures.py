@@ -36,7 +36,7 @@ def partitions() -> Figure:
     """The tokens that each partition sweeps, sweep by sweep, in the tough block of `digits-p1`."""
     flow = jf.load("digits-p1")
     block = flow.blocks[-1]
-    z = block.permutation(draw_latents(1, flow.config.num_tokens, flow.config.token_channels, seed=0))
+    z = block.permutation(draw_latents(1, flow.config.num_tokens, flow.config.token_dim, seed=0))
     label = torch.tensor([3])
     solvers = {
         "sequential": jf.Solver(jf.Sequential()),
@@ -264,7 +264,7 @@ def front() -> None:
     """The tough block of an image token by token, by a window, and with all tokens at once, as an animation."""
     flow = jf.load(MODEL).requires_grad_(False)
     config, settings = flow.config, flow.recommended
-    latents = draw_latents(SAMPLE + 1, config.num_tokens, config.token_channels, seed=0)[-1:]
+    latents = draw_latents(SAMPLE + 1, config.num_tokens, config.token_dim, seed=0)[-1:]
     trajectories = record(flow.guided(settings.guidance), latents, LABEL, settings.denoise)
     title = f"{MODEL}: one image of {config.num_tokens} tokens through block {config.num_blocks - 1}"
     save_animation(title, trajectories, FIGURES / "front.gif")

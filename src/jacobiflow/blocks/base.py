@@ -145,8 +145,8 @@ class AffineBlock(ABC):
     def output_weights(self) -> tuple[Float[Tensor, "o d"] | None, Float[Tensor, "o d"]] | None:
         """Returns W_s and W_u of the last layer, if `log_scale` = W_s h + b_s and `shift` = W_u h + b_u; else `None`.
 
-        Their rows are channels if the layer acts on each token, and entries if it acts on all at once. W_s is `None` if
-        the scale is fixed (volume-preserving).
+        If the layer acts on each token, they have a row for each value of a token; if it acts on all tokens at once,
+        for each entry. W_s is `None` if the scale is fixed (volume-preserving).
         """
         return None
 
@@ -190,7 +190,7 @@ def apply_affine(parameters: ScaleShift, z: Float[Tensor, "b n c"]) -> Float[Ten
 def _checked(parameters: ScaleShift, tokens: Float[Tensor, "b n c"]) -> ScaleShift:
     """Returns the log-scale and the shift of a block, if there is one of each for each entry of the tokens.
 
-    A log-scale that all channels of a token share would broadcast, but count once in the density.
+    A log-scale that all values of a token share would broadcast, but count once in the density.
     """
     if any(each.shape != tokens.shape for each in parameters):
         log_scale, shift = map(format_value, parameters)
@@ -206,7 +206,7 @@ def no_gradients(block: Any) -> AbstractContextManager[None]:
     return torch.inference_mode() if supports(block, "inference_safe") else torch.no_grad()
 
 
-def check_input(z: Tokens, num_tokens: int, token_channels: int) -> None:
+def check_input(z: Tokens, num_tokens: int, token_dim: int) -> None:
     """Checks that `z` is (B, T, C)."""
-    if z.ndim != 3 or z.shape[1:] != (num_tokens, token_channels):
-        raise InputValueError(f"z={format_value(z)}: this block takes (B, {num_tokens}, {token_channels})")
+    if z.ndim != 3 or z.shape[1:] != (num_tokens, token_dim):
+        raise InputValueError(f"z={format_value(z)}: this block takes (B, {num_tokens}, {token_dim})")

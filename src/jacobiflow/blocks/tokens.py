@@ -31,6 +31,6 @@ def scatter_run(x: Tokens, run: Float[Tensor, "b n c"], start: int | Int[Tensor,
         x.scatter_(1, _positions(start, run.shape[1], x.shape[2]), run)
 
 
-def _positions(start: Int[Tensor, " b"], size: int, channels: int) -> Int[Tensor, "b n c"]:
+def _positions(start: Int[Tensor, " b"], size: int, token_dim: int) -> Int[Tensor, "b n c"]:
     positions = start.view(-1, 1) + torch.arange(size, device=start.device)
-    return positions.unsqueeze(-1).expand(-1, -1, channels)
+    return positions.unsqueeze(-1).expand(-1, -1, token_dim)

@@ -26,7 +26,7 @@ _MAX_LANCZOS_STEPS = 100
 
 @dataclass(frozen=True)
 class ConvergenceCurve:
-    """Distance to the solution X* by number of plain sweeps: the largest |X^(k) - X*| over tokens and channels.
+    """Distance to the solution X* by number of plain sweeps: the largest |X^(k) - X*| of an entry.
 
     Attributes:
         median: Median over the samples; entry k is after k sweeps.

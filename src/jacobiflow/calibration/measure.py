@@ -192,7 +192,7 @@ class CalibrationJob(jobs.Job):
         if source == "images":
             solutions = self.statistics.image_solutions(self._index)
         else:
-            shape = len(self._index), self.flow.config.num_tokens, self.flow.config.token_channels
+            shape = len(self._index), self.flow.config.num_tokens, self.flow.config.token_dim
             latents = draw_latents(*shape, self.spec.seed, FIRST_CALIBRATION_LATENT)
             context = self.statistics.context_at(self._index)
             solutions = exact_solutions(self.flow, latents, context, self.spec.batch_size, progress)
@@ -247,7 +247,7 @@ class CalibrationJob(jobs.Job):
         return CalibrationReport(
             fingerprint=self.spec.weights_sha256,
             num_tokens=config.num_tokens,
-            token_channels=config.token_channels,
+            token_dim=config.token_dim,
             settings=settings,
             metrics={norm: metrics(norm, blocks) for norm in NORMS},
             segment_metrics={i: metrics(settings.norm, [i], settings.segments) for i in segments},

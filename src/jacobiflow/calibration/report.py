@@ -79,7 +79,7 @@ class CalibrationReport(JsonDocument):
     Attributes:
         fingerprint: Fingerprint of the flow's weights; see `check`.
         num_tokens: Number of tokens T.
-        token_channels: Number of channels C of a token.
+        token_dim: Number of values C of a token.
         settings: Settings of the calibration.
         metrics: IGM and CRM in each norm. `igm`, `crm` and so on are in the norm of the settings.
         segment_metrics: For each tough block, the metrics of its `settings.segments` segments.
@@ -98,11 +98,11 @@ class CalibrationReport(JsonDocument):
         (4, 'mean_affine')
     """
 
-    _name, _version, _remedy = "report", 3, "; make it anew with jacobiflow calibrate"
+    _name, _version, _remedy = "report", 4, "; make it anew with jacobiflow calibrate"
 
     fingerprint: str
     num_tokens: int
-    token_channels: int
+    token_dim: int
     settings: CalibrationSettings
     metrics: Mapping[Norm, Metrics]
     segment_metrics: Mapping[int, Metrics]

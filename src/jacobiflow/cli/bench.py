@@ -112,7 +112,7 @@ def _prepare(config: BenchConfig, flow: Flow, progress: Progress | None) -> list
     strategies = {name: loading.load_strategy(name, config.report, flow) for name in names}
     cases = []
     for size in dict.fromkeys(config.batch_size):
-        z = latents.draw_latents(size, flow.config.num_tokens, flow.config.token_channels, config.seed)
+        z = latents.draw_latents(size, flow.config.num_tokens, flow.config.token_dim, config.seed)
         classes = options.parse_labels(config.labels, size, flow, config.seed)
         runs = {}
         for name, strategy in strategies.items():

@@ -66,7 +66,7 @@ def run(config: ConvertConfig) -> ConvertResult:
     parameters = sum(parameter.numel() for parameter in flow.parameters())
     images = "" if flow.image_shape is None else f"images of {'x'.join(map(str, flow.image_shape))}, "
     reads = "texts" if isinstance(flow, jf.STARFlow) else f"{flow.config.num_classes} classes"
-    tokens = f"{flow.config.num_tokens} tokens of {flow.config.token_channels} values"
+    tokens = f"{flow.config.num_tokens} tokens of {flow.config.token_dim} values"
     return ConvertResult(f"{parameters:,} weights, {images}{tokens}, {reads}", flow.config)
 
 

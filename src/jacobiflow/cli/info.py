@@ -77,7 +77,7 @@ def _describe(model: str) -> InfoResult:
     flow = jf.load(model)
     values = {
         "model": model, "flow": flow.model_type, **asdict(flow.config), "num_tokens": flow.config.num_tokens,
-        "token_channels": flow.config.token_channels,
+        "token_dim": flow.config.token_dim,
         "recommended": loading.settings_text(flow.recommended),
         "classes": ", ".join(flow.classes) or "without names",
         "parameters": sum(p.numel() for p in flow.parameters()),
@@ -91,7 +91,7 @@ def _native_loops(flow: Flow) -> str:
     """Returns the instruction set of the native exact loops, or why they do not take the flow's blocks."""
     from jacobiflow import native
 
-    no_rows = flow.var.new_empty(0, flow.config.num_tokens, flow.config.token_channels)
+    no_rows = flow.var.new_empty(0, flow.config.num_tokens, flow.config.token_dim)
     try:
         for i in range(flow.config.num_blocks):
             flow.inverse_block(i).sequential_inverse(no_rows, flow.context_kind.example(1)[:0])
@@ -169,7 +169,7 @@ def _model_problems(folder: Path) -> Iterator[str]:
             kind.load(file).check(flow)
         except InputError as error:
             yield str(error)
-    z = draw_latents(1, flow.config.num_tokens, flow.config.token_channels, seed=0)
+    z = draw_latents(1, flow.config.num_tokens, flow.config.token_dim, seed=0)
     context = flow.context_kind.example(1)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # The line below reports an overflow.

@@ -192,7 +192,7 @@ def _compare(
 
     spec = folder.spec
     num = min(spec.num, spec.batch_size)
-    z = draw_latents(num, flow.config.num_tokens, flow.config.token_channels, spec.seed)
+    z = draw_latents(num, flow.config.num_tokens, flow.config.token_dim, spec.seed)
     resolve = partial(
         SamplingRequest.resolve, flow, num, context=context[:num], certify=spec.certify, strategy=folder.strategy()
     )

@@ -42,7 +42,7 @@ class TrainConfig(options.Config):
         out: Folder of the model, its checkpoint, metrics and samples.
         flow: tarflow, or maf: a masked autoregressive flow.
         patch_size: tarflow: side of a patch in pixels; default 2.
-        channels: Width of the transformers; maf: of the hidden layers.
+        width: Width of the transformers; maf: of the hidden layers.
         num_blocks: Number of flow blocks.
         layers_per_block: Transformer layers in a block; maf: hidden layers.
         head_dim: tarflow: width of an attention head; default 64.
@@ -62,7 +62,7 @@ class TrainConfig(options.Config):
     images: options.Images
     flow: Annotated[str, options.MODEL, options.near_miss("tarflow", "maf", "starflow")] = "tarflow"
     patch_size: Annotated[int | None, options.MODEL] = None
-    channels: Annotated[int, options.MODEL] = 128
+    width: Annotated[int, options.MODEL] = 128
     num_blocks: Annotated[int, options.MODEL, Parameter(name="--blocks")] = 8
     layers_per_block: Annotated[int, options.MODEL, Parameter(name="--layers")] = 2
     head_dim: Annotated[int | None, options.MODEL] = None
@@ -223,7 +223,7 @@ def _make_flow(config: TrainConfig, data: ImageDataset) -> Flow:
     channels, size, _ = data.images.shape[1:]
     num_classes = 0 if config.unconditional or data.labels is None else int(data.labels.max()) + 1
     flow_config = flow_class.config_from_options(
-        in_channels=channels, image_size=size, channels=config.channels, blocks=config.num_blocks,
+        in_channels=channels, image_size=size, width=config.width, blocks=config.num_blocks,
         layers=config.layers_per_block, num_classes=num_classes, **extra,
     )  # fmt: skip
     return flow_class(flow_config)

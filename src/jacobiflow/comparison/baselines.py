@@ -108,7 +108,7 @@ class _CachedLayer:
     values: list[Tensor] = field(default_factory=list)
 
     def step(self, h: Tensor, temperature: float) -> Tensor:
-        """Passes one token (N, 1, channels) through the layer; it attends to all tokens before."""
+        """Passes one token (N, 1, width) through the layer; it attends to all tokens before."""
         h = h + self._attend(self.module.attention, h, temperature)
         mlp = self.module.mlp
         return cast(Tensor, h + mlp.main(mlp.norm(h)))
@@ -170,7 +170,7 @@ class _RotaryLayer:
     length: int = 0
 
     def step(self, h: Tensor) -> Tensor:
-        """Passes tokens (N, n, channels) through the layer; they attend to the tokens before."""
+        """Passes tokens (N, n, width) through the layer; they attend to the tokens before."""
         attention, mlp, first = self.module.attention, self.module.mlp, self.length
         self.length = last = first + h.shape[1]
         packed = attention.qkv(attention.norm(h)).unflatten(-1, (3, attention.num_heads, -1))

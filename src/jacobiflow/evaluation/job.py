@@ -248,7 +248,7 @@ def _measure_errors(flow: Flow, folder: SampleFolder, rows: range) -> UnitOutput
     labels = folder.labels(shard)
     draw = partial(
         sample, flow, labels=None if labels is None else labels[part],
-        latents=draw_latents(len(rows), config.num_tokens, config.token_channels, spec.seed, rows.start),
+        latents=draw_latents(len(rows), config.num_tokens, config.token_dim, spec.seed, rows.start),
         settings=SamplingSettings(spec.guidance, spec.denoise), certify=spec.certify,
     )  # fmt: skip
     with warnings.catch_warnings():

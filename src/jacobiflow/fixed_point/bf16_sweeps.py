@@ -49,5 +49,5 @@ class Bf16Sweeps(Guess):
         sample_sweeps = min(self.count, problem.num_tokens)
         return Start(result.x, sample_sweeps, result.sweeps, result.token_evaluations)
 
-    def check(self, num_tokens: int, token_channels: int) -> None:
-        self.guess.check(num_tokens, token_channels)
+    def check(self, num_tokens: int, token_dim: int) -> None:
+        self.guess.check(num_tokens, token_dim)

@@ -43,8 +43,8 @@ class Convolution(TensorFields):
     def check_kernel(self) -> None:
         """Raises TypeError or ValueError if the kernel is not a finite tensor (w, C, C)."""
         name = f"{type(self).__name__}: kernel"
-        check_values(name, self.kernel, ("tokens", "channels", "channels"))
-        check_values(name, self.kernel, ("tokens", "channels", self.kernel.shape[1]))
+        check_values(name, self.kernel, ("tokens", "token_dim", "token_dim"))
+        check_values(name, self.kernel, ("tokens", "token_dim", self.kernel.shape[1]))
 
     def convolve(
         self, x: Float[Tensor, "b n c"], add: Float[Tensor, "b n c"], delay: int = 0

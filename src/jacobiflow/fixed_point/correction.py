@@ -36,8 +36,8 @@ class Correction(Piece):
     def __call__(self, x: Float[Tensor, "b n c"], g: Float[Tensor, "b n c"]) -> Float[Tensor, "b n c"]:
         """Returns the next iterate. If the residual of all tokens before t is zero, entry t must be g_t."""
 
-    def check(self, token_channels: int) -> None:
-        """Raises ValueError if the correction does not fit tokens of that many channels."""
+    def check(self, token_dim: int) -> None:
+        """Raises ValueError if the correction does not fit tokens of that many values."""
 
     @classmethod
     def fit(cls, problem: Problem, x: Tokens, start: Tokens) -> Correction | None:
@@ -87,9 +87,9 @@ class Chord(Convolution, Correction):
         residual = (g - x).nan_to_num_(0.0, 0.0, 0.0)  # an overflow does not help its successors
         return self.convolve(residual, add=g, delay=1)
 
-    def check(self, token_channels: int) -> None:
-        if token_channels != self.kernel.shape[1]:
-            raise InputValueError(f"{self!r}, but the tokens have {token_channels} channels: calibrate this flow")
+    def check(self, token_dim: int) -> None:
+        if token_dim != self.kernel.shape[1]:
+            raise InputValueError(f"{self!r}, but the tokens have {token_dim} values: calibrate this flow")
 
     @classmethod
     def fit(cls, problem: Problem, x: Tokens, start: Tokens, width: int = FIT_WIDTH) -> Chord:
@@ -98,9 +98,9 @@ class Chord(Convolution, Correction):
         The errors are those of `width` sweeps of all tokens from `start`, with the chord fitted to the sweeps so far.
         Each token has the same weight, whatever the size of its residuals.
         """
-        _, length, channels = x.shape
-        chord = cls(torch.zeros(width, channels, channels))
-        cross = torch.zeros(width * channels, channels, dtype=torch.float64, device=x.device)
+        _, length, token_dim = x.shape
+        chord = cls(torch.zeros(width, token_dim, token_dim))
+        cross = torch.zeros(width * token_dim, token_dim, dtype=torch.float64, device=x.device)
         gram = cross.new_zeros(len(cross), len(cross))
         ridge = _RIDGE * torch.eye(len(cross)).to(gram)
         current, count = start, 0

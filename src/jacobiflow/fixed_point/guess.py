@@ -64,7 +64,7 @@ class Guess(Piece):
         """Returns X^(0) for a problem, of which a guess may also use the block."""
         return Start(self(problem.z))
 
-    def check(self, num_tokens: int, token_channels: int) -> None:
+    def check(self, num_tokens: int, token_dim: int) -> None:
         """Raises ValueError if the guess does not fit tokens (T, C)."""
 
     @classmethod
@@ -108,9 +108,9 @@ class _ShiftedGuess(TensorFields, Guess):
 
     shift: Tensor
 
-    def check(self, num_tokens: int, token_channels: int) -> None:
-        if self.shift.shape != (num_tokens, token_channels):
-            raise InputValueError(f"{self!r}, but the tokens are {(num_tokens, token_channels)}: calibrate this flow")
+    def check(self, num_tokens: int, token_dim: int) -> None:
+        if self.shift.shape != (num_tokens, token_dim):
+            raise InputValueError(f"{self!r}, but the tokens are {(num_tokens, token_dim)}: calibrate this flow")
 
 
 @register_piece("mean_affine")
@@ -129,7 +129,7 @@ class MeanAffine(_ShiftedGuess):
     shift: Float[Tensor, "t c"]
 
     def __post_init__(self) -> None:
-        check_values("MeanAffine: log_scale", self.log_scale, ("tokens", "channels"))
+        check_values("MeanAffine: log_scale", self.log_scale, ("tokens", "token_dim"))
         check_values("MeanAffine: shift", self.shift, tuple(self.log_scale.shape))
 
     def __call__(self, z: Tokens) -> Tokens:

@@ -80,7 +80,7 @@ class Problem:
         return g, self.z.new_full((len(self),), torch.nan)
 
     def residual(self, x: Tokens, batch_size: int | None = None) -> tuple[Float[Tensor, " b"], Float[Tensor, " b"]]:
-        """Returns max |g(x) - x| of each sample, over tokens and channels, and the sums of log_scale(x).
+        """Returns the largest |g(x) - x| of an entry of each sample, and the sums of log_scale(x).
 
         It is the certificate: one parallel pass. The residual of a sample that is not finite is infinite.
 

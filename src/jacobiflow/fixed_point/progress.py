@@ -19,7 +19,7 @@ class SweepChanges(NamedTuple):
     """The changes that a sweep of a run made, per sample and token.
 
     Attributes:
-        residual: |g(x) - x|, the largest over channels.
+        residual: |g(x) - x|, the largest of the values of a token.
         change: The larger of the residual and of the step that was taken; not finite if the token overflowed.
         is_early: The early stop holds for the whole run.
     """

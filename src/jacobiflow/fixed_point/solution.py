@@ -46,7 +46,7 @@ class Solution:
         status: A `Status` per sample.
         residual: The largest |g(x) - x| if certified, else the largest change that a token's last sweep made (0 for a
             token that is exact by Proposition 1).
-        log_det: The sum of log_scale(x) over tokens and channels, at this x: log|det dx/dz| in nats. A certificate's
+        log_det: The sum of log_scale(x) over all entries, at this x: log|det dx/dz| in nats. A certificate's
             pass gives it, and so does native code; else it is NaN.
         exact: True for samples all of whose tokens were computed from final ones, one at a time.
         used_fallback: True for samples that were solved again token by token.

@@ -101,11 +101,11 @@ class Solver:
         if isinstance(counts, tuple) and self.partition != Segments(len(counts)):
             raise InputValueError(f"{len(counts)} sweep counts for {self.partition}: give one for each of its Segments")
 
-    def check(self, num_tokens: int, token_channels: int, tolerance: float | None) -> None:
+    def check(self, num_tokens: int, token_dim: int, tolerance: float | None) -> None:
         """Raises ValueError if a piece does not fit tokens (T, C), or if neither a tolerance nor a rule ends sweeps."""
         self.partition.check(num_tokens)
-        self.guess.check(num_tokens, token_channels)
-        self.correction.check(token_channels)
+        self.guess.check(num_tokens, token_dim)
+        self.correction.check(token_dim)
         has_end = tolerance is not None or self.stopping != Stopping()
         if not has_end and not self.partition.token_by_token(num_tokens):
             message = f"nothing would end the sweeps of {self.partition}; give a tolerance, or a number of sweeps"

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal, NamedTuple, Protocol, get_args
 from jacobiflow.errors import InputValueError
 from jacobiflow.utils.checks import check_count, check_fields, check_number, declared_types, format_value
 
-_MAX_SIZE = 2**20  # The largest number of tokens, channels and the like; a larger one is a slip.
+_MAX_SIZE = 2**20  # The largest number of tokens, units and the like; a larger one is a slip.
 _MAX_LAYERS = 2**10  # The largest number of layers in all blocks, which take seconds to build.
 
 
@@ -30,7 +30,7 @@ class FlowConfig(Protocol):
     @property
     def num_tokens(self) -> int: ...
     @property
-    def token_channels(self) -> int: ...
+    def token_dim(self) -> int: ...
 
 
 Order = Literal["identity", "flip"] | tuple[int, ...]
@@ -40,7 +40,7 @@ Order = Literal["identity", "flip"] | tuple[int, ...]
 class BlockShape(NamedTuple):
     """Width and layers of a block's transformer, and the order in which it reads the tokens."""
 
-    channels: int
+    width: int
     layers: int
     order: Order
 
@@ -59,7 +59,7 @@ class PatchConfig:
         return (self.image_size // self.patch_size) ** 2
 
     @property
-    def token_channels(self) -> int:
+    def token_dim(self) -> int:
         """C, the number of values in one patch."""
         return self.in_channels * self.patch_size**2
 
@@ -76,11 +76,11 @@ class PatchConfig:
         check_fields(self)
 
 
-def check_heads(channels: int | tuple[int, ...], head_dim: int) -> None:
-    """Raises ValueError if `head_dim` does not divide the channels of every block."""
-    for width in channels if isinstance(channels, tuple) else (channels,):
-        if width % head_dim:
-            raise InputValueError(f"does not divide the {width} channels", argument="head_dim", value=head_dim)
+def check_heads(width: int | tuple[int, ...], head_dim: int) -> None:
+    """Raises ValueError if `head_dim` does not divide the width of every block."""
+    for size in width if isinstance(width, tuple) else (width,):
+        if size % head_dim:
+            raise InputValueError(f"does not divide the width of {size}", argument="head_dim", value=head_dim)
 
 
 def size_of_block(sizes: int | tuple[int, ...], index: int) -> int:
@@ -106,7 +106,7 @@ def check_sizes(config: FlowConfig) -> None:
                 check_count(entry.name, size, maximum=_MAX_SIZE)
         else:
             check_count(entry.name, sizes, 0 if entry.default == 0 else 1, _MAX_SIZE)
-    for name in ("num_tokens", "token_channels"):
+    for name in ("num_tokens", "token_dim"):
         check_count(name, getattr(config, name), 0, _MAX_SIZE)
     layers = getattr(config, "layers_per_block", getattr(config, "hidden_layers", 1))
     total = sum(layers) if isinstance(layers, tuple) else layers * config.num_blocks

@@ -142,7 +142,7 @@ class Numbers(ContextKind):
     """Each sample has K numbers, or K numbers for each of its T tokens."""
 
     num_tokens: int
-    channels: int
+    size: int
 
     def _resolve(self, values: Any, num: int | None) -> Context:
         self.check(values)
@@ -153,15 +153,15 @@ class Numbers(ContextKind):
 
     def check(self, values: Any) -> None:
         """Checks that a context is numbers (N, K) or (N, T, K)."""
-        sizes = f"(N, {self.channels}), or (N, {self.num_tokens}, {self.channels})"
+        sizes = f"(N, {self.size}), or (N, {self.num_tokens}, {self.size})"
         give = f"floating-point numbers {sizes} with a row for each token"
         check_kind("context", values, Tensor, give)
-        shapes = ((self.channels,), (self.num_tokens, self.channels))
+        shapes = ((self.size,), (self.num_tokens, self.size))
         if values.dtype not in FLOATS or tuple(values.shape[1:]) not in shapes:
             raise InputValueError(f"context={format_value(values)}: give {give}")
 
     def example(self, num: int) -> Context:
-        return Context(draw_latents(num, 1, self.channels, start=FIRST_CALIBRATION_LATENT).squeeze(1))
+        return Context(draw_latents(num, 1, self.size, start=FIRST_CALIBRATION_LATENT).squeeze(1))
 
     def check_guidance(self, guidance: Guidance) -> None:
         message = "for classes and texts only, and this flow's context is numbers"
@@ -213,12 +213,12 @@ class Texts(ContextKind):
 
     def pad(self, name: str, states: Tensor) -> Float[Tensor, "n l k"]:
         """Returns states of texts, padded with zeros to the length of `null_text`; messages call them `name`."""
-        length, channels = self.null_text.shape
-        give = f"states of texts (N, L, {channels}), L up to {length}"
+        length, size = self.null_text.shape
+        give = f"states of texts (N, L, {size}), L up to {length}"
         check_kind(name, states, Tensor, give)
         if states.dtype not in FLOATS:
             raise InputTypeError(f"{name}={format_value(states)}: give prompts, or {give}")
-        if states.ndim != 3 or states.shape[1] > length or states.shape[2] != channels:
+        if states.ndim != 3 or states.shape[1] > length or states.shape[2] != size:
             raise InputValueError(f"{name} of shape {tuple(states.shape)}: give {give}")
         check_finite(name, states)
         return F.pad(states, (0, 0, 0, length - states.shape[1]))
@@ -226,8 +226,8 @@ class Texts(ContextKind):
     def example(self, num: int) -> Context:
         if self.null_text.any():
             return Context(self.null_text.expand(num, -1, -1))
-        length, channels = self.null_text.shape
-        return Context(draw_latents(num, length, channels, start=FIRST_CALIBRATION_LATENT))
+        length, size = self.null_text.shape
+        return Context(draw_latents(num, length, size, start=FIRST_CALIBRATION_LATENT))
 
     def check_guidance(self, guidance: Guidance) -> None:
         self._check_null_text("guidance")

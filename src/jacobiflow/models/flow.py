@@ -66,7 +66,7 @@ class Flow(Pretrained):
         self.check_config(config)
         self.config = config
         self.blocks = nn.ModuleList(map(self.make_block, range(config.num_blocks)))  # type: ignore[assignment]
-        self.register_buffer("var", torch.ones(config.num_tokens, config.token_channels))
+        self.register_buffer("var", torch.ones(config.num_tokens, config.token_dim))
 
     @classmethod
     def check_config(cls, config: Any) -> None:
@@ -79,7 +79,7 @@ class Flow(Pretrained):
 
     @classmethod
     def config_from_options(
-        cls, *, in_channels: int, image_size: int, num_classes: int, channels: int, blocks: int, layers: int
+        cls, *, in_channels: int, image_size: int, num_classes: int, width: int, blocks: int, layers: int
     ) -> FlowConfig:
         """Makes a config from the options of `jacobiflow train`.
 
@@ -192,7 +192,7 @@ class Flow(Pretrained):
 
     def check_data(self, x: Data, name: str = "x") -> None:
         """Checks that `x` are floating-point numbers in the shape of this flow's data; messages call it `name`."""
-        shape = self.image_shape or (self.config.num_tokens, self.config.token_channels)
+        shape = self.image_shape or (self.config.num_tokens, self.config.token_dim)
         check_floating(name, x, ("N", *shape))
 
     def resolve_batch(self, x: Data, context: ContextLike | None) -> Context:

@@ -20,13 +20,11 @@ MAX_SAMPLES = 100_000_000
 _LATENT_STREAM, _LABEL_STREAM = 0, 1
 
 
-def draw_latents(
-    num: int, num_tokens: int, token_channels: int, seed: int = 0, start: int = 0
-) -> Float[Tensor, "n t d"]:
+def draw_latents(num: int, num_tokens: int, token_dim: int, seed: int = 0, start: int = 0) -> Float[Tensor, "n t d"]:
     """Returns standard normal latents of samples start .. start+num-1; sample i depends on `seed` and i only."""
     num, seed = check_count("num", num, maximum=MAX_SAMPLES), check_seed(seed)
     # Allocated in one piece, so that a request that exceeds memory fails at once.
-    latents = np.empty((num, num_tokens, token_channels), np.float32)
+    latents = np.empty((num, num_tokens, token_dim), np.float32)
     for i, row in enumerate(latents):
         _generator(seed, _LATENT_STREAM, start + i).standard_normal(dtype=np.float32, out=row)
     return torch.from_numpy(latents)

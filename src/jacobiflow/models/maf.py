@@ -58,7 +58,7 @@ class MAFConfig:
     hidden_layers: int = 2
     num_classes: int = 0
     logit_alpha: float = 1e-6
-    token_channels: ClassVar[int] = 1
+    token_dim: ClassVar[int] = 1
     noise_std: ClassVar[float] = 0.0  # Images are uniformly dequantised.
 
     def __post_init__(self) -> None:
@@ -324,10 +324,10 @@ class MAF(Flow):
 
     @classmethod
     def config_from_options(
-        cls, *, in_channels: int, image_size: int, num_classes: int, channels: int, blocks: int, layers: int
+        cls, *, in_channels: int, image_size: int, num_classes: int, width: int, blocks: int, layers: int
     ) -> MAFConfig:
-        """Makes a config; `channels` is the width and `layers` the number of the hidden layers."""
-        return MAFConfig(in_channels, image_size, channels, blocks, layers, num_classes)
+        """Makes a config; `width` is the width and `layers` the number of the hidden layers."""
+        return MAFConfig(in_channels, image_size, width, blocks, layers, num_classes)
 
     def to_tokens(self, images: Images) -> Tokens:
         """Returns y = logit(alpha + (1 - 2 alpha) p) of pixels p = (image + 1) / 2.

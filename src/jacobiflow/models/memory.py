@@ -115,7 +115,7 @@ def memory_needs(flow: Flow, device: torch.device | None = None, dtype: torch.dt
     caches = [num * block.cache_bytes() for num, block in zip(num_rows, blocks, strict=True)]
     rows = [block.row_bytes() for block in blocks]
     samples = [num * row for num, row in zip(num_rows, rows, strict=True) if row is not None]
-    tokens = _TOKEN_ARRAYS * flow.config.num_tokens * flow.config.token_channels * max(dtype.itemsize, 4)
+    tokens = _TOKEN_ARRAYS * flow.config.num_tokens * flow.config.token_dim * max(dtype.itemsize, 4)
     return MemoryNeeds(
         sum(sizes), max(sizes), max(copied), max(loaded), max(caches), None if None in rows else max(samples) + tokens
     )

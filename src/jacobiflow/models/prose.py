@@ -50,12 +50,12 @@ class ProseConfig:
     """Shape of a `Prose`. The defaults are those of the released weights, of 285 million parameters.
 
     Args:
-        channels: Width of the transformers.
+        width: Width of the transformers.
         num_blocks: Affine blocks, each with a transformer.
         layers_per_block: Layers of a transformer.
-        token_channels: C, the coordinates of an atom.
-        head_dim: Channels of an attention head; divides `channels`.
-        expansion: Hidden units of a layer's perceptrons, in multiples of `channels`.
+        token_dim: C, the coordinates of an atom.
+        head_dim: Channels of an attention head; divides `width`.
+        expansion: Hidden units of a layer's perceptrons, in multiples of `width`.
         adaptive: Whether layers have adaptive normalisation and a second perceptron. Without them the condition is
             added to the input of each layer, as in the transferable TarFlow of the same authors.
         lookahead: Whether a token's condition is that of its atom and of the next.
@@ -63,10 +63,10 @@ class ProseConfig:
         num_tokens: T, the number of atoms in a view of one peptide, see `Prose.for_peptide`; else 0.
     """
 
-    channels: int = 384
+    width: int = 384
     num_blocks: int = 8
     layers_per_block: int = 8
-    token_channels: int = 3
+    token_dim: int = 3
     head_dim: int = 64
     expansion: int = 4
     adaptive: bool = True
@@ -78,7 +78,7 @@ class ProseConfig:
 
     def __post_init__(self) -> None:
         check_sizes(self)
-        check_heads(self.channels, self.head_dim)
+        check_heads(self.width, self.head_dim)
         give = "a tuple of names of permutations"
         check_kind("orders", self.orders, tuple, give)
         if not self.orders or not all(isinstance(name, str) for name in self.orders):
@@ -100,20 +100,20 @@ class ProseBlock(TransformerBlock):
 
     def __init__(self, config: ProseConfig, permutation: Permutation) -> None:
         super().__init__(config.num_tokens, True, permutation)
-        channels = config.channels
-        self.proj_in = nn.Linear(config.token_channels, channels)
+        width = config.width
+        self.proj_in = nn.Linear(config.token_dim, width)
         self.lookahead = config.lookahead
         self.proj_cond = (
-            nn.Sequential(nn.Linear(2 * channels, channels), nn.GELU(), nn.Linear(channels, channels))
+            nn.Sequential(nn.Linear(2 * width, width), nn.GELU(), nn.Linear(width, width))
             if config.lookahead
-            else nn.Linear(channels, channels)
+            else nn.Linear(width, width)
         )
         self.pos_embed_scale = nn.Parameter(torch.full((1,), 1e-2))
         layer = AdaptiveLayer if config.adaptive else NormalizedAttentionBlock
         self.attn_blocks = nn.ModuleList(  # type: ignore[assignment]
-            layer(channels, config.head_dim, config.expansion) for _ in range(config.layers_per_block)
+            layer(width, config.head_dim, config.expansion) for _ in range(config.layers_per_block)
         )
-        self.proj_out = nn.Linear(channels, 2 * config.token_channels)
+        self.proj_out = nn.Linear(width, 2 * config.token_dim)
         nn.init.zeros_(self.proj_out.weight)
 
     def for_peptide(
@@ -184,7 +184,7 @@ class Prose(Flow):
 
     def __init__(self, config: ProseConfig) -> None:
         super().__init__(config)
-        self.cond_embed = AtomEmbedder(config.channels)
+        self.cond_embed = AtomEmbedder(config.width)
 
     @classmethod
     def from_original(cls, path: str | Path, orders: Sequence[str] = _RELEASED_ORDERS) -> Self:
@@ -194,21 +194,21 @@ class Prose(Flow):
         """
         state = read_original(path)
         shapes = OriginalShapes(state, str(path), "Prose")
-        channels, token_channels = shapes.shape("blocks.0.proj_in.weight", 2)
+        width, token_dim = shapes.shape("blocks.0.proj_in.weight", 2)
         adaptive = "blocks.0.attn_blocks.0.mha.adaln.to_beta.weight" in state
         layer = "blocks.0.attn_blocks.0." + ("mha.mha." if adaptive else "")
         hidden, _ = shapes.shape(f"{layer}mlp.main.0.weight", 2)
         config = ProseConfig(
-            channels=channels,
+            width=width,
             num_blocks=shapes.count(r"blocks\.(\d+)\."),
             layers_per_block=shapes.count(r"blocks\.0\.attn_blocks\.(\d+)\."),
-            token_channels=token_channels,
-            expansion=hidden // channels,
+            token_dim=token_dim,
+            expansion=hidden // width,
             adaptive=adaptive,
             lookahead="blocks.0.proj_cond.2.weight" in state,
             orders=tuple(orders) if isinstance(orders, list) else orders,  # type: ignore[arg-type]
         )
-        state["var"] = torch.ones(0, token_channels)
+        state["var"] = torch.ones(0, token_dim)
         return build(cls, config, state, str(path))
 
     @property
@@ -249,5 +249,5 @@ class Prose(Flow):
             for block, name in zip(self.blocks, orders, strict=True)
         )
         view.blocks = nn.ModuleList(blocks)  # type: ignore[assignment]
-        view.var = weight.new_ones(num_atoms, self.config.token_channels)
+        view.var = weight.new_ones(num_atoms, self.config.token_dim)
         return view

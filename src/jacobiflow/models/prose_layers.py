@@ -26,11 +26,11 @@ _RESIDUE_PERIOD = 1e3  # Base of the wavelengths that encode residue positions a
 class _AdaptiveNorm(nn.Module):
     """Parameters of sigmoid(W_g n + b_g) * norm(h) + W_b n, with n the normalised condition."""
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, width: int) -> None:
         super().__init__()
-        self.norm_cond = nn.LayerNorm(channels)
-        self.to_gamma = nn.Sequential(nn.Linear(channels, channels), nn.Sigmoid())
-        self.to_beta = nn.Linear(channels, channels, bias=False)
+        self.norm_cond = nn.LayerNorm(width)
+        self.to_gamma = nn.Sequential(nn.Linear(width, width), nn.Sigmoid())
+        self.to_beta = nn.Linear(width, width, bias=False)
 
     def forward(self, condition: Float[Tensor, "t c"]) -> tuple[Float[Tensor, "t c"], Float[Tensor, "t c"]]:
         normalised = self.norm_cond(condition)
@@ -40,9 +40,9 @@ class _AdaptiveNorm(nn.Module):
 class _Gate(nn.Module):
     """Parameters of sigmoid(W c + b), c the condition."""
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, width: int) -> None:
         super().__init__()
-        linear = nn.Linear(channels, channels)
+        linear = nn.Linear(width, width)
         nn.init.zeros_(linear.weight)
         nn.init.constant_(linear.bias, -2.0)
         self.to_adaln_zero_gamma = nn.Sequential(linear, nn.Sigmoid())
@@ -52,9 +52,9 @@ class _Gate(nn.Module):
 
 
 class _NormalizedAttention(Attention):
-    def __init__(self, channels: int, head_dim: int) -> None:
-        super().__init__(channels, head_dim)
-        self.q_layer_norm, self.k_layer_norm = nn.LayerNorm(channels), nn.LayerNorm(channels)
+    def __init__(self, width: int, head_dim: int) -> None:
+        super().__init__(width, head_dim)
+        self.q_layer_norm, self.k_layer_norm = nn.LayerNorm(width), nn.LayerNorm(width)
 
 
 class NormalizedAttentionBlock(AttentionBlock):
@@ -62,9 +62,9 @@ class NormalizedAttentionBlock(AttentionBlock):
 
     attention: _NormalizedAttention
 
-    def __init__(self, channels: int, head_dim: int, expansion: int) -> None:
-        super().__init__(channels, head_dim, expansion)
-        self.attention = _NormalizedAttention(channels, head_dim)
+    def __init__(self, width: int, head_dim: int, expansion: int) -> None:
+        super().__init__(width, head_dim, expansion)
+        self.attention = _NormalizedAttention(width, head_dim)
 
     def weights(self, shared: SharedParameters) -> LayerWeights:
         return (
@@ -78,25 +78,25 @@ class NormalizedAttentionBlock(AttentionBlock):
 
 
 class _AdaptiveAttention(nn.Module):
-    def __init__(self, channels: int, head_dim: int, expansion: int) -> None:
+    def __init__(self, width: int, head_dim: int, expansion: int) -> None:
         super().__init__()
-        self.adaln, self.mha = _AdaptiveNorm(channels), NormalizedAttentionBlock(channels, head_dim, expansion)
-        self.scale_output = _Gate(channels)
+        self.adaln, self.mha = _AdaptiveNorm(width), NormalizedAttentionBlock(width, head_dim, expansion)
+        self.scale_output = _Gate(width)
 
 
 class _Transition(nn.Module):
-    def __init__(self, channels: int, expansion: int) -> None:
+    def __init__(self, width: int, expansion: int) -> None:
         super().__init__()
-        hidden = channels * expansion
-        self.swish_linear = nn.ModuleList([nn.Linear(channels, 2 * hidden, bias=False)])
-        self.linear_out = nn.Linear(hidden, channels, bias=False)
+        hidden = width * expansion
+        self.swish_linear = nn.ModuleList([nn.Linear(width, 2 * hidden, bias=False)])
+        self.linear_out = nn.Linear(hidden, width, bias=False)
 
 
 class _AdaptiveTransition(nn.Module):
-    def __init__(self, channels: int, expansion: int) -> None:
+    def __init__(self, width: int, expansion: int) -> None:
         super().__init__()
-        self.adaln, self.transition = _AdaptiveNorm(channels), _Transition(channels, expansion)
-        self.scale_output = _Gate(channels)
+        self.adaln, self.transition = _AdaptiveNorm(width), _Transition(width, expansion)
+        self.scale_output = _Gate(width)
 
 
 class AdaptiveLayer(Layer):
@@ -105,11 +105,11 @@ class AdaptiveLayer(Layer):
     A is a whole layer of a TarFlow; the norms and the gates depend on the condition c of each token.
     """
 
-    def __init__(self, channels: int, head_dim: int, expansion: int) -> None:
+    def __init__(self, width: int, head_dim: int, expansion: int) -> None:
         super().__init__()
         self.mha, self.transition = (
-            _AdaptiveAttention(channels, head_dim, expansion),
-            _AdaptiveTransition(channels, expansion),
+            _AdaptiveAttention(width, head_dim, expansion),
+            _AdaptiveTransition(width, expansion),
         )
 
     def weights(self, shared: SharedParameters) -> LayerWeights:
@@ -132,11 +132,11 @@ class AdaptiveLayer(Layer):
 class AtomEmbedder(nn.Module):
     """Embeds the atoms of a peptide, under the original's names."""
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, width: int) -> None:
         super().__init__()
-        self.atom_embed = nn.Embedding(NUM_ATOM_TYPES, channels)
-        self.residue_embed = nn.Embedding(NUM_RESIDUE_TYPES, channels)
-        self.mlp = nn.Sequential(nn.Linear(4 * channels, channels), nn.GELU(), nn.Linear(channels, channels))
+        self.atom_embed = nn.Embedding(NUM_ATOM_TYPES, width)
+        self.residue_embed = nn.Embedding(NUM_RESIDUE_TYPES, width)
+        self.mlp = nn.Sequential(nn.Linear(4 * width, width), nn.GELU(), nn.Linear(width, width))
 
     def forward(self, encodings: Mapping[str, Int[Tensor, " t"]]) -> Float[Tensor, "t c"]:
         atoms, residues = self.atom_embed(encodings["atom_type"]), self.residue_embed(encodings["aa_type"])
@@ -146,8 +146,8 @@ class AtomEmbedder(nn.Module):
         return self.mlp(torch.cat((atoms, residues, positions, lengths), dim=-1))
 
 
-def sinusoid(numbers: Int[Tensor, " t"], channels: int, period: float) -> Float[Tensor, "t c"]:
-    """Returns sin and cos of n period^(-2k / channels) for k = 0, 1, .., in turn."""
-    rates = torch.exp(torch.arange(0, channels, 2, device=numbers.device) * -(math.log(period) / channels))
+def sinusoid(numbers: Int[Tensor, " t"], width: int, period: float) -> Float[Tensor, "t c"]:
+    """Returns sin and cos of n period^(-2k / width) for k = 0, 1, .., in turn."""
+    rates = torch.exp(torch.arange(0, width, 2, device=numbers.device) * -(math.log(period) / width))
     angles = numbers.float().unsqueeze(-1) * rates
     return torch.stack((angles.sin(), angles.cos()), dim=-1).flatten(-2)

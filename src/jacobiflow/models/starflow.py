@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 _NORM_EPSILON = 1e-6  # Is added to the mean square in the final RMS norm.
 _ROTARY_BASE = 10_000.0  # Pair k of n has the frequency base^(-k / n), in radians per position.
-_TEXT_PAIRS = 8  # Pairs of channels that are rotated by the position in the text.
+_TEXT_PAIRS = 8  # Pairs of width that are rotated by the position in the text.
 _INVERSE_SOFTPLUS_OF_1 = math.log(math.e - 1)
 _UNUSED_MODULES = ("feat_rope", "feat_rope_gen")  # Modules of the original code whose buffers are never read.
 
@@ -48,27 +48,27 @@ class STARFlowConfig(PatchConfig):
     Args:
         image_size: Height and width of an image.
         patch_size: Height and width of a patch, which is a token; divides `image_size`.
-        channels: Width of the transformers; a tuple has one for each block.
+        width: Width of the transformers; a tuple has one for each block.
         layers_per_block: Layers of the transformer of each block.
         text_tokens: Tokens of a text; shorter ones are padded with zeros.
-        text_channels: Values of a text token.
-        head_dim: Channels of an attention head; divides `channels`, and is 20 or a larger multiple of 4.
-        expansion: Hidden units of a layer's perceptron, in multiples of `channels`.
+        text_dim: Values of a text token.
+        head_dim: Channels of an attention head; divides `width`, and is 20 or a larger multiple of 4.
+        expansion: Hidden units of a layer's perceptron, in multiples of `width`.
         soft_clip: The bound c of c tanh(a / c), for the outputs a of a transformer.
         noise_std: Standard deviation of the training images' Gaussian noise.
 
     Example:
         >>> jf.STARFlowConfig().num_tokens, jf.STARFlowConfig().of_block(5)
-        (1024, BlockShape(channels=3072, layers=24, order='identity'))
+        (1024, BlockShape(width=3072, layers=24, order='identity'))
     """
 
     in_channels: int = 4
     image_size: int = 32
     patch_size: int = 1
-    channels: int | tuple[int, ...] = 3072
+    width: int | tuple[int, ...] = 3072
     layers_per_block: tuple[int, ...] = (2, 2, 2, 2, 2, 24)
     text_tokens: int = 128
-    text_channels: int = 2048
+    text_dim: int = 2048
     head_dim: int = 64
     expansion: int = 4
     soft_clip: float = 4.0
@@ -84,7 +84,7 @@ class STARFlowConfig(PatchConfig):
         self.check_patches()
         if self.head_dim % 4 or self.head_dim <= 2 * _TEXT_PAIRS:
             raise InputValueError(f"head_dim={self.head_dim}: give 20 or a larger multiple of 4")
-        check_heads(self.channels, self.head_dim)
+        check_heads(self.width, self.head_dim)
         check_positive("soft_clip", self.soft_clip)
 
     @property
@@ -94,16 +94,16 @@ class STARFlowConfig(PatchConfig):
 
     def of_block(self, index: int) -> BlockShape:
         """Returns the shape of a block; the first reads the tokens reversed, the second as they are, and so on."""
-        channels = size_of_block(self.channels, index)
-        return BlockShape(channels, self.layers_per_block[index], "identity" if index % 2 else "flip")
+        width = size_of_block(self.width, index)
+        return BlockShape(width, self.layers_per_block[index], "identity" if index % 2 else "flip")
 
 
 class _RMSNorm(nn.Module):
     """The parameter w of (1 + w) h / rms(h)."""
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, width: int) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.zeros(channels))
+        self.weight = nn.Parameter(torch.zeros(width))
 
 
 class STARFlowBlock(TransformerBlock):
@@ -118,23 +118,23 @@ class STARFlowBlock(TransformerBlock):
     null_text: Tensor
 
     def __init__(self, config: STARFlowConfig, permutation: Permutation, index: int) -> None:
-        channels, layers, _ = config.of_block(index)
+        width, layers, _ = config.of_block(index)
         super().__init__(config.num_tokens, True, permutation)
         self.head_dim, self.soft_clip = config.head_dim, config.soft_clip
         self.is_guided = index == config.num_blocks - 1
         self.text_length = config.text_tokens if self.is_guided else 0
         self.prefix_length = self.text_length + 1
-        self.proj_in = nn.Linear(config.token_channels, channels)
-        self.sos_embed = nn.Parameter(torch.randn(1, 1, config.token_channels))
+        self.proj_in = nn.Linear(config.token_dim, width)
+        self.sos_embed = nn.Parameter(torch.randn(1, 1, config.token_dim))
         self.attn_blocks = nn.ModuleList(  # type: ignore[assignment]
-            AttentionBlock(channels, config.head_dim, config.expansion) for _ in range(layers)
+            AttentionBlock(width, config.head_dim, config.expansion) for _ in range(layers)
         )
-        self.final_norm = _RMSNorm(channels)
-        self.proj_out = nn.Linear(channels, 2 * config.token_channels)
+        self.final_norm = _RMSNorm(width)
+        self.proj_out = nn.Linear(width, 2 * config.token_dim)
         nn.init.zeros_(self.proj_out.weight)
         if self.is_guided:
-            self.proj_txt = nn.Linear(config.text_channels, channels)
-            self.register_buffer("null_text", torch.zeros(config.text_tokens, config.text_channels))
+            self.proj_txt = nn.Linear(config.text_dim, width)
+            self.register_buffer("null_text", torch.zeros(config.text_tokens, config.text_dim))
 
     def shared_parameters(self) -> SharedParameters:
         """Returns the rotations of the prefix and of the tokens. Token t uses the rotary position of t + 1."""
@@ -197,7 +197,7 @@ class STARFlow(Flow):
     2506.06276.
 
     Example:
-        >>> config = jf.STARFlowConfig(3, 8, 2, 64, (1, 2), text_tokens=4, text_channels=16)
+        >>> config = jf.STARFlowConfig(3, 8, 2, 64, (1, 2), text_tokens=4, text_dim=16)
         >>> flow = jf.STARFlow(config)
         >>> samples = jf.sample(flow, 2, context=torch.randn(2, 3, 16))
         >>> samples.images.shape
@@ -231,7 +231,7 @@ class STARFlow(Flow):
         config = cls.infer_config(state, str(path)) if config is None else config
         cls.check_config(config)
         state = {name: tensor for name, tensor in state.items() if name.partition(".")[0] not in _UNUSED_MODULES}
-        null_text = torch.zeros(config.text_tokens, config.text_channels)
+        null_text = torch.zeros(config.text_tokens, config.text_dim)
         if encode_text is not None:
             texts = Texts(null_text, encode_text)
             null_text = texts.pad("encode_text", texts.encode([""]))[0]
@@ -250,23 +250,21 @@ class STARFlow(Flow):
         A CheckpointError begins with `source`.
         """
         shapes = OriginalShapes(state, source, "STARFlow")
-        num_tokens, token_channels = shapes.shape("var", 2)
+        num_tokens, token_dim = shapes.shape("var", 2)
         sizes = shapes.transformer_sizes()
-        _, text_channels = shapes.shape(f"blocks.{len(sizes.layers) - 1}.proj_txt.weight", 2)
-        if token_channels % patch_size**2:
-            raise CheckpointError(
-                f"{source}: a patch size of {patch_size}: its square must divide {token_channels} values"
-            )
+        _, text_dim = shapes.shape(f"blocks.{len(sizes.layers) - 1}.proj_txt.weight", 2)
+        if token_dim % patch_size**2:
+            raise CheckpointError(f"{source}: a patch size of {patch_size}: its square must divide {token_dim} values")
         rotary = "feat_rope.freqs_cos"  # It has a row for each text token and each image token.
         text_tokens = shapes.shape(rotary, 2)[0] - num_tokens if rotary in state else STARFlowConfig.text_tokens
         return STARFlowConfig(
-            in_channels=token_channels // patch_size**2,
+            in_channels=token_dim // patch_size**2,
             image_size=math.isqrt(num_tokens) * patch_size,
             patch_size=patch_size,
-            channels=sizes.channels,
+            width=sizes.width,
             layers_per_block=sizes.layers,
             text_tokens=text_tokens,
-            text_channels=text_channels,
+            text_dim=text_dim,
             expansion=sizes.expansion,
         )
 

@@ -37,25 +37,25 @@ class TarFlowConfig(PatchConfig):
     Args:
         image_size: Height and width of an image, in pixels.
         patch_size: Height and width of a patch, which is a token; divides `image_size`.
-        channels: Width of the transformers. Each block has one transformer.
+        width: Width of the transformers. Each block has one transformer.
         num_classes: Number of classes; 0 for an unconditional flow.
         nvp: Whether blocks scale ("non-volume-preserving"). Without it they shift only, and the flow learns the
             variance of its prior.
-        head_dim: Channels of an attention head; divides `channels`.
-        expansion: Hidden units of a layer's perceptron, in multiples of `channels`.
+        head_dim: Channels of an attention head; divides `width`.
+        expansion: Hidden units of a layer's perceptron, in multiples of `width`.
         noise_std: Standard deviation of the training images' Gaussian noise, which denoising removes; 0 for uniform
             dequantisation.
 
     Example:
-        >>> config = jf.TarFlowConfig(1, 8, 2, channels=64, num_blocks=4, layers_per_block=2)
-        >>> config.num_tokens, config.token_channels
+        >>> config = jf.TarFlowConfig(1, 8, 2, width=64, num_blocks=4, layers_per_block=2)
+        >>> config.num_tokens, config.token_dim
         (16, 4)
     """
 
     in_channels: int
     image_size: int
     patch_size: int
-    channels: int
+    width: int
     num_blocks: int
     layers_per_block: int
     num_classes: int = 0
@@ -63,16 +63,16 @@ class TarFlowConfig(PatchConfig):
     head_dim: int = 64
     expansion: int = 4
     noise_std: float = 0.0
-    context_channels: ClassVar[int] = 0
+    context_dim: ClassVar[int] = 0
 
     def __post_init__(self) -> None:
         check_sizes(self)
         self.check_patches()
-        check_heads(self.channels, self.head_dim)
+        check_heads(self.width, self.head_dim)
 
     def of_block(self, index: int) -> BlockShape:
         """Returns the shape of a block."""
-        return BlockShape(self.channels, self.layers_per_block, "flip" if index % 2 else "identity")
+        return BlockShape(self.width, self.layers_per_block, "flip" if index % 2 else "identity")
 
 
 @dataclass(frozen=True)
@@ -81,31 +81,31 @@ class TokenConfig:
 
     Args:
         num_tokens: T, the tokens of a sample.
-        token_channels: C, the values of a token.
-        channels: Width of the transformers; a tuple has one for each block.
+        token_dim: C, the values of a token.
+        width: Width of the transformers; a tuple has one for each block.
         num_blocks: Affine blocks, each with a transformer.
         layers_per_block: Layers of a transformer; a tuple has one number for each block.
         num_classes: 0 for a flow without classes.
-        context_channels: K, if the context is numbers (N, K) for each sample or (N, T, K) for each token; else 0.
+        context_dim: K, if the context is numbers (N, K) for each sample or (N, T, K) for each token; else 0.
         nvp: Whether blocks scale. Without it they shift only.
-        head_dim: Channels of an attention head; divides `channels`.
-        expansion: Hidden units of a layer's perceptron, in multiples of `channels`.
+        head_dim: Channels of an attention head; divides `width`.
+        expansion: Hidden units of a layer's perceptron, in multiples of `width`.
         orders: The orders in which the blocks read the tokens, in turn: "identity", "flip", or indices of the tokens.
 
     Example:
-        >>> config = jf.TokenConfig(22, 3, channels=64, num_blocks=4, layers_per_block=(2, 2, 2, 4))
+        >>> config = jf.TokenConfig(22, 3, width=64, num_blocks=4, layers_per_block=(2, 2, 2, 4))
         >>> flow = jf.TarFlow(config)
         >>> flow.encode(torch.zeros(5, 22, 3))[0].shape
         torch.Size([5, 22, 3])
     """
 
     num_tokens: int
-    token_channels: int
-    channels: int | tuple[int, ...]
+    token_dim: int
+    width: int | tuple[int, ...]
     num_blocks: int
     layers_per_block: int | tuple[int, ...]
     num_classes: int = 0
-    context_channels: int = 0
+    context_dim: int = 0
     nvp: bool = True
     head_dim: int = 64
     expansion: int = 4
@@ -114,10 +114,10 @@ class TokenConfig:
 
     def __post_init__(self) -> None:
         check_sizes(self)
-        check_heads(self.channels, self.head_dim)
-        if self.num_classes and self.context_channels:
+        check_heads(self.width, self.head_dim)
+        if self.num_classes and self.context_dim:
             raise InputValueError(
-                f"num_classes={self.num_classes}, context_channels={self.context_channels}: the context is either "
+                f"num_classes={self.num_classes}, context_dim={self.context_dim}: the context is either "
                 "classes or numbers; give one of them"
             )
         check_kind("orders", self.orders, tuple, 'a tuple of "identity", "flip" or tuples of indices')
@@ -131,31 +131,31 @@ class TokenConfig:
 
     def of_block(self, index: int) -> BlockShape:
         """Returns the shape of a block."""
-        channels, layers = (size_of_block(sizes, index) for sizes in (self.channels, self.layers_per_block))
-        return BlockShape(channels, layers, self.orders[index % len(self.orders)])
+        width, layers = (size_of_block(sizes, index) for sizes in (self.width, self.layers_per_block))
+        return BlockShape(width, layers, self.orders[index % len(self.orders)])
 
 
 class TarFlowBlock(TransformerBlock):
     """One causal affine block: z_t = exp(-s(x_<t)) (x_t - u(x_<t)), eq. (1) of the GS-Jacobi paper.
 
-    Its context is labels (B,) if the config has classes. If it has `context_channels`, K, it is numbers (B, K) for each
+    Its context is labels (B,) if the config has classes. If it has `context_dim`, K, it is numbers (B, K) for each
     sample, or (B, T, K) for each token in the order of the data, whose projection is added to the tokens' embeddings.
     """
 
     attn_blocks: Sequence[AttentionBlock]
 
     def __init__(self, config: TarFlowConfig | TokenConfig, permutation: Permutation, index: int = 0) -> None:
-        channels, layers, _ = config.of_block(index)
+        width, layers, _ = config.of_block(index)
         super().__init__(config.num_tokens, config.nvp, permutation)
-        self.proj_in = nn.Linear(config.token_channels, channels)
-        self.pos_embed = nn.Parameter(torch.randn(config.num_tokens, channels) * 1e-2)
-        classes, numbers = config.num_classes, config.context_channels
-        self.class_embed = nn.Parameter(torch.randn(classes, 1, channels) * 1e-2) if classes else None
-        self.proj_context = nn.Linear(numbers, channels) if numbers else None
+        self.proj_in = nn.Linear(config.token_dim, width)
+        self.pos_embed = nn.Parameter(torch.randn(config.num_tokens, width) * 1e-2)
+        classes, numbers = config.num_classes, config.context_dim
+        self.class_embed = nn.Parameter(torch.randn(classes, 1, width) * 1e-2) if classes else None
+        self.proj_context = nn.Linear(numbers, width) if numbers else None
         self.attn_blocks = nn.ModuleList(  # type: ignore[assignment]
-            AttentionBlock(channels, config.head_dim, config.expansion) for _ in range(layers)
+            AttentionBlock(width, config.head_dim, config.expansion) for _ in range(layers)
         )
-        self.proj_out = nn.Linear(channels, config.token_channels * (2 if config.nvp else 1))
+        self.proj_out = nn.Linear(width, config.token_dim * (2 if config.nvp else 1))
         nn.init.zeros_(self.proj_out.weight)
 
     def positions(self) -> Float[Tensor, "t c"]:
@@ -184,7 +184,7 @@ class TarFlow(Flow):
     Reference: Zhai et al., Normalizing Flows are Capable Generative Models, arXiv 2412.06329.
 
     Example:
-        >>> flow = jf.TarFlow(jf.TarFlowConfig(1, 8, 2, channels=64, num_blocks=2, layers_per_block=1))
+        >>> flow = jf.TarFlow(jf.TarFlowConfig(1, 8, 2, width=64, num_blocks=2, layers_per_block=1))
         >>> z, log_det = flow.encode(torch.zeros(3, 1, 8, 8))
         >>> z.shape, log_det.shape
         (torch.Size([3, 16, 4]), torch.Size([3]))
@@ -198,20 +198,20 @@ class TarFlow(Flow):
 
     @property
     def context_kind(self) -> ContextKind:
-        channels = self.config.context_channels
-        return Numbers(self.config.num_tokens, channels) if channels else super().context_kind
+        width = self.config.context_dim
+        return Numbers(self.config.num_tokens, width) if width else super().context_kind
 
     def make_block(self, index: int) -> TarFlowBlock:
         return TarFlowBlock(self.config, Permutation(self.config.of_block(index).order), index)
 
     @classmethod
     def config_from_options(
-        cls, *, in_channels: int, image_size: int, num_classes: int, channels: int, blocks: int, layers: int,
+        cls, *, in_channels: int, image_size: int, num_classes: int, width: int, blocks: int, layers: int,
         patch_size: int = 2, head_dim: int = 64, volume_preserving: bool = False, noise_std: float = 0.1,
     ) -> TarFlowConfig:  # fmt: skip
-        """Makes a config; `channels` is the transformers' width."""
+        """Makes a config; `width` is the transformers' width."""
         return TarFlowConfig(
-            in_channels, image_size, patch_size, channels, num_blocks=blocks, layers_per_block=layers,
+            in_channels, image_size, patch_size, width, num_blocks=blocks, layers_per_block=layers,
             num_classes=num_classes, nvp=not volume_preserving, head_dim=head_dim, noise_std=noise_std,
         )  # fmt: skip
 
@@ -226,7 +226,7 @@ class TarFlow(Flow):
         state = read_original(path)
         config = cls.infer_config(state, str(path)) if config is None else config
         cls.check_config(config)
-        state.setdefault("var", torch.ones(config.num_tokens, config.token_channels))  # Files of SBG lack it.
+        state.setdefault("var", torch.ones(config.num_tokens, config.token_dim))  # Files of SBG lack it.
         return build(cls, config, state, str(path))
 
     @staticmethod
@@ -239,19 +239,19 @@ class TarFlow(Flow):
         """
         shapes = OriginalShapes(state, source, "TarFlow")
         num_tokens, _ = shapes.shape("blocks.0.pos_embed", 2)
-        _, token_channels = shapes.shape("blocks.0.proj_in.weight", 2)
+        _, token_dim = shapes.shape("blocks.0.proj_in.weight", 2)
         outputs, _ = shapes.shape("blocks.0.proj_out.weight", 2)
         sizes = shapes.transformer_sizes()
         classes, context = "blocks.0.class_embed", "blocks.0.proj_context.weight"
         config = TokenConfig(
             num_tokens=num_tokens,
-            token_channels=token_channels,
-            channels=sizes.channels,
+            token_dim=token_dim,
+            width=sizes.width,
             num_blocks=len(sizes.layers),
             layers_per_block=one_or_all(sizes.layers),
             num_classes=shapes.shape(classes, 3)[0] if classes in state else 0,
-            context_channels=shapes.shape(context, 2)[1] if context in state else 0,
-            nvp=outputs == 2 * token_channels,
+            context_dim=shapes.shape(context, 2)[1] if context in state else 0,
+            nvp=outputs == 2 * token_dim,
             expansion=sizes.expansion,
         )
         return config if patch_size is None else _image_config(config, source, patch_size)
@@ -262,7 +262,7 @@ class TarFlow(Flow):
         if (config.head_dim, config.expansion) != (64, 4) or self.blocks[0].proj_context is not None:
             raise CheckpointError(
                 f"head_dim={config.head_dim}, expansion={config.expansion}, "
-                f"context_channels={config.context_channels}: the original code has 64, 4 and 0 only; save a model "
+                f"context_dim={config.context_dim}: the original code has 64, 4 and 0 only; save a model "
                 "folder instead"
             )
         state = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
@@ -293,21 +293,21 @@ class TarFlow(Flow):
 
 def _image_config(config: TokenConfig, source: str, patch_size: int) -> TarFlowConfig:
     """Returns the config of a flow over square images that has the tokens of `config`."""
-    side, num_tokens, token_channels = math.isqrt(config.num_tokens), config.num_tokens, config.token_channels
+    side, num_tokens, token_dim = math.isqrt(config.num_tokens), config.num_tokens, config.token_dim
     if side**2 != num_tokens:
         raise CheckpointError(
             f"{source}: {num_tokens} tokens, but square images have a square number of them; leave the patch size out "
             "for a flow over tokens"
         )
-    if patch_size < 1 or token_channels % patch_size**2:
+    if patch_size < 1 or token_dim % patch_size**2:
         raise CheckpointError(
-            f"{source}: a patch size of {patch_size}: its square must divide the {token_channels} values of a token"
+            f"{source}: a patch size of {patch_size}: its square must divide the {token_dim} values of a token"
         )
-    if not isinstance(config.channels, int) or not isinstance(config.layers_per_block, int) or config.context_channels:
+    if not isinstance(config.width, int) or not isinstance(config.layers_per_block, int) or config.context_dim:
         raise CheckpointError(
             f"{source}: blocks of different sizes, or with a context of numbers; leave the patch size out"
         )
     return TarFlowConfig(
-        token_channels // patch_size**2, side * patch_size, patch_size, config.channels, config.num_blocks,
+        token_dim // patch_size**2, side * patch_size, patch_size, config.width, config.num_blocks,
         config.layers_per_block, config.num_classes, config.nvp, expansion=config.expansion,
     )  # fmt: skip

@@ -24,7 +24,7 @@ WEIGHT_FORMATS = {
 }  # fmt: skip
 _PLAIN = frozenset((Tensor, nn.Parameter))
 
-# The shape of each parameter of a layer, by its field of `LayerArgs`: c channels, h hidden units, t tokens.
+# The shape of each parameter of a layer, by its field of `LayerArgs`: c width, h hidden units, t tokens.
 _BASE = {
     "norm": "c", "norm_bias": "c", "qkv": "3c c", "qkv_bias": "3c", "proj": "c c", "proj_bias": "c", "mlp_norm": "c",
     "mlp_norm_bias": "c", "up": "h c", "up_bias": "h", "down": "c h", "down_bias": "c",
@@ -40,7 +40,7 @@ MATRICES = {"qkv", "proj", "up", "down", "gated_up", "gated_down"}
 
 
 def layer_shapes(
-    layers: Sequence[Mapping[str, Tensor]], tokens: int, channels: int, hidden: int
+    layers: Sequence[Mapping[str, Tensor]], tokens: int, width: int, hidden: int
 ) -> dict[str, tuple[int, ...]]:
     """Returns the shape that each parameter of a layer must have. All layers have the same parameters."""
     names = set(_BASE)
@@ -48,7 +48,7 @@ def layer_shapes(
         names |= group.keys() if group.keys() <= layers[0].keys() else set()
     if any(layer.keys() != names for layer in layers):
         raise UnsupportedError("layers that lack a parameter, or have another")
-    sizes = {"c": channels, "3c": 3 * channels, "h": hidden, "2h": 2 * hidden, "t": tokens}
+    sizes = {"c": width, "3c": 3 * width, "h": hidden, "2h": 2 * hidden, "t": tokens}
     return {name: tuple(sizes[size] for size in shape.split()) for name, shape in _LAYER.items() if name in names}
 
 

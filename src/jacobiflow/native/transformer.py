@@ -62,7 +62,7 @@ class CausalTransformer:
         position: Added to the projection of each token. It has the dtype of the weights or of the sums.
         layers: The parameters of each layer, by the fields of `LayerArgs`. All layers have the same shapes.
         has_scale: False if log-scales are 0 ("volume-preserving").
-        rotation: The cosine and the sine for each pair of a query's and a key's channels, prefix included.
+        rotation: The cosine and the sine for each pair of a query's and a key's values, prefix included.
         final_norm: The weights of an RMS norm of the last layer's output.
         soft_clip: Bounds the outputs softly, and makes the scales a softplus. 0 does neither.
     """
@@ -130,12 +130,12 @@ class _PackedTransformer:
         self.native, self.dtype, self.rotation, layers = native, dtype, network.rotation, network.layers
         self.tensors: list[Tensor] = []  # what structures point to
         self.heads, self.depth, self.networks = network.heads, len(layers), networks
-        self.tokens, self.token_channels = len(network.position), network.proj_in.shape[1]
-        self.channels, self.hidden = len(network.proj_in), len(layers[0]["up"])
-        self.head_size = self.channels // self.heads
-        if self.head_size * self.heads != self.channels or (self.rotation is not None and self.head_size % 2):
-            raise UnsupportedError("heads that do not divide the channels, or whose channels make no pairs")
-        if self.tokens * self.channels > MAX_INT32:
+        self.tokens, self.token_dim = len(network.position), network.proj_in.shape[1]
+        self.width, self.hidden = len(network.proj_in), len(layers[0]["up"])
+        self.head_size = self.width // self.heads
+        if self.head_size * self.heads != self.width or (self.rotation is not None and self.head_size % 2):
+            raise UnsupportedError("heads that do not divide the width, or whose values make no pairs")
+        if self.tokens * self.width > MAX_INT32:
             raise UnsupportedError("a context whose rows are too far apart")
         norms = [] if network.final_norm is None else [network.final_norm]
         parameters = [network.proj_in, network.proj_out, network.out_bias, *norms]
@@ -144,11 +144,11 @@ class _PackedTransformer:
         if dtypes != {stored} or torch.promote_types(stored, torch.float32) != dtype:
             raise UnsupportedError(f"weights of {' and '.join(sorted(map(str, dtypes)))} for tokens of {dtype}")
         self.num_weights = sum(layer[name].numel() for layer in layers for name in layer.keys() & MATRICES)
-        shapes = layer_shapes(layers, self.tokens, self.channels, self.hidden)
-        names, outputs = shapes.keys() & MATRICES, self.token_channels * (2 if network.has_scale else 1)
+        shapes = layer_shapes(layers, self.tokens, self.width, self.hidden)
+        names, outputs = shapes.keys() & MATRICES, self.token_dim * (2 if network.has_scale else 1)
         matrices = [(layer[name], shapes[name]) for layer in layers for name in names]
-        matrices.append((network.proj_in, (self.channels, self.token_channels)))
-        matrices.append((network.proj_out, (outputs, self.channels)))
+        matrices.append((network.proj_in, (self.width, self.token_dim)))
+        matrices.append((network.proj_out, (outputs, self.width)))
         weights = iter(self._store(matrices, rows, memory))
         self.layers = (LayerArgs * self.depth)()
         for entry in self.layers:
@@ -159,13 +159,13 @@ class _PackedTransformer:
                 self.layers, self._pad([layer[name] for layer in layers], shapes[name]), strict=True
             ):
                 setattr(entry, name, address)
-        position = self._converted(network.position, (self.tokens, self.channels))
+        position = self._converted(network.position, (self.tokens, self.width))
         self.tensors.append(position)
         self.args = TransformerArgs(
             layers=ctypes.addressof(self.layers), position=address_of(position), proj_in=next(weights),
             proj_out=next(weights), out_bias=self._pad([network.out_bias], (outputs,))[0], networks=networks,
-            final_norm=self._pad(norms, (self.channels,))[0] if norms else None, tokens=self.tokens,
-            token_channels=self.token_channels, channels=self.channels, hidden=self.hidden, heads=self.heads,
+            final_norm=self._pad(norms, (self.width,))[0] if norms else None, tokens=self.tokens,
+            token_dim=self.token_dim, width=self.width, hidden=self.hidden, heads=self.heads,
             depth=self.depth, has_scale=network.has_scale, soft_clip=network.soft_clip,
         )  # fmt: skip
 
@@ -210,14 +210,14 @@ class _PackedTransformer:
             tensors |= self._guidance_tensors(z, guidance)
             args.is_by_density = guidance.rule == "density"
         if context is not None:
-            sizes = (1 if len(context) == 1 else rows, 1 if context.shape[1] == 1 else self.tokens, self.channels)
+            sizes = (1 if len(context) == 1 else rows, 1 if context.shape[1] == 1 else self.tokens, self.width)
             tensors["context"] = self._converted(context, sizes)
-            args.context_row_stride = 0 if sizes[0] == 1 else sizes[1] * self.channels
-            args.context_token_stride = 0 if sizes[1] == 1 else self.channels
+            args.context_row_stride = 0 if sizes[0] == 1 else sizes[1] * self.width
+            args.context_token_stride = 0 if sizes[1] == 1 else self.width
         if prefix is not None:
             shape = (self.depth, rows, 2, self.heads, prefix_length, self.head_size)
             tensors["prefix_keys_values"] = self._converted(torch.stack(list(prefix.layers)), shape)
-            tensors["prefix_hidden"] = self._converted(prefix.hidden, (rows, self.channels))
+            tensors["prefix_hidden"] = self._converted(prefix.hidden, (rows, self.width))
         if self.rotation is not None:
             tensors["rotation"] = self._converted(self.rotation, (length, self.head_size))
         for name, tensor in tensors.items():
@@ -249,7 +249,7 @@ class _PackedTransformer:
         is_large = self.num_weights > _MAX_WEIGHTS_PER_TEAM
         max_teams = 1 if is_large else max(min(rows // _MIN_ROWS_PER_TEAM, samples, threads), 1)
         teams = max(team for team in range(1, max_teams + 1) if threads % team == 0)
-        columns = self.native.padded(self.channels, torch.float32) // self.native.lanes
+        columns = self.native.padded(self.width, torch.float32) // self.native.lanes
         return teams * min(threads // teams, columns), teams
 
 

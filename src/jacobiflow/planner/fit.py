@@ -107,7 +107,7 @@ def tune(
     samples = check_count("samples", samples, 2, MAX_SAMPLES)
     batch_size, seed = check_count("batch_size", batch_size, maximum=MAX_SAMPLES), check_seed(seed)
     config = flow.config
-    latents = draw_latents(samples, config.num_tokens, config.token_channels, seed, FIRST_CALIBRATION_LATENT)
+    latents = draw_latents(samples, config.num_tokens, config.token_dim, seed, FIRST_CALIBRATION_LATENT)
     solutions = exact_solutions(flow, latents, _context(flow, labels, context, samples), batch_size, progress)
     fitted = []
     for i, solution in enumerate(solutions):

@@ -264,7 +264,7 @@ def _block_problem(flow: Flow, i: int, x: Tokens, context: Context) -> Problem:
 def _latents(flow: Flow, first: int, num: int) -> tuple[Tokens, Context]:
     """Tokens at which the last block is inverted, in the order of the data, and a context."""
     config = flow.config
-    latents = draw_latents(num, config.num_tokens, config.token_channels, start=FIRST_CALIBRATION_LATENT + first)
+    latents = draw_latents(num, config.num_tokens, config.token_dim, start=FIRST_CALIBRATION_LATENT + first)
     return flow.prior_tokens(latents), flow.context_kind.example(num).to(flow.var.device)
 
 

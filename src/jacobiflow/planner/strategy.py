@@ -157,7 +157,7 @@ class Strategy(JsonDocument):
             raise InputValueError(f"strategy for {len(self.solvers)} blocks, but the flow has {config.num_blocks}")
         for i, solver in enumerate(self.solvers):
             try:
-                solver.check(config.num_tokens, config.token_channels, self.tolerance)
+                solver.check(config.num_tokens, config.token_dim, self.tolerance)
             except InputError as error:
                 raise InputValueError(f"strategy, block {i}: {error}") from error
         if self.fingerprint is not None and self.fingerprint != cached_fingerprint(flow):

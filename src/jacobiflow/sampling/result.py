@@ -163,7 +163,7 @@ class Samples:
         context: Labels or numbers, or `None`.
         log_prob: The log-density of each sample under the flow in nats, at this x. `None` if it was not asked for.
         stats: A `BlockStats` for each block, in encoding order.
-        residual: Per sample the largest |g(x) - x| over tokens, channels and blocks, guidance included, before
+        residual: Per sample the largest |g(x) - x| of an entry in any block, guidance included, before
             denoising; `None` if it was not measured. A block that was solved token by token is exact by construction
             and counts as 0, unless it was measured too.
         tolerance: The residual that every block was held to; `None` if sweeps end by the strategy's stopping rules.

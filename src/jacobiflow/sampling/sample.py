@@ -81,7 +81,7 @@ def sample(
     check_flow(flow)
     check_kind("progress", progress, Callable | None, "a function of done, total and what, or None")
     if num is not None and latents is None:
-        latents = draw_latents(num, flow.config.num_tokens, flow.config.token_channels, seed)
+        latents = draw_latents(num, flow.config.num_tokens, flow.config.token_dim, seed)
     elif num is not None or latents is None:
         raise InputValueError("give either num or latents")
     _check_latents("latents", latents, flow)
@@ -147,5 +147,5 @@ def decode(
 
 
 def _check_latents(name: str, latents: Tensor, flow: Flow) -> None:
-    check_floating(name, latents, ("N", flow.config.num_tokens, flow.config.token_channels))
+    check_floating(name, latents, ("N", flow.config.num_tokens, flow.config.token_dim))
     check_finite(name, latents)

@@ -46,8 +46,8 @@ def measure_sensitivity(
 def _round_once(flow: Flow, latents: Tokens) -> Tokens:
     """The latents after one rounding of the flow's dtype, up or down by the same pattern in each sample."""
     eps = 2**-10 if flow.precision == "tf32" else torch.finfo(flow.var.dtype).eps
-    _, num_tokens, channels = latents.shape
-    signs = draw_latents(1, num_tokens, channels, start=FIRST_CALIBRATION_LATENT).sign().to(latents)
+    _, num_tokens, token_dim = latents.shape
+    signs = draw_latents(1, num_tokens, token_dim, start=FIRST_CALIBRATION_LATENT).sign().to(latents)
     return latents + eps * signs * latents.abs().clamp(min=1)  # latents near 0 are changed, too
 
 

@@ -24,7 +24,7 @@ from tests.helpers.fake_device import FakeDevice
 from tests.helpers.problems import make_maf
 
 TOKENS: Any = jf.TokenConfig(
-    3, 2, (8, 16), 2, layers_per_block=(2, 1), context_channels=4, head_dim=4, orders=((2, 0, 1), "flip")
+    3, 2, (8, 16), 2, layers_per_block=(2, 1), context_dim=4, head_dim=4, orders=((2, 0, 1), "flip")
 )
 FLOWS: dict[str, Any] = {
     "TarFlow": make,
@@ -47,7 +47,7 @@ def test_a_saved_flow_comes_back_bit_for_bit(name: str, tmp_path: Path) -> None:
     flow = FLOWS[name]()
     flow.save_pretrained(tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"config.json", "model.safetensors", "README.md"}
-    document = {"model_type": flow.model_type, "format_version": 1, **asdict(flow.config)}
+    document = {"model_type": flow.model_type, "format_version": 2, **asdict(flow.config)}
     assert json.loads((tmp_path / "config.json").read_text()) == json.loads(json.dumps(document))
     card = (tmp_path / "README.md").read_text()
     assert "library_name: jacobiflow" in card and f"# {tmp_path.name}" in card
@@ -312,11 +312,11 @@ def with_config(place: Path, change: dict[str, Any]) -> Path:
     ("change", "key"),
     [
         ({"width": 1}, "width"),
-        ({"channels": "left out"}, "channels"),
+        ({"width": "left out"}, "width"),
         ({"patch_size": 3}, "patch_size=3: does not divide the side of the images, 4"),
         ({"model_type": "bert"}, "model_type 'bert'; there are maf, "),
-        ({"format_version": 2}, "format 2"),
-        ({"channels": 16}, "blocks.0.proj_in.weight"),
+        ({"format_version": 1}, "format 1"),
+        ({"width": 16}, "blocks.0.proj_in.weight"),
         ({"recommended": {"denoise": -1}}, "denoise=-1.0: give 0"),
     ],
 )

@@ -20,7 +20,7 @@ from jacobiflow.models.checkpoints.original import read_original
 from jacobiflow.models.tarflow import TarFlow, TarFlowConfig, TokenConfig
 from tests.helpers.checkpoints import SMALL, assert_same, error_of, make
 
-ORIGINAL = replace(SMALL, channels=64, head_dim=64, expansion=4)
+ORIGINAL = replace(SMALL, width=64, head_dim=64, expansion=4)
 
 
 def original_state(flow: TarFlow) -> dict[str, Any]:
@@ -107,7 +107,7 @@ with warnings.catch_warnings():
         ("proj_in.weight", WEIGHT.to(torch.float8_e4m3fn), "is of torch.float8_e4m3fn"),
         ("proj_in.weight", WEIGHT[:1, :1].expand(10**6, 10**6), "has more values than the file stores"),
         ("proj_in.weight", WEIGHT[0], r"has shape (4,)"),
-        ("proj_in.weight", WEIGHT[:32], "head_dim=64: does not divide the 32 channels"),
+        ("proj_in.weight", WEIGHT[:32], "head_dim=64: does not divide the width of 32"),
         ("proj_out.weight", WEIGHT[0, 0], r"has shape ()"),
         ("pos_embed", WEIGHT.expand(2, 64, 4).contiguous(), r"has shape (2, 64, 4)"),
         ("attn_blocks.0.mlp.main.0.weight", WEIGHT[0], r"has shape (4,)"),
@@ -156,14 +156,14 @@ def test_shapes_say_the_config(data: st.DataObject) -> None:
         state = TarFlow(config).state_dict()
     assert TarFlow.infer_config(state, "x.pth", patch_size) == config
     tokens = TokenConfig(
-        side**2, config.token_channels, heads * 64, blocks, layers, num_classes, nvp=bool(nvp), expansion=expansion
+        side**2, config.token_dim, heads * 64, blocks, layers, num_classes, nvp=bool(nvp), expansion=expansion
     )
     assert TarFlow.infer_config(state, "x.pth") == tokens
 
 
 def test_the_file_of_sbg_becomes_a_flow_over_tokens(tmp_path: Path) -> None:
     """Its layers have a dropout, and it has no prior's variance."""
-    config = TokenConfig(5, 3, channels=(64, 128), num_blocks=2, layers_per_block=(2, 1))
+    config = TokenConfig(5, 3, width=(64, 128), num_blocks=2, layers_per_block=(2, 1))
     flow = TarFlow(config)
     state = {name.replace("mlp.main.2", "mlp.main.3"): tensor for name, tensor in flow.state_dict().items()}
     del state["var"]

@@ -43,7 +43,7 @@ def by_shard(flow: Any, num: int, size: int, labels: Tensor | None, **settings: 
     """Samples of every shard by itself, by `sample`."""
     config, seed, shards = flow.config, settings.pop("seed", 0), []
     for start in range(0, num, size):
-        latents = draw_latents(min(size, num - start), config.num_tokens, config.token_channels, seed, start)
+        latents = draw_latents(min(size, num - start), config.num_tokens, config.token_dim, seed, start)
         part = None if labels is None else labels[start : start + size]
         shards.append(jf.sample(flow, latents=latents, labels=part, **settings))
     return shards

@@ -12,7 +12,7 @@ function say(outcome, reason = "") {
 }
 
 function paint(name, image, isOpen) {
-  const { image_size: side, patch_size: patch, in_channels: channels, token_channels: c } = model;
+  const { image_size: side, patch_size: patch, in_channels: channels, token_dim: c } = model;
   const pixels = new ImageData(new Uint8ClampedArray(4 * side * side).fill(255), side, side);
   image.forEach((value, i) => {
     const level = (value + 1) * 127.5;

@@ -24,7 +24,7 @@ export class Solver {
   // Computes g of entries [first, stop) of x from the keys of the tokens before first - 1, and stores those of the tokens
   // that it reads.
   async evaluate(state, first, stop) {
-    const { token_channels: c, keys_per_token: s } = this;
+    const { token_dim: c, keys_per_token: s } = this;
     const { block, x, z, keys, label } = state;
     const count = stop - first;
     const out = await this.steps[block].run({
@@ -39,7 +39,7 @@ export class Solver {
 
   // Sweeps `size` tokens behind the front until all are final. Yields after each network call.
   async *sweep(state, size, tolerance) {
-    const { num_tokens: length, token_channels: c } = this;
+    const { num_tokens: length, token_dim: c } = this;
     const { x, z } = state;
     for (state.front = 1; state.front < length; ) {
       const stop = Math.min(state.front + size, length);
@@ -62,7 +62,7 @@ export class Solver {
   // Measures the residual, the largest |g(x) - x|, by a pass over all tokens that uses only the solution.
   async residual(state) {
     const g = await this.evaluate(state, 1, this.num_tokens); // entry 0 is solved; no keys come before entry 1
-    return g.reduce((most, value, i) => Math.max(most, Math.abs(value - state.x[this.token_channels + i])), 0);
+    return g.reduce((most, value, i) => Math.max(most, Math.abs(value - state.x[this.token_dim + i])), 0);
   }
 
   // Solves a block by sweeps. If it misses the tolerance, it is resumed to half of it, and then solved token by token.
@@ -92,13 +92,13 @@ export class Solver {
 
   // Changes raster order to the causal order of a block, and back.
   permuted(tokens, block) {
-    const c = this.token_channels, flipped = this.orders[block] === "flip";
+    const c = this.token_dim, flipped = this.orders[block] === "flip";
     return tokens.map((value, i) => (flipped ? tokens[tokens.length - c - i + 2 * (i % c)] : value));
   }
 
   // Takes one score step: x + sigma^2 grad log p(x | label).
   async denoised(tokens, label) {
-    const dims = [this.num_tokens, this.token_channels], inputs = [];
+    const dims = [this.num_tokens, this.token_dim], inputs = [];
     const differentiate = (block, x, dz) => this.gradients[block].run({
       x: tensor("float32", x, dims), dz: tensor("float32", dz, dims), label: tensor("int64", BigInt64Array.of(BigInt(label)), [1]),
     });

@@ -14,11 +14,11 @@ def format_model_card(flow: Any, name: str) -> str:
     conditional = f", class-conditional over {classes} classes" if classes else ""
     parameters = sum(parameter.numel() for parameter in flow.parameters())
     if flow.image_shape is None:
-        task, data, channels = "other", "sequences of tokens", getattr(config, "context_channels", 0)
-        context = f", context=torch.zeros(8, {channels})" if channels else ""
+        task, data, numbers = "other", "sequences of tokens", getattr(config, "context_dim", 0)
+        context = f", context=torch.zeros(8, {numbers})" if numbers else ""
         code = f"""\
 out = jf.sample(flow, 8{context})
-print(tuple(out.tokens.shape))  # {(8, config.num_tokens, config.token_channels)}
+print(tuple(out.tokens.shape))  # {(8, config.num_tokens, config.token_dim)}
 print(out.log_prob)  # densities in nats"""
     else:
         _, size, _ = flow.image_shape
@@ -26,7 +26,7 @@ print(out.log_prob)  # densities in nats"""
         data = f"{size}x{size} images"
         context = f"labels = torch.arange(8) % {classes}" if classes else "labels = None"
         if reads_text:
-            context = f"states = torch.randn(8, {config.text_tokens}, {config.text_channels})  # or the states of texts"
+            context = f"states = torch.randn(8, {config.text_tokens}, {config.text_dim})  # or the states of texts"
         code = f"""\
 {context}
 out = jf.sample(flow, 8, {"context=states" if reads_text else "labels"})
@@ -43,7 +43,7 @@ tags:
 # {name}
 
 A {type(flow).__name__}, an autoregressive normalizing flow, of {data}{conditional}:
-{parameters:,} parameters, {config.num_blocks} blocks, {config.num_tokens} tokens of {config.token_channels} values.
+{parameters:,} parameters, {config.num_blocks} blocks, {config.num_tokens} tokens of {config.token_dim} values.
 [jacobiflow](https://pypi.org/project/jacobiflow/) samples from it in parallel (`pip install jacobiflow`).
 
 ```python

@@ -62,7 +62,7 @@ def _convert_name(name: str) -> str:
 class TransformerSizes(NamedTuple):
     """Sizes of the transformers of a flow: one width for all blocks or one for each, and the layers of each block."""
 
-    channels: int | tuple[int, ...]
+    width: int | tuple[int, ...]
     layers: tuple[int, ...]
     expansion: int
 

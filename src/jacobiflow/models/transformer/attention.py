@@ -218,12 +218,12 @@ def _attend(
 
 def _project_qkv(x: Tensor, weights: LayerWeights, positions: slice | Tensor) -> Float[Tensor, "b n 3 h d"]:
     """Returns queries, keys and values of each head, normalised and rotated if the layer does that."""
-    batch, length, channels = x.shape
-    qkv = F.linear(F.layer_norm(x, (channels,), *weights.norm), *weights.qkv)
+    batch, length, width = x.shape
+    qkv = F.linear(F.layer_norm(x, (width,), *weights.norm), *weights.qkv)
     if weights.query_norm is not None and weights.key_norm is not None:
         query, key, value = qkv.chunk(3, dim=-1)
-        query = F.layer_norm(query, (channels,), *weights.query_norm)
-        qkv = torch.cat((query, F.layer_norm(key, (channels,), *weights.key_norm), value), dim=-1)
+        query = F.layer_norm(query, (width,), *weights.query_norm)
+        qkv = torch.cat((query, F.layer_norm(key, (width,), *weights.key_norm), value), dim=-1)
     qkv = qkv.view(batch, length, 3, weights.num_heads, -1)
     if weights.rotation is not None:
         qkv = torch.cat((weights.rotation(qkv[:, :, :2], positions), qkv[:, :, 2:]), dim=2)
@@ -259,23 +259,21 @@ def _feed_forward(x: Tensor, weights: LayerWeights) -> Tensor:
 class Attention(nn.Module):
     """Parameters of multi-head self-attention, under the original's names."""
 
-    def __init__(self, channels: int, head_dim: int) -> None:
+    def __init__(self, width: int, head_dim: int) -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(channels)
-        self.qkv = nn.Linear(channels, channels * 3)
-        self.proj = nn.Linear(channels, channels)
-        self.num_heads = channels // head_dim
+        self.norm = nn.LayerNorm(width)
+        self.qkv = nn.Linear(width, width * 3)
+        self.proj = nn.Linear(width, width)
+        self.num_heads = width // head_dim
 
 
 class MLP(nn.Module):
     """Parameters of the two-layer perceptron, under the original's names."""
 
-    def __init__(self, channels: int, expansion: int) -> None:
+    def __init__(self, width: int, expansion: int) -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(channels)
-        self.main = nn.Sequential(
-            nn.Linear(channels, channels * expansion), nn.GELU(), nn.Linear(channels * expansion, channels)
-        )
+        self.norm = nn.LayerNorm(width)
+        self.main = nn.Sequential(nn.Linear(width, width * expansion), nn.GELU(), nn.Linear(width * expansion, width))
 
 
 class Layer(nn.Module):
@@ -296,10 +294,10 @@ class Layer(nn.Module):
 class AttentionBlock(Layer):
     """Parameters of one transformer layer, under the original's names."""
 
-    def __init__(self, channels: int, head_dim: int, expansion: int) -> None:
+    def __init__(self, width: int, head_dim: int, expansion: int) -> None:
         super().__init__()
-        self.attention = Attention(channels, head_dim)
-        self.mlp = MLP(channels, expansion)
+        self.attention = Attention(width, head_dim)
+        self.mlp = MLP(width, expansion)
 
     def weights(self, shared: SharedParameters) -> LayerWeights:
         attention, mlp = self.attention, self.mlp

@@ -265,10 +265,10 @@ class TransformerBlock(FlowBlock):
     def row_bytes(self) -> int:
         # These are keys, values, embedding, residual stream, norm, hidden units twice, and the causal mask.
         weights, element_size = self.layer_weights(), self.proj_in.weight.element_size()
-        hidden, channels = weights[0].up[0].shape
+        hidden, width = weights[0].up[0].shape
         length = self.prefix_length + self.num_tokens
-        values = 3 * channels + 2 * hidden + length
-        native_keys_values = 2 * len(weights) * channels * length * max(element_size, 4)
+        values = 3 * width + 2 * hidden + length
+        native_keys_values = 2 * len(weights) * width * length * max(element_size, 4)
         return int(max(self.cache_bytes() + length * values * element_size, native_keys_values))
 
     def cache_bytes(self) -> int:

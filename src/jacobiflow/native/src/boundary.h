@@ -135,59 +135,59 @@ struct WeightCopy {
 // output times `gate` is added to h, and so is that of a second, gated perceptron. Tables of tokens have padded rows.
 template <typename T>
 struct LayerArgs {
-  const T* norm;             // (channels)
-  const T* norm_bias;        // (channels)
-  Weight qkv;                // (3 channels, channels)
-  const T* qkv_bias;         // (3 channels)
-  Weight proj;               // (channels, channels)
-  const T* proj_bias;        // (channels)
-  const T* mlp_norm;         // (channels)
-  const T* mlp_norm_bias;    // (channels)
-  Weight up;                 // (hidden, channels)
+  const T* norm;             // (width)
+  const T* norm_bias;        // (width)
+  Weight qkv;                // (3 width, width)
+  const T* qkv_bias;         // (3 width)
+  Weight proj;               // (width, width)
+  const T* proj_bias;        // (width)
+  const T* mlp_norm;         // (width)
+  const T* mlp_norm_bias;    // (width)
+  Weight up;                 // (hidden, width)
   const T* up_bias;          // (hidden)
-  Weight down;               // (channels, hidden)
-  const T* down_bias;        // (channels)
-  const T* query_norm;       // (channels), of all heads together
-  const T* query_norm_bias;  // (channels)
-  const T* key_norm;         // (channels), of all heads together
-  const T* key_norm_bias;    // (channels)
-  const T* condition;        // (tokens, channels), added to h first
-  const T* scale;            // (tokens, channels)
-  const T* shift;            // (tokens, channels)
-  const T* gate;             // (tokens, channels)
-  const T* gated_scale;      // (tokens, channels), of the gated perceptron
-  const T* gated_shift;      // (tokens, channels)
-  Weight gated_up;           // (2 hidden, channels)
-  Weight gated_down;         // (channels, hidden)
-  const T* gated_gate;       // (tokens, channels)
+  Weight down;               // (width, hidden)
+  const T* down_bias;        // (width)
+  const T* query_norm;       // (width), of all heads together
+  const T* query_norm_bias;  // (width)
+  const T* key_norm;         // (width), of all heads together
+  const T* key_norm_bias;    // (width)
+  const T* condition;        // (tokens, width), added to h first
+  const T* scale;            // (tokens, width)
+  const T* shift;            // (tokens, width)
+  const T* gate;             // (tokens, width)
+  const T* gated_scale;      // (tokens, width), of the gated perceptron
+  const T* gated_shift;      // (tokens, width)
+  Weight gated_up;           // (2 hidden, width)
+  Weight gated_down;         // (width, hidden)
+  const T* gated_gate;       // (tokens, width)
 };
 
-// The inverse of a block with a causal transformer of width `channels`. The network has rows = networks * samples rows: first
+// The inverse of a block with a causal transformer. The network has rows = networks * samples rows: first
 // the conditional row of each sample, then, for guidance, the unconditional ones. Biases are padded to whole vectors.
 template <typename T>
 struct TransformerArgs {
-  const T* z;                   // (samples, tokens, token_channels)
-  const T* position;            // (tokens, channels), added to the projection of each token
-  const T* context;             // (rows, tokens, channels) by its strides, added to the embeddings; null without a context
+  const T* z;                   // (samples, tokens, token_dim)
+  const T* position;            // (tokens, width), added to the projection of each token
+  const T* context;             // (rows, tokens, width) by its strides, added to the embeddings; null without a context
   const T* query_scale;         // (rows), or null: multiplies the attention's logits
-  Weight proj_in;               // (channels, token_channels)
-  Weight proj_out;              // (token_channels or 2 token_channels, channels)
+  Weight proj_in;               // (width, token_dim)
+  Weight proj_out;              // (token_dim or 2 token_dim, width)
   const T* out_bias;            // (outputs of proj_out)
   const T* guidance_scale;      // (tokens): guidance weights of the log-scales
   const T* guidance_shift;      // (tokens): guidance weights of the shifts
-  const T* prefix_keys_values;  // (depth, rows, 2, heads, prefix_length, channels / heads)
-  const T* prefix_hidden;       // (rows, channels): last layer's output at the prefix's end, which gives entry 0
-  const T* rotation;            // (prefix_length + tokens, channels / heads): cosine and sine of each pair, or null
-  const T* final_norm;          // (channels): weights of an RMS norm of the last layer's output, or null
+  const T* prefix_keys_values;  // (depth, rows, 2, heads, prefix_length, width / heads)
+  const T* prefix_hidden;       // (rows, width): last layer's output at the prefix's end, which gives entry 0
+  const T* rotation;            // (prefix_length + tokens, width / heads): cosine and sine of each pair, or null
+  const T* final_norm;          // (width): weights of an RMS norm of the last layer's output, or null
   const LayerArgs<T>* layers;   // (depth)
-  T* x;                         // (samples, tokens, token_channels)
+  T* x;                         // (samples, tokens, token_dim)
   T* keys_values;               // memory of KeyValueCache, which lives until all tokens are solved
   double* log_det;              // (samples), to which the log-scales are added
   int32_t samples;
   int32_t networks;             // 1, or 2 with guidance
   int32_t tokens;
-  int32_t token_channels;       // numbers of a token
-  int32_t channels;
+  int32_t token_dim;       // numbers of a token
+  int32_t width;
   int32_t hidden;               // units of a layer's perceptron
   int32_t heads;
   int32_t depth;                // number of layers

@@ -25,12 +25,12 @@ struct TeamWorkspace {
 
   TeamWorkspace(const TransformerArgs<T>& args, Range samples, int num_threads)
       : args(args), samples(samples), barrier(num_threads), rows(num_samples() * args.networks),
-        stride(padded<T>(args.channels)), head_size(args.channels / args.heads), num_threads(num_threads),
+        stride(padded<T>(args.width)), head_size(args.width / args.heads), num_threads(num_threads),
         cache(args.keys_values, args.samples * args.networks, args.heads, head_size, length()),
-        h((size_t)rows * stride), input(is_gated() ? h.size() : 0), qkv((size_t)rows * padded<T>(3 * args.channels)),
+        h((size_t)rows * stride), input(is_gated() ? h.size() : 0), qkv((size_t)rows * padded<T>(3 * args.width)),
         attended(h.size()), up((size_t)rows * padded<T>((is_gated() ? 2 : 1) * args.hidden)),
         scratch(num_threads,
-                std::vector<T>(h.size() + stride + padded<T>(length()) + 2 * padded<T>(2 * args.token_channels))) {}
+                std::vector<T>(h.size() + stride + padded<T>(length()) + 2 * padded<T>(2 * args.token_dim))) {}
 
   int num_samples() const { return samples.last - samples.first; }
   int length() const { return args.prefix_length + args.tokens; }
@@ -57,14 +57,14 @@ struct TeamWorkspace {
 template <typename T>
 void TeamWorkspace<T>::normalise_rows(const T* weight, const T* bias, T* out) const {
   for (int r = 0; r < rows; r++)
-    layer_norm(h.data() + (int64_t)r * stride, args.channels, weight, bias, out + (int64_t)r * stride);
+    layer_norm(h.data() + (int64_t)r * stride, args.width, weight, bias, out + (int64_t)r * stride);
 }
 
 // Replaces h by change(h, other, offset of the entry), with some columns for each thread.
 template <typename T>
 template <typename Change>
 void TeamWorkspace<T>::change_h(int rank, const T* other, int other_stride, const Change& change) {
-  const Range own = columns(args.channels, rank);
+  const Range own = columns(args.width, rank);
   for (int r = 0; r < rows; r++)
     for (int k = own.first; k < own.last; k += lanes) {
       const int64_t offset = (int64_t)r * stride + k;
@@ -87,24 +87,24 @@ void TeamWorkspace<T>::read_prefix(int rank) {
         for (int p = 0; p < args.prefix_length; p++)
           cache.store(l, network_row(r), head, p, keys + p * head_size, values + p * head_size);
       }
-    const T* hidden = args.prefix_hidden + (int64_t)network_row(r) * args.channels;
-    std::memcpy(h.data() + (int64_t)r * stride, hidden, sizeof(T) * args.channels);
+    const T* hidden = args.prefix_hidden + (int64_t)network_row(r) * args.width;
+    std::memcpy(h.data() + (int64_t)r * stride, hidden, sizeof(T) * args.width);
   }
 }
 
 // Sets h = proj_in x_t + position_t + context in each row of the sample.
 template <typename T>
 void TeamWorkspace<T>::embed(int sample, int t) {
-  const T* token = args.x + ((int64_t)(samples.first + sample) * args.tokens + t) * args.token_channels;
+  const T* token = args.x + ((int64_t)(samples.first + sample) * args.tokens + t) * args.token_dim;
   for (int n = 0; n < args.networks; n++) {
     const int r = n * num_samples() + sample;
     T* row = h.data() + (int64_t)r * stride;
-    std::memcpy(row, args.position + (int64_t)t * args.channels, sizeof(T) * args.channels);
+    std::memcpy(row, args.position + (int64_t)t * args.width, sizeof(T) * args.width);
     if (args.context) {
       const T* context = args.context + (int64_t)network_row(r) * args.context_row_stride;
-      for (int k = 0; k < args.channels; k++) row[k] += context[(int64_t)t * args.context_token_stride + k];
+      for (int k = 0; k < args.width; k++) row[k] += context[(int64_t)t * args.context_token_stride + k];
     }
-    dense(token, args.token_channels, args.proj_in, args.token_channels, args.channels, 1, {0, stride},
+    dense(token, args.token_dim, args.proj_in, args.token_dim, args.width, 1, {0, stride},
           [&](int, int column, Vector out) { S::store(row + column, S::load(row + column) + out); });
   }
 }
@@ -112,11 +112,11 @@ void TeamWorkspace<T>::embed(int sample, int t) {
 // Stores token t's key and value of one row and head, and attends to all tokens up to t.
 template <typename T>
 void TeamWorkspace<T>::attend(int layer, int r, int head, int t, T* logits) {
-  T *query = qkv.data() + (int64_t)r * padded<T>(3 * args.channels) + head * head_size, *key = query + args.channels;
+  T *query = qkv.data() + (int64_t)r * padded<T>(3 * args.width) + head * head_size, *key = query + args.width;
   const int position = args.prefix_length + t, row = network_row(r);
   if (args.rotation)
     for (T* vector : {query, key}) rotate(vector, head_size, args.rotation + (int64_t)position * head_size);
-  cache.store(layer, row, head, position, key, query + 2 * args.channels);
+  cache.store(layer, row, head, position, key, query + 2 * args.width);
   const T scale = (args.query_scale ? args.query_scale[row] : T(1)) / std::sqrt((T)head_size);
   cache.attend(layer, row, head, position, query, scale, logits, attended.data() + (int64_t)r * stride + head * head_size);
 }
@@ -125,8 +125,8 @@ void TeamWorkspace<T>::attend(int layer, int r, int head, int t, T* logits) {
 template <typename T>
 void TeamWorkspace<T>::layer(int index, int t, int rank, T* buffer) {
   const LayerArgs<T>& w = args.layers[index];
-  const int qkv_stride = padded<T>(3 * args.channels), up_stride = padded<T>(args.hidden);
-  const Range own = columns(args.channels, rank);
+  const int qkv_stride = padded<T>(3 * args.width), up_stride = padded<T>(args.hidden);
+  const Range own = columns(args.width, rank);
   const int64_t token = (int64_t)t * stride;
   const auto add_to_h = [&](const T* bias) {
     return [this, bias](int r, int column, Vector out) {
@@ -145,7 +145,7 @@ void TeamWorkspace<T>::layer(int index, int t, int rank, T* buffer) {
     });
   }
   normalise_rows(w.norm, w.norm_bias, buffer);
-  dense(buffer, stride, w.qkv, args.channels, 3 * args.channels, rows, columns(3 * args.channels, rank),
+  dense(buffer, stride, w.qkv, args.width, 3 * args.width, rows, columns(3 * args.width, rank),
         [&](int r, int column, Vector out) {
           S::store(qkv.data() + (int64_t)r * qkv_stride + column, out + S::load(w.qkv_bias + column));
         });
@@ -153,9 +153,9 @@ void TeamWorkspace<T>::layer(int index, int t, int rank, T* buffer) {
   if (w.query_norm) {
     const Range own_rows = partition(rows, rank, num_threads);
     for (int r = own_rows.first; r < own_rows.last; r++) {
-      T *query = qkv.data() + (int64_t)r * qkv_stride, *key = query + args.channels;
-      layer_norm(query, args.channels, w.query_norm, w.query_norm_bias, query);
-      layer_norm(key, args.channels, w.key_norm, w.key_norm_bias, key);
+      T *query = qkv.data() + (int64_t)r * qkv_stride, *key = query + args.width;
+      layer_norm(query, args.width, w.query_norm, w.query_norm_bias, query);
+      layer_norm(key, args.width, w.key_norm, w.key_norm_bias, key);
     }
     barrier.wait();
   }
@@ -163,15 +163,15 @@ void TeamWorkspace<T>::layer(int index, int t, int rank, T* buffer) {
   for (int pair = pairs.first; pair < pairs.last; pair++)
     attend(index, pair / args.heads, pair % args.heads, t, buffer + (int64_t)rows * stride);
   barrier.wait();
-  dense(attended.data(), stride, w.proj, args.channels, args.channels, rows, own, add_to_h(w.proj_bias));
+  dense(attended.data(), stride, w.proj, args.width, args.width, rows, own, add_to_h(w.proj_bias));
   barrier.wait();
   normalise_rows(w.mlp_norm, w.mlp_norm_bias, buffer);
-  dense(buffer, stride, w.up, args.channels, args.hidden, rows, columns(args.hidden, rank),
+  dense(buffer, stride, w.up, args.width, args.hidden, rows, columns(args.hidden, rank),
         [&](int r, int column, Vector out) {
           S::store(up.data() + (int64_t)r * up_stride + column, S::gelu(out + S::load(w.up_bias + column)));
         });
   barrier.wait();
-  dense(up.data(), up_stride, w.down, args.hidden, args.channels, rows, own, add_to_h(w.down_bias));
+  dense(up.data(), up_stride, w.down, args.hidden, args.width, rows, own, add_to_h(w.down_bias));
   barrier.wait();
   if (w.scale) gated_perceptron(w, t, rank, buffer);
 }
@@ -184,7 +184,7 @@ void TeamWorkspace<T>::gated_perceptron(const LayerArgs<T>& w, int t, int rank, 
            [&](Vector to, Vector gate, int64_t offset) { return S::load(input.data() + offset) + gate * to; });
   normalise_rows(w.gated_scale + token, w.gated_shift + token, buffer);
   const int up_stride = padded<T>(2 * args.hidden);
-  dense(buffer, stride, w.gated_up, args.channels, 2 * args.hidden, rows, columns(2 * args.hidden, rank),
+  dense(buffer, stride, w.gated_up, args.width, 2 * args.hidden, rows, columns(2 * args.hidden, rank),
         [&](int r, int column, Vector out) { S::store(up.data() + (int64_t)r * up_stride + column, out); });
   barrier.wait();
   const Range own = partition(args.hidden, rank, num_threads, lanes);
@@ -201,7 +201,7 @@ void TeamWorkspace<T>::gated_perceptron(const LayerArgs<T>& w, int t, int rank, 
   }
   barrier.wait();
   const T* gate = w.gated_gate + token;
-  dense(up.data(), up_stride, w.gated_down, args.hidden, args.channels, rows, columns(args.channels, rank),
+  dense(up.data(), up_stride, w.gated_down, args.hidden, args.width, rows, columns(args.width, rank),
         [&](int r, int column, Vector out) {
           T* to = h.data() + (int64_t)r * stride + column;
           S::store(to, S::load(to) + S::load(gate + column) * out);
@@ -212,28 +212,28 @@ void TeamWorkspace<T>::gated_perceptron(const LayerArgs<T>& w, int t, int rank, 
 // Solves x_t of a sample from the network's output at the position before, with guidance if the sample has two rows.
 template <typename T>
 void TeamWorkspace<T>::read_out(int sample, int t, T* buffer) {
-  const int outputs = args.token_channels * (args.has_scale + 1), width = padded<T>(outputs);
-  T* normalised = buffer + 2 * width;
+  const int outputs = args.token_dim * (args.has_scale + 1), out_stride = padded<T>(outputs);
+  T* normalised = buffer + 2 * out_stride;
   for (int n = 0; n < args.networks; n++) {
     const T* row = h.data() + (int64_t)(n * num_samples() + sample) * stride;
-    T* out = buffer + n * width;
+    T* out = buffer + n * out_stride;
     if (args.final_norm) {
-      rms_norm(row, args.channels, args.final_norm, normalised);
+      rms_norm(row, args.width, args.final_norm, normalised);
       row = normalised;
     }
-    dense(row, stride, args.proj_out, args.channels, outputs, 1, {0, width},
+    dense(row, stride, args.proj_out, args.width, outputs, 1, {0, out_stride},
           [&](int, int column, Vector sums) { S::store(out + column, sums + S::load(args.out_bias + column)); });
     if (const T clip = (T)args.soft_clip) {
       for (int k = 0; k < outputs; k++) out[k] = clip * std::tanh(out[k] / clip);
-      for (int c = 0; c < args.token_channels; c++) out[c] = std::log(std::log1p(std::exp(out[c] + T(0.54132485461291810898))));
+      for (int c = 0; c < args.token_dim; c++) out[c] = std::log(std::log1p(std::exp(out[c] + T(0.54132485461291810898))));
     }
   }
-  const T *scales = buffer, *shifts = buffer + args.has_scale * args.token_channels;
-  const int64_t first = ((int64_t)(samples.first + sample) * args.tokens + t) * args.token_channels;
-  for (int c = 0; c < args.token_channels; c++) {
+  const T *scales = buffer, *shifts = buffer + args.has_scale * args.token_dim;
+  const int64_t first = ((int64_t)(samples.first + sample) * args.tokens + t) * args.token_dim;
+  for (int c = 0; c < args.token_dim; c++) {
     T scale = args.has_scale ? scales[c] : T(0), shift = shifts[c];
     if (args.networks == 2) {
-      const T other_scale = args.has_scale ? scales[width + c] : T(0), other_shift = shifts[width + c];
+      const T other_scale = args.has_scale ? scales[out_stride + c] : T(0), other_shift = shifts[out_stride + c];
       const T w = args.guidance_scale[t];
       if (args.is_by_density) {
         const T ratio = scale < other_scale ? std::exp(T(2) * (scale - other_scale)) : T(1);
@@ -267,8 +267,8 @@ void TeamWorkspace<T>::run(int rank) {
     t = 1;
   } else if (t == 0) {  // entry 0 has nothing before it
     for (int s = own.first; s < own.last; s++) {
-      const int64_t first = (int64_t)(samples.first + s) * args.tokens * args.token_channels;
-      std::memcpy(args.x + first, args.z + first, sizeof(T) * args.token_channels);
+      const int64_t first = (int64_t)(samples.first + s) * args.tokens * args.token_dim;
+      std::memcpy(args.x + first, args.z + first, sizeof(T) * args.token_dim);
     }
     t = 1;
   }

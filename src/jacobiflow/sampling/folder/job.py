@@ -146,7 +146,7 @@ class SampleJob(jobs.Job):
     @torch.no_grad()
     def _draw_shard(self, strategy: Strategy, index: int, progress: Progress | None) -> UnitOutput:
         rows, config = self.spec.span(index), self.request.flow.config
-        latents = draw_latents(len(rows), config.num_tokens, config.token_channels, self.spec.seed, rows.start)
+        latents = draw_latents(len(rows), config.num_tokens, config.token_dim, self.spec.seed, rows.start)
         samples = replace(self.request[rows.start : rows.stop], strategy=strategy).run(latents, progress)
         return UnitOutput(self._files(index, samples), serialization.encode(samples.outcome))
 

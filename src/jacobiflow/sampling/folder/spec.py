@@ -76,7 +76,7 @@ class SampleSpec:
         assert batch_size is not None
         solvers = None if isinstance(request.strategy, Auto) else request.strategy.to_json()
         return cls(
-            num=num, shape=flow.image_shape or (config.num_tokens, config.token_channels), seed=seed,
+            num=num, shape=flow.image_shape or (config.num_tokens, config.token_dim), seed=seed,
             labels_or_context_sha256=labels_or_context_sha256(request.context), num_classes=config.num_classes,
             classes=tuple(flow.classes), batch_size=batch_size, shard_size=shard_size, files=files,
             weights_sha256=fingerprint(flow), dtype=flow.precision, strategy=strategy,
