@@ -123,6 +123,17 @@ def test_a_change_counts_at_once(name: str, change: str) -> None:
         assert is_right(flow)
 
 
+@torch.no_grad()
+def test_an_option_of_a_conditional_transform_counts_at_once() -> None:
+    flow, x, context = pt.conditional_affine_autoregressive(5, 2, [16]), torch.full((3, 5), 0.5), torch.ones(3, 2)
+    flow.kwargs["log_scale_max_clip"] = 0.1
+    with jf.accelerate(flow):
+        for clip in (0.1, -0.5):
+            flow.kwargs["log_scale_max_clip"] = clip
+            ours, own = (kind.condition(flow, context)(x) for kind in (type(flow), pt.ConditionalAffineAutoregressive))
+            torch.testing.assert_close(ours, own, rtol=0, atol=1e-12)
+
+
 class Direction(nn.Module):
     """One direction of a flow as a module."""
 

@@ -8,6 +8,7 @@ from functools import partial
 
 import pytest
 import torch
+import zuko
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
@@ -104,6 +105,15 @@ def test_strides_and_integers_are_taken_as_pyro_takes_them() -> None:
         with jf.accelerate(flow, 0.0) as handle:
             assert same_bits(expected, flow._inverse(y))
         assert handle.backends == {"": "passes" if y.is_floating_point() else "library"}
+
+
+@torch.no_grad()
+def test_a_context_of_whole_numbers_is_taken_as_by_the_library() -> None:
+    flow, context, y = zuko.flows.MAF(8, 2), torch.tensor([[1, 2], [3, 0]]), torch.linspace(-1, 1, 16).view(2, 8)
+    expected = flow(context.float()).transform.inv(y)
+    for tolerance in (None, 0.0):
+        with jf.accelerate(flow, tolerance):
+            torch.testing.assert_close(flow(context).transform.inv(y), expected)
 
 
 @pytest.mark.parametrize("name", ["zuko MAF", "nflows feed-forward", "normflows affine"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.autograd.graph import saved_tensors_hooks
 
 import jacobiflow as jf
 from tests.helpers.library_flows import CASES, gradient_gap, gradients, normal, values
@@ -22,6 +23,15 @@ def test_a_row_far_outside_of_a_spline_has_the_gradients_of_the_library(name: st
         result = gradients(flow, x, None, False, [None, torch.ones(6)])
     assert set(handle.backends.values()) == {"native"}
     assert gradient_gap(expected, result) < 1e-3
+
+
+def test_a_saved_tensor_that_a_hook_replaces_by_one_of_another_dtype_is_not_read() -> None:
+    flow = CASES["nflows feed-forward"].make(2, 5).double()
+    x, context = normal(3, 5).double().requires_grad_(), normal(3, 2).double()
+    with jf.accelerate(flow), saved_tensors_hooks(lambda t: t, lambda t: t.float() if t.shape == (3, 2) else t):
+        z, _ = flow.inverse(x, context)
+    with pytest.raises(jf.UnsupportedError, match="float32"):
+        z.sum().backward()
 
 
 @pytest.mark.parametrize("shape", [(2, 5, 8), (16, 5), (4, 20)])

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Context:
     """The context of a batch: labels, numbers, states of texts, or nothing.
 

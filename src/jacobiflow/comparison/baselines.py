@@ -26,7 +26,7 @@ from jacobiflow.models.flow import Flow, check_flow
 from jacobiflow.models.maf import MAF, MAFBlock, run_masked_layers
 from jacobiflow.models.starflow import STARFlow, STARFlowBlock
 from jacobiflow.models.tarflow import TarFlow, TarFlowBlock
-from jacobiflow.models.transformer.attention import Attention, AttentionBlock, Rotation
+from jacobiflow.models.transformer.attention import Attention, Rotation, TransformerLayer
 from jacobiflow.sampling.result import Samples
 from jacobiflow.sampling.sample import sample
 
@@ -103,7 +103,7 @@ class CachedNetwork:
 class _CachedLayer:
     """A transformer layer with the keys and values (N, heads, 1, head_dim) of the tokens before."""
 
-    module: AttentionBlock
+    module: TransformerLayer
     keys: list[Tensor] = field(default_factory=list)
     values: list[Tensor] = field(default_factory=list)
 
@@ -163,7 +163,7 @@ class _RotaryNetwork:
 class _RotaryLayer:
     """A transformer layer with rotary positions; its cache (2, N, heads, positions, head_dim) has unrotated keys."""
 
-    module: AttentionBlock
+    module: TransformerLayer
     rotation: Rotation
     temperature: Tensor | None
     cache: Tensor

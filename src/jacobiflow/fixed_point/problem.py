@@ -18,7 +18,7 @@ from jacobiflow.utils.checks import check_finite, check_kind, check_rows, format
 _GIVE_TOKENS = "float32 or float64 tokens (B, T, C), whatever the network runs in"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Problem:
     """The problem x = g(x), whose solution is the inverse of a block at `z`.
 

@@ -37,7 +37,7 @@ _MESSAGES = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Solution:
     """The solved tokens of one block, in its causal order, and their cost.
 

@@ -114,10 +114,10 @@ class Classes(ContextKind):
             check_count("number of labels", math.prod(labels.shape), 0, MAX_SAMPLES)
         if not isinstance(labels, Tensor):
             try:
-                tensor = torch.as_tensor(np.array(labels))  # Arrays may be read-only or have negative strides.
+                labels = torch.as_tensor(np.array(labels))  # Arrays may be read-only or have negative strides.
             except (TypeError, ValueError) as error:
                 raise InputTypeError(f"give {give}", argument="labels", value=format_value(labels)) from error
-            labels = tensor if tensor.ndim else tensor.repeat(num)
+        labels = labels if labels.ndim else labels.repeat(num)
         if labels.dtype in (torch.uint8, torch.int8, torch.int16):
             labels = labels.long()
         _check_labels("labels", labels, give)
@@ -168,7 +168,7 @@ class Numbers(ContextKind):
         raise InputValueError(message, argument="guidance", value=guidance)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Texts(ContextKind):
     """Each sample has a text, given as a prompt or as the states of its tokens (L, K), L up to `num_tokens`.
 

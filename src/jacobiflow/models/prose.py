@@ -25,7 +25,7 @@ from jacobiflow.models.prose_layers import (
     NUM_RESIDUE_TYPES,
     AdaptiveLayer,
     AtomEmbedder,
-    NormalizedAttentionBlock,
+    NormalizedLayer,
     sinusoid,
 )
 from jacobiflow.models.registry import register_flow
@@ -95,7 +95,7 @@ class ProseBlock(TransformerBlock):
         embed_atoms: In the view of a peptide, returns the embeddings of its atoms in the order of the data.
     """
 
-    attn_blocks: Sequence[AdaptiveLayer | NormalizedAttentionBlock]
+    attn_blocks: Sequence[AdaptiveLayer | NormalizedLayer]
     embed_atoms: Callable[[], Float[Tensor, "t c"]]
 
     def __init__(self, config: ProseConfig, permutation: Permutation) -> None:
@@ -109,7 +109,7 @@ class ProseBlock(TransformerBlock):
             else nn.Linear(width, width)
         )
         self.pos_embed_scale = nn.Parameter(torch.full((1,), 1e-2))
-        layer = AdaptiveLayer if config.adaptive else NormalizedAttentionBlock
+        layer = AdaptiveLayer if config.adaptive else NormalizedLayer
         self.attn_blocks = nn.ModuleList(  # type: ignore[assignment]
             layer(width, config.head_dim, config.expansion) for _ in range(config.layers_per_block)
         )

@@ -11,12 +11,12 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from jacobiflow.models.transformer.attention import (
-    Adaptive,
+    AdaptiveModulation,
     Attention,
-    AttentionBlock,
     Layer,
     LayerWeights,
     SharedParameters,
+    TransformerLayer,
 )
 
 NUM_ATOM_TYPES, NUM_RESIDUE_TYPES = 128, 64
@@ -57,7 +57,7 @@ class _NormalizedAttention(Attention):
         self.q_layer_norm, self.k_layer_norm = nn.LayerNorm(width), nn.LayerNorm(width)
 
 
-class NormalizedAttentionBlock(AttentionBlock):
+class NormalizedLayer(TransformerLayer):
     """A layer of a TarFlow with normalised queries and keys."""
 
     attention: _NormalizedAttention
@@ -80,7 +80,7 @@ class NormalizedAttentionBlock(AttentionBlock):
 class _AdaptiveAttention(nn.Module):
     def __init__(self, width: int, head_dim: int, expansion: int) -> None:
         super().__init__()
-        self.adaln, self.mha = _AdaptiveNorm(width), NormalizedAttentionBlock(width, head_dim, expansion)
+        self.adaln, self.mha = _AdaptiveNorm(width), NormalizedLayer(width, head_dim, expansion)
         self.scale_output = _Gate(width)
 
 
@@ -116,7 +116,7 @@ class AdaptiveLayer(Layer):
         transition, condition = self.transition.transition, shared.condition
         scale, shift = self.mha.adaln(condition)
         gated_scale, gated_shift = self.transition.adaln(condition)
-        adaptive = Adaptive(
+        adaptive = AdaptiveModulation(
             scale=scale,
             shift=shift,
             gate=self.mha.scale_output(condition),

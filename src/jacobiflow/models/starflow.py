@@ -24,7 +24,7 @@ from jacobiflow.models.contexts import Texts
 from jacobiflow.models.flow import Flow
 from jacobiflow.models.registry import register_flow
 from jacobiflow.models.text_encoder import EncodeText
-from jacobiflow.models.transformer.attention import AttentionBlock, Rotation, SharedParameters
+from jacobiflow.models.transformer.attention import Rotation, SharedParameters, TransformerLayer
 from jacobiflow.models.transformer.block import TransformerBlock
 from jacobiflow.models.transformer.cache import Projections
 from jacobiflow.utils.checks import check_kind, check_positive
@@ -114,7 +114,7 @@ class STARFlowBlock(TransformerBlock):
     and the column of the next token, in causal order, and the position in the text.
     """
 
-    attn_blocks: Sequence[AttentionBlock]
+    attn_blocks: Sequence[TransformerLayer]
     null_text: Tensor
 
     def __init__(self, config: STARFlowConfig, permutation: Permutation, index: int) -> None:
@@ -127,7 +127,7 @@ class STARFlowBlock(TransformerBlock):
         self.proj_in = nn.Linear(config.token_dim, width)
         self.sos_embed = nn.Parameter(torch.randn(1, 1, config.token_dim))
         self.attn_blocks = nn.ModuleList(  # type: ignore[assignment]
-            AttentionBlock(width, config.head_dim, config.expansion) for _ in range(layers)
+            TransformerLayer(width, config.head_dim, config.expansion) for _ in range(layers)
         )
         self.final_norm = _RMSNorm(width)
         self.proj_out = nn.Linear(width, 2 * config.token_dim)

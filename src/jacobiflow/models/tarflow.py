@@ -21,7 +21,7 @@ from jacobiflow.models.config import BlockShape, Order, PatchConfig, check_heads
 from jacobiflow.models.contexts import ContextKind, Numbers, embed_classes
 from jacobiflow.models.flow import Flow
 from jacobiflow.models.registry import register_flow
-from jacobiflow.models.transformer.attention import AttentionBlock
+from jacobiflow.models.transformer.attention import TransformerLayer
 from jacobiflow.models.transformer.block import TransformerBlock
 from jacobiflow.utils.checks import check_fields, check_kind, format_value
 from jacobiflow.utils.files import atomic_path
@@ -142,7 +142,7 @@ class TarFlowBlock(TransformerBlock):
     sample, or (B, T, K) for each token in the order of the data, whose projection is added to the tokens' embeddings.
     """
 
-    attn_blocks: Sequence[AttentionBlock]
+    attn_blocks: Sequence[TransformerLayer]
 
     def __init__(self, config: TarFlowConfig | TokenConfig, permutation: Permutation, index: int = 0) -> None:
         width, layers, _ = config.of_block(index)
@@ -153,7 +153,7 @@ class TarFlowBlock(TransformerBlock):
         self.class_embed = nn.Parameter(torch.randn(classes, 1, width) * 1e-2) if classes else None
         self.proj_context = nn.Linear(numbers, width) if numbers else None
         self.attn_blocks = nn.ModuleList(  # type: ignore[assignment]
-            AttentionBlock(width, config.head_dim, config.expansion) for _ in range(layers)
+            TransformerLayer(width, config.head_dim, config.expansion) for _ in range(layers)
         )
         self.proj_out = nn.Linear(width, config.token_dim * (2 if config.nvp else 1))
         nn.init.zeros_(self.proj_out.weight)

@@ -124,7 +124,7 @@ class TransformChain:
 
         Raises:
             UnsupportedError: If native code does not take the inputs, or if a row fails whose gradients are needed.
-            MemoryError: If it has too little memory.
+            MemoryError: If C++ has too little memory; PyTorch raises RuntimeError.
         """
         native, dtype, (rows, features) = compiled_library(), x.dtype, x.shape
         if native is None:
@@ -183,10 +183,10 @@ class _Call:
         """Returns the gradients of x, the context and the tensors, `None` for those that are not wanted."""
         shape, dtype = (x.shape[0], self.chain.features), x.dtype
         # A hook on saved tensors, see torch.autograd.graph.saved_tensors_hooks, may have returned anything.
-        memory, x = (
-            check_tensor(memory, (self.chain.memory_size(self.native, x),), dtype),
-            check_tensor(x, shape, dtype),
-        )
+        memory = check_tensor(memory, (self.chain.memory_size(self.native, x),), dtype)
+        x = check_tensor(x, shape, dtype)
+        if context is not None:
+            context = check_tensor(context, (1 if len(context) == 1 else len(x), self.chain.context), dtype)
         grad_out, grad_log_det = (None if c is None else check_tensor(c, shape[: c.ndim], dtype) for c in cotangents)
         wants_x, wants_context, *wants_tensors = wanted
         grad_x = x.new_empty(shape) if wants_x else None

@@ -96,7 +96,7 @@ class CausalTransformer:
 
         Raises:
             UnsupportedError: If native code does not take these tensors.
-            MemoryError: If it has too little memory.
+            MemoryError: If C++ has too little memory; PyTorch raises RuntimeError.
         """
         native = usable_library(z)
         z = check_tensor(z, (*z.shape[:1], len(self.position), self.proj_in.shape[1]), z.dtype)

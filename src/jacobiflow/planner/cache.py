@@ -138,4 +138,5 @@ def _is_crowded() -> bool:
 @functools.cache
 def _code() -> str:
     """A hash of the code that plans and solves: another version may plan otherwise, or take other times."""
-    return sha256(*sorted(file for folder in ("planner", "fixed_point") for file in (_PACKAGE / folder).glob("*.py")))
+    folders = (_PACKAGE / name for name in ("blocks", "models", "fixed_point", "planner"))
+    return sha256(*sorted(file for folder in folders for file in folder.rglob("*.py")))

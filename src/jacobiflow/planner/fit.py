@@ -91,7 +91,7 @@ def tune(
         labels: Classes, taken in turn; `None` takes all classes in turn.
         context: In place of labels: what the flow takes, such as prompts, taken in turn.
         samples: Number of latents, at least 2.
-        batch_size: Samples in the network at a time.
+        batch_size: Samples that are solved at a time.
         seed: Fixes the latents. `jacobiflow.sample` never draws the same ones.
         progress: Is called after each block.
 

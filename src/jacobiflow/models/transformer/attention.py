@@ -55,11 +55,11 @@ class AttentionSpan:
         return cls(positions, end, like.new_full((size, end), -torch.inf).triu_(positions.start + 1), False)
 
 
-Parameters = tuple[Tensor, Tensor]
+WeightBias = tuple[Tensor, Tensor]
 """A weight and a bias."""
 
 
-class Adaptive(NamedTuple):
+class AdaptiveModulation(NamedTuple):
     """The adaptive parameters of a layer of Prose: factors and shifts of normalised tokens, by position."""
 
     scale: Float[Tensor, "t c"]
@@ -103,17 +103,17 @@ class LayerWeights(NamedTuple):
     `query_norm` and `key_norm` are over all heads together. `condition` is added to the layer's input by position.
     """
 
-    norm: Parameters
-    qkv: Parameters
-    proj: Parameters
-    mlp_norm: Parameters
-    up: Parameters
-    down: Parameters
+    norm: WeightBias
+    qkv: WeightBias
+    proj: WeightBias
+    mlp_norm: WeightBias
+    up: WeightBias
+    down: WeightBias
     num_heads: int
-    query_norm: Parameters | None = None
-    key_norm: Parameters | None = None
+    query_norm: WeightBias | None = None
+    key_norm: WeightBias | None = None
     condition: Float[Tensor, "t c"] | None = None
-    adaptive: Adaptive | None = None
+    adaptive: AdaptiveModulation | None = None
     rotation: Rotation | None = None
 
     def named(self) -> dict[str, Tensor]:
@@ -291,7 +291,7 @@ class Layer(nn.Module):
         return run(x)
 
 
-class AttentionBlock(Layer):
+class TransformerLayer(Layer):
     """Parameters of one transformer layer, under the original's names."""
 
     def __init__(self, width: int, head_dim: int, expansion: int) -> None:

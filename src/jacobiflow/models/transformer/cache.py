@@ -12,7 +12,7 @@ from torch import Tensor
 
 from jacobiflow.blocks.base import ScaleShift
 from jacobiflow.blocks.tokens import Tokens
-from jacobiflow.models.transformer.attention import LayerWeights, Parameters, cast_tensors
+from jacobiflow.models.transformer.attention import LayerWeights, WeightBias, cast_tensors
 
 
 class Projections(NamedTuple):
@@ -23,7 +23,7 @@ class Projections(NamedTuple):
     """
 
     proj_in: Float[Tensor, "c d"]
-    proj_out: Parameters
+    proj_out: WeightBias
     final_norm: Float[Tensor, " c"] | None
 
 

@@ -225,7 +225,10 @@ void TeamWorkspace<T>::read_out(int sample, int t, T* buffer) {
           [&](int, int column, Vector sums) { S::store(out + column, sums + S::load(args.out_bias + column)); });
     if (const T clip = (T)args.soft_clip) {
       for (int k = 0; k < outputs; k++) out[k] = clip * std::tanh(out[k] / clip);
-      for (int c = 0; c < args.token_dim; c++) out[c] = std::log(std::log1p(std::exp(out[c] + T(0.54132485461291810898))));
+      for (int c = 0; c < args.token_dim; c++) {
+        const T scale = out[c] + T(0.54132485461291810898);
+        out[c] = std::log(scale > T(40) ? scale : std::log1p(std::exp(scale)));  // softplus; the exponential could overflow
+      }
     }
   }
   const T *scales = buffer, *shifts = buffer + args.has_scale * args.token_dim;
