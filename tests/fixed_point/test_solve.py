@@ -241,3 +241,15 @@ def test_batches_of_an_exact_loop_have_the_bits_of_calls_by_themselves(name: str
         found = block.sequential_inverse(z, jf.Context(labels), batch_size=batch_size)
         for have, each in zip(found, zip(*want, strict=True), strict=True):
             assert torch.equal(have, torch.cat(each))
+
+
+def test_temperatures_of_a_context_count_in_the_exact_loop() -> None:
+    block, z = jf.load("digits-p1").blocks[0], normal(2, 64, 1).float()
+    context = jf.Context(torch.tensor([3, 7]), torch.tensor([0.2, 1.5]))
+    solution = jf.solve(block, z, jf.Solver(jf.Sequential()), context, certify="always")
+    assert solution.residual.max() < 1e-4
+    assert error(solution.x, jf.solve(block, z, jf.Solver(jf.Sequential()), context.values).x) > 1e-2
+    with pytest.raises(ValueError, match=r"temperature=.*: give a row for each of the 2 rows of z"):
+        jf.solve(block, z, jf.Solver(), jf.Context(context.values, torch.ones(3)))
+    with pytest.raises(ValueError, match="attn_temperature"):
+        jf.sample(jf.load("digits-p1"), 2, context=context)

@@ -137,7 +137,7 @@ class CalibrationJob(jobs.Job):
         Segments(segments).check(flow.config.num_tokens)
         check_flag("per_class", per_class)
         _check_images(flow, images)
-        if labels is None and per_class:
+        if per_class and (labels is None or not flow.config.num_classes):
             raise InputValueError(
                 "needs the labels of the images, and a flow with classes; leave it out",
                 argument="per_class",

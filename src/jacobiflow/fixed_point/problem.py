@@ -50,9 +50,10 @@ class Problem:
         _check_tokens("z", z)
         check_finite("z", z)
         context = Context.of(context)
-        if context.values is not None:
-            check_rows("context", context.values, len(z), "rows of z")
-            _check_device("context", context.values, z.device)
+        for name, tensor in (("context", context.values), ("temperature", context.temperature)):
+            if tensor is not None:
+                check_rows(name, tensor, len(z), "rows of z")
+                _check_device(name, tensor, z.device)
         return cls(block, z, context)
 
     def __len__(self) -> int:

@@ -58,7 +58,11 @@ class ContextKind(ABC):
 
         A single label or prompt is that of all samples.
         """
-        return self._resolve(values.values if isinstance(values, Context) else values, num)
+        if isinstance(values, Context):
+            if values.temperature is not None:
+                raise InputValueError("context with a temperature: give Guidance(weight, attn_temperature=...) instead")
+            values = values.values
+        return self._resolve(values, num)
 
     @abstractmethod
     def _resolve(self, values: Any, num: int | None) -> Context: ...
@@ -118,7 +122,7 @@ class Classes(ContextKind):
             except (TypeError, ValueError) as error:
                 raise InputTypeError(f"give {give}", argument="labels", value=format_value(labels)) from error
         labels = labels if labels.ndim else labels.repeat(num)
-        if labels.dtype in (torch.uint8, torch.int8, torch.int16):
+        if labels.dtype in (torch.uint8, torch.uint16, torch.int8, torch.int16):
             labels = labels.long()
         _check_labels("labels", labels, give)
         return labels

@@ -110,9 +110,9 @@ class Flow(Pretrained):
     def offloaded(self, device: str | torch.device, dtype: torch.dtype | str | None = None) -> Self:
         """Returns a view of this flow that computes on `device` with the weights of one block at a time.
 
-        For a flow that is larger than a GPU. The weights stay in their place, and each block is copied to the device
-        before it is used. A GPU copies the next block meanwhile, from pinned memory. Results are those of a flow that
-        is on the device as a whole, bit for bit. Parameters get no gradients.
+        For a flow that is larger than a GPU. The weights stay on the CPU, and each block is copied to the device before
+        it is used. For a GPU they move to pinned memory, from which it copies the next block meanwhile. Results are
+        those of a flow that is on the device as a whole, bit for bit. Parameters get no gradients.
 
         Args:
             device: The device that computes.
@@ -124,6 +124,8 @@ class Flow(Pretrained):
             torch.Size([2, 1, 8, 8])
         """
         check_flow(self)
+        if self.var.device.type != "cpu":
+            raise InputValueError(f"flow: its weights are on {self.var.device}; offload a flow that is on the CPU")
         view: Self = BlockLoader(self, check_device(device), resolve_dtype(dtype) or self.var.dtype).view()
         return view
 

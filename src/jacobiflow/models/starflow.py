@@ -253,7 +253,7 @@ class STARFlow(Flow):
         num_tokens, token_dim = shapes.shape("var", 2)
         sizes = shapes.transformer_sizes()
         _, text_dim = shapes.shape(f"blocks.{len(sizes.layers) - 1}.proj_txt.weight", 2)
-        if token_dim % patch_size**2:
+        if patch_size < 1 or token_dim % patch_size**2:
             raise CheckpointError(f"{source}: a patch size of {patch_size}: its square must divide {token_dim} values")
         rotary = "feat_rope.freqs_cos"  # It has a row for each text token and each image token.
         text_tokens = shapes.shape(rotary, 2)[0] - num_tokens if rotary in state else STARFlowConfig.text_tokens

@@ -138,5 +138,5 @@ def _is_crowded() -> bool:
 @functools.cache
 def _code() -> str:
     """A hash of the code that plans and solves: another version may plan otherwise, or take other times."""
-    folders = (_PACKAGE / name for name in ("blocks", "models", "fixed_point", "planner"))
+    folders = (_PACKAGE / name for name in ("blocks", "models", "native", "fixed_point", "planner"))
     return sha256(*sorted(file for folder in folders for file in folder.rglob("*.py")))

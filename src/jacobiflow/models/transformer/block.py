@@ -20,6 +20,7 @@ from jacobiflow.blocks.context import NO_CONTEXT, Context
 from jacobiflow.blocks.guidance import Guidance
 from jacobiflow.blocks.permutation import Permutation
 from jacobiflow.blocks.tokens import Tokens, row_batches
+from jacobiflow.errors import UnsupportedError
 from jacobiflow.models.transformer.attention import (
     AttentionSpan,
     Layer,
@@ -166,6 +167,8 @@ class TransformerBlock(FlowBlock):
     def sequential_inverse(
         self, z: Tokens, context: Context = NO_CONTEXT, guidance: Guidance | None = None, batch_size: int | None = None
     ) -> TokensLogDet:
+        if context.temperature is not None:
+            raise UnsupportedError("attention temperatures of the rows of a context")
         layers = self.layer_weights()
         network = CausalTransformer(
             proj_in=self.proj_in.weight,
