@@ -96,7 +96,7 @@ class ProseBlock(TransformerBlock):
     """
 
     attn_blocks: Sequence[AdaptiveLayer | NormalizedLayer]
-    embed_atoms: Callable[[], Float[Tensor, "t c"]]
+    embed_atoms: Callable[[], Float[Tensor, "t w"]]
 
     def __init__(self, config: ProseConfig, permutation: Permutation) -> None:
         super().__init__(config.num_tokens, True, permutation)
@@ -117,7 +117,7 @@ class ProseBlock(TransformerBlock):
         nn.init.zeros_(self.proj_out.weight)
 
     def for_peptide(
-        self, order: list[int], num_atoms: int, embed_atoms: Callable[[], Float[Tensor, "t c"]]
+        self, order: list[int], num_atoms: int, embed_atoms: Callable[[], Float[Tensor, "t w"]]
     ) -> ProseBlock:
         """Returns a view of this block for the atoms of a peptide; it shares the parameters."""
         if len(order) != num_atoms:
@@ -132,7 +132,7 @@ class ProseBlock(TransformerBlock):
             atoms = torch.cat((atoms, F.pad(atoms[1:], (0, 0, 0, 1))), dim=-1)
         return SharedParameters(condition=self.proj_cond(atoms))
 
-    def positions(self) -> Float[Tensor, "t c"]:
+    def positions(self) -> Float[Tensor, "t w"]:
         table = sinusoid(torch.arange(self.num_tokens), len(self.proj_in.weight), _TOKEN_PERIOD)
         return table.to(self.pos_embed_scale) * self.pos_embed_scale + self.proj_in.bias
 

@@ -32,7 +32,7 @@ class _AdaptiveNorm(nn.Module):
         self.to_gamma = nn.Sequential(nn.Linear(width, width), nn.Sigmoid())
         self.to_beta = nn.Linear(width, width, bias=False)
 
-    def forward(self, condition: Float[Tensor, "t c"]) -> tuple[Float[Tensor, "t c"], Float[Tensor, "t c"]]:
+    def forward(self, condition: Float[Tensor, "t w"]) -> tuple[Float[Tensor, "t w"], Float[Tensor, "t w"]]:
         normalised = self.norm_cond(condition)
         return self.to_gamma(normalised), self.to_beta(normalised)
 
@@ -47,7 +47,7 @@ class _Gate(nn.Module):
         nn.init.constant_(linear.bias, -2.0)
         self.to_adaln_zero_gamma = nn.Sequential(linear, nn.Sigmoid())
 
-    def forward(self, condition: Float[Tensor, "t c"]) -> Float[Tensor, "t c"]:
+    def forward(self, condition: Float[Tensor, "t w"]) -> Float[Tensor, "t w"]:
         return self.to_adaln_zero_gamma(condition)
 
 
@@ -138,7 +138,7 @@ class AtomEmbedder(nn.Module):
         self.residue_embed = nn.Embedding(NUM_RESIDUE_TYPES, width)
         self.mlp = nn.Sequential(nn.Linear(4 * width, width), nn.GELU(), nn.Linear(width, width))
 
-    def forward(self, encodings: Mapping[str, Int[Tensor, " t"]]) -> Float[Tensor, "t c"]:
+    def forward(self, encodings: Mapping[str, Int[Tensor, " t"]]) -> Float[Tensor, "t w"]:
         atoms, residues = self.atom_embed(encodings["atom_type"]), self.residue_embed(encodings["aa_type"])
         positions, lengths = (
             sinusoid(encodings[name], atoms.shape[-1], _RESIDUE_PERIOD).to(atoms) for name in ("aa_pos", "seq_len")
@@ -146,7 +146,7 @@ class AtomEmbedder(nn.Module):
         return self.mlp(torch.cat((atoms, residues, positions, lengths), dim=-1))
 
 
-def sinusoid(numbers: Int[Tensor, " t"], width: int, period: float) -> Float[Tensor, "t c"]:
+def sinusoid(numbers: Int[Tensor, " t"], width: int, period: float) -> Float[Tensor, "t w"]:
     """Returns sin and cos of n period^(-2k / width) for k = 0, 1, .., in turn."""
     rates = torch.exp(torch.arange(0, width, 2, device=numbers.device) * -(math.log(period) / width))
     angles = numbers.float().unsqueeze(-1) * rates

@@ -147,14 +147,14 @@ class STARFlowBlock(TransformerBlock):
         angles = torch.cat((_angles(rows, pairs), _angles(columns, pairs), _angles(texts, _TEXT_PAIRS)), dim=1)
         return SharedParameters(Rotation(angles.cos().to(weight), angles.sin().to(weight)))
 
-    def positions(self) -> Float[Tensor, "t c"]:
+    def positions(self) -> Float[Tensor, "t w"]:
         assert self.proj_in.bias is not None
         return self.proj_in.bias.expand(self.num_tokens, -1)
 
     def embed_context(self, values: Tensor | None) -> None:
         return None
 
-    def embed_prefix(self, values: Tensor | None, num: int) -> Float[Tensor, "b p c"]:
+    def embed_prefix(self, values: Tensor | None, num: int) -> Float[Tensor, "b p w"]:
         start = self.proj_in(self.sos_embed).expand(num, -1, -1)
         if not self.is_guided:
             return start
@@ -165,10 +165,10 @@ class STARFlowBlock(TransformerBlock):
     def unconditional(self, values: Tensor) -> Tensor:
         return self.null_text.to(values).expand_as(values)
 
-    def final_norm_weight(self) -> Float[Tensor, " c"]:
+    def final_norm_weight(self) -> Float[Tensor, " w"]:
         return 1 + self.final_norm.weight
 
-    def read_out(self, h: Float[Tensor, "b n c"], projections: Projections, dtype: torch.dtype) -> ScaleShift:
+    def read_out(self, h: Float[Tensor, "b n w"], projections: Projections, dtype: torch.dtype) -> ScaleShift:
         normalised = F.rms_norm(h, h.shape[-1:], projections.final_norm, _NORM_EPSILON)
         out = F.linear(normalised, *projections.proj_out).to(dtype)
         scale, shift = (self.soft_clip * torch.tanh(out / self.soft_clip)).chunk(2, dim=-1)
@@ -268,12 +268,12 @@ class STARFlow(Flow):
             expansion=sizes.expansion,
         )
 
-    def to_tokens(self, x: Float[Tensor, "n ..."]) -> Float[Tensor, "n t d"]:
+    def to_tokens(self, x: Float[Tensor, "n ..."]) -> Float[Tensor, "n t c"]:
         size = self.config.patch_size
         patches = x.unflatten(3, (-1, size)).unflatten(2, (-1, size))  # (N, C, rows, size, columns, size)
         return patches.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
 
-    def from_tokens(self, tokens: Float[Tensor, "n t d"]) -> Float[Tensor, "n ..."]:
+    def from_tokens(self, tokens: Float[Tensor, "n t c"]) -> Float[Tensor, "n ..."]:
         size, side = self.config.patch_size, self.config.image_size // self.config.patch_size
         patches = tokens.unflatten(2, (size, size, -1)).unflatten(1, (side, side))
         return patches.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)

@@ -158,10 +158,10 @@ class TarFlowBlock(TransformerBlock):
         self.proj_out = nn.Linear(width, config.token_dim * (2 if config.nvp else 1))
         nn.init.zeros_(self.proj_out.weight)
 
-    def positions(self) -> Float[Tensor, "t c"]:
+    def positions(self) -> Float[Tensor, "t w"]:
         return self.permutation(_widen(self.pos_embed), dim=0) + self.proj_in.bias
 
-    def embed_context(self, values: Tensor | None) -> Float[Tensor, "#b #t c"] | None:
+    def embed_context(self, values: Tensor | None) -> Float[Tensor, "#b #t w"] | None:
         if self.proj_context is None:
             return embed_classes(None if self.class_embed is None else _widen(self.class_embed), values)
         Numbers(self.num_tokens, self.proj_context.in_features).check(values)
@@ -279,12 +279,12 @@ class TarFlow(Flow):
     def learns_prior(self) -> bool:
         return not self.config.nvp
 
-    def to_tokens(self, x: Float[Tensor, "n ..."]) -> Float[Tensor, "n t d"]:
+    def to_tokens(self, x: Float[Tensor, "n ..."]) -> Float[Tensor, "n t c"]:
         if not isinstance(self.config, TarFlowConfig):
             return x
         return F.unfold(x, self.config.patch_size, stride=self.config.patch_size).transpose(1, 2)
 
-    def from_tokens(self, tokens: Float[Tensor, "n t d"]) -> Float[Tensor, "n ..."]:
+    def from_tokens(self, tokens: Float[Tensor, "n t c"]) -> Float[Tensor, "n ..."]:
         if not isinstance(self.config, TarFlowConfig):
             return tokens
         side, size = self.config.image_size, self.config.patch_size

@@ -36,7 +36,7 @@ class GuidanceTerms:
 
     scale: Float[Tensor, " t"]
     shift: Float[Tensor, " t"]
-    context: Float[Tensor, "1 1 c"] | None
+    context: Float[Tensor, "1 1 w"] | None
     temperature: float
     rule: str
 
@@ -51,7 +51,7 @@ class Prefix:
     """
 
     layers: Sequence[Float[Tensor, "b 2 h p d"]]
-    hidden: Float[Tensor, "b c"]
+    hidden: Float[Tensor, "b w"]
 
 
 @dataclass(frozen=True)
@@ -67,23 +67,23 @@ class CausalTransformer:
         soft_clip: Bounds the outputs softly, and makes the scales a softplus. 0 does neither.
     """
 
-    proj_in: Float[Tensor, "c d"]
-    position: Float[Tensor, "t c"]
+    proj_in: Float[Tensor, "w c"]
+    position: Float[Tensor, "t w"]
     layers: Sequence[Mapping[str, Tensor]]
     heads: int
-    proj_out: Float[Tensor, "o c"]
+    proj_out: Float[Tensor, "o w"]
     out_bias: Float[Tensor, " o"]
     has_scale: bool
     rotation: Float[Tensor, "t d"] | None = None
-    final_norm: Float[Tensor, " c"] | None = None
+    final_norm: Float[Tensor, " w"] | None = None
     soft_clip: float = 0.0
 
     @torch.no_grad()
     def invert(
-        self, z: Float[Tensor, "b t d"], embed: Callable[[slice], Float[Tensor, "#b #t c"] | None],
+        self, z: Float[Tensor, "b t c"], embed: Callable[[slice], Float[Tensor, "#b #t w"] | None],
         guidance: GuidanceTerms | None = None, read_prefix: Callable[[slice], Prefix] | None = None,
         batch_size: int | None = None,
-    ) -> tuple[Float[Tensor, "b t d"], Float[Tensor, " b"]]:  # fmt: skip
+    ) -> tuple[Float[Tensor, "b t c"], Float[Tensor, " b"]]:  # fmt: skip
         """Returns x = g(x) and the sums of its log-scales.
 
         Weights that 16-bit floating-point numbers represent are stored as such, which halves the bytes and changes no

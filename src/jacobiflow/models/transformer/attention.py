@@ -62,14 +62,14 @@ WeightBias = tuple[Tensor, Tensor]
 class AdaptiveModulation(NamedTuple):
     """The adaptive parameters of a layer of Prose: factors and shifts of normalised tokens, by position."""
 
-    scale: Float[Tensor, "t c"]
-    shift: Float[Tensor, "t c"]
-    gate: Float[Tensor, "t c"]
-    gated_scale: Float[Tensor, "t c"]
-    gated_shift: Float[Tensor, "t c"]
-    gated_gate: Float[Tensor, "t c"]
-    gated_up: Float[Tensor, "h2 c"]
-    gated_down: Float[Tensor, "c h"]
+    scale: Float[Tensor, "t w"]
+    shift: Float[Tensor, "t w"]
+    gate: Float[Tensor, "t w"]
+    gated_scale: Float[Tensor, "t w"]
+    gated_shift: Float[Tensor, "t w"]
+    gated_gate: Float[Tensor, "t w"]
+    gated_up: Float[Tensor, "h2 w"]
+    gated_down: Float[Tensor, "w h"]
 
 
 class Rotation(NamedTuple):
@@ -93,7 +93,7 @@ class SharedParameters(NamedTuple):
     """Parameters by position that all layers of a block share: a rotation, and a vector for each token."""
 
     rotation: Rotation | None = None
-    condition: Float[Tensor, "t c"] | None = None
+    condition: Float[Tensor, "t w"] | None = None
 
 
 class LayerWeights(NamedTuple):
@@ -112,7 +112,7 @@ class LayerWeights(NamedTuple):
     num_heads: int
     query_norm: WeightBias | None = None
     key_norm: WeightBias | None = None
-    condition: Float[Tensor, "t c"] | None = None
+    condition: Float[Tensor, "t w"] | None = None
     adaptive: AdaptiveModulation | None = None
     rotation: Rotation | None = None
 

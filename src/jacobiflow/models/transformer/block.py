@@ -68,22 +68,22 @@ class TransformerBlock(FlowBlock):
         return tuple(layer.weights(shared) for layer in self.attn_blocks)
 
     @abstractmethod
-    def positions(self) -> Float[Tensor, "t c"]:
+    def positions(self) -> Float[Tensor, "t w"]:
         """Returns what is added to the projection of each token: its bias and the position."""
 
     @abstractmethod
-    def embed_context(self, values: Tensor | None) -> Float[Tensor, "#b #t c"] | None:
+    def embed_context(self, values: Tensor | None) -> Float[Tensor, "#b #t w"] | None:
         """Returns the part of a context in the embedding of each row and token, in causal order; `None` for none."""
 
-    def embed_prefix(self, values: Tensor | None, num: int) -> Float[Tensor, "b p c"]:
+    def embed_prefix(self, values: Tensor | None, num: int) -> Float[Tensor, "b p w"]:
         """Returns the embeddings of the prefix of `num` rows under a context, if there is a prefix."""
         raise NotImplementedError
 
-    def final_norm_weight(self) -> Float[Tensor, " c"] | None:
+    def final_norm_weight(self) -> Float[Tensor, " w"] | None:
         """Returns what multiplies the normalised output of the last layer; `None` without normalisation."""
         return None
 
-    def read_out(self, h: Float[Tensor, "b n c"], projections: Projections, dtype: torch.dtype) -> ScaleShift:
+    def read_out(self, h: Float[Tensor, "b n w"], projections: Projections, dtype: torch.dtype) -> ScaleShift:
         """Returns the log-scale and the shift that the output of the last layer gives, in `dtype`."""
         out = F.linear(h, *projections.proj_out).to(dtype)
         if not self.nvp:
@@ -142,7 +142,7 @@ class TransformerBlock(FlowBlock):
     def _projections(self) -> Projections:
         return Projections(self.proj_in.weight, (self.proj_out.weight, self.proj_out.bias), self.final_norm_weight())
 
-    def _embed(self, context: Context) -> Float[Tensor, "#b t c"]:
+    def _embed(self, context: Context) -> Float[Tensor, "#b t w"]:
         """Returns the sum of bias, position and context for each token, in causal order."""
         positions, embedding = self.positions().unsqueeze(0), self.embed_context(context.values)
         return (positions if embedding is None else positions + embedding).to(self.proj_in.weight.dtype)
@@ -152,7 +152,7 @@ class TransformerBlock(FlowBlock):
             return None
         return context.temperature.to(self.proj_in.weight).reciprocal().view(-1, 1, 1, 1)
 
-    def _read_prefix(self, cache: TransformerCache, context: Context) -> Float[Tensor, "b 1 c"]:
+    def _read_prefix(self, cache: TransformerCache, context: Context) -> Float[Tensor, "b 1 w"]:
         """Writes keys and values of the prefix to the cache; returns the last layer's output for its last row."""
         prefix = self.embed_prefix(context.values, len(cache.embedding)).to(cache.embedding.dtype)
         span = AttentionSpan.of(slice(0, self.prefix_length), self.prefix_length, cache.embedding)
@@ -258,7 +258,7 @@ class TransformerBlock(FlowBlock):
     def to_bf16(self, cache: TransformerCache) -> TransformerCache:
         return cache.to(torch.bfloat16)
 
-    def output_weights(self) -> tuple[Float[Tensor, "c d"] | None, Float[Tensor, "c d"]] | None:
+    def output_weights(self) -> tuple[Float[Tensor, "c w"] | None, Float[Tensor, "c w"]] | None:
         weight = self.proj_out.weight.detach()
         if not self.nvp:
             return None, weight

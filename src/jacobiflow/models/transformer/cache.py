@@ -22,9 +22,9 @@ class Projections(NamedTuple):
         final_norm: Multiplies the normalised output of the last layer; `None` without normalisation.
     """
 
-    proj_in: Float[Tensor, "c d"]
+    proj_in: Float[Tensor, "w c"]
     proj_out: WeightBias
-    final_norm: Float[Tensor, " c"] | None
+    final_norm: Float[Tensor, " w"] | None
 
 
 @dataclass(frozen=True)
