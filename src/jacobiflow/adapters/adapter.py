@@ -1,4 +1,4 @@
-"""How a module of a library is accelerated: by a subclass of its class."""
+"""Accelerates a module of a library by a subclass of its class."""
 
 from __future__ import annotations
 

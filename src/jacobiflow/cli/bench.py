@@ -81,11 +81,11 @@ class BenchResult(Provenance):
 def run(config: BenchConfig) -> BenchResult:
     """Times the strategies, and writes the table and the figure."""
     from jacobiflow import native, plots
-    from jacobiflow.models import STARFlow
+    from jacobiflow.models.contexts import Texts
     from jacobiflow.utils import files, timing
 
     flow = loading.load_model(config.model, config.device, config.dtype)
-    has_context = config.labels != "none" and not isinstance(flow, STARFlow)
+    has_context = config.labels != "none" and not isinstance(flow.context_kind, Texts)
     settings, origin = loading.resolve_settings(flow, config.guidance, 0.0, config.plain, has_context)
     flow = flow.guided(settings.guidance)
     with progress_bar() as progress:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 class Status(IntEnum):
-    """How the solve of a sample ended.
+    """The end of the solve of a sample.
 
     Example:
         >>> jf.Status.MAX_SWEEPS.message

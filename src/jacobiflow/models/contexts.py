@@ -45,7 +45,7 @@ def labels_or_context(labels: Labels | None, context: ContextLike | None) -> Con
 
 
 class ContextKind(ABC):
-    """What the samples of a flow are conditioned on.
+    """The kind of context on which the samples of a flow are conditioned.
 
     Attributes:
         is_optional: The flow also models samples without the context, from which guidance leads away.

@@ -160,7 +160,7 @@ class TransformChain:
 
 @dataclass(slots=True)
 class _Call:
-    """What the backward pass of a call needs beside tensors.
+    """The parts of a call that its backward pass needs beside saved tensors.
 
     Attributes:
         needed: True for each of x, the context and the tensors that requires a gradient.
