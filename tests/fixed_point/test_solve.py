@@ -247,7 +247,7 @@ def test_temperatures_of_a_context_count_in_the_exact_loop() -> None:
     block, z = jf.load("digits-p1").blocks[0], normal(2, 64, 1).float()
     context = jf.Context(torch.tensor([3, 7]), torch.tensor([0.2, 1.5]))
     solution = jf.solve(block, z, jf.Solver(jf.Sequential()), context, certify="always")
-    assert solution.residual.max() < 1e-4
+    assert solution.backend == "native" and solution.residual.max() < 1e-4
     assert error(solution.x, jf.solve(block, z, jf.Solver(jf.Sequential()), context.values).x) > 1e-2
     with pytest.raises(ValueError, match=r"temperature=.*: give a row for each of the 2 rows of z"):
         jf.solve(block, z, jf.Solver(), jf.Context(context.values, torch.ones(3)))

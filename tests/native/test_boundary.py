@@ -18,7 +18,7 @@ from jacobiflow.errors import UnsupportedError
 from jacobiflow.native import compiler
 from jacobiflow.native.library import Library
 from jacobiflow.native.tensors import address_of, check_tensor
-from jacobiflow.native.transformer import CausalTransformer, GuidanceTerms
+from jacobiflow.native.transformer import CausalTransformer, GuidanceWeights, RowInputs
 from tests.helpers.native_problems import CASES
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -80,17 +80,21 @@ def test_values_that_are_freed_or_not_aligned_have_no_address(tensor: Tensor) ->
         address_of(tensor)
 
 
-def test_guidance_of_a_context_without_an_unconditional_one_is_refused() -> None:
-    """The second half of the network's rows would have none."""
+def test_a_context_for_one_of_two_rows_is_refused() -> None:
+    with pytest.raises(UnsupportedError, match="a context for one of two rows"):
+        RowInputs.stack([RowInputs(torch.ones(1, 1, 7)), RowInputs()], 2)
+
+
+def test_inputs_of_another_number_of_rows_are_refused() -> None:
     case = CASES["7 wide"]
     flow = case.flow()
     z, block = case.z(flow), flow.blocks[1]
-    weights = torch.ones(z.shape[1])
     network = CausalTransformer(
         block.proj_in.weight, block.positions(), [layer.named() for layer in block.layer_weights()], 1,
         block.proj_out.weight, block.proj_out.bias, has_scale=True,
     )  # fmt: skip
-    guidance = GuidanceTerms(weights, weights, None, 1.0, rule="linear")
-    network.invert(z, lambda rows: None, guidance)
-    with pytest.raises(UnsupportedError, match="a context for one of two rows"):
-        network.invert(z, lambda rows: torch.ones(1, 1, 7), guidance)
+    weights = GuidanceWeights(*torch.ones(2, z.shape[1]), "linear")
+    network.invert(z, lambda rows: RowInputs(query_scale=torch.ones(2 * len(z[rows]))), weights)
+    for inputs in (RowInputs(query_scale=torch.ones(1)), RowInputs(torch.ones(3, 1, 7))):
+        with pytest.raises(UnsupportedError, match="where native code reads"):
+            network.invert(z, lambda rows, inputs=inputs: inputs, weights)

@@ -16,7 +16,7 @@ from jacobiflow.errors import UnsupportedError
 from jacobiflow.native import describe as describe_native
 from jacobiflow.native import load_library
 from jacobiflow.native.tensors import is_traced
-from jacobiflow.native.transformer import CausalTransformer, GuidanceTerms
+from jacobiflow.native.transformer import CausalTransformer, GuidanceWeights, RowInputs
 from jacobiflow.utils.snapshot import Snapshot
 
 _PARTS = ("proj_in", "pos_embed", "attn_blocks", "proj_out", "permutation", "reverse")
@@ -118,7 +118,7 @@ def _reverse(block: Any, arguments: _ReverseArgs) -> tuple[Tensor, Tensor]:
             weights *= torch.arange(tokens, device=x.device) / max(tokens - 1, 1)
         zeros = torch.zeros_like(weights)
         of_scale, of_shift = (weights if parameter in arguments.guide_what else zeros for parameter in "ab")
-        guidance = GuidanceTerms(of_scale, of_shift, other, arguments.attn_temp, rule="linear")
+        guidance = GuidanceWeights(of_scale, of_shift, rule="linear")
     layers = [_layer(layer) for layer in block.attn_blocks]
     network = CausalTransformer(
         proj_in=block.proj_in.weight,
@@ -129,7 +129,14 @@ def _reverse(block: Any, arguments: _ReverseArgs) -> tuple[Tensor, Tensor]:
         out_bias=block.proj_out.bias,
         has_scale=len(block.proj_out.bias) == 2 * x.shape[2],
     )
-    x, log_det = network.invert(z, lambda rows: context, guidance)
+
+    def row_inputs(rows: slice) -> RowInputs:
+        parts, num = [RowInputs(context if context is None or len(context) == 1 else context[rows])], len(z[rows])
+        if guidance is not None:
+            parts.append(RowInputs(other, x.new_ones(num) / arguments.attn_temp))
+        return RowInputs.stack(parts, num)
+
+    x, log_det = network.invert(z, row_inputs, guidance)
     return block.permutation(x, inverse=True), log_det
 
 

@@ -46,8 +46,7 @@ class Bf16Sweeps(Guess):
             raise InputValueError(f"{self}: {type(problem.block).__name__} has no bfloat16 network; give another guess")
         solver = Solver(Whole(), self.guess, MaxSweeps(self.count), correction)
         result = sweep(problem, solver, replace(options, tolerance=None), in_bf16=True)
-        sample_sweeps = min(self.count, problem.num_tokens)
-        return Start(result.x, sample_sweeps, result.sweeps, result.token_evaluations)
+        return Start(result.x, result.progress.sweeps, result.sweeps, result.token_evaluations)
 
     def check(self, num_tokens: int, token_dim: int) -> None:
         self.guess.check(num_tokens, token_dim)

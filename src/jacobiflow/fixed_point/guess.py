@@ -41,7 +41,7 @@ class Start(NamedTuple):
     """
 
     x: Tokens
-    sample_sweeps: int = 0
+    sample_sweeps: int | Tensor = 0
     sweeps: int = 0
     token_evaluations: int = 0
 

@@ -136,6 +136,6 @@ class Window(SlidingRun):
 
     @classmethod
     def candidates(cls, num_tokens: int) -> tuple[Partition, ...]:
-        """Returns windows of 32, 64, 128 .. tokens, up to half of the sequence, and of all."""
+        """Returns windows of 32, 64, 128 .. tokens, up to half of the sequence."""
         sizes = (_MIN_WINDOW << doublings for doublings in range(num_tokens.bit_length()))
-        return *(cls(size) for size in sizes if size <= num_tokens / 2), cls(num_tokens)
+        return tuple(cls(size) for size in sizes if size <= num_tokens / 2)

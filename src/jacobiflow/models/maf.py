@@ -209,6 +209,8 @@ class MAFBlock(FlowBlock):
     def sequential_inverse(
         self, z: Tokens, context: Context = NO_CONTEXT, guidance: Guidance | None = None, batch_size: int | None = None
     ) -> TokensLogDet:
+        if guidance is not None and guidance.rule != "linear":
+            raise UnsupportedError(f"guidance of a MAF by the rule {guidance.rule}")
         if batch_size is None or len(z) <= batch_size:
             return self._evaluate(z, context, guidance, is_inverse=True)
         batches = row_batches(len(z), batch_size)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -23,35 +24,48 @@ _MAX_WEIGHTS_PER_TEAM = 2**22  # weights of a block above which one team is fast
 _MAX_MULTIPLICATIONS = 2e9  # per call of C++, about a tenth of a second, so that Ctrl-C works
 
 
-@dataclass(frozen=True)
-class GuidanceTerms:
-    """Guidance by a second, unconditional row of the network, see `Guidance`.
+class GuidanceWeights(NamedTuple):
+    """Guidance by a second, unconditional row of the network for each sample, see `Guidance`.
 
     Attributes:
-        scale, shift: Guidance weights of the log-scale and of the shift of each token.
-        context: Added to the embeddings of the second row.
-        temperature: Divides the attention logits of the second row.
+        scale, shift: Weights of the log-scale and of the shift of each token.
         rule: "linear", or "density", which takes the weights of the log-scale.
     """
 
     scale: Float[Tensor, " t"]
     shift: Float[Tensor, " t"]
-    context: Float[Tensor, "1 1 w"] | None
-    temperature: float
     rule: str
 
 
-@dataclass(frozen=True)
-class Prefix:
-    """The prefix of the network's rows: first of the conditional rows, then of the unconditional ones.
+class RowInputs(NamedTuple):
+    """The inputs of rows of the network beside tokens and weights.
 
     Attributes:
-        layers: Keys and values of each layer.
-        hidden: The output of the last layer at the last position, from which token 0 is computed.
+        context: Added to the embeddings of tokens, in causal order.
+        query_scale: One over the attention temperature of each row; `None` if all are 1.
+        prefix: Keys and values of the prefix in each layer.
+        hidden: The output of the last layer at the end of the prefix, from which token 0 is computed.
     """
 
-    layers: Sequence[Float[Tensor, "b 2 h p d"]]
-    hidden: Float[Tensor, "b w"]
+    context: Float[Tensor, "#r #t w"] | None = None
+    query_scale: Float[Tensor, " r"] | None = None
+    prefix: Sequence[Float[Tensor, "r 2 h p d"]] = ()
+    hidden: Float[Tensor, "r w"] | None = None
+
+    @classmethod
+    def stack(cls, parts: Sequence[RowInputs], num: int) -> RowInputs:
+        """Returns the inputs of `num` conditional rows, and then those of as many unconditional ones."""
+        if len(parts) == 1:
+            return parts[0]
+        contexts = [part.context.expand(num, -1, -1) for part in parts if part.context is not None]
+        hidden = [part.hidden for part in parts if part.hidden is not None]
+        if contexts and len(contexts) < len(parts):
+            raise UnsupportedError("a context for one of two rows")
+        scales = [torch.ones(num) if part.query_scale is None else part.query_scale for part in parts]
+        prefix = [torch.cat(pair) for pair in zip(*(part.prefix for part in parts), strict=True)]
+        return cls(
+            torch.cat(contexts) if contexts else None, torch.cat(scales), prefix, torch.cat(hidden) if hidden else None
+        )
 
 
 @dataclass(frozen=True)
@@ -80,9 +94,8 @@ class CausalTransformer:
 
     @torch.no_grad()
     def invert(
-        self, z: Float[Tensor, "b t c"], embed: Callable[[slice], Float[Tensor, "#b #t w"] | None],
-        guidance: GuidanceTerms | None = None, read_prefix: Callable[[slice], Prefix] | None = None,
-        batch_size: int | None = None,
+        self, z: Float[Tensor, "b t c"], row_inputs: Callable[[slice], RowInputs],
+        guidance: GuidanceWeights | None = None, batch_size: int | None = None,
     ) -> tuple[Float[Tensor, "b t c"], Float[Tensor, " b"]]:  # fmt: skip
         """Returns x = g(x) and the sums of its log-scales.
 
@@ -90,9 +103,8 @@ class CausalTransformer:
         bit of the result. Weights may change between calls, so each call stores them anew.
 
         Args:
-            embed: Returns what the context of some rows of z adds to the embeddings of tokens, in causal order.
-            read_prefix: Returns the prefix of some rows of z.
-            batch_size: Rows that are solved at a time, on which the last bits depend; all by default.
+            row_inputs: Returns the inputs of the network's rows for some samples: one for each, or with guidance two.
+            batch_size: Samples that are solved at a time, on which the last bits depend; all by default.
 
         Raises:
             UnsupportedError: If native code does not take these tensors.
@@ -108,14 +120,9 @@ class CausalTransformer:
             packed = _PackedTransformer(native, self, z.dtype, rows, networks, memory)
             for start in range(0, len(z), batch_size):
                 stop = min(start + batch_size, len(z))
-                context = embed(slice(start, stop))
-                if context is not None and len(context) not in (1, stop - start):
-                    raise UnsupportedError("a context for another number of samples")
                 for first in range(start, stop, size):
                     some = slice(first, min(first + size, stop))
-                    added = context if context is None or len(context) == 1 else context[first - start :][:size]
-                    prefix = None if read_prefix is None else read_prefix(some)
-                    for args in packed.calls(z[some], x[some], log_det[some], added, guidance, prefix):
+                    for args in packed.calls(z[some], x[some], log_det[some], row_inputs(some), guidance):
                         native.solve_transformer(args, z.dtype)
         return x, log_det.to(z.dtype)
 
@@ -197,27 +204,28 @@ class _PackedTransformer:
         return check_tensor(values.to(self.dtype), shape, self.dtype)
 
     def calls(
-        self, z: Tensor, x: Tensor, log_det: Tensor, context: Tensor | None, guidance: GuidanceTerms | None,
-        prefix: Prefix | None,
-    ) -> Iterator[TransformerArgs]:  # fmt: skip
+        self, z: Tensor, x: Tensor, log_det: Tensor, inputs: RowInputs, guidance: GuidanceWeights | None
+    ) -> Iterator[TransformerArgs]:
         """Yields the arguments of the calls that write the rows of `x` and `log_det`, some tokens each."""
-        args, samples, rows = self.args, len(z), len(z) * self.networks
-        prefix_length = 0 if prefix is None else prefix.layers[0].shape[3]
+        args, samples, rows, context = self.args, len(z), len(z) * self.networks, inputs.context
+        prefix_length = inputs.prefix[0].shape[3] if inputs.prefix else 0
         length = prefix_length + self.tokens
         tensors = {"z": z, "x": x, "log_det": log_det, "keys_values": self._empty_cache(z, rows, length)}
         if guidance is not None:
-            context = _guided_context(context, guidance, samples)
-            tensors |= self._guidance_tensors(z, guidance)
+            tensors["guidance_scale"] = check_tensor(guidance.scale, (self.tokens,), self.dtype)
+            tensors["guidance_shift"] = check_tensor(guidance.shift, (self.tokens,), self.dtype)
             args.is_by_density = guidance.rule == "density"
+        if inputs.query_scale is not None:
+            tensors["query_scale"] = self._converted(inputs.query_scale, (rows,))
         if context is not None:
             sizes = (1 if len(context) == 1 else rows, 1 if context.shape[1] == 1 else self.tokens, self.width)
             tensors["context"] = self._converted(context, sizes)
             args.context_row_stride = 0 if sizes[0] == 1 else sizes[1] * self.width
             args.context_token_stride = 0 if sizes[1] == 1 else self.width
-        if prefix is not None:
+        if inputs.hidden is not None:
             shape = (self.depth, rows, 2, self.heads, prefix_length, self.head_size)
-            tensors["prefix_keys_values"] = self._converted(torch.stack(list(prefix.layers)), shape)
-            tensors["prefix_hidden"] = self._converted(prefix.hidden, (rows, self.width))
+            tensors["prefix_keys_values"] = self._converted(torch.stack(list(inputs.prefix)), shape)
+            tensors["prefix_hidden"] = self._converted(inputs.hidden, (rows, self.width))
         if self.rotation is not None:
             tensors["rotation"] = self._converted(self.rotation, (length, self.head_size))
         for name, tensor in tensors.items():
@@ -234,15 +242,6 @@ class _PackedTransformer:
         padded_length, padded_head = (self.native.padded(size, self.dtype) for size in (length, self.head_size))
         return z.new_empty(self.depth * rows * self.heads * (self.head_size * padded_length + padded_head * length))
 
-    def _guidance_tensors(self, z: Tensor, guidance: GuidanceTerms) -> dict[str, Tensor]:
-        query_scale = z.new_ones(2, len(z))
-        query_scale[1] /= guidance.temperature
-        return {
-            "query_scale": query_scale,
-            "guidance_scale": check_tensor(guidance.scale, (self.tokens,), self.dtype),
-            "guidance_shift": check_tensor(guidance.shift, (self.tokens,), self.dtype),
-        }
-
     def _threads(self, samples: int, rows: int) -> tuple[int, int]:
         """Returns the numbers of threads and of teams. A team's threads share the columns of each layer."""
         threads = torch.get_num_threads()
@@ -251,12 +250,3 @@ class _PackedTransformer:
         teams = max(team for team in range(1, max_teams + 1) if threads % team == 0)
         columns = self.native.padded(self.width, torch.float32) // self.native.lanes
         return teams * min(threads // teams, columns), teams
-
-
-def _guided_context(context: Tensor | None, guidance: GuidanceTerms, samples: int) -> Tensor | None:
-    """Returns the contexts of the conditional rows, and then of the unconditional ones."""
-    if context is None and guidance.context is None:
-        return None
-    if context is None or guidance.context is None:
-        raise UnsupportedError("a context for one of two rows")
-    return torch.cat((context.expand(samples, -1, -1), guidance.context.expand(samples, *context.shape[1:])))

@@ -20,7 +20,6 @@ from jacobiflow.blocks.context import NO_CONTEXT, Context
 from jacobiflow.blocks.guidance import Guidance
 from jacobiflow.blocks.permutation import Permutation
 from jacobiflow.blocks.tokens import Tokens, row_batches
-from jacobiflow.errors import UnsupportedError
 from jacobiflow.models.transformer.attention import (
     AttentionSpan,
     Layer,
@@ -30,7 +29,7 @@ from jacobiflow.models.transformer.attention import (
     run_layers,
 )
 from jacobiflow.models.transformer.cache import Projections, TransformerCache
-from jacobiflow.native.transformer import CausalTransformer, GuidanceTerms, Prefix
+from jacobiflow.native.transformer import CausalTransformer, GuidanceWeights, RowInputs
 from jacobiflow.native.weights import copy_bytes
 
 _TOKENS_PER_PASS = 3200
@@ -158,17 +157,19 @@ class TransformerBlock(FlowBlock):
         span = AttentionSpan.of(slice(0, self.prefix_length), self.prefix_length, cache.embedding)
         return _run_cached(prefix, span, cache)[:, -1:]
 
-    def _make_prefix(self, z: Tensor, context: Context) -> Prefix:
-        """Returns the prefix for the rows of `z`, as native code takes it."""
+    def _row_inputs(self, z: Tokens, context: Context) -> RowInputs:
+        """Returns the inputs of rows of the network under a context, as native code takes them."""
+        scale = None if context.temperature is None else context.temperature.reciprocal()
+        inputs = RowInputs(self.embed_context(context.values), scale)
+        if not self.prefix_length:
+            return inputs
         cache = self._make_cache(z, context, self.prefix_length)
-        return Prefix(cache.layers, self._read_prefix(cache, context)[:, 0])
+        return inputs._replace(prefix=cache.layers, hidden=self._read_prefix(cache, context)[:, 0])
 
     @torch.no_grad()
     def sequential_inverse(
         self, z: Tokens, context: Context = NO_CONTEXT, guidance: Guidance | None = None, batch_size: int | None = None
     ) -> TokensLogDet:
-        if context.temperature is not None:
-            raise UnsupportedError("attention temperatures of the rows of a context")
         layers = self.layer_weights()
         network = CausalTransformer(
             proj_in=self.proj_in.weight,
@@ -182,24 +183,15 @@ class TransformerBlock(FlowBlock):
             final_norm=self.final_norm_weight(),
             soft_clip=self.soft_clip,
         )
-        terms = None
-        if guidance is not None:
-            other = self.embed_context(None)
-            terms = GuidanceTerms(*guidance.weights(z), other, guidance.attn_temperature, guidance.rule)
 
-        def read_prefix(rows: slice) -> Prefix:
-            parts = [self._make_prefix(z[rows], context[rows])]
+        def row_inputs(rows: slice) -> RowInputs:
+            contexts = [context[rows]]
             if guidance is not None:
-                temperature = z.new_full((len(z[rows]),), guidance.attn_temperature)
-                parts.append(self._make_prefix(z[rows], Context(None, temperature)))
-            layers = [torch.cat(pair) for pair in zip(*(part.layers for part in parts), strict=True)]
-            return Prefix(layers, torch.cat([part.hidden for part in parts]))
+                contexts.append(Context(None, z.new_full((len(z[rows]),), guidance.attn_temperature)))
+            return RowInputs.stack([self._row_inputs(z[rows], each) for each in contexts], len(z[rows]))
 
-        def embed(rows: slice) -> Tensor | None:
-            return self.embed_context(context[rows].values)
-
-        prefix = read_prefix if self.prefix_length else None
-        return network.invert(z, embed, terms, prefix, batch_size)
+        weights = None if guidance is None else GuidanceWeights(*guidance.weights(z), guidance.rule)
+        return network.invert(z, row_inputs, weights, batch_size)
 
     def affine(self, x: Tokens, start: int, stop: int, cache: TransformerCache) -> ScaleShift:
         batches = _row_batches(x, stop - start)
