@@ -34,11 +34,9 @@ def exact_solutions(
     flow: Flow, latents: Float[Tensor, "n t c"], context: Context, batch_size: int, progress: Progress | None
 ) -> list[BlockSolution]:
     """Solves each block by the exact loop at standard normal latents. Raises ValueError if one overflows."""
-    num = flow.config.num_blocks
-    tokens, solutions = flow.prior_tokens(latents), list[BlockSolution]()
-    for i in reversed(range(num)):
-        permutation = flow.blocks[i].permutation
-        z = permutation(tokens)
+    num, solutions = flow.config.num_blocks, list[BlockSolution]()
+
+    def solve_block(i: int, z: Tensor) -> Tensor:
         x = solve(flow.inverse_block(i), z, Solver(Sequential()), context, batch_size=batch_size).x
         overflows = int((~torch.isfinite(x).all(dim=(1, 2))).sum())
         if overflows:
@@ -47,7 +45,9 @@ def exact_solutions(
                 "guidance, or use a wider dtype"
             )
         solutions.append(BlockSolution(x, z, context))
-        tokens = permutation.inverse(x)
         if progress is not None:
             progress(len(solutions), num, "exact loop")
+        return x
+
+    flow.map_blocks_reversed(flow.prior_tokens(latents), solve_block)
     return solutions[::-1]

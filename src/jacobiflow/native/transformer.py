@@ -92,6 +92,24 @@ class CausalTransformer:
     final_norm: Float[Tensor, " w"] | None = None
     soft_clip: float = 0.0
 
+    @property
+    def num_weights(self) -> int:
+        """The number of weights in the matrices of all layers."""
+        return sum(layer[name].numel() for layer in self.layers for name in layer.keys() & MATRICES)
+
+    def check(self, dtype: torch.dtype) -> None:
+        """Raises UnsupportedError if native code does not take these sizes and dtypes, for tokens of `dtype`."""
+        width, head_size = len(self.proj_in), len(self.proj_in) // self.heads
+        if head_size * self.heads != width or (self.rotation is not None and head_size % 2):
+            raise UnsupportedError("heads that do not divide the width, or whose values make no pairs")
+        if len(self.position) * width > MAX_INT32:
+            raise UnsupportedError("a context whose rows are too far apart")
+        parameters = [self.proj_in, self.proj_out, self.out_bias]
+        parameters += [tensor for layer in self.layers for tensor in layer.values()]
+        dtypes = {tensor.dtype for tensor in parameters if tensor is not None}
+        if len(dtypes) > 1 or torch.promote_types(self.proj_in.dtype, torch.float32) != dtype:
+            raise UnsupportedError(f"weights of {' and '.join(sorted(map(str, dtypes)))} for tokens of {dtype}")
+
     @torch.no_grad()
     def invert(
         self, z: Float[Tensor, "b t c"], row_inputs: Callable[[slice], RowInputs],
@@ -134,47 +152,42 @@ class _PackedTransformer:
         self, native: Library, network: CausalTransformer, dtype: torch.dtype, rows: int, networks: int,
         memory: WeightMemory,
     ) -> None:  # fmt: skip
-        self.native, self.dtype, self.rotation, layers = native, dtype, network.rotation, network.layers
+        network.check(dtype)
+        self.native, self.network, self.dtype, self.networks = native, network, dtype, networks
         self.tensors: list[Tensor] = []  # what structures point to
-        self.heads, self.depth, self.networks = network.heads, len(layers), networks
-        self.tokens, self.token_dim = len(network.position), network.proj_in.shape[1]
-        self.width, self.hidden = len(network.proj_in), len(layers[0]["up"])
-        self.head_size = self.width // self.heads
-        if self.head_size * self.heads != self.width or (self.rotation is not None and self.head_size % 2):
-            raise UnsupportedError("heads that do not divide the width, or whose values make no pairs")
-        if self.tokens * self.width > MAX_INT32:
-            raise UnsupportedError("a context whose rows are too far apart")
-        norms = [] if network.final_norm is None else [network.final_norm]
-        parameters = [network.proj_in, network.proj_out, network.out_bias, *norms]
-        dtypes = {tensor.dtype for part in (parameters, *(layer.values() for layer in layers)) for tensor in part}
-        stored = network.proj_in.dtype
-        if dtypes != {stored} or torch.promote_types(stored, torch.float32) != dtype:
-            raise UnsupportedError(f"weights of {' and '.join(sorted(map(str, dtypes)))} for tokens of {dtype}")
-        self.num_weights = sum(layer[name].numel() for layer in layers for name in layer.keys() & MATRICES)
+        self.num_weights = network.num_weights
+        self.tokens, (self.width, self.token_dim) = len(network.position), network.proj_in.shape
+        self.hidden, self.head_size = len(network.layers[0]["up"]), self.width // network.heads
+        self.layers, proj_in, proj_out = self._pack_layers(rows, memory)
+        position = self._converted(network.position, (self.tokens, self.width))
+        self.tensors.append(position)
+        norm = network.final_norm
+        self.args = TransformerArgs(
+            layers=ctypes.addressof(self.layers), position=address_of(position), proj_in=proj_in, proj_out=proj_out,
+            out_bias=self._pad([network.out_bias], (len(network.proj_out),))[0],
+            final_norm=None if norm is None else self._pad([norm], (self.width,))[0], networks=networks,
+            tokens=self.tokens, token_dim=self.token_dim, width=self.width, hidden=self.hidden, heads=network.heads,
+            depth=len(network.layers), has_scale=network.has_scale, soft_clip=network.soft_clip,
+        )  # fmt: skip
+
+    def _pack_layers(self, rows: int, memory: WeightMemory) -> tuple[ctypes.Array[LayerArgs], Weight, Weight]:
+        """Returns the structures of the layers, and the weights of the projections before and after them."""
+        network, layers = self.network, self.network.layers
         shapes = layer_shapes(layers, self.tokens, self.width, self.hidden)
         names, outputs = shapes.keys() & MATRICES, self.token_dim * (2 if network.has_scale else 1)
         matrices = [(layer[name], shapes[name]) for layer in layers for name in names]
         matrices.append((network.proj_in, (self.width, self.token_dim)))
         matrices.append((network.proj_out, (outputs, self.width)))
-        weights = iter(self._store(matrices, rows, memory))
-        self.layers = (LayerArgs * self.depth)()
-        for entry in self.layers:
+        *weights, proj_in, proj_out = self._store(matrices, rows, memory)
+        structures, each = (LayerArgs * len(layers))(), iter(weights)
+        for structure in structures:
             for name in names:
-                setattr(entry, name, next(weights))
+                setattr(structure, name, next(each))
         for name in shapes.keys() - MATRICES:
-            for entry, address in zip(
-                self.layers, self._pad([layer[name] for layer in layers], shapes[name]), strict=True
-            ):
-                setattr(entry, name, address)
-        position = self._converted(network.position, (self.tokens, self.width))
-        self.tensors.append(position)
-        self.args = TransformerArgs(
-            layers=ctypes.addressof(self.layers), position=address_of(position), proj_in=next(weights),
-            proj_out=next(weights), out_bias=self._pad([network.out_bias], (outputs,))[0], networks=networks,
-            final_norm=self._pad(norms, (self.width,))[0] if norms else None, tokens=self.tokens,
-            token_dim=self.token_dim, width=self.width, hidden=self.hidden, heads=self.heads,
-            depth=self.depth, has_scale=network.has_scale, soft_clip=network.soft_clip,
-        )  # fmt: skip
+            addresses = self._pad([layer[name] for layer in layers], shapes[name])
+            for structure, address in zip(structures, addresses, strict=True):
+                setattr(structure, name, address)
+        return structures, proj_in, proj_out
 
     def _store(
         self, matrices: Sequence[tuple[Tensor, tuple[int, ...]]], rows: int, memory: WeightMemory
@@ -223,11 +236,11 @@ class _PackedTransformer:
             args.context_row_stride = 0 if sizes[0] == 1 else sizes[1] * self.width
             args.context_token_stride = 0 if sizes[1] == 1 else self.width
         if inputs.hidden is not None:
-            shape = (self.depth, rows, 2, self.heads, prefix_length, self.head_size)
+            shape = (len(self.network.layers), rows, 2, self.network.heads, prefix_length, self.head_size)
             tensors["prefix_keys_values"] = self._converted(torch.stack(list(inputs.prefix)), shape)
             tensors["prefix_hidden"] = self._converted(inputs.hidden, (rows, self.width))
-        if self.rotation is not None:
-            tensors["rotation"] = self._converted(self.rotation, (length, self.head_size))
+        if self.network.rotation is not None:
+            tensors["rotation"] = self._converted(self.network.rotation, (length, self.head_size))
         for name, tensor in tensors.items():
             setattr(args, name, address_of(tensor))
         args.samples, args.prefix_length = samples, prefix_length
@@ -240,7 +253,8 @@ class _PackedTransformer:
     def _empty_cache(self, z: Tensor, rows: int, length: int) -> Tensor:
         """Returns memory for the keys and values of all layers, which are padded to whole vectors."""
         padded_length, padded_head = (self.native.padded(size, self.dtype) for size in (length, self.head_size))
-        return z.new_empty(self.depth * rows * self.heads * (self.head_size * padded_length + padded_head * length))
+        num_heads = len(self.network.layers) * rows * self.network.heads
+        return z.new_empty(num_heads * (self.head_size * padded_length + padded_head * length))
 
     def _threads(self, samples: int, rows: int) -> tuple[int, int]:
         """Returns the numbers of threads and of teams. A team's threads share the columns of each layer."""

@@ -146,18 +146,20 @@ def rounding_floor(flow: Flow) -> float:
     leave images that differ more from those of the exact loop, it is that difference. Samples that overflow do not
     count.
     """
-    exact, context = _latents(flow, 0, _NUM_VERIFIED)
-    swept_tokens, floor = exact, 0.0
-    for i in reversed(range(len(flow.blocks))):
-        problem = _block_problem(flow, i, exact, context)
-        x = attempt(problem, SEQUENTIAL, UNCERTIFIED).x
-        residual, _ = problem.residual(x)
+    tokens, context = _latents(flow, 0, _NUM_VERIFIED)
+    floor = 0.0
+
+    def solve_block(i: int, z: Tokens) -> Tokens:
+        """Solves the first half of the rows exactly, and the second half by sweeps."""
+        nonlocal floor
+        exact, swept = (_block_problem(flow, i, half, context) for half in z.chunk(2))
+        x = attempt(exact, SEQUENTIAL, UNCERTIFIED).x
+        residual, _ = exact.residual(x)
         floor = max([floor, *residual[residual.isfinite()].tolist()])
-        swept_problem = _block_problem(flow, i, swept_tokens, context)
-        other_x = attempt(swept_problem, Solver(), replace(UNCERTIFIED, tolerance=floor)).x
-        exact, swept_tokens = (flow.blocks[i].permutation.inverse(tokens) for tokens in (x, other_x))
-        del problem, swept_problem  # The next block is loaded once this one is free.
-    return max(floor, float((exact - swept_tokens).nan_to_num(0.0, 0.0, 0.0).abs().max()))
+        return torch.cat((x, attempt(swept, Solver(), replace(UNCERTIFIED, tolerance=floor)).x))
+
+    exact, swept = flow.map_blocks_reversed(tokens.repeat(2, 1, 1), solve_block).chunk(2)
+    return max(floor, float((exact - swept).nan_to_num(0.0, 0.0, 0.0).abs().max()))
 
 
 def _time_blocks(flow: Flow, batch_size: int, bf16: bool) -> list[BlockTimings]:
@@ -177,7 +179,7 @@ def _race_blocks(
     """The fastest solver of each block."""
     options = SolveOptions(tolerance, batch_size=batch_size)
     # A tuning has not seen these latents, and `sample` does not draw them.
-    x, context = _latents(flow, NUM_SAMPLES, max(batch_size, _MIN_RACED))
+    tokens, context = _latents(flow, NUM_SAMPLES, max(batch_size, _MIN_RACED))
     solvers, seconds = [SEQUENTIAL] * len(timings), [each.sequential for each in timings]
     shapes, num_tokens = [_shape(block) for block in flow.blocks], flow.config.num_tokens
     remaining = {
@@ -185,25 +187,25 @@ def _race_blocks(
         for shape, each in zip(shapes, timings, strict=True)
     }
     end = time.perf_counter() + max(_MIN_RACE_SECONDS, sum(seconds) / 2)
-    for i in reversed(range(len(timings))):
+
+    def solve_block(i: int, z: Tokens) -> Tokens:
         if not any(remaining.values()):
-            break
-        problem, shape = _block_problem(flow, i, x, context), shapes[i]
+            return z  # No block is raced any more.
+        problem, shape = _block_problem(flow, i, z, context), shapes[i]
         num_batches = len(problem) / batch_size
         fitted = BlockTuning(Latent(), Plain()) if tuning is None else tuning.blocks[i]
         raced = [candidate.solver(fitted.guess, fitted.correction) for candidate in remaining[shape]]
         winner = race(problem, raced, num_batches * timings[i].sequential, options)
         if winner is not None:
-            solvers[i], seconds[i], answer = winner.solver, winner.seconds / num_batches, winner.x
-        else:
-            answer = attempt(problem, SEQUENTIAL, replace(options, certify=False)).x
+            solvers[i], seconds[i] = winner.solver, winner.seconds / num_batches
         if time.perf_counter() > end:
             pairs = zip(remaining[shape], raced, strict=True)
             remaining[shape] = [candidate for candidate, solver in pairs if winner and solver == winner.solver]
-        x = flow.blocks[i].permutation.inverse(answer)
-        del problem  # The next block is loaded once this one is free.
         if progress is not None:
             progress(len(timings) - i, len(timings), "timing solvers")
+        return attempt(problem, SEQUENTIAL, replace(options, certify=False)).x if winner is None else winner.x
+
+    flow.map_blocks_reversed(tokens, solve_block)
     return _Draft(tuple(solvers), sum(seconds))
 
 
@@ -240,13 +242,14 @@ def _solve_blocks(
     progress: Progress | None,
 ) -> Tokens:  # fmt: skip
     """The inverse of tokens."""
-    for i in reversed(range(len(solvers))):
-        problem = _block_problem(flow, i, x, context)
-        x = flow.blocks[i].permutation.inverse(solve_problem(problem, solvers[i], options).x)
-        del problem  # The next block is loaded once this one is free.
+
+    def solve_block(i: int, z: Tokens) -> Tokens:
+        solution = solve_problem(_block_problem(flow, i, z, context), solvers[i], options)
         if progress is not None:
             progress(len(solvers) - i, len(solvers), "verifying")
-    return x
+        return solution.x
+
+    return flow.map_blocks_reversed(x, solve_block)
 
 
 def _max_error(x: Tokens, exact: Tokens) -> float:
@@ -255,10 +258,9 @@ def _max_error(x: Tokens, exact: Tokens) -> float:
     return max(difference.tolist(), default=math.inf)
 
 
-def _block_problem(flow: Flow, i: int, x: Tokens, context: Context) -> Problem:
-    """The problem of block i at tokens in the order of the data. Values that overflowed go on as zeros."""
-    z = flow.blocks[i].permutation(x).nan_to_num(0.0, 0.0, 0.0)
-    return Problem(flow.inverse_block(i), z, context)
+def _block_problem(flow: Flow, i: int, z: Tokens, context: Context) -> Problem:
+    """The problem of block i. Values that overflowed go on as zeros."""
+    return Problem(flow.inverse_block(i), z.nan_to_num(0.0, 0.0, 0.0), context)
 
 
 def _latents(flow: Flow, first: int, num: int) -> tuple[Tokens, Context]:
