@@ -146,7 +146,7 @@ double transformer_error(WeightFormat format) {
     args.z = z.data(), args.position = position.data(), args.proj_in = in.args;
     args.proj_out = out.args, args.out_bias = out.bias.data(), args.layers = &layer;
     args.x = x[i].data(), args.keys_values = keys_values.data(), args.log_det = &log_det[i];
-    args.samples = args.networks = args.depth = args.has_scale = args.num_teams = 1, args.num_threads = 1 + 2 * i;
+    args.samples = args.rows_per_sample = args.depth = args.has_scale = args.num_teams = 1, args.num_threads = 1 + 2 * i;
     args.tokens = args.stop = tokens, args.token_dim = token_dim, args.width = width, args.hidden = hidden, args.heads = heads;
     if (jacobiflow_solve_transformer(&args, std::is_same<T, double>::value)) return INFINITY;
   }

@@ -18,7 +18,7 @@ from jacobiflow.models.checkpoints.fingerprint import fingerprint
 from jacobiflow.models.latents import FIRST_CALIBRATION_LATENT, draw_latents
 from jacobiflow.planner import BlockTuning, planner
 from jacobiflow.planner.benchmark import TimedSolve
-from jacobiflow.planner.fit import NUM_SAMPLES
+from jacobiflow.planner.tuning import NUM_SAMPLES
 from tests.helpers.invented import GUIDANCE, TOKENS, Halfway, Machine, draw, make_tuning, small, tuned
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -220,11 +220,24 @@ class MAFBlock(FlowBlock):
 
     def _evaluate(self, tokens: Tokens, context: Context, guidance: Guidance | None, is_inverse: bool) -> TokensLogDet:
         """Returns the result of the block or its inverse by native code, and log|det|, or raises UnsupportedError."""
-        usable_library(tokens)
+        usable_library(tokens)  # Raises UnsupportedError if there is none.
         if tokens.shape[2:] != (1,):
             raise UnsupportedError(f"tokens {tuple(tokens.shape)} with other than one channel")
         num_classes = self.config.num_classes
         table = torch.eye(num_classes, dtype=tokens.dtype) if num_classes else None
+        classes = embed_classes(table, context.values)
+        in_pytorch = None if is_inverse else self._encode_in_pytorch
+        chain, tensors = _describe_block(self.config, guidance is not None), self._native_tensors(tokens, guidance)
+        result = chain.evaluate(tensors, tokens.squeeze(-1), classes, is_inverse, "rows", in_pytorch)
+        assert result.log_det is not None
+        return result.values.unsqueeze(-1), result.log_det
+
+    def _native_tensors(self, tokens: Tokens, guidance: Guidance | None) -> list[Tensor]:
+        """Returns the tensors of the operations in the order in which `_describe_block` adds these.
+
+        They are the weight, the bias and the embeddings of classes of each layer. Under guidance, the weight and the
+        bias of each layer without a class follow, and the weights of guidance.
+        """
         tensors: list[Tensor] = []
         for layer in self.layers:
             tensors += [layer.weight, layer.bias]
@@ -233,13 +246,7 @@ class MAFBlock(FlowBlock):
         if guidance is not None:
             tensors += [each for layer in self.layers for each in (layer.weight, layer.offset(None).squeeze(0))]
             tensors.append(torch.stack(guidance.weights(tokens), dim=1).flatten())
-        tensors = [tensor.contiguous() for tensor in tensors]
-        classes = embed_classes(table, context.values)
-        in_pytorch = None if is_inverse else self._encode_in_pytorch
-        chain = _describe_block(self.config, guidance is not None)
-        result = chain.evaluate(tensors, tokens.squeeze(-1), classes, is_inverse, "rows", in_pytorch)
-        assert result.log_det is not None
-        return result.values.unsqueeze(-1), result.log_det
+        return [tensor.contiguous() for tensor in tensors]
 
     def _encode_in_pytorch(
         self, x: Float[Tensor, "b t"], classes: Float[Tensor, "#b n"] | None, tensors: Sequence[Tensor]
@@ -280,12 +287,12 @@ def _layer_degrees(config: MAFConfig) -> list[tuple[np.ndarray, np.ndarray]]:
 
 @lru_cache(maxsize=32)
 def _describe_block(config: MAFConfig, is_guided: bool) -> TransformChain:
-    """Returns the chain of one transform that native code evaluates for a block, see `MAFBlock._evaluate`."""
+    """Returns the chain of one transform that native code evaluates; `MAFBlock._native_tensors` returns its tensors."""
     network = MaskedNetwork(torch.arange(2 * config.num_tokens, device="cpu").view(-1, 2))
     value = _add_layers(network, config, config.num_classes)
     if is_guided:
         network.add_guidance(value, _add_layers(network, config, num_classes=0))
-    scale = {"scale_activation": ScaleActivation.EXP, "is_of_inverse": True}  # x = exp(s) z + u
+    scale = {"scale_activation": ScaleActivation.EXP, "parametrizes_inverse": True}  # x = exp(s) z + u
     return TransformChain([(masked_transform(network, kind=TransformKind.MASKED_AFFINE, **scale), False)])
 
 

@@ -61,7 +61,7 @@ class TransformChain:
         self.table = (Transform * len(transforms))(*(part.structure for part in self._parts))
         self.shapes: list[tuple[int, ...]] = []
         for entry, (part, is_inverse) in zip(self.table, transforms, strict=True):
-            entry.first_tensor, entry.is_reversed = len(self.shapes), is_inverse
+            entry.first_tensor, entry.is_inverted = len(self.shapes), is_inverse
             self.shapes += part.shapes
         self._sizes: tuple[int, int] | None = None
         self._addresses: dict[torch.dtype, array[int]] = {}  # of the latest call

@@ -130,12 +130,12 @@ class CausalTransformer:
         """
         native = usable_library(z)
         z = check_tensor(z, (*z.shape[:1], len(self.position), self.proj_in.shape[1]), z.dtype)
-        networks, batch_size = 1 if guidance is None else 2, batch_size or max(len(z), 1)
-        size = max(_MAX_ROWS_PER_THREAD * torch.get_num_threads() // networks, 1)
+        rows_per_sample, batch_size = 1 if guidance is None else 2, batch_size or max(len(z), 1)
+        size = max(_MAX_ROWS_PER_THREAD * torch.get_num_threads() // rows_per_sample, 1)
         x, log_det = torch.empty_like(z), z.new_zeros(len(z), dtype=torch.float64)
         with kept_memory() as memory:
-            rows = min(size, batch_size, len(z)) * networks
-            packed = _PackedTransformer(native, self, z.dtype, rows, networks, memory)
+            rows = min(size, batch_size, len(z)) * rows_per_sample
+            packed = _PackedTransformer(native, self, z.dtype, rows, rows_per_sample, memory)
             for start in range(0, len(z), batch_size):
                 stop = min(start + batch_size, len(z))
                 for first in range(start, stop, size):
@@ -149,11 +149,11 @@ class _PackedTransformer:
     """The parameters of a network as native code reads them, for calls of at most `rows` rows."""
 
     def __init__(
-        self, native: Library, network: CausalTransformer, dtype: torch.dtype, rows: int, networks: int,
+        self, native: Library, network: CausalTransformer, dtype: torch.dtype, rows: int, rows_per_sample: int,
         memory: WeightMemory,
     ) -> None:  # fmt: skip
         network.check(dtype)
-        self.native, self.network, self.dtype, self.networks = native, network, dtype, networks
+        self.native, self.network, self.dtype, self.rows_per_sample = native, network, dtype, rows_per_sample
         self.tensors: list[Tensor] = []  # what structures point to
         self.num_weights = network.num_weights
         self.tokens, (self.width, self.token_dim) = len(network.position), network.proj_in.shape
@@ -165,7 +165,7 @@ class _PackedTransformer:
         self.args = TransformerArgs(
             layers=ctypes.addressof(self.layers), position=address_of(position), proj_in=proj_in, proj_out=proj_out,
             out_bias=self._pad([network.out_bias], (len(network.proj_out),))[0],
-            final_norm=None if norm is None else self._pad([norm], (self.width,))[0], networks=networks,
+            final_norm=None if norm is None else self._pad([norm], (self.width,))[0], rows_per_sample=rows_per_sample,
             tokens=self.tokens, token_dim=self.token_dim, width=self.width, hidden=self.hidden, heads=network.heads,
             depth=len(network.layers), has_scale=network.has_scale, soft_clip=network.soft_clip,
         )  # fmt: skip
@@ -220,7 +220,7 @@ class _PackedTransformer:
         self, z: Tensor, x: Tensor, log_det: Tensor, inputs: RowInputs, guidance: GuidanceWeights | None
     ) -> Iterator[TransformerArgs]:
         """Yields the arguments of the calls that write the rows of `x` and `log_det`, some tokens each."""
-        args, samples, rows, context = self.args, len(z), len(z) * self.networks, inputs.context
+        args, samples, rows, context = self.args, len(z), len(z) * self.rows_per_sample, inputs.context
         prefix_length = inputs.prefix[0].shape[3] if inputs.prefix else 0
         length = prefix_length + self.tokens
         tensors = {"z": z, "x": x, "log_det": log_det, "keys_values": self._empty_cache(z, rows, length)}

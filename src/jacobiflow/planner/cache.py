@@ -24,9 +24,9 @@ from jacobiflow.models.flow import Flow, check_flow
 from jacobiflow.models.latents import MAX_SAMPLES
 from jacobiflow.models.memory import exceeds_memory
 from jacobiflow.native import library_name
-from jacobiflow.planner.fit import find_tuning
 from jacobiflow.planner.planner import make_plan, warn_if_raised
 from jacobiflow.planner.strategy import Strategy
+from jacobiflow.planner.tuning import find_tuning
 from jacobiflow.utils.checks import check_count, check_number
 from jacobiflow.utils.files import cache_folder, sha256
 from jacobiflow.utils.progress import Progress

@@ -24,8 +24,8 @@ from jacobiflow.models.checkpoints.fingerprint import fingerprint
 from jacobiflow.models.flow import Flow, check_flow
 from jacobiflow.models.latents import FIRST_CALIBRATION_LATENT, MAX_SAMPLES, draw_latents
 from jacobiflow.planner.benchmark import SEQUENTIAL, UNCERTIFIED, BlockTimings, candidates, race, time_block
-from jacobiflow.planner.fit import NUM_SAMPLES, BlockTuning, Tuning, find_tuning
 from jacobiflow.planner.strategy import Prediction, Strategy, device_name
+from jacobiflow.planner.tuning import NUM_SAMPLES, BlockTuning, Tuning, find_tuning
 from jacobiflow.utils.checks import check_count, check_flag, check_kind, check_positive
 from jacobiflow.utils.progress import Progress
 from jacobiflow.utils.timing import time_call

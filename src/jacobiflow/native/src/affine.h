@@ -26,7 +26,7 @@ Vector inverse_gradient(const Gradients<Vector>& g, Vector slope, Vector bend) {
   return (g.value - g.log_slope * bend) / slope;
 }
 
-// A transform y = scale x + shift of one feature, or with `is_of_inverse` x = scale y + shift.
+// A transform y = scale x + shift of one feature, or with `parametrizes_inverse` x = scale y + shift.
 template <typename T>
 class Affine {
  public:
@@ -39,7 +39,7 @@ class Affine {
   // Transforms x, or y if the transform is inverted, and sets the logarithm of dy/dx.
   Vector apply(bool inverts, Vector in, Vector& log_slope) const {
     const Vector factor = derivative(inverts, log_slope);
-    return inverts != t.is_of_inverse ? (in - shift) * factor : in * factor + shift;
+    return inverts != t.parametrizes_inverse ? (in - shift) * factor : in * factor + shift;
   }
 
   // Writes the gradients of the parameters to `to`, and returns the gradient of the input.
@@ -48,10 +48,10 @@ class Affine {
     const Vector slope = derivative(false, log_slope);
     const Vector result = inverts ? inverse_gradient(g, slope, Vector{}) : g.value * slope;
     if (inverts) g = {-result, -g.log_slope};
-    const Vector of_log_slope = g.value * (t.is_of_inverse ? x - shift : x) * slope + g.log_slope;
-    const Vector of_scale = (t.is_of_inverse ? -of_log_slope : of_log_slope) * log_scale_derivative(slope);
+    const Vector of_log_slope = g.value * (t.parametrizes_inverse ? x - shift : x) * slope + g.log_slope;
+    const Vector of_scale = (t.parametrizes_inverse ? -of_log_slope : of_log_slope) * log_scale_derivative(slope);
     S::store(to + t.scale_index * stride, of_scale);
-    S::store(to + (1 - t.scale_index) * stride, t.is_of_inverse ? -g.value * slope : g.value);
+    S::store(to + (1 - t.scale_index) * stride, t.parametrizes_inverse ? -g.value * slope : g.value);
     return result;
   }
 
@@ -73,14 +73,14 @@ class Affine {
         scale += (T)t.min_scale;
         log_scale = S::log(scale), is_exponential = false;
     }
-    log_slope = t.is_of_inverse ? -log_scale : log_scale;
+    log_slope = t.parametrizes_inverse ? -log_scale : log_scale;
     if (is_exponential) return S::exp(inverts ? -log_slope : log_slope);
-    return inverts != t.is_of_inverse ? T(1) / scale : scale;
+    return inverts != t.parametrizes_inverse ? T(1) / scale : scale;
   }
 
   // Returns the derivative of the scale's logarithm in its parameter, from the slope dy/dx.
   Vector log_scale_derivative(Vector slope) const {
-    const Vector one = S::broadcast(1), inverse_scale = t.is_of_inverse ? slope : S::reciprocal(slope);
+    const Vector one = S::broadcast(1), inverse_scale = t.parametrizes_inverse ? slope : S::reciprocal(slope);
     switch (t.scale_activation) {
       case ScaleActivation::soft_clipped_exp: return soft_clip() * soft_clip();
       case ScaleActivation::softplus: return (parameter > T(20) ? one : S::sigmoid(parameter)) * inverse_scale;

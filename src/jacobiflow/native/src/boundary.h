@@ -52,13 +52,13 @@ struct Transform {
   int32_t shift_stride;       // the same of the shift
   ScaleActivation scale_activation;
   int32_t scale_index;        // 0 if the scale is the first of the two parameters of masked_affine, 1 if it is the second
-  int32_t is_of_inverse;      // 1 if the parameters of masked_affine are those of the inverse, x = scale y + shift
+  int32_t parametrizes_inverse;      // 1 if the parameters of masked_affine are those of the inverse, x = scale y + shift
   int32_t bins;               // number of bins of a spline
   SplineBoundary boundary;    // derivatives at the ends of a spline: a constant, parameters, or one parameter for both
   int32_t is_soft_clipped;    // 1 if the parameters of a spline are soft-clipped
   int32_t has_tails;          // 1 if a spline is the identity outside of [low, high]
   int32_t is_circular;        // 1 if a spline takes x modulo high - low
-  int32_t is_reversed;        // 1 if the chain has the inverse of the transform
+  int32_t is_inverted;        // 1 if the chain has the inverse of the transform
   double clip;                // soft-clips p to p / (1 + clip |p|); for widths and heights twice as strongly
   double min_scale;           // added to a scale by softplus or sigmoid
   double logit_shift;         // added to the logit of a scale by sigmoid
@@ -162,8 +162,8 @@ struct LayerArgs {
   const T* gated_gate;       // (tokens, width)
 };
 
-// The inverse of a block with a causal transformer. The network has rows = networks * samples rows: first
-// the conditional row of each sample, then, for guidance, the unconditional ones. Biases are padded to whole vectors.
+// The inverse of a block with a causal transformer. The network has rows = rows_per_sample * samples rows: first the
+// conditional row of each sample, then, for guidance, the unconditional ones. Biases are padded to whole vectors.
 template <typename T>
 struct TransformerArgs {
   const T* z;                   // (samples, tokens, token_dim)
@@ -184,9 +184,9 @@ struct TransformerArgs {
   T* keys_values;               // memory of KeyValueCache, which lives until all tokens are solved
   double* log_det;              // (samples), to which the log-scales are added
   int32_t samples;
-  int32_t networks;             // 1, or 2 with guidance
+  int32_t rows_per_sample;      // 1, or 2 with guidance
   int32_t tokens;
-  int32_t token_dim;       // numbers of a token
+  int32_t token_dim;            // numbers of a token
   int32_t width;
   int32_t hidden;               // units of a layer's perceptron
   int32_t heads;

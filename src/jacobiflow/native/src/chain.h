@@ -143,7 +143,7 @@ class Chain {
     return max_units;
   }
 
-  bool inverts(const Transform& t) const { return call.is_inverse != t.is_reversed; }
+  bool inverts(const Transform& t) const { return call.is_inverse != t.is_inverted; }
 
   // Returns the first input of a sum. A context that all rows share is in the bias already.
   int first_input(const Transform& t, const Operation& o) const { return shares_context && !o.source ? t.context : 0; }

@@ -24,9 +24,9 @@ struct TeamWorkspace {
   std::vector<std::vector<T>> scratch;         // of each thread: normalised rows, then logits or outputs
 
   TeamWorkspace(const TransformerArgs<T>& args, Range samples, int num_threads)
-      : args(args), samples(samples), barrier(num_threads), rows(num_samples() * args.networks),
+      : args(args), samples(samples), barrier(num_threads), rows(num_samples() * args.rows_per_sample),
         stride(padded<T>(args.width)), head_size(args.width / args.heads), num_threads(num_threads),
-        cache(args.keys_values, args.samples * args.networks, args.heads, head_size, length()),
+        cache(args.keys_values, args.samples * args.rows_per_sample, args.heads, head_size, length()),
         h((size_t)rows * stride), input(is_gated() ? h.size() : 0), qkv((size_t)rows * padded<T>(3 * args.width)),
         attended(h.size()), up((size_t)rows * padded<T>((is_gated() ? 2 : 1) * args.hidden)),
         scratch(num_threads,
@@ -82,7 +82,7 @@ void TeamWorkspace<T>::read_prefix(int rank) {
   for (int r = own.first; r < own.last; r++) {
     for (int l = 0; l < args.depth; l++)
       for (int head = 0; head < args.heads; head++) {
-        const int64_t row = ((int64_t)l * args.samples * args.networks + network_row(r)) * 2;
+        const int64_t row = ((int64_t)l * args.samples * args.rows_per_sample + network_row(r)) * 2;
         const T *keys = args.prefix_keys_values + (row * args.heads + head) * size, *values = keys + args.heads * size;
         for (int p = 0; p < args.prefix_length; p++)
           cache.store(l, network_row(r), head, p, keys + p * head_size, values + p * head_size);
@@ -96,7 +96,7 @@ void TeamWorkspace<T>::read_prefix(int rank) {
 template <typename T>
 void TeamWorkspace<T>::embed(int sample, int t) {
   const T* token = args.x + ((int64_t)(samples.first + sample) * args.tokens + t) * args.token_dim;
-  for (int n = 0; n < args.networks; n++) {
+  for (int n = 0; n < args.rows_per_sample; n++) {
     const int r = n * num_samples() + sample;
     T* row = h.data() + (int64_t)r * stride;
     std::memcpy(row, args.position + (int64_t)t * args.width, sizeof(T) * args.width);
@@ -214,7 +214,7 @@ template <typename T>
 void TeamWorkspace<T>::read_out(int sample, int t, T* buffer) {
   const int outputs = args.token_dim * (args.has_scale + 1), out_stride = padded<T>(outputs);
   T* normalised = buffer + 2 * out_stride;
-  for (int n = 0; n < args.networks; n++) {
+  for (int n = 0; n < args.rows_per_sample; n++) {
     const T* row = h.data() + (int64_t)(n * num_samples() + sample) * stride;
     T* out = buffer + n * out_stride;
     if (args.final_norm) {
@@ -235,7 +235,7 @@ void TeamWorkspace<T>::read_out(int sample, int t, T* buffer) {
   const int64_t first = ((int64_t)(samples.first + sample) * args.tokens + t) * args.token_dim;
   for (int c = 0; c < args.token_dim; c++) {
     T scale = args.has_scale ? scales[c] : T(0), shift = shifts[c];
-    if (args.networks == 2) {
+    if (args.rows_per_sample == 2) {
       const T other_scale = args.has_scale ? scales[out_stride + c] : T(0), other_shift = shifts[out_stride + c];
       const T w = args.guidance_scale[t];
       if (args.is_by_density) {
