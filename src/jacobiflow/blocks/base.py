@@ -206,6 +206,12 @@ def no_gradients(block: Any) -> AbstractContextManager[None]:
     return torch.inference_mode() if supports(block, "inference_safe") else torch.no_grad()
 
 
+def check_context_rows(context: Context, num: int) -> None:
+    """Raises UnsupportedError if a context does not have `num` rows, so that its batches would be those of others."""
+    if any(tensor is not None and len(tensor) != num for tensor in (context.values, context.temperature)):
+        raise UnsupportedError("a context for another number of samples")
+
+
 def check_input(z: Tokens, num_tokens: int, token_dim: int) -> None:
     """Checks that `z` is (B, T, C)."""
     if z.ndim != 3 or z.shape[1:] != (num_tokens, token_dim):

@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from jacobiflow.blocks.base import FlowBlock, ScaleShift, TokensLogDet, check_input
+from jacobiflow.blocks.base import FlowBlock, ScaleShift, TokensLogDet, check_context_rows, check_input
 from jacobiflow.blocks.context import NO_CONTEXT, Context
 from jacobiflow.blocks.guidance import Guidance
 from jacobiflow.blocks.permutation import Permutation
@@ -213,6 +213,7 @@ class MAFBlock(FlowBlock):
             raise UnsupportedError(f"guidance of a MAF by the rule {guidance.rule}")
         if batch_size is None or len(z) <= batch_size:
             return self._evaluate(z, context, guidance, is_inverse=True)
+        check_context_rows(context, len(z))
         batches = row_batches(len(z), batch_size)
         answers = [self._evaluate(z[rows], context[rows], guidance, is_inverse=True) for rows in batches]
         x, log_det = map(torch.cat, zip(*answers, strict=True))

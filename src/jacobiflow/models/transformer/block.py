@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from jacobiflow.blocks.base import FlowBlock, ScaleShift, TokensLogDet, check_input
+from jacobiflow.blocks.base import FlowBlock, ScaleShift, TokensLogDet, check_context_rows, check_input
 from jacobiflow.blocks.context import NO_CONTEXT, Context
 from jacobiflow.blocks.guidance import Guidance
 from jacobiflow.blocks.permutation import Permutation
@@ -170,6 +170,7 @@ class TransformerBlock(FlowBlock):
     def sequential_inverse(
         self, z: Tokens, context: Context = NO_CONTEXT, guidance: Guidance | None = None, batch_size: int | None = None
     ) -> TokensLogDet:
+        check_context_rows(context, len(z))
         layers = self.layer_weights()
         network = CausalTransformer(
             proj_in=self.proj_in.weight,
