@@ -207,7 +207,7 @@ def no_gradients(block: Any) -> AbstractContextManager[None]:
 
 
 def check_context_rows(context: Context, num: int) -> None:
-    """Raises UnsupportedError if a context does not have `num` rows, so that its batches would be those of others."""
+    """Raises UnsupportedError if a context does not have `num` rows, since slices of it would fit by chance."""
     if any(tensor is not None and len(tensor) != num for tensor in (context.values, context.temperature)):
         raise UnsupportedError("a context for another number of samples")
 

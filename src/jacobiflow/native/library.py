@@ -89,7 +89,7 @@ class Library:
 
     @staticmethod
     def _call(function: Any, arguments: TransformerArgs | ChainArgs, dtype: torch.dtype) -> int:
-        """Calls a function of C++, by one thread if so many are not available. Returns its result."""
+        """Returns the result of a C++ function. If there are too few threads, one thread computes it."""
         result: int = function(ctypes.byref(arguments), dtype is torch.float64)
         if result < 0:
             arguments.num_threads = arguments.num_teams = 1  # A chain has no teams.

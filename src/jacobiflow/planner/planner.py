@@ -152,14 +152,14 @@ def rounding_floor(flow: Flow) -> float:
     def solve_block(i: int, z: Tokens) -> Tokens:
         """Solves the first half of the rows exactly, and the second half by sweeps."""
         nonlocal floor
-        exact, swept = (_block_problem(flow, i, half, context) for half in z.chunk(2))
-        x = attempt(exact, SEQUENTIAL, UNCERTIFIED).x
-        residual, _ = exact.residual(x)
+        problem, other = (_block_problem(flow, i, half, context) for half in z.chunk(2))
+        x = attempt(problem, SEQUENTIAL, UNCERTIFIED).x
+        residual, _ = problem.residual(x)
         floor = max([floor, *residual[residual.isfinite()].tolist()])
-        return torch.cat((x, attempt(swept, Solver(), replace(UNCERTIFIED, tolerance=floor)).x))
+        return torch.cat((x, attempt(other, Solver(), replace(UNCERTIFIED, tolerance=floor)).x))
 
-    exact, swept = flow.map_blocks_reversed(tokens.repeat(2, 1, 1), solve_block).chunk(2)
-    return max(floor, float((exact - swept).nan_to_num(0.0, 0.0, 0.0).abs().max()))
+    x, other_x = flow.map_blocks_reversed(tokens.repeat(2, 1, 1), solve_block).chunk(2)
+    return max(floor, float((x - other_x).nan_to_num(0.0, 0.0, 0.0).abs().max()))
 
 
 def _time_blocks(flow: Flow, batch_size: int, bf16: bool) -> list[BlockTimings]:
