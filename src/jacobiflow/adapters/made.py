@@ -12,24 +12,25 @@ from torch import Tensor, nn
 
 from jacobiflow.adapters.adapter import AcceleratedModule
 from jacobiflow.adapters.library_module import library_class
-from jacobiflow.adapters.native_module import TransformOutput, TransformSpec, masked_spec
+from jacobiflow.adapters.native_module import TransformOutput
 from jacobiflow.adapters.network import LibraryNetwork
 from jacobiflow.adapters.passes import invert_by_passes
 from jacobiflow.errors import UnsupportedError
 from jacobiflow.native.boundary import SplineBoundary, TransformKind
+from jacobiflow.native.transforms import ChainTransform, masked_transform
 
 _PYTORCH_PARTS = (nn.ModuleList, nn.Linear, nn.Dropout, nn.Identity)
 
 
-def made_spec(
+def made_transform(
     module: Any, library: ModuleType, is_conditional: bool, kind: TransformKind, parameters: int = 2, **fields: Any
-) -> TransformSpec:
+) -> ChainTransform:
     """Returns a masked transform; `library` is the Python module that defines the library's MADE."""
     network = _build_network(module.autoregressive_net, library, parameters, is_conditional)
-    return masked_spec(network, kind=kind, **fields)
+    return masked_transform(network, kind=kind, **fields)
 
 
-def spline_spec(module: Any, library: ModuleType, is_conditional: bool) -> TransformSpec:
+def spline_transform(module: Any, library: ModuleType, is_conditional: bool) -> ChainTransform:
     """Returns a masked rational-quadratic spline."""
     if isinstance(module.tails, list | tuple) or isinstance(module.tail_bound, Tensor):
         raise UnsupportedError("a spline with tails of its own for each feature")
@@ -37,7 +38,7 @@ def spline_spec(module: Any, library: ModuleType, is_conditional: bool) -> Trans
     bounded, circular, free = (SplineBoundary.FIXED, -1), (SplineBoundary.CIRCULAR, 0), (SplineBoundary.FREE, 1)
     boundary, more_slopes = {"linear": bounded, "circular": circular}.get(module.tails, free)
     low, high = (0.0, 1.0) if module.tails is None else (-float(module.tail_bound), float(module.tail_bound))
-    return made_spec(
+    return made_transform(
         module, library, is_conditional, TransformKind.RATIONAL_QUADRATIC, 3 * bins + more_slopes, bins=bins,
         boundary=boundary, end_slope=1.0, logit_scale=float(width) ** -0.5, low=low, high=high,
         has_tails=module.tails is not None, min_width=module.min_bin_width, min_height=module.min_bin_height,

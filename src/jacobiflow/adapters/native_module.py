@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -11,11 +10,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from jacobiflow.adapters.library_module import DROPOUTS, FUNCTIONS, copy_with_tensors, has_replaced_method
-from jacobiflow.adapters.network import LibraryNetwork, Slot
 from jacobiflow.errors import UnsupportedError
-from jacobiflow.native.boundary import TransformKind
 from jacobiflow.native.chain import TransformChain
-from jacobiflow.native.transforms import ChainTransform, affine_transform, masked_transform
+from jacobiflow.native.transforms import ChainTransform
 from jacobiflow.utils.snapshot import HOOKS, Snapshot
 
 _SETTINGS = (bool, int, float, str, type, dict, *FUNCTIONS)  # Other attributes may be results of calls.
@@ -27,35 +24,11 @@ LibraryCall = Callable[[Any, Float[Tensor, "b d"], Float[Tensor, "b c"] | None],
 """Module, rows, context -> the output by the library's own code."""
 
 
-@dataclass(frozen=True)
-class TransformSpec:
-    """A library's transform as native code takes it.
-
-    Attributes:
-        transform: The native transform.
-        tensors: Weights, biases, scales and shifts. Their values are read at every call.
-    """
-
-    transform: ChainTransform
-    tensors: Sequence[Slot] = ()
-
-
-ListTransforms = Callable[[Any, bool], Iterator[tuple[TransformSpec, bool]]]
-"""Module, whether there is a context -> pairs (transform, is_inverted) in forward order.
+ListTransforms = Callable[[Any, bool], Iterable[ChainTransform]]
+"""Module, whether there is a context -> its transforms in forward order.
 
 Raises UnsupportedError if native code does not take one of the transforms.
 """
-
-
-def masked_spec(network: LibraryNetwork, **fields: Any) -> TransformSpec:
-    """Returns an elementwise transform whose parameters a network gives; `fields` are those of `masked_transform`."""
-    return TransformSpec(masked_transform(network, **fields), network.tensors)
-
-
-def affine_spec(scale: Slot, shift: Slot, kind: Any = TransformKind.AFFINE) -> TransformSpec:
-    """Returns the transform y = scale x + shift, or another kind of `affine_transform`."""
-    of_scale, of_shift = (holder[name].shape for holder, name in (scale, shift))
-    return TransformSpec(affine_transform(of_scale, of_shift, kind), (scale, shift))
 
 
 class NativeModule:
@@ -78,10 +51,9 @@ class NativeModule:
                     raise UnsupportedError(f"a hook on {type(part).__name__}")
                 if has_replaced_method(part):
                     raise UnsupportedError(f"a method of its own on {type(part).__name__}")
-            specs = list(list_transforms(module, is_conditional))
-            self.chain = TransformChain([(spec.transform, is_inverted) for spec, is_inverted in specs])
-            slots = [slot for spec, _ in specs for slot in spec.tensors]
-            self._holders, self._names = [holder for holder, _ in slots], [name for _, name in slots]
+            self.chain = TransformChain(list(list_transforms(module, is_conditional)))
+            places = [place for transform in self.chain.transforms for place in transform.places]
+            self._holders, self._names = [holder for holder, _ in places], [name for _, name in places]
             self.snapshot = Snapshot(modules, [part._buffers for part in modules if part._buffers], _SETTINGS)
         except UnsupportedError as error:
             self._obstacle, self.snapshot = str(error), Snapshot(modules, kinds=_SETTINGS)

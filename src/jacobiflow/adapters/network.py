@@ -6,16 +6,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from jaxtyping import Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from jacobiflow.errors import UnsupportedError
 from jacobiflow.native.boundary import Activation
 from jacobiflow.native.masked_network import MaskedNetwork
-
-Slot = tuple[dict[str, Any], str]
-"""A place of a tensor: a dictionary of a module, such as its parameters, and a name in it."""
 
 _MODULES: dict[type[nn.Module], tuple[Activation, tuple[str, ...]]] = {
     nn.Identity: (Activation.IDENTITY, ()), nn.ReLU: (Activation.RELU, ()),
@@ -32,19 +28,11 @@ _GELU = {"none": Activation.GELU, "tanh": Activation.GELU_TANH}
 
 
 class LibraryNetwork(MaskedNetwork):
-    """A masked network to which a library's layers are added. Arguments named `function` are activations.
-
-    Attributes:
-        tensors: The weights and biases, in the order of `shapes`.
-    """
-
-    def __init__(self, outputs: Int[Tensor, "d p"], context_columns: range = range(0)) -> None:
-        super().__init__(outputs, context_columns)
-        self.tensors: list[Slot] = []
+    """A masked network to which a library's layers are added. Arguments named `function` are activations."""
 
     def add_masked_layer(self, source: int, layer: Any, function: Any = None) -> int:
         """Adds function(layer(x))."""
-        has_bias = self._add_tensors(layer)
+        has_bias = self._add_places(layer)
         return self.add_linear(source, layer.mask.bool(), has_bias, **_activation_fields(function))
 
     def add_function(self, source: int, function: Any) -> int:
@@ -53,20 +41,20 @@ class LibraryNetwork(MaskedNetwork):
 
     def add_context_layer(self, source: int, layer: nn.Linear, function: Any = None) -> int:
         """Adds x + function(layer(context))."""
-        return self.add_context(source, layer.in_features, self._add_tensors(layer), **_activation_fields(function))
+        return self.add_context(source, layer.in_features, self._add_places(layer), **_activation_fields(function))
 
     def add_gate_layer(self, source: int, layer: nn.Linear) -> int:
         """Adds x * sigmoid(layer(context))."""
-        return self.add_context(source, layer.in_features, self._add_tensors(layer), is_gate=True)
+        return self.add_context(source, layer.in_features, self._add_places(layer), is_gate=True)
 
-    def _add_tensors(self, layer: Any) -> bool:
-        """Adds the weight and the bias of a layer; returns False if it has no bias."""
+    def _add_places(self, layer: Any) -> bool:
+        """Adds the places of the weight and the bias of a layer; returns False if it has no bias."""
         if layer._parameters.keys() != {"weight", "bias"}:
             raise UnsupportedError("a weight or bias that is not a parameter")
         if not layer.weight.is_cpu:
             raise UnsupportedError("a network on another device")
         has_bias = layer.bias is not None
-        self.tensors += [(layer._parameters, name) for name in ("weight", "bias")[: 1 + has_bias]]
+        self.places += [(layer._parameters, name) for name in ("weight", "bias")[: 1 + has_bias]]
         return has_bias
 
 

@@ -17,38 +17,31 @@ from nflows.transforms.standard import AffineTransform, PointwiseAffineTransform
 
 from jacobiflow.adapters.adapter import Adapter
 from jacobiflow.adapters.library_module import library_class
-from jacobiflow.adapters.made import AcceleratedComposition, AcceleratedTransform, made_spec, spline_spec
-from jacobiflow.adapters.native_module import TransformSpec, affine_spec
+from jacobiflow.adapters.made import AcceleratedComposition, AcceleratedTransform, made_transform, spline_transform
 from jacobiflow.errors import UnsupportedError
 from jacobiflow.native.boundary import ScaleActivation, TransformKind
-from jacobiflow.native.transforms import permutation_transform
+from jacobiflow.native.transforms import ChainTransform, affine_transform, invert_transforms, permutation_transform
 
 
-def list_transforms(
-    module: Any, is_conditional: bool, is_inverted: bool = False
-) -> Iterator[tuple[TransformSpec, bool]]:
+def list_transforms(module: Any, is_conditional: bool) -> Iterator[ChainTransform]:
     """Yields the transforms of a module of nflows, see `ListTransforms`."""
     kind: Any = library_class(module)
     if kind is CompositeTransform:
-        for part in reversed(module._transforms) if is_inverted else module._transforms:
-            yield from list_transforms(part, is_conditional, is_inverted)
+        for part in module._transforms:
+            yield from list_transforms(part, is_conditional)
     elif kind is InverseTransform:
-        yield from list_transforms(module._transform, is_conditional, not is_inverted)
-    else:
-        yield _transform_spec(module, kind, is_conditional), is_inverted
-
-
-def _transform_spec(module: Any, kind: Any, is_conditional: bool) -> TransformSpec:
-    if kind is MaskedAffineAutoregressiveTransform:
+        yield from invert_transforms(list_transforms(module._transform, is_conditional))
+    elif kind is MaskedAffineAutoregressiveTransform:
         scale: dict[str, Any] = {"scale_activation": ScaleActivation.SOFTPLUS, "min_scale": module._epsilon}
-        return made_spec(module, made, is_conditional, TransformKind.MASKED_AFFINE, **scale)
-    if kind is MaskedPiecewiseRationalQuadraticAutoregressiveTransform:
-        return spline_spec(module, made, is_conditional)
-    if kind in (Permutation, RandomPermutation, ReversePermutation) and module._dim == 1:
-        return TransformSpec(permutation_transform(module._permutation.tolist()))
-    if kind in (PointwiseAffineTransform, AffineTransform):
-        return affine_spec((module._buffers, "_scale"), (module._buffers, "_shift"))
-    raise UnsupportedError(kind.__name__)
+        yield made_transform(module, made, is_conditional, TransformKind.MASKED_AFFINE, **scale)
+    elif kind is MaskedPiecewiseRationalQuadraticAutoregressiveTransform:
+        yield spline_transform(module, made, is_conditional)
+    elif kind in (Permutation, RandomPermutation, ReversePermutation) and module._dim == 1:
+        yield permutation_transform(module._permutation.tolist())
+    elif kind in (PointwiseAffineTransform, AffineTransform):
+        yield affine_transform((module._buffers, "_scale"), (module._buffers, "_shift"))
+    else:
+        raise UnsupportedError(kind.__name__)
 
 
 ADAPTERS: tuple[Adapter, ...] = (

@@ -15,31 +15,36 @@ from torch import Tensor
 
 from jacobiflow.adapters.adapter import AcceleratedModule, Adapter
 from jacobiflow.adapters.library_module import library_class
-from jacobiflow.adapters.made import AcceleratedTransform, context_args, evaluate_by_native, made_spec, spline_spec
-from jacobiflow.adapters.native_module import TransformSpec
+from jacobiflow.adapters.made import (
+    AcceleratedTransform,
+    context_args,
+    evaluate_by_native,
+    made_transform,
+    spline_transform,
+)
 from jacobiflow.errors import UnsupportedError
 from jacobiflow.native.boundary import ScaleActivation, TransformKind
-from jacobiflow.native.transforms import permutation_transform
+from jacobiflow.native.transforms import ChainTransform, permutation_transform
 
 
-def list_transforms(module: Any, is_conditional: bool) -> Iterator[tuple[TransformSpec, bool]]:
+def list_transforms(module: Any, is_conditional: bool) -> Iterator[ChainTransform]:
     """Yields the transforms of a module of normflows, see `ListTransforms`."""
     kind: Any = library_class(module)
     if kind in (NormalizingFlow, ConditionalNormalizingFlow):
         for flow in module.flows:
             yield from list_transforms(flow, is_conditional)
     elif kind is AutoregressiveRationalQuadraticSpline:
-        yield spline_spec(module.mprqat, made, is_conditional), True
+        yield spline_transform(module.mprqat, made, is_conditional).inverse()
     elif kind is MaskedPiecewiseRationalQuadraticAutoregressive:
-        yield spline_spec(module, made, is_conditional), False
+        yield spline_transform(module, made, is_conditional)
     elif kind is MaskedAffineAutoregressive:
         scale: dict[str, Any] = {"scale_activation": ScaleActivation.SIGMOID, "logit_shift": 2.0, "min_scale": 1e-3}
-        yield made_spec(module, made, is_conditional, TransformKind.MASKED_AFFINE, **scale), False
+        yield made_transform(module, made, is_conditional, TransformKind.MASKED_AFFINE, **scale)
     elif kind is Permute and module.mode == "shuffle":
-        yield TransformSpec(permutation_transform(module.perm.tolist())), False
+        yield permutation_transform(module.perm.tolist())
     elif kind is Permute and module.mode == "swap":
         half = module.num_channels // 2
-        yield TransformSpec(permutation_transform([*range(half, module.num_channels), *range(half)])), False
+        yield permutation_transform([*range(half, module.num_channels), *range(half)])
     else:
         raise UnsupportedError(kind.__name__)
 

@@ -18,14 +18,15 @@ from torch import Tensor, nn
 
 from jacobiflow.adapters.adapter import AcceleratedModule, Adapter
 from jacobiflow.adapters.library_module import default_of, library_class
-from jacobiflow.adapters.native_module import TransformOutput, TransformSpec, masked_spec
+from jacobiflow.adapters.native_module import TransformOutput
 from jacobiflow.adapters.network import LibraryNetwork
 from jacobiflow.adapters.passes import invert_by_passes
 from jacobiflow.errors import UnsupportedError
 from jacobiflow.native.boundary import ScaleActivation, SplineBoundary, TransformKind
+from jacobiflow.native.transforms import ChainTransform, masked_transform
 
 
-def list_transforms(module: Any, is_conditional: bool) -> Iterator[tuple[TransformSpec, bool]]:
+def list_transforms(module: Any, is_conditional: bool) -> Iterator[ChainTransform]:
     """Yields the transform, see `ListTransforms`. pyro remembers the values between transforms, so each is alone."""
     kind = library_class(module)
     options = vars(module).get("kwargs", vars(module))  # A conditional transform has its settings in kwargs.
@@ -45,7 +46,7 @@ def list_transforms(module: Any, is_conditional: bool) -> Iterator[tuple[Transfo
         raise UnsupportedError(f"the network {type(network).__name__}")
     if list(network.param_dims) != sizes:
         raise UnsupportedError("parameters of other sizes")
-    yield masked_spec(_build_network(network), **settings), False
+    yield masked_transform(_build_network(network), **settings)
 
 
 def _option(options: Mapping[str, Any], kind: type[nn.Module], name: str) -> Any:

@@ -27,48 +27,48 @@ from zuko.transforms import (
 
 from jacobiflow.adapters.adapter import AcceleratedModule, Adapter
 from jacobiflow.adapters.library_module import default_of, is_accelerated, library_class
-from jacobiflow.adapters.native_module import (
-    TransformOutput,
-    TransformSpec,
-    affine_spec,
-    masked_spec,
-)
-from jacobiflow.adapters.network import LibraryNetwork, Slot
+from jacobiflow.adapters.native_module import TransformOutput
+from jacobiflow.adapters.network import LibraryNetwork
 from jacobiflow.adapters.passes import invert_by_passes
 from jacobiflow.errors import UnsupportedError
 from jacobiflow.native.boundary import ScaleActivation, SplineBoundary, TransformKind
-from jacobiflow.native.transforms import permutation_transform
+from jacobiflow.native.masked_network import Place
+from jacobiflow.native.transforms import (
+    ChainTransform,
+    affine_transform,
+    invert_transforms,
+    masked_transform,
+    permutation_transform,
+)
 
 
-def list_transforms(
-    module: Any, is_conditional: bool, is_inverted: bool = False
-) -> Iterator[tuple[TransformSpec, bool]]:
+def list_transforms(module: Any, is_conditional: bool) -> Iterator[ChainTransform]:
     """Yields the transforms of a zuko module, see `ListTransforms`."""
     kind = library_class(module)
     if issubclass(kind, Flow):
         yield from list_transforms(module.transform, is_conditional)
         loc, scale = _normal_base(module.base)
-        yield affine_spec(scale, loc, TransformKind.NORMAL), False
+        yield affine_transform(scale, loc, TransformKind.NORMAL)
     elif kind is LazyComposedTransform:
-        for part in reversed(module.transforms) if is_inverted else module.transforms:
-            yield from list_transforms(part, is_conditional, is_inverted)
+        for part in module.transforms:
+            yield from list_transforms(part, is_conditional)
     elif kind is LazyInverse:
-        yield from list_transforms(module.transform, is_conditional, not is_inverted)
+        yield from invert_transforms(list_transforms(module.transform, is_conditional))
     elif kind is UnconditionalTransform:
-        yield _unconditional_spec(module), is_inverted
+        yield _unconditional_transform(module)
     elif kind is MaskedAutoregressiveTransform:
-        yield _autoregressive_spec(module), is_inverted
+        yield _autoregressive_transform(module)
     else:
         raise UnsupportedError(kind.__name__)
 
 
-def _autoregressive_spec(module: Any) -> TransformSpec:
+def _autoregressive_transform(module: Any) -> ChainTransform:
     if type(module.hyper) is not MaskedMLP:
         raise UnsupportedError(f"the network {type(module.hyper).__name__}")
     outputs = torch.arange(module.hyper[-1].out_features, device="cpu").view(-1, module.total)
     network = LibraryNetwork(outputs, context_columns=range(len(outputs), module.hyper[0].in_features))
     _add_layers(network, 0, list(module.hyper))
-    return masked_spec(network, **_univariate_fields(module.univariate, list(module.shapes)))
+    return masked_transform(network, **_univariate_fields(module.univariate, list(module.shapes)))
 
 
 def _add_layers(network: LibraryNetwork, value: int, modules: list[nn.Module]) -> int:
@@ -115,18 +115,18 @@ def _univariate_fields(univariate: Any, shapes: list[Any]) -> dict[str, Any]:
     raise UnsupportedError(f"the univariate {_name_of(univariate)}")
 
 
-def _unconditional_spec(module: Any) -> TransformSpec:
+def _unconditional_transform(module: Any) -> ChainTransform:
     """Returns a permutation, or an affine transform whose scale and shift are parameters."""
     if module.f is PermutationTransform and module._nargs == 1 and len(module._buffers) == 1:
         (order,) = module._buffers.values()
-        return TransformSpec(permutation_transform(order.tolist()))
+        return permutation_transform(order.tolist())
     if module.f is AffineTransform:
         loc, scale = _location_scale(module)
-        return affine_spec(scale, loc)
+        return affine_transform(scale, loc)
     raise UnsupportedError(f"UnconditionalTransform of {_name_of(module.f)}")
 
 
-def _normal_base(module: Any) -> list[Slot]:
+def _normal_base(module: Any) -> list[Place]:
     """Returns the location and the scale of a base, if it is a normal distribution."""
     if type(module) is not UnconditionalDistribution:
         raise UnsupportedError(f"the base {type(module).__name__}")
@@ -135,7 +135,7 @@ def _normal_base(module: Any) -> list[Slot]:
     return _location_scale(module)
 
 
-def _location_scale(module: Any) -> list[Slot]:
+def _location_scale(module: Any) -> list[Place]:
     """Returns the arguments of a lazy module, if these are a location and a scale for all features or for each."""
     holder = module._buffers or module._parameters
     if module._nargs + len(module._keys) == 2 and [*holder] in (["loc", "scale"], ["_0", "_1"]):

@@ -294,7 +294,7 @@ def _describe_block(config: MAFConfig, is_guided: bool) -> TransformChain:
     if is_guided:
         network.add_guidance(value, _add_layers(network, config, num_classes=0))
     scale = {"scale_activation": ScaleActivation.EXP, "parametrizes_inverse": True}  # x = exp(s) z + u
-    return TransformChain([(masked_transform(network, kind=TransformKind.MASKED_AFFINE, **scale), False)])
+    return TransformChain([masked_transform(network, kind=TransformKind.MASKED_AFFINE, **scale)])
 
 
 def _add_layers(network: MaskedNetwork, config: MAFConfig, num_classes: int) -> int:

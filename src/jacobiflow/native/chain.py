@@ -42,27 +42,28 @@ class TransformChain:
     """A composition of transforms, and its inverse.
 
     Args:
-        transforms: The transforms in forward order, each with True if the chain has its inverse.
+        transforms: The transforms in forward order.
 
     Attributes:
+        transforms: The transforms.
         features: D.
         context: The width of the context, 0 without one.
         shapes: The shapes of the tensors of all transforms.
         table: The transforms for native code.
     """
 
-    def __init__(self, transforms: Sequence[tuple[ChainTransform, bool]]) -> None:
-        self._parts = [part for part, _ in transforms]  # their memory has to live as long as the table
-        features = {part.features for part in self._parts if part.features is not None}
-        contexts = {part.context for part in self._parts if part.context is not None}
+    def __init__(self, transforms: Sequence[ChainTransform]) -> None:
+        self.transforms = transforms  # their memory has to live as long as the table
+        features = {each.features for each in transforms if each.features is not None}
+        contexts = {each.context for each in transforms if each.context is not None}
         if len(features) != 1 or len(contexts) != 1:
             raise UnsupportedError("transforms of several widths, or without a masked network")
         (self.features,), (self.context,) = features, contexts
-        self.table = (Transform * len(transforms))(*(part.structure for part in self._parts))
+        self.table = (Transform * len(transforms))(*(each.structure for each in transforms))
         self.shapes: list[tuple[int, ...]] = []
-        for entry, (part, is_inverse) in zip(self.table, transforms, strict=True):
-            entry.first_tensor, entry.is_inverted = len(self.shapes), is_inverse
-            self.shapes += part.shapes
+        for entry, each in zip(self.table, transforms, strict=True):
+            entry.first_tensor = len(self.shapes)
+            self.shapes += each.shapes
         self._sizes: tuple[int, int] | None = None
         self._addresses: dict[torch.dtype, array[int]] = {}  # of the latest call
 

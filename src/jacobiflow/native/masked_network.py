@@ -14,6 +14,9 @@ from jacobiflow.errors import UnsupportedError
 from jacobiflow.native.boundary import Activation, Operation, OperationKind
 from jacobiflow.native.tensors import is_plain
 
+Place = tuple[dict[str, Any], str]
+"""A place of a tensor: a dictionary of a module, such as its parameters, and a name in it."""
+
 Units = tuple[Sequence[int], Sequence[int]]
 """The units of a value, sorted by the first step that can compute them, and how many each step can compute."""
 
@@ -34,6 +37,7 @@ class MaskedNetwork:
         operations: The operations.
         masks: The mask of each operation's weight, or `None`.
         shapes: The shapes of the weights and biases of all operations, a weight before its bias.
+        places: Where these are, if they are those of a library's modules.
         context: The width of the context.
         groups: The group of each value, as a number. Elementwise operations connect the values of a group, so that
             native code computes the same units of all of them in a step.
@@ -53,6 +57,7 @@ class MaskedNetwork:
         self.operations: list[Operation] = []
         self.masks: list[Tensor | None] = []
         self.shapes: list[tuple[int, ...]] = []
+        self.places: list[Place] = []
         self.groups = [0]
 
     @property

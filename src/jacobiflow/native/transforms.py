@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-import torch
 from jaxtyping import Bool
 from torch import Tensor
 
 from jacobiflow.errors import UnsupportedError
 from jacobiflow.native.boundary import Operation, SplineBoundary, Transform, TransformKind
-from jacobiflow.native.masked_network import MaskedNetwork, Units, find_order
+from jacobiflow.native.masked_network import MaskedNetwork, Place, Units, find_order
 from jacobiflow.native.tensors import address_of
 
 
@@ -28,6 +27,7 @@ class ChainTransform:
         shapes: The shapes of its tensors.
         features: D, or `None` if it takes any.
         context: The width of the context that its network takes, or `None` if it has no network.
+        places: Where its tensors are, if they are those of a library's modules.
     """
 
     structure: Transform
@@ -35,6 +35,18 @@ class ChainTransform:
     shapes: Sequence[tuple[int, ...]] = ()
     features: int | None = None
     context: int | None = None
+    places: Sequence[Place] = ()
+
+    def inverse(self) -> ChainTransform:
+        """Returns the inverse transform."""
+        structure = Transform.from_buffer_copy(self.structure)
+        structure.is_inverted = not structure.is_inverted
+        return replace(self, structure=structure)
+
+
+def invert_transforms(transforms: Iterable[ChainTransform]) -> Iterator[ChainTransform]:
+    """Yields the transforms of the inverse of a chain."""
+    return (each.inverse() for each in reversed(list(transforms)))
 
 
 def permutation_transform(order: Sequence[int]) -> ChainTransform:
@@ -46,20 +58,19 @@ def permutation_transform(order: Sequence[int]) -> ChainTransform:
     return ChainTransform(structure, indices, features=len(order))
 
 
-def affine_transform(
-    scale: tuple[int, ...], shift: tuple[int, ...], kind: Any = TransformKind.AFFINE
-) -> ChainTransform:
-    """Returns the transform y = scale x + shift, of tensors of these shapes: one number, or one for each feature.
+def affine_transform(scale: Place, shift: Place, kind: Any = TransformKind.AFFINE) -> ChainTransform:
+    """Returns the transform y = scale x + shift, of the tensors at two places: one number, or one for each feature.
 
     With the kind `NORMAL` it is y = x, whose log-determinant is the log-density of N(shift, scale^2) at x. At the end
     of a chain it makes the log-determinant of the whole the log-density of a flow.
     """
-    sizes = [torch.Size(shape).numel() for shape in (scale, shift)]
+    shapes = [holder[name].shape for holder, name in (scale, shift)]
+    sizes = [shape.numel() for shape in shapes]
     features = max(sizes)
     if any(size not in (1, features) for size in sizes):
         raise UnsupportedError("a scale and a shift of different sizes")
     structure = Transform(kind=kind, scale_stride=sizes[0] > 1, shift_stride=sizes[1] > 1)
-    return ChainTransform(structure, shapes=(scale, shift), features=features if features > 1 else None)
+    return ChainTransform(structure, shapes=shapes, features=features if features > 1 else None, places=(scale, shift))
 
 
 def masked_transform(network: MaskedNetwork, **fields: Any) -> ChainTransform:
@@ -81,7 +92,7 @@ def masked_transform(network: MaskedNetwork, **fields: Any) -> ChainTransform:
         if mask is not None and not _reads_all(mask, units, order.units[operation.source]):
             memory.append(mask.contiguous())
             operation.mask = address_of(memory[-1])
-    return ChainTransform(structure, (table, memory), network.shapes, features, network.context)
+    return ChainTransform(structure, (table, memory), network.shapes, features, network.context, network.places)
 
 
 def _check_parameters(t: Transform) -> None:
