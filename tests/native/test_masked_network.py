@@ -19,10 +19,10 @@ OUTPUTS = torch.arange(2 * FEATURES).view(FEATURES, 2)
 def network_of(reads: Tensor, is_residual: bool = False) -> MaskedNetwork:
     """A network whose parameters of feature i read the features j with reads[i, j], by two hidden units each."""
     network, hidden = MaskedNetwork(OUTPUTS), torch.eye(FEATURES, dtype=torch.bool).repeat_interleave(2, dim=0)
-    value = network.add_linear(0, hidden, activation=Activation.TANH)
+    value = network.add_linear(0, len(hidden), hidden, activation=Activation.TANH)
     if is_residual:
-        value = network.add_sum(network.add_linear(value, hidden.repeat_interleave(2, dim=1)), value)
-    network.add_linear(value, reads.repeat_interleave(2, dim=0).repeat_interleave(2, dim=1))
+        value = network.add_sum(network.add_linear(value, len(hidden), hidden.repeat_interleave(2, dim=1)), value)
+    network.add_linear(value, 2 * len(reads), reads.repeat_interleave(2, dim=0).repeat_interleave(2, dim=1))
     return network
 
 

@@ -53,7 +53,7 @@ def _build_network(made: Any, library: ModuleType, parameters: int, is_condition
         raise UnsupportedError("a context for a network without")
     is_nflows = hasattr(made, "use_residual_blocks")
     network = LibraryNetwork(torch.arange(made.final_layer.out_features, device="cpu").view(-1, parameters))
-    value = network.add_masked_layer(0, made.initial_layer)
+    value = network.add_layer(0, made.initial_layer)
     if is_conditional:
         value = network.add_context_layer(value, made.context_layer, made.activation if is_nflows else None)
     if is_nflows and not made.use_residual_blocks:
@@ -62,18 +62,18 @@ def _build_network(made: Any, library: ModuleType, parameters: int, is_condition
         if hasattr(block, "linear_layers"):
             value = _add_residual_block(network, value, block, is_conditional, is_nflows)
         else:
-            value = network.add_masked_layer(value, block.linear, block.activation)
-    network.add_masked_layer(value, made.final_layer)
+            value = network.add_layer(value, block.linear, block.activation)
+    network.add_layer(value, made.final_layer)
     return network
 
 
 def _add_residual_block(network: LibraryNetwork, before: int, block: Any, is_conditional: bool, is_nflows: bool) -> int:
     """Adds value + linear(act(linear(act(value)))). nflows adds the context to hidden units; normflows gates by it."""
     first, second = block.linear_layers
-    value = network.add_masked_layer(network.add_function(before, block.activation), first)
+    value = network.add_layer(network.add_function(before, block.activation), first)
     if is_conditional and is_nflows:
         value = network.add_context_layer(value, block.context_layer)
-    value = network.add_masked_layer(network.add_function(value, block.activation), second)
+    value = network.add_layer(network.add_function(value, block.activation), second)
     if is_conditional and not is_nflows:
         value = network.add_gate_layer(value, block.context_layer)
     return network.add_sum(value, before)

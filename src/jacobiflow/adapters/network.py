@@ -30,10 +30,10 @@ _GELU = {"none": Activation.GELU, "tanh": Activation.GELU_TANH}
 class LibraryNetwork(MaskedNetwork):
     """A masked network to which a library's layers are added. Arguments named `function` are activations."""
 
-    def add_masked_layer(self, source: int, layer: Any, function: Any = None) -> int:
-        """Adds function(layer(x))."""
-        has_bias = self._add_places(layer)
-        return self.add_linear(source, layer.mask.bool(), has_bias, **_activation_fields(function))
+    def add_layer(self, source: int, layer: Any, function: Any = None) -> int:
+        """Adds function(layer(x)) of a masked or dense layer."""
+        has_bias, mask = self._add_places(layer), None if type(layer) is nn.Linear else layer.mask.bool()
+        return self.add_linear(source, layer.out_features, mask, has_bias, **_activation_fields(function))
 
     def add_function(self, source: int, function: Any) -> int:
         """Adds function(x)."""

@@ -72,10 +72,10 @@ def _build_network(arn: Any) -> LibraryNetwork:
     outputs = torch.arange(last.out_features, device="cpu").view(-1, arn.input_dim).t()
     network, value = LibraryNetwork(outputs, context_columns=range(arn.context_dim)), 0
     for layer in hidden:
-        value = network.add_masked_layer(value, layer, arn.f)
-    value = network.add_masked_layer(value, last)
+        value = network.add_layer(value, layer, arn.f)
+    value = network.add_layer(value, last)
     if arn.skip_layer is not None:
-        network.add_sum(network.add_masked_layer(0, arn.skip_layer), value)
+        network.add_sum(network.add_layer(0, arn.skip_layer), value)
     return network
 
 

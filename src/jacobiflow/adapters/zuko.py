@@ -77,7 +77,7 @@ def _add_layers(network: LibraryNetwork, value: int, modules: list[nn.Module]) -
         module, *modules = modules
         if type(module) is MaskedLinear:
             function = modules.pop(0) if modules and type(modules[0]) not in (MaskedLinear, Residual) else None
-            value = network.add_masked_layer(value, module, function)
+            value = network.add_layer(value, module, function)
         elif type(module) is Residual:
             value = network.add_sum(_add_layers(network, value, list(module.children())), value)
         else:

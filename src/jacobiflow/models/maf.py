@@ -304,9 +304,9 @@ def _add_layers(network: MaskedNetwork, config: MAFConfig, num_classes: int) -> 
         mask = torch.from_numpy(by[:, None] >= seen)
         activation = {"activation": Activation.RELU} if i + 1 < len(degrees) else {}
         if not num_classes:
-            value = network.add_linear(value, mask, **activation)
+            value = network.add_linear(value, len(mask), mask, **activation)
             continue
-        value = network.add_context(network.add_linear(value, mask), num_classes, has_bias=False)
+        value = network.add_context(network.add_linear(value, len(mask), mask), num_classes, has_bias=False)
         if activation:
             value = network.add_activation(value, **activation)
     return value

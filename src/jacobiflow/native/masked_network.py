@@ -1,4 +1,4 @@
-"""The description of a masked network: its operations, and the order in which native code computes its units."""
+"""The description of a network: its operations, and the order in which native code computes its units."""
 
 from __future__ import annotations
 
@@ -22,16 +22,17 @@ Units = tuple[Sequence[int], Sequence[int]]
 
 
 class MaskedNetwork:
-    """A network of masked layers, whose outputs are the parameters of an elementwise transform of D features.
+    """A network of masked or dense layers, whose outputs are the parameters of an elementwise transform of features.
 
-    Value 0 is the input: the features and, in some networks, the context. Each method adds an operation, and returns
+    Value 0 is the input: features and, in some networks, the context. Each method adds an operation, and returns
     the index of the value that it computes. The last value holds the parameters of all features. Where a method takes
     `activation`, it takes the fields of `boundary.Operation` that describe one. Weights and biases are not part of the
     description: native code gets them with each call, in the order of `shapes`.
 
     Args:
-        outputs: The units of the last value that hold the P parameters of each feature (D, P), on the CPU.
-        context_columns: The columns of the input that are context. The others are the features.
+        outputs: The units of the last value that hold the P parameters of each transformed feature (D, P), on the CPU.
+        context_columns: The columns of the input that are context. The others are features.
+        inputs: The number of features that it reads; by default those that it transforms.
 
     Attributes:
         operations: The operations.
@@ -45,15 +46,18 @@ class MaskedNetwork:
     Example:
         >>> network = MaskedNetwork(torch.tensor([[0, 1], [2, 3]]))  # a scale and a shift of two features
         >>> reads_first = torch.tensor([[True, False]])
-        >>> hidden = network.add_linear(0, reads_first.repeat(8, 1))
-        >>> network.add_linear(hidden, torch.tensor([[False], [False], [True], [True]]).repeat(1, 8))
+        >>> hidden = network.add_linear(0, 8, reads_first.repeat(8, 1))
+        >>> network.add_linear(hidden, 4, torch.tensor([[False], [False], [True], [True]]).repeat(1, 8))
         2
         >>> find_order(network).features
         [0, 1]
     """
 
-    def __init__(self, outputs: Int[Tensor, "d p"], context_columns: range = range(0)) -> None:
+    def __init__(
+        self, outputs: Int[Tensor, "d p"], context_columns: range = range(0), inputs: int | None = None
+    ) -> None:
         self.outputs, self.context_columns, self.context = outputs, context_columns, len(context_columns)
+        self.inputs = len(outputs) if inputs is None else inputs
         self.operations: list[Operation] = []
         self.masks: list[Tensor | None] = []
         self.shapes: list[tuple[int, ...]] = []
@@ -67,16 +71,19 @@ class MaskedNetwork:
 
     def num_units(self, value: int) -> int:
         """Returns the number of units of a value."""
-        return self.operations[value - 1].units if value else len(self.outputs) + len(self.context_columns)
+        return self.operations[value - 1].units if value else self.inputs + len(self.context_columns)
 
-    def add_linear(self, source: int, mask: Bool[Tensor, "o i"], has_bias: bool = True, **activation: Any) -> int:
-        """Adds activation(x (mask * weight)^T + bias). The mask is on the CPU."""
-        if not is_plain(mask, torch.bool) or mask.shape[1:] != (self.num_units(source),):
+    def add_linear(
+        self, source: int, units: int, mask: Bool[Tensor, "o i"] | None = None, has_bias: bool = True, **activation: Any
+    ) -> int:
+        """Adds activation(x (mask * weight)^T + bias). The mask is on the CPU; a dense layer has none."""
+        weight = (units, self.num_units(source))
+        if mask is not None and (not is_plain(mask, torch.bool) or mask.shape != weight):
             raise UnsupportedError("a mask of another shape than its weight")
         if source:
             self.operations[source - 1].is_kept = True
         self.groups.append(max(self.groups) + 1)
-        return self._add(OperationKind.LINEAR, source, mask.shape, has_bias, mask, **activation)
+        return self._add(OperationKind.LINEAR, source, weight, has_bias, mask, **activation)
 
     def add_activation(self, source: int, **activation: Any) -> int:
         """Adds activation(x)."""
@@ -132,7 +139,7 @@ class MaskedNetwork:
 
 
 class Order(NamedTuple):
-    """The steps in which a transform is inverted. The features of a step depend on those of earlier steps only.
+    """The steps in which a transform is computed. The features of a step depend on those of earlier steps only.
 
     Attributes:
         features: The features, sorted by step.
@@ -145,9 +152,30 @@ class Order(NamedTuple):
     units: Sequence[Units]
 
 
+def coupling_order(network: MaskedNetwork, identity: Sequence[int], transformed: Sequence[int]) -> Order:
+    """Returns the steps of a coupling: the features that stay as they are, which its network reads, and the others."""
+    features, outputs = [*identity, *transformed], network.outputs.flatten().tolist()
+    last = len(network.operations)
+    if (
+        sorted(features) != list(range(len(features))) or len(identity) != network.inputs
+        or len(transformed) != len(network.outputs) or sorted(outputs) != list(range(network.num_units(last)))
+    ):  # fmt: skip
+        raise UnsupportedError("a network of other sizes than its coupling")
+    steps = [len(identity), len(features)] if identity else [len(features)]
+
+    def units(rows: Sequence[int], first: int) -> Units:
+        return rows, [first, len(rows)][-len(steps) :]
+
+    context = [*network.context_columns]
+    values = [units(range(network.num_units(value)), 0) for value in range(1, last)]
+    return Order(
+        features, [0, *steps], [units(context + network.feature_columns, len(context)), *values, units(outputs, 0)]
+    )
+
+
 @torch.no_grad()
 def find_order(network: MaskedNetwork) -> Order:
-    """Returns the steps of the inverse. Raises UnsupportedError if the network is not autoregressive."""
+    """Returns the steps of a masked transform. Raises UnsupportedError if its network is not autoregressive."""
     last = network.groups[-1]
     with torch.device("cpu"):
         dependencies = _find_dependencies(network)
@@ -186,7 +214,8 @@ def _find_dependencies(network: MaskedNetwork) -> dict[int, Float[Tensor, "units
         is_changed = False
         sources.clear()
         for operation, mask, group in zip(network.operations, network.masks, groups[1:], strict=True):
-            if mask is not None:
+            if operation.kind == OperationKind.LINEAR:
+                mask = torch.ones(operation.units, network.num_units(operation.source)) if mask is None else mask
                 source = groups[operation.source]
                 sources.add(source)
                 now = reads[group].maximum((mask.float() @ reads[source] > 0).float())

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from jacobiflow.errors import UnsupportedError
 from jacobiflow.native.boundary import Operation, SplineBoundary, Transform, TransformKind
-from jacobiflow.native.masked_network import MaskedNetwork, Place, Units, find_order
+from jacobiflow.native.masked_network import MaskedNetwork, Order, Place, Units, coupling_order, find_order
 from jacobiflow.native.tensors import address_of
 
 
@@ -73,14 +73,59 @@ def affine_transform(scale: Place, shift: Place, kind: Any = TransformKind.AFFIN
     return ChainTransform(structure, shapes=shapes, features=features if features > 1 else None, places=(scale, shift))
 
 
+def lu_transform(lower: Place, upper: Place, diagonal: Place, shift: Place, min_scale: float) -> ChainTransform:
+    """Returns the transform y = L U x + shift of D features.
+
+    Args:
+        lower: The place of the entries below the diagonal of L, row by row. Those on the diagonal are 1.
+        upper: The place of the entries above the diagonal of U, row by row.
+        diagonal: The place of d (D); the diagonal of U is softplus(d) + min_scale.
+        shift: The place of the shift (D).
+        min_scale: The least entry on the diagonal of U.
+    """
+    places = (lower, upper, diagonal, shift)
+    shapes = [holder[name].shape for holder, name in places]
+    features = shapes[-1].numel()
+    entries = features * (features - 1) // 2
+    if shapes != [(entries,), (entries,), (features,), (features,)]:
+        raise UnsupportedError("L, U and a shift of other sizes")
+    structure = Transform(kind=TransformKind.LU_LINEAR, features=features, min_scale=min_scale)
+    return ChainTransform(structure, shapes=shapes, features=features, places=places)
+
+
 def masked_transform(network: MaskedNetwork, **fields: Any) -> ChainTransform:
-    """Returns an elementwise transform whose parameters a network gives; `fields` are those of `boundary.Transform`."""
-    order, (features, parameters) = find_order(network), network.outputs.shape
+    """Returns an elementwise transform of features whose parameters a masked network gives.
+
+    Args:
+        network: The network, which reads all features.
+        fields: Those of `boundary.Transform` that describe the elementwise transform.
+    """
+    return _transform_by_network(network, find_order(network), 0, **fields)
+
+
+def coupling_transform(
+    network: MaskedNetwork, identity: Sequence[int], transformed: Sequence[int], **fields: Any
+) -> ChainTransform:
+    """Returns an elementwise transform of some features whose parameters a network gives from the others.
+
+    Args:
+        network: The network, which reads the features `identity`, in this order.
+        identity: The features that stay as they are.
+        transformed: The features that are transformed, in the order of the network's outputs.
+        fields: Those of `boundary.Transform` that describe the elementwise transform.
+    """
+    return _transform_by_network(network, coupling_order(network, identity, transformed), len(identity), **fields)
+
+
+def _transform_by_network(network: MaskedNetwork, order: Order, identity: int, **fields: Any) -> ChainTransform:
+    """Returns a transform of features in this order; the first ones of it stay as they are."""
+    features, parameters = len(order.features), network.outputs.shape[1]
     memory: list[Any] = [_integers(order.features), _integers(order.starts), *map(_integers, order.units[0])]
     of_order, of_starts, of_rows, of_ready = map(ctypes.addressof, memory)
     table = (Operation * len(network.operations))(*network.operations)
     structure = Transform(
         steps=len(order.starts) - 1, num_operations=len(table), features=features, parameters=parameters,
+        identity=identity, inputs=network.inputs,
         context=len(network.context_columns), context_start=network.context_columns.start, order=of_order,
         starts=of_starts, input_rows=of_rows, input_ready=of_ready, operations=ctypes.addressof(table), **fields,
     )  # fmt: skip

@@ -37,6 +37,8 @@ class BackwardTile {
       needs_features = i > 0 || args.grad_input || inverts;
       if (t.kind == TransformKind::permutation)
         permute(t, !inverts, rows, features.get(), copy.get());
+      else if (t.kind == TransformKind::lu_linear)
+        differentiate_lu(t);
       else if (!t.num_operations)
         differentiate_unconditional(t);
       else
@@ -110,6 +112,48 @@ class BackwardTile {
     }
   }
 
+  // Of y = L (U x) + shift, a gradient g of y gives L the gradient g (U x)^T, U the gradient (L^T g) x^T, and x the gradient
+  // U^T L^T g. Of the inverse, a gradient g of x gives y the gradient h = L^-T U^-T g, L -h (U x)^T, and U -(U^-T g) x^T.
+  void differentiate_lu(const Transform& t) {
+    const Triangle<T, vectors> upper = chain.template upper<vectors>(index), lower = chain.template lower<vectors>(index);
+    const GradientLayout &of_upper = tensors.of(index, 0), &of_lower = tensors.of(index, 1);
+    const int D = t.features;
+    const auto read_all = [&](int) { return D; };
+    const T* x = value_of(0);
+    T *g = features.get(), *other = copy.get();
+    const auto add_lower = [&] {
+      if (!of_lower.has_any) return;
+      upper.multiply(x, other);
+      add_products(g, D, other, D, read_all, of_lower);
+    };
+    const auto add_upper = [&] {
+      if (of_upper.has_any) add_products(g, D, x, D, read_all, of_upper);
+    };
+    const auto negate = [&] {
+      for (size_t i = 0; i < (size_t)D * rows; i += S::lanes) S::store(g + i, -S::load(g + i));
+    };
+    if (inverts) {
+      negate();
+      upper.transposed().solve(g);
+      add_upper();
+      lower.transposed().solve(g);
+      add_lower();
+      negate();
+    } else {
+      add_lower();
+      lower.transposed().multiply(g, other);
+      std::swap(g, other);
+      add_upper();
+      upper.transposed().multiply(g, other);
+    }
+    if (!of_upper.has_any) return;
+    Vector of_log_det{};  // the sum of the logarithms of U's diagonal
+    for (int v = 0; v < vectors; v++) of_log_det += log_det_of(0, v);
+    for (int i = 0; i < D; i++)
+      sums[of_upper.weight + (size_t)i * (of_upper.stride + 1)] +=
+          S::sum(inverts ? -of_log_det : of_log_det) / upper.matrix.entries[(size_t)i * (D + 1)];
+  }
+
   static void add_to(T* at, Vector v) { S::store(at, S::load(at) + v); }
 
   // Goes from the last step to the first. If the transform was inverted, this solves J^T v = g, as J is triangular: the terms
@@ -119,21 +163,22 @@ class BackwardTile {
     const int length = chain.lengths[index];
     for (int begin = (t.steps - 1) / length * length; begin >= 0; begin -= length) {
       const int end = std::min(begin + length, t.steps);
-      for (int i = t.starts[begin]; i < t.starts[end]; i++) differentiate_feature(t, i);
+      for (int i = t.starts[begin]; i < t.starts[end]; i++)
+        if (i >= t.identity)
+          differentiate_feature(t, i);
+        else if (inverts)
+          add_input_gradient(t, i);
       backpropagate(t, begin, end);
     }
     if (!inverts && needs_features)
-      for (int i = 0; i < t.features; i++)
-        for (int v = 0; v < vectors; v++)
-          add_to(features.get() + (size_t)t.order[i] * rows + v * S::lanes,
-                 S::load(gradient_of(0) + (size_t)(t.context + i) * rows + v * S::lanes));
+      for (int i = 0; i < t.inputs; i++) add_input_gradient(t, i);
     if (args.grad_context) add_context_gradients(t);
     for (int j = 0; j < t.num_operations; j++)
       if (tensors.of(index, j).has_any) add_weight_gradients(t, j);
   }
 
   void differentiate_feature(const Transform& t, int i) {
-    const size_t offset = (size_t)i * t.parameters * rows, input = (size_t)(t.context + i) * rows;
+    const size_t offset = (size_t)(i - t.identity) * t.parameters * rows, input = (size_t)(t.context + i) * rows;
     for (int v = 0; v < vectors; v++) {
       T* at = features.get() + (size_t)t.order[i] * rows + v * S::lanes;
       const Parameters<T> p{value_of(t.num_operations) + offset + v * S::lanes, rows};
@@ -145,6 +190,13 @@ class BackwardTile {
                        ? Affine<T>(t, p).differentiate(inverts, x, g, to)
                        : Spline<T>(t, p, inverts, bins.get()).differentiate(x, g, to));
     }
+  }
+
+  // Adds the gradient of the network's input to that of the i-th feature.
+  void add_input_gradient(const Transform& t, int i) {
+    for (int v = 0; v < vectors; v++)
+      add_to(features.get() + (size_t)t.order[i] * rows + v * S::lanes,
+             S::load(gradient_of(0) + (size_t)(t.context + i) * rows + v * S::lanes));
   }
 
   // Computes the gradients of all units of steps [begin, end) from those of the units that read them.
@@ -235,16 +287,24 @@ class BackwardTile {
     const Operation& o = t.operations[j];
     const OperationLayout& layout = chain.of(index, j);
     const GradientLayout& s = tensors.of(index, j);
-    const bool is_linear = o.kind == OperationKind::linear;
-    const T* g = is_linear ? gradient_of(j + 1) : context_layer_gradient(layout);
-    const T* in = is_linear ? value_of(o.source) : context.get();
-    transpose<T>(in, is_linear ? chain.ready(t, o.source, t.steps - 1) : layout.inputs, rows, transposed.get(), s.stride);
-    constexpr int count = sum_registers / 4;
     const int all = o.ready[t.steps - 1];
+    if (o.kind == OperationKind::linear)
+      add_products(gradient_of(j + 1), all, value_of(o.source), chain.ready(t, o.source, t.steps - 1),
+                   [&](int unit) { return chain.reads(layout, unit); }, s);
+    else
+      add_products(context_layer_gradient(layout), all, context.get(), layout.inputs,
+                   [&](int) { return layout.inputs; }, s);
+  }
+
+  // Adds g in^T to the sums of a weight, and g to those of its bias, for g (all, rows) and `in` (inputs, rows). A unit reads
+  // the first read(unit) inputs.
+  template <typename Read>
+  void add_products(const T* g, int all, const T* in, int inputs, const Read& read, const GradientLayout& s) {
+    transpose<T>(in, inputs, rows, transposed.get(), s.stride);
+    constexpr int count = sum_registers / 4;
     for (int unit = 0; unit < all; unit += count) {
       const int units = std::min(count, all - unit);
-      const int read = is_linear ? chain.reads(layout, unit + units - 1) : layout.inputs;
-      add_outer_product(g + (size_t)unit * rows, transposed.get(), units, read, rows, s.stride,
+      add_outer_product(g + (size_t)unit * rows, transposed.get(), units, read(unit + units - 1), rows, s.stride,
                         sums + s.weight + (size_t)unit * s.stride);
       for (int u = unit; u < unit + units; u++)
         for (int v = 0; v < vectors; v++)

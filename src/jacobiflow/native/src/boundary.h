@@ -29,21 +29,25 @@ struct Operation {
   const int32_t* ready;    // (steps): number of units that can be computed at each step
 };
 
-enum class TransformKind : int32_t { permutation, affine, normal, masked_affine, rational_quadratic, rational_linear };
+enum class TransformKind : int32_t { permutation, affine, normal, lu_linear, masked_affine, rational_quadratic, rational_linear };
 
 // Makes a scale of a parameter p: the exponential of p, p / (1 + clip |p|) or clamped p; or a function of p, plus `min_scale`.
 enum class ScaleActivation : int32_t { exp, soft_clipped_exp, clamped_exp, softplus, sigmoid };
 
 enum class SplineBoundary : int32_t { fixed, free, circular };
 
-// Transforms x to y, feature by feature. `affine` and `normal` have a scale and a shift as tensors. `normal` leaves x as it is,
-// and adds its log-density to the log-determinant: the base of a flow ends its chain. For the kinds after them, a masked
-// network gives the parameters from the features of earlier steps.
+// Transforms x to y. `affine` and `normal` have a scale and a shift as tensors. `normal` leaves x as it is, and adds its
+// log-density to the log-determinant: the base of a flow ends its chain. `lu_linear` is y = L U x + shift, with ones on the
+// diagonal of L; its tensors are the entries below the diagonal of L, those above the diagonal of U, the diagonal of U before
+// its softplus, and the shift. For the kinds after them, a network gives the parameters of each feature from the features of
+// earlier steps. A coupling has two steps: features that stay as they are, which the network reads, and the others.
 struct Transform {
   TransformKind kind;
   int32_t features;           // D
   int32_t steps;              // number of groups of features that are solved together
   int32_t parameters;         // number of parameters of each feature
+  int32_t identity;           // number of features that stay as they are, the first in `order`
+  int32_t inputs;             // number of features that the network reads, the first in `order`: D, or of a coupling `identity`
   int32_t num_operations;     // 0 without a network
   int32_t context;            // number of context columns in the network's input
   int32_t context_start;      // the first of these columns
@@ -60,7 +64,7 @@ struct Transform {
   int32_t is_circular;        // 1 if a spline takes x modulo high - low
   int32_t is_inverted;        // 1 if the chain has the inverse of the transform
   double clip;                // soft-clips p to p / (1 + clip |p|); for widths and heights twice as strongly
-  double min_scale;           // added to a scale by softplus or sigmoid
+  double min_scale;           // added to a scale by softplus or sigmoid, and to the diagonal of U
   double logit_shift;         // added to the logit of a scale by sigmoid
   double min_log_scale;       // of clamped_exp
   double max_log_scale;       // of clamped_exp

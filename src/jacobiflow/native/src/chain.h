@@ -33,13 +33,18 @@ inline bool reads_value(const Operation& o, int value) {
   return o.source == value || (reads_other && o.other == value);
 }
 
-// Where the numbers of an operation lie. A transform without a network has one layout: its scale is a weight with one input for
-// each feature, and its shift the bias.
+// Returns whether the network reads only features that stay as they are.
+inline bool is_coupling(const Transform& t) { return t.num_operations && t.inputs < t.features; }
+
+// Where the numbers of an operation lie. An affine transform without a network has one layout: its scale is a weight with one
+// input for each feature, and its shift the bias. lu_linear has two: U with its diagonal before the softplus as bias, and L with
+// the shift.
 struct OperationLayout {
   int weight_index = -1, bias_index = -1;  // in ChainArgs.tensors; -1 without one
   int units = 0, inputs = 0;               // rows and columns of the weight
   size_t weight = 0;                       // offset in the packed weights: (units, inputs), sorted by step
   size_t bias = 0;                         // offset in the packed weights: (units), sorted by step
+  const void* in_place = nullptr;          // the weight itself if it is not packed
   bool is_stored = false;                  // the backward pass reads its value
   bool has_slopes = false;                 // the backward pass reads the derivatives of its activation
   size_t value = 0;                        // first unit in a tile's activations
@@ -70,6 +75,11 @@ class Chain {
       for (int j = 0; j < t.num_operations; j++) layouts.push_back(layout_of(t, j, gradient_units));
       if (t.kind == TransformKind::affine || t.kind == TransformKind::normal)
         layouts.push_back(tensor_layout(t, 0, 1, call.features, 1));
+      if (t.kind == TransformKind::lu_linear) {
+        layouts.push_back(tensor_layout(t, 1, 2, t.features, t.features));
+        layouts.push_back(tensor_layout(t, 0, 3, t.features, t.features));
+        work += (int64_t)t.features * t.features;
+      }
       max_gradient_units = std::max(max_gradient_units, gradient_units);
     }
     first_layout.push_back(layouts.size());
@@ -83,8 +93,11 @@ class Chain {
     in_threads((int)std::min<int64_t>(call.num_threads, 1 + work / 200000), [&](int) {
       for (int i; (i = next++) < call.count;) {
         const Transform& t = call.transforms[i];
-        for (int j = 0; j < t.num_operations; j++) pack(t, t.operations[j], of(i, j));
-        if (!t.num_operations && num_layouts(i)) pack_numbers(t, of(i, 0));
+        for (int j = 0; j < t.num_operations; j++) pack(t, t.operations[j], layouts[position(i, j)]);
+        if (t.kind == TransformKind::lu_linear)
+          pack_lu(t, of(i, 0), of(i, 1));
+        else if (!t.num_operations && num_layouts(i))
+          pack_numbers(t, of(i, 0));
       }
     });
   }
@@ -118,8 +131,22 @@ class Chain {
   int reads(const OperationLayout& layout, int unit) const { return ranges[layout.reads + unit]; }
   int readers(const OperationLayout& layout, int input) const { return ranges[layout.readers + input]; }
 
-  const T* weight(const OperationLayout& layout) const { return packed + layout.weight; }
+  const T* weight(const OperationLayout& layout) const {
+    return layout.in_place ? static_cast<const T*>(layout.in_place) : packed + layout.weight;
+  }
   const T* bias(const OperationLayout& layout) const { return packed + layout.bias; }
+
+  // Return L and U of lu_linear, for tiles of `vectors` vectors.
+  template <int vectors>
+  Triangle<T, vectors> upper(int transform) const {
+    const OperationLayout& layout = of(transform, 0);
+    return {{weight(layout), layout.inputs, 1}, layout.units, false};
+  }
+  template <int vectors>
+  Triangle<T, vectors> lower(int transform) const {
+    const OperationLayout& layout = of(transform, 1);
+    return {{weight(layout), layout.inputs, 1}, layout.units, true};
+  }
 
   int units(const Transform& t, int value) const {
     if (value) return t.operations[value - 1].units;
@@ -172,7 +199,7 @@ class Chain {
   // Returns the layout of operation `j`. `gradient_units` counts the units of the transform's gradients.
   OperationLayout layout_of(const Transform& t, int j, size_t& gradient_units) {
     const Operation& o = t.operations[j];
-    const int num_inputs = reads_context(o) ? call.context_features : units(t, o.source);
+    const int num_inputs = reads_context(o) ? call.context_features : o.source ? units(t, o.source) : t.context + t.inputs;
     OperationLayout layout = tensor_layout(t, o.weight, o.bias, o.units, num_inputs);
     work += (int64_t)o.units * layout.inputs;
     const bool is_activated = o.activation != Activation::identity;
@@ -202,7 +229,7 @@ class Chain {
 
   // Returns the number of steps that the forward direction computes together, so that their units fill the registers.
   static int group(const Transform& t) {
-    int min_units = t.features * std::max(t.parameters, 1);
+    int min_units = (t.features - t.identity) * std::max(t.parameters, 1);
     for (int i = 0; i < t.num_operations; i++)
       if (t.operations[i].kind == OperationKind::linear) min_units = std::min(min_units, t.operations[i].units);
     return std::max(1, std::min(t.steps, 12 * t.steps / std::max(min_units, 1)));
@@ -234,9 +261,34 @@ class Chain {
     }
   }
 
-  void pack(const Transform& t, const Operation& o, const OperationLayout& layout) {
+  void pack_lu(const Transform& t, const OperationLayout& of_upper, const OperationLayout& of_lower) {
+    const T *lower = tensor(of_lower.weight_index), *upper = tensor(of_upper.weight_index);
+    const T *diagonal = tensor(of_upper.bias_index), *shift = tensor(of_lower.bias_index);
+    T *to_lower = packed + of_lower.weight, *to_upper = packed + of_upper.weight;
+    for (int i = 0; i < t.features; i++)
+      for (int j = 0; j < t.features; j++) {
+        *to_lower++ = j < i ? *lower++ : T(j == i);
+        *to_upper++ = j > i ? *upper++ : j < i ? T(0) : S::softplus(S::broadcast(diagonal[i]), 1, 20)[0] + (T)t.min_scale;
+      }
+    std::copy_n(diagonal, t.features, packed + of_upper.bias);
+    std::copy_n(shift, t.features, packed + of_lower.bias);
+  }
+
+  // Returns whether a weight can be read where it is: a layer of a coupling whose units and inputs are in the order of its rows
+  // and columns. The backward pass needs a copy, since the weight may have changed by then.
+  bool is_readable(const Transform& t, const Operation& o) const {
+    if (!is_coupling(t) || call.packed || o.weight < 0 || o.mask || (o.kind == OperationKind::linear && !o.source)) return false;
+    for (int unit = 0; unit < o.units; unit++)
+      if (o.rows[unit] != unit) return false;
+    return true;
+  }
+
+  void pack(const Transform& t, const Operation& o, OperationLayout& layout) {
     const T *weight = tensor(layout.weight_index), *bias = tensor(layout.bias_index);
     if (!weight && !bias) return;
+    // Values that are not finite make all rows of a dense layer fail, so there is no need to look for them.
+    const bool is_in_place = is_readable(t, o);
+    if (is_in_place) layout.in_place = weight;
     Vector non_finite{};
     if (bias) add_non_finite(bias, o.units, non_finite);
     const T* shared = shares_context ? static_cast<const T*>(call.context) : nullptr;
@@ -244,20 +296,21 @@ class Chain {
     const int context = shared && columns && !o.source ? t.context : 0, all = o.ready[t.steps - 1];
     for (int unit = 0; unit < o.units; unit++) {
       const int64_t row = (int64_t)o.rows[unit] * layout.inputs;
-      add_non_finite(weight + row, layout.inputs, non_finite);
+      const T* from = weight + row;
+      if (!is_in_place) add_non_finite(from, layout.inputs, non_finite);
       if (unit >= all) continue;  // nothing reads it
       T total = bias ? bias[o.rows[unit]] : 0;
       T* to = packed + layout.weight + (size_t)unit * layout.inputs;
-      if (columns) {
+      if (columns && !is_in_place) {
         // Units and inputs are multiplied in blocks, whose other entries are 0.
         const int read = reads(layout, unit), last = std::min(unit + max_units, all) - 1;
         const int beyond = std::max(reads(layout, last), read + max_units);
-        gather(weight + row, o.mask ? o.mask + row : nullptr, columns, read, to);
+        gather(from, o.mask ? o.mask + row : nullptr, columns, read, to);
         std::fill(to + read, to + std::min(beyond, layout.inputs), T(0));
         for (int k = 0; k < context; k++) total += to[k] * shared[columns[k] - t.context_start];
-      } else if (weight) {
-        std::memcpy(to, weight + row, sizeof(T) * layout.inputs);
-        for (int k = 0; shared && k < layout.inputs; k++) total += to[k] * shared[k];
+      } else if (weight && !columns) {
+        if (!is_in_place) std::memcpy(to, from, sizeof(T) * layout.inputs);
+        for (int k = 0; shared && k < layout.inputs; k++) total += from[k] * shared[k];
       }
       packed[layout.bias + unit] = total;
     }

@@ -90,6 +90,8 @@ class ForwardTile {
   void transform(const Transform& t) {
     if (t.kind == TransformKind::permutation)
       permute(t, inverts, rows, features.get(), copy.get());
+    else if (t.kind == TransformKind::lu_linear)
+      transform_lu(t);
     else if (t.num_operations)
       masked(t);
     else
@@ -126,6 +128,32 @@ class ForwardTile {
     }
   }
 
+  // Computes y = L U x + shift, or the inverse.
+  void transform_lu(const Transform& t) {
+    const Triangle<T, vectors> upper = chain.template upper<vectors>(index), lower = chain.template lower<vectors>(index);
+    const T *shift = chain.bias(chain.of(index, 1)), *diagonal = upper.matrix.entries;
+    const size_t size = (size_t)t.features * rows;
+    T* x = features.get();
+    const auto store = [&] {
+      if (activations) std::memcpy(activations + chain.inputs[index] * rows, x, sizeof(T) * size);
+    };
+    if (inverts) {
+      for (size_t i = 0; i < size; i += S::lanes) S::store(x + i, S::load(x + i) - shift[i / rows]);
+      lower.solve(x);
+      upper.solve(x);
+      store();
+    } else {
+      store();
+      upper.multiply(x, copy.get());
+      lower.multiply(copy.get(), x);
+      for (size_t i = 0; i < size; i += S::lanes) S::store(x + i, S::load(x + i) + shift[i / rows]);
+    }
+    for (int i = 0; i < t.features; i++, diagonal += t.features + 1) {
+      const Vector change = S::log(S::broadcast(*diagonal));
+      for (int v = 0; v < vectors; v++) add(v, inverts ? -change : change);
+    }
+  }
+
   // Returns the units of a value of this transform: all of them, or those of the current steps.
   T* units_of(int value) {
     return has_stored(value) ? activations + chain.value(index, value) * rows : values[value].get();
@@ -153,7 +181,9 @@ class ForwardTile {
         start_sums(t, begin, std::min(begin + block_steps, t.steps));
       }
       compute_units(t, step, end, begin);
-      for (int i = t.starts[step]; i < t.starts[end]; i++) transform_feature(t, i, t.starts[step]);
+      const int first = t.starts[step];
+      for (int i = first; i < std::min(t.starts[end], t.identity); i++) keep_feature(t, i);
+      for (int i = std::max(first, t.identity); i < t.starts[end]; i++) transform_feature(t, i, std::max(first, t.identity));
     }
   }
 
@@ -259,10 +289,18 @@ class ForwardTile {
     }
   }
 
+  // Keeps the i-th feature in the order of the steps as it is.
+  void keep_feature(const Transform& t, int i) {
+    const size_t feature = (size_t)t.order[i] * rows;
+    if (inverts) std::memcpy(units_of(0) + (size_t)(t.context + i) * rows, features.get() + feature, sizeof(T) * rows);
+    if (call.is_by_feature) std::memset(copy.get() + feature, 0, sizeof(T) * rows);
+  }
+
   // Transforms the i-th feature in the order of the steps. Without stored activations, the first parameters are those of the
   // feature `first`.
   void transform_feature(const Transform& t, int i, int first) {
-    const T* parameters = units_of(t.num_operations) + (size_t)(i - (activations ? 0 : first)) * t.parameters * rows;
+    const T* parameters =
+        units_of(t.num_operations) + (size_t)(i - (activations ? t.identity : first)) * t.parameters * rows;
     const size_t feature = (size_t)t.order[i] * rows;
     for (int v = 0; v < vectors; v++) {
       T* at = features.get() + feature + v * S::lanes;

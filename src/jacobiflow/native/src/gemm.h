@@ -73,6 +73,40 @@ void multiply(Matrix<T> m, int first, int last, const Inputs& inputs, const T* i
       multiply<T, vectors, Inputs, Start, Finish, count - 1>(m, first, last, inputs, in, out, start, finish, unit);
 }
 
+// A triangular matrix in full storage. Its transpose has the strides the other way round.
+template <typename T, int vectors>
+struct Triangle {
+  using S = Simd<T>;
+  static constexpr int rows = S::lanes * vectors;
+  const Matrix<T> matrix;
+  const int size;
+  const bool is_lower;
+
+  Triangle transposed() const {
+    return {{matrix.entries, matrix.column_stride, matrix.row_stride}, size, !is_lower};
+  }
+
+  // Computes the product with x (size, rows).
+  void multiply(const T* x, T* out) const {
+    jacobiflow::multiply<T, vectors>(
+        matrix, 0, size, [&](int first, int last) { return is_lower ? Range{0, last + 1} : Range{first, size}; }, x, out,
+        [](int, int) { return typename S::Vector{}; }, [](int, auto sum) { return sum; });
+  }
+
+  // Replaces x (size, rows) by the solution of the system whose right side it is.
+  void solve(T* x) const {
+    for (int k = 0; k < size; k++) {
+      const int i = is_lower ? k : size - 1 - k;
+      const T diagonal = matrix.entries[(size_t)i * (matrix.row_stride + matrix.column_stride)];
+      T* at = x + (size_t)i * rows;
+      jacobiflow::multiply<T, vectors>(
+          matrix, i, i + 1, [&](int, int) { return is_lower ? Range{0, i} : Range{i + 1, size}; }, x, at,
+          [](int, int) { return typename S::Vector{}; },
+          [&](int v, auto sum) { return (S::load(at + v * S::lanes) - sum) / diagonal; });
+    }
+  }
+};
+
 // Adds g x (units, columns of x) for g (units, rows) and x (rows, stride) to sums (units, stride).
 template <typename T, int vectors>
 void add_outer_product(const T* g, const T* x, int units, int rows, int stride, T* sums) {

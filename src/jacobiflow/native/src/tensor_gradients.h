@@ -47,7 +47,9 @@ class TensorGradients {
       T* sums = memory[0].get();
       for (size_t rank = 1; rank < memory.size(); rank++)
         for (size_t k = s.weight; k < s.weight + num_sums(layout, s); k++) sums[k] += memory[rank].get()[k];
-      if (t.num_operations) {
+      if (t.kind == TransformKind::lu_linear) {
+        j ? write_lower(t, layout, s) : write_upper(t, layout, s);
+      } else if (t.num_operations) {
         write_layer(t, t.operations[j], layout, s);
       } else {
         write_numbers(sums + s.weight, t.scale_stride, gradient(layout.weight_index));
@@ -86,6 +88,25 @@ class TensorGradients {
     for (int f = 0; f < chain.call.features; f++) {
       const T sum = total(sums + (size_t)f * S::lanes);
       to[f * stride] = f && !stride ? to[0] + sum : sum;
+    }
+  }
+
+  void write_lower(const Transform& t, const OperationLayout& layout, const GradientLayout& s) const {
+    T *entries = gradient(layout.weight_index), *shift = gradient(layout.bias_index);
+    for (int i = 0; i < t.features; i++) {
+      if (entries) entries = std::copy_n(memory[0].get() + s.weight + (size_t)i * s.stride, i, entries);
+      if (shift) shift[i] = total(memory[0].get() + s.bias + (size_t)i * S::lanes);
+    }
+  }
+
+  void write_upper(const Transform& t, const OperationLayout& layout, const GradientLayout& s) const {
+    T *entries = gradient(layout.weight_index), *to_diagonal = gradient(layout.bias_index);
+    const T* diagonal = chain.bias(layout);
+    for (int i = 0; i < t.features; i++) {
+      const T* row = memory[0].get() + s.weight + (size_t)i * s.stride;
+      if (entries) entries = std::copy_n(row + i + 1, t.features - i - 1, entries);
+      const T slope = diagonal[i] > T(20) ? T(1) : S::sigmoid(S::broadcast(diagonal[i]))[0];
+      if (to_diagonal) to_diagonal[i] = row[i] * slope;
     }
   }
 
