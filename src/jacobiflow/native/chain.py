@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -21,6 +22,8 @@ from jacobiflow.native.transforms import ChainTransform
 from jacobiflow.utils.autograd import check_first_derivative, is_batched
 
 _MAX_ACTIVATION_BYTES = 24 << 20  # memory for the backward pass; above, computing activations again is faster
+# Numbers in a weight of a coupling's network; above, PyTorch's own gradients are faster (benchmarks/couplings.py).
+_MAX_TRAINED_WEIGHT = 2**17
 _TILE_VECTORS = 4  # vectors of a tile, to which rows are padded, see `Tiles` in masked.h
 
 
@@ -64,6 +67,8 @@ class TransformChain:
         for entry, each in zip(self.table, transforms, strict=True):
             entry.first_tensor = len(self.shapes)
             self.shapes += each.shapes
+        weights = [shape for each in transforms if each.is_coupling for shape in each.shapes]
+        self._largest_weight = max(map(math.prod, weights), default=0)
         self._sizes: tuple[int, int] | None = None
         self._addresses: dict[torch.dtype, array[int]] = {}  # of the latest call
 
@@ -139,6 +144,8 @@ class TransformChain:
             raise UnsupportedError("a context that does not fit the rows")
         inputs = (x, context, *tensors)
         needed = [t is not None and t.requires_grad for t in inputs] if torch.is_grad_enabled() else []
+        if any(needed) and self._largest_weight > _MAX_TRAINED_WEIGHT:
+            raise UnsupportedError("gradients of wide couplings, which PyTorch computes faster")
         self._addresses[dtype] = addresses = addresses_of(tensors, self.shapes, dtype, self._addresses.get(dtype))
         memory = x.new_empty(self.memory_size(native, x)) if any(needed) else None
         out, failed = x.new_empty(rows, features), ctypes.create_string_buffer(rows)

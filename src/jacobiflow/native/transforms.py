@@ -37,6 +37,11 @@ class ChainTransform:
     context: int | None = None
     places: Sequence[Place] = ()
 
+    @property
+    def is_coupling(self) -> bool:
+        """Whether its network reads only features that stay as they are."""
+        return bool(self.structure.num_operations and self.structure.inputs < self.structure.features)
+
     def inverse(self) -> ChainTransform:
         """Returns the inverse transform."""
         structure = Transform.from_buffer_copy(self.structure)
