@@ -13,7 +13,7 @@ from jacobiflow.errors import UnsupportedError
 from jacobiflow.native.boundary import Activation, TransformKind
 from jacobiflow.native.chain import TransformChain
 from jacobiflow.native.masked_network import MaskedNetwork
-from jacobiflow.native.transforms import ChainTransform, coupling_transform, lu_transform
+from jacobiflow.native.transforms import ChainTransform, constant_transform, coupling_transform, lu_transform
 
 HIDDEN, CONTEXT, ROWS = 11, 3, 37
 Tensors = list[Tensor]
@@ -59,6 +59,18 @@ def lu_linear(features: int) -> tuple[ChainTransform, Oracle]:
     return lu_transform(lower, upper, diagonal, shift, min_scale=1e-3), oracle
 
 
+def constant_affine(features: int, transformed: list[int]) -> tuple[ChainTransform, Oracle]:
+    holder = {"log_scale": torch.zeros(len(transformed)), "shift": torch.zeros(len(transformed), 1)}
+
+    def oracle(x: Tensor, context: Tensor, tensors: Tensors) -> tuple[Tensor, Tensor]:
+        y = x.clone()
+        y[:, transformed] = tensors[0].exp() * x[:, transformed] + tensors[1][:, 0]
+        return y, tensors[0].sum().expand(len(x))
+
+    places = [(holder, name) for name in holder]
+    return constant_transform(places, features, transformed, kind=TransformKind.MASKED_AFFINE), oracle
+
+
 def compose(*parts: tuple[ChainTransform, Oracle]) -> tuple[TransformChain, Oracle]:
     def oracle(x: Tensor, context: Tensor, tensors: Tensors) -> tuple[Tensor, Tensor]:
         log_det = x.new_zeros(len(x))
@@ -74,6 +86,7 @@ def compose(*parts: tuple[ChainTransform, Oracle]) -> tuple[TransformChain, Orac
 CASES = {
     "coupling": lambda: compose(affine_coupling([3, 0], [1, 4, 2])),
     "coupling that reads the context only": lambda: compose(affine_coupling([], [0])),
+    "parameters that are tensors": lambda: compose(constant_affine(4, [2, 0]), affine_coupling([1, 2], [3, 0])),
     "two couplings and L U": lambda: compose(
         affine_coupling([1, 2], [3, 0]), lu_linear(4), affine_coupling([0, 3], [1, 2])
     ),

@@ -98,6 +98,32 @@ def lu_transform(lower: Place, upper: Place, diagonal: Place, shift: Place, min_
     return ChainTransform(structure, shapes=shapes, features=features, places=places)
 
 
+def constant_transform(
+    places: Sequence[Place], features: int, transformed: Sequence[int], **fields: Any
+) -> ChainTransform:
+    """Returns an elementwise transform of some of D features whose parameters are tensors.
+
+    Args:
+        places: The places of the tensors, (transformed, size) each: the two parameters of an affine transform, or the
+            widths, the heights and the derivatives of a spline.
+        features: D.
+        transformed: The features that are transformed, in the order of the tensors. The others stay as they are.
+        fields: Those of `boundary.Transform` that describe the elementwise transform.
+    """
+    shapes = [holder[name].shape for holder, name in places]
+    sizes = [shape.numel() // len(transformed) for shape in shapes]
+    expected = [fields["bins"], fields["bins"], sizes[-1]] if "bins" in fields else [1, 1]
+    if sizes != expected or any(shape[:1] != (len(transformed),) for shape in shapes):
+        raise UnsupportedError("parameters of other sizes")
+    order = _integers([*(feature for feature in range(features) if feature not in transformed), *transformed])
+    structure = Transform(
+        features=features, parameters=sum(sizes), identity=features - len(transformed),
+        order=ctypes.addressof(order), **fields,
+    )  # fmt: skip
+    _check_parameters(structure)
+    return ChainTransform(structure, order, shapes, features, places=places)
+
+
 def masked_transform(network: MaskedNetwork, **fields: Any) -> ChainTransform:
     """Returns an elementwise transform of features whose parameters a masked network gives.
 

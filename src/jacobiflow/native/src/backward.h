@@ -18,7 +18,7 @@ class BackwardTile {
         features((size_t)call.features * rows), copy((size_t)call.features * rows),
         log_det((size_t)(call.is_by_feature ? call.features : 1) * rows), context((size_t)call.context_features * rows),
         context_gradient((size_t)call.context_features * rows), gradients(chain.max_gradient_units * rows),
-        transposed((size_t)tensors.max_inputs * rows), bins(spline_memory<T>(call)) {}
+        transposed((size_t)tensors.max_inputs * rows), bins(spline_memory<T>(call)), constants(constant_memory<T>(call, 2 * rows)) {}
 
   // Adds the gradients of rows [first, first + count), whose values the forward direction has left in `activations`.
   void run(int64_t first, int count, const T* activations) {
@@ -39,6 +39,8 @@ class BackwardTile {
         permute(t, !inverts, rows, features.get(), copy.get());
       else if (t.kind == TransformKind::lu_linear)
         differentiate_lu(t);
+      else if (is_constant(t))
+        differentiate_constant(t);
       else if (!t.num_operations)
         differentiate_unconditional(t);
       else
@@ -57,7 +59,7 @@ class BackwardTile {
   const GradientArgs& args;
   TensorGradients<T>& tensors;
   T* const sums;
-  Buffer<T> features, copy, log_det, context, context_gradient, gradients, transposed, bins;
+  Buffer<T> features, copy, log_det, context, context_gradient, gradients, transposed, bins, constants;
   const T* values = nullptr;  // the tile's activations
   int index = 0;              // index of the current transform
   bool inverts = false, needs_features = false;
@@ -112,6 +114,25 @@ class BackwardTile {
     }
   }
 
+  // Of features whose parameters are in tensors.
+  void differentiate_constant(const Transform& t) {
+    T *parameters = constants.get(), *to = parameters + (size_t)t.parameters * rows;
+    for (int i = t.identity; i < t.features; i++) {
+      const int feature = i - t.identity;
+      chain.each_parameter(index, feature, [&](int p, T value, int, int) {
+        std::fill_n(parameters + (size_t)p * rows, rows, value);
+      });
+      differentiate_feature(t, i, parameters, to);
+      chain.each_parameter(index, feature, [&](int p, T, int tensor, int column) {
+        const GradientLayout& s = tensors.of(index, tensor);
+        if (!s.has_any) return;
+        Vector sum{};
+        for (int v = 0; v < vectors; v++) sum += S::load(to + (size_t)p * rows + v * S::lanes);
+        sums[s.weight + (size_t)feature * s.stride + column] += S::sum(sum);
+      });
+    }
+  }
+
   // Of y = L (U x) + shift, a gradient g of y gives L the gradient g (U x)^T, U the gradient (L^T g) x^T, and x the gradient
   // U^T L^T g. Of the inverse, a gradient g of x gives y the gradient h = L^-T U^-T g, L -h (U x)^T, and U -(U^-T g) x^T.
   void differentiate_lu(const Transform& t) {
@@ -163,11 +184,12 @@ class BackwardTile {
     const int length = chain.lengths[index];
     for (int begin = (t.steps - 1) / length * length; begin >= 0; begin -= length) {
       const int end = std::min(begin + length, t.steps);
-      for (int i = t.starts[begin]; i < t.starts[end]; i++)
+      for (int i = t.starts[begin]; i < t.starts[end]; i++) {
+        if (inverts && i < t.inputs) add_input_gradient(t, i);
+        const size_t first = (size_t)(i - t.identity) * t.parameters * rows;
         if (i >= t.identity)
-          differentiate_feature(t, i);
-        else if (inverts)
-          add_input_gradient(t, i);
+          differentiate_feature(t, i, value_of(t.num_operations) + first, gradient_of(t.num_operations) + first);
+      }
       backpropagate(t, begin, end);
     }
     if (!inverts && needs_features)
@@ -177,15 +199,14 @@ class BackwardTile {
       if (tensors.of(index, j).has_any) add_weight_gradients(t, j);
   }
 
-  void differentiate_feature(const Transform& t, int i) {
-    const size_t offset = (size_t)(i - t.identity) * t.parameters * rows, input = (size_t)(t.context + i) * rows;
+  // Replaces the gradient of the i-th feature, and writes those of its parameters.
+  void differentiate_feature(const Transform& t, int i, const T* parameters, T* parameter_gradients) {
     for (int v = 0; v < vectors; v++) {
       T* at = features.get() + (size_t)t.order[i] * rows + v * S::lanes;
-      const Parameters<T> p{value_of(t.num_operations) + offset + v * S::lanes, rows};
-      T* to = gradient_of(t.num_operations) + offset + v * S::lanes;
-      const Vector x = S::load(value_of(0) + input + v * S::lanes);
-      Gradients<Vector> g{S::load(at), log_det_of(t.order[i], v)};
-      if (inverts) g.value += S::load(gradient_of(0) + input + v * S::lanes);
+      const Parameters<T> p{parameters + v * S::lanes, rows};
+      T* to = parameter_gradients + v * S::lanes;
+      const Vector x = S::load(value_of(0) + (size_t)(t.context + i) * rows + v * S::lanes);
+      const Gradients<Vector> g{S::load(at), log_det_of(t.order[i], v)};
       S::store(at, t.kind == TransformKind::masked_affine
                        ? Affine<T>(t, p).differentiate(inverts, x, g, to)
                        : Spline<T>(t, p, inverts, bins.get()).differentiate(x, g, to));

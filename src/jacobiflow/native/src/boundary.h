@@ -40,7 +40,8 @@ enum class SplineBoundary : int32_t { fixed, free, circular };
 // log-density to the log-determinant: the base of a flow ends its chain. `lu_linear` is y = L U x + shift, with ones on the
 // diagonal of L; its tensors are the entries below the diagonal of L, those above the diagonal of U, the diagonal of U before
 // its softplus, and the shift. For the kinds after them, a network gives the parameters of each feature from the features of
-// earlier steps. A coupling has two steps: features that stay as they are, which the network reads, and the others.
+// earlier steps. A coupling has two steps: features that stay as they are, which the network reads, and the others. Without a
+// network, tensors (features, size) are the parameters: two of an affine transform, or widths, heights and derivatives.
 struct Transform {
   TransformKind kind;
   int32_t features;           // D

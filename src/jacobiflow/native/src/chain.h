@@ -36,9 +36,18 @@ inline bool reads_value(const Operation& o, int value) {
 // Returns whether the network reads only features that stay as they are.
 inline bool is_coupling(const Transform& t) { return t.num_operations && t.inputs < t.features; }
 
+// Returns whether tensors are the parameters of the features.
+inline bool is_constant(const Transform& t) { return t.kind >= TransformKind::masked_affine && !t.num_operations; }
+
+// Returns the numbers of parameters that these tensors have for each feature.
+inline std::vector<int> tensor_sizes(const Transform& t) {
+  if (t.kind == TransformKind::masked_affine) return {1, 1};
+  return {t.bins, t.bins, t.parameters - 2 * t.bins};
+}
+
 // Where the numbers of an operation lie. An affine transform without a network has one layout: its scale is a weight with one
 // input for each feature, and its shift the bias. lu_linear has two: U with its diagonal before the softplus as bias, and L with
-// the shift.
+// the shift. If tensors are the parameters, each of them is a weight.
 struct OperationLayout {
   int weight_index = -1, bias_index = -1;  // in ChainArgs.tensors; -1 without one
   int units = 0, inputs = 0;               // rows and columns of the weight
@@ -80,6 +89,10 @@ class Chain {
         layouts.push_back(tensor_layout(t, 0, 3, t.features, t.features));
         work += (int64_t)t.features * t.features;
       }
+      if (is_constant(t)) {
+        int tensor = 0;
+        for (int size : tensor_sizes(t)) layouts.push_back(tensor_layout(t, tensor++, -1, t.features - t.identity, size));
+      }
       max_gradient_units = std::max(max_gradient_units, gradient_units);
     }
     first_layout.push_back(layouts.size());
@@ -96,6 +109,8 @@ class Chain {
         for (int j = 0; j < t.num_operations; j++) pack(t, t.operations[j], layouts[position(i, j)]);
         if (t.kind == TransformKind::lu_linear)
           pack_lu(t, of(i, 0), of(i, 1));
+        else if (is_constant(t))
+          for (size_t k = 0; k < num_layouts(i); k++) pack_parameters(of(i, (int)k));
         else if (!t.num_operations && num_layouts(i))
           pack_numbers(t, of(i, 0));
       }
@@ -135,6 +150,16 @@ class Chain {
     return layout.in_place ? static_cast<const T*>(layout.in_place) : packed + layout.weight;
   }
   const T* bias(const OperationLayout& layout) const { return packed + layout.bias; }
+
+  // Calls use(index, parameter, its tensor, its column) for the parameters of a feature that are in tensors.
+  template <typename Use>
+  void each_parameter(int transform, int feature, const Use& use) const {
+    for (int k = 0, p = 0; k < (int)num_layouts(transform); k++)
+      for (int i = 0; i < of(transform, k).inputs; i++, p++) {
+        const OperationLayout& layout = of(transform, k);
+        use(p, weight(layout)[(size_t)feature * layout.inputs + i], k, i);
+      }
+  }
 
   // Return L and U of lu_linear, for tiles of `vectors` vectors.
   template <int vectors>
@@ -259,6 +284,10 @@ class Chain {
       packed[layout.weight + f] = scale[f * t.scale_stride];
       packed[layout.bias + f] = shift[f * t.shift_stride];
     }
+  }
+
+  void pack_parameters(const OperationLayout& layout) {
+    std::copy_n(tensor(layout.weight_index), (size_t)layout.units * layout.inputs, packed + layout.weight);
   }
 
   void pack_lu(const Transform& t, const OperationLayout& of_upper, const OperationLayout& of_lower) {

@@ -18,7 +18,7 @@ class ForwardTile {
   // With `has_activations`, `run` gets memory for the values that the backward pass reads.
   ForwardTile(const Chain<T>& chain, bool has_activations)
       : chain(chain), call(chain.call), features((size_t)call.features * rows), copy((size_t)call.features * rows),
-        context((size_t)call.context_features * rows), bins(spline_memory<T>(call)) {
+        context((size_t)call.context_features * rows), bins(spline_memory<T>(call)), constants(constant_memory<T>(call, rows)) {
     std::vector<size_t> sizes, partial_sizes;
     for (int i = 0; i < call.count; i++) {
       const Transform& t = call.transforms[i];
@@ -57,7 +57,7 @@ class ForwardTile {
  private:
   const Chain<T>& chain;
   const ChainArgs& call;
-  Buffer<T> features, copy, context, bins;
+  Buffer<T> features, copy, context, bins, constants;
   std::vector<Buffer<T>> values, partials;
   Vector log_det[vectors], rounding[vectors];
   Vector non_finite[vectors];  // NaN in lanes of rows that were not finite, else 0
@@ -92,6 +92,8 @@ class ForwardTile {
       permute(t, inverts, rows, features.get(), copy.get());
     else if (t.kind == TransformKind::lu_linear)
       transform_lu(t);
+    else if (is_constant(t))
+      constant(t);
     else if (t.num_operations)
       masked(t);
     else
@@ -170,9 +172,7 @@ class ForwardTile {
     for (int i = 0; i < t.context && !chain.shares_context; i++)
       std::memcpy(units_of(0) + (size_t)i * rows, context.get() + (size_t)(t.input_rows[i] - t.context_start) * rows,
                   sizeof(T) * rows);
-    for (int i = 0; i < t.features && !inverts; i++)
-      std::memcpy(units_of(0) + (size_t)(t.context + i) * rows, features.get() + (size_t)t.order[i] * rows,
-                  sizeof(T) * rows);
+    load_features(t);
     const int length = chain.lengths[index];
     for (int step = 0, begin = 0; step < t.steps; step += length) {
       const int end = std::min(step + length, t.steps);
@@ -183,7 +183,30 @@ class ForwardTile {
       compute_units(t, step, end, begin);
       const int first = t.starts[step];
       for (int i = first; i < std::min(t.starts[end], t.identity); i++) keep_feature(t, i);
-      for (int i = std::max(first, t.identity); i < t.starts[end]; i++) transform_feature(t, i, std::max(first, t.identity));
+      // Without stored activations, the first parameters are those of the step's first feature.
+      const T* parameters = units_of(t.num_operations);
+      const int from = std::max(first, t.identity);
+      for (int i = from; i < t.starts[end]; i++)
+        transform_feature(t, i, parameters + (size_t)(i - (activations ? t.identity : from)) * t.parameters * rows);
+    }
+  }
+
+  // Copies the features to the transform's input, unless they are not known yet.
+  void load_features(const Transform& t) {
+    for (int i = 0; i < t.features && !inverts; i++)
+      std::memcpy(units_of(0) + (size_t)(t.context + i) * rows, features.get() + (size_t)t.order[i] * rows,
+                  sizeof(T) * rows);
+  }
+
+  // Transforms features whose parameters are in tensors.
+  void constant(const Transform& t) {
+    load_features(t);
+    for (int i = 0; i < t.identity; i++) keep_feature(t, i);
+    for (int i = t.identity; i < t.features; i++) {
+      chain.each_parameter(index, i - t.identity, [&](int p, T value, int, int) {
+        std::fill_n(constants.get() + (size_t)p * rows, rows, value);
+      });
+      transform_feature(t, i, constants.get());
     }
   }
 
@@ -296,11 +319,8 @@ class ForwardTile {
     if (call.is_by_feature) std::memset(copy.get() + feature, 0, sizeof(T) * rows);
   }
 
-  // Transforms the i-th feature in the order of the steps. Without stored activations, the first parameters are those of the
-  // feature `first`.
-  void transform_feature(const Transform& t, int i, int first) {
-    const T* parameters =
-        units_of(t.num_operations) + (size_t)(i - (activations ? t.identity : first)) * t.parameters * rows;
+  // Transforms the i-th feature in the order of the steps.
+  void transform_feature(const Transform& t, int i, const T* parameters) {
     const size_t feature = (size_t)t.order[i] * rows;
     for (int v = 0; v < vectors; v++) {
       T* at = features.get() + feature + v * S::lanes;

@@ -49,6 +49,9 @@ class TensorGradients {
         for (size_t k = s.weight; k < s.weight + num_sums(layout, s); k++) sums[k] += memory[rank].get()[k];
       if (t.kind == TransformKind::lu_linear) {
         j ? write_lower(t, layout, s) : write_upper(t, layout, s);
+      } else if (is_constant(t)) {
+        for (int i = 0; i < layout.units; i++)
+          std::copy_n(sums + s.weight + (size_t)i * s.stride, layout.inputs, gradient(layout.weight_index) + i * layout.inputs);
       } else if (t.num_operations) {
         write_layer(t, t.operations[j], layout, s);
       } else {

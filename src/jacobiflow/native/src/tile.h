@@ -14,6 +14,15 @@ Buffer<T> spline_memory(const ChainArgs& call) {
   return Buffer<T>((size_t)2 * max_bins * Simd<T>::lanes);
 }
 
+// Returns memory (P, rows) for the parameters of a feature that are in tensors.
+template <typename T>
+Buffer<T> constant_memory(const ChainArgs& call, int rows) {
+  int max_parameters = 0;
+  for (int i = 0; i < call.count; i++)
+    if (is_constant(call.transforms[i])) max_parameters = std::max(max_parameters, call.transforms[i].parameters);
+  return Buffer<T>((size_t)max_parameters * rows);
+}
+
 // Copies (count, columns) to (columns, rows); rows beyond `count` repeat the first.
 template <typename T>
 void load_rows(const T* from, int64_t stride, int columns, int count, int rows, T* to) {
