@@ -194,18 +194,16 @@ def _race_blocks(
         problem, shape = _block_problem(flow, i, z, context), shapes[i]
         num_batches = len(problem) / batch_size
         fitted = BlockTuning(Latent(), Plain()) if tuning is None else tuning.blocks[i]
-        raced = [candidate.solver(fitted.guess, fitted.correction) for candidate in remaining[shape]]
+        raced = [each.solver(fitted.guess, fitted.correction) for each in remaining[shape]]
         winner = race(problem, raced, num_batches * timings[i].sequential, options)
         if winner is not None:
             solvers[i], seconds[i] = winner.solver, winner.seconds / num_batches
         if time.perf_counter() > end:
             pairs = zip(remaining[shape], raced, strict=True)
             remaining[shape] = [candidate for candidate, solver in pairs if winner and solver == winner.solver]
-        if progress is not None:
-            progress(len(timings) - i, len(timings), "timing solvers")
         return attempt(problem, SEQUENTIAL, replace(options, certify=False)).x if winner is None else winner.x
 
-    flow.map_blocks_reversed(tokens, solve_block)
+    flow.map_blocks_reversed(tokens, solve_block, progress, "timing solvers")
     return _Draft(tuple(solvers), sum(seconds))
 
 
@@ -244,12 +242,9 @@ def _solve_blocks(
     """The inverse of tokens."""
 
     def solve_block(i: int, z: Tokens) -> Tokens:
-        solution = solve_problem(_block_problem(flow, i, z, context), solvers[i], options)
-        if progress is not None:
-            progress(len(solvers) - i, len(solvers), "verifying")
-        return solution.x
+        return solve_problem(_block_problem(flow, i, z, context), solvers[i], options).x
 
-    return flow.map_blocks_reversed(x, solve_block)
+    return flow.map_blocks_reversed(x, solve_block, progress, "verifying")
 
 
 def _max_error(x: Tokens, exact: Tokens) -> float:
