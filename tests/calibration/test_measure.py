@@ -22,16 +22,7 @@ from jacobiflow.calibration import CalibrationReport, CalibrationSettings, Conve
 from jacobiflow.models.latents import draw_latents
 from jacobiflow.utils.progress import Progress
 from tests.helpers import oracle
-from tests.helpers.calibration_problems import (
-    dense_gamma,
-    errors_of,
-    guide_of,
-    linear_flow,
-    randn,
-    reference_of,
-    runs_of,
-    way_back,
-)
+from tests.helpers.calibration_problems import dense_gamma, errors_of, linear_flow, oracle_of, randn, runs_of, way_back
 from tests.helpers.problems import make_flow, make_maf
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -61,15 +52,12 @@ class Case:
         make, self.guidance, self.norm, self.segments = CASES[name]
         self.flow = make()
         self.guided, self.images = self.flow.guided(self.guidance), images_of(self.flow)
-        self.reference, self.guide = reference_of(self.flow), guide_of(self.guidance)
+        self.reference, self.guide = oracle_of(self.flow, self.guidance)
         self.labels = torch.tensor([-1, 1, 0, 0, 1, -1, self.flow.config.num_classes - 1])  # some without a class
         self.settings = {
-            "norm": self.norm,
-            "segments": self.segments,
-            "num_convergence_samples": 2,
-            "per_class": True,
+            "norm": self.norm, "segments": self.segments, "num_convergence_samples": 2, "per_class": True,
             "batch_size": 4,
-        }
+        }  # fmt: skip
         self.report = self.calibrate(self.images)
 
     def calibrate(self, images: Any, **changed: Any) -> CalibrationReport:

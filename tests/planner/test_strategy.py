@@ -20,7 +20,7 @@ from jacobiflow.calibration.metrics import Metrics
 from jacobiflow.calibration.report import GUESS_NAMES
 from jacobiflow.planner import Prediction
 from jacobiflow.planner.strategy import device_name
-from tests.helpers.invented import GUIDANCE, Counts, counted, curve_of, igm, make_report, same, small
+from tests.helpers.invented import GUIDANCE, Counts, counted, curve_of, igm, make_report, same
 from tests.helpers.running import put
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -70,15 +70,6 @@ def test_a_plan_is_for_a_gpu_by_its_name(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"the name of {device}")
     assert device_name(torch.device("cuda:1")) == "the name of cuda:1"
     assert device_name(torch.device("cpu")) == "cpu with 1 thread"
-
-
-def test_a_strategy_for_any_flow_reads_no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("cached_fingerprint", "check_fingerprint"):
-        monkeypatch.setattr(f"jacobiflow.planner.strategy.{name}", None)
-    flow = small()
-    replace(PLAN, fingerprint=None, prediction=None).check(flow)
-    with pytest.raises(TypeError, match="NoneType"):
-        replace(PLAN, prediction=None).check(flow)
 
 
 def test_the_tolerance_that_a_plan_was_made_for_stays() -> None:

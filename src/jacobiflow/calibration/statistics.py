@@ -172,19 +172,19 @@ class CalibrationStatistics:
         context = self.context_at(index)
         for i, block in enumerate(self.flow.blocks):
             x = block.permutation(x)
-            log_scale, shift = _affine(self.flow.block(i), x, context)
+            log_scale, shift = _log_scale_and_shift(self.flow.block(i), x, context)
             z = (x - shift) * torch.exp(-log_scale)
             if not torch.isfinite(z).all():
                 raise InputValueError(f"images overflow in block {i} when they are encoded; are they in [-1, 1]?")
             step = Step(i, x, log_scale, shift, z, context)
             if self.flow.guidance:
-                log_scale, shift = _affine(self.flow.inverse_block(i), x, context)
+                log_scale, shift = _log_scale_and_shift(self.flow.inverse_block(i), x, context)
                 step = Step(i, x, log_scale, shift, (x - shift) * torch.exp(-log_scale), context)
             yield step
             x = block.permutation.inverse(z)
 
 
-def _affine(block: AffineBlock, x: Tensor, context: Context) -> tuple[Tensor, Tensor]:
+def _log_scale_and_shift(block: AffineBlock, x: Tensor, context: Context) -> tuple[Tensor, Tensor]:
     with no_gradients(block):
         log_scale, shift = block.affine_whole(x, context)
     return log_scale.clone(), shift.clone()
