@@ -27,7 +27,7 @@ from jacobiflow.calibration.report import (
     LatentSource,
     guesses_by_name,
 )
-from jacobiflow.calibration.statistics import CalibrationStatistics, Images, Means, mean_affine
+from jacobiflow.calibration.statistics import CalibrationStatistics, ImageSet, Means, mean_affine
 from jacobiflow.errors import InputTypeError, InputValueError
 from jacobiflow.fixed_point import Segments
 from jacobiflow.jobs import JobStore, Unit, UnitOutput
@@ -49,7 +49,7 @@ _GAMMA_SAMPLES = 8  # each sample costs some thirty backward passes for each blo
 
 def calibrate(
     flow: Flow,
-    images: Images,
+    images: ImageSet,
     labels: Labels | None = None,
     norm: Norm = 2,
     *,
@@ -125,7 +125,7 @@ class CalibrationJob(jobs.Job):
     kind, result_name, patterns = "calibration", "report.json", ("units/*.safetensors",)
 
     def __init__(
-        self, flow: Flow, images: Images, labels: Labels | None = None, norm: Norm = 2, *,
+        self, flow: Flow, images: ImageSet, labels: Labels | None = None, norm: Norm = 2, *,
         context: ContextLike | None = None, segments: int, num_convergence_samples: int, per_class: bool,
         batch_size: int, seed: int,
     ) -> None:  # fmt: skip
@@ -263,7 +263,7 @@ class CalibrationJob(jobs.Job):
         ).to_json()
 
 
-def _check_images(flow: Flow, images: Images) -> None:
+def _check_images(flow: Flow, images: ImageSet) -> None:
     if isinstance(images, Tensor):
         flow.check_data(images, "images")
     try:

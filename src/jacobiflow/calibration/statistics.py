@@ -39,7 +39,7 @@ class Step(NamedTuple):
     context: Context
 
 
-class Images(Protocol):
+class ImageSet(Protocol):
     """Images that a tensor of indices can index: a tensor (N, C, H, W), or a data set on disk."""
 
     def __len__(self) -> int: ...
@@ -66,7 +66,7 @@ class CalibrationStatistics:
         batch_size: Images in memory at a time.
     """
 
-    def __init__(self, flow: Flow, images: Images, context: Context, classes: Sequence[int], batch_size: int) -> None:
+    def __init__(self, flow: Flow, images: ImageSet, context: Context, classes: Sequence[int], batch_size: int) -> None:
         self.flow, self.images, self.classes, self.batch_size = flow, images, classes, batch_size
         self.blocks, self.context = range(flow.config.num_blocks), context.to(flow.var.device)
         batches = torch.arange(len(images)).split(batch_size)
