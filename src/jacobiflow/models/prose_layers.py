@@ -67,9 +67,8 @@ class NormalizedLayer(TransformerLayer):
         self.attention = _NormalizedAttention(width, head_dim)
 
     def weights(self, shared: SharedParameters) -> LayerWeights:
-        query, key = self.attention.q_layer_norm, self.attention.k_layer_norm
-        norms = {"query_norm": (query.weight, query.bias), "key_norm": (key.weight, key.bias)}
-        return super().weights(shared)._replace(**norms)
+        weights, query, key = super().weights(shared), self.attention.q_layer_norm, self.attention.k_layer_norm
+        return weights._replace(query_norm=(query.weight, query.bias), key_norm=(key.weight, key.bias))
 
 
 class _AdaptiveAttention(nn.Module):
