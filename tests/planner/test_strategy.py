@@ -61,6 +61,8 @@ def test_a_strategy_has_up_to_1000_blocks() -> None:
     assert len(jf.Strategy.parse("jacobi", num_blocks=1000).solvers) == 1000
     with pytest.raises(ValueError, match="the limit is"):
         jf.Strategy.parse("jacobi", num_blocks=1001)
+    with pytest.raises(ValueError, match="give a report, or num_blocks of the flow"):
+        jf.Strategy.parse("jacobi")
     for num in (0, 1001):
         with pytest.raises(ValueError, match=f"solvers: {num} of them"):
             jf.Strategy((jf.Solver(),) * num)
@@ -93,11 +95,6 @@ def test_a_report_gives_each_block_the_guess_of_the_smallest_igm() -> None:
         assert [replace(solver, guess=LATENT) for solver in found.solvers] == list(plain.solvers)
         assert (found.fingerprint, plain.fingerprint) == (report.fingerprint, None)
     assert {solver.guess for solver in jf.Strategy.parse("jacobi+zeros", report).solvers} == {jf.Zeros()}
-
-
-def test_the_number_of_blocks_is_that_of_the_report_or_of_the_caller() -> None:
-    with pytest.raises(ValueError, match="give a report, or num_blocks of the flow"):
-        jf.Strategy.parse("jacobi")
 
 
 # ---------------------------------------------------------------------------------------- Algorithm 1, invented numbers
