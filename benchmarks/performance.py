@@ -224,7 +224,7 @@ def measure_strategies(key: Json) -> Json:
         plan = jf.plan(flow, batch_size=batch)
     runs[WITHOUT_LOOP] = without_native()(partial(draw, strategy=plan, certify=True))
     for name in AUTOS:
-        runs[name] = partial(draw, strategy=Auto.parse(name).plan(flow, batch), certify=True)
+        runs[name] = partial(draw, strategy=auto(flow, batch, Auto.parse(name).tolerance), certify=True)
     return {"rows": compare_samplers(flow, z, labels, runs, repeats=ROUNDS[batch]).to_json()["rows"]}
 
 

@@ -34,7 +34,7 @@ def exact_solutions(
     flow: Flow, latents: Float[Tensor, "n t c"], context: Context, batch_size: int, progress: Progress | None
 ) -> list[BlockSolution]:
     """Solves each block by the exact loop at standard normal latents. Raises ValueError if one overflows."""
-    num, solutions = flow.config.num_blocks, list[BlockSolution]()
+    solutions = list[BlockSolution]()
 
     def solve_block(i: int, z: Tensor) -> Tensor:
         x = solve(flow.inverse_block(i), z, Solver(Sequential()), context, batch_size=batch_size).x
@@ -45,9 +45,7 @@ def exact_solutions(
                 "guidance, or use a wider dtype"
             )
         solutions.append(BlockSolution(x, z, context))
-        if progress is not None:
-            progress(len(solutions), num, "exact loop")
         return x
 
-    flow.map_blocks_reversed(flow.prior_tokens(latents), solve_block)
+    flow.map_blocks_reversed(flow.prior_tokens(latents), solve_block, progress, "exact loop")
     return solutions[::-1]

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import astuple
-from functools import cache
+from functools import cache, partial
 from multiprocessing import get_context
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
@@ -18,19 +18,11 @@ import torch
 from torch import Tensor
 
 import jacobiflow as jf
-from jacobiflow.calibration import (
-    CalibrationReport,
-    CalibrationSettings,
-    ConvergenceCurve,
-    Metrics,
-    gamma_norm,
-    initial_residuals,
-    measure_distances,
-)
-from jacobiflow.calibration.report import guesses_by_name
+from jacobiflow.calibration import CalibrationReport, CalibrationSettings, ConvergenceCurve, Metrics
 from jacobiflow.models.latents import draw_latents
 from jacobiflow.utils.progress import Progress
-from tests.helpers.calibration_problems import linear_flow, randn, runs_of, way_back
+from tests.helpers import oracle
+from tests.helpers.calibration_problems import dense_gamma, errors_of, linear_flow, oracle_of, randn, runs_of, way_back
 from tests.helpers.problems import make_flow, make_maf
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -60,50 +52,58 @@ class Case:
         make, self.guidance, self.norm, self.segments = CASES[name]
         self.flow = make()
         self.guided, self.images = self.flow.guided(self.guidance), images_of(self.flow)
-        self.blocks = [self.guided.inverse_block(i) for i in range(self.guided.config.num_blocks)]
+        self.reference, self.guide = oracle_of(self.flow, self.guidance)
         self.labels = torch.tensor([-1, 1, 0, 0, 1, -1, self.flow.config.num_classes - 1])  # some without a class
         self.settings = {
-            "norm": self.norm,
-            "segments": self.segments,
-            "num_convergence_samples": 2,
-            "per_class": True,
+            "norm": self.norm, "segments": self.segments, "num_convergence_samples": 2, "per_class": True,
             "batch_size": 4,
-        }
+        }  # fmt: skip
         self.report = self.calibrate(self.images)
 
     def calibrate(self, images: Any, **changed: Any) -> CalibrationReport:
         return jf.calibrate(self.guided, images, self.labels, **self.settings | changed)
 
-    @torch.no_grad()
-    def walk(self, rows: Any = slice(None)) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
-        """Yields X* of each block, and its guided z, scale and shift; the images are encoded without guidance."""
-        x = self.flow.to_tokens(self.images[rows])
-        for i, block in enumerate(self.flow.blocks):
-            x = block.permutation(x)
-            log_scale, shift = self.blocks[i].affine_whole(x, jf.Context(self.labels)[rows])
-            yield x, (x - shift) / log_scale.exp(), log_scale.exp(), shift
-            x = block.permutation.inverse(block.encode(x, jf.Context(self.labels)[rows])[0])
+    def walk(self, rows: Any = slice(None)) -> Iterator[tuple[oracle.Map, Tensor, Tensor, Tensor, Tensor]]:
+        """Yields g, X*, z, log-scale and shift of each block, guided; the images are encoded without guidance."""
+        reference, guide, labels = self.reference, self.guide, self.labels[rows]
+        x, _ = reference.tokens(self.images[rows])
+        for i in range(reference.num_blocks):
+            x = reference.flip(i, x)
+            log_scale, shift = reference.parameters(i, x, labels)
+            encoded = (x - shift) / log_scale.exp()
+            if guide is not None:
+                oracle.guide_away(guide, log_scale, shift, *reference.parameters(i, x, None, guide.temperature))
+            z = (x - shift) / log_scale.exp()
+            yield partial(reference.g, i, z=z, labels=labels, guide=guide), x, z, log_scale, shift
+            x = reference.unflip(i, encoded)
+
+    def guesses(self, i: int, z: Tensor) -> dict[str, Tensor]:
+        """Returns X^(0) by the name of the guess."""
+        mean = self.report.mean_affine[i]
+        zeros = torch.cat((z[:, :1], torch.zeros_like(z[:, 1:])), dim=1)
+        return {"latent": z, "zeros": zeros, "mean_affine": mean.log_scale.double().exp() * z + mean.shift.double()}
+
+    def output_weights(self, i: int) -> tuple[Tensor, Tensor]:
+        """Returns W_s and W_u, by the state dict."""
+        if isinstance(self.reference, oracle.MAFOracle):
+            weight = self.reference.weights[f"blocks.{i}.layers.{self.reference.layers}.weight"]
+            return weight[0::2], weight[1::2]
+        weight = self.reference.state[f"blocks.{i}.proj_out.weight"]
+        size = self.flow.config.token_dim
+        return (weight[:size], weight[size:]) if len(weight) > size else (torch.zeros_like(weight), weight)
 
     def metrics(self, rows: Any, norm: Any, count: int = 1) -> list[Any]:
         """Returns IGM of each guess and the components of CRM, per block and segment."""
         measured = []
-        for i, (x, z, scale, _) in enumerate(self.walk(rows)):
-            residuals = {
-                name: initial_residuals(self.blocks[i], x, z, guess, self.labels[rows], count).mean(dim=0)
-                for name, guess in guesses_by_name(self.report.mean_affine[i]).items()
-            }
-            w_s, w_u = self.flow.blocks[i].output_weights()
+        for i, (g, x, z, log_scale, _) in enumerate(self.walk(rows)):
             for run in runs_of(x.shape[1], count):
-                igm = {name: np.linalg.norm(mean[run].numpy(), norm) for name, mean in residuals.items()}
-                matrices = (x / scale).mean(dim=0)[run], torch.zeros_like(w_u) if w_s is None else w_s, w_u
-                measured.append((igm, [np.linalg.norm(matrix.detach().numpy(), norm) for matrix in matrices]))
+                igm = {
+                    name: np.linalg.norm(errors_of(g, x, guess, run, 1)[1].mean(dim=0).numpy(), norm)
+                    for name, guess in self.guesses(i, z).items()
+                }
+                matrices = (x / log_scale.exp()).mean(dim=0)[run], *self.output_weights(i)
+                measured.append((igm, [np.linalg.norm(matrix.numpy(), norm) for matrix in matrices]))
         return measured
-
-    def curves(self, i: int, x: Tensor, z: Tensor, guess: str, count: int = 1) -> list[ConvergenceCurve]:
-        """Returns the curve of each segment over the samples whose sweeps are measured."""
-        start = guesses_by_name(self.report.mean_affine[i])[guess]
-        curves = measure_distances(self.blocks[i], x, z, start, self.labels[CHOSEN], count)
-        return [ConvergenceCurve.from_distances([curve]) for curve in curves]
 
 
 case_of = cache(Case)
@@ -123,11 +123,14 @@ def assert_metrics(metrics: Metrics, expected: list[Any]) -> None:
     assert components == pytest.approx(np.array([parts for _, parts in expected]), rel=1e-9)
 
 
-def assert_curves(curves: Sequence[ConvergenceCurve], expected: Sequence[ConvergenceCurve]) -> None:
-    assert [curve.sweeps for curve in curves] == [curve.sweeps for curve in expected]
-    for curve, other in zip(curves, expected, strict=True):
-        assert curve.largest == pytest.approx(other.largest, rel=1e-6, abs=1e-6)
-        assert curve.median == pytest.approx(other.median, rel=1e-6, abs=1e-6)
+def assert_curve(curve: ConvergenceCurve, errors: Tensor) -> None:
+    """Checks a curve by the errors (k, B, T, C) of T sweeps, of which it may leave out the last."""
+    distances, num = errors.abs().amax(dim=(2, 3)), len(curve.largest)
+    assert curve.largest == pytest.approx(distances.amax(dim=1)[:num].tolist(), rel=1e-6, abs=1e-6)
+    assert curve.median == pytest.approx(distances.median(dim=1).values[:num].tolist(), rel=1e-6, abs=1e-6)
+    for tolerance, sweeps in curve.sweeps.items():
+        above = [(column > tolerance).nonzero() for column in distances.T]
+        assert sweeps == tuple(int(rows[-1]) + 1 if len(rows) else 0 for rows in above)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -141,8 +144,8 @@ def test_igm_crm_and_mean_parameters(name: str) -> None:
     assert tuple(report.segment_metrics) == report.tough_blocks
     for i, metrics in report.segment_metrics.items():
         assert_metrics(metrics, segments[i * count : (i + 1) * count])
-    for i, (_, _, scale, shift) in enumerate(case.walk()):
-        assert report.mean_affine[i].log_scale.double().allclose(scale.log().mean(dim=0), 1e-6, 1e-6)
+    for i, (_, _, _, log_scale, shift) in enumerate(case.walk()):
+        assert report.mean_affine[i].log_scale.double().allclose(log_scale.mean(dim=0), 1e-6, 1e-6)
         assert report.mean_affine[i].shift.double().allclose(shift.mean(dim=0), 1e-6, 1e-6)
     assert list(report.class_metrics) == sorted(set(case.labels.tolist()))
     for label, metrics in report.class_metrics.items():
@@ -156,21 +159,25 @@ def test_sweeps_and_gamma_are_those_at_fresh_latents_and_at_evenly_spaced_images
     case = case_of(name)
     report, config = case.report, case.flow.config
     tokens = draw_latents(2, config.num_tokens, config.token_dim, 0, 2**40).double() * case.flow.var.sqrt()
-    problems = way_back(case.flow, tokens, case.labels[CHOSEN], case.guidance)
-    solutions = {"noise": [(problem.answer, problem.z) for problem in problems]}
+    solutions = {
+        "noise": [(p.g, p.answer, p.z) for p in way_back(case.flow, tokens, case.labels[CHOSEN], case.guidance)]
+    }
     if not case.guidance:
-        solutions["images"] = [(x, z) for x, z, _, _ in case.walk(CHOSEN)]
+        solutions["images"] = [(g, x, z) for g, x, z, _, _ in case.walk(CHOSEN)]
     assert report.curves.keys() == solutions.keys()
-    for start, blocks in solutions.items():
-        for i, (x, z) in enumerate(blocks):
-            for guess, curve in report.curves[start][i].items():  # type: ignore[index]
-                assert_curves([curve], case.curves(i, x, z, guess))
-            if start == "images" or case.guidance:
-                norms = gamma_norm(case.blocks[i], x, z, case.labels[CHOSEN])
-                assert report.gamma[i] == pytest.approx(norms.tolist(), rel=1e-3)
+    for source, blocks in solutions.items():
+        for i, (g, x, z) in enumerate(blocks):
+            for name, guess in case.guesses(i, z).items():
+                assert_curve(report.curves[source][i][name], errors_of(g, x, guess, slice(0, x.shape[1])))  # type: ignore[index]
+            if source == "images" or case.guidance:
+                norms = np.linalg.norm(dense_gamma(g, x), 2, axis=(1, 2))
+                assert report.gamma[i] == pytest.approx(norms, rel=0.01)
     for i, segments in report.segment_curves.items():
+        g, x, z = solutions["noise"][i]
+        guess = case.guesses(i, z)[report.best_guess(i)]
         for count, curves in segments.items():
-            assert_curves(curves, case.curves(i, *solutions["noise"][i], report.best_guess(i), count))
+            for curve, run in zip(curves, runs_of(x.shape[1], count), strict=True):
+                assert_curve(curve, errors_of(g, x, guess, run))
     assert tuple(report.segment_curves) == report.tough_blocks
     if report.tough_blocks:
         assert {i: list(curves) for i, curves in report.segment_curves.items()} == {2: [1, 2, 4]}

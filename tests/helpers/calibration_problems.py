@@ -19,13 +19,16 @@ def randn(*shape: int, seed: int = 9) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
+def oracle_of(flow: Any, guidance: jf.Guidance | None) -> tuple[oracle.FlowOracle, oracle.Guide | None]:
+    guide = guidance and oracle.Guide(guidance.weight, guidance.annealed, guidance.on, guidance.attn_temperature)
+    return oracle.MAFOracle(flow) if isinstance(flow, jf.MAF) else oracle.Oracle(flow), guide
+
+
 def way_back(
     flow: Any, tokens: Tensor, labels: Tensor | None, guidance: jf.Guidance | None = None
 ) -> list[BlockProblem]:
     """Returns the blocks in encoding order, each with the z and the solution on the way from tokens to an image."""
-    reference: Any = oracle.MAFOracle(flow) if isinstance(flow, jf.MAF) else oracle.Oracle(flow)
-    guide = guidance and oracle.Guide(guidance.weight, guidance.annealed, guidance.on, guidance.attn_temperature)
-    problems = []
+    (reference, guide), problems = oracle_of(flow, guidance), []
     for i in reversed(range(flow.config.num_blocks)):
         z = reference.flip(i, tokens)
 

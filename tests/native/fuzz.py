@@ -23,7 +23,7 @@ from torch import Tensor, nn
 import jacobiflow as jf
 from jacobiflow.errors import UnsupportedError
 from jacobiflow.native import library
-from jacobiflow.native import transformer as native_transformer
+from jacobiflow.native import weights as native_weights
 from tests.helpers import library_flows
 from tests.helpers.native_problems import CASES
 
@@ -120,7 +120,7 @@ def transformer(rng: random.Random) -> tuple[Any, str]:
     flow = flow.to(getattr(torch, weights))
     if weights == "float64":
         z, context = z.double(), context.double() if context is not None and context.is_floating_point() else context
-    native_transformer.MIN_IN_PLACE = rng.choice([0, 2**25])
+    native_weights.MIN_IN_PLACE = rng.choice([0, 2**25])
     block = case.block(flow)
     target, change = rng.choice(["z", "context", "weight"]), rng.choice(list(CHANGES))
     if target == "z":

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import jacobiflow as jf
-from jacobiflow.native import compiler, library, transformer
+from jacobiflow.native import compiler, library, weights
 from jacobiflow.native.library import Library
 from tests.helpers.native_problems import CASES, relative_error, threads
 from tests.native import fuzz
@@ -31,7 +31,7 @@ def targets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 def call(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Makes malformed calls. Each is refused, or gives what PyTorch gives, in gradients too."""
-    monkeypatch.setattr(transformer, "MIN_IN_PLACE", transformer.MIN_IN_PLACE)  # calls change it
+    monkeypatch.setattr(weights, "MIN_IN_PLACE", weights.MIN_IN_PLACE)  # calls change it
     with threads(3):
         for seed in range(count):
             fuzz.run(seed)

@@ -29,8 +29,8 @@ def stored(monkeypatch: pytest.MonkeyPatch) -> Iterator[set[tuple[torch.dtype, b
     monkeypatch.setattr(native.load_library(), "has_fast_halves", True)
     seen, store = set[tuple[torch.dtype, bool]](), transformer.store_weights
 
-    def noted(*arguments: Any, **options: Any) -> Any:
-        *stored, proj_in, proj_out = store(*arguments, **options)
+    def noted(*arguments: Any) -> Any:
+        *stored, proj_in, proj_out = store(*arguments)
         dtypes = {number: dtype for dtype, number in WEIGHT_FORMATS.items()}
         seen.update((dtypes[weight.format], bool(weight.is_packed)) for weight in stored)
         return [*stored, proj_in, proj_out]
@@ -91,7 +91,7 @@ def test_a_flow_in_float64(name: str, stored: set[Any]) -> None:
 
 
 def test_large_weights_are_read_where_they_lie(stored: set[Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(transformer, "MIN_IN_PLACE", 0)
+    monkeypatch.setattr(weights, "MIN_IN_PLACE", 0)
     flow = rounded(WHOLE_VECTORS.flow(), torch.bfloat16)
     reference = WHOLE_VECTORS.answer(flow, WHOLE_VECTORS.z(flow))
     answers = [invert(WHOLE_VECTORS, flow), invert(WHOLE_VECTORS, deepcopy(flow).bfloat16())]

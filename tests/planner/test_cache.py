@@ -96,7 +96,7 @@ def test_a_plan_is_made_again_if_its_conditions_change(
         assert auto(flow, 1) is auto(flow, 1)
         assert plans.made == len(plans.files) == made
     # Conditions that do not change for a flow in a process.
-    for name in ("describe_machine", "_code"):
+    for name in ("describe_machine", "_code_hash"):
         monkeypatch.setattr(cache, name, lambda *_: "other")
         auto(jf.load(model), 1)
     make_tuning(fitted_block(1), fitted_block(2)).save(model / "tuning.json")

@@ -30,7 +30,7 @@ def test_auto_to_a_tolerance(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, tolerance in (("auto:1e-2", None), (" AUTO:0.01 ", 1e-2), ("auto", 1e-2)):
         resolved = resolve_strategy(name, flow, 2, tolerance)
         assert isinstance(resolved, Auto)
-        assert resolved.plan(flow.guided(GUIDANCE), 2) is want
+        assert auto(flow.guided(GUIDANCE), 2, resolved.tolerance) is want
     assert resolve_strategy("auto", flow, 2).tolerance == 1e-3
     for name, tolerance, message in (
         ("auto:", None, "strategy 'auto:': give auto, or auto:TOLERANCE such as auto:1e-2"),

@@ -20,7 +20,7 @@ from jacobiflow.calibration.metrics import Metrics
 from jacobiflow.calibration.report import GUESS_NAMES
 from jacobiflow.planner import Prediction
 from jacobiflow.planner.strategy import device_name
-from tests.helpers.invented import GUIDANCE, Counts, counted, curve_of, igm, make_report, same, small
+from tests.helpers.invented import GUIDANCE, Counts, counted, curve_of, igm, make_report, same
 from tests.helpers.running import put
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -61,6 +61,8 @@ def test_a_strategy_has_up_to_1000_blocks() -> None:
     assert len(jf.Strategy.parse("jacobi", num_blocks=1000).solvers) == 1000
     with pytest.raises(ValueError, match="the limit is"):
         jf.Strategy.parse("jacobi", num_blocks=1001)
+    with pytest.raises(ValueError, match="give a report, or num_blocks of the flow"):
+        jf.Strategy.parse("jacobi")
     for num in (0, 1001):
         with pytest.raises(ValueError, match=f"solvers: {num} of them"):
             jf.Strategy((jf.Solver(),) * num)
@@ -70,15 +72,6 @@ def test_a_plan_is_for_a_gpu_by_its_name(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"the name of {device}")
     assert device_name(torch.device("cuda:1")) == "the name of cuda:1"
     assert device_name(torch.device("cpu")) == "cpu with 1 thread"
-
-
-def test_a_strategy_for_any_flow_reads_no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("cached_fingerprint", "check_fingerprint"):
-        monkeypatch.setattr(f"jacobiflow.planner.strategy.{name}", None)
-    flow = small()
-    replace(PLAN, fingerprint=None, prediction=None).check(flow)
-    with pytest.raises(TypeError, match="NoneType"):
-        replace(PLAN, prediction=None).check(flow)
 
 
 def test_the_tolerance_that_a_plan_was_made_for_stays() -> None:
@@ -102,11 +95,6 @@ def test_a_report_gives_each_block_the_guess_of_the_smallest_igm() -> None:
         assert [replace(solver, guess=LATENT) for solver in found.solvers] == list(plain.solvers)
         assert (found.fingerprint, plain.fingerprint) == (report.fingerprint, None)
     assert {solver.guess for solver in jf.Strategy.parse("jacobi+zeros", report).solvers} == {jf.Zeros()}
-
-
-def test_the_number_of_blocks_is_that_of_the_report_or_of_the_caller() -> None:
-    with pytest.raises(ValueError, match="give a report, or num_blocks of the flow"):
-        jf.Strategy.parse("jacobi")
 
 
 # ---------------------------------------------------------------------------------------- Algorithm 1, invented numbers

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain, product, starmap
+from itertools import chain, product
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -27,7 +27,7 @@ from jacobiflow.calibration.report import (
     LatentSource,
     guesses_by_name,
 )
-from jacobiflow.calibration.statistics import CalibrationStatistics, Images, Means, mean_affine
+from jacobiflow.calibration.statistics import CalibrationStatistics, ImageSet, Means, mean_affine
 from jacobiflow.errors import InputTypeError, InputValueError
 from jacobiflow.fixed_point import Segments
 from jacobiflow.jobs import JobStore, Unit, UnitOutput
@@ -49,7 +49,7 @@ _GAMMA_SAMPLES = 8  # each sample costs some thirty backward passes for each blo
 
 def calibrate(
     flow: Flow,
-    images: Images,
+    images: ImageSet,
     labels: Labels | None = None,
     norm: Norm = 2,
     *,
@@ -125,7 +125,7 @@ class CalibrationJob(jobs.Job):
     kind, result_name, patterns = "calibration", "report.json", ("units/*.safetensors",)
 
     def __init__(
-        self, flow: Flow, images: Images, labels: Labels | None = None, norm: Norm = 2, *,
+        self, flow: Flow, images: ImageSet, labels: Labels | None = None, norm: Norm = 2, *,
         context: ContextLike | None = None, segments: int, num_convergence_samples: int, per_class: bool,
         batch_size: int, seed: int,
     ) -> None:  # fmt: skip
@@ -151,6 +151,8 @@ class CalibrationJob(jobs.Job):
         )
         self.flow, self.statistics = flow, CalibrationStatistics(flow, images, checked, classes, batch_size)
         num_samples = self.settings.num_convergence_samples
+        most = flow.config.num_tokens // _MIN_SEGMENT_TOKENS
+        self.segment_counts = sorted({1, segments, *(2**k for k in range(1, most.bit_length()))})
         self._index = torch.arange(num_samples) * len(images) // num_samples  # of the images whose sweeps are measured
         # Under guidance images have no latents.
         self.sources: tuple[LatentSource, ...] = ("noise",) if flow.guidance else ("images", "noise")
@@ -170,10 +172,11 @@ class CalibrationJob(jobs.Job):
         means = self._read_means(store, "parameters")
         residuals = (Unit(f"residuals-{i:02}", partial(self._sum_residuals, means, i)) for i in chunks)
         gamma = (Unit(f"gamma-{i}", partial(self._measure_gamma, store, i)) for i in blocks)
-        curves = starmap(partial(self._curves, store, means), product(blocks, self.sources, GUESS_NAMES))
+        curves = (self._curves(store, means, *names) for names in product(blocks, self.sources, GUESS_NAMES))
         yield [*residuals, *gamma, *curves]
-        segments = self._segment_curves(store, self._read_means(store, "parameters", "residuals"))
-        yield [unit for units in segments.values() for unit in units.values()]
+        tough = self._best_guesses(self._read_means(store, "parameters", "residuals"))
+        counts = self.segment_counts
+        yield [self._curves(store, means, i, "noise", guess, n) for i, guess in tough.items() for n in counts]
 
     def _sum_parameters(self, chunk: int, progress: Progress | None) -> UnitOutput:
         return _output(f"parameters-{chunk:02}", self.statistics.sum_parameters(chunk))
@@ -224,25 +227,21 @@ class CalibrationJob(jobs.Job):
             ]
             return UnitOutput(value=encode([*map(ConvergenceCurve.from_distances, zip(*distances, strict=True))]))
 
-        return Unit(f"curves-{block}-{source}-{guess}-{num_segments}", run)
+        return Unit(_curves_name(block, source, guess, num_segments), run)
 
-    def _segment_curves(self, store: JobStore, means: Means) -> dict[int, dict[int, Unit]]:
-        """Returns the units of each tough block by number of segments, from fresh latents and the best guess by IGM."""
-        most = self.flow.config.num_tokens // _MIN_SEGMENT_TOKENS
-        counts = sorted({1, self.settings.segments, *(2**k for k in range(1, most.bit_length()))})
+    def _best_guesses(self, means: Means) -> dict[int, str]:
+        """Returns the best guess by IGM of each tough block."""
         best = self.statistics.metrics(means, self.settings.norm, self.statistics.blocks).best_guess
-        tough = self.statistics.tough_blocks(means, self.settings.norm)
-        return {i: {count: self._curves(store, means, i, "noise", best(i), count) for count in counts} for i in tough}
+        return {i: best(i) for i in self.statistics.tough_blocks(means, self.settings.norm)}
 
     def reduce(self, store: JobStore) -> Any:
         """Returns the report."""
         config, settings, blocks = self.flow.config, self.settings, self.statistics.blocks
         means = self._read_means(store, "parameters", "residuals")
-        metrics, segments = partial(self.statistics.metrics, means), self._segment_curves(store, means)
-        unit = partial(self._curves, store, means)
+        metrics, tough = partial(self.statistics.metrics, means), self._best_guesses(means)
 
-        def read(curves: Unit) -> tuple[ConvergenceCurve, ...]:
-            return decode(tuple[ConvergenceCurve, ...], store.value(curves.name))
+        def read(block: int, source: LatentSource, guess: str, num_segments: int = 1) -> tuple[ConvergenceCurve, ...]:
+            return decode(tuple[ConvergenceCurve, ...], store.value(_curves_name(block, source, guess, num_segments)))
 
         return CalibrationReport(
             fingerprint=self.spec.weights_sha256,
@@ -250,19 +249,21 @@ class CalibrationJob(jobs.Job):
             token_dim=config.token_dim,
             settings=settings,
             metrics={norm: metrics(norm, blocks) for norm in NORMS},
-            segment_metrics={i: metrics(settings.norm, [i], settings.segments) for i in segments},
+            segment_metrics={i: metrics(settings.norm, [i], settings.segments) for i in tough},
             class_metrics={label: metrics(settings.norm, blocks, group=label) for label in self.spec.classes},
             mean_affine=tuple(mean_affine(means, i) for i in blocks),
             curves={
-                source: tuple({guess: read(unit(i, source, guess))[0] for guess in GUESS_NAMES} for i in blocks)
+                source: tuple({guess: read(i, source, guess)[0] for guess in GUESS_NAMES} for i in blocks)
                 for source in self.sources
             },
-            segment_curves={i: {n: read(each) for n, each in units.items()} for i, units in segments.items()},
+            segment_curves={
+                i: {n: read(i, "noise", guess, n) for n in self.segment_counts} for i, guess in tough.items()
+            },
             gamma=tuple(tuple(store.value(f"gamma-{i}")) for i in blocks),
         ).to_json()
 
 
-def _check_images(flow: Flow, images: Images) -> None:
+def _check_images(flow: Flow, images: ImageSet) -> None:
     if isinstance(images, Tensor):
         flow.check_data(images, "images")
     try:
@@ -273,6 +274,11 @@ def _check_images(flow: Flow, images: Images) -> None:
         raise InputTypeError(f"images of type {kind}: give a tensor, or what a tensor can index") from error
     if num < 2:
         raise InputValueError(f"images: {num} of them; give at least 2, better 128, to take means over")
+
+
+def _curves_name(block: int, source: LatentSource, guess: str, num_segments: int) -> str:
+    """Returns the name of the unit of a block's convergence curves."""
+    return f"curves-{block}-{source}-{guess}-{num_segments}"
 
 
 def _output(unit: str, tensors: Mapping[str, Tensor]) -> UnitOutput:

@@ -36,9 +36,10 @@ class Step(NamedTuple):
     log_scale: Tokens
     shift: Tokens
     z: Tokens
+    context: Context
 
 
-class Images(Protocol):
+class ImageSet(Protocol):
     """Images that a tensor of indices can index: a tensor (N, C, H, W), or a data set on disk."""
 
     def __len__(self) -> int: ...
@@ -65,7 +66,7 @@ class CalibrationStatistics:
         batch_size: Images in memory at a time.
     """
 
-    def __init__(self, flow: Flow, images: Images, context: Context, classes: Sequence[int], batch_size: int) -> None:
+    def __init__(self, flow: Flow, images: ImageSet, context: Context, classes: Sequence[int], batch_size: int) -> None:
         self.flow, self.images, self.classes, self.batch_size = flow, images, classes, batch_size
         self.blocks, self.context = range(flow.config.num_blocks), context.to(flow.var.device)
         batches = torch.arange(len(images)).split(batch_size)
@@ -84,17 +85,17 @@ class CalibrationStatistics:
     def sum_parameters(self, chunk: int) -> dict[str, Tensor]:
         """Sums, over a chunk of the images, Sigma^-1 X ("scaled"), and log-scale and shift ("affine")."""
         sums = dict[str, Tensor]()
-        for tokens, context in self._batches(self.chunks[chunk]):
-            for step in self._encode(tokens, context):
-                self._add(sums, f"{step.block}.scaled", torch.exp(-step.log_scale) * step.x, context.values)
+        for index in self.chunks[chunk]:
+            for step in self._encode(index):
+                self._add(sums, f"{step.block}.scaled", torch.exp(-step.log_scale) * step.x, step.context.values)
                 self._add(sums, f"{step.block}.affine", torch.stack((step.log_scale, step.shift), dim=1), None)
         return sums
 
     def sum_residuals(self, chunk: int, means: Means, num_segments: int, norm: Norm) -> dict[str, Tensor]:
         """Sums, over a chunk of the images, the residuals of each guess; of tough blocks also those in segments."""
         tough, sums = self.tough_blocks(means, norm), dict[str, Tensor]()
-        for tokens, context in self._batches(self.chunks[chunk]):
-            for i, x, _, _, z in self._encode(tokens, context):
+        for index in self.chunks[chunk]:
+            for i, x, _, _, z, context in self._encode(index):
                 for count in {1, num_segments} if i in tough else {1}:
                     for name, guess in guesses_by_name(mean_affine(means, i)).items():
                         values = initial_residuals(self.flow.inverse_block(i), x, z, guess, context, count)
@@ -154,7 +155,7 @@ class CalibrationStatistics:
 
     def image_solutions(self, index: Int[Tensor, " m"]) -> list[BlockSolution]:
         """Encodes the images at `index`: per block X*, and the z that it encodes to."""
-        batches = [list(self._encode(*batch)) for batch in self._batches(index.split(self.batch_size))]
+        batches = [list(self._encode(rows)) for rows in index.split(self.batch_size)]
         context = self.context_at(index)
         return [
             BlockSolution(torch.cat([step.x for step in steps]), torch.cat([step.z for step in steps]), context)
@@ -165,29 +166,25 @@ class CalibrationStatistics:
         """Returns the context at `index`, on the flow's device."""
         return self.context[index.to(self.flow.var.device)]
 
-    def _batches(self, batches: Iterable[Int[Tensor, " b"]]) -> Iterator[tuple[Tensor, Context]]:
-        """Yields tokens in raster order, and the context, of the images at each index, on the flow's device."""
-        for index in batches:
-            tokens = self.flow.to_tokens(self.read(index).to(self.flow.var.device, self.flow.state_dtype))
-            yield tokens, self.context_at(index)
-
-    def _encode(self, x: Tensor, context: Context) -> Iterator[Step]:
-        """Yields the steps of the encoding; under guidance, with guided parameters and the z that they encode to."""
+    def _encode(self, index: Int[Tensor, " b"]) -> Iterator[Step]:
+        """Yields the steps that encode images; under guidance, with guided parameters and the z that they encode to."""
+        x = self.flow.to_tokens(self.read(index).to(self.flow.var.device, self.flow.state_dtype))
+        context = self.context_at(index)
         for i, block in enumerate(self.flow.blocks):
             x = block.permutation(x)
-            log_scale, shift = _affine(self.flow.block(i), x, context)
+            log_scale, shift = _log_scale_and_shift(self.flow.block(i), x, context)
             z = (x - shift) * torch.exp(-log_scale)
             if not torch.isfinite(z).all():
                 raise InputValueError(f"images overflow in block {i} when they are encoded; are they in [-1, 1]?")
-            step = Step(i, x, log_scale, shift, z)
+            step = Step(i, x, log_scale, shift, z, context)
             if self.flow.guidance:
-                log_scale, shift = _affine(self.flow.inverse_block(i), x, context)
-                step = Step(i, x, log_scale, shift, (x - shift) * torch.exp(-log_scale))
+                log_scale, shift = _log_scale_and_shift(self.flow.inverse_block(i), x, context)
+                step = Step(i, x, log_scale, shift, (x - shift) * torch.exp(-log_scale), context)
             yield step
             x = block.permutation.inverse(z)
 
 
-def _affine(block: AffineBlock, x: Tensor, context: Context) -> tuple[Tensor, Tensor]:
+def _log_scale_and_shift(block: AffineBlock, x: Tensor, context: Context) -> tuple[Tensor, Tensor]:
     with no_gradients(block):
         log_scale, shift = block.affine_whole(x, context)
     return log_scale.clone(), shift.clone()

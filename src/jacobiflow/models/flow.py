@@ -25,6 +25,7 @@ from jacobiflow.models.contexts import Classes, ContextKind, ContextLike, NoCont
 from jacobiflow.models.latents import log_normal
 from jacobiflow.models.offload import BlockLoader
 from jacobiflow.utils.checks import FLOATS, check_device, check_floating, check_kind
+from jacobiflow.utils.progress import Progress
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -207,14 +208,19 @@ class Flow(Pretrained):
         """Returns sqrt(var) times standard normal `latents`, in `state_dtype`: the start of sampling."""
         return latents.to(self.var.device, self.state_dtype) * self.var.to(self.state_dtype).sqrt()
 
-    def map_blocks_reversed(self, x: Tokens, solve: Callable[[int, Tensor], Tensor]) -> Tokens:
-        """Returns the tokens f_0^-1(... f_{L-1}^-1(x)).
+    def map_blocks_reversed(
+        self, x: Tokens, solve: Callable[[int, Tensor], Tensor], progress: Progress | None = None, what: str = ""
+    ) -> Tokens:
+        """Returns the tokens f_0^-1(... f_{L-1}^-1(x)), and reports each block as a step of `what`.
 
         `solve(i, z)` inverts block `i` at `z`, both in the block's causal order. It may return more rows than `z` has.
         """
-        for i in reversed(range(self.config.num_blocks)):
+        num = self.config.num_blocks
+        for i in reversed(range(num)):
             permutation = self.blocks[i].permutation
             x = permutation.inverse(solve(i, permutation(x)))
+            if progress is not None:
+                progress(num - i, num, what)
         return x
 
     def encode(self, x: Data, context: ContextLike | None = None, *, is_scaled: bool = True) -> TokensLogDet:

@@ -67,14 +67,8 @@ class NormalizedLayer(TransformerLayer):
         self.attention = _NormalizedAttention(width, head_dim)
 
     def weights(self, shared: SharedParameters) -> LayerWeights:
-        return (
-            super()
-            .weights(shared)
-            ._replace(
-                query_norm=(self.attention.q_layer_norm.weight, self.attention.q_layer_norm.bias),
-                key_norm=(self.attention.k_layer_norm.weight, self.attention.k_layer_norm.bias),
-            )
-        )
+        weights, query, key = super().weights(shared), self.attention.q_layer_norm, self.attention.k_layer_norm
+        return weights._replace(query_norm=(query.weight, query.bias), key_norm=(key.weight, key.bias))
 
 
 class _AdaptiveAttention(nn.Module):
@@ -107,10 +101,8 @@ class AdaptiveLayer(Layer):
 
     def __init__(self, width: int, head_dim: int, expansion: int) -> None:
         super().__init__()
-        self.mha, self.transition = (
-            _AdaptiveAttention(width, head_dim, expansion),
-            _AdaptiveTransition(width, expansion),
-        )
+        self.mha = _AdaptiveAttention(width, head_dim, expansion)
+        self.transition = _AdaptiveTransition(width, expansion)
 
     def weights(self, shared: SharedParameters) -> LayerWeights:
         transition, condition = self.transition.transition, shared.condition

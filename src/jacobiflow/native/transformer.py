@@ -16,7 +16,7 @@ from jacobiflow.errors import UnsupportedError
 from jacobiflow.native.boundary import LayerArgs, TransformerArgs, Weight
 from jacobiflow.native.library import Library, usable_library
 from jacobiflow.native.tensors import MATRICES, MAX_INT32, address_of, addresses_of, check_tensor, layer_shapes
-from jacobiflow.native.weights import MIN_IN_PLACE, WeightMemory, faster_halves, kept_memory, store_weights
+from jacobiflow.native.weights import WeightMemory, kept_memory, store_weights
 
 _MAX_ROWS_PER_THREAD = 32  # rows of the network per call; more do not fit in the processor's cache
 _MIN_ROWS_PER_TEAM = 4  # rows of the network from which teams of threads that never wait for each other are faster
@@ -159,7 +159,7 @@ class _PackedTransformer:
         self.tokens, (self.width, self.token_dim) = len(network.position), network.proj_in.shape
         self.hidden, self.head_size = len(network.layers[0]["up"]), self.width // network.heads
         self.layers, proj_in, proj_out = self._pack_layers(rows, memory)
-        position = self._converted(network.position, (self.tokens, self.width))
+        position = self._convert(network.position, (self.tokens, self.width))
         self.tensors.append(position)
         norm = network.final_norm
         self.args = TransformerArgs(
@@ -176,9 +176,13 @@ class _PackedTransformer:
         shapes = layer_shapes(layers, self.tokens, self.width, self.hidden)
         names, outputs = shapes.keys() & MATRICES, self.token_dim * (2 if network.has_scale else 1)
         matrices = [(layer[name], shapes[name]) for layer in layers for name in names]
-        matrices.append((network.proj_in, (self.width, self.token_dim)))
-        matrices.append((network.proj_out, (outputs, self.width)))
-        *weights, proj_in, proj_out = self._store(matrices, rows, memory)
+        matrices += [(network.proj_in, (self.width, self.token_dim)), (network.proj_out, (outputs, self.width))]
+        contiguous, sizes = [matrix.contiguous() for matrix, _ in matrices], [shape for _, shape in matrices]
+        self.tensors += contiguous
+        rows_per_team = rows // self._threads(rows, rows)[1]
+        *weights, proj_in, proj_out = store_weights(
+            self.native, contiguous, sizes, self.num_weights, rows_per_team, memory
+        )
         structures, each = (LayerArgs * len(layers))(), iter(weights)
         for structure in structures:
             for name in names:
@@ -188,17 +192,6 @@ class _PackedTransformer:
             for structure, address in zip(structures, addresses, strict=True):
                 setattr(structure, name, address)
         return structures, proj_in, proj_out
-
-    def _store(
-        self, matrices: Sequence[tuple[Tensor, tuple[int, ...]]], rows: int, memory: WeightMemory
-    ) -> Sequence[Weight]:
-        """Returns matrices of these shapes as native code reads them."""
-        contiguous, shapes = [matrix.contiguous() for matrix, _ in matrices], [shape for _, shape in matrices]
-        self.tensors += contiguous
-        has_fast_halves = contiguous[0].dtype == torch.float32 and self.native.has_fast_halves
-        halves = faster_halves(self.num_weights, rows // self._threads(rows, rows)[1]) if has_fast_halves else ()
-        in_place = self.num_weights >= MIN_IN_PLACE
-        return store_weights(self.native, contiguous, shapes, halves, memory, in_place=in_place)
 
     def _pad(self, vectors: Sequence[Tensor], shape: tuple[int, ...]) -> Sequence[int]:
         """Returns the addresses of parameters of one shape in the dtype of the sums, padded to whole vectors."""
@@ -212,7 +205,7 @@ class _PackedTransformer:
         self.tensors += vectors
         return addresses_of(vectors, [(*tokens, padded_size)] * len(vectors), self.dtype)
 
-    def _converted(self, values: Tensor, shape: tuple[int, ...]) -> Tensor:
+    def _convert(self, values: Tensor, shape: tuple[int, ...]) -> Tensor:
         """Returns values that PyTorch has computed from parameters in the dtype of the sums."""
         return check_tensor(values.to(self.dtype), shape, self.dtype)
 
@@ -229,18 +222,18 @@ class _PackedTransformer:
             tensors["guidance_shift"] = check_tensor(guidance.shift, (self.tokens,), self.dtype)
             args.is_by_density = guidance.rule == "density"
         if inputs.query_scale is not None:
-            tensors["query_scale"] = self._converted(inputs.query_scale, (rows,))
+            tensors["query_scale"] = self._convert(inputs.query_scale, (rows,))
         if context is not None:
             sizes = (1 if len(context) == 1 else rows, 1 if context.shape[1] == 1 else self.tokens, self.width)
-            tensors["context"] = self._converted(context, sizes)
+            tensors["context"] = self._convert(context, sizes)
             args.context_row_stride = 0 if sizes[0] == 1 else sizes[1] * self.width
             args.context_token_stride = 0 if sizes[1] == 1 else self.width
         if inputs.hidden is not None:
             shape = (len(self.network.layers), rows, 2, self.network.heads, prefix_length, self.head_size)
-            tensors["prefix_keys_values"] = self._converted(torch.stack(list(inputs.prefix)), shape)
-            tensors["prefix_hidden"] = self._converted(inputs.hidden, (rows, self.width))
+            tensors["prefix_keys_values"] = self._convert(torch.stack(list(inputs.prefix)), shape)
+            tensors["prefix_hidden"] = self._convert(inputs.hidden, (rows, self.width))
         if self.network.rotation is not None:
-            tensors["rotation"] = self._converted(self.network.rotation, (length, self.head_size))
+            tensors["rotation"] = self._convert(self.network.rotation, (length, self.head_size))
         for name, tensor in tensors.items():
             setattr(args, name, address_of(tensor))
         args.samples, args.prefix_length = samples, prefix_length

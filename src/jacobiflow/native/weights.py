@@ -16,7 +16,6 @@ from jacobiflow.native.library import Library
 from jacobiflow.native.tensors import MATRICES, WEIGHT_FORMATS, addresses_of
 
 MIN_IN_PLACE = 2**25  # weights of a block from which they are read as PyTorch has them, since no cache holds them
-_HALVES = (torch.float16, torch.bfloat16)
 _MIN_BF16 = 2**20  # weights of a block from which bfloat16 is faster than float32, with few rows
 _MAX_BF16_ROWS = 8  # largest number of the network's rows per team that counts as few
 _MIN_BF16_ANY_ROWS = 2**23  # weights of a block from which bfloat16 is faster with any number of rows
@@ -24,12 +23,6 @@ _ALIGNMENT = 64  # Matrices begin at multiples of so many numbers.
 _MAX_KEPT_BYTES = 2**27  # Larger memory is freed after the call.
 
 _kept = threading.local()
-
-
-def faster_halves(num_weights: int, rows: int) -> Sequence[torch.dtype]:
-    """Returns the 16-bit dtypes that are read faster than float32, by a block's weights and the rows of a team."""
-    is_bf16_faster = num_weights >= _MIN_BF16_ANY_ROWS or (num_weights >= _MIN_BF16 and rows <= _MAX_BF16_ROWS)
-    return _HALVES if is_bf16_faster else _HALVES[:1]
 
 
 class WeightMemory:
@@ -55,23 +48,27 @@ def kept_memory() -> Iterator[WeightMemory]:
 
 
 def store_weights(
-    native: Library, matrices: Sequence[Tensor], shapes: Sequence[tuple[int, ...]], halves: Sequence[torch.dtype],
-    memory: WeightMemory, *, in_place: bool = False,
+    native: Library, matrices: Sequence[Tensor], shapes: Sequence[tuple[int, ...]], num_weights: int, rows: int,
+    memory: WeightMemory,
 ) -> list[Weight]:  # fmt: skip
-    """Copies matrices to panels, in the first of the dtypes `halves` that represents all of them, else in their own.
+    """Copies matrices to panels, in a 16-bit dtype that is faster and represents all of them, else in their own.
 
-    With `in_place`, matrices of whole vectors keep their rows, and are not copied if they keep their dtype.
+    Large matrices of whole vectors keep their rows, and are not copied if they keep their dtype.
 
     Args:
         matrices: Contiguous, of the same dtype.
+        num_weights: The weights of the block.
+        rows: The rows of the network per team of threads.
     """
-    dtype = matrices[0].dtype
+    dtype, in_place = matrices[0].dtype, num_weights >= MIN_IN_PLACE
     if dtype not in WEIGHT_FORMATS:
         raise UnsupportedError(f"weights of {dtype}")
     sums = torch.promote_types(dtype, torch.float32)
     addresses = addresses_of(matrices, [*shapes], dtype)
     keeps_rows = [in_place and all(native.padded(size, sums) == size for size in shape) for shape in shapes]
-    for stored in (*halves, dtype):
+    is_bf16_faster = num_weights >= _MIN_BF16_ANY_ROWS or (num_weights >= _MIN_BF16 and rows <= _MAX_BF16_ROWS)
+    halves = (torch.float16, torch.bfloat16) if is_bf16_faster else (torch.float16,)
+    for stored in (*halves, dtype) if dtype == torch.float32 and native.has_fast_halves else (dtype,):
         is_copied = [not rows or stored != dtype for rows in keeps_rows]
         counts = [-(-native.padded(outputs, sums) * inputs // _ALIGNMENT) * _ALIGNMENT for outputs, inputs in shapes]
         sizes = [count * stored.itemsize * copied for count, copied in zip(counts, is_copied, strict=True)]

@@ -76,8 +76,8 @@ def auto(flow: Flow, batch_size: int, tolerance: float | None = None, progress: 
         with _planning:
             strategy = _find_plan(plans, conditions)  # Another thread may have made it.
             if strategy is None:
-                is_saved = all(weights == earlier for earlier, *_ in plans)
-                strategy, is_busy = _load_or_make(flow, weights, batch_size, tolerance, is_saved, progress)
+                should_save = all(weights == earlier for earlier, *_ in plans)
+                strategy, is_busy = _load_or_make(flow, weights, batch_size, tolerance, should_save, progress)
                 plans[conditions] = strategy, time.monotonic() + _BUSY_SECONDS if is_busy else math.inf
                 if len(plans) > _MAX_PLANS:
                     del plans[next(iter(plans))]
@@ -100,14 +100,14 @@ def _environment(flow: Flow) -> tuple[Hashable, ...]:
 
 
 def _load_or_make(
-    flow: Flow, weights: str, batch_size: int, tolerance: float, is_saved: bool, progress: Progress | None
+    flow: Flow, weights: str, batch_size: int, tolerance: float, should_save: bool, progress: Progress | None
 ) -> tuple[Strategy, bool]:
     """Returns the plan in the cache folder, or a new one, and True if the machine was too busy to trust it."""
     power_of_two = 1 << (batch_size - 1).bit_length()
     batch_size = batch_size if exceeds_memory(flow, power_of_two) else power_of_two
     tuning = find_tuning(flow)
     conditions = (
-        weights, batch_size, tolerance, *_environment(flow), describe_machine(flow.var.device), _code(),
+        weights, batch_size, tolerance, *_environment(flow), describe_machine(flow.var.device), _code_hash(),
         None if tuning is None else sha256(tuning),
     )  # fmt: skip
     folder = cache_folder()
@@ -119,7 +119,7 @@ def _load_or_make(
     strategy = make_plan(flow, None, batch_size, tolerance, True, progress)
     # On crowded cores the exact loop loses to sweeps that it otherwise beats; if it wins, no doubt is left.
     is_busy = is_crowded and any(solver.partition != Sequential() for solver in strategy.solvers)
-    if file is not None and is_saved and not is_busy:
+    if file is not None and should_save and not is_busy:
         with suppress(OSError):  # A plan that cannot be saved is made again next time.
             file.parent.mkdir(parents=True, exist_ok=True)
             strategy.save(file)
@@ -136,7 +136,7 @@ def _is_crowded() -> bool:
 
 
 @functools.cache
-def _code() -> str:
+def _code_hash() -> str:
     """A hash of the code that plans and solves: another version may plan otherwise, or take other times."""
     folders = (_PACKAGE / name for name in ("blocks", "models", "native", "fixed_point", "planner"))
     return sha256(*sorted(file for folder in folders for file in folder.rglob("*.py")))

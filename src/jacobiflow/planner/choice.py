@@ -8,16 +8,14 @@ from pathlib import Path
 from jacobiflow.errors import InputValueError
 from jacobiflow.fixed_point.options import DEFAULT_TOLERANCE
 from jacobiflow.models.flow import Flow
-from jacobiflow.planner.cache import auto
 from jacobiflow.planner.notation import is_auto
 from jacobiflow.planner.strategy import Strategy
 from jacobiflow.utils.checks import check_kind, check_number, format_value
-from jacobiflow.utils.progress import Progress
 
 
 @dataclass(frozen=True)
 class Auto:
-    """The strategy "auto", which is planned when samples are drawn.
+    """The strategy "auto", which `jacobiflow.planner.auto` plans when samples are drawn.
 
     Attributes:
         tolerance: The largest residual of a sample.
@@ -44,10 +42,6 @@ class Auto:
         if tolerance not in (None, value):
             raise InputValueError(f"strategy {name!r} with tolerance {tolerance!r}: give the tolerance once")
         return cls(check_number("tolerance", value))
-
-    def plan(self, flow: Flow, batch_size: int, progress: Progress | None = None) -> Strategy:
-        """Returns the plan for batches of a size, see `jacobiflow.planner.auto`."""
-        return auto(flow, batch_size, self.tolerance, progress)
 
 
 def resolve_strategy(

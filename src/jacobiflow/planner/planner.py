@@ -146,7 +146,7 @@ def rounding_floor(flow: Flow) -> float:
     leave images that differ more from those of the exact loop, it is that difference. Samples that overflow do not
     count.
     """
-    tokens, context = _latents(flow, 0, _NUM_VERIFIED)
+    tokens, context = _example_inputs(flow, 0, _NUM_VERIFIED)
     floor = 0.0
 
     def solve_block(i: int, z: Tokens) -> Tokens:
@@ -164,12 +164,12 @@ def rounding_floor(flow: Flow) -> float:
 
 def _time_blocks(flow: Flow, batch_size: int, bf16: bool) -> list[BlockTimings]:
     """The timings of each block; blocks of one shape are timed once."""
-    tokens, context = _latents(flow, NUM_SAMPLES, batch_size)
+    tokens, context = _example_inputs(flow, NUM_SAMPLES, batch_size)
     timings: dict[Hashable, BlockTimings] = {}
     for i, block in reversed(list(enumerate(flow.blocks))):
-        if _shape(block) not in timings:
-            timings[_shape(block)] = time_block(Problem(flow.inverse_block(i), tokens, context), bf16)
-    return [timings[_shape(block)] for block in flow.blocks]
+        if _parameter_shapes(block) not in timings:
+            timings[_parameter_shapes(block)] = time_block(Problem(flow.inverse_block(i), tokens, context), bf16)
+    return [timings[_parameter_shapes(block)] for block in flow.blocks]
 
 
 def _race_blocks(
@@ -179,9 +179,9 @@ def _race_blocks(
     """The fastest solver of each block."""
     options = SolveOptions(tolerance, batch_size=batch_size)
     # A tuning has not seen these latents, and `sample` does not draw them.
-    tokens, context = _latents(flow, NUM_SAMPLES, max(batch_size, _MIN_RACED))
+    tokens, context = _example_inputs(flow, NUM_SAMPLES, max(batch_size, _MIN_RACED))
     solvers, seconds = [SEQUENTIAL] * len(timings), [each.sequential for each in timings]
-    shapes, num_tokens = [_shape(block) for block in flow.blocks], flow.config.num_tokens
+    shapes, num_tokens = [_parameter_shapes(block) for block in flow.blocks], flow.config.num_tokens
     remaining = {
         shape: candidates(num_tokens, each) if each.can_iterate else []
         for shape, each in zip(shapes, timings, strict=True)
@@ -194,18 +194,16 @@ def _race_blocks(
         problem, shape = _block_problem(flow, i, z, context), shapes[i]
         num_batches = len(problem) / batch_size
         fitted = BlockTuning(Latent(), Plain()) if tuning is None else tuning.blocks[i]
-        raced = [candidate.solver(fitted.guess, fitted.correction) for candidate in remaining[shape]]
+        raced = [each.solver(fitted.guess, fitted.correction) for each in remaining[shape]]
         winner = race(problem, raced, num_batches * timings[i].sequential, options)
         if winner is not None:
             solvers[i], seconds[i] = winner.solver, winner.seconds / num_batches
         if time.perf_counter() > end:
             pairs = zip(remaining[shape], raced, strict=True)
             remaining[shape] = [candidate for candidate, solver in pairs if winner and solver == winner.solver]
-        if progress is not None:
-            progress(len(timings) - i, len(timings), "timing solvers")
         return attempt(problem, SEQUENTIAL, replace(options, certify=False)).x if winner is None else winner.x
 
-    flow.map_blocks_reversed(tokens, solve_block)
+    flow.map_blocks_reversed(tokens, solve_block, progress, "timing solvers")
     return _Draft(tuple(solvers), sum(seconds))
 
 
@@ -217,9 +215,9 @@ def _verify(
         return None
     # The races have not seen these latents.
     num = min(batch_size, _NUM_VERIFIED)
-    tokens, context = _latents(flow, NUM_SAMPLES + _MIN_RACED + batch_size, num)
-    few, loops = (tokens[:_NUM_COMPARED], context[:_NUM_COMPARED]), [SEQUENTIAL] * len(draft.solvers)
-    exact = _solve_blocks(flow, loops, *few, UNCERTIFIED, progress)
+    tokens, context = _example_inputs(flow, NUM_SAMPLES + _MIN_RACED + batch_size, num)
+    loops, compared = [SEQUENTIAL] * len(draft.solvers), slice(_NUM_COMPARED)
+    exact = _solve_blocks(flow, loops, tokens[compared], context[compared], UNCERTIFIED, progress)
     factor = 1.0
     for _ in range(_NUM_TRIALS):
         run = partial(_solve_blocks, flow, draft.solvers, tokens, context, SolveOptions(tolerance), progress)
@@ -244,12 +242,9 @@ def _solve_blocks(
     """The inverse of tokens."""
 
     def solve_block(i: int, z: Tokens) -> Tokens:
-        solution = solve_problem(_block_problem(flow, i, z, context), solvers[i], options)
-        if progress is not None:
-            progress(len(solvers) - i, len(solvers), "verifying")
-        return solution.x
+        return solve_problem(_block_problem(flow, i, z, context), solvers[i], options).x
 
-    return flow.map_blocks_reversed(x, solve_block)
+    return flow.map_blocks_reversed(x, solve_block, progress, "verifying")
 
 
 def _max_error(x: Tokens, exact: Tokens) -> float:
@@ -263,13 +258,13 @@ def _block_problem(flow: Flow, i: int, z: Tokens, context: Context) -> Problem:
     return Problem(flow.inverse_block(i), z.nan_to_num(0.0, 0.0, 0.0), context)
 
 
-def _latents(flow: Flow, first: int, num: int) -> tuple[Tokens, Context]:
+def _example_inputs(flow: Flow, first: int, num: int) -> tuple[Tokens, Context]:
     """Tokens at which the last block is inverted, in the order of the data, and a context."""
     config = flow.config
     latents = draw_latents(num, config.num_tokens, config.token_dim, start=FIRST_CALIBRATION_LATENT + first)
     return flow.prior_tokens(latents), flow.context_kind.example(num).to(flow.var.device)
 
 
-def _shape(block: FlowBlock) -> Hashable:
+def _parameter_shapes(block: FlowBlock) -> Hashable:
     """The shapes of the parameters: blocks that share them take the same time."""
     return tuple(parameter.shape for parameter in block.parameters())

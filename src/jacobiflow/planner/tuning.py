@@ -108,10 +108,10 @@ def tune(
     batch_size, seed = check_count("batch_size", batch_size, maximum=MAX_SAMPLES), check_seed(seed)
     config = flow.config
     latents = draw_latents(samples, config.num_tokens, config.token_dim, seed, FIRST_CALIBRATION_LATENT)
-    solutions = exact_solutions(flow, latents, _context(flow, labels, context, samples), batch_size, progress)
+    solutions = exact_solutions(flow, latents, _context_in_turn(flow, labels, context, samples), batch_size, progress)
     fitted = []
     for i, solution in enumerate(solutions):
-        fitted.append(_fit(Problem(flow.inverse_block(i), solution.z, solution.context), solution.x, batch_size))
+        fitted.append(_fit_block(Problem(flow.inverse_block(i), solution.z, solution.context), solution.x, batch_size))
         if progress is not None:
             progress(i + 1, len(solutions), "tuning")
     return Tuning(fingerprint(flow), config.num_tokens, flow.guidance, samples, seed, tuple(fitted))
@@ -133,7 +133,7 @@ def find_tuning(flow: Flow) -> Path | None:
     return find_file_by_guidance(flow, "tuning", lambda file: Tuning.load(file).guidance)
 
 
-def _context(flow: Flow, labels: Labels | None, context: ContextLike | None, samples: int) -> Context:
+def _context_in_turn(flow: Flow, labels: Labels | None, context: ContextLike | None, samples: int) -> Context:
     """Returns the context of each of the samples; what the arguments give is taken in turn."""
     values = labels_or_context(labels, context)
     if values is None:
@@ -146,7 +146,7 @@ def _context(flow: Flow, labels: Labels | None, context: ContextLike | None, sam
     return resolved[torch.arange(samples, device=flow.var.device) % len(resolved.values)]
 
 
-def _fit(problem: Problem, x: Tokens, batch_size: int) -> BlockTuning:
+def _fit_block(problem: Problem, x: Tokens, batch_size: int) -> BlockTuning:
     """The guess and the correction with the fewest sweeps, fitted to the solution `x`."""
     options = SolveOptions(certify=False, batch_size=batch_size)
 

@@ -20,7 +20,7 @@ from jacobiflow.models.config import resolve_rate
 from jacobiflow.models.contexts import ContextLike, Labels, labels_or_context
 from jacobiflow.models.flow import Flow, check_flow
 from jacobiflow.models.latents import MAX_SAMPLES
-from jacobiflow.planner import Auto, Strategy, resolve_strategy
+from jacobiflow.planner import Auto, Strategy, auto, resolve_strategy
 from jacobiflow.sampling.denoise import denoise_checked
 from jacobiflow.sampling.invert import FlowSolution, invert_in_groups, log_prob_of, num_groups
 from jacobiflow.sampling.result import BlockStats, Samples
@@ -78,7 +78,7 @@ class SamplingRequest:
     def plan(self, batch_size: int, progress: Progress | None = None) -> Strategy:
         """Returns the strategy, which "auto" plans for batches of a size."""
         if isinstance(self.strategy, Auto):
-            return self.strategy.plan(self.flow, batch_size, progress)
+            return auto(self.flow, batch_size, self.strategy.tolerance, progress)
         return self.strategy
 
     def __getitem__(self, rows: slice) -> SamplingRequest:

@@ -18,7 +18,7 @@ from torch import Tensor
 import jacobiflow as jf
 from jacobiflow.jobs import JobFolderError
 from jacobiflow.models.latents import draw_latents
-from jacobiflow.planner import Auto, auto
+from jacobiflow.planner import auto
 from tests.helpers.kills import read_files
 from tests.helpers.problems import make_flow, to_float32
 from tests.helpers.sample_folders import pixels_in, run, shards, tiny_flow
@@ -106,7 +106,7 @@ def test_sensitivity_is_in_the_shards_and_the_outcome(tmp_path: Path) -> None:
 def test_auto_is_planned_once_for_the_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert draw(tmp_path / "auto", strategy="auto").strategy() == auto(SMALL, 2)
     plans, out = [jf.Strategy.uniform(jf.Solver(jf.Window(size)), 2) for size in (4, 5)], tmp_path / "to a tolerance"
-    monkeypatch.setattr(Auto, "plan", lambda *_, **__: plans.pop(0))
+    monkeypatch.setattr("jacobiflow.sampling.request.auto", lambda *_: plans.pop(0))
     with pytest.raises(KeyboardInterrupt):
         draw(out, strategy="auto:1e-2", progress=interrupt_after(4))
     for num in (10, 17):
