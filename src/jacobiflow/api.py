@@ -1,7 +1,7 @@
 """The public names of the package; `jacobiflow` imports them when the first is used."""
 
 from jacobiflow.adapters import Acceleration, LibraryAcceleration, accelerate
-from jacobiflow.blocks.base import AffineBlock, Block
+from jacobiflow.blocks.base import AffineBlock, AttentionBlock, Block
 from jacobiflow.blocks.context import Context
 from jacobiflow.blocks.guidance import Guidance, SamplingSettings
 from jacobiflow.calibration import CalibrationReport, calibrate, find_report
@@ -50,6 +50,7 @@ __all__ = [
     "PRESETS",
     "Acceleration",
     "AffineBlock",
+    "AttentionBlock",
     "Bf16Sweeps",
     "Block",
     "CalibrationReport",

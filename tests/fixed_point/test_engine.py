@@ -21,6 +21,7 @@ from tests.helpers.solver_problems import (
     FLOWS,
     OVERFLOWING,
     Watched,
+    WatchedFronts,
     attempt,
     echo,
     echoes,
@@ -210,7 +211,7 @@ def test_inputs_stay_and_answers_are_ordinary_tensors() -> None:
     assert torch.equal(start, before[1])
 
 
-def test_only_a_block_that_keeps_nothing_runs_in_inference_mode() -> None:
+def test_only_a_pure_block_runs_in_inference_mode() -> None:
     """A tensor that a block keeps from it could not be trained with later."""
     modes: list[tuple[bool, bool]] = []
 
@@ -218,9 +219,9 @@ def test_only_a_block_that_keeps_nothing_runs_in_inference_mode() -> None:
         modes.append((torch.is_grad_enabled(), torch.is_inference_mode_enabled()))
         return z
 
-    for is_safe in (False, True):
+    for is_pure in (False, True):
         block: Any = Watched(g)
-        block.inference_safe = is_safe
+        block.is_pure = is_pure
         jf.solve(block, normal(2, 5, 1), jf.Solver())
     assert modes == [(False, False)] * 2 + [(False, True)] * 2
 
@@ -271,10 +272,8 @@ def test_a_value_that_overflows_goes_back_to_the_guess() -> None:
     assert len(seen) == 4
 
 
-class Lowered(Watched):
+class Lowered(WatchedFronts):
     """A bfloat16 network, that is, a map that is a hundredth off, on demand."""
-
-    has_bf16 = True
 
     def to_bf16(self, cache: Any) -> Any:
         cache.context = cache.context + 0.01

@@ -142,7 +142,7 @@ class Rounding:
     A network of low precision is like that: what it makes of all tokens at once is not what it makes of each.
     """
 
-    is_causal = True
+    is_pure = True
 
     def init_cache(self, z: Tensor, context: jf.Context = NO_CONTEXT) -> Any:
         return context.values

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from jacobiflow.blocks.base import supports
+from jacobiflow.blocks.base import AttentionBlock
 from jacobiflow.blocks.tokens import gather_run, scatter_run
 from jacobiflow.fixed_point.cuda_graphs import SweepGraphs
 from jacobiflow.fixed_point.engine import SampleQueue, SweepBatch
@@ -40,7 +40,7 @@ class OwnFronts(SweepBatch):
     def supports(block: Any, solver: Solver) -> bool:
         """Tells if samples of this block can have fronts of their own: runs slide, and end by the tolerance alone."""
         slides = isinstance(solver.partition, SlidingRun) and solver.stopping == Stopping()
-        return slides and supports(block, "per_sample_front")
+        return slides and isinstance(block, AttentionBlock)
 
     @property
     def is_finished(self) -> bool:
@@ -117,12 +117,12 @@ class OwnFronts(SweepBatch):
         self._use_graphs()
 
     def _use_graphs(self) -> None:
-        """Replays `update_at` of the block as CUDA graphs, if it allows them; all runs then have one size."""
+        """On a GPU replays `update_at` of the block as CUDA graphs; all runs then have one size."""
         partition: Any = self.solver.partition
         size = partition.run_size(self.num_tokens)
         self._update_at: Callable[..., Tensor] = self.block.update_at
         self._run_size: int | None = None
-        if self.x.is_cuda and supports(self.block, "graph_safe") and size < self.num_tokens:
+        if self.x.is_cuda and size < self.num_tokens:
             self._update_at = SweepGraphs(self.block, self.x, self.z, self.cache, size)
             self._run_size = size
 
