@@ -206,7 +206,7 @@ def test_a_sweep(guidance: jf.Guidance | None) -> None:
 
     The window has one sample: several stand at tokens of their own if their rounding differs, and some move.
     """
-    three = jf.MaxSweeps(3)
+    three = jf.Stopping(3)
     segments = count_sweep(lambda tokens: jf.Solver(jf.Segments(tokens // 8), stopping=three), guidance, tolerance=None)
     assert segments["read_backs"] == segments["copies"] == segments["explicit_masks"] == 0
     window = count_sweep(lambda tokens: jf.Solver(jf.Window(4)), guidance, num=1, tolerance=1e-30)

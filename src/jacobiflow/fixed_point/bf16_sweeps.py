@@ -14,7 +14,7 @@ from jacobiflow.fixed_point.options import SolveOptions
 from jacobiflow.fixed_point.partition import Whole
 from jacobiflow.fixed_point.problem import Problem
 from jacobiflow.fixed_point.registry import register_piece
-from jacobiflow.fixed_point.solver import MaxSweeps, Solver
+from jacobiflow.fixed_point.solver import Solver, Stopping
 from jacobiflow.utils.checks import check_count, check_fields
 
 
@@ -44,7 +44,7 @@ class Bf16Sweeps(Guess):
     def start(self, problem: Problem, correction: Correction, options: SolveOptions) -> Start:
         if not isinstance(problem.block, AttentionBlock):
             raise InputValueError(f"{self}: {type(problem.block).__name__} has no bfloat16 network; give another guess")
-        solver = Solver(Whole(), self.guess, MaxSweeps(self.count), correction)
+        solver = Solver(Whole(), self.guess, Stopping(self.count), correction)
         result = sweep(problem, solver, replace(options, tolerance=None), in_bf16=True)
         return Start(result.x, result.progress.sweeps, result.sweeps, result.token_evaluations)
 

@@ -41,7 +41,7 @@ def solve(
 
     A sweep evaluates g on the run [front, stop) that the partition chooses. Then the front passes the leading tokens
     that the sweep changed by at most the tolerance, and one more, which was computed from final ones (Proposition 1 of
-    the paper): T sweeps always suffice. Under `MaxSweeps(J)` a token is passed after J sweeps at the latest. A value
+    the paper): T sweeps always suffice. Under `Stopping(J)` a token is passed after J sweeps at the latest. A value
     that overflows is set back to the guess. If the residual of a sample keeps growing, its correction is turned off. If
     every run is one token, the block's `sequential_inverse` is called instead.
 
