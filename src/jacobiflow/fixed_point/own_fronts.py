@@ -10,13 +10,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from jacobiflow.blocks.base import AttentionBlock
 from jacobiflow.blocks.tokens import gather_run, scatter_run
 from jacobiflow.fixed_point.cuda_graphs import SweepGraphs
 from jacobiflow.fixed_point.engine import SampleQueue, SweepBatch
-from jacobiflow.fixed_point.partition import SlidingRun
 from jacobiflow.fixed_point.progress import SampleProgress
-from jacobiflow.fixed_point.solver import Solver, Stopping
+from jacobiflow.fixed_point.solver import Solver
 
 _MIN_FINISHED_SHARE = 0.25
 """The share of finished samples from which others take their places; copying their keys costs about a sweep."""
@@ -25,7 +23,10 @@ _SWEEPS_PER_CHECK = 4
 
 
 class OwnFronts(SweepBatch):
-    """Samples that each have a front of their own. Finished ones leave, and others take their places."""
+    """Samples that each have a front of their own. Finished ones leave, and others take their places.
+
+    The block is an `AttentionBlock`, and the partition a `SlidingRun`. Only the tolerance ends sweeps.
+    """
 
     def __init__(
         self, queue: SampleQueue, rows: slice, solver: Solver, max_change: float | None, in_bf16: bool
@@ -35,12 +36,6 @@ class OwnFronts(SweepBatch):
         self._samples = np.arange(rows.start, rows.stop)  # in the caller's order
         self._min_front = self._max_front = 0  # bounds of the fronts, which a GPU is not asked for in every sweep
         self._use_graphs()
-
-    @staticmethod
-    def supports(block: Any, solver: Solver) -> bool:
-        """Tells if samples of this block can have fronts of their own: runs slide, and end by the tolerance alone."""
-        slides = isinstance(solver.partition, SlidingRun) and solver.stopping == Stopping()
-        return slides and isinstance(block, AttentionBlock)
 
     @property
     def is_finished(self) -> bool:
