@@ -137,8 +137,7 @@ class GuidedBlock(AffineBlock):
                 f"attn_temperature={guidance.attn_temperature:g}: a {type(block).__name__} has no attention; leave it "
                 "at 1"
             )
-        self.block: Any = block
-        self.guidance, self.is_pure = guidance, block.is_pure
+        self.block, self.guidance, self.is_pure = block, guidance, block.is_pure
 
     def init_cache(self, z: Tokens, context: Context = NO_CONTEXT) -> GuidedCache:
         return GuidedCache(self.block.init_cache(_twice(z), self._both(context, len(z), z)), self._weights(z))
@@ -193,6 +192,8 @@ class GuidedBlock(AffineBlock):
 
 class GuidedAttentionBlock(AttentionBlock, GuidedBlock):
     """A block with attention under guidance."""
+
+    block: Any
 
     def affine_at(self, x: Tokens, start: Int[Tensor, " b"], size: int, end: int, cache: GuidedCache) -> ScaleShift:
         both = self.block.affine_at(_twice(x), _twice(start), size, end, cache.inner)
