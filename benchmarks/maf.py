@@ -47,7 +47,7 @@ def inverses_of(flow: jf.MAF) -> dict[str, Callable[[Tensor], Tensor]]:
 
     original = original_sampler(flow)[1]
     loop = partial(jf.decode, flow, strategy="sequential", certify=False)
-    numbers = {f"{count} sweeps": jf.Solver(stopping=jf.MaxSweeps(count)) for count in (10, 20, 30)}
+    numbers = {f"{count} sweeps": jf.Solver(stopping=jf.Stopping(count)) for count in (10, 20, 30)}
     return {
         FOR_LOOP: lambda z: original(flow, z, None),
         **{name: inverse(solver, None) for name, solver in numbers.items()},

@@ -16,7 +16,6 @@ import pytest
 import torch
 
 import jacobiflow as jf
-from jacobiflow import fixed_point
 from jacobiflow.data import Noise
 from jacobiflow.training import TrainingConfig, image_transform
 from tests.helpers.invented import make_report, make_tuning
@@ -94,7 +93,7 @@ ARGUMENTS: dict[str, Argument] = {
     "solvers": ((jf.Solver(),), (jf.Solver(), ("x",)), ((), [])),
     "logit_alpha": (1e-6, NUMBERS, (*POSITIVE[2], 0.5)),
 }  # fmt: skip
-NAMED = {"max_sweeps": "sweeps", "context": "labels"}
+NAMED = {"context": "labels"}
 
 DATA = {"x": ARGUMENTS["images"], "context": ARGUMENTS["labels"]}
 CALLS: list[tuple[Callable[..., Any], str, dict[str, Argument]]] = [
@@ -118,8 +117,8 @@ CALLS: list[tuple[Callable[..., Any], str, dict[str, Argument]]] = [
     (jf.Segments, "count", {}), (jf.Window, "size", {}),
     *((jf.Solver, name, {name: (getattr(jf.Solver(), name), ("jacobi", 7, jf.Whole), ())})
       for name in ("partition", "guess", "stopping", "correction")),
-    (jf.Solver, "tolerance_factor", {}), (jf.Bf16Sweeps, "count", {}), (jf.EarlyStop, "ebound", {}),
-    (fixed_point.Stopping, "max_sweeps ebound", {"max_sweeps": (2, KINDS, (0, (5, 0, 2)))}),
+    (jf.Solver, "tolerance_factor", {}), (jf.Bf16Sweeps, "count", {}),
+    (jf.Stopping, "max_sweeps ebound", {"max_sweeps": (2, KINDS, (0, (5, 0, 2)))}),
     (jf.MeanAffine, "log_scale shift", {}), (jf.CausalLinear, "kernel shift", {}), (jf.Chord, "kernel", {}),
     (jf.Guidance, "weight annealed on attn_temperature", {}), (jf.SamplingSettings, "guidance denoise", {}),
     (jf.find_report, "flow", {}), (jf.find_tuning, "flow", {}),

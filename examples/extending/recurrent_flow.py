@@ -36,7 +36,7 @@ class RecurrentConfig:
 class RecurrentBlock(FlowBlock):
     """Log-scale and shift of row t from the state after row t-1, in the cache."""
 
-    inference_safe = True
+    is_pure = True
 
     def __init__(self, config: RecurrentConfig, permutation: Permutation) -> None:
         super().__init__()

@@ -1,7 +1,7 @@
 """The public names of the package; `jacobiflow` imports them when the first is used."""
 
 from jacobiflow.adapters import Acceleration, LibraryAcceleration, accelerate
-from jacobiflow.blocks.base import AffineBlock, Block
+from jacobiflow.blocks.base import AffineBlock, AttentionBlock, Block
 from jacobiflow.blocks.context import Context
 from jacobiflow.blocks.guidance import Guidance, SamplingSettings
 from jacobiflow.calibration import CalibrationReport, calibrate, find_report
@@ -11,10 +11,8 @@ from jacobiflow.fixed_point import (
     CausalLinear,
     Chord,
     Correction,
-    EarlyStop,
     Guess,
     Latent,
-    MaxSweeps,
     MeanAffine,
     Partition,
     Plain,
@@ -24,6 +22,7 @@ from jacobiflow.fixed_point import (
     Solution,
     Solver,
     Status,
+    Stopping,
     WarmStart,
     Whole,
     Window,
@@ -50,6 +49,7 @@ __all__ = [
     "PRESETS",
     "Acceleration",
     "AffineBlock",
+    "AttentionBlock",
     "Bf16Sweeps",
     "Block",
     "CalibrationReport",
@@ -58,7 +58,6 @@ __all__ = [
     "Chord",
     "Context",
     "Correction",
-    "EarlyStop",
     "Guess",
     "Guidance",
     "ImportanceWeights",
@@ -66,7 +65,6 @@ __all__ = [
     "Latent",
     "LibraryAcceleration",
     "MAFConfig",
-    "MaxSweeps",
     "MeanAffine",
     "Partition",
     "Plain",
@@ -85,6 +83,7 @@ __all__ = [
     "Solution",
     "Solver",
     "Status",
+    "Stopping",
     "Strategy",
     "TarFlow",
     "TarFlowConfig",

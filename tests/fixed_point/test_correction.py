@@ -79,7 +79,7 @@ def inverse(width: int) -> Tensor:
 def test_a_fit_solves_a_banded_linear_map_in_few_sweeps() -> None:
     z, unseen = normal(16, 48, 2, seed=6), normal(4, 48, 2, seed=7)
     x, answer, block = solution(z), solution(unseen), Watched(linear)
-    before, five = (x.clone(), z.clone()), jf.MaxSweeps(5)
+    before, five = (x.clone(), z.clone()), jf.Stopping(5)
     for guess in (jf.Latent(), jf.CausalLinear.fit(x, z, 4)):
         block.calls.clear()
         chord = jf.Chord.fit(jf.Problem(block, z), x, guess(z))
@@ -134,7 +134,7 @@ def test_a_correction_is_given_up_where_residuals_stay_far_above_the_least() -> 
     """More than four times, for three sweeps in a row; each sample for itself, from that sweep on."""
     residuals = list(zip(*(row for row, _ in GROWTH.values()), strict=True))
     block = Scripted([*residuals, [0.0] * len(GROWTH)])
-    solver = jf.Solver(jf.Whole(), jf.Zeros(), jf.MaxSweeps(7), Marked())
+    solver = jf.Solver(jf.Whole(), jf.Zeros(), jf.Stopping(7), Marked())
     x = attempt(block, torch.zeros(len(GROWTH), 12, 1, dtype=torch.float64), solver).x
     for n, (row, corrected) in enumerate(GROWTH.values()):
         at = 0.0

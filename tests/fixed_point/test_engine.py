@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 
 import jacobiflow as jf
-from jacobiflow.fixed_point import Stopping
 from tests.helpers.oracle import Swept, convolved, swept
 from tests.helpers.problems import BlockProblem
 from tests.helpers.solver_problems import (
     FLOWS,
     OVERFLOWING,
     Watched,
+    WatchedFronts,
     attempt,
     echo,
     echoes,
@@ -105,15 +105,17 @@ PARTITIONS = [
     jf.Window(100), Half(), Alternating(),
 ]  # fmt: skip
 RULES = [
-    (1e-2, Stopping()), (1e-6, Stopping()), (None, jf.MaxSweeps(1)), (None, jf.MaxSweeps(3)),
-    (None, jf.MaxSweeps(10**30)), (None, jf.EarlyStop(1e-3)), (1e-2, jf.MaxSweeps(2)), (1e-3, jf.EarlyStop(1e-2)),
-    (None, jf.EarlyStop(2e-2) | jf.MaxSweeps(3)),
+    (1e-2, jf.Stopping()), (1e-6, jf.Stopping()), (None, jf.Stopping(1)), (None, jf.Stopping(3)),
+    (None, jf.Stopping(10**30)), (None, jf.Stopping(ebound=1e-3)), (None, jf.Stopping(3, 2e-2)),
+    (1e-2, jf.Stopping(2)), (1e-3, jf.Stopping(ebound=1e-2)),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize(("tolerance", "stopping"), RULES, ids=str)
 @pytest.mark.parametrize("partition", PARTITIONS, ids=str)
-def test_sweeps_are_those_of_the_oracle(partition: jf.Partition, tolerance: float | None, stopping: Stopping) -> None:
+def test_sweeps_are_those_of_the_oracle(
+    partition: jf.Partition, tolerance: float | None, stopping: jf.Stopping
+) -> None:
     """By a block that reads the keys it was fed; none is staler than the rule allows. The first token is learned."""
     turn = PARTITIONS.index(partition) + RULES.index((tolerance, stopping))
     for k in range(2):
@@ -128,15 +130,15 @@ def test_sweeps_are_those_of_the_oracle(partition: jf.Partition, tolerance: floa
 def test_a_segment_has_its_own_number_of_sweeps(tolerance: float | None) -> None:
     for counts in ((5, 3, 2), (1, 4, 1), (3, 1, 40), (7,), (1, 2, 3, 4, 3, 2, 1), (10**30, 1, 2), (1,) * 9 + (3,) * 8):
         problem = echoes(False, 3, LENGTH, slack=tolerance or 0.0)
-        check(problem, jf.Solver(jf.Segments(len(counts)), stopping=jf.MaxSweeps(counts)), problem.z, tolerance)
+        check(problem, jf.Solver(jf.Segments(len(counts)), stopping=jf.Stopping(counts)), problem.z, tolerance)
 
 
 FLOW_SOLVERS = [
     jf.Solver(jf.Sequential()), jf.Solver(jf.Whole(), jf.Zeros(), tolerance_factor=1e-3),
-    jf.Solver(jf.Segments(4)), jf.Solver(jf.Segments(4), jf.Zeros(), jf.MaxSweeps(2)), jf.Solver(jf.Window(7)),
-    jf.Solver(jf.Window(5), stopping=jf.MaxSweeps(2)), jf.Solver(jf.Segments(3), stopping=jf.MaxSweeps((3, 1, 2))),
-    jf.Solver(Half(), tolerance_factor=0.1), jf.Solver(Half(), stopping=jf.MaxSweeps(3)),
-    jf.Solver(jf.Segments(2), stopping=jf.EarlyStop(1e-4)),
+    jf.Solver(jf.Segments(4)), jf.Solver(jf.Segments(4), jf.Zeros(), jf.Stopping(2)), jf.Solver(jf.Window(7)),
+    jf.Solver(jf.Window(5), stopping=jf.Stopping(2)), jf.Solver(jf.Segments(3), stopping=jf.Stopping((3, 1, 2))),
+    jf.Solver(Half(), tolerance_factor=0.1), jf.Solver(Half(), stopping=jf.Stopping(3)),
+    jf.Solver(jf.Segments(2), stopping=jf.Stopping(ebound=1e-4)),
 ]  # fmt: skip
 
 
@@ -145,7 +147,7 @@ def test_blocks_of_a_tarflow_are_swept_as_by_the_oracle(name: str) -> None:
     """With keys in a cache, labels and guidance. Where samples have fronts of their own, each is solved alone here."""
     problem = flow_problem(name)
     for solver in FLOW_SOLVERS:
-        has_rules = solver.stopping != Stopping()
+        has_rules = solver.stopping != jf.Stopping()
         own = not has_rules and isinstance(solver.partition, jf.SlidingRun)
         for rows in [slice(n, n + 1) for n in range(3)] if own else [slice(0, 3)]:
             part = problem.of(rows)
@@ -210,7 +212,7 @@ def test_inputs_stay_and_answers_are_ordinary_tensors() -> None:
     assert torch.equal(start, before[1])
 
 
-def test_only_a_block_that_keeps_nothing_runs_in_inference_mode() -> None:
+def test_only_a_pure_block_runs_in_inference_mode() -> None:
     """A tensor that a block keeps from it could not be trained with later."""
     modes: list[tuple[bool, bool]] = []
 
@@ -218,9 +220,9 @@ def test_only_a_block_that_keeps_nothing_runs_in_inference_mode() -> None:
         modes.append((torch.is_grad_enabled(), torch.is_inference_mode_enabled()))
         return z
 
-    for is_safe in (False, True):
+    for is_pure in (False, True):
         block: Any = Watched(g)
-        block.inference_safe = is_safe
+        block.is_pure = is_pure
         jf.solve(block, normal(2, 5, 1), jf.Solver())
     assert modes == [(False, False)] * 2 + [(False, True)] * 2
 
@@ -260,7 +262,7 @@ def test_a_value_that_overflows_goes_back_to_the_guess() -> None:
 
     problem = steep_problem([0, 1, 0, 1])
     guess = problem.z + 0.25
-    solver = jf.Solver(jf.Whole(), jf.WarmStart(guess), jf.MaxSweeps(4))
+    solver = jf.Solver(jf.Whole(), jf.WarmStart(guess), jf.Stopping(4))
     attempt(Watched(noted, keys=False), problem.z, solver, problem.labels, tolerance=None)
     assert torch.equal(seen[0], guess)
     for sweep, (before, after) in enumerate(pairwise(seen)):
@@ -271,10 +273,8 @@ def test_a_value_that_overflows_goes_back_to_the_guess() -> None:
     assert len(seen) == 4
 
 
-class Lowered(Watched):
+class Lowered(WatchedFronts):
     """A bfloat16 network, that is, a map that is a hundredth off, on demand."""
-
-    has_bf16 = True
 
     def to_bf16(self, cache: Any) -> Any:
         cache.context = cache.context + 0.01
@@ -286,7 +286,7 @@ def test_bf16_sweeps_come_first(count: int, made: int) -> None:
     """All of those samples, and none more than there are tokens; the pieces start from their answer."""
     z, strengths = normal(4, LENGTH, 2), torch.full((4,), 0.9, dtype=torch.float64)
     low = swept(lambda x: echo(x, z, strengths + 0.01), z, lambda front: LENGTH, limits=[count] * LENGTH)
-    fine = jf.Solver(jf.Segments(2), jf.Bf16Sweeps(count), stopping=jf.MaxSweeps(2))
+    fine = jf.Solver(jf.Segments(2), jf.Bf16Sweeps(count), stopping=jf.Stopping(2))
     halves = partial(fine.partition.stop, num_tokens=LENGTH)
     want = swept(lambda x: echo(x, z, strengths), low.x, halves, limits=[2] * LENGTH)
     for batch_size in (None, 2):

@@ -13,7 +13,6 @@ from torch import Tensor
 
 import jacobiflow as jf
 from jacobiflow.blocks.context import NO_CONTEXT
-from jacobiflow.fixed_point import Stopping
 from tests.helpers.solver_problems import (
     FLOWS,
     OVERFLOWING,
@@ -70,8 +69,8 @@ def test_any_plan_ends_with_every_residual_within_tolerance(
     ("solver", "tolerance"),
     [
         (jf.Solver(jf.Window(8), jf.Zeros()), 0.3), (jf.Solver(jf.Window(8), jf.Zeros(), tolerance_factor=1e3), 1e-4),
-        (jf.Solver(jf.Window(8), jf.Zeros(), jf.MaxSweeps(2)), 1e-4),
-        (jf.Solver(jf.Window(8), jf.Zeros(), jf.EarlyStop(0.05)), 1e-4),
+        (jf.Solver(jf.Window(8), jf.Zeros(), jf.Stopping(2)), 1e-4),
+        (jf.Solver(jf.Window(8), jf.Zeros(), jf.Stopping(ebound=0.05)), 1e-4),
     ],
 )  # fmt: skip
 def test_a_sample_above_the_tolerance_is_resumed_to_half_of_it(solver: jf.Solver, tolerance: float) -> None:
@@ -94,8 +93,8 @@ def test_a_sample_above_the_tolerance_is_resumed_to_half_of_it(solver: jf.Solver
     assert solution.token_evaluations == raw.token_evaluations + again.token_evaluations + 24 * (7 + int(short.sum()))
 
 
-@pytest.mark.parametrize("stopping", [jf.MaxSweeps(2), jf.MaxSweeps((30, 1, 30))], ids=str)
-def test_a_sample_that_misses_the_tolerance_without_a_certificate_is_solved_sequentially(stopping: Stopping) -> None:
+@pytest.mark.parametrize("stopping", [jf.Stopping(2), jf.Stopping((30, 1, 30))], ids=str)
+def test_a_sample_that_misses_the_tolerance_without_a_certificate_is_solved_sequentially(stopping: jf.Stopping) -> None:
     problem, solver = flow_problem("nvp 25x4"), jf.Solver(jf.Segments(3), stopping=stopping)
     raw = attempt(problem.block, problem.z, solver, tolerance=1e-9)
     solution = jf.solve(problem.block, problem.z, solver, tolerance=1e-9, certify=False)
@@ -112,7 +111,7 @@ def test_a_sample_within_the_tolerance_after_its_last_sweep_has_converged() -> N
     """It ran out of sweeps, yet its certificate is good."""
     problem, within = flow_problem("nvp 25x4"), 0
     for sweeps in range(6, 20):
-        solver = jf.Solver(jf.Whole(), stopping=jf.MaxSweeps(sweeps))
+        solver = jf.Solver(jf.Whole(), stopping=jf.Stopping(sweeps))
         raw = attempt(problem.block, problem.z, solver)
         good = problem.residual(raw.x) <= 1e-3
         solution = jf.solve(problem.block, problem.z, solver)
@@ -125,7 +124,7 @@ def test_a_sample_within_the_tolerance_after_its_last_sweep_has_converged() -> N
 
 def test_without_a_tolerance_sweep_counts_are_a_legitimate_end() -> None:
     problem = flow_problem("nvp 25x4")
-    for stopping in (jf.MaxSweeps(1), jf.EarlyStop(1e-9) | jf.MaxSweeps(1)):
+    for stopping in (jf.Stopping(1), jf.Stopping(1, 1e-9)):
         solver = jf.Solver(jf.Segments(5), stopping=stopping)
         raw = attempt(problem.block, problem.z, solver, tolerance=None)
         solution = jf.solve(problem.block, problem.z, solver, tolerance=None)
@@ -142,7 +141,7 @@ class Rounding:
     A network of low precision is like that: what it makes of all tokens at once is not what it makes of each.
     """
 
-    is_causal = True
+    is_pure = True
 
     def init_cache(self, z: Tensor, context: jf.Context = NO_CONTEXT) -> Any:
         return context.values

@@ -19,7 +19,6 @@ import jacobiflow as jf
 from jacobiflow.calibration.convergence import TOLERANCES, ConvergenceCurve
 from jacobiflow.calibration.metrics import NORMS, Components, Metrics
 from jacobiflow.calibration.report import GUESS_NAMES, CalibrationSettings
-from jacobiflow.fixed_point import Stopping
 from jacobiflow.models.checkpoints.fingerprint import fingerprint
 from jacobiflow.native import SWITCH
 from jacobiflow.planner import BlockTuning
@@ -64,7 +63,7 @@ class Halfway(jf.Correction):
 
 def counted(partition: jf.Partition, sweeps: int | tuple[int, ...]) -> jf.Solver:
     """So many sweeps, or fewer by the early stop of the paper's Algorithm 1."""
-    return jf.Solver(partition, stopping=Stopping(sweeps, 1e-8))
+    return jf.Solver(partition, stopping=jf.Stopping(sweeps, 1e-8))
 
 
 Counts = Sequence[int | None]

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 import jacobiflow as jf
+from jacobiflow.blocks.base import AttentionBlock
 from jacobiflow.blocks.context import NO_CONTEXT
 from jacobiflow.blocks.guidance import guided
 from jacobiflow.fixed_point.attempt import attempt as attempt_once
@@ -72,10 +73,10 @@ class Watched:
         return torch.stack([row[first : first + size] for row, first in zip(g, start.tolist(), strict=True)])
 
 
-class WatchedFronts(Watched):
-    """With a front per sample."""
+class WatchedFronts(Watched, AttentionBlock):
+    """With a front per sample. The map need not be affine, so solvers call `update_at` only."""
 
-    per_sample_front = True
+    affine_at = to_bf16 = None  # type: ignore[assignment]
 
     def update_at(self, x: Tensor, z: Tensor, start: Tensor, size: int, end: int, cache: Any) -> Tensor:
         assert start.min() >= 0
@@ -137,9 +138,9 @@ def steep_problem(kinds: list[int], fronts: bool = False) -> BlockProblem:
 
 
 OVERFLOWING = [
-    (jf.Solver(jf.Whole()), 1e-9), (jf.Solver(jf.Whole(), stopping=jf.MaxSweeps(3)), None),
-    (jf.Solver(jf.Segments(3)), 1e-9), (jf.Solver(jf.Segments(3), jf.Zeros(), jf.MaxSweeps(3)), None),
-    (jf.Solver(jf.Window(6), jf.Zeros()), 1e-9), (jf.Solver(jf.Window(6), stopping=jf.MaxSweeps(2)), 1e-9),
+    (jf.Solver(jf.Whole()), 1e-9), (jf.Solver(jf.Whole(), stopping=jf.Stopping(3)), None),
+    (jf.Solver(jf.Segments(3)), 1e-9), (jf.Solver(jf.Segments(3), jf.Zeros(), jf.Stopping(3)), None),
+    (jf.Solver(jf.Window(6), jf.Zeros()), 1e-9), (jf.Solver(jf.Window(6), stopping=jf.Stopping(2)), 1e-9),
     (jf.Solver(jf.Whole(), correction=jf.Chord(0.1 * normal(3, 2, 2))), 1e-9),
 ]  # fmt: skip
 

@@ -16,7 +16,7 @@ from tests.helpers.invented import GUIDANCE, Machine, igm, make_report, small
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 REPORT = make_report([1, 1], [igm(2, 1, 3), igm(2, 3, 1)])  # of `small`; its guesses are zeros, and the mean
-COUNTED = jf.Solver(stopping=jf.MaxSweeps(3))
+COUNTED = jf.Solver(stopping=jf.Stopping(3))
 
 
 def planned(device: str = "cpu with 1 thread", guidance: jf.Guidance | None = None) -> jf.Strategy:

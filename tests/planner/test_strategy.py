@@ -26,7 +26,7 @@ from tests.helpers.running import put
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 PLAN = jf.Strategy(
-    (jf.Solver(jf.Segments(2), jf.Bf16Sweeps(3, jf.Zeros()), jf.MaxSweeps((7, 4))), jf.Solver(tolerance_factor=0.5)),
+    (jf.Solver(jf.Segments(2), jf.Bf16Sweeps(3, jf.Zeros()), jf.Stopping((7, 4))), jf.Solver(tolerance_factor=0.5)),
     "f" * 64, 1e-3, Prediction("cpu", 4, GUIDANCE, 1.0, 2.0, 1e-4),
 )  # fmt: skip
 

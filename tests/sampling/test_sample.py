@@ -265,7 +265,7 @@ def outcome(flow: jf.TarFlow, **settings: Any) -> tuple[str, list[str]]:
 
 
 def test_certified_and_exact_samples_are_counted_without_a_warning() -> None:
-    flow, one_sweep = make_flow(), jf.Strategy.uniform(jf.Solver(stopping=jf.MaxSweeps(1)), 2, 1e-9)
+    flow, one_sweep = make_flow(), jf.Strategy.uniform(jf.Solver(stopping=jf.Stopping(1)), 2, 1e-9)
     exact = "4 samples: 4 exact, since every block was solved token by token"
     for settings, text in (
         ({"strategy": "sequential"}, exact), ({"strategy": "[0/1-16-1-1]"}, exact),

@@ -31,7 +31,7 @@ CAPTION = "grey: final; in colour: evaluated by the next call; light: waiting"
 class Recorder:
     """A block that records the tokens that every call reads, and the run of tokens that it evaluates."""
 
-    is_causal = True
+    is_pure = True  # as good as: nobody trains with the states
 
     def __init__(self, block: jf.Block) -> None:
         self.block = block

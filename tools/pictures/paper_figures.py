@@ -22,7 +22,7 @@ import jacobiflow as jf
 from benchmarks import FIGURES
 from benchmarks.lib.results import parser
 from jacobiflow.calibration import CalibrationReport, gs_jacobi_notation
-from jacobiflow.fixed_point import Latent, MaxSweeps, Solver, Whole, Zeros
+from jacobiflow.fixed_point import Latent, Solver, Stopping, Whole, Zeros
 from jacobiflow.models.flow import Flow
 from jacobiflow.plots import comparison_sheet, rows_sheet, sampler_style, save_png
 from jacobiflow.plots.style import new_figure, simplify_axes, use_style
@@ -136,7 +136,7 @@ def strategies_of(report: CalibrationReport, notation: str) -> dict[str, jf.Stra
     most = max(1, *report.slowest_sweeps("noise", TOLERANCE))
     few, more = max(1, most // 3), max(1, 2 * most // 3)
     by_igm = {f"guess by IGM, Jacobi-{j}": jf.Strategy.parse(f"Jacobi-{j}", report) for j in (few, more, most)}
-    stopping, num = MaxSweeps(few), report.num_blocks
+    stopping, num = Stopping(few), report.num_blocks
     return {
         f"guess 0, Jacobi-{few}": jf.Strategy.uniform(Solver(Whole(), Zeros(), stopping), num, tolerance=None),
         f"guess z, Jacobi-{few}": jf.Strategy.uniform(Solver(Whole(), Latent(), stopping), num, tolerance=None),

@@ -28,7 +28,8 @@ class Block(Protocol):
     """An autoregressive map g whose fixed point x = g(x) is the inverse of a block at `z`.
 
     Entry t of g(x) depends on x[:, :t] only; the block itself owns that shift by one. Tokens `x` and `z` are
-    (B, T, C) in the block's causal order. `AffineBlock` lists the flags and methods that any block may have besides.
+    (B, T, C) in the block's causal order. A block may also set `is_pure` and define `sequential_inverse`, as an
+    `AffineBlock` does.
 
     Example:
         >>> isinstance(jf.load("digits-p1").blocks[0], jf.Block)
@@ -47,29 +48,16 @@ class Block(Protocol):
         ...
 
 
-def supports(block: Any, flag: str) -> bool:
-    """Tells if a flag of `AffineBlock` is set, for any block."""
-    return bool(getattr(block, flag, False))
-
-
 class AffineBlock(ABC):
     """A block whose map is affine in z: g(x) = exp(log_scale(x)) z + shift(x), eq. (3) of the GS-Jacobi paper.
 
-    It needs `init_cache` and `affine`. The flags and the other methods are optional.
+    It needs `init_cache` and `affine`. The attributes and the other methods are optional.
 
     Attributes:
-        per_sample_front: The samples of a batch may each stand at a token of their own, leave and enter. The block
-            defines `affine_at`, `move_rows` and `reset_rows`.
-        graph_safe: With a front per sample, the block runs the same kernels whatever the values are, so that a GPU can
-            capture them in a graph.
-        inference_safe: The block keeps no tensor between calls, so that solvers may run it in inference mode, a tenth
-            faster. A tensor from inference mode could not be trained with.
-        has_bf16: The network can also run in bfloat16, on the same float32 state. The block defines `to_bf16`.
-        has_attention: The block applies the temperatures of a `Context`.
-        has_inverse_gradients: The results of `sequential_inverse` have gradients in z, a context and the parameters.
+        is_pure: A promise that entry t depends on x[:, :t] only, and on nothing random, and that the block keeps no
+            tensor between calls. Solvers then run it in inference mode, a tenth faster, and take its exact answers
+            without measuring them.
         is_guided: Guidance applies to the block.
-        is_causal: The block is known to keep the rule that entry t depends on x[:, :t] only, and on nothing random.
-            Other blocks may break it, so that their exact answers are measured, too.
 
     Example:
         >>> log_scale, shift = jf.load("digits-p1").blocks[0].affine_whole(torch.zeros(2, 64, 1))
@@ -77,14 +65,8 @@ class AffineBlock(ABC):
         torch.Size([2, 64, 1])
     """
 
-    per_sample_front: bool = False
-    graph_safe: bool = False
-    inference_safe: bool = False
-    has_bf16: bool = False
-    has_attention: bool = False
-    has_inverse_gradients: bool = False
+    is_pure: bool = False
     is_guided: bool = True
-    is_causal: bool = False
 
     @abstractmethod
     def init_cache(self, z: Tokens, context: Context = NO_CONTEXT) -> Any:
@@ -94,10 +76,6 @@ class AffineBlock(ABC):
     def affine(self, x: Tokens, start: int, stop: int, cache: Any) -> ScaleShift:
         """Returns log-scale and shift of entries start .. stop-1; reads and caches positions start-1 .. stop-2."""
 
-    def affine_at(self, x: Tokens, start: Int[Tensor, " b"], size: int, end: int, cache: Any) -> ScaleShift:
-        """Returns `affine` of entries start_b .. start_b + size - 1 in sample b; `end` is the largest of the stops."""
-        raise NotImplementedError
-
     def affine_whole(self, x: Tokens, context: Context = NO_CONTEXT) -> ScaleShift:
         """Returns log-scale and shift of all entries; a block that needs no cache for it overrides this."""
         return self.affine(x, 0, x.shape[1], self.init_cache(x, context))
@@ -106,39 +84,22 @@ class AffineBlock(ABC):
         """Returns g(x)[:, start:stop]; see `Block`."""
         return apply_affine(self.affine(x, start, stop, cache), z[:, start:stop])
 
-    def update_at(
-        self, x: Tokens, z: Tokens, start: Int[Tensor, " b"], size: int, end: int,
-        cache: Any,
-    ) -> Float[Tensor, "b n c"]:  # fmt: skip
-        """Returns `update` with a start per sample; see `affine_at`."""
-        return apply_affine(self.affine_at(x, start, size, end, cache), gather_run(z, start, size))
-
-    def move_rows(self, cache: Any, source: Int[Tensor, " m"], target: Int[Tensor, " m"], num: int) -> Any:
-        """Returns the cache of `num` samples: rows `source` go to rows `target`, in place, and the first `num` stay."""
-        raise NotImplementedError
-
-    def reset_rows(self, cache: Any, rows: Int[Tensor, " m"], context: Context = NO_CONTEXT) -> None:
-        """Makes `rows` those of new samples under `context`, with an empty cache, in place."""
-        raise NotImplementedError
-
     def unconditional(self, values: Tensor) -> Tensor:
         """Returns the values of a context for unconditional rows beside these; by default the label -1."""
         return torch.full_like(values, -1)
-
-    def to_bf16(self, cache: Any) -> Any:
-        """Returns a copy of the cache with which the network runs in bfloat16."""
-        raise NotImplementedError
 
     def sequential_inverse(
         self, z: Tokens, context: Context = NO_CONTEXT, guidance: Any = None, batch_size: int | None = None
     ) -> TokensLogDet:
         """Solves x_t = g(x)_t token by token in one call; returns x and log|det dx/dz|, the sums of log_scale(x).
 
-        With a `Guidance` g is that of the guided block. `batch_size` rows are solved at a time, all by default.
+        With a `Guidance` g is that of the guided block. `batch_size` rows are solved at a time, all by default. If `z`
+        requires gradients, the results have them in z, a context and the parameters.
 
         Raises:
-            UnsupportedError: If the block has no such call for this device, dtype or installation. Solvers then solve
-                token by token in PyTorch, and keep the message as `Solution.obstacle`.
+            UnsupportedError: If the block has no such call for this device, dtype or installation, for this guidance,
+                or with gradients. Solvers then solve token by token in PyTorch, and keep the message as
+                `Solution.obstacle`.
         """
         raise UnsupportedError(f"{type(self).__name__} has no sequential_inverse")
 
@@ -149,6 +110,41 @@ class AffineBlock(ABC):
         for each entry. W_s is `None` if the scale is fixed (volume-preserving).
         """
         return None
+
+
+class AttentionBlock(ABC):
+    """A mixin for an affine block with causal attention, whose cache has keys and values for each sample.
+
+    Solvers let each sample stand at a token of its own, leave and enter. They may run the network in bfloat16. On a GPU
+    they capture `affine_at` in CUDA graphs, so it launches the same kernels whatever the values are. The block divides
+    its attention logits by the temperatures of a `Context`.
+
+    Example:
+        >>> isinstance(jf.load("digits-p1").blocks[0], jf.AttentionBlock)
+        True
+    """
+
+    @abstractmethod
+    def affine_at(self, x: Tokens, start: Int[Tensor, " b"], size: int, end: int, cache: Any) -> ScaleShift:
+        """Returns `affine` of entries start_b .. start_b + size - 1 in sample b; `end` is the largest of the stops."""
+
+    @abstractmethod
+    def move_rows(self, cache: Any, source: Int[Tensor, " m"], target: Int[Tensor, " m"], num: int) -> Any:
+        """Returns the cache of `num` samples: rows `source` go to rows `target`, in place, and the first `num` stay."""
+
+    @abstractmethod
+    def reset_rows(self, cache: Any, rows: Int[Tensor, " m"], context: Context = NO_CONTEXT) -> None:
+        """Makes `rows` those of new samples under `context`, with an empty cache, in place."""
+
+    @abstractmethod
+    def to_bf16(self, cache: Any) -> Any:
+        """Returns a copy of the cache with which the network runs in bfloat16, on tokens of the same dtype."""
+
+    def update_at(
+        self, x: Tokens, z: Tokens, start: Int[Tensor, " b"], size: int, end: int, cache: Any
+    ) -> Float[Tensor, "b n c"]:
+        """Returns `update` with a start per sample; see `affine_at`."""
+        return apply_affine(self.affine_at(x, start, size, end, cache), gather_run(z, start, size))
 
 
 class FlowBlock(AffineBlock, nn.Module):
@@ -201,9 +197,17 @@ def _checked(parameters: ScaleShift, tokens: Float[Tensor, "b n c"]) -> ScaleShi
     return parameters
 
 
+def is_pure(block: Any) -> bool:
+    """Tells if a block, affine or not, is pure; see `AffineBlock`."""
+    return getattr(block, "is_pure", False)
+
+
 def no_gradients(block: Any) -> AbstractContextManager[None]:
-    """Returns inference mode for a block that is `inference_safe`, else `torch.no_grad`."""
-    return torch.inference_mode() if supports(block, "inference_safe") else torch.no_grad()
+    """Returns inference mode for a block that is pure, else `torch.no_grad`.
+
+    A tensor from inference mode that a block kept could not be trained with.
+    """
+    return torch.inference_mode() if is_pure(block) else torch.no_grad()
 
 
 def check_context_rows(context: Context, num: int) -> None:

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from jacobiflow.blocks.base import AffineBlock, ScaleShift, TokensLogDet
+from jacobiflow.blocks.base import AffineBlock, AttentionBlock, ScaleShift, TokensLogDet
 from jacobiflow.blocks.context import NO_CONTEXT, Context
 from jacobiflow.blocks.tokens import Tokens
 from jacobiflow.errors import InputValueError
@@ -132,15 +132,12 @@ class GuidedBlock(AffineBlock):
     """A block under guidance: conditional and unconditional rows go through the network as one batch."""
 
     def __init__(self, block: AffineBlock, guidance: Guidance) -> None:
-        if guidance.attn_temperature != 1 and not block.has_attention:
+        if guidance.attn_temperature != 1 and not isinstance(block, AttentionBlock):
             raise InputValueError(
                 f"attn_temperature={guidance.attn_temperature:g}: a {type(block).__name__} has no attention; leave it "
                 "at 1"
             )
-        self.block, self.guidance = block, guidance
-        self.per_sample_front, self.graph_safe = block.per_sample_front, block.graph_safe
-        self.inference_safe, self.has_bf16 = block.inference_safe, block.has_bf16
-        self.has_inverse_gradients, self.is_causal = block.has_inverse_gradients, block.is_causal
+        self.block, self.guidance, self.is_pure = block, guidance, block.is_pure
 
     def init_cache(self, z: Tokens, context: Context = NO_CONTEXT) -> GuidedCache:
         return GuidedCache(self.block.init_cache(_twice(z), self._both(context, len(z), z)), self._weights(z))
@@ -149,24 +146,9 @@ class GuidedBlock(AffineBlock):
         both = self.block.affine(_twice(x), start, stop, cache.inner)
         return self._combine(both, cache.weights, slice(start, stop))
 
-    def affine_at(self, x: Tokens, start: Int[Tensor, " b"], size: int, end: int, cache: GuidedCache) -> ScaleShift:
-        both = self.block.affine_at(_twice(x), _twice(start), size, end, cache.inner)
-        return self._combine(both, cache.weights, start.view(-1, 1) + torch.arange(size, device=x.device))
-
     def affine_whole(self, x: Tokens, context: Context = NO_CONTEXT) -> ScaleShift:
         both = self.block.affine_whole(_twice(x), self._both(context, len(x), x))
         return self._combine(both, self._weights(x), slice(None))
-
-    def move_rows(
-        self, cache: GuidedCache, source: Int[Tensor, " m"], target: Int[Tensor, " m"], num: int
-    ) -> GuidedCache:
-        return cache._replace(inner=self.block.move_rows(cache.inner, _rows_of(source), _rows_of(target), 2 * num))
-
-    def reset_rows(self, cache: GuidedCache, rows: Int[Tensor, " m"], context: Context = NO_CONTEXT) -> None:
-        self.block.reset_rows(cache.inner, _rows_of(rows), self._both(context, len(rows), cache.weights[0]))
-
-    def to_bf16(self, cache: GuidedCache) -> GuidedCache:
-        return cache._replace(inner=self.block.to_bf16(cache.inner))
 
     def sequential_inverse(
         self, z: Tokens, context: Context = NO_CONTEXT, guidance: Any = None, batch_size: int | None = None
@@ -208,11 +190,32 @@ class GuidedBlock(AffineBlock):
         return scale - 0.5 * precision.log(), mean
 
 
+class GuidedAttentionBlock(AttentionBlock, GuidedBlock):
+    """A block with attention under guidance."""
+
+    block: Any
+
+    def affine_at(self, x: Tokens, start: Int[Tensor, " b"], size: int, end: int, cache: GuidedCache) -> ScaleShift:
+        both = self.block.affine_at(_twice(x), _twice(start), size, end, cache.inner)
+        return self._combine(both, cache.weights, start.view(-1, 1) + torch.arange(size, device=x.device))
+
+    def move_rows(
+        self, cache: GuidedCache, source: Int[Tensor, " m"], target: Int[Tensor, " m"], num: int
+    ) -> GuidedCache:
+        return cache._replace(inner=self.block.move_rows(cache.inner, _rows_of(source), _rows_of(target), 2 * num))
+
+    def reset_rows(self, cache: GuidedCache, rows: Int[Tensor, " m"], context: Context = NO_CONTEXT) -> None:
+        self.block.reset_rows(cache.inner, _rows_of(rows), self._both(context, len(rows), cache.weights[0]))
+
+    def to_bf16(self, cache: GuidedCache) -> GuidedCache:
+        return cache._replace(inner=self.block.to_bf16(cache.inner))
+
+
 def guided(block: AffineBlock, guidance: Guidance | None) -> AffineBlock:
     """Returns `block` under `guidance`; the block itself if guidance is off, or does not apply to it."""
     if guidance is None or guidance.weight == 0 or not block.is_guided:
         return block
-    return GuidedBlock(block, guidance)
+    return (GuidedAttentionBlock if isinstance(block, AttentionBlock) else GuidedBlock)(block, guidance)
 
 
 def _twice(x: Tensor) -> Tensor:

@@ -7,10 +7,10 @@ from jacobiflow.fixed_point.options import CertifyMode
 from jacobiflow.fixed_point.partition import Partition, Segments, Sequential, SlidingRun, Whole, Window
 from jacobiflow.fixed_point.solution import Solution, Status
 from jacobiflow.fixed_point.solve import solve
-from jacobiflow.fixed_point.solver import EarlyStop, MaxSweeps, Solver, Stopping
+from jacobiflow.fixed_point.solver import Solver, Stopping
 
 __all__ = [
-    "Bf16Sweeps", "CausalLinear", "CertifyMode", "Chord", "Correction", "EarlyStop", "Guess", "Latent", "MaxSweeps",
-    "MeanAffine", "Partition", "Plain", "Segments", "Sequential", "SlidingRun", "Solution", "Solver", "Status",
+    "Bf16Sweeps", "CausalLinear", "CertifyMode", "Chord", "Correction", "Guess", "Latent", "MeanAffine", "Partition",
+    "Plain", "Segments", "Sequential", "SlidingRun", "Solution", "Solver", "Status",
     "Stopping", "WarmStart", "Whole", "Window", "Zeros", "solve",
 ]  # fmt: skip

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from jacobiflow.blocks.base import TokensLogDet, no_gradients, supports
+from jacobiflow.blocks.base import AttentionBlock, TokensLogDet, no_gradients
 from jacobiflow.blocks.context import Context
 from jacobiflow.blocks.tokens import Tokens
 from jacobiflow.errors import UnsupportedError
@@ -35,7 +35,7 @@ def attempt(problem: Problem, solver: Solver, options: SolveOptions) -> Solution
     with no_gradients(problem.block):
         for backend, inverse in _exact_inverses(problem, solver):
             try:
-                x, log_det = inverse(problem.z, problem.context, batch_size=options.batch_size)
+                x, log_det = inverse(problem.z.detach(), problem.context, batch_size=options.batch_size)
             except UnsupportedError as error:
                 obstacle = obstacle or str(error)
             else:
@@ -58,7 +58,7 @@ def _exact_inverses(problem: Problem, solver: Solver) -> Iterator[tuple[str, Exa
     if not len(problem) or not solver.partition.token_by_token(problem.num_tokens):
         return
     yield "native", getattr(block, "sequential_inverse", _no_inverse)
-    if problem.z.is_cuda and supports(block, "graph_safe"):
+    if problem.z.is_cuda and isinstance(block, AttentionBlock):
         yield "graphs", TokenLoop(block)
 
 

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from jacobiflow.blocks.base import AttentionBlock
 from jacobiflow.blocks.tokens import Tokens
 from jacobiflow.fixed_point.engine import SampleQueue, SweepBatch
 from jacobiflow.fixed_point.options import SolveOptions
 from jacobiflow.fixed_point.own_fronts import OwnFronts
+from jacobiflow.fixed_point.partition import SlidingRun
 from jacobiflow.fixed_point.problem import Problem
 from jacobiflow.fixed_point.progress import SampleProgress
 from jacobiflow.fixed_point.shared_front import SharedFront
-from jacobiflow.fixed_point.solver import Solver
+from jacobiflow.fixed_point.solver import Solver, Stopping
 
 
 class SweepResult(NamedTuple):
@@ -27,7 +29,8 @@ def sweep(problem: Problem, solver: Solver, options: SolveOptions, in_bf16: bool
     """Sweeps all samples until their tokens are final; `in_bf16` runs the network in bfloat16."""
     max_change = None if options.tolerance is None else solver.tolerance_factor * options.tolerance
     start = solver.guess.start(problem, solver.correction, options)
-    kind: type[SweepBatch] = OwnFronts if OwnFronts.supports(problem.block, solver) else SharedFront
+    slides = isinstance(solver.partition, SlidingRun) and solver.stopping == Stopping()
+    kind: type[SweepBatch] = OwnFronts if slides and isinstance(problem.block, AttentionBlock) else SharedFront
     queue, sweeps, token_evaluations = SampleQueue(problem, start.x), start.sweeps, start.token_evaluations
     while queue.has_waiting:
         batch = kind(queue, queue.take(options.batch_size or len(problem)), solver, max_change, in_bf16)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
-from jacobiflow.blocks.base import supports
+from jacobiflow.blocks.base import AttentionBlock
 from jacobiflow.blocks.tokens import Tokens
 from jacobiflow.errors import InputValueError
 from jacobiflow.fixed_point.batching import sweep
@@ -14,7 +14,7 @@ from jacobiflow.fixed_point.options import SolveOptions
 from jacobiflow.fixed_point.partition import Whole
 from jacobiflow.fixed_point.problem import Problem
 from jacobiflow.fixed_point.registry import register_piece
-from jacobiflow.fixed_point.solver import MaxSweeps, Solver
+from jacobiflow.fixed_point.solver import Solver, Stopping
 from jacobiflow.utils.checks import check_count, check_fields
 
 
@@ -23,7 +23,7 @@ from jacobiflow.utils.checks import check_count, check_fields
 class Bf16Sweeps(Guess):
     """X^(0) is the result of `count` sweeps of all tokens by the network in bfloat16, from another guess.
 
-    The tokens stay in their dtype, and the solver's correction is applied. The block must have `has_bf16`.
+    The tokens stay in their dtype, and the solver's correction is applied. The block must be an `AttentionBlock`.
 
     Example:
         >>> jf.Solver(jf.Whole(), jf.Bf16Sweeps(3)).guess
@@ -42,9 +42,9 @@ class Bf16Sweeps(Guess):
         return self.guess(z)
 
     def start(self, problem: Problem, correction: Correction, options: SolveOptions) -> Start:
-        if not supports(problem.block, "has_bf16"):
+        if not isinstance(problem.block, AttentionBlock):
             raise InputValueError(f"{self}: {type(problem.block).__name__} has no bfloat16 network; give another guess")
-        solver = Solver(Whole(), self.guess, MaxSweeps(self.count), correction)
+        solver = Solver(Whole(), self.guess, Stopping(self.count), correction)
         result = sweep(problem, solver, replace(options, tolerance=None), in_bf16=True)
         return Start(result.x, result.progress.sweeps, result.sweeps, result.token_evaluations)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from itertools import compress
 from typing import Any
 
@@ -74,11 +73,9 @@ class _Inverse(torch.autograd.Function):
             if ctx.needs_input_grad[4]:
                 values = values.detach().requires_grad_()
             problem = Problem(ctx.block, z, Context(values))
-            outputs = None
-            if ctx.block.has_inverse_gradients:
-                with suppress(UnsupportedError):
-                    outputs = ctx.block.sequential_inverse(z, problem.context)
-            if outputs is None:
+            try:
+                outputs = ctx.block.sequential_inverse(z, problem.context)
+            except UnsupportedError:
                 outputs = problem.evaluate(x)
                 cotangents = solve_adjoint(outputs, x, cotangents, x.shape[1], _has_converged), cotangents[1]
         pairs = [(o, v) for o, v in zip(outputs, cotangents, strict=True) if o.requires_grad and v is not None]

@@ -10,13 +10,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from jacobiflow.blocks.base import supports
 from jacobiflow.blocks.tokens import gather_run, scatter_run
 from jacobiflow.fixed_point.cuda_graphs import SweepGraphs
 from jacobiflow.fixed_point.engine import SampleQueue, SweepBatch
-from jacobiflow.fixed_point.partition import SlidingRun
 from jacobiflow.fixed_point.progress import SampleProgress
-from jacobiflow.fixed_point.solver import Solver, Stopping
+from jacobiflow.fixed_point.solver import Solver
 
 _MIN_FINISHED_SHARE = 0.25
 """The share of finished samples from which others take their places; copying their keys costs about a sweep."""
@@ -25,7 +23,10 @@ _SWEEPS_PER_CHECK = 4
 
 
 class OwnFronts(SweepBatch):
-    """Samples that each have a front of their own. Finished ones leave, and others take their places."""
+    """Samples that each have a front of their own. Finished ones leave, and others take their places.
+
+    The block is an `AttentionBlock`, and the partition a `SlidingRun`. Only the tolerance ends sweeps.
+    """
 
     def __init__(
         self, queue: SampleQueue, rows: slice, solver: Solver, max_change: float | None, in_bf16: bool
@@ -35,12 +36,6 @@ class OwnFronts(SweepBatch):
         self._samples = np.arange(rows.start, rows.stop)  # in the caller's order
         self._min_front = self._max_front = 0  # bounds of the fronts, which a GPU is not asked for in every sweep
         self._use_graphs()
-
-    @staticmethod
-    def supports(block: Any, solver: Solver) -> bool:
-        """Tells if samples of this block can have fronts of their own: runs slide, and end by the tolerance alone."""
-        slides = isinstance(solver.partition, SlidingRun) and solver.stopping == Stopping()
-        return slides and supports(block, "per_sample_front")
 
     @property
     def is_finished(self) -> bool:
@@ -117,12 +112,12 @@ class OwnFronts(SweepBatch):
         self._use_graphs()
 
     def _use_graphs(self) -> None:
-        """Replays `update_at` of the block as CUDA graphs, if it allows them; all runs then have one size."""
+        """On a GPU replays `update_at` of the block as CUDA graphs; all runs then have one size."""
         partition: Any = self.solver.partition
         size = partition.run_size(self.num_tokens)
         self._update_at: Callable[..., Tensor] = self.block.update_at
         self._run_size: int | None = None
-        if self.x.is_cuda and supports(self.block, "graph_safe") and size < self.num_tokens:
+        if self.x.is_cuda and size < self.num_tokens:
             self._update_at = SweepGraphs(self.block, self.x, self.z, self.cache, size)
             self._run_size = size
 

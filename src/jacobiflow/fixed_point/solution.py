@@ -14,7 +14,7 @@ class Status(IntEnum):
 
     Example:
         >>> jf.Status.MAX_SWEEPS.message
-        'stopped by MaxSweeps; raise it, or give a tolerance, for a smaller residual'
+        'stopped by max_sweeps; raise it, or give a tolerance, for a smaller residual'
     """
 
     CONVERGED = 0
@@ -30,7 +30,7 @@ class Status(IntEnum):
 
 _MESSAGES = {
     Status.CONVERGED: "every token changed by at most the tolerance in its last sweep, was stopped early, or is exact",
-    Status.MAX_SWEEPS: "stopped by MaxSweeps; raise it, or give a tolerance, for a smaller residual",
+    Status.MAX_SWEEPS: "stopped by max_sweeps; raise it, or give a tolerance, for a smaller residual",
     Status.ROUNDING: "the residual is above the tolerance, and so is that of an exact solve: the network rounds "
     "coarsely; raise the tolerance or use a wider dtype",
     Status.NONFINITE: "a value of the exact inverse overflowed; use lower guidance or a wider dtype",

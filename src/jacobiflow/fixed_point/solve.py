@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from jacobiflow.blocks.base import Block, supports
+from jacobiflow.blocks.base import Block, is_pure
 from jacobiflow.blocks.context import Context
 from jacobiflow.blocks.tokens import Tokens
 from jacobiflow.fixed_point.attempt import attempt
@@ -41,12 +41,12 @@ def solve(
 
     A sweep evaluates g on the run [front, stop) that the partition chooses. Then the front passes the leading tokens
     that the sweep changed by at most the tolerance, and one more, which was computed from final ones (Proposition 1 of
-    the paper): T sweeps always suffice. Under `MaxSweeps(J)` a token is passed after J sweeps at the latest. A value
+    the paper): T sweeps always suffice. Under `Stopping(J)` a token is passed after J sweeps at the latest. A value
     that overflows is set back to the guess. If the residual of a sample keeps growing, its correction is turned off. If
     every run is one token, the block's `sequential_inverse` is called instead.
 
-    If the partition's run slides (`Whole`, `Window`), the solver has no stopping rule, and the block has
-    `per_sample_front`, then each sample has a front of its own. Else the batch shares one front, which waits for the
+    If the partition's run slides (`Whole`, `Window`), the solver has no stopping rule, and the block is an
+    `AttentionBlock`, then each sample has a front of its own. Else the batch shares one front, which waits for the
     slowest sample.
 
     One more pass measures the residual of each sample. A sample above the tolerance is resumed from its answer, without
@@ -65,7 +65,7 @@ def solve(
         tolerance: The largest residual allowed. With `None` only the solver's stopping rules end the sweeps, and
             nothing is promised.
         certify: `False` leaves out the pass that measures. "always" measures exact answers too. Without it the
-            residual of an exact answer is measured if the block is not `is_causal`. Else it is 0 by construction; or,
+            residual of an exact answer is measured if the block is not `is_pure`. Else it is 0 by construction; or,
             if that is above a tolerance other than 0, the distance of the largest entry of x to the next number.
         batch_size: Samples that are swept at a time, all by default. The next ones enter as others finish.
         time_limit: Seconds after which TimeoutError is raised, between two sweeps.
@@ -89,7 +89,7 @@ def solve_problem(problem: Problem, solver: Solver, options: SolveOptions) -> So
     solution = attempt(problem, solver, options)
     # Without a look at `solution.exact`, which waits for a GPU.
     is_exact = solver.partition.token_by_token(problem.num_tokens)
-    is_known = is_exact and supports(problem.block, "is_causal")
+    is_known = is_exact and is_pure(problem.block)
     if options.certify == "always" or (options.certify and not is_known):
         solution = _certify(problem, solution, options)
     elif options.certify and tolerance:

@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from jacobiflow.errors import InputValueError
 from jacobiflow.fixed_point.correction import Correction, Plain
 from jacobiflow.fixed_point.guess import Guess, Latent
 from jacobiflow.fixed_point.partition import Partition, Segments, Whole
-from jacobiflow.utils.checks import check_count, check_fields, check_kind, check_number, check_positive
+from jacobiflow.utils.checks import check_count, check_fields, check_number, check_positive
 
 
 @dataclass(frozen=True)
 class Stopping:
-    """Rules that end the sweeps of tokens which have not come within the tolerance; `Stopping()` has none.
+    """Rules that end the sweeps of tokens which have not come within the tolerance; the first that applies counts.
 
-    Build one by `MaxSweeps(count)`, `EarlyStop(ebound)`, or both joined by `|`.
+    Args:
+        max_sweeps: A token is final after this many sweeps, within the tolerance or not: the paper's J. A tuple has a
+            number for each segment of a `Segments` partition (end of section 3.4 of the paper).
+        ebound: All tokens of a run are final when a sweep changed it little: ||X^(k+1) - X^(k)|| / (B T C) <= `ebound`,
+            line 6 of the paper's Algorithm 1. The norm is over the tokens of the run and the whole batch, so that the
+            rule depends on the batch; T counts all tokens of the sequence.
+
+    Example:
+        >>> solver = jf.Solver(jf.Segments(2), stopping=jf.Stopping(max_sweeps=(8, 3)))
     """
 
     max_sweeps: int | tuple[int, ...] | None = None
@@ -29,51 +35,18 @@ class Stopping:
         if self.max_sweeps is not None:
             counts = self.max_sweeps if isinstance(self.max_sweeps, tuple) else (self.max_sweeps,)
             if not counts:
-                raise InputValueError("sweeps=(): give a number, or one for each segment")
+                raise InputValueError("max_sweeps=(): give a number, or one for each segment")
             for count in counts:
-                check_count("sweeps", count)
+                check_count("max_sweeps", count)
         check_fields(self)
-
-    def __or__(self, other: Stopping) -> Stopping:
-        check_kind("stopping", other, Stopping, "a rule such as MaxSweeps(8)")
-        mine, others = self._rules(), other._rules()
-        if both := mine.keys() & others.keys():
-            raise InputValueError(f"{self} | {other}: both give {', '.join(both)}; give it once")
-        return Stopping(**mine, **others)
-
-    def _rules(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if value is not None}
-
-
-def MaxSweeps(count: int | Sequence[int]) -> Stopping:
-    """A token is final after `count` sweeps, within the tolerance or not: the paper's J.
-
-    A sequence has a count for each segment of a `Segments` partition (end of section 3.4 of the paper).
-
-    Example:
-        >>> solver = jf.Solver(jf.Segments(2), stopping=jf.MaxSweeps([8, 3]))
-    """
-    return Stopping(max_sweeps=tuple(count) if isinstance(count, Sequence) else check_count("sweeps", count))
-
-
-def EarlyStop(ebound: float = 1e-8) -> Stopping:
-    """All tokens of a run are final when a sweep changed it little: ||X^(k+1) - X^(k)|| / (B T C) <= `ebound`.
-
-    It is line 6 of the paper's Algorithm 1. The norm is over the tokens of the run and the whole batch, so that the
-    rule depends on the batch; T counts all tokens of the sequence.
-
-    Example:
-        >>> solver = jf.Solver(jf.Whole(), stopping=jf.EarlyStop(1e-6) | jf.MaxSweeps(20))
-    """
-    return Stopping(ebound=check_number("ebound", ebound))
 
 
 @dataclass(frozen=True)
 class Solver:
     """A way to solve a block: four independent pieces.
 
-    `Solver(Sequential())` is the exact loop, `Solver(Whole())` Jacobi, `Solver(Segments(G), stopping=MaxSweeps(J))`
-    the paper's GS-Jacobi, `Solver(Window(n))` a sliding window. The tolerance is that of `solve` or of a `Strategy`.
+    `Solver(Sequential())` is the exact loop, `Solver(Whole())` Jacobi, `Solver(Segments(G), stopping=Stopping(J))` the
+    paper's GS-Jacobi, `Solver(Window(n))` a sliding window. The tolerance is that of `solve` or of a `Strategy`.
 
     Args:
         partition: Chooses the tokens that are swept together.

@@ -145,7 +145,7 @@ class MAFBlock(FlowBlock):
     References: MAF, arXiv 1705.07057; MADE, arXiv 1502.03509.
     """
 
-    inference_safe = has_inverse_gradients = is_causal = True
+    is_pure = True
     layers: Sequence[MaskedLinear]
 
     def __init__(self, config: MAFConfig, permutation: Permutation) -> None:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from jacobiflow.blocks.base import no_gradients, supports
+from jacobiflow.blocks.base import AttentionBlock, no_gradients
 from jacobiflow.blocks.tokens import Tokens
 from jacobiflow.fixed_point import Bf16Sweeps, Correction, Guess, Partition, Sequential, Solver, Whole
 from jacobiflow.fixed_point.attempt import attempt
@@ -96,7 +96,7 @@ def time_block(problem: Problem, try_bf16: bool = True) -> BlockTimings:
     evaluation = _time_repeatedly(partial(problem.residual, problem.z), device)
     timings = BlockTimings(min(sequential), min(evaluation))
     can_pay = timings.sequential > _BF16_SWEEPS * timings.evaluation
-    if try_bf16 and can_pay and problem.num_tokens > 1 and supports(problem.block, "has_bf16"):
+    if try_bf16 and can_pay and problem.num_tokens > 1 and isinstance(problem.block, AttentionBlock):
         share = _bf16_share(problem[:_NUM_BF16_SAMPLES])
         if share < _MAX_BF16_SHARE:
             timings = timings._replace(bf16_evaluation=share * timings.evaluation)

@@ -10,9 +10,7 @@ from typing import Any
 from jacobiflow.errors import InputValueError
 from jacobiflow.fixed_point import (
     Correction,
-    EarlyStop,
     Guess,
-    MaxSweeps,
     Partition,
     Segments,
     Sequential,
@@ -26,6 +24,8 @@ from jacobiflow.utils.checks import format_value
 _FORMS = (
     "auto, sequential, jacobi, jacobi-J, gs-jacobi:G, gs-jacobi:G-J, window:N, or [Stack-GS-J-Else] such as [7-8-32-10]"
 )
+_EBOUND = 1e-8
+"""The early stop of the paper's Algorithm 1."""
 _NUMBER = "[0-9]{1,9}"
 _NUMBERS = f"{_NUMBER}(?:/{_NUMBER})*"
 _SWEEPS = f"{_NUMBER}(?:[,/]{_NUMBER})*"
@@ -119,4 +119,4 @@ def _parse_stack(text: str, num_blocks: int) -> list[Solver]:
 def _parse_sweeps(numbers: str) -> Stopping:
     """One number of sweeps, or one for each segment with commas between, and the paper's early stop."""
     counts = [int(number) for number in numbers.split(",")]
-    return MaxSweeps(counts[0] if len(counts) == 1 else counts) | EarlyStop()
+    return Stopping(counts[0] if len(counts) == 1 else tuple(counts), _EBOUND)

@@ -84,7 +84,7 @@ class Strategy(JsonDocument):
         - "sequential" solves token by token; "Original", a row of the paper's tables, is the same.
         - To the tolerance: "jacobi", "gs-jacobi:8" (8 segments), "window:24", and any registered partition, its name
           followed by its numbers.
-        - A number of sweeps, with the early stop (`jacobiflow.EarlyStop`): "jacobi-30", "gs-jacobi:8-32".
+        - A number of sweeps, with the early stop of the paper's Algorithm 1: "jacobi-30", "gs-jacobi:8-32".
         - The paper's [Stack-GS-J-Else] (section 3.4): blocks in Stack are cut into GS segments of J sweeps each, the
           others are swept Else times. Several in Stack, GS and J have slashes between them, "[0/7-256/8-1/13-6]"; a J
           with commas has a number for each segment, "[7-4-25,13,12,11-10]".

@@ -30,7 +30,7 @@ REPLACE = "give another folder, or overwrite it"
 SMALL = to_float32(make_flow(num_classes=3, noise_std=0.1))  # of 8x8 grey images
 GUIDANCE = jf.Guidance(0.7, annealed=False, on="shift", attn_temperature=0.8)
 DENOISED = jf.SamplingSettings(GUIDANCE, 0.9)
-SOMETIMES = jf.Strategy.uniform(jf.Solver(stopping=jf.MaxSweeps(12)), 2, 1e-4)
+SOMETIMES = jf.Strategy.uniform(jf.Solver(stopping=jf.Stopping(12)), 2, 1e-4)
 CLASSES = torch.arange(10) % 3
 
 

@@ -15,11 +15,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from jacobiflow.blocks.base import FlowBlock, ScaleShift, TokensLogDet, check_context_rows, check_input
+from jacobiflow.blocks.base import AttentionBlock, FlowBlock, ScaleShift, TokensLogDet, check_context_rows, check_input
 from jacobiflow.blocks.context import NO_CONTEXT, Context
 from jacobiflow.blocks.guidance import Guidance
 from jacobiflow.blocks.permutation import Permutation
 from jacobiflow.blocks.tokens import Tokens, row_batches
+from jacobiflow.errors import UnsupportedError
 from jacobiflow.models.transformer.attention import (
     AttentionSpan,
     Layer,
@@ -37,15 +38,14 @@ _TOKENS_PER_PASS = 3200
 samples; see `keep_freed_memory`."""
 
 
-class TransformerBlock(FlowBlock):
+class TransformerBlock(FlowBlock, AttentionBlock):
     """A block whose log-scale s and shift u come from a causal transformer.
 
     Its output for token t-1 belongs to entry t. Entry 0 has s = u = 0, or those of the last row of a prefix, which
     stands before the tokens. Tokens are in the block's own causal order throughout: the flow permutes.
     """
 
-    per_sample_front = graph_safe = inference_safe = has_bf16 = has_attention = is_causal = True
-
+    is_pure = True
     prefix_length = 0
     soft_clip = 0.0
     recomputes_layers = False
@@ -170,6 +170,8 @@ class TransformerBlock(FlowBlock):
     def sequential_inverse(
         self, z: Tokens, context: Context = NO_CONTEXT, guidance: Guidance | None = None, batch_size: int | None = None
     ) -> TokensLogDet:
+        if z.requires_grad:
+            raise UnsupportedError("gradients of a transformer's inverse")
         check_context_rows(context, len(z))
         layers = self.layer_weights()
         network = CausalTransformer(
