@@ -22,7 +22,7 @@ from jacobiflow.native.transforms import ChainTransform
 from jacobiflow.utils.autograd import check_first_derivative, is_batched
 
 _MAX_ACTIVATION_BYTES = 24 << 20  # memory for the backward pass; above, computing activations again is faster
-# Numbers in a weight of a coupling's network; above, PyTorch's own gradients are faster (benchmarks/couplings.py).
+# Numbers in a weight of a coupling's network; above, PyTorch's own gradients are faster (benchmarks/estimators.py).
 _MAX_TRAINED_WEIGHT = 2**17
 _TILE_VECTORS = 4  # vectors of a tile, to which rows are padded, see `Tiles` in masked.h
 
