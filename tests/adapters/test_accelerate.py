@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import glasflow
+import glasflow.nflows.transforms as gf
 import nflows.transforms
 import normflows
 import pytest
@@ -18,12 +21,12 @@ from torch import Tensor, nn
 import jacobiflow as jf
 from jacobiflow.adapters import registry
 from jacobiflow.native.library import Library
-from tests.helpers.library_flows import CASES, CONTEXT, NATIVE, both, normal, problem_of, same_bits
+from tests.helpers.library_flows import CASES, CONTEXT, MASKED, NATIVE, both, normal, problem_of, same_bits
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", MASKED)
 def test_tolerance_0_gives_the_bits_of_the_library(name: str) -> None:
     case = CASES[name]
     for dtype, context, rows in ((torch.float32, CONTEXT, 7), (torch.float64, 0, 1), (torch.float32, CONTEXT, 2000)):
@@ -65,7 +68,7 @@ def test_the_handle_says_what_was_done(monkeypatch: pytest.MonkeyPatch) -> None:
         f"  transform.transforms.{names}: zuko MaskedAutoregressiveTransform, by " for names in ("0", "1", "0, 1")
     )
     assert str(handle).splitlines() == [
-        "accelerated, exact to rounding: 2 autoregressive transforms", first + "native code",
+        "accelerated, exact to rounding: 2 transforms", first + "native code",
         second + "passes, if there are 6 features or more: native code does not know the activation Mish",
     ]  # fmt: skip
     assert (handle.tolerance, handle.reasons, handle.passes, handle.backends) == (None, {}, {}, {})
@@ -128,14 +131,25 @@ def test_skipped_transforms_are_reported_with_the_reason(flow: nn.Module, why: s
     assert f"  first: left alone, {why}" in str(handle)
 
 
-COUPLINGS = "its coupling layers already invert in one pass"
-NO_TRANSFORM = "it has no masked autoregressive transform of zuko, nflows, normflows, pyro, and no TarFlow block"
+def test_scales_of_glasflow_by_a_function_of_the_user_are_refused() -> None:
+    flow = gf.MaskedAffineAutoregressiveTransform(5, 16)
+    copied, y = copy.deepcopy(flow), normal(3, 5)
+    with torch.no_grad(), jf.accelerate(glasflow), jf.accelerate(copied) as handle:
+        torch.testing.assert_close(copied.inverse(y), flow.inverse(y))
+        assert handle.backends == {"": "native"}
+        own = jf.accelerate(gf.MaskedAffineAutoregressiveTransform(5, 16, scale_activation=torch.exp))
+    assert str(own).endswith("native code does not know the scale_activation exp")
+
+
+NO_RESIDUAL_NET = "native code does not know the network Linear"
+COUPLINGS = "native code does not know its coupling layers"
+NO_TRANSFORM = "it has no masked or coupling transform of zuko, nflows, glasflow, normflows, pyro, and no TarFlow block"
 
 
 @pytest.mark.parametrize(
     ("flow", "why"),
     [(zuko.flows.NICE(4), COUPLINGS), (normflows.flows.AffineCouplingBlock(nn.Linear(2, 4)), COUPLINGS),
-     (nflows.transforms.AffineCouplingTransform(torch.arange(8) % 2, nn.Linear), COUPLINGS),
+     (nflows.transforms.AffineCouplingTransform(torch.arange(8) % 2, nn.Linear), NO_RESIDUAL_NET),
      (zuko.flows.MAF(1), NO_TRANSFORM), (zuko.flows.CNF(2), NO_TRANSFORM), ([nn.Linear(2, 2)], NO_TRANSFORM),
      (jf.MAF(jf.MAFConfig(1, 2, hidden_features=4, num_blocks=1)), "jf.sample and jf.decode make it fast")],
     ids=lambda value: type(value).__name__,

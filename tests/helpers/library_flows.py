@@ -1,4 +1,4 @@
-"""Flows of zuko, nflows, normflows and pyro, and checks against the library's own code."""
+"""Flows of zuko, nflows, glasflow, normflows and pyro, and checks against the library's own code."""
 
 from __future__ import annotations
 
@@ -11,6 +11,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import glasflow.nflows.nn.nets as gn
+import glasflow.nflows.transforms as gf
+import nflows.nn.nets as nn_of_nflows
 import nflows.transforms as nf
 import normflows
 import pyro.distributions.transforms as pt
@@ -34,7 +37,34 @@ def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Te
 
 
 def masked_layers(flow: nn.Module) -> list[nn.Module]:
-    return [module for module in flow.modules() if type(module).__name__ == "MaskedLinear"]
+    """The masked layers of a flow, or the layers of its couplings."""
+    name = "Linear" if any(hasattr(module, "transform_net") for module in flow.modules()) else "MaskedLinear"
+    return [module for module in flow.modules() if type(module).__name__ == name]
+
+
+def coupling_net(
+    inputs: int, outputs: int, hidden: int = 16, context: int = 0, library: Any = nf, **settings: Any
+) -> nn.Module:
+    """A residual network of a coupling with random weights; those that the library draws are near 0."""
+    nets = gn if library is gf else nn_of_nflows
+    net = nets.ResidualNet(inputs, outputs, hidden, context or None, **settings)
+    for parameter in net.parameters():
+        nn.init.normal_(parameter, std=0.4)
+    return net
+
+
+def couplings(features: int, context: int, hidden: int, library: Any = nf) -> nn.Module:
+    """An affine and a spline coupling, and a linear layer between them."""
+    net = partial(coupling_net, hidden=hidden, context=context, library=library)
+    odd, bounded = torch.arange(features) % 2, {"tails": "linear", "tail_bound": 3.0}
+    return library.CompositeTransform(
+        [
+            library.PiecewiseRationalQuadraticCouplingTransform(odd, net, num_bins=5, **bounded),
+            library.LULinear(features, identity_init=False),
+            library.AffineCouplingTransform(1 - odd, net),
+            library.ReversePermutation(features),
+        ]
+    )
 
 
 @contextmanager
@@ -212,7 +242,7 @@ def _zuko(kind: Callable[..., nn.Module], gain: float, features: int = 24, **set
 
 
 def _nflows(kind: Callable[..., nn.Module], gain: float, **settings: Any) -> Case:
-    return Case("nflows", lambda d, c, h: kind(d, h, context_features=c or None, **settings), gain)
+    return Case(kind.__module__.split(".")[0], lambda d, c, h: kind(d, h, context_features=c or None, **settings), gain)
 
 
 def _pyro(name: str, gain: float) -> Case:
@@ -221,6 +251,7 @@ def _pyro(name: str, gain: float) -> Case:
 
 
 _affine, _rational = nf.MaskedAffineAutoregressiveTransform, nf.MaskedPiecewiseRationalQuadraticAutoregressiveTransform
+_bounded = {"num_bins": 5, "tails": "linear", "tail_bound": 3.0}
 _normflows_affine = normflows.flows.MaskedAffineAutoregressive
 _spline = partial(normflows.flows.AutoregressiveRationalQuadraticSpline, init_identity=False)
 
@@ -232,16 +263,19 @@ CASES = {
     "zuko user's own": Case("zuko", lambda d, c, _: Scaled(d, c), 4.0),
     "nflows affine": _nflows(_affine, 1.4),
     "nflows feed-forward": _nflows(_affine, 2.5, use_residual_blocks=False),
-    "nflows rational": _nflows(_rational, 4.0, num_bins=5, tails="linear", tail_bound=3.0),
+    "nflows rational": _nflows(_rational, 4.0, **_bounded),
+    "glasflow rational": _nflows(gf.MaskedPiecewiseRationalQuadraticAutoregressiveTransform, 4.0, **_bounded),
+    "nflows coupling": Case("nflows", couplings, 1.5),
     "nflows user's own": Case("nflows", lambda d, c, _: Additive(d, c or None), 2.5),
     "normflows affine": Case("normflows", lambda d, c, h: _normflows_affine(d, h, c or None), 1.5),
     "normflows spline": Case("normflows", lambda d, c, h: _spline(d, 2, h, c or None), 4.0, is_inverse=False),
     "pyro affine": _pyro("affine", 2.0),
     "pyro spline": _pyro("spline", 2.0),
 }
+MASKED = [name for name in CASES if "coupling" not in name]
 NATIVE = (
     "zuko MAF", "zuko NSF", "nflows affine", "nflows rational", "normflows affine", "normflows spline", "pyro affine",
-    "pyro spline",
+    "pyro spline", "glasflow rational", "nflows coupling",
 )  # fmt: skip
 LARGE = {  # more features than a block of native code has, and hidden units
     "zuko NSF": (50, 100), "zuko MAF residual": (40, 70), "nflows affine": (70, 100), "normflows spline": (50, 100),

@@ -1,4 +1,4 @@
-"""Random flows of zuko, nflows, normflows and pyro, drawn by hypothesis."""
+"""Random flows of zuko, nflows, glasflow, normflows and pyro, drawn by hypothesis."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import glasflow.nflows.transforms as gf
 import nflows.transforms as nf
 import normflows
 import pyro.distributions.transforms as pt
@@ -21,6 +22,8 @@ from torch.nn import functional as F
 from zuko.flows.autoregressive import MaskedAutoregressiveTransform
 from zuko.flows.spline import CircularRQSTransform
 from zuko.lazy import LazyComposedTransform, LazyInverse, UnconditionalTransform
+
+from tests.helpers.library_flows import coupling_net
 
 Draw = Callable[[st.SearchStrategy[Any]], Any]
 
@@ -68,7 +71,7 @@ def zuko_flows(draw: Draw, features: int, context: int) -> tuple[nn.Module, str]
     return LazyComposedTransform(*parts), domain
 
 
-def nflows_flows(draw: Draw, features: int, context: int) -> tuple[nn.Module, str]:
+def nflows_flows(nf: Any, draw: Draw, features: int, context: int) -> tuple[nn.Module, str]:
     domain = draw(st.sampled_from(["line", "line", "unit"]))
 
     def masked() -> nn.Module:
@@ -84,6 +87,18 @@ def nflows_flows(draw: Draw, features: int, context: int) -> tuple[nn.Module, st
             features, hidden, num_bins=draw(st.integers(2, 6)), **tails, **settings
         )
 
+    def coupling() -> nn.Module:
+        mask = torch.randperm(features) % draw(st.integers(2, 3))
+        settings = {"num_blocks": draw(st.integers(0, 2)), "activation": draw(functions)}
+        net = partial(coupling_net, hidden=draw(st.integers(1, 24)), context=context, library=nf, **settings)
+        if domain == "line" and draw(st.booleans()):
+            return nf.AffineCouplingTransform(mask, net)
+        tails = {"tails": "linear", "tail_bound": 2.5} if domain == "line" else {}
+        return nf.PiecewiseRationalQuadraticCouplingTransform(mask, net, num_bins=draw(st.integers(2, 6)), **tails)
+
+    if features > 1 and draw(st.booleans()):
+        linear = [nf.LULinear(features, identity_init=draw(st.booleans()))] if domain == "line" else []
+        return nf.CompositeTransform([coupling(), *linear, nf.InverseTransform(coupling()), masked()]), domain
     if draw(st.booleans()):
         return masked(), domain
     inner = nf.InverseTransform(nf.CompositeTransform([masked(), nf.ReversePermutation(features), masked()]))
@@ -129,7 +144,13 @@ def pyro_flows(draw: Draw, features: int, context: int) -> tuple[nn.Module, str]
     return spline(features, network(param_dims=sizes), count_bins=bins, bound=2.0, order=order), "line"
 
 
-FLOWS = {"zuko": zuko_flows, "nflows": nflows_flows, "normflows": normflows_flows, "pyro": pyro_flows}
+FLOWS = {
+    "zuko": zuko_flows,
+    "nflows": partial(nflows_flows, nf),
+    "glasflow": partial(nflows_flows, gf),
+    "normflows": normflows_flows,
+    "pyro": pyro_flows,
+}
 
 
 def inputs(domain: str, *shape: int, dtype: torch.dtype) -> Tensor:

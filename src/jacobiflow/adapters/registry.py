@@ -8,6 +8,7 @@ from packaging.version import Version
 
 from jacobiflow.adapters.adapter import Adapter
 from jacobiflow.adapters.library_module import LIBRARIES
+from jacobiflow.adapters.nflows import make_adapters
 from jacobiflow.errors import InputValueError
 
 BUILDERS = {"sbi": ("nflows", "zuko")}  # Packages that make flows of these libraries.
@@ -23,7 +24,15 @@ def load_adapters(library: str) -> tuple[Adapter, ...]:
     if library == "zuko":
         from jacobiflow.adapters.zuko import ADAPTERS
     elif library == "nflows":
-        from jacobiflow.adapters.nflows import ADAPTERS
+        from nflows import transforms
+        from nflows.nn import nets
+
+        return make_adapters(transforms, nets)
+    elif library == "glasflow":
+        from glasflow.nflows import transforms
+        from glasflow.nflows.nn import nets
+
+        return make_adapters(transforms, nets)
     elif library == "normflows":
         from jacobiflow.adapters.normflows import ADAPTERS
     else:
