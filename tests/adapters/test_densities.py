@@ -45,7 +45,7 @@ def zuko_calls(kind: Any, form: str = "") -> Calls:
     if form == "inverse":  # Its slow side is the density.
         flow = zuko.lazy.Flow([part.inv for part in flow.transform.transforms], flow.base)
     if form == "mixed":  # Native code does not take the last transform.
-        last = zuko.lazy.UnconditionalTransform(zuko.transforms.SoftclipTransform, bound=9.0)
+        last = zuko.lazy.UnconditionalTransform(zuko.transforms.SignedPowerTransform, torch.full((4,), 0.1))
         flow = zuko.lazy.Flow([*flow.transform.transforms, last], flow.base)
 
     def calls() -> list[Tensor]:

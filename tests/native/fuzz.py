@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import zuko
 from torch import Tensor, nn
 
 import jacobiflow as jf
@@ -262,6 +263,7 @@ def main() -> None:
         library.Library._use_threads_of_pytorch = lambda self: None  # type: ignore[method-assign]
     loaded = library.Library(options.library)
     library._load_or_explain = lambda: (loaded, "")
+    zuko.transforms.bisection = library_flows.exact_bisection
     torch.set_num_threads(3)
     outcomes: Counter[str] = Counter()
     with ThreadPoolExecutor(options.callers) as pool:

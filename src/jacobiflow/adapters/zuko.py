@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from functools import partial
+from inspect import signature
 from typing import Any
 
 import torch
@@ -13,16 +14,20 @@ from torch import Tensor, nn
 from torch.distributions import AffineTransform, Transform
 from torch.distributions.transforms import _InverseTransform
 from zuko.distributions import DiagNormal, NormalizingFlow
+from zuko.flows import SOSPF, polynomial
 from zuko.flows.autoregressive import MaskedAutoregressiveTransform
 from zuko.flows.spline import CircularRQSTransform
 from zuko.lazy import Flow, LazyComposedTransform, LazyInverse, UnconditionalDistribution, UnconditionalTransform
 from zuko.nn import MaskedLinear, MaskedMLP, Residual
 from zuko.transforms import (
     AutoregressiveTransform,
+    BoundedBernsteinTransform,
     ComposedTransform,
     MonotonicAffineTransform,
     MonotonicRQSTransform,
+    MonotonicTransform,
     PermutationTransform,
+    SoftclipTransform,
 )
 
 from jacobiflow.adapters.adapter import AcceleratedModule, Adapter
@@ -39,7 +44,11 @@ from jacobiflow.native.transforms import (
     invert_transforms,
     masked_transform,
     permutation_transform,
+    soft_clip_transform,
 )
+
+# The sums of squares of zuko before 1.6 have no minimum slope, and stay zuko's.
+_SUM_OF_SQUARES = getattr(polynomial, "ShiftedSOSPTransform", None) if "slope" in signature(SOSPF).parameters else None
 
 
 def list_transforms(module: Any, is_conditional: bool) -> Iterator[ChainTransform]:
@@ -90,36 +99,59 @@ def _univariate_fields(univariate: Any, shapes: list[Any]) -> dict[str, Any]:
     settings: dict[str, Any] = {}
     if isinstance(univariate, partial) and not univariate.args:
         univariate, settings = univariate.func, dict(univariate.keywords)
-    if univariate not in (MonotonicAffineTransform, MonotonicRQSTransform, CircularRQSTransform):
-        raise UnsupportedError(f"the univariate {_name_of(univariate)}")
-    slope = settings.pop("slope", default_of(univariate, "slope"))
-    bound = settings.pop("bound", default_of(MonotonicRQSTransform, "bound"))
-    sizes = [tuple(shape) for shape in shapes]
-    if settings or not all(isinstance(number, int | float) for number in (slope, bound)):
-        raise UnsupportedError(f"the settings of {_name_of(univariate)}")
-    clip = 1 / abs(math.log(slope))
-    if univariate is MonotonicAffineTransform and sizes == [(), ()]:
-        return {
-            "kind": TransformKind.MASKED_AFFINE, "scale_activation": ScaleActivation.SOFT_CLIPPED_EXP, "scale_index": 1,
-            "clip": clip,
-        }  # fmt: skip
-    if univariate in (MonotonicRQSTransform, CircularRQSTransform) and len(sizes) == 3 and len(sizes[0]) == 1:
-        (bins,), is_circular = sizes[0], univariate is CircularRQSTransform
-        if sizes == [(bins,), (bins,), (bins - 1,)]:
-            bound = math.pi if is_circular else bound
+
+    def read_settings(**functions: Any) -> list[Any]:
+        """Returns the settings of these names, or the defaults of these functions."""
+        numbers = [settings.pop(name, default_of(function, name)) for name, function in functions.items()]
+        if settings or not all(isinstance(number, int | float) for number in numbers):
+            raise UnsupportedError(f"the settings of {_name_of(univariate)}")
+        return numbers
+
+    match [tuple(shape) for shape in shapes]:
+        case [(), ()] if univariate is MonotonicAffineTransform:
+            (slope,) = read_settings(slope=univariate)
             return {
-                "kind": TransformKind.RATIONAL_QUADRATIC, "bins": bins, "boundary": SplineBoundary.FIXED,
-                "end_slope": 1.0, "is_soft_clipped": True, "clip": clip, "logit_scale": 1.0, "low": -bound,
-                "high": bound, "has_tails": not is_circular, "is_circular": is_circular,
+                "kind": TransformKind.MASKED_AFFINE, "scale_activation": ScaleActivation.SOFT_CLIPPED_EXP,
+                "scale_index": 1, "clip": _clip(slope),
+            }  # fmt: skip
+        case [(bins,), (heights,), (inner,)] if heights == bins == inner + 1 and univariate is MonotonicRQSTransform:
+            slope, bound = read_settings(slope=univariate, bound=univariate)
+            return _spline_fields(bins, slope, bound) | {"has_tails": True}
+        case [(bins,), (heights,), (inner,)] if heights == bins == inner + 1 and univariate is CircularRQSTransform:
+            (slope,) = read_settings(slope=univariate)
+            return _spline_fields(bins, slope, math.pi) | {"is_circular": True}
+        case [(count,)] if univariate is BoundedBernsteinTransform:
+            bound, eps = read_settings(bound=univariate, eps=MonotonicTransform)
+            return {
+                "kind": TransformKind.BERNSTEIN, "bins": count + 5, "high": bound, "edge_margin": 2 * bound * eps,
+            }  # fmt: skip
+        case [(_, terms), ()] if univariate is _SUM_OF_SQUARES:
+            (slope,) = read_settings(slope=univariate)
+            return {
+                "kind": TransformKind.SUM_OF_SQUARES, "bins": 2 * terms - 1, "min_slope": slope,
+                "high": default_of(MonotonicTransform, "bound"),
             }  # fmt: skip
     raise UnsupportedError(f"the univariate {_name_of(univariate)}")
 
 
+def _clip(slope: float) -> float:
+    return 1 / abs(math.log(slope))
+
+
+def _spline_fields(bins: int, slope: float, bound: float) -> dict[str, Any]:
+    return {
+        "kind": TransformKind.RATIONAL_QUADRATIC, "bins": bins, "boundary": SplineBoundary.FIXED, "end_slope": 1.0,
+        "is_soft_clipped": True, "clip": _clip(slope), "logit_scale": 1.0, "low": -bound, "high": bound,
+    }  # fmt: skip
+
+
 def _unconditional_transform(module: Any) -> ChainTransform:
-    """Returns a permutation, or an affine transform whose scale and shift are parameters."""
+    """Returns a permutation, a soft clip, or an affine transform whose scale and shift are parameters."""
     if module.f is PermutationTransform and module._nargs == 1 and len(module._buffers) == 1:
         (order,) = module._buffers.values()
         return permutation_transform(order.tolist())
+    if module.f is SoftclipTransform and module._keys == ["bound"] and isinstance(module.bound, int | float):
+        return soft_clip_transform(module.bound)
     if module.f is AffineTransform:
         loc, scale = _location_scale(module)
         return affine_transform(scale, loc)

@@ -16,6 +16,8 @@ from jacobiflow.native.boundary import Operation, SplineBoundary, Transform, Tra
 from jacobiflow.native.masked_network import MaskedNetwork, Order, Place, Units, coupling_order, find_order
 from jacobiflow.native.tensors import address_of
 
+_MAX_COEFFICIENTS = 100  # of a Bernstein polynomial, whose binomial coefficients have to fit a float
+
 
 @dataclass(frozen=True)
 class ChainTransform:
@@ -76,6 +78,11 @@ def affine_transform(scale: Place, shift: Place, kind: Any = TransformKind.AFFIN
         raise UnsupportedError("a scale and a shift of different sizes")
     structure = Transform(kind=kind, scale_stride=sizes[0] > 1, shift_stride=sizes[1] > 1)
     return ChainTransform(structure, shapes=shapes, features=features if features > 1 else None, places=(scale, shift))
+
+
+def soft_clip_transform(bound: float) -> ChainTransform:
+    """Returns the transform y = x / (1 + |x / bound|) of each feature."""
+    return ChainTransform(Transform(kind=TransformKind.SOFT_CLIP, high=bound))
 
 
 def lu_transform(lower: Place, upper: Place, diagonal: Place, shift: Place, min_scale: float) -> ChainTransform:
@@ -185,6 +192,10 @@ def _check_parameters(t: Transform) -> None:
             and max(t.min_width, t.min_height) * t.bins < 1
             and (not lambdas or t.boundary == SplineBoundary.FIXED)
         )  # fmt: skip
+    elif t.kind == TransformKind.BERNSTEIN:
+        fits = t.bins == t.parameters + 5 and 1 < t.parameters and t.bins <= _MAX_COEFFICIENTS
+    elif t.kind == TransformKind.SUM_OF_SQUARES:  # a shift, and the coefficients of polynomials
+        fits = t.bins > 0 and t.bins % 2 == 1 and t.parameters > 1 and 2 * (t.parameters - 1) % (t.bins + 1) == 0
     else:
         fits = t.parameters == 2
     if not fits:

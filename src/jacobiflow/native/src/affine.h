@@ -33,17 +33,17 @@ class Affine {
   using S = Simd<T>;
   using Vector = typename S::Vector;
 
-  Affine(const Transform& t, const Parameters<T>& p)
-      : t(t), stride(p.stride), parameter(p[t.scale_index]), shift(p[1 - t.scale_index]) {}
+  Affine(const Transform& t, const Parameters<T>& p, bool inverts)
+      : t(t), inverts(inverts), stride(p.stride), parameter(p[t.scale_index]), shift(p[1 - t.scale_index]) {}
 
   // Transforms x, or y if the transform is inverted, and sets the logarithm of dy/dx.
-  Vector apply(bool inverts, Vector in, Vector& log_slope) const {
+  Vector apply(Vector in, bool, Vector& log_slope, Vector&) const {
     const Vector factor = derivative(inverts, log_slope);
     return inverts != t.parametrizes_inverse ? (in - shift) * factor : in * factor + shift;
   }
 
   // Writes the gradients of the parameters to `to`, and returns the gradient of the input.
-  Vector differentiate(bool inverts, Vector x, Gradients<Vector> g, T* to) const {
+  Vector differentiate(Vector x, Gradients<Vector> g, T* to) const {
     Vector log_slope;
     const Vector slope = derivative(false, log_slope);
     const Vector result = inverts ? inverse_gradient(g, slope, Vector{}) : g.value * slope;
@@ -57,11 +57,12 @@ class Affine {
 
  private:
   const Transform& t;
+  const bool inverts;
   const int stride;
   const Vector parameter, shift;  // the scale's parameter, before its activation
 
-  // Returns dy/dx, or dx/dy if the transform is inverted, and sets the logarithm of dy/dx.
-  Vector derivative(bool inverts, Vector& log_slope) const {
+  // Returns dy/dx, or dx/dy if `is_inverse`, and sets the logarithm of dy/dx.
+  Vector derivative(bool is_inverse, Vector& log_slope) const {
     Vector scale{}, log_scale;
     bool is_exponential = true;
     switch (t.scale_activation) {
@@ -74,8 +75,8 @@ class Affine {
         log_scale = S::log(scale), is_exponential = false;
     }
     log_slope = t.parametrizes_inverse ? -log_scale : log_scale;
-    if (is_exponential) return S::exp(inverts ? -log_slope : log_slope);
-    return inverts != t.parametrizes_inverse ? T(1) / scale : scale;
+    if (is_exponential) return S::exp(is_inverse ? -log_slope : log_slope);
+    return is_inverse != t.parametrizes_inverse ? T(1) / scale : scale;
   }
 
   // Returns the derivative of the scale's logarithm in its parameter, from the slope dy/dx.

@@ -18,7 +18,7 @@ class BackwardTile {
         features((size_t)call.features * rows), copy((size_t)call.features * rows),
         log_det((size_t)(call.is_by_feature ? call.features : 1) * rows), context((size_t)call.context_features * rows),
         context_gradient((size_t)call.context_features * rows), gradients(chain.max_gradient_units * rows),
-        transposed((size_t)tensors.max_inputs * rows), bins(spline_memory<T>(call)), constants(constant_memory<T>(call, 2 * rows)) {}
+        transposed((size_t)tensors.max_inputs * rows), memory(feature_memory<T>(call)), constants(constant_memory<T>(call, 2 * rows)) {}
 
   // Adds the gradients of rows [first, first + count), whose values the forward direction has left in `activations`.
   void run(int64_t first, int count, const T* activations) {
@@ -37,6 +37,8 @@ class BackwardTile {
       needs_features = i > 0 || args.grad_input || inverts;
       if (t.kind == TransformKind::permutation)
         permute(t, !inverts, rows, features.get(), copy.get());
+      else if (t.kind == TransformKind::soft_clip)
+        differentiate_soft_clip(t);
       else if (t.kind == TransformKind::lu_linear)
         differentiate_lu(t);
       else if (is_constant(t))
@@ -59,7 +61,7 @@ class BackwardTile {
   const GradientArgs& args;
   TensorGradients<T>& tensors;
   T* const sums;
-  Buffer<T> features, copy, log_det, context, context_gradient, gradients, transposed, bins, constants;
+  Buffer<T> features, copy, log_det, context, context_gradient, gradients, transposed, memory, constants;
   const T* values = nullptr;  // the tile's activations
   int index = 0;              // index of the current transform
   bool inverts = false, needs_features = false;
@@ -175,6 +177,18 @@ class BackwardTile {
           S::sum(inverts ? -of_log_det : of_log_det) / upper.matrix.entries[(size_t)i * (D + 1)];
   }
 
+  void differentiate_soft_clip(const Transform& t) {
+    for (int f = 0; f < call.features; f++)
+      for (int v = 0; v < vectors; v++) {
+        T* at = features.get() + (size_t)f * rows + v * S::lanes;
+        const Vector x = S::load(value_of(0) + (size_t)f * rows + v * S::lanes), to_share = S::abs(x) / (T)t.high + T(1);
+        const Vector slope = T(1) / (to_share * to_share), size = T(-2) / (to_share * (T)t.high);
+        const Vector bend = x > T(0) ? size : (x < T(0) ? -size : Vector{});
+        const Gradients<Vector> g{S::load(at), log_det_of(f, v)};
+        S::store(at, inverts ? inverse_gradient(g, slope, bend) : g.value * slope + g.log_slope * bend);
+      }
+  }
+
   static void add_to(T* at, Vector v) { S::store(at, S::load(at) + v); }
 
   // Goes from the last step to the first. If the transform was inverted, this solves J^T v = g, as J is triangular: the terms
@@ -207,9 +221,8 @@ class BackwardTile {
       T* to = parameter_gradients + v * S::lanes;
       const Vector x = S::load(value_of(0) + (size_t)(t.context + i) * rows + v * S::lanes);
       const Gradients<Vector> g{S::load(at), log_det_of(t.order[i], v)};
-      S::store(at, t.kind == TransformKind::masked_affine
-                       ? Affine<T>(t, p).differentiate(inverts, x, g, to)
-                       : Spline<T>(t, p, inverts, bins.get()).differentiate(x, g, to));
+      S::store(at, use_feature_transform(t, p, inverts, memory.get(),
+                                         [&](auto transform) { return transform.differentiate(x, g, to); }));
     }
   }
 

@@ -29,7 +29,9 @@ struct Operation {
   const int32_t* ready;    // (steps): number of units that can be computed at each step
 };
 
-enum class TransformKind : int32_t { permutation, affine, normal, lu_linear, masked_affine, rational_quadratic, rational_linear };
+enum class TransformKind : int32_t {
+  permutation, affine, normal, soft_clip, lu_linear, masked_affine, rational_quadratic, rational_linear, bernstein, sum_of_squares
+};
 
 // Makes a scale of a parameter p: the exponential of p, p / (1 + clip |p|) or clamped p; or a function of p, plus `min_scale`.
 enum class ScaleActivation : int32_t { exp, soft_clipped_exp, clamped_exp, softplus, sigmoid };
@@ -37,11 +39,12 @@ enum class ScaleActivation : int32_t { exp, soft_clipped_exp, clamped_exp, softp
 enum class SplineBoundary : int32_t { fixed, free, circular };
 
 // Transforms x to y. `affine` and `normal` have a scale and a shift as tensors. `normal` leaves x as it is, and adds its
-// log-density to the log-determinant: the base of a flow ends its chain. `lu_linear` is y = L U x + shift, with ones on the
-// diagonal of L; its tensors are the entries below the diagonal of L, those above the diagonal of U, the diagonal of U before
-// its softplus, and the shift. For the kinds after them, a network gives the parameters of each feature from the features of
-// earlier steps. A coupling has two steps: features that stay as they are, which the network reads, and the others. Without a
-// network, tensors (features, size) are the parameters: two of an affine transform, or widths, heights and derivatives.
+// log-density to the log-determinant: the base of a flow ends its chain. `soft_clip` is y = x / (1 + |x / high|). `lu_linear` is
+// y = L U x + shift, with ones on the diagonal of L; its tensors are the entries below the diagonal of L, those above the
+// diagonal of U, the diagonal of U before its softplus, and the shift. For the kinds after them, a network gives the parameters
+// of each feature from the features of earlier steps. A coupling has two steps: features that stay as they are, which the
+// network reads, and the others. Without a network, tensors (features, size) are the parameters: two of an affine transform, or
+// widths, heights and derivatives.
 struct Transform {
   TransformKind kind;
   int32_t features;           // D
@@ -58,7 +61,7 @@ struct Transform {
   ScaleActivation scale_activation;
   int32_t scale_index;        // 0 if the scale is the first of the two parameters of masked_affine, 1 if it is the second
   int32_t parametrizes_inverse;      // 1 if the parameters of masked_affine are those of the inverse, x = scale y + shift
-  int32_t bins;               // number of bins of a spline
+  int32_t bins;               // number of bins of a spline, or of coefficients of a polynomial
   SplineBoundary boundary;    // derivatives at the ends of a spline: a constant, parameters, or one parameter for both
   int32_t is_soft_clipped;    // 1 if the parameters of a spline are soft-clipped
   int32_t has_tails;          // 1 if a spline is the identity outside of [low, high]
@@ -70,13 +73,13 @@ struct Transform {
   double min_log_scale;       // of clamped_exp
   double max_log_scale;       // of clamped_exp
   double low;                 // start of a spline
-  double high;                // end of a spline
+  double high;                // end of a spline, or bound of a polynomial or soft_clip
   double min_width;           // of a bin, as a fraction of high - low
   double min_height;          // of a bin, as a fraction of high - low
-  double min_slope;           // added to the derivative at a knot
+  double min_slope;           // added to the derivative at a knot, or to a sum of squares
   double end_slope;           // derivative at the ends if the boundary is `fixed`
   double logit_scale;         // multiplies the logits of widths and heights
-  double edge_margin;         // added to the edges of bins in the search of a bin
+  double edge_margin;         // added to the edges of bins in the search of a bin; width of the ends of bernstein
   const Operation* operations;
   const int32_t* order;       // (features): features, sorted by step
   const int32_t* starts;      // (steps + 1): where each step starts in `order`

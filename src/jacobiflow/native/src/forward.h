@@ -18,7 +18,7 @@ class ForwardTile {
   // With `has_activations`, `run` gets memory for the values that the backward pass reads.
   ForwardTile(const Chain<T>& chain, bool has_activations)
       : chain(chain), call(chain.call), features((size_t)call.features * rows), copy((size_t)call.features * rows),
-        context((size_t)call.context_features * rows), bins(spline_memory<T>(call)), constants(constant_memory<T>(call, rows)) {
+        context((size_t)call.context_features * rows), memory(feature_memory<T>(call)), constants(constant_memory<T>(call, rows)) {
     std::vector<size_t> sizes, partial_sizes;
     for (int i = 0; i < call.count; i++) {
       const Transform& t = call.transforms[i];
@@ -35,11 +35,11 @@ class ForwardTile {
     for (size_t size : partial_sizes) partials.emplace_back(size * rows);
   }
 
-  // Computes rows [first, first + count), at most `rows`. Stores the values that the backward pass reads in `memory`
+  // Computes rows [first, first + count), at most `rows`. Stores the values that the backward pass reads in `stored`
   // (units, rows), unless it is null. Writes the results if the call has memory for them.
-  void run(int64_t first, int count, T* memory) {
+  void run(int64_t first, int count, T* stored) {
     const T *in = static_cast<const T*>(call.input), *contexts = static_cast<const T*>(call.context);
-    activations = memory;
+    activations = stored;
     for (int v = 0; v < vectors; v++) log_det[v] = rounding[v] = non_finite[v] = Vector{};
     load_rows(in + first * call.in_stride, call.in_stride, call.features, count, rows, features.get());
     for (int f = 0; f < call.features; f++) check_finite(features.get() + (size_t)f * rows);
@@ -57,7 +57,7 @@ class ForwardTile {
  private:
   const Chain<T>& chain;
   const ChainArgs& call;
-  Buffer<T> features, copy, context, bins, constants;
+  Buffer<T> features, copy, context, memory, constants;
   std::vector<Buffer<T>> values, partials;
   Vector log_det[vectors], rounding[vectors];
   Vector non_finite[vectors];  // NaN in lanes of rows that were not finite, else 0
@@ -90,6 +90,8 @@ class ForwardTile {
   void transform(const Transform& t) {
     if (t.kind == TransformKind::permutation)
       permute(t, inverts, rows, features.get(), copy.get());
+    else if (t.kind == TransformKind::soft_clip)
+      soft_clip(t);
     else if (t.kind == TransformKind::lu_linear)
       transform_lu(t);
     else if (is_constant(t))
@@ -154,6 +156,20 @@ class ForwardTile {
       const Vector change = S::log(S::broadcast(*diagonal));
       for (int v = 0; v < vectors; v++) add(v, inverts ? -change : change);
     }
+  }
+
+  // Computes y = x / (1 + |x / high|). A row is left to the library if the inverse does not exist.
+  void soft_clip(const Transform& t) {
+    for (int f = 0; f < call.features; f++)
+      for (int v = 0; v < vectors; v++) {
+        T* at = features.get() + (size_t)f * rows + v * S::lanes;
+        const Vector in = S::load(at), share = S::abs(in) / (T)t.high, out = in / (inverts ? T(1) - share : T(1) + share);
+        const Vector x = inverts ? out : in, change = S::log(S::abs(x) / (T)t.high + T(1)) * T(-2);
+        if (inverts) non_finite[v] = share < T(1) ? non_finite[v] : S::broadcast(S::nan);
+        if (activations) S::store(activations + (chain.inputs[index] + f) * rows + v * S::lanes, x);
+        S::store(at, out);
+        add(v, inverts ? -change : change);
+      }
   }
 
   // Returns the units of a value of this transform: all of them, or those of the current steps.
@@ -327,9 +343,9 @@ class ForwardTile {
       const Parameters<T> p{parameters + v * S::lanes, rows};
       Vector change{};
       const Vector in = S::load(at);
-      const Vector out = t.kind == TransformKind::masked_affine
-                             ? Affine<T>(t, p).apply(inverts, in, change)
-                             : Spline<T>(t, p, inverts, bins.get()).apply(in, call.log_det, change, non_finite[v]);
+      const Vector out = use_feature_transform(t, p, inverts, memory.get(), [&](auto transform) {
+        return transform.apply(in, call.log_det, change, non_finite[v]);
+      });
       S::store(at, out);
       if (inverts) change = -change;
       add(v, change);

@@ -2,13 +2,25 @@
 #pragma once
 
 #include "chain.h"
+#include "monotone.h"
 #include "splines.h"
 
 namespace jacobiflow {
 
-// Returns memory for the exponentials of a spline's widths and heights, for one vector of rows.
+// Calls use(the transform of one feature), and returns the result. `memory` is from `feature_memory`.
+template <typename T, typename Use>
+auto use_feature_transform(const Transform& t, const Parameters<T>& p, bool inverts, T* memory, const Use& use) {
+  switch (t.kind) {
+    case TransformKind::masked_affine: return use(Affine<T>(t, p, inverts));
+    case TransformKind::bernstein: return use(Bernstein<T>(t, p, inverts, memory));
+    case TransformKind::sum_of_squares: return use(SumOfSquares<T>(t, p, inverts, memory));
+    default: return use(Spline<T>(t, p, inverts, memory));
+  }
+}
+
+// Returns memory for two vectors of rows per bin of a spline, or per coefficient of a polynomial.
 template <typename T>
-Buffer<T> spline_memory(const ChainArgs& call) {
+Buffer<T> feature_memory(const ChainArgs& call) {
   int max_bins = 0;
   for (int i = 0; i < call.count; i++) max_bins = std::max(max_bins, call.transforms[i].bins);
   return Buffer<T>((size_t)2 * max_bins * Simd<T>::lanes);
