@@ -93,9 +93,9 @@ def make_run(key: Json, made: SbiFlow | GlasflowFlow, flow: Any) -> Callable[[],
         torch.manual_seed(2)
         return made.sample(flow, context, key["rows"])
 
-    return {SAMPLE: sample, LOG_PROB: torch.no_grad()(partial(made.log_prob, flow, x, context)), STEP: step}[
-        key["call"]
-    ]
+    density = torch.no_grad()(partial(made.log_prob, flow, x, context))
+    runs: dict[str, Callable[[], Any]] = {SAMPLE: sample, LOG_PROB: density, STEP: step}
+    return runs[key["call"]]
 
 
 def measure(key: Json) -> Json:

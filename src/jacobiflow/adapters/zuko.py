@@ -1,9 +1,9 @@
-"""zuko: `MaskedAutoregressiveTransform`, the transform of MAF, NSF, NCSF, NAF, UNAF, SOSPF and BPF."""
+"""zuko: the masked transforms of its autoregressive flows, and the couplings of NICE."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from inspect import signature
 from typing import Any
@@ -16,13 +16,16 @@ from torch.distributions.transforms import _InverseTransform
 from zuko.distributions import DiagNormal, NormalizingFlow
 from zuko.flows import SOSPF, polynomial
 from zuko.flows.autoregressive import MaskedAutoregressiveTransform
+from zuko.flows.coupling import GeneralCouplingTransform
+from zuko.flows.gaussianization import ElementWiseTransform
 from zuko.flows.spline import CircularRQSTransform
 from zuko.lazy import Flow, LazyComposedTransform, LazyInverse, UnconditionalDistribution, UnconditionalTransform
-from zuko.nn import MaskedLinear, MaskedMLP, Residual
+from zuko.nn import MLP, Linear, MaskedLinear, MaskedMLP, Residual
 from zuko.transforms import (
     AutoregressiveTransform,
     BoundedBernsteinTransform,
     ComposedTransform,
+    CouplingTransform,
     MonotonicAffineTransform,
     MonotonicRQSTransform,
     MonotonicTransform,
@@ -41,6 +44,8 @@ from jacobiflow.native.masked_network import Place
 from jacobiflow.native.transforms import (
     ChainTransform,
     affine_transform,
+    constant_transform,
+    coupling_transform,
     invert_transforms,
     masked_transform,
     permutation_transform,
@@ -67,6 +72,13 @@ def list_transforms(module: Any, is_conditional: bool) -> Iterator[ChainTransfor
         yield _unconditional_transform(module)
     elif kind is MaskedAutoregressiveTransform:
         yield _autoregressive_transform(module)
+    elif kind is GeneralCouplingTransform:
+        kept = module.mask.tolist()
+        yield _coupling_transform(
+            module, *([i for i, keeps in enumerate(kept) if keeps is each] for each in (True, False))
+        )
+    elif kind is ElementWiseTransform:
+        yield _elementwise_transform(module, is_conditional)
     else:
         raise UnsupportedError(kind.__name__)
 
@@ -80,12 +92,34 @@ def _autoregressive_transform(module: Any) -> ChainTransform:
     return masked_transform(network, **_univariate_fields(module.univariate, list(module.shapes)))
 
 
+def _coupling_transform(module: Any, identity: Sequence[int], transformed: Sequence[int]) -> ChainTransform:
+    if type(module.hyper) is not MLP:
+        raise UnsupportedError(f"the network {type(module.hyper).__name__}")
+    outputs = torch.arange(len(transformed) * module.total, device="cpu").view(-1, module.total)
+    network = LibraryNetwork(outputs, range(len(identity), module.hyper.in_features), len(identity))
+    _add_layers(network, 0, list(module.hyper))
+    fields = _univariate_fields(module.univariate, list(module.shapes))
+    return coupling_transform(network, identity, transformed, **fields)
+
+
+def _elementwise_transform(module: Any, is_conditional: bool) -> ChainTransform:
+    """Returns a transform whose parameters depend on the context only, or are tensors."""
+    if "hyper" in module._modules:
+        return _coupling_transform(module, [], range(module.hyper.out_features // module.total))
+    if is_conditional:
+        raise UnsupportedError("a context for parameters that depend on none")
+    places = [(module.phi._parameters, name) for name in module.phi._parameters]
+    features = len(module.phi[0])
+    fields = _univariate_fields(module.univariate, list(module.shapes))
+    return constant_transform(places, features, range(features), **fields)
+
+
 def _add_layers(network: LibraryNetwork, value: int, modules: list[nn.Module]) -> int:
-    """Adds masked layers, activations and residual blocks, one after the other."""
+    """Adds masked and dense layers, activations and residual blocks, one after the other."""
     while modules:
         module, *modules = modules
-        if type(module) is MaskedLinear:
-            function = modules.pop(0) if modules and type(modules[0]) not in (MaskedLinear, Residual) else None
+        if type(module) in (MaskedLinear, Linear):
+            function = modules.pop(0) if modules and type(modules[0]) not in (MaskedLinear, Linear, Residual) else None
             value = network.add_layer(value, module, function)
         elif type(module) is Residual:
             value = network.add_sum(_add_layers(network, value, list(module.children())), value)
@@ -135,7 +169,10 @@ def _univariate_fields(univariate: Any, shapes: list[Any]) -> dict[str, Any]:
 
 
 def _clip(slope: float) -> float:
-    return 1 / abs(math.log(slope))
+    """Returns the factor of a soft clip that ends at slopes of `slope` and 1 / `slope`."""
+    if not 0 < slope < 1:
+        raise UnsupportedError(f"the slope {slope}")
+    return -1 / math.log(slope)
 
 
 def _spline_fields(bins: int, slope: float, bound: float) -> dict[str, Any]:
@@ -217,11 +254,8 @@ class _AcceleratedTransform(Transform):
         return super().call_and_ladj(x) if result is None else result  # type: ignore[misc]
 
 
-class AcceleratedAutoregressive(_AcceleratedTransform, AutoregressiveTransform):  # type: ignore[misc]
-    """A masked transform at a context. Copies and pickles are of zuko's class."""
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return AutoregressiveTransform, (self.meta, self.passes)
+class _AcceleratedLayer(_AcceleratedTransform):
+    """A transform of one layer at a context. Copies and pickles are of zuko's class."""
 
     @property
     def inv(self) -> AcceleratedInverse:
@@ -229,15 +263,36 @@ class AcceleratedAutoregressive(_AcceleratedTransform, AutoregressiveTransform):
         return AcceleratedInverse(self)
 
     def _inverse(self, y: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d"]:
-        module, context = self.module, self.context
         result = self._evaluate(y, is_inverse=True)
-        if result is None and is_accelerated(module):
-
-            def step(module: Any, x: Tensor) -> tuple[Tensor]:
-                return (module.meta(context, x).inv(y),)
-
-            result = invert_by_passes(module.acceleration, module, step, module, y, context, self.passes)
+        if result is None and is_accelerated(self.module):
+            result = self._invert_by_passes(y)
         return super()._inverse(y) if result is None else result[0]
+
+    def _invert_by_passes(self, y: Tensor) -> Any:
+        """Returns the inverse without native code in a tuple; `None` if it is left to zuko."""
+        return None
+
+
+class AcceleratedCoupling(_AcceleratedLayer, CouplingTransform):  # type: ignore[misc]
+    """A coupling at a context."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return CouplingTransform, (self.meta, self.module.mask)
+
+
+class AcceleratedAutoregressive(_AcceleratedLayer, AutoregressiveTransform):  # type: ignore[misc]
+    """A masked transform at a context."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return AutoregressiveTransform, (self.meta, self.passes)
+
+    def _invert_by_passes(self, y: Tensor) -> Any:
+        module, context = self.module, self.context
+
+        def step(module: Any, x: Tensor) -> tuple[Tensor]:
+            return (module.meta(context, x).inv(y),)
+
+        return invert_by_passes(module.acceleration, module, step, module, y, context, self.passes)
 
 
 class AcceleratedInverse(_InverseTransform):
@@ -335,12 +390,13 @@ class AcceleratedNormalizingFlow(NormalizingFlow):  # type: ignore[misc]
         return super().log_prob(x) if result is None else result[1]
 
 
-class AcceleratedLazyAutoregressive(AcceleratedModule):
-    """A lazy masked transform."""
+class AcceleratedLazyTransform(AcceleratedModule):
+    """A lazy masked or coupling transform."""
 
-    def forward(self, c: Tensor | None = None) -> AcceleratedAutoregressive:
+    def forward(self, c: Tensor | None = None) -> _AcceleratedLayer:
         transform = super().forward(c)
-        transform.__class__ = AcceleratedAutoregressive
+        is_coupling = isinstance(transform, CouplingTransform)
+        transform.__class__ = AcceleratedCoupling if is_coupling else AcceleratedAutoregressive
         transform.module, transform.context = self, c
         return transform
 
@@ -362,7 +418,9 @@ class AcceleratedFlow(AcceleratedModule):
 
 
 ADAPTERS: tuple[Adapter, ...] = (
-    Adapter(MaskedAutoregressiveTransform, ("forward",), AcceleratedLazyAutoregressive, list_transforms),
+    Adapter(MaskedAutoregressiveTransform, ("forward",), AcceleratedLazyTransform, list_transforms),
+    Adapter(GeneralCouplingTransform, ("forward",), AcceleratedLazyTransform, list_transforms, needs_native=True),
+    Adapter(ElementWiseTransform, (), AcceleratedModule, list_transforms, needs_native=True),  # in compositions
     Adapter(LazyComposedTransform, ("forward",), AcceleratedLazyComposed, list_transforms, True, "transforms"),
     Adapter(Flow, ("forward",), AcceleratedFlow, list_transforms, is_composition=True),
 )

@@ -59,9 +59,9 @@ class TransformChain:
         self.transforms = transforms  # their memory has to live as long as the table
         features = {each.features for each in transforms if each.features is not None}
         contexts = {each.context for each in transforms if each.context is not None}
-        if len(features) != 1 or len(contexts) != 1:
-            raise UnsupportedError("transforms of several widths, or without a masked network")
-        (self.features,), (self.context,) = features, contexts
+        if len(features) != 1 or len(contexts) > 1:
+            raise UnsupportedError("transforms of several widths")
+        (self.features,), (self.context,) = features, contexts or (0,)
         self.table = (Transform * len(transforms))(*(each.structure for each in transforms))
         self.shapes: list[tuple[int, ...]] = []
         for entry, each in zip(self.table, transforms, strict=True):

@@ -18,7 +18,8 @@ class BackwardTile {
         features((size_t)call.features * rows), copy((size_t)call.features * rows),
         log_det((size_t)(call.is_by_feature ? call.features : 1) * rows), context((size_t)call.context_features * rows),
         context_gradient((size_t)call.context_features * rows), gradients(chain.max_gradient_units * rows),
-        transposed((size_t)tensors.max_inputs * rows), memory(feature_memory<T>(call)), constants(constant_memory<T>(call, 2 * rows)) {}
+        transposed((size_t)tensors.max_inputs * rows), memory(feature_memory<T>(call)),
+        constants(constant_memory<T>(call, 2 * rows)) {}
 
   // Adds the gradients of rows [first, first + count), whose values the forward direction has left in `activations`.
   void run(int64_t first, int count, const T* activations) {

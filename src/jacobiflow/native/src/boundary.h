@@ -30,7 +30,8 @@ struct Operation {
 };
 
 enum class TransformKind : int32_t {
-  permutation, affine, normal, soft_clip, lu_linear, masked_affine, rational_quadratic, rational_linear, bernstein, sum_of_squares
+  permutation, affine, normal, soft_clip, lu_linear, masked_affine, rational_quadratic, rational_linear, bernstein,
+  sum_of_squares
 };
 
 // Makes a scale of a parameter p: the exponential of p, p / (1 + clip |p|) or clamped p; or a function of p, plus `min_scale`.
@@ -51,7 +52,7 @@ struct Transform {
   int32_t steps;              // number of groups of features that are solved together
   int32_t parameters;         // number of parameters of each feature
   int32_t identity;           // number of features that stay as they are, the first in `order`
-  int32_t inputs;             // number of features that the network reads, the first in `order`: D, or of a coupling `identity`
+  int32_t inputs;             // number of features that the network reads, the first in `order`: all, or `identity`
   int32_t num_operations;     // 0 without a network
   int32_t context;            // number of context columns in the network's input
   int32_t context_start;      // the first of these columns

@@ -18,7 +18,8 @@ class ForwardTile {
   // With `has_activations`, `run` gets memory for the values that the backward pass reads.
   ForwardTile(const Chain<T>& chain, bool has_activations)
       : chain(chain), call(chain.call), features((size_t)call.features * rows), copy((size_t)call.features * rows),
-        context((size_t)call.context_features * rows), memory(feature_memory<T>(call)), constants(constant_memory<T>(call, rows)) {
+        context((size_t)call.context_features * rows), memory(feature_memory<T>(call)),
+        constants(constant_memory<T>(call, rows)) {
     std::vector<size_t> sizes, partial_sizes;
     for (int i = 0; i < call.count; i++) {
       const Transform& t = call.transforms[i];
