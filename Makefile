@@ -65,6 +65,7 @@ speed: setup
 	$(INSTALL) pocomc
 	$(BIN)/python -m benchmarks.performance model-speed performance
 	$(BIN)/python -m benchmarks.masked_flows
+	$(BIN)/python -m benchmarks.estimators
 	$(BIN)/python -m benchmarks.packages sbi fits
 	$(RENDER)
 	$(BIN)/python -m tools.pictures.figures
