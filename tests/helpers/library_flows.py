@@ -38,8 +38,10 @@ def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Te
 
 def masked_layers(flow: nn.Module) -> list[nn.Module]:
     """The masked layers of a flow, or the layers of its couplings."""
-    name = "Linear" if any(hasattr(module, "transform_net") for module in flow.modules()) else "MaskedLinear"
-    return [module for module in flow.modules() if type(module).__name__ == name]
+    layers = {
+        name: [part for part in flow.modules() if type(part).__name__ == name] for name in ("MaskedLinear", "Linear")
+    }
+    return layers["MaskedLinear"] or layers["Linear"]
 
 
 def coupling_net(
@@ -54,17 +56,17 @@ def coupling_net(
 
 
 def couplings(features: int, context: int, hidden: int, library: Any = nf) -> nn.Module:
-    """An affine and a spline coupling, and a linear layer between them."""
+    """An affine and a spline coupling, a spline of the features that stay, and linear layers between them."""
     net = partial(coupling_net, hidden=hidden, context=context, library=library)
     odd, bounded = torch.arange(features) % 2, {"tails": "linear", "tail_bound": 3.0}
-    return library.CompositeTransform(
-        [
-            library.PiecewiseRationalQuadraticCouplingTransform(odd, net, num_bins=5, **bounded),
-            library.LULinear(features, identity_init=False),
-            library.AffineCouplingTransform(1 - odd, net),
-            library.ReversePermutation(features),
-        ]
+    spline = library.PiecewiseRationalQuadraticCouplingTransform(
+        odd, net, num_bins=5, apply_unconditional_transform=True, **bounded
     )
+    linear, actnorm = library.LULinear(features, identity_init=False), library.ActNorm(features)
+    for parameter in actnorm.parameters():
+        nn.init.normal_(parameter, std=0.4)
+    affine = library.AffineCouplingTransform(1 - odd, net)
+    return library.CompositeTransform([spline, linear, actnorm, affine, library.ReversePermutation(features)])
 
 
 @contextmanager
@@ -267,6 +269,7 @@ CASES = {
     "zuko BPF": _zuko(zuko.flows.BPF, 1.5, 8, degree=6),
     "zuko SOSPF": _zuko(zuko.flows.SOSPF, 1.5, 8, degree=2),
     "zuko NAF": _zuko(zuko.flows.NAF, 1.5, 6, signal=4, network={"hidden_features": (8,)}),  # inverts to 1e-6
+    "zuko coupling": Case("zuko", lambda d, c, h: zuko.flows.NICE(d, c, hidden_features=(h, h)), 1.5),
     "zuko user's own": Case("zuko", lambda d, c, _: Scaled(d, c), 4.0),
     "nflows affine": _nflows(_affine, 1.4),
     "nflows feed-forward": _nflows(_affine, 2.5, use_residual_blocks=False),
@@ -281,8 +284,8 @@ CASES = {
 }
 MASKED = [name for name in CASES if "coupling" not in name]
 NATIVE = (
-    "zuko MAF", "zuko NSF", "zuko BPF", "zuko SOSPF", "nflows affine", "nflows rational", "normflows affine", "normflows spline", "pyro affine",
-    "pyro spline", "glasflow rational", "nflows coupling",
+    "zuko MAF", "zuko NSF", "zuko BPF", "zuko SOSPF", "zuko coupling", "nflows affine", "nflows rational",
+    "nflows coupling", "glasflow rational", "normflows affine", "normflows spline", "pyro affine", "pyro spline",
 )  # fmt: skip
 LARGE = {  # more features than a block of native code has, and hidden units
     "zuko NSF": (50, 100), "zuko MAF residual": (40, 70), "nflows affine": (70, 100), "normflows spline": (50, 100),

@@ -73,10 +73,8 @@ def list_transforms(module: Any, is_conditional: bool) -> Iterator[ChainTransfor
     elif kind is MaskedAutoregressiveTransform:
         yield _autoregressive_transform(module)
     elif kind is GeneralCouplingTransform:
-        kept = module.mask.tolist()
-        yield _coupling_transform(
-            module, *([i for i, keeps in enumerate(kept) if keeps is each] for each in (True, False))
-        )
+        identity, transformed = (mask.nonzero().flatten().tolist() for mask in (module.mask, ~module.mask))
+        yield _coupling_transform(module, identity, transformed)
     elif kind is ElementWiseTransform:
         yield _elementwise_transform(module, is_conditional)
     else:
