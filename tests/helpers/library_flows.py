@@ -247,8 +247,8 @@ CASES = {
     "pyro spline": _pyro("spline", 2.0),
 }
 NATIVE = (
-    "zuko MAF", "zuko NSF", "zuko BPF", "zuko SOSPF", "nflows affine", "nflows rational", "normflows affine", "normflows spline", "pyro affine",
-    "pyro spline",
+    "zuko MAF", "zuko NSF", "zuko BPF", "zuko SOSPF", "nflows affine", "nflows rational", "normflows affine",
+    "normflows spline", "pyro affine", "pyro spline",
 )  # fmt: skip
 LARGE = {  # more features than a block of native code has, and hidden units
     "zuko NSF": (50, 100), "zuko MAF residual": (40, 70), "nflows affine": (70, 100), "normflows spline": (50, 100),

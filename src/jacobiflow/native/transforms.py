@@ -117,7 +117,7 @@ def _check_parameters(t: Transform) -> None:
             and (not lambdas or t.boundary == SplineBoundary.FIXED)
         )  # fmt: skip
     elif t.kind == TransformKind.BERNSTEIN:
-        fits = t.bins == t.parameters + 5 and 1 < t.parameters and t.bins <= _MAX_COEFFICIENTS
+        fits = t.bins == t.parameters + 5 and t.parameters > 1 and t.bins <= _MAX_COEFFICIENTS
     elif t.kind == TransformKind.SUM_OF_SQUARES:  # a shift, and the coefficients of polynomials
         fits = t.bins > 0 and t.bins % 2 == 1 and t.parameters > 1 and 2 * (t.parameters - 1) % (t.bins + 1) == 0
     else:

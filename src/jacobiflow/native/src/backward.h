@@ -156,7 +156,7 @@ class BackwardTile {
       Gradients<Vector> g{S::load(at), log_det_of(t.order[i], v)};
       if (inverts) g.value += S::load(gradient_of(0) + input + v * S::lanes);
       S::store(at, use_feature_transform(t, p, inverts, memory.get(),
-                                         [&](auto transform) { return transform.differentiate(x, g, to); }));
+                                         [&](auto&& transform) { return transform.differentiate(x, g, to); }));
     }
   }
 
