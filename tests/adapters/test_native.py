@@ -6,6 +6,7 @@ import copy
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -19,6 +20,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from nflows.transforms.base import InputOutsideDomain
 from torch import Tensor, nn
+from zuko.flows.autoregressive import MaskedAutoregressiveTransform
+from zuko.flows.polynomial import ShiftedSOSPTransform
 
 import jacobiflow as jf
 from tests.helpers.library_flows import (
@@ -229,6 +232,48 @@ def test_inputs_outside_of_a_spline() -> None:
         with jf.accelerate(circle):
             for original, other in zip(expected, values(circle, outside, None, is_inverse), strict=True):
                 torch.testing.assert_close(other, original, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("bound", [0.5, 2.0])
+def test_numbers_at_and_beyond_the_bounds_of_polynomials(bound: float) -> None:
+    torch.manual_seed(0)
+    univariate = partial(zuko.transforms.BoundedBernsteinTransform, bound=bound)
+    bernstein = MaskedAutoregressiveTransform(2, univariate=univariate, shapes=[(5,)]).double()
+    margins = bound * (1 + torch.tensor([-3e-6, -1e-6, 0.0, 1e-6, 1.0], dtype=DOUBLE))
+    check(bernstein, torch.cat([margins, -margins])[:, None].expand(-1, 2), None)
+    check_gradients(bernstein, 2 * bound * leaf(50, 2))
+    squares = zuko.flows.SOSPF(2).double()
+    y = 1000 * leaf(50, 2)  # whose inverses zuko searches in [-10, 10]
+    check(squares, y, None)
+    check_gradients(squares, y, directions=[True])
+
+
+@pytest.mark.parametrize("name", ["zuko BPF", "zuko SOSPF"])
+@torch.no_grad()
+def test_inverses_that_zuko_bisects_are_solved_to_rounding(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    flow, y = CASES[name].make(0, 6, DOUBLE), normal(100, 6, dtype=DOUBLE)
+    own = flow().transform.inv(y)
+    with jf.accelerate(flow):
+        ours = flow().transform.inv(y)
+    errors = [float((flow().transform(x) - y).abs().max()) for x in (ours, own)]
+    assert errors[0] < 1e-12 < 1e-8 < errors[1]
+    torch.testing.assert_close(ours, own, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("univariate", "shapes", "reason"),
+    [
+        (zuko.transforms.BernsteinTransform, [(5,)], "the univariate BernsteinTransform"),
+        (zuko.transforms.BoundedBernsteinTransform, [(1,)], "parameters of other sizes"),
+        (zuko.transforms.BoundedBernsteinTransform, [(200,)], "parameters of other sizes"),
+        (partial(ShiftedSOSPTransform, slope=torch.ones(())), [(2, 3), ()], "the settings of ShiftedSOSPTransform"),
+        (ShiftedSOSPTransform, [(6,), ()], "the univariate ShiftedSOSPTransform"),
+    ],
+)
+def test_other_polynomials_are_left_to_zuko(univariate: Any, shapes: Any, reason: str) -> None:
+    flow = MaskedAutoregressiveTransform(6, univariate=univariate, shapes=shapes)
+    assert reason in str(jf.accelerate(flow))
 
 
 @torch.no_grad()

@@ -223,7 +223,7 @@ class BackwardTile {
       const Vector x = S::load(value_of(0) + (size_t)(t.context + i) * rows + v * S::lanes);
       const Gradients<Vector> g{S::load(at), log_det_of(t.order[i], v)};
       S::store(at, use_feature_transform(t, p, inverts, memory.get(),
-                                         [&](auto transform) { return transform.differentiate(x, g, to); }));
+                                         [&](auto&& transform) { return transform.differentiate(x, g, to); }));
     }
   }
 

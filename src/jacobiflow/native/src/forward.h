@@ -344,7 +344,7 @@ class ForwardTile {
       const Parameters<T> p{parameters + v * S::lanes, rows};
       Vector change{};
       const Vector in = S::load(at);
-      const Vector out = use_feature_transform(t, p, inverts, memory.get(), [&](auto transform) {
+      const Vector out = use_feature_transform(t, p, inverts, memory.get(), [&](auto&& transform) {
         return transform.apply(in, call.log_det, change, non_finite[v]);
       });
       S::store(at, out);

@@ -15,6 +15,7 @@ Vector solve(const Polynomial& f, Vector y, Vector rounding, T bound, Vector x) 
   const T tolerance = 2 * std::numeric_limits<T>::epsilon();
   Vector below = S::broadcast(-bound), above = S::broadcast(bound), step = S::broadcast(4 * bound), earlier = step;
   typename S::Integers is_moving = below < above;
+  x = S::min(S::max(x, -bound), bound);
   for (bool moves = true; moves;) {
     Vector value, slope;
     f.evaluate(x, value, slope);
