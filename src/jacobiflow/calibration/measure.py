@@ -80,7 +80,8 @@ def calibrate(
         segments: Number of segments of a tough block that have metrics of their own.
         num_convergence_samples: Number of samples whose sweeps are measured: images, evenly spaced, and as many fresh
             latents under the images' labels.
-        per_class: Also measure the metrics over the images of each class alone (Appendix E).
+        per_class: Also measure the metrics over the images of each label alone (Appendix E). One below 0 is that of the
+            unconditional row.
         batch_size: Images in memory at a time.
         seed: Fixes the fresh latents. `jacobiflow.sample` never draws the same ones.
         progress: Is called after each step.

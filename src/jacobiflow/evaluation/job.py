@@ -167,7 +167,7 @@ class EvaluationJob(Job):
         files = [Path(features.rpartition(":")[0]), *filter(None, (inception, statistics))]
         image_checksums = "".join(each.sha256() for each in (real, test) if each is not None)
         self.spec = EvaluationSpec(
-            model=model, weights_sha256=sha256(f"{fingerprint(flow)} {flow.config}".encode()), dtype=flow.precision,
+            model=model, weights_sha256=fingerprint(flow), dtype=flow.precision,
             batch_size=batch_size, seed=seed, samples_sha256=None if folder is None else folder.sha256(),
             paired=min(paired, num), features=features, features_sha256=sha256(*filter(Path.is_file, files)),
             against=against, test_images=len(test or ()), likelihood_images=likelihood_images,
