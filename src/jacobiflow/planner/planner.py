@@ -67,7 +67,7 @@ def plan(
 
     Args:
         flow: The model, on the device to plan for, or a view of it under guidance (`flow.guided`).
-        tuning: By default that of the model folder (`jacobiflow.find_tuning`), if it is of the flow's weights.
+        tuning: By default that of the model folder (`jacobiflow.find_tuning`), if it is of this flow.
         batch_size: Samples that are solved together.
         tolerance: Largest residual in any block, and largest error of a sample.
         bf16: Whether sweeps in bfloat16 may come first.
