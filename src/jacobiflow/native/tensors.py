@@ -112,7 +112,8 @@ def addresses_of(
         fits = False
     addresses, size = array("Q", map(Tensor.data_ptr, tensors) if fits else ()), dtype.itemsize
     if fits and addresses != previous:
-        fits = all(tensor.is_cpu and not tensor.is_neg() for tensor in tensors) and all(address and not address % size for address in addresses)
+        fits = all(tensor.is_cpu and not tensor.is_neg() for tensor in tensors)
+        fits = fits and all(address and not address % size for address in addresses)
     if not fits:
         raise UnsupportedError(f"tensors that are not of {dtype} on a CPU, of other shapes, not aligned, or freed")
     return addresses

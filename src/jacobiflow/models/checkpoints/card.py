@@ -12,6 +12,7 @@ def format_model_card(flow: Any, name: str) -> str:
     config, classes = flow.config, flow.config.num_classes
     reads_text = isinstance(flow.context_kind, Texts)
     conditional = f", class-conditional over {classes} classes" if classes else ""
+    tokens = f"{config.num_tokens or 'any number of'} tokens of {config.token_dim} values"
     parameters = sum(parameter.numel() for parameter in flow.parameters())
     if not config.num_tokens:
         task, data = "other", "the positions of a peptide's atoms"
@@ -50,7 +51,7 @@ tags:
 # {name}
 
 A {type(flow).__name__}, an autoregressive normalizing flow, of {data}{conditional}:
-{parameters:,} parameters, {config.num_blocks} blocks, {config.num_tokens or "any number of"} tokens of {config.token_dim} values.
+{parameters:,} parameters, {config.num_blocks} blocks, {tokens}.
 [jacobiflow](https://pypi.org/project/jacobiflow/) samples from it in parallel (`pip install jacobiflow`).
 
 ```python
