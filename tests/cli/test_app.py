@@ -126,7 +126,7 @@ REFUSED = {
     f"{SAMPLE} --dtype tf32": "--dtype tf32: only a GPU has it, and --device is cpu; give float32",
     f"{SAMPLE} --batch-size 2 --shard-size 3": "--shard-size 3: give a multiple of the batch size, 2",
     f"{SAMPLE} --strategy frontt": "give auto, sequential, jacobi, ",
-    f"{SAMPLE} --report other.json": "the report is of another flow (weights 000000000000, this ",
+    f"{SAMPLE} --report other.json": "the report is of another flow (fingerprint 000000000000, not ",
     f"{SAMPLE} --strategy s.json --report r.json": "--report r.json: s.json has its own guesses",
     f"{SAMPLE} --certify-always --no-certify": "--certify-always: excludes --no-certify; leave one of them out",
     f"{SAMPLE} --out file/out": "file/out",

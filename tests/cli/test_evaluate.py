@@ -217,7 +217,7 @@ REFUSED = {
     "model --samples samples --images fashion-512": "label 9: this flow has classes 0 to 2",
     "model --samples missing": "missing",
     "model --samples nowhere": "nowhere: no folder of samples; give one that jacobiflow sample wrote",
-    "plain --samples samples": "--samples samples: drawn from another flow (weights ",
+    "plain --samples samples": "--samples samples: drawn from another flow (fingerprint ",
     "model --images test --features none --save-stats s": "--save-stats s: give --images and --features",
 }
 

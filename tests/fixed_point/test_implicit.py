@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 import jacobiflow as jf
+from jacobiflow.fixed_point.implicit import with_gradient
 from tests.models.test_token_flows import case, randn
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -38,6 +39,15 @@ def test_gradients_are_those_of_a_solve_with_a_graph(name: str, strategy: str) -
         assert (have is None) == (want is None) or (have if want is None else want).abs().max() == 0
         if have is not None and want is not None:
             torch.testing.assert_close(have, want, rtol=1e-7, atol=1e-9)
+
+
+def test_the_temperature_of_a_context_counts() -> None:
+    flow, labels, z = case("classes")
+    block, context, u = flow.blocks[0], jf.Context(labels, torch.tensor([0.2, 1.0, 5.0])), randn(*z.shape)
+    x = jf.solve(block, z, jf.Solver(jf.Sequential()), context).x.requires_grad_()
+    (v,) = torch.autograd.grad(with_gradient(jf.Problem(block, z.requires_grad_(), context), (), x, x)[0], z, u)
+    (back,) = torch.autograd.grad(block.encode(x, context)[0], x, v)
+    torch.testing.assert_close(back, u, rtol=0, atol=1e-9)
 
 
 def test_second_derivatives_are_refused() -> None:

@@ -143,6 +143,7 @@ class Graph:
     @contextmanager
     def capture(self) -> Iterator[None]:
         """Nothing is computed while it is made: what the operations wrote is put back."""
+        assert self.device.is_current  # A stream of another device would capture nothing.
         self.device.counts.captures += 1
         self.device.capturing = self
         yield
@@ -174,10 +175,16 @@ class FakeDevice(TorchFunctionMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.counts, self.mixing = Counts(), False
+        self.counts, self.mixing, self.is_current = Counts(), False, False
         self.capturing: Graph | None = None
         self._holders: Counter[int] = Counter()
         self._patches = ExitStack()
+
+    @contextmanager
+    def _as_current(self, device: torch.device) -> Iterator[None]:
+        self.is_current = device.type == "cuda"
+        yield
+        self.is_current = False
 
     def __enter__(self) -> FakeDevice:
         cuda = {
@@ -185,7 +192,7 @@ class FakeDevice(TorchFunctionMode):
             "mem_get_info": lambda device: (80 << 30, 80 << 30), "current_stream": MagicMock(), "Stream": MagicMock(),
             "stream": lambda stream: nullcontext(),
             "CUDAGraph": partial(Graph, self),
-            "graph": lambda graph, pool=None, capture_error_mode="global": graph.capture(),
+            "device": self._as_current, "graph": lambda graph, pool, stream, capture_error_mode: graph.capture(),
         }  # fmt: skip
         for name, value in cuda.items():
             self._patches.enter_context(patch.object(torch.cuda, name, value))

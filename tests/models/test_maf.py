@@ -159,6 +159,14 @@ def test_gradients_are_those_of_the_oracle(is_inverse: bool) -> None:
         assert (expected - result).abs().max() <= 1e-4 * expected.abs().max()
 
 
+def test_weights_that_are_not_finite_leave_no_density() -> None:
+    flow, x = jf.load("digits-maf"), torch.zeros(3, 64, 1)
+    with torch.no_grad():
+        flow.blocks[0].layers[0].weight[0, 0] = math.inf
+    for result in (flow.blocks[0].encode(x), flow.blocks[0].sequential_inverse(x)):
+        assert all(part.isnan().all() for part in result)
+
+
 def test_second_derivatives_of_the_density(monkeypatch: pytest.MonkeyPatch) -> None:
     flow, answers = jf.load("digits-maf").requires_grad_(), []
     images, labels = digits().batch(torch.arange(2))

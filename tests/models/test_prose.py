@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 import jacobiflow as jf
+from jacobiflow.models.checkpoints.fingerprint import fingerprint
 from tests.helpers.fake_device import FakeDevice
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -146,6 +147,33 @@ def test_a_view_moves_with_its_encodings() -> None:
             assert {tensor.device.type for tensor in (*moved.parameters(), *moved.buffers())} == {"cuda"}
             have = jf.sample(moved, 2, strategy="window:3", tolerance=1e-5).tokens
             torch.testing.assert_close(have.cpu(), want, rtol=0, atol=1e-4)
+
+
+def test_two_peptides_are_two_flows(tmp_path: Path) -> None:
+    """Also if they have as many atoms."""
+    flow = make(True)
+    peptides = [
+        flow.for_peptide(ENCODINGS, ORDERS),
+        flow.for_peptide(ENCODINGS | {"aa_pos": [1, 1, 1, 1, 2, 2]}, ORDERS),
+        flow.for_peptide(ENCODINGS, ORDERS | {"second": [4, 5, 3, 2, 1, 0]}),
+    ]
+    assert len(set(map(fingerprint, [flow, *peptides]))) == 4
+    assert fingerprint(flow.for_peptide(ENCODINGS, ORDERS)) == fingerprint(peptides[0])
+    jf.sample_to_folder(peptides[0], 2, tmp_path)
+    with pytest.raises(jf.InputError, match="samples of other flow"):
+        jf.sample_to_folder(peptides[1], 4, tmp_path)
+
+
+def test_a_view_saves_the_flow_of_any_peptide_with_a_card_that_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flow = make(True)
+    flow.for_peptide(ENCODINGS, ORDERS).save_pretrained(tmp_path / "model")
+    assert fingerprint(jf.load(tmp_path / "model")) == fingerprint(flow)
+    monkeypatch.chdir(tmp_path)
+    code = Path("model/README.md").read_text().split("```")[1].removeprefix("python\n")
+    exec(code, {"encodings": ENCODINGS, "permutations": ORDERS})
+    assert capsys.readouterr().out == "(8, 6, 3)\n"
 
 
 @pytest.mark.parametrize("adaptive", [True, False])

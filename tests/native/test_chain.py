@@ -7,6 +7,7 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 
 import jacobiflow as jf
+from jacobiflow.native.tensors import addresses_of
 from tests.helpers.library_flows import CASES, gradient_gap, gradients, normal, values
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -32,6 +33,11 @@ def test_a_saved_tensor_that_a_hook_replaces_by_one_of_another_dtype_is_not_read
         z, _ = flow.inverse(x, context)
     with pytest.raises(jf.UnsupportedError, match="float32"):
         z.sum().backward()
+
+
+def test_a_tensor_whose_sign_is_not_applied_yet_is_not_read() -> None:
+    with pytest.raises(jf.UnsupportedError):
+        addresses_of([torch._neg_view(torch.ones(2))], [(2,)], torch.float32)
 
 
 @pytest.mark.parametrize("shape", [(2, 5, 8), (16, 5), (4, 20)])

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
 
 from jacobiflow import native
 from jacobiflow.native import compiler, library
+from jacobiflow.native.boundary import ChainArgs, GradientArgs
 from jacobiflow.native.library import Library
 from tests.helpers.native_problems import copying_compiler
 
@@ -139,3 +142,10 @@ def test_the_environment_turns_it_off_at_any_time(machine: Machine, monkeypatch:
     assert native.describe() == "off, by JACOBIFLOW_NATIVE=0"
     monkeypatch.setenv("JACOBIFLOW_NATIVE", "1")
     assert native.load_library() is not None
+
+
+def test_a_call_without_enough_threads_is_made_again_with_one() -> None:
+    chain = ChainArgs()
+    for arguments in (chain, GradientArgs(ctypes.addressof(chain))):
+        chain.num_threads = 8
+        assert Library._call(lambda *_: 5 if chain.num_threads == 1 else -1, arguments, torch.float32) == 5

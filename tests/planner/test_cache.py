@@ -49,7 +49,7 @@ def plans(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Plans:
     monkeypatch.setenv(SWITCH, "0")
     plans = Plans(tmp_path / "cache" / "jacobiflow" / "plans")
     monkeypatch.setattr(cache, "make_plan", plans.make)
-    monkeypatch.setattr(cache.psutil, "cpu_percent", lambda interval: 0.0)
+    monkeypatch.setattr(cache.psutil, "cpu_percent", lambda interval, percpu: [0.0] * 64)
     return plans
 
 
@@ -136,16 +136,16 @@ def test_a_damaged_plan_is_made_anew(model: Path, plans: Plans) -> None:
 def test_a_plan_of_a_busy_machine_is_used_for_a_minute_and_not_written(
     model: Path, plans: Plans, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One thread of two cores leaves one core to other programs."""
-    clock, percent = [0.0], 65.0
+    """One thread of two cores leaves one core to other programs. The other cores are not for this process."""
+    clock, percents = [0.0], [100.0, 0.0, 80.0, 50.0]
     monkeypatch.setattr(cache, "time", SimpleNamespace(monotonic=lambda: clock[0]))
-    monkeypatch.setattr(cache.psutil, "cpu_count", lambda: 2)
-    monkeypatch.setattr(cache.psutil, "cpu_percent", lambda interval: percent)
+    monkeypatch.setattr(cache.os, "sched_getaffinity", lambda pid: {2, 3}, raising=False)
+    monkeypatch.setattr(cache.psutil, "cpu_percent", lambda interval, percpu: percents)
     flow = jf.load(model)
     for clock[0], made in ((0.0, 1), (30.0, 1), (60.0, 1), (60.5, 2), (121.0, 3)):
         auto(flow, 1)
         assert (plans.made, plans.files) == (made, [])
-    percent = 60.0
+    percents[2] = 70.0
     auto(jf.load(model), 1)
     assert (plans.made, len(plans.files)) == (4, 1)
 
@@ -218,7 +218,8 @@ def test_a_tolerance_of_0_is_the_loop(model: Path, plans: Plans) -> None:
 
 def test_a_tolerance_that_was_raised_to_the_rounding_is_a_warning_each_time(model: Path, plans: Plans) -> None:
     flow = jf.load(model)
-    for _ in range(2):
-        with pytest.warns(UserWarning, match="tolerance 1e-06 is below the rounding"):
-            auto(flow, 1, 1e-6)
+    for call in (auto, lambda flow, num, tolerance: jf.sample(flow, num, tolerance=tolerance)):
+        with pytest.warns(UserWarning, match="tolerance 1e-06 is below the rounding") as warned:
+            call(flow, 1, 1e-6)
+        assert warned[0].filename == __file__
     assert plans.made == 1

@@ -159,7 +159,7 @@ def test_a_plan_has_the_pieces_of_the_tuning_in_the_model_folder(
     with torch.no_grad():
         flow.blocks[0].proj_out.bias.add_(0.1)  # fine-tuned in place
     with pytest.warns(
-        UserWarning, match="the tuning in the flow's folder is of other weights, and is not used"
+        UserWarning, match="the tuning in the flow's folder is of another flow, and is not used"
     ) as caught:
         plan = jf.plan(flow, batch_size=2)
     assert caught[0].filename == __file__

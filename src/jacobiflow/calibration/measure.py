@@ -80,7 +80,8 @@ def calibrate(
         segments: Number of segments of a tough block that have metrics of their own.
         num_convergence_samples: Number of samples whose sweeps are measured: images, evenly spaced, and as many fresh
             latents under the images' labels.
-        per_class: Also measure the metrics over the images of each class alone (Appendix E).
+        per_class: Also measure the metrics over the images of each label alone (Appendix E). One below 0 is that of the
+            unconditional row.
         batch_size: Images in memory at a time.
         seed: Fixes the fresh latents. `jacobiflow.sample` never draws the same ones.
         progress: Is called after each step.
@@ -114,7 +115,7 @@ class CalibrationSpec(CalibrationSettings):
     classes: tuple[int, ...]
     batch_size: int
     precision: str
-    weights_sha256: str
+    flow_sha256: str
     images_sha256: str
     labels_or_context_sha256: str
 
@@ -159,7 +160,7 @@ class CalibrationJob(jobs.Job):
         self.machine = describe_machine(flow.var.device)
         self.spec = CalibrationSpec(
             **vars(self.settings), classes=tuple(classes), batch_size=batch_size, precision=flow.precision,
-            weights_sha256=fingerprint(flow),
+            flow_sha256=fingerprint(flow),
             images_sha256=_sha256(self.statistics.read(rows) for rows in chain(*self.statistics.chunks)),
             labels_or_context_sha256=_sha256([] if values is None else [values]),
         )  # fmt: skip
@@ -244,7 +245,7 @@ class CalibrationJob(jobs.Job):
             return decode(tuple[ConvergenceCurve, ...], store.value(_curves_name(block, source, guess, num_segments)))
 
         return CalibrationReport(
-            fingerprint=self.spec.weights_sha256,
+            fingerprint=self.spec.flow_sha256,
             num_tokens=config.num_tokens,
             token_dim=config.token_dim,
             settings=settings,

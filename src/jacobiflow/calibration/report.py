@@ -77,7 +77,7 @@ class CalibrationReport(JsonDocument):
     """The measurements of `jacobiflow.calibrate`. Blocks are numbered in encoding order.
 
     Attributes:
-        fingerprint: Fingerprint of the flow's weights; see `check`.
+        fingerprint: Fingerprint of the flow; see `check`.
         num_tokens: Number of tokens T.
         token_dim: Number of values C of a token.
         settings: Settings of the calibration.
@@ -203,7 +203,7 @@ class CalibrationReport(JsonDocument):
         return tuple(_class_spread(list(self.class_metrics.values()), block) for block in range(self.num_blocks))
 
     def check(self, flow: Flow) -> None:
-        """Raises ValueError if the report is of a flow with other weights; another dtype is accepted."""
+        """Raises ValueError if the report is of another flow; another dtype is accepted."""
         check_flow(flow)
         check_fingerprint(self.fingerprint, flow, "the report is of")
 

@@ -56,7 +56,7 @@ class EvaluationSpec:
 
     Attributes:
         model: Name of the flow.
-        weights_sha256: Checksum of its weights and config.
+        flow_sha256: Fingerprint of the flow.
         dtype: The dtype of the network, or "tf32".
         batch_size: Test images in the network at a time.
         seed: Seed of the noise on test images.
@@ -71,7 +71,7 @@ class EvaluationSpec:
     """
 
     model: str
-    weights_sha256: str
+    flow_sha256: str
     dtype: str
     batch_size: int
     seed: int
@@ -167,7 +167,7 @@ class EvaluationJob(Job):
         files = [Path(features.rpartition(":")[0]), *filter(None, (inception, statistics))]
         image_checksums = "".join(each.sha256() for each in (real, test) if each is not None)
         self.spec = EvaluationSpec(
-            model=model, weights_sha256=sha256(f"{fingerprint(flow)} {flow.config}".encode()), dtype=flow.precision,
+            model=model, flow_sha256=fingerprint(flow), dtype=flow.precision,
             batch_size=batch_size, seed=seed, samples_sha256=None if folder is None else folder.sha256(),
             paired=min(paired, num), features=features, features_sha256=sha256(*filter(Path.is_file, files)),
             against=against, test_images=len(test or ()), likelihood_images=likelihood_images,
@@ -301,7 +301,7 @@ def _check_features(
 def _open_samples(path: Path, flow: Flow, paired: int) -> SampleFolder:
     """Opens a folder of samples; raises InputValueError if it is incomplete, or of another flow."""
     folder = SampleFolder.open(path)
-    check_fingerprint(folder.spec.weights_sha256, flow, f"--samples {path}: drawn from", "give that one as --model")
+    check_fingerprint(folder.spec.flow_sha256, flow, f"--samples {path}: drawn from", "give that one as --model")
     for problem in folder.problems():
         raise InputValueError(problem)
     if paired and folder.spec.labels_or_context_sha256 is not None and folder.labels(0) is None:

@@ -54,7 +54,7 @@ class TokenLoop:
             # One more than the positions that the token attends to, with those that the mask hides.
             end = min(math.ceil(max(token, 1) / _TOKEN_BUCKET) * _TOKEN_BUCKET + 1, length)
             if end not in self.steps:
-                self.steps[end], _, self.pool = capture(partial(self._step, end), self.pool)
+                self.steps[end], _, self.pool = capture(partial(self._step, end), self.pool, self.x.device)
                 self.entry -= 1  # the capture has made the step once
             self.steps[end]()
         return self.x.clone()
@@ -97,23 +97,28 @@ class SweepGraphs:
         if self.uses[end] <= _CALLS_BEFORE_CAPTURE:
             return run()
         if end not in self.graphs:
-            replay, g, self.pool = capture(run, self.pool)
+            replay, g, self.pool = capture(run, self.pool, x.device)
             self.graphs[end] = replay, g
         replay, g = self.graphs[end]
         replay()
         return g
 
 
-def capture(step: Callable[[], T], pool: Any) -> tuple[Callable[[], None], T, Any]:
-    """Returns a function that replays `step`, the place of its result, and the memory pool for the next graph."""
-    # The step runs once before, on another stream: what libraries set up at their first use must not be captured.
-    here, aside = torch.cuda.current_stream(), torch.cuda.Stream()
-    aside.wait_stream(here)
-    with torch.cuda.stream(aside):
-        step()
-    here.wait_stream(aside)
-    graph = torch.cuda.CUDAGraph()
-    # By default an allocation by any other thread would abort the capture.
-    with _capturing, torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-        result = step()
+def capture(step: Callable[[], T], pool: Any, device: torch.device) -> tuple[Callable[[], None], T, Any]:
+    """Returns a function that replays `step`, the place of its result, and the memory pool for the next graph.
+
+    The step computes on `device`, which need not be PyTorch's current one.
+    """
+    with torch.cuda.device(device):
+        # The step runs once before, on another stream: what libraries set up at their first use must not be captured.
+        here, aside = torch.cuda.current_stream(), torch.cuda.Stream()
+        aside.wait_stream(here)
+        with torch.cuda.stream(aside):
+            step()
+        here.wait_stream(aside)
+        graph = torch.cuda.CUDAGraph()
+        # By default an allocation by any other thread would abort the capture, and the stream would be of the device
+        # of the first capture.
+        with _capturing, torch.cuda.graph(graph, pool=pool, stream=aside, capture_error_mode="thread_local"):
+            result = step()
     return graph.replay, result, graph.pool()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import compress
 from typing import Any
 
@@ -10,7 +11,6 @@ import torch
 from torch import Tensor
 
 from jacobiflow.blocks.base import TokensLogDet
-from jacobiflow.blocks.context import Context
 from jacobiflow.blocks.tokens import Tokens
 from jacobiflow.errors import UnsupportedError
 from jacobiflow.fixed_point.problem import Problem
@@ -50,17 +50,17 @@ def with_gradient(problem: Problem, parameters: Sequence[Tensor], x: Tokens, log
     The block is an `AffineBlock`. The graph holds x and z only: the backward pass evaluates the block again, so that
     the activations of one block are in memory at a time.
     """
-    return _Inverse.apply(problem.block, x, log_det, problem.z, problem.context.values, *parameters)
+    return _Inverse.apply(problem, x, log_det, problem.z, problem.context.values, *parameters)
 
 
 class _Inverse(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, block: Any, x: Tensor, log_det: Tensor, z: Tensor, values: Tensor | None, *parameters: Tensor
+        ctx: Any, problem: Problem, x: Tensor, log_det: Tensor, z: Tensor, values: Tensor | None, *parameters: Tensor
     ) -> TokensLogDet:
         x, log_det = x.view_as(x), log_det.view_as(log_det)
         ctx.save_for_backward(x, z, values, *parameters)  # so that autograd notices if one of them has changed
-        ctx.block = block
+        ctx.block, ctx.context = problem.block, problem.context
         ctx.set_materialize_grads(False)
         return x, log_det
 
@@ -72,7 +72,7 @@ class _Inverse(torch.autograd.Function):
             x, z = x.detach().requires_grad_(), z.detach().requires_grad_()
             if ctx.needs_input_grad[4]:
                 values = values.detach().requires_grad_()
-            problem = Problem(ctx.block, z, Context(values))
+            problem = Problem(ctx.block, z, replace(ctx.context, values=values))
             try:
                 outputs = ctx.block.sequential_inverse(z, problem.context)
             except UnsupportedError:

@@ -206,8 +206,7 @@ class _Call:
             ctypes.addressof(arguments), address_of(grad_out), address_of(grad_log_det), ctypes.addressof(table),
             address_of(grad_x), address_of(grad_context),
         )  # fmt: skip
-        if not self.native.differentiate_chain(gradient_arguments, dtype):
-            raise RuntimeError("no memory or threads for the gradients of a flow; use a smaller batch")
+        self.native.differentiate_chain(gradient_arguments, dtype)
         if grad_context is not None and context is not None and len(context) < len(x):
             grad_context = grad_context.sum(dim=0, keepdim=True)
         return [grad_x, grad_context, *grads]
@@ -219,7 +218,7 @@ class _Call:
         if self.in_pytorch is None:
             check_first_derivative("an inverse", "write the loss with the forward direction instead")
             raise RuntimeError(
-                "is_grads_batched=True: an inverse takes one cotangent at a time; set JACOBIFLOW_NATIVE=0"
+                "is_grads_batched=True: an inverse takes one cotangent at a time; start Python with JACOBIFLOW_NATIVE=0"
             )
         if _versions(self.tensors) != self.versions:
             raise RuntimeError("second derivatives: weights have changed since the forward pass; call the flow again")

@@ -76,9 +76,9 @@ class Library:
         """Computes a chain. Returns the number of rows that are not finite."""
         return self._call(self._native.jacobiflow_masked, arguments, dtype)
 
-    def differentiate_chain(self, arguments: GradientArgs, dtype: torch.dtype) -> bool:
-        """Computes the gradients of a chain. Returns False without enough memory or threads."""
-        return not self._native.jacobiflow_masked_gradients(ctypes.byref(arguments), dtype is torch.float64)
+    def differentiate_chain(self, arguments: GradientArgs, dtype: torch.dtype) -> None:
+        """Computes the gradients of a chain."""
+        self._call(self._native.jacobiflow_masked_gradients, arguments, dtype)
 
     def chain_sizes(self, arguments: ChainArgs) -> tuple[int, int]:
         """Returns the size of a chain's packed weights, and of its activations for each row."""
@@ -88,11 +88,12 @@ class Library:
         return sizes[0], sizes[1]
 
     @staticmethod
-    def _call(function: Any, arguments: TransformerArgs | ChainArgs, dtype: torch.dtype) -> int:
+    def _call(function: Any, arguments: TransformerArgs | ChainArgs | GradientArgs, dtype: torch.dtype) -> int:
         """Returns the result of a C++ function. If there are too few threads, one thread computes it."""
         result: int = function(ctypes.byref(arguments), dtype is torch.float64)
         if result < 0:
-            arguments.num_threads = arguments.num_teams = 1  # A chain has no teams.
+            call = ChainArgs.from_address(arguments.chain) if isinstance(arguments, GradientArgs) else arguments
+            call.num_threads = call.num_teams = 1  # A chain has no teams.
             result = function(ctypes.byref(arguments), dtype is torch.float64)
         if result < 0:
             raise MemoryError("not enough memory for native code: use a smaller batch")

@@ -100,8 +100,8 @@ def addresses_of(
 ) -> array[int]:
     """Returns the addresses of tensors. Raises UnsupportedError if one of them does not fit.
 
-    It does what `check_tensor` and `address_of` do, for calls with many tensors and few rows. Addresses that the
-    `previous` call for this dtype returned are on a CPU and aligned, so they are not checked again.
+    It checks what `check_tensor` and `address_of` check, for calls with many tensors and few rows. If all addresses are
+    those that the `previous` call for this dtype returned, their device, alignment and sign are not checked again.
     """
     try:
         fits = (
@@ -112,7 +112,8 @@ def addresses_of(
         fits = False
     addresses, size = array("Q", map(Tensor.data_ptr, tensors) if fits else ()), dtype.itemsize
     if fits and addresses != previous:
-        fits = all(tensor.is_cpu for tensor in tensors) and all(address and not address % size for address in addresses)
+        fits = all(tensor.is_cpu and not tensor.is_neg() for tensor in tensors)
+        fits = fits and all(address and not address % size for address in addresses)
     if not fits:
         raise UnsupportedError(f"tensors that are not of {dtype} on a CPU, of other shapes, not aligned, or freed")
     return addresses

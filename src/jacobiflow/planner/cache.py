@@ -130,9 +130,10 @@ def _load_or_make(
 
 def _is_crowded() -> bool:
     """Tells if programs compute on cores that PyTorch's threads will need."""
-    num_cores = psutil.cpu_count() or 1
-    used_cores = psutil.cpu_percent(_CROWDING_SECONDS) / 100 * num_cores
-    return used_cores > num_cores - torch.get_num_threads() + _MAX_CROWDING
+    percents = psutil.cpu_percent(_CROWDING_SECONDS, percpu=True)
+    if hasattr(os, "sched_getaffinity"):  # A container or a batch system may have given this process a few cores.
+        percents = [percents[core] for core in os.sched_getaffinity(0) if core < len(percents)]
+    return sum(percents) / 100 > len(percents) - torch.get_num_threads() + _MAX_CROWDING
 
 
 @functools.cache

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 import time
 import warnings
 from collections.abc import Hashable, Sequence
@@ -66,7 +67,7 @@ def plan(
 
     Args:
         flow: The model, on the device to plan for, or a view of it under guidance (`flow.guided`).
-        tuning: By default that of the model folder (`jacobiflow.find_tuning`), if it is of the flow's weights.
+        tuning: By default that of the model folder (`jacobiflow.find_tuning`), if it is of this flow.
         batch_size: Samples that are solved together.
         tolerance: Largest residual in any block, and largest error of a sample.
         bf16: Whether sweeps in bfloat16 may come first.
@@ -107,7 +108,7 @@ def make_plan(
     if tuning is None and (file := find_tuning(flow)) is not None:
         tuning = Tuning.load(file)
         if tuning.fingerprint != fingerprint(flow):
-            warnings.warn("the tuning in the flow's folder is of other weights, and is not used", stacklevel=3)
+            _warn_caller("the tuning in the flow's folder is of another flow, and is not used")
             tuning = None
     if flow.precision in _ROUNDED_DTYPES or torch.is_autocast_enabled(flow.var.device.type):
         tolerance = max(tolerance, _ROUNDING_MARGIN * rounding_floor(flow))
@@ -129,14 +130,21 @@ def make_plan(
 
 
 def warn_if_raised(strategy: Strategy, tolerance: float) -> None:
-    """Warns the caller's caller if a plan solves to a larger tolerance than it was asked for."""
+    """Warns if a plan solves to a larger tolerance than it was asked for."""
     is_exact = all(solver == SEQUENTIAL for solver in strategy.solvers)
     if strategy.tolerance is not None and strategy.tolerance > tolerance and not is_exact:
-        warnings.warn(
+        _warn_caller(
             f"tolerance {tolerance:g} is below the rounding of this flow's network: planned for "
-            f"{strategy.tolerance:.1e}; a wider dtype allows a smaller one",
-            stacklevel=3,
+            f"{strategy.tolerance:.1e}; a wider dtype allows a smaller one"
         )
+
+
+def _warn_caller(message: str) -> None:
+    """Warns at the line that has called the package."""
+    frame, level = sys._getframe(), 1
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("jacobiflow."):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, stacklevel=level)
 
 
 def rounding_floor(flow: Flow) -> float:

@@ -149,7 +149,7 @@ class Strategy(JsonDocument):
         A batch may be smaller than the one that was planned for; it then takes longer than it could.
 
         Raises:
-            ValueError: If the strategy is for other weights, another device, other guidance or fewer samples.
+            ValueError: If the strategy is for another flow, another device, other guidance or fewer samples.
         """
         check_flow(flow)
         config = flow.config

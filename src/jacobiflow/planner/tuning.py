@@ -43,7 +43,7 @@ class Tuning(JsonDocument):
     """A guess and a correction for each block of a flow, fitted by `jacobiflow.tune`.
 
     Attributes:
-        fingerprint: The fingerprint of the flow's weights, see `check`.
+        fingerprint: The fingerprint of the flow, see `check`.
         num_tokens: T.
         guidance: The guidance that the blocks were solved under.
         samples: The number of latents.

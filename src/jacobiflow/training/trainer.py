@@ -250,7 +250,7 @@ class _Run:
         average = self.state.averaged_flow()
         if average is not None:
             folder.append_metrics(self.out, self._unsaved)
-            write_model(average.stored, self.out)
+            write_model(average, self.out)
         self._unsaved.clear()
         write_checkpoint(self.out, self.step, self.state.tensors())
         barrier()  # All processes see the files.

@@ -1,10 +1,11 @@
-"""A fingerprint tells changes of weights."""
+"""A fingerprint tells changes of a flow."""
 
 from __future__ import annotations
 
 import gc
 import weakref
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -26,7 +27,16 @@ def test_every_entry_counts() -> None:
         weight = weight.clone()
         weight[row, column] += 1.0
         states.append({"weight": weight})
-    assert len(set(map(fingerprint, states))) == len(states)
+    flow = make()
+    assert len({fingerprint(flow, state) for state in states}) == len(states)
+
+
+def test_a_config_counts() -> None:
+    """Here the weights are the same."""
+    flow = make()
+    before = fingerprint(flow)
+    flow.config = replace(flow.config, head_dim=flow.config.head_dim // 2)
+    assert fingerprint(flow) != before
 
 
 @torch.no_grad()

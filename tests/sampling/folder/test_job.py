@@ -142,7 +142,7 @@ def test_other_settings_are_refused_before_anything_is_changed(out: Path) -> Non
         "other labels or context;": {"labels": None},
         "strategy 'invented', not 'a Strategy'": {"strategy": OTHER},
         "other strategy;": {"plan": lambda: OTHER},
-        "other weights;": {"flow": to_float32(make_flow(num_classes=3, noise_std=0.1, image_size=4, patch_size=2))},
+        "other flow;": {"flow": to_float32(make_flow(num_classes=3, noise_std=0.1, image_size=4, patch_size=2))},
     }
     for words, changed in changes.items():
         pattern = re.escape(words).replace(r"\.\*", ".*")

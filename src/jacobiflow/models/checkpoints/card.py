@@ -12,8 +12,16 @@ def format_model_card(flow: Any, name: str) -> str:
     config, classes = flow.config, flow.config.num_classes
     reads_text = isinstance(flow.context_kind, Texts)
     conditional = f", class-conditional over {classes} classes" if classes else ""
+    tokens = f"{config.num_tokens or 'any number of'} tokens of {config.token_dim} values"
     parameters = sum(parameter.numel() for parameter in flow.parameters())
-    if flow.image_shape is None:
+    if not config.num_tokens:
+        task, data = "other", "the positions of a peptide's atoms"
+        code = """\
+# Whole numbers for each atom, and the orders of the atoms, see `jacobiflow.Prose.for_peptide`.
+peptide = flow.for_peptide(encodings, permutations)
+out = jf.sample(peptide, 8)
+print(tuple(out.tokens.shape))"""
+    elif flow.image_shape is None:
         task, data, numbers = "other", "sequences of tokens", getattr(config, "context_dim", 0)
         context = f", context=torch.zeros(8, {numbers})" if numbers else ""
         code = f"""\
@@ -43,7 +51,7 @@ tags:
 # {name}
 
 A {type(flow).__name__}, an autoregressive normalizing flow, of {data}{conditional}:
-{parameters:,} parameters, {config.num_blocks} blocks, {config.num_tokens} tokens of {config.token_dim} values.
+{parameters:,} parameters, {config.num_blocks} blocks, {tokens}.
 [jacobiflow](https://pypi.org/project/jacobiflow/) samples from it in parallel (`pip install jacobiflow`).
 
 ```python

@@ -1,9 +1,10 @@
-"""Fingerprints of weights."""
+"""Fingerprints of flows."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from dataclasses import fields
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -14,25 +15,34 @@ from jacobiflow.errors import InputValueError, UnsupportedError
 from jacobiflow.utils.snapshot import Snapshot
 
 
-def fingerprint(flow: nn.Module | Mapping[str, Tensor]) -> str:
-    """Returns the SHA-256 of the names, shapes and values of all weights and buffers of a flow, or of its state dict.
+def fingerprint(flow: Any, state: Mapping[str, Tensor] | None = None) -> str:
+    """Returns the SHA-256 of what a flow computes by: its config, the orders of its blocks, its weights and buffers.
 
-    Values are rounded to bfloat16: it is the same for a flow in float64, float32 and bfloat16, on every device.
+    Weights are rounded to bfloat16: it is the same for a flow in float64, float32 and bfloat16, on every device. A
+    field of the config counts if it differs from its default, so that a new field changes no fingerprint.
+
+    Args:
+        state: The flow's state dict, if its weights are to be taken from there.
     """
-    state = flow.state_dict() if isinstance(flow, nn.Module) else flow
-    digest, entries = hashlib.sha256(), sorted(state.items())
+    config = [(entry.name, getattr(flow.config, entry.name), entry.default) for entry in fields(flow.config)]
+    shape = [(name, value) for name, value, default in config if value != default]
+    orders = [block.permutation.order for block in flow.blocks]
+    digest = hashlib.sha256(repr((flow.model_type, type(flow.config).__name__, shape, orders)).encode())
+    # The view of a peptide has buffers that its state dict has not.
+    entries = sorted({**dict(flow.named_buffers()), **(flow.state_dict() if state is None else state)}.items())
     for name, value in entries:
         digest.update(f"{name}{tuple(value.shape)}".encode())
     for _, value in entries:
-        digest.update(value.detach().to(torch.bfloat16).contiguous().cpu().view(torch.int16).numpy().data)
+        number = value.detach().to(torch.bfloat16) if value.is_floating_point() else value
+        digest.update(number.cpu().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
-def check_fingerprint(expected: str, flow: nn.Module, what: str, remedy: str = "calibrate this one") -> None:
-    """Raises ValueError if `flow` has other weights than those of the fingerprint `expected`."""
+def check_fingerprint(expected: str, flow: Any, what: str, remedy: str = "calibrate this one") -> None:
+    """Raises ValueError if `flow` has another fingerprint than `expected`."""
     actual = fingerprint(flow)
     if actual != expected:
-        raise InputValueError(f"{what} another flow (weights {expected[:12]}, this one's {actual[:12]}): {remedy}")
+        raise InputValueError(f"{what} another flow (fingerprint {expected[:12]}, not {actual[:12]}): {remedy}")
 
 
 def cached_fingerprint(flow: Any) -> str:

@@ -202,15 +202,16 @@ def write_model(
 
     If there is no README.md, it writes a model card with `title`, by default the folder's name.
     """
+    flow = flow.stored
     check_kind("recommended", flow.recommended, SamplingSettings, "SamplingSettings")
     state = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in flow.state_dict().items()}
     check_values(state, f"{path}: not written")
     check_own_model(path)
-    weights = fingerprint(state)
+    written = fingerprint(flow, state)
     reports = {
         file.name: file.read_bytes()
         for file in flow.report_files
-        if (read_object(file) or {}).get("fingerprint") == weights
+        if (read_object(file) or {}).get("fingerprint") == written
     }
     document = {"model_type": flow.model_type, "format_version": FORMAT_VERSION, **asdict(flow.config)}
     if flow.recommended != SamplingSettings():

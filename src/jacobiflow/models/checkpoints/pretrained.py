@@ -82,7 +82,7 @@ class Pretrained(nn.Module):
         """Writes a model folder, which replaces an older one once all files are complete.
 
         The flow's `recommended` settings and the names of its classes go into config.json. Its reports are copied if
-        they are of these weights.
+        they are of this flow.
 
         Args:
             dtype: The dtype of the stored weights; by default the flow's own.

@@ -1,6 +1,6 @@
-// Chains of masked autoregressive transforms in both directions, exact to rounding, and their gradients. A tile of rows goes
-// through all transforms without leaving the cache, and a row is a vector lane. Units of a layer are sorted by the first step
-// that can compute them, so that each is computed once.
+// Chains of transforms, masked autoregressive ones and couplings among them, in both directions, exact to rounding, and their
+// gradients. A tile of rows goes through all transforms without leaving the cache, and a row is a vector lane. Units of a layer
+// are sorted by the first step that can compute them, so that each is computed once.
 #pragma once
 
 #include <memory>
@@ -73,7 +73,10 @@ int64_t evaluate(const ChainArgs& call) {
   chain.pack();
   if (!chain.is_finite) {
     std::memset(call.failed, 1, call.rows);
-    std::fill_n(static_cast<T*>(call.out), call.rows * call.features, Simd<T>::nan);
+    const int64_t size = call.rows * call.features;
+    std::fill_n(static_cast<T*>(call.out), size, Simd<T>::nan);
+    if (call.log_det)
+      std::fill_n(static_cast<T*>(call.log_det), call.is_by_feature ? size : call.rows, Simd<T>::nan);
     return call.rows;
   }
   const Tiles<T> tiles(call, chain.work);

@@ -38,7 +38,7 @@ class SampleSpec:
         labels_or_context_sha256: Checksum of the labels as little-endian int64, or of another context as float32.
         classes: The names of the classes, which the folders of PNGs have; empty without names.
         shard_size: Samples in a shard. Shard i begins with sample `shard_size * i`.
-        weights_sha256: Fingerprint of the weights.
+        flow_sha256: Fingerprint of the flow.
         dtype: The dtype of the network, or "tf32".
         strategy: The name of the strategy, or the path of its file.
         strategy_sha256: Checksum of the strategy; None for "auto", whose plan depends on timings.
@@ -56,7 +56,7 @@ class SampleSpec:
     batch_size: Count
     shard_size: Count
     files: Files
-    weights_sha256: str
+    flow_sha256: str
     dtype: str
     strategy: str
     strategy_sha256: str | None
@@ -79,7 +79,7 @@ class SampleSpec:
             num=num, shape=flow.image_shape or (config.num_tokens, config.token_dim), seed=seed,
             labels_or_context_sha256=labels_or_context_sha256(request.context), num_classes=config.num_classes,
             classes=tuple(flow.classes), batch_size=batch_size, shard_size=shard_size, files=files,
-            weights_sha256=fingerprint(flow), dtype=flow.precision, strategy=strategy,
+            flow_sha256=fingerprint(flow), dtype=flow.precision, strategy=strategy,
             strategy_sha256=None if solvers is None else sha256(json_bytes(solvers)),
             guidance=flow.guidance, denoise=float(request.denoise), tolerance=request.strategy.tolerance,
             certify=request.options.certify, log_prob=request.log_prob, sensitivity=request.sensitivity,
