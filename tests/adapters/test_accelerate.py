@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import glasflow
+import glasflow.nflows.transforms as gf
 import nflows.transforms
 import normflows
 import pytest
@@ -128,8 +131,20 @@ def test_skipped_transforms_are_reported_with_the_reason(flow: nn.Module, why: s
     assert f"  first: left alone, {why}" in str(handle)
 
 
+def test_scales_of_glasflow_by_a_function_of_the_user_are_refused() -> None:
+    flow = gf.MaskedAffineAutoregressiveTransform(5, 16)
+    copied, y = copy.deepcopy(flow), normal(3, 5)
+    with torch.no_grad(), jf.accelerate(glasflow), jf.accelerate(copied) as handle:
+        torch.testing.assert_close(copied.inverse(y), flow.inverse(y))
+        assert handle.backends == {"": "native"}
+        own = jf.accelerate(gf.MaskedAffineAutoregressiveTransform(5, 16, scale_activation=torch.exp))
+    assert str(own).endswith("native code does not know the scale_activation exp")
+
+
 COUPLINGS = "its coupling layers already invert in one pass"
-NO_TRANSFORM = "it has no masked autoregressive transform of zuko, nflows, normflows, pyro, and no TarFlow block"
+NO_TRANSFORM = (
+    "it has no masked autoregressive transform of zuko, nflows, glasflow, normflows, pyro, and no TarFlow block"
+)
 
 
 @pytest.mark.parametrize(

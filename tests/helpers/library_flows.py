@@ -1,4 +1,4 @@
-"""Flows of zuko, nflows, normflows and pyro, and checks against the library's own code."""
+"""Flows of zuko, nflows, glasflow, normflows and pyro, and checks against the library's own code."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import glasflow.nflows.transforms as gf
 import nflows.transforms as nf
 import normflows
 import pyro.distributions.transforms as pt
@@ -212,7 +213,7 @@ def _zuko(kind: Callable[..., nn.Module], gain: float, features: int = 24, **set
 
 
 def _nflows(kind: Callable[..., nn.Module], gain: float, **settings: Any) -> Case:
-    return Case("nflows", lambda d, c, h: kind(d, h, context_features=c or None, **settings), gain)
+    return Case(kind.__module__.split(".")[0], lambda d, c, h: kind(d, h, context_features=c or None, **settings), gain)
 
 
 def _pyro(name: str, gain: float) -> Case:
@@ -221,6 +222,7 @@ def _pyro(name: str, gain: float) -> Case:
 
 
 _affine, _rational = nf.MaskedAffineAutoregressiveTransform, nf.MaskedPiecewiseRationalQuadraticAutoregressiveTransform
+_bounded = {"num_bins": 5, "tails": "linear", "tail_bound": 3.0}
 _normflows_affine = normflows.flows.MaskedAffineAutoregressive
 _spline = partial(normflows.flows.AutoregressiveRationalQuadraticSpline, init_identity=False)
 
@@ -232,7 +234,8 @@ CASES = {
     "zuko user's own": Case("zuko", lambda d, c, _: Scaled(d, c), 4.0),
     "nflows affine": _nflows(_affine, 1.4),
     "nflows feed-forward": _nflows(_affine, 2.5, use_residual_blocks=False),
-    "nflows rational": _nflows(_rational, 4.0, num_bins=5, tails="linear", tail_bound=3.0),
+    "nflows rational": _nflows(_rational, 4.0, **_bounded),
+    "glasflow rational": _nflows(gf.MaskedPiecewiseRationalQuadraticAutoregressiveTransform, 4.0, **_bounded),
     "nflows user's own": Case("nflows", lambda d, c, _: Additive(d, c or None), 2.5),
     "normflows affine": Case("normflows", lambda d, c, h: _normflows_affine(d, h, c or None), 1.5),
     "normflows spline": Case("normflows", lambda d, c, h: _spline(d, 2, h, c or None), 4.0, is_inverse=False),
@@ -241,7 +244,7 @@ CASES = {
 }
 NATIVE = (
     "zuko MAF", "zuko NSF", "nflows affine", "nflows rational", "normflows affine", "normflows spline", "pyro affine",
-    "pyro spline",
+    "pyro spline", "glasflow rational",
 )  # fmt: skip
 LARGE = {  # more features than a block of native code has, and hidden units
     "zuko NSF": (50, 100), "zuko MAF residual": (40, 70), "nflows affine": (70, 100), "normflows spline": (50, 100),

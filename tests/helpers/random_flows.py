@@ -1,4 +1,4 @@
-"""Random flows of zuko, nflows, normflows and pyro, drawn by hypothesis."""
+"""Random flows of zuko, nflows, glasflow, normflows and pyro, drawn by hypothesis."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import glasflow.nflows.transforms as gf
 import nflows.transforms as nf
 import normflows
 import pyro.distributions.transforms as pt
@@ -68,7 +69,7 @@ def zuko_flows(draw: Draw, features: int, context: int) -> tuple[nn.Module, str]
     return LazyComposedTransform(*parts), domain
 
 
-def nflows_flows(draw: Draw, features: int, context: int) -> tuple[nn.Module, str]:
+def nflows_flows(nf: Any, draw: Draw, features: int, context: int) -> tuple[nn.Module, str]:
     domain = draw(st.sampled_from(["line", "line", "unit"]))
 
     def masked() -> nn.Module:
@@ -129,7 +130,13 @@ def pyro_flows(draw: Draw, features: int, context: int) -> tuple[nn.Module, str]
     return spline(features, network(param_dims=sizes), count_bins=bins, bound=2.0, order=order), "line"
 
 
-FLOWS = {"zuko": zuko_flows, "nflows": nflows_flows, "normflows": normflows_flows, "pyro": pyro_flows}
+FLOWS = {
+    "zuko": zuko_flows,
+    "nflows": partial(nflows_flows, nf),
+    "glasflow": partial(nflows_flows, gf),
+    "normflows": normflows_flows,
+    "pyro": pyro_flows,
+}
 
 
 def inputs(domain: str, *shape: int, dtype: torch.dtype) -> Tensor:

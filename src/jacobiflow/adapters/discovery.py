@@ -29,12 +29,12 @@ def accelerate(flow: Any, tolerance: float | None = None, *, strict: bool = Fals
 def accelerate(
     flow: Any, tolerance: float | None = None, *, strict: bool = False
 ) -> Acceleration | LibraryAcceleration:
-    """Makes the masked autoregressive transforms of a zuko, nflows, normflows or pyro flow, or a live TarFlow, fast.
+    """Makes the masked autoregressive transforms of a flow of another library, or of a live TarFlow, fast.
 
-    The flow is changed in place, and you call its own methods as before. On a CPU, native code computes all transforms
-    at once, in both directions and with their gradients. The libraries' own inverse takes D passes of the network for D
-    features. The result is exact to rounding. Rows that are not finite, or overflow on the way, go through the
-    library's own code.
+    The libraries are zuko, nflows, glasflow, normflows and pyro. The flow is changed in place, and you call its own
+    methods as before. On a CPU, native code computes all transforms at once, in both directions and with their
+    gradients. The libraries' own inverse takes D passes of the network for D features. The result is exact to
+    rounding. Rows that are not finite, or overflow on the way, go through the library's own code.
 
     Some transforms are beyond native code: those on a GPU, or with an activation that it does not know. They are
     inverted by passes x <- g(x) of the library's own network, which end as soon as one changes nothing. The result has
@@ -59,7 +59,8 @@ def accelerate(
     Args:
         flow: A module with masked autoregressive transforms of these libraries in it, or an sbi posterior or another
             object whose attributes (or lists or dicts of them) hold such modules. Or a library: `zuko`, `nflows`,
-            `normflows`, `pyro` or `sbi`. If a flow is accelerated a second time, the latest tolerance counts.
+            `glasflow`, `normflows`, `pyro` or `sbi`. If a flow is accelerated a second time, the latest tolerance
+            counts.
         tolerance: `None` for exact to rounding. 0 for the library's own bits, always by passes. Above 0, passes
             end when one changes no entry by more than this, in the units of each transform's input. Native code is
             exact to rounding at any tolerance above 0.
@@ -139,7 +140,10 @@ def _reason_of(modules: Iterable[nn.Module]) -> str:
 def _accelerate_library(name: str, tolerance: float | None) -> LibraryAcceleration:
     libraries = BUILDERS.get(name, (name,))
     if not LIBRARIES.keys() >= {*libraries}:
-        raise InputValueError(f"{name}: supported are {', '.join([*LIBRARIES, *BUILDERS])}; nothing was changed")
+        raise InputValueError(
+            f"{name}: supported are {', '.join([*LIBRARIES, *BUILDERS])}; if it builds on one of these, pass "
+            "that library; nothing was changed"
+        )
     return LibraryAcceleration(name, tolerance, [adapter for each in libraries for adapter in load_adapters(each)])
 
 

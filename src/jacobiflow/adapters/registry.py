@@ -22,8 +22,10 @@ def load_adapters(library: str) -> tuple[Adapter, ...]:
     # These modules import their library, which may not be installed.
     if library == "zuko":
         from jacobiflow.adapters.zuko import ADAPTERS
-    elif library == "nflows":
-        from jacobiflow.adapters.nflows import ADAPTERS
+    elif library in ("nflows", "glasflow"):
+        from jacobiflow.adapters.nflows import make_adapters
+
+        return make_adapters("nflows" if library == "nflows" else "glasflow.nflows")
     elif library == "normflows":
         from jacobiflow.adapters.normflows import ADAPTERS
     else:

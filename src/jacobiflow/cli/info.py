@@ -17,7 +17,7 @@ from jacobiflow.utils.launch import local_device
 if TYPE_CHECKING:
     from jacobiflow.models.flow import Flow
 
-_LIBRARIES = ("zuko", "nflows", "normflows", "pyro-ppl", "sbi")  # The libraries that `accelerate` supports.
+_LIBRARIES = ("zuko", "nflows", "glasflow", "normflows", "pyro-ppl", "sbi")  # The libraries that `accelerate` supports.
 _MAX_ROUND_TRIP_ERROR = 1e-3  # Largest change of a latent that is decoded and encoded again.
 
 
