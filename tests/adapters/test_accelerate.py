@@ -68,7 +68,7 @@ def test_the_handle_says_what_was_done(monkeypatch: pytest.MonkeyPatch) -> None:
         f"  transform.transforms.{names}: zuko MaskedAutoregressiveTransform, by " for names in ("0", "1", "0, 1")
     )
     assert str(handle).splitlines() == [
-        "accelerated, exact to rounding: 2 autoregressive transforms", first + "native code",
+        "accelerated, exact to rounding: 2 transforms", first + "native code",
         second + "passes, if there are 6 features or more: native code does not know the activation Mish",
     ]  # fmt: skip
     assert (handle.tolerance, handle.reasons, handle.passes, handle.backends) == (None, {}, {}, {})

@@ -30,7 +30,26 @@ from tests.helpers.library_flows import (
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore")]
 
-BUILDS: dict[str, Callable[[], nn.Module]] = {
+
+def mixed_zuko() -> nn.Module:
+    """Two runs of transforms that native code takes, and one between them that it does not take."""
+    first, second = (BUILDS["zuko"]().transform.transforms for _ in range(2))
+    unknown = zuko.lazy.UnconditionalTransform(zuko.transforms.SoftclipTransform, bound=9.0)
+    return zuko.lazy.Flow([*first, unknown, *second], zuko.flows.MAF(5).base)
+
+
+def mixed_nflows() -> nn.Module:
+    first, second = BUILDS["nflows"](), BUILDS["nflows"]()
+    return nf.CompositeTransform([*first._transforms, nf.LeakyReLU(0.5), second, nf.ReversePermutation(5)])
+
+
+def mixed_normflows() -> nn.Module:
+    first, second = ([*BUILDS["normflows"]().flows, normflows.flows.Permute(5)] for _ in range(2))
+    return normflows.NormalizingFlow(None, [*first, normflows.flows.AffineConstFlow(5), *second])
+
+
+MIXED = {"zuko mixed": mixed_zuko, "nflows mixed": mixed_nflows, "normflows mixed": mixed_normflows}
+BUILDS: dict[str, Callable[[], nn.Module]] = MIXED | {
     "zuko": lambda: zuko.flows.NSF(5, hidden_features=(16,), activation=lambda: nn.LeakyReLU(0.2)),
     "nflows": lambda: nf.CompositeTransform([
         nf.MaskedAffineAutoregressiveTransform(5, 16, activation=nn.LeakyReLU(0.2)), nf.ReversePermutation(5),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -55,8 +56,10 @@ def zuko_calls(kind: Any, form: str = "") -> Calls:
     return flow, calls
 
 
-def nflows_calls() -> Calls:
+def nflows_calls(form: str = "") -> Calls:
     parts = [nf.MaskedAffineAutoregressiveTransform(4, 16, context_features=2), nf.RandomPermutation(4)]
+    if form == "mixed":  # Native code does not take the transform in the middle.
+        parts = [*parts, nf.LeakyReLU(), nf.CompositeTransform(copy.deepcopy(parts[::-1]))]
     flow, x, c = Flow(nf.CompositeTransform(parts), StandardNormal([4])), torch.randn(6, 4), torch.randn(6, 2)
 
     def calls() -> list[Tensor]:
@@ -66,8 +69,10 @@ def nflows_calls() -> Calls:
     return flow, calls
 
 
-def normflows_calls() -> Calls:
+def normflows_calls(form: str = "") -> Calls:
     parts = [normflows.flows.MaskedAffineAutoregressive(4, 16), normflows.flows.Permute(4)]
+    if form == "mixed":
+        parts = [*parts, normflows.flows.AffineConstFlow(4), *copy.deepcopy(parts)]
     flow, x = normflows.NormalizingFlow(normflows.distributions.DiagGaussian(4), parts), torch.randn(6, 4)
 
     def calls() -> list[Tensor]:
@@ -94,8 +99,9 @@ def pyro_calls() -> Calls:
 DENSITIES: dict[str, Callable[[], Calls]] = {
     "zuko MAF": partial(zuko_calls, zuko.flows.MAF), "zuko NSF": partial(zuko_calls, zuko.flows.NSF),
     "zuko NCSF": partial(zuko_calls, zuko.flows.NCSF), "zuko inverse": partial(zuko_calls, zuko.flows.MAF, "inverse"),
-    "zuko mixed": partial(zuko_calls, zuko.flows.MAF, "mixed"), "nflows": nflows_calls, "normflows": normflows_calls,
-    "pyro": pyro_calls,
+    "zuko mixed": partial(zuko_calls, zuko.flows.MAF, "mixed"), "nflows": nflows_calls,
+    "nflows mixed": partial(nflows_calls, "mixed"), "normflows": normflows_calls,
+    "normflows mixed": partial(normflows_calls, "mixed"), "pyro": pyro_calls,
 }  # fmt: skip
 
 

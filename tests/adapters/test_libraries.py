@@ -83,7 +83,7 @@ def test_the_latest_acceleration_counts_and_all_may_end_in_any_order() -> None:
         with jf.accelerate(flow) as first, jf.accelerate(flow):
             first.restore()
         assert tolerance_of(flow) == "library"
-    assert str(outer) == "new flows of zuko are accelerated, to a tolerance of 0.5: 3 autoregressive transforms so far"
+    assert str(outer) == "new flows of zuko are accelerated, to a tolerance of 0.5: 3 transforms so far"
     for first, second in ((jf.accelerate(flow), jf.accelerate(flow)), (jf.accelerate(zuko, 0.5), jf.accelerate(zuko))):
         with second, first:
             pass

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -12,40 +11,14 @@ from torch import Tensor, nn
 
 from jacobiflow.adapters.adapter import AcceleratedModule, Adapter
 from jacobiflow.adapters.library_module import is_accelerated, library_class
-from jacobiflow.adapters.native_module import LibraryCall, NativeModule, TransformOutput, flatten_batch
+from jacobiflow.adapters.native_module import LibraryCall, TransformOutput, flatten_batch
+from jacobiflow.adapters.part import Part
+from jacobiflow.adapters.summary import describe
 from jacobiflow.errors import UnsupportedError
-from jacobiflow.native import describe as describe_native
-from jacobiflow.native import load_library
 from jacobiflow.native.tensors import is_traced
 
 if TYPE_CHECKING:
     from typing_extensions import Self
-
-MIN_PASSES = 6  # With fewer passes from x = 0, comparing iterates costs more time than it saves.
-_MAX_NAMES = 8  # Number of names of modules in a line of a handle's summary.
-
-
-def describe_tolerance(tolerance: float | None) -> str:
-    """Returns in words how exact an inverse is."""
-    if tolerance is None:
-        return "exact to rounding"
-    return f"to a tolerance of {tolerance:g}" if tolerance else "to the library's own bits"
-
-
-def _lines_of(texts: dict[str, str]) -> list[str]:
-    """Returns a line for each text, after the names of the modules that it holds for."""
-    names: dict[str, list[str]] = {}
-    for name, text in texts.items():
-        names.setdefault(text, []).append(name)
-    return [f"  {_join_names(some)}: {text}" if any(some) else f"  {text}" for text, some in names.items()]
-
-
-def _join_names(names: list[str]) -> str:
-    """Returns the names of modules in a row. A parent that all of them share is written once."""
-    parent, _, _ = names[0].rpartition(".")
-    if all(name.rpartition(".")[0] == parent for name in names):
-        names = [names[0], *(name.rpartition(".")[2] for name in names[1:])]
-    return ", ".join(names if len(names) <= _MAX_NAMES else [*names[: _MAX_NAMES - 1], "...", names[-1]])
 
 
 class Acceleration:
@@ -59,10 +32,11 @@ class Acceleration:
             the flow can be accelerated.
         reasons: Why parts of the flow were left alone: name of the masked autoregressive transform or TarFlow block to
             the reason. If the flow has neither, "" for the flow itself.
+        parts: The accelerated modules.
 
     Example:
         >>> print(jf.accelerate(zuko.flows.MAF(3)))
-        accelerated, exact to rounding: 3 autoregressive transforms
+        accelerated, exact to rounding: 3 transforms
           transform.transforms.0, 1, 2: zuko MaskedAutoregressiveTransform, by native code
         >>> print(jf.accelerate(zuko.flows.NICE(3)))
         nothing was accelerated
@@ -73,14 +47,16 @@ class Acceleration:
         self, tolerance: float | None, adapters: dict[nn.Module, tuple[str, Adapter]], reasons: dict[str, str]
     ) -> None:
         self.tolerance, self.reasons = tolerance, reasons
-        self._parts = {module: _Part(module, name, adapter) for module, (name, adapter) in adapters.items()}
-        self._transforms = [part for part in self._parts.values() if not part.adapter.is_composition]
+        self.parts = {
+            module: Part(module, name, adapter, self._accelerate_run) for module, (name, adapter) in adapters.items()
+        }
+        self._transforms = [part for part in self.parts.values() if not part.adapter.is_composition]
         self.transforms = {
             part.name: f"{part.adapter.library} {library_class(part.module).__name__}" for part in self._transforms
         }
         self._classes: dict[tuple[type[nn.Module], type[AcceleratedModule]], type[nn.Module]] = {}
-        for part in self._parts.values():
-            part.parts = [self._parts[child] for child in part.module.modules() if child in self._parts]
+        for part in self.parts.values():
+            part.parts = [self.parts[child] for child in part.module.modules() if child in self.parts]
             self.replace_class(part.module, part.adapter.mixin)
 
     def replace_class(self, module: nn.Module, mixin: type[AcceleratedModule]) -> None:
@@ -103,34 +79,29 @@ class Acceleration:
 
     def restore(self) -> None:
         """Gives every module the library's own class back, however often it was accelerated."""
-        for module in self._parts:
+        for module in self.parts:
             module.__class__ = library_class(module)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for module, part in self._parts.items():
+        for module, part in self.parts.items():
             if is_accelerated(module):
                 module.__class__ = part.class_before
 
     def __repr__(self) -> str:
-        count = len(self.transforms)
-        what = f"{count} autoregressive transform{'s' * (count > 1)}"
-        methods = {
-            part.name: f"{self.transforms[part.name]}, by {part.expected_backend(self.tolerance)}"
-            for part in self._transforms
-        }
-        return "\n".join([
-            f"accelerated, {describe_tolerance(self.tolerance)}: {what}" if count else "nothing was accelerated",
-            *_lines_of(methods),
-            *_lines_of({name: f"left alone, {reason}" for name, reason in self.reasons.items()}),
-        ])  # fmt: skip
+        return describe(self.parts, self.tolerance, self.reasons)
 
     def record_use(self, module: nn.Module, passes: int, backend: str) -> None:
         """Records the latest use of a transform, for `passes` and `backends`."""
-        if module in self._parts:  # DataParallel makes replicas.
-            self._parts[module].latest_use = passes, backend
+        if module in self.parts:  # DataParallel makes replicas.
+            self.parts[module].latest_use = passes, backend
+
+    def _accelerate_run(self, run: nn.Module, adapter: Adapter) -> None:
+        """Accelerates a run of layers, see `compose_runs`. Its use is recorded as that of these layers."""
+        part = Acceleration(self.tolerance, {run: ("", adapter)}, {}).parts[run]
+        part.parts = [self.parts[layer] for layer in run.modules() if layer in self.parts]
 
     def evaluate(
         self,
@@ -151,13 +122,17 @@ class Acceleration:
                 if there are such rows; it only starts the passes, so it is computed at any tolerance.
             log_det: That of `TransformChain.evaluate`.
         """
-        part = self._parts.get(module)
+        part = self.parts.get(module)
         is_library_exact = self.tolerance == 0 and library_call is not None
         if part is None or is_library_exact or is_traced() or torch.is_autocast_enabled("cpu"):
             return None
         try:
-            rows, contexts, batch = flatten_batch(x, context)
             native = part.find_native(context is not None)
+            if native.mixed is not None and library_call is not None:
+                return library_call(native.mixed, x, context)
+            rows, contexts, batch = flatten_batch(x, context)
+            if native.obstacle is not None:
+                return None
             in_pytorch = None if library_call is None else partial(native.evaluate_in_pytorch, library_call)
             values, log_dets, failed = native.chain.evaluate(
                 native.tensors(), rows, contexts, is_inverse, log_det, in_pytorch
@@ -178,48 +153,3 @@ class Acceleration:
             return values, log_dets
         values = values.view((*batch, values.shape[-1]))
         return values, None if log_dets is None else log_dets.view((*batch, *log_dets.shape[1:]))
-
-
-@dataclass(eq=False)
-class _Part:
-    """An accelerated module of a flow.
-
-    Attributes:
-        parts: The accelerated modules in it, itself included.
-        latest_use: The passes of the latest call, and its backend.
-    """
-
-    module: nn.Module
-    name: str
-    adapter: Adapter
-    parts: list[_Part] = field(default_factory=list)
-    latest_use: tuple[int, str] | None = None
-
-    def __post_init__(self) -> None:
-        self.class_before = type(self.module)
-        self._natives: dict[bool, NativeModule] = {}
-
-    def find_native(self, is_conditional: bool) -> NativeModule:
-        """Returns the module as native code takes it now; raises UnsupportedError if it does not."""
-        native = self._natives.get(is_conditional)
-        if native is None or not native.snapshot.is_current():
-            if self.adapter.list_transforms is None or load_library() is None:
-                raise UnsupportedError(f"native code is {describe_native()}")
-            native = self._natives[is_conditional] = NativeModule(
-                self.module, self.adapter.list_transforms, is_conditional
-            )
-        if native.obstacle is not None:
-            raise UnsupportedError(f"native code does not know {native.obstacle}")
-        return native
-
-    def expected_backend(self, tolerance: float | None) -> str:
-        """Returns in words how the module is inverted."""
-        if self.adapter.list_transforms is None:
-            return "native code"
-        if tolerance == 0:
-            return "passes"
-        try:
-            self.find_native(is_conditional=False)
-        except UnsupportedError as error:
-            return f"passes, if there are {MIN_PASSES} features or more: {error}"
-        return "native code"

@@ -52,6 +52,7 @@ class Adapter:
         methods: Its methods that are replaced. A subclass is accelerated if it leaves them unchanged.
         mixin: The class that replaces them.
         list_transforms: Lists the transforms of a module for native code; `None` if `mixin` calls native code itself.
+        layers: The name of a composition's list of layers, if it has one.
     """
 
     target: type[nn.Module]
@@ -59,6 +60,7 @@ class Adapter:
     mixin: type[AcceleratedModule]
     list_transforms: ListTransforms | None
     is_composition: bool = False
+    layers: str = ""
 
     @property
     def library(self) -> str:

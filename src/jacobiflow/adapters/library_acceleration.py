@@ -11,9 +11,10 @@ from weakref import WeakSet
 
 from torch import nn
 
-from jacobiflow.adapters.acceleration import Acceleration, describe_tolerance
+from jacobiflow.adapters.acceleration import Acceleration
 from jacobiflow.adapters.adapter import Adapter, find_adapter
 from jacobiflow.adapters.library_module import is_accelerated
+from jacobiflow.adapters.summary import describe_tolerance
 from jacobiflow.errors import UnsupportedError
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ class LibraryAcceleration:
         >>> with jf.accelerate(zuko) as fast:
         ...     flow = zuko.flows.MAF(3, transforms=2)
         >>> print(fast)
-        new flows of zuko are accelerated, exact to rounding: 2 autoregressive transforms so far
+        new flows of zuko are accelerated, exact to rounding: 2 transforms so far
     """
 
     def __init__(self, name: str, tolerance: float | None, adapters: Sequence[Adapter]) -> None:
@@ -61,7 +62,7 @@ class LibraryAcceleration:
         self._end(Acceleration.__exit__)
 
     def __repr__(self) -> str:
-        count = f"{self._count} autoregressive transforms so far"
+        count = f"{self._count} transforms so far"
         return f"new flows of {self._name} are accelerated, {describe_tolerance(self.tolerance)}: {count}"
 
     def add(self, module: nn.Module) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from jacobiflow.adapters.adapter import AcceleratedModule
 from jacobiflow.adapters.library_module import library_class
-from jacobiflow.adapters.native_module import TransformOutput
+from jacobiflow.adapters.native_module import LibraryCall, TransformOutput
 from jacobiflow.adapters.network import LibraryNetwork
 from jacobiflow.adapters.passes import invert_by_passes
 from jacobiflow.errors import UnsupportedError
@@ -95,11 +96,13 @@ class AcceleratedComposition(AcceleratedModule):
 
     def forward(self, inputs: Float[Tensor, "b d"], context: Float[Tensor, "b c"] | None = None) -> Sequence[Tensor]:
         """Returns z and log|det dz/dinputs| (B,), as the library does."""
-        return evaluate_by_native(self, "forward", inputs, context) or super().forward(inputs, context)
+        call = partial(_library_call, "forward")
+        return evaluate_by_native(self, call, inputs, context, is_inverse=False) or super().forward(inputs, context)
 
     def inverse(self, inputs: Float[Tensor, "b d"], context: Float[Tensor, "b c"] | None = None) -> Sequence[Tensor]:
         """Returns x and log|det dx/dinputs| (B,), as the library does."""
-        return evaluate_by_native(self, "inverse", inputs, context) or self._invert(inputs, context)
+        call = partial(_library_call, "inverse")
+        return evaluate_by_native(self, call, inputs, context, is_inverse=True) or self._invert(inputs, context)
 
     def _invert(self, inputs: Tensor, context: Tensor | None) -> Sequence[Tensor]:
         return super().inverse(inputs, context)  # type: ignore[misc]
@@ -122,17 +125,16 @@ class AcceleratedTransform(AcceleratedComposition):
         return super()._invert(inputs, context) if outputs is None else tuple(outputs)
 
 
+def _library_call(method: str, module: Any, x: Tensor, context: Tensor | None) -> TransformOutput:
+    return getattr(library_class(module), method)(module, x, *context_args(context))
+
+
 def evaluate_by_native(
-    module: AcceleratedModule, method: str, x: Tensor, context: Tensor | None
+    module: AcceleratedModule, library_call: LibraryCall, x: Tensor, context: Tensor | None, is_inverse: bool
 ) -> tuple[Tensor, Tensor] | None:
-    """Returns the results of a method of the library by native code; `None` if they are left to the library."""
+    """Returns the results of a call of the library by native code; `None` if they are left to the library."""
     if x.ndim != 2 or (context is not None and (context.ndim != 2 or context.shape[0] != x.shape[0])):
         return None
-
-    def library_call(module: Any, x: Tensor, context: Tensor | None) -> TransformOutput:
-        return getattr(library_class(module), method)(module, x, *context_args(context))
-
-    is_inverse = method.startswith("inverse")
     result: Any = module.acceleration.evaluate(module, x, context, is_inverse, library_call, "rows")
     return result
 

@@ -37,20 +37,19 @@ class NativeModule:
     Attributes:
         snapshot: The module as it was when this was made.
         chain: Its transforms.
+        mixed: If it is a composition of which native code knows only some layers: a composition of the same layers, in
+            which those that follow each other are a run, see `compose_runs`.
     """
 
     chain: TransformChain
+    mixed: nn.Module | None = None
 
     def __init__(self, module: nn.Module, list_transforms: ListTransforms, is_conditional: bool) -> None:
         self._module, modules = module, list(module.modules())
         self._dropouts = [part for part in modules if isinstance(part, DROPOUTS) and part.p > 0]
         self._obstacle: str | None = None
         try:
-            for part in modules:
-                if any(vars(part)[name] for name in HOOKS):
-                    raise UnsupportedError(f"a hook on {type(part).__name__}")
-                if has_replaced_method(part):
-                    raise UnsupportedError(f"a method of its own on {type(part).__name__}")
+            check_modules(modules)
             self.chain = TransformChain(list(list_transforms(module, is_conditional)))
             places = [place for transform in self.chain.transforms for place in transform.places]
             self._holders, self._names = [holder for holder, _ in places], [name for _, name in places]
@@ -76,6 +75,15 @@ class NativeModule:
         places = zip(map(id, self._holders), self._names, strict=True)
         module = copy_with_tensors(self._module, dict(zip(places, tensors, strict=True)))
         return library_call(module, x, None if context is None else context.expand(len(x), -1))
+
+
+def check_modules(modules: Iterable[nn.Module]) -> None:
+    """Raises UnsupportedError if a module does more than its class says."""
+    for module in modules:
+        if any(vars(module)[name] for name in HOOKS):
+            raise UnsupportedError(f"a hook on {type(module).__name__}")
+        if has_replaced_method(module):
+            raise UnsupportedError(f"a method of its own on {type(module).__name__}")
 
 
 def flatten_batch(

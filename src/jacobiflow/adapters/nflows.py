@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
-from importlib import import_module
 from inspect import unwrap
+from types import ModuleType
 from typing import Any
 
 from torch import nn
@@ -18,19 +18,18 @@ from jacobiflow.native.boundary import ScaleActivation, TransformKind
 from jacobiflow.native.transforms import ChainTransform, affine_transform, invert_transforms, permutation_transform
 
 
-def make_adapters(root: str) -> tuple[Adapter, ...]:
-    """Returns the adapters of nflows; `root` is the name of its package, or of that of a copy."""
-    nf: Any = import_module(f"{root}.transforms")
+def make_adapters(nf: ModuleType) -> tuple[Adapter, ...]:
+    """Returns the adapters of the package `nflows.transforms`, or of a copy of it."""
     list_of_nf = partial(list_transforms, nf)
     methods = ("forward", "inverse")
     return (
         Adapter(nf.autoregressive.AutoregressiveTransform, ("inverse",), AcceleratedTransform, list_of_nf),
-        Adapter(nf.CompositeTransform, methods, AcceleratedComposition, list_of_nf, is_composition=True),
+        Adapter(nf.CompositeTransform, methods, AcceleratedComposition, list_of_nf, True, "_transforms"),
     )
 
 
-def list_transforms(nf: Any, module: Any, is_conditional: bool) -> Iterator[ChainTransform]:
-    """Yields the transforms of a module, see `ListTransforms`; `nf` is the package `nflows.transforms` or its copy."""
+def list_transforms(nf: ModuleType, module: Any, is_conditional: bool) -> Iterator[ChainTransform]:
+    """Yields the transforms of a module, see `ListTransforms`; `nf` is that of `make_adapters`."""
     kind: Any = library_class(module)
     if kind is nf.CompositeTransform:
         for part in module._transforms:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 from normflows.core import ConditionalNormalizingFlow, NormalizingFlow
@@ -49,20 +50,36 @@ def list_transforms(module: Any, is_conditional: bool) -> Iterator[ChainTransfor
         raise UnsupportedError(kind.__name__)
 
 
+def _cascade(is_inverse: bool, module: Any, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Calls all flows in turn. The library's own loop sums log-determinants in the default dtype."""
+    log_det = x.new_zeros(len(x))
+    for flow in reversed(module.flows) if is_inverse else module.flows:
+        if isinstance(flow, AcceleratedFlow):  # a run, see `compose_runs`
+            x, each = flow.evaluate(x, context, is_inverse) or _cascade(is_inverse, flow, x, context)
+        else:
+            x, each = (flow.inverse if is_inverse else flow)(x, *context_args(context))
+        log_det = log_det + each
+    return x, log_det
+
+
 class AcceleratedFlow(AcceleratedModule):
     """A flow whose transforms native code computes together. Only a conditional flow has a context."""
 
     q0: Any
     flows: Any
 
+    def evaluate(self, x: Tensor, context: Tensor | None, is_inverse: bool) -> tuple[Tensor, Tensor] | None:
+        """Returns the results by native code; `None` if they are left to the library."""
+        return evaluate_by_native(self, partial(_cascade, is_inverse), x, context, is_inverse)
+
     def forward_and_log_det(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Returns x of latents z and log|det dx/dz| (B,), as normflows does."""
-        result: Any = evaluate_by_native(self, "forward_and_log_det", z, context)
+        result: Any = self.evaluate(z, context, is_inverse=False)
         return result or super().forward_and_log_det(z, *context_args(context))  # type: ignore[misc]
 
     def inverse_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Returns latents z of x and log|det dz/dx| (B,), as normflows does."""
-        result: Any = evaluate_by_native(self, "inverse_and_log_det", x, context)
+        result: Any = self.evaluate(x, context, is_inverse=True)
         return result or super().inverse_and_log_det(x, *context_args(context))  # type: ignore[misc]
 
     def forward(self, z: Tensor, context: Tensor | None = None) -> Tensor:
@@ -75,7 +92,7 @@ class AcceleratedFlow(AcceleratedModule):
     def sample(self, num_samples: int = 1, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Returns samples x and their log-densities (N,)."""
         z, log_prob = self.q0(num_samples, *context_args(context))
-        result = evaluate_by_native(self, "forward_and_log_det", z, context)
+        result = self.evaluate(z, context, is_inverse=False)
         if result is not None:
             return result[0], log_prob - result[1]
         for flow in self.flows:  # forward_and_log_det would sum in the default dtype.
@@ -85,7 +102,7 @@ class AcceleratedFlow(AcceleratedModule):
 
     def log_prob(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """Returns log-densities (B,) of x."""
-        result = evaluate_by_native(self, "inverse_and_log_det", x, context)
+        result = self.evaluate(x, context, is_inverse=True)
         if result is None:
             return super().log_prob(x, *context_args(context))  # type: ignore[misc]
         return result[1] + self.q0.log_prob(result[0], *context_args(context))
@@ -94,6 +111,6 @@ class AcceleratedFlow(AcceleratedModule):
 _METHODS = ("forward", "inverse", "forward_and_log_det", "inverse_and_log_det", "sample", "log_prob")
 ADAPTERS: tuple[Adapter, ...] = (
     Adapter(Autoregressive, ("inverse",), AcceleratedTransform, list_transforms),
-    Adapter(ConditionalNormalizingFlow, _METHODS, AcceleratedFlow, list_transforms, is_composition=True),
-    Adapter(NormalizingFlow, _METHODS, AcceleratedFlow, list_transforms, is_composition=True),
+    Adapter(ConditionalNormalizingFlow, _METHODS, AcceleratedFlow, list_transforms, True, "flows"),
+    Adapter(NormalizingFlow, _METHODS, AcceleratedFlow, list_transforms, True, "flows"),
 )

@@ -10,8 +10,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from jacobiflow.adapters.acceleration import MIN_PASSES, Acceleration
+from jacobiflow.adapters.acceleration import Acceleration
 from jacobiflow.adapters.library_module import DROPOUTS, LIBRARIES, has_forward_hooks, has_replaced_method, shallow_copy
+from jacobiflow.adapters.summary import MIN_PASSES
 from jacobiflow.fixed_point.implicit import solve_adjoint
 from jacobiflow.native.tensors import is_traced
 from jacobiflow.utils.autograd import check_first_derivative, is_batched

@@ -8,6 +8,7 @@ from packaging.version import Version
 
 from jacobiflow.adapters.adapter import Adapter
 from jacobiflow.adapters.library_module import LIBRARIES
+from jacobiflow.adapters.nflows import make_adapters
 from jacobiflow.errors import InputValueError
 
 BUILDERS = {"sbi": ("nflows", "zuko")}  # Packages that make flows of these libraries.
@@ -22,10 +23,14 @@ def load_adapters(library: str) -> tuple[Adapter, ...]:
     # These modules import their library, which may not be installed.
     if library == "zuko":
         from jacobiflow.adapters.zuko import ADAPTERS
-    elif library in ("nflows", "glasflow"):
-        from jacobiflow.adapters.nflows import make_adapters
+    elif library == "nflows":
+        from nflows import transforms
 
-        return make_adapters("nflows" if library == "nflows" else "glasflow.nflows")
+        return make_adapters(transforms)
+    elif library == "glasflow":
+        from glasflow.nflows import transforms
+
+        return make_adapters(transforms)
     elif library == "normflows":
         from jacobiflow.adapters.normflows import ADAPTERS
     else:

@@ -331,6 +331,6 @@ class AcceleratedFlow(AcceleratedModule):
 
 ADAPTERS: tuple[Adapter, ...] = (
     Adapter(MaskedAutoregressiveTransform, ("forward",), AcceleratedLazyAutoregressive, list_transforms),
-    Adapter(LazyComposedTransform, ("forward",), AcceleratedLazyComposed, list_transforms, is_composition=True),
+    Adapter(LazyComposedTransform, ("forward",), AcceleratedLazyComposed, list_transforms, True, "transforms"),
     Adapter(Flow, ("forward",), AcceleratedFlow, list_transforms, is_composition=True),
 )
