@@ -39,7 +39,7 @@ def test_tolerance_0_gives_the_bits_of_the_library(name: str) -> None:
                 assert same_bits(expected, case.invert(flow, y, c))
         assert same_bits(expected, result)
         assert all(x.isfinite().all() for x in expected)
-        assert set(original.values()) == {features}
+        assert set(original.values()) == (set() if "coupling" in name else {features})
         assert features < 24 or dtype != torch.float32 or all(2 < count < 24 for count in passes.values())
 
 
@@ -141,16 +141,15 @@ def test_scales_of_glasflow_by_a_function_of_the_user_are_refused() -> None:
     assert str(own).endswith("native code does not know the scale_activation exp")
 
 
-COUPLINGS = "its coupling layers already invert in one pass"
-NO_TRANSFORM = (
-    "it has no masked autoregressive transform of zuko, nflows, glasflow, normflows, pyro, and no TarFlow block"
-)
+NO_RESIDUAL_NET = "native code does not know the network Linear"
+COUPLINGS = "native code does not know its coupling layers"
+NO_TRANSFORM = "it has no masked or coupling transform of zuko, nflows, glasflow, normflows, pyro, and no TarFlow block"
 
 
 @pytest.mark.parametrize(
     ("flow", "why"),
     [(zuko.flows.NICE(4), COUPLINGS), (normflows.flows.AffineCouplingBlock(nn.Linear(2, 4)), COUPLINGS),
-     (nflows.transforms.AffineCouplingTransform(torch.arange(8) % 2, nn.Linear), COUPLINGS),
+     (nflows.transforms.AffineCouplingTransform(torch.arange(8) % 2, nn.Linear), NO_RESIDUAL_NET),
      (zuko.flows.MAF(1), NO_TRANSFORM), (zuko.flows.CNF(2), NO_TRANSFORM), ([nn.Linear(2, 2)], NO_TRANSFORM),
      (jf.MAF(jf.MAFConfig(1, 2, hidden_features=4, num_blocks=1)), "jf.sample and jf.decode make it fast")],
     ids=lambda value: type(value).__name__,

@@ -82,6 +82,12 @@ def check_gradients(
     return errors
 
 
+def masks_of(flow: nn.Module) -> dict[int, Tensor]:
+    """The masks of weights by their ids."""
+    layers: list[Any] = [layer for layer in masked_layers(flow) if hasattr(layer, "mask")]
+    return {id(layer.weight): layer.mask.bool() for layer in layers}
+
+
 def native_gradients(threads: int, flow: nn.Module, x: Tensor, context: Tensor | None, *arguments: Any) -> Any:
     torch.set_num_threads(threads)  # PyTorch's own threads would cost time.
     with jf.accelerate(flow) as handle:
@@ -89,7 +95,7 @@ def native_gradients(threads: int, flow: nn.Module, x: Tensor, context: Tensor |
     torch.set_num_threads(1)
     assert set(handle.backends.values()) == {"native"}, handle
     needing = [t for t in (x, context, *flow.parameters()) if t is not None and t.requires_grad]
-    masks = {id(layer.weight): layer.mask.bool() for layer in masked_layers(flow)}
+    masks = masks_of(flow)
     for tensor, gradient in zip(needing, result, strict=True):
         if gradient is not None:
             assert (gradient.shape, gradient.dtype) == (tensor.shape, tensor.dtype)
@@ -254,7 +260,8 @@ def spoil(flow: nn.Module, x: Tensor, c: Tensor, where: str) -> list[int]:
         c[BAD, 1] = math.nan
     else:
         layer: Any = masked_layers(flow)[-1]
-        layer.weight[tuple((layer.mask == (where == "weights")).nonzero()[0])] = math.nan
+        mask = getattr(layer, "mask", torch.full_like(layer.weight, where == "weights"))
+        layer.weight[tuple((mask == (where == "weights")).nonzero()[0])] = math.nan
         return ALL
     return BAD
 
@@ -292,7 +299,7 @@ def test_gradients_with_rows_that_are_not_finite(name: str, where: str) -> None:
     )  # fmt: skip
     spoil(flow, x, c, where)
     tensors = [x.requires_grad_(), c.requires_grad_(), *flow.parameters()]
-    masks = {id(layer.weight): layer.mask.bool() for layer in masked_layers(flow)}
+    masks = masks_of(flow)
     for is_inverse in (False, True):
         cotangents = [x.detach().nan_to_num(1.0, 1.0, 1.0).tanh(), torch.ones(150)]
         expected = outcome(gradients, flow, x, c, is_inverse, cotangents)

@@ -11,7 +11,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import glasflow.nflows.nn.nets as gn
 import glasflow.nflows.transforms as gf
+import nflows.nn.nets as nn_of_nflows
 import nflows.transforms as nf
 import normflows
 import pyro.distributions.transforms as pt
@@ -35,7 +37,34 @@ def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Te
 
 
 def masked_layers(flow: nn.Module) -> list[nn.Module]:
-    return [module for module in flow.modules() if type(module).__name__ == "MaskedLinear"]
+    """The masked layers of a flow, or the layers of its couplings."""
+    name = "Linear" if any(hasattr(module, "transform_net") for module in flow.modules()) else "MaskedLinear"
+    return [module for module in flow.modules() if type(module).__name__ == name]
+
+
+def coupling_net(
+    inputs: int, outputs: int, hidden: int = 16, context: int = 0, library: Any = nf, **settings: Any
+) -> nn.Module:
+    """A residual network of a coupling with random weights; those that the library draws are near 0."""
+    nets = gn if library is gf else nn_of_nflows
+    net = nets.ResidualNet(inputs, outputs, hidden, context or None, **settings)
+    for parameter in net.parameters():
+        nn.init.normal_(parameter, std=0.4)
+    return net
+
+
+def couplings(features: int, context: int, hidden: int, library: Any = nf) -> nn.Module:
+    """An affine and a spline coupling, and a linear layer between them."""
+    net = partial(coupling_net, hidden=hidden, context=context, library=library)
+    odd, bounded = torch.arange(features) % 2, {"tails": "linear", "tail_bound": 3.0}
+    return library.CompositeTransform(
+        [
+            library.PiecewiseRationalQuadraticCouplingTransform(odd, net, num_bins=5, **bounded),
+            library.LULinear(features, identity_init=False),
+            library.AffineCouplingTransform(1 - odd, net),
+            library.ReversePermutation(features),
+        ]
+    )
 
 
 @contextmanager
@@ -236,6 +265,7 @@ CASES = {
     "nflows feed-forward": _nflows(_affine, 2.5, use_residual_blocks=False),
     "nflows rational": _nflows(_rational, 4.0, **_bounded),
     "glasflow rational": _nflows(gf.MaskedPiecewiseRationalQuadraticAutoregressiveTransform, 4.0, **_bounded),
+    "nflows coupling": Case("nflows", couplings, 1.5),
     "nflows user's own": Case("nflows", lambda d, c, _: Additive(d, c or None), 2.5),
     "normflows affine": Case("normflows", lambda d, c, h: _normflows_affine(d, h, c or None), 1.5),
     "normflows spline": Case("normflows", lambda d, c, h: _spline(d, 2, h, c or None), 4.0, is_inverse=False),
@@ -244,7 +274,7 @@ CASES = {
 }
 NATIVE = (
     "zuko MAF", "zuko NSF", "nflows affine", "nflows rational", "normflows affine", "normflows spline", "pyro affine",
-    "pyro spline", "glasflow rational",
+    "pyro spline", "glasflow rational", "nflows coupling",
 )  # fmt: skip
 LARGE = {  # more features than a block of native code has, and hidden units
     "zuko NSF": (50, 100), "zuko MAF residual": (40, 70), "nflows affine": (70, 100), "normflows spline": (50, 100),

@@ -23,6 +23,8 @@ from zuko.flows.autoregressive import MaskedAutoregressiveTransform
 from zuko.flows.spline import CircularRQSTransform
 from zuko.lazy import LazyComposedTransform, LazyInverse, UnconditionalTransform
 
+from tests.helpers.library_flows import coupling_net
+
 Draw = Callable[[st.SearchStrategy[Any]], Any]
 
 MODULES = [
@@ -85,6 +87,18 @@ def nflows_flows(nf: Any, draw: Draw, features: int, context: int) -> tuple[nn.M
             features, hidden, num_bins=draw(st.integers(2, 6)), **tails, **settings
         )
 
+    def coupling() -> nn.Module:
+        mask = torch.randperm(features) % draw(st.integers(2, 3))
+        settings = {"num_blocks": draw(st.integers(0, 2)), "activation": draw(functions)}
+        net = partial(coupling_net, hidden=draw(st.integers(1, 24)), context=context, library=nf, **settings)
+        if domain == "line" and draw(st.booleans()):
+            return nf.AffineCouplingTransform(mask, net)
+        tails = {"tails": "linear", "tail_bound": 2.5} if domain == "line" else {}
+        return nf.PiecewiseRationalQuadraticCouplingTransform(mask, net, num_bins=draw(st.integers(2, 6)), **tails)
+
+    if features > 1 and draw(st.booleans()):
+        linear = [nf.LULinear(features, identity_init=draw(st.booleans()))] if domain == "line" else []
+        return nf.CompositeTransform([coupling(), *linear, nf.InverseTransform(coupling()), masked()]), domain
     if draw(st.booleans()):
         return masked(), domain
     inner = nf.InverseTransform(nf.CompositeTransform([masked(), nf.ReversePermutation(features), masked()]))

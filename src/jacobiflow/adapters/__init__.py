@@ -1,4 +1,4 @@
-"""Fast inverses and densities of the masked autoregressive flows of zuko, nflows, glasflow, normflows and pyro."""
+"""Fast inverses and densities of the masked and coupling flows of zuko, nflows, glasflow, normflows and pyro."""
 
 from jacobiflow.adapters.acceleration import Acceleration
 from jacobiflow.adapters.discovery import accelerate

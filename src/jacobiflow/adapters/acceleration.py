@@ -30,8 +30,8 @@ class Acceleration:
         tolerance: `None` for exact to rounding, 0 for the library's own bits, or the tolerance at which passes end.
         transforms: The accelerated transforms: name of the module in the flow to "library class". Empty if nothing in
             the flow can be accelerated.
-        reasons: Why parts of the flow were left alone: name of the masked autoregressive transform or TarFlow block to
-            the reason. If the flow has neither, "" for the flow itself.
+        reasons: Why parts of the flow were left alone: name of the masked or coupling transform or TarFlow block to the
+            reason. If the flow has neither, "" for the flow itself.
         parts: The accelerated modules.
 
     Example:
@@ -40,7 +40,7 @@ class Acceleration:
           transform.transforms.0, 1, 2: zuko MaskedAutoregressiveTransform, by native code
         >>> print(jf.accelerate(zuko.flows.NICE(3)))
         nothing was accelerated
-          left alone, its coupling layers already invert in one pass
+          left alone, native code does not know its coupling layers
     """
 
     def __init__(

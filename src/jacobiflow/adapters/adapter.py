@@ -52,6 +52,7 @@ class Adapter:
         methods: Its methods that are replaced. A subclass is accelerated if it leaves them unchanged.
         mixin: The class that replaces them.
         list_transforms: Lists the transforms of a module for native code; `None` if `mixin` calls native code itself.
+        needs_native: Whether the class gains by native code only, so a module that this does not know is left alone.
         layers: The name of a composition's list of layers, if it has one.
     """
 
@@ -61,6 +62,7 @@ class Adapter:
     list_transforms: ListTransforms | None
     is_composition: bool = False
     layers: str = ""
+    needs_native: bool = False
 
     @property
     def library(self) -> str:
@@ -76,6 +78,11 @@ class Adapter:
                 raise UnsupportedError(f"{kind.__name__} overrides {self.library}'s {method}")
             if method in vars(module):
                 raise UnsupportedError(f"its {method} was replaced")
+        if self.needs_native and self.list_transforms is not None:
+            try:
+                list(self.list_transforms(module, False))
+            except UnsupportedError as error:
+                raise UnsupportedError(f"native code does not know {error}") from error
 
 
 def _layout(kind: type) -> type:

@@ -29,14 +29,14 @@ def accelerate(flow: Any, tolerance: float | None = None, *, strict: bool = Fals
 def accelerate(
     flow: Any, tolerance: float | None = None, *, strict: bool = False
 ) -> Acceleration | LibraryAcceleration:
-    """Makes the masked autoregressive transforms of a flow of another library, or of a live TarFlow, fast.
+    """Makes the masked and coupling transforms of a flow of another library, or a live TarFlow, fast.
 
     The libraries are zuko, nflows, glasflow, normflows and pyro. The flow is changed in place, and you call its own
     methods as before. On a CPU, native code computes all transforms at once, in both directions and with their
-    gradients. The libraries' own inverse takes D passes of the network for D features. The result is exact to
-    rounding. Rows that are not finite, or overflow on the way, go through the library's own code.
+    gradients. The libraries' own inverse of a masked transform takes D passes of the network for D features. The result
+    is exact to rounding. Rows that are not finite, or overflow on the way, go through the library's own code.
 
-    Some transforms are beyond native code: those on a GPU, or with an activation that it does not know. They are
+    Some masked transforms are beyond native code: those on a GPU, or with an activation that it does not know. They are
     inverted by passes x <- g(x) of the library's own network, which end as soon as one changes nothing. The result has
     the library's own bits. Its gradients are those of the implicit function theorem (first derivatives only).
 
@@ -53,11 +53,12 @@ def accelerate(
     the flows of nflows and zuko that sbi makes. All flows that the library makes, copies or loads in this process from
     then on are accelerated. Flows that exist already are left alone.
 
-    Coupling layers, continuous flows and all other modules are left as they are. If nothing in the flow can be
+    Couplings are those of nflows and glasflow. Other coupling layers, continuous flows and all other modules are left
+    as they are, and native code computes the layers between them. If nothing in the flow can be
     accelerated, the result is a handle that says why.
 
     Args:
-        flow: A module with masked autoregressive transforms of these libraries in it, or an sbi posterior or another
+        flow: A module with masked or coupling transforms of these libraries in it, or an sbi posterior or another
             object whose attributes (or lists or dicts of them) hold such modules. Or a library: `zuko`, `nflows`,
             `glasflow`, `normflows`, `pyro` or `sbi`. If a flow is accelerated a second time, the latest tolerance
             counts.
@@ -128,13 +129,13 @@ def accelerate(
 
 
 def _reason_of(modules: Iterable[nn.Module]) -> str:
-    """Returns why nothing can be accelerated in a flow without masked transforms and TarFlow blocks."""
+    """Returns why nothing can be accelerated in a flow without transforms of the libraries and TarFlow blocks."""
     kinds = {type(module) for module in modules}
     if any(kind.__module__.startswith("jacobiflow.") for kind in kinds):
         return "jf.sample and jf.decode make it fast"
     if any("Coupl" in kind.__name__ for kind in kinds):
-        return "its coupling layers already invert in one pass"
-    return f"it has no masked autoregressive transform of {', '.join(LIBRARIES)}, and no TarFlow block"
+        return "native code does not know its coupling layers"
+    return f"it has no masked or coupling transform of {', '.join(LIBRARIES)}, and no TarFlow block"
 
 
 def _accelerate_library(name: str, tolerance: float | None) -> LibraryAcceleration:

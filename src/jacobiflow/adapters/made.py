@@ -24,32 +24,37 @@ _PYTORCH_PARTS = (nn.ModuleList, nn.Linear, nn.Dropout, nn.Identity)
 
 
 def made_transform(
-    module: Any, library: ModuleType, is_conditional: bool, kind: TransformKind, parameters: int = 2, **fields: Any
+    module: Any, library: ModuleType, is_conditional: bool, parameters: int = 2, **fields: Any
 ) -> ChainTransform:
     """Returns a masked transform; `library` is the Python module that defines the library's MADE."""
     network = _build_network(module.autoregressive_net, library, parameters, is_conditional)
-    return masked_transform(network, kind=kind, **fields)
+    return masked_transform(network, **fields)
 
 
 def spline_transform(module: Any, library: ModuleType, is_conditional: bool) -> ChainTransform:
     """Returns a masked rational-quadratic spline."""
+    parameters, fields = spline_fields(module, getattr(module.autoregressive_net, "hidden_features", 1))
+    return made_transform(module, library, is_conditional, parameters=parameters, **fields)
+
+
+def spline_fields(module: Any, width: int) -> tuple[int, dict[str, Any]]:
+    """Returns the number of parameters of a feature, and the native fields; `width` is that of hidden layers."""
     if isinstance(module.tails, list | tuple) or isinstance(module.tail_bound, Tensor):
         raise UnsupportedError("a spline with tails of its own for each feature")
-    bins, width = module.num_bins, getattr(module.autoregressive_net, "hidden_features", 1)
+    bins = module.num_bins
     bounded, circular, free = (SplineBoundary.FIXED, -1), (SplineBoundary.CIRCULAR, 0), (SplineBoundary.FREE, 1)
     boundary, more_slopes = {"linear": bounded, "circular": circular}.get(module.tails, free)
     low, high = (0.0, 1.0) if module.tails is None else (-float(module.tail_bound), float(module.tail_bound))
-    return made_transform(
-        module, library, is_conditional, TransformKind.RATIONAL_QUADRATIC, 3 * bins + more_slopes, bins=bins,
-        boundary=boundary, end_slope=1.0, logit_scale=float(width) ** -0.5, low=low, high=high,
-        has_tails=module.tails is not None, min_width=module.min_bin_width, min_height=module.min_bin_height,
-        min_slope=module.min_derivative,
-    )  # fmt: skip
+    return 3 * bins + more_slopes, {
+        "kind": TransformKind.RATIONAL_QUADRATIC, "bins": bins, "boundary": boundary, "end_slope": 1.0,
+        "logit_scale": float(width) ** -0.5, "low": low, "high": high, "has_tails": module.tails is not None,
+        "min_width": module.min_bin_width, "min_height": module.min_bin_height, "min_slope": module.min_derivative,
+    }  # fmt: skip
 
 
 def _build_network(made: Any, library: ModuleType, parameters: int, is_conditional: bool) -> LibraryNetwork:
     """Returns the operations of a MADE. nflows applies an activation to the context, or before the blocks."""
-    _check_parts(made, library)
+    check_network(made, library.MADE, library.MaskedLinear, library.MaskedResidualBlock, library.MaskedFeedforwardBlock)
     if is_conditional and not hasattr(made, "context_layer"):
         raise UnsupportedError("a context for a network without")
     is_nflows = hasattr(made, "use_residual_blocks")
@@ -61,38 +66,40 @@ def _build_network(made: Any, library: ModuleType, parameters: int, is_condition
         value = network.add_function(value, made.activation)
     for block in made.blocks:
         if hasattr(block, "linear_layers"):
-            value = _add_residual_block(network, value, block, is_conditional, is_nflows)
+            value = add_residual_block(network, value, block, is_conditional, is_gated=not is_nflows)
         else:
             value = network.add_layer(value, block.linear, block.activation)
     network.add_layer(value, made.final_layer)
     return network
 
 
-def _add_residual_block(network: LibraryNetwork, before: int, block: Any, is_conditional: bool, is_nflows: bool) -> int:
-    """Adds value + linear(act(linear(act(value)))). nflows adds the context to hidden units; normflows gates by it."""
+def add_residual_block(network: LibraryNetwork, before: int, block: Any, is_conditional: bool, is_gated: bool) -> int:
+    """Adds value + linear(act(linear(act(value)))). The context gates the second layer, or is added to the first."""
     first, second = block.linear_layers
     value = network.add_layer(network.add_function(before, block.activation), first)
-    if is_conditional and is_nflows:
+    if is_conditional and not is_gated:
         value = network.add_context_layer(value, block.context_layer)
     value = network.add_layer(network.add_function(value, block.activation), second)
-    if is_conditional and not is_nflows:
+    if is_conditional and is_gated:
         value = network.add_gate_layer(value, block.context_layer)
     return network.add_sum(value, before)
 
 
-def _check_parts(made: nn.Module, library: ModuleType) -> None:
-    """Raises UnsupportedError if the MADE has parts that are not the library's or PyTorch's, or normalizes batches."""
-    of_library = (library.MADE, library.MaskedLinear, library.MaskedResidualBlock, library.MaskedFeedforwardBlock)
-    activations = {module._modules.get("activation") for module in made.modules()}
-    if type(made) is not library.MADE:
-        raise UnsupportedError(f"the network {type(made).__name__}")
-    for part in made.modules():
-        if type(part) not in (*of_library, *_PYTORCH_PARTS) and part not in activations:
+def check_network(network: nn.Module, kind: type[nn.Module], *of_library: type[nn.Module]) -> None:
+    """Raises UnsupportedError if a network is not of this class, or has parts that are not the library's or PyTorch's.
+
+    Batch normalisation is one of these.
+    """
+    activations = {module._modules.get("activation") for module in network.modules()}
+    if type(network) is not kind:
+        raise UnsupportedError(f"the network {type(network).__name__}")
+    for part in network.modules():
+        if type(part) not in (kind, *of_library, *_PYTORCH_PARTS) and part not in activations:
             raise UnsupportedError(f"{type(part).__name__} in its network")
 
 
 class AcceleratedComposition(AcceleratedModule):
-    """A composition whose transforms native code computes together."""
+    """A coupling, or a composition whose transforms native code computes together."""
 
     def forward(self, inputs: Float[Tensor, "b d"], context: Float[Tensor, "b c"] | None = None) -> Sequence[Tensor]:
         """Returns z and log|det dz/dinputs| (B,), as the library does."""

@@ -1,4 +1,4 @@
-"""nflows, and the copy of it in glasflow: `AutoregressiveTransform`, affine, spline or a user's own."""
+"""nflows, and the copy of it in glasflow: couplings, and `AutoregressiveTransform`, affine, spline or a user's own."""
 
 from __future__ import annotations
 
@@ -8,40 +8,73 @@ from inspect import unwrap
 from types import ModuleType
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from jacobiflow.adapters.adapter import Adapter
 from jacobiflow.adapters.library_module import library_class
-from jacobiflow.adapters.made import AcceleratedComposition, AcceleratedTransform, made_transform, spline_transform
+from jacobiflow.adapters.made import (
+    AcceleratedComposition,
+    AcceleratedTransform,
+    add_residual_block,
+    check_network,
+    made_transform,
+    spline_fields,
+    spline_transform,
+)
+from jacobiflow.adapters.network import LibraryNetwork
 from jacobiflow.errors import UnsupportedError
 from jacobiflow.native.boundary import ScaleActivation, TransformKind
-from jacobiflow.native.transforms import ChainTransform, affine_transform, invert_transforms, permutation_transform
+from jacobiflow.native.transforms import (
+    ChainTransform,
+    affine_transform,
+    coupling_transform,
+    invert_transforms,
+    lu_transform,
+    permutation_transform,
+)
 
 
-def make_adapters(nf: ModuleType) -> tuple[Adapter, ...]:
-    """Returns the adapters of the package `nflows.transforms`, or of a copy of it."""
-    list_of_nf = partial(list_transforms, nf)
+def make_adapters(nf: ModuleType, nets: ModuleType) -> tuple[Adapter, ...]:
+    """Returns the adapters of the packages `nflows.transforms` and `nflows.nn.nets`, or of copies of them."""
+    list_of_nf = partial(list_transforms, nf, nets)
     methods = ("forward", "inverse")
     return (
+        Adapter(nf.coupling.CouplingTransform, methods, AcceleratedComposition, list_of_nf, needs_native=True),
         Adapter(nf.autoregressive.AutoregressiveTransform, ("inverse",), AcceleratedTransform, list_of_nf),
         Adapter(nf.CompositeTransform, methods, AcceleratedComposition, list_of_nf, True, "_transforms"),
     )
 
 
-def list_transforms(nf: ModuleType, module: Any, is_conditional: bool) -> Iterator[ChainTransform]:
-    """Yields the transforms of a module, see `ListTransforms`; `nf` is that of `make_adapters`."""
+def list_transforms(nf: ModuleType, nets: ModuleType, module: Any, is_conditional: bool) -> Iterator[ChainTransform]:
+    """Yields the transforms of a module, see `ListTransforms`; `nf` and `nets` are those of `make_adapters`."""
     kind: Any = library_class(module)
     if kind is nf.CompositeTransform:
         for part in module._transforms:
-            yield from list_transforms(nf, part, is_conditional)
+            yield from list_transforms(nf, nets, part, is_conditional)
     elif kind is nf.InverseTransform:
-        yield from invert_transforms(list_transforms(nf, module._transform, is_conditional))
+        yield from invert_transforms(list_transforms(nf, nets, module._transform, is_conditional))
     elif kind is nf.MaskedAffineAutoregressiveTransform:
         _check_scale_activation(module, unwrap(kind.__init__).__code__.co_consts)
         scale: dict[str, Any] = {"scale_activation": ScaleActivation.SOFTPLUS, "min_scale": module._epsilon}
-        yield made_transform(module, nf.made, is_conditional, TransformKind.MASKED_AFFINE, **scale)
+        yield made_transform(module, nf.made, is_conditional, kind=TransformKind.MASKED_AFFINE, **scale)
     elif kind is nf.MaskedPiecewiseRationalQuadraticAutoregressiveTransform:
         yield spline_transform(module, nf.made, is_conditional)
+    elif kind is nf.AffineCouplingTransform:
+        _check_scale_activation(module, (getattr(kind, "DEFAULT_SCALE_ACTIVATION", None),))
+        outputs = torch.arange(2 * module.num_transform_features, device="cpu").view(2, -1).t()  # shifts come first
+        scale = {"scale_activation": ScaleActivation.SIGMOID, "logit_shift": 2.0, "min_scale": 1e-3, "scale_index": 1}
+        yield _coupling_transform(nets, module, is_conditional, outputs, kind=TransformKind.MASKED_AFFINE, **scale)
+    elif kind is nf.PiecewiseRationalQuadraticCouplingTransform:
+        parameters, fields = spline_fields(module, getattr(module.transform_net, "hidden_features", 1))
+        outputs = torch.arange(parameters * module.num_transform_features, device="cpu").view(-1, parameters)
+        yield _coupling_transform(nets, module, is_conditional, outputs, **fields)
+    elif kind is nf.LULinear:
+        names = ("lower_entries", "upper_entries", "unconstrained_upper_diag", "bias")
+        if not module._parameters.keys() >= {*names}:
+            raise UnsupportedError("a weight that is not a parameter")
+        lower, upper, diagonal, shift = ((module._parameters, name) for name in names)
+        yield lu_transform(lower, upper, diagonal, shift, min_scale=module.eps)
     elif kind in (nf.Permutation, nf.RandomPermutation, nf.ReversePermutation) and module._dim == 1:
         yield permutation_transform(module._permutation.tolist())
     elif kind in (nf.PointwiseAffineTransform, nf.AffineTransform):
@@ -50,8 +83,26 @@ def list_transforms(nf: ModuleType, module: Any, is_conditional: bool) -> Iterat
         raise UnsupportedError(kind.__name__)
 
 
+def _coupling_transform(
+    nets: ModuleType, module: Any, is_conditional: bool, outputs: Tensor, **fields: Any
+) -> ChainTransform:
+    if module.unconditional_transform is not None:
+        raise UnsupportedError("an unconditional transform")
+    net, identity = module.transform_net, module.identity_features.tolist()
+    check_network(net, nets.ResidualNet, nets.resnet.ResidualBlock)
+    if is_conditional and net.context_features is None:
+        raise UnsupportedError("a context for a network without")
+    width = net.context_features if is_conditional else 0
+    network = LibraryNetwork(outputs, range(len(identity), len(identity) + width), len(identity))
+    value = network.add_layer(0, net.initial_layer)
+    for block in net.blocks:
+        value = add_residual_block(network, value, block, is_conditional, is_gated=True)
+    network.add_layer(value, net.final_layer)
+    return coupling_transform(network, identity, module.transform_features.tolist(), **fields)
+
+
 def _check_scale_activation(module: nn.Module, defaults: tuple[Any, ...]) -> None:
-    """Raises UnsupportedError for a function of the user. Only glasflow takes one; `defaults` has its own code."""
+    """Raises UnsupportedError for a function of the user. Only glasflow takes one; `defaults` are its own."""
     function = vars(module).get("scale_activation")
-    if function is not None and getattr(function, "__code__", function) not in defaults:
+    if function is not None and not {function, getattr(function, "__code__", function)} & {*defaults}:
         raise UnsupportedError(f"the scale_activation {getattr(function, '__name__', type(function).__name__)}")

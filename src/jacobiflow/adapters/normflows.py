@@ -39,8 +39,11 @@ def list_transforms(module: Any, is_conditional: bool) -> Iterator[ChainTransfor
     elif kind is MaskedPiecewiseRationalQuadraticAutoregressive:
         yield spline_transform(module, made, is_conditional)
     elif kind is MaskedAffineAutoregressive:
-        scale: dict[str, Any] = {"scale_activation": ScaleActivation.SIGMOID, "logit_shift": 2.0, "min_scale": 1e-3}
-        yield made_transform(module, made, is_conditional, TransformKind.MASKED_AFFINE, **scale)
+        scale: dict[str, Any] = {
+            "kind": TransformKind.MASKED_AFFINE, "scale_activation": ScaleActivation.SIGMOID, "logit_shift": 2.0,
+            "min_scale": 1e-3,
+        }  # fmt: skip
+        yield made_transform(module, made, is_conditional, **scale)
     elif kind is Permute and module.mode == "shuffle":
         yield permutation_transform(module.perm.tolist())
     elif kind is Permute and module.mode == "swap":

@@ -25,12 +25,14 @@ def load_adapters(library: str) -> tuple[Adapter, ...]:
         from jacobiflow.adapters.zuko import ADAPTERS
     elif library == "nflows":
         from nflows import transforms
+        from nflows.nn import nets
 
-        return make_adapters(transforms)
+        return make_adapters(transforms, nets)
     elif library == "glasflow":
         from glasflow.nflows import transforms
+        from glasflow.nflows.nn import nets
 
-        return make_adapters(transforms)
+        return make_adapters(transforms, nets)
     elif library == "normflows":
         from jacobiflow.adapters.normflows import ADAPTERS
     else:

@@ -26,8 +26,9 @@ def describe_tolerance(tolerance: float | None) -> str:
 def describe(parts: Mapping[nn.Module, Part], tolerance: float | None, reasons: Mapping[str, str]) -> str:
     """Returns a line for the flow, and one for all layers of a class that are computed in the same way."""
     transforms = [part for part in parts.values() if not part.adapter.is_composition]
+    passes = "passes", f", if there are {MIN_PASSES} features or more"
     layers = [
-        (part.name, part.module, part, "passes", f", if there are {MIN_PASSES} features or more")
+        (part.name, part.module, part, *(("the library", "") if part.adapter.needs_native else passes))
         for part in transforms
     ] + [
         (name, layer, part, "the library", "")

@@ -1,0 +1,117 @@
+"""Couplings and linear layers of nflows and glasflow: sizes, what is refused, and estimators of sbi."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import glasflow
+import glasflow.nflows.transforms as gf
+import nflows.transforms as nf
+import pytest
+import torch
+from torch import Tensor, nn
+
+import jacobiflow as jf
+from tests.adapters.test_native import check_gradients
+from tests.helpers.library_flows import check, coupling_net, couplings, normal, same_bits
+
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore")]
+
+DOUBLE = torch.float64
+MASK = torch.arange(4) % 2
+
+
+@pytest.mark.parametrize("context", [0, 3])
+@pytest.mark.parametrize("features", [2, 3, 5, 10])
+@pytest.mark.parametrize("library", [nf, gf], ids=["nflows", "glasflow"])
+def test_values_and_gradients_in_and_outside_of_the_tails(library: Any, features: int, context: int) -> None:
+    for seed in range(5):
+        torch.manual_seed(seed)
+        flow = library.CompositeTransform([couplings(features, context, 16, library) for _ in range(2)]).double()
+        x = 2 * normal(70, features, seed=seed, dtype=DOUBLE)
+        c = normal(70, context, seed=seed + 9, dtype=DOUBLE) if context else None
+        check(flow, x, c)
+        check_gradients(flow, x.requires_grad_(), None if c is None else c.requires_grad_())
+
+
+def test_a_coupling_that_reads_only_the_context() -> None:
+    flow = nf.AffineCouplingTransform(torch.ones(2), partial(coupling_net, context=3)).double()
+    check(flow, normal(9, 2, dtype=DOUBLE), normal(9, 3, dtype=DOUBLE))
+
+
+def unconditional_spline() -> nn.Module:
+    settings: dict[str, Any] = {"tails": "linear", "apply_unconditional_transform": True}
+    return nf.PiecewiseRationalQuadraticCouplingTransform(MASK, coupling_net, **settings)
+
+
+def general_scale() -> nn.Module:
+    scale = gf.AffineCouplingTransform.GENERAL_SCALE_ACTIVATION
+    return gf.AffineCouplingTransform(MASK, coupling_net, scale_activation=scale)
+
+
+REFUSED = {
+    "the scale_activation <lambda>": general_scale,
+    "an unconditional transform": unconditional_spline,
+    "BatchNorm1d in its network": lambda: nf.AffineCouplingTransform(MASK, partial(coupling_net, use_batch_norm=True)),
+    "the network Linear": lambda: nf.AffineCouplingTransform(MASK, nn.Linear),
+    "AdditiveCouplingTransform": lambda: nf.AdditiveCouplingTransform(MASK, coupling_net),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_what_native_code_does_not_know_is_left_alone(what: str) -> None:
+    assert jf.accelerate(REFUSED[what]()).reasons == {"": f"native code does not know {what}"}
+
+
+def test_couplings_between_layers_that_native_code_does_not_know() -> None:
+    flow: Any = glasflow.CouplingNSF(4, 3, linear_transform="lu", batch_norm_between_transforms=True).double()
+    flow(x := normal(40, 4, dtype=DOUBLE))
+    flow.eval()._transform._transforms[4].register_forward_hook(lambda *_: None)
+    expected = [*flow.forward(x), *flow.inverse(x)]
+    with jf.accelerate(flow) as handle:
+        torch.testing.assert_close([*flow.forward(x), *flow.inverse(x)], expected)
+    assert str(handle).splitlines()[1:4] == [
+        "  _transform._transforms.1, 7: glasflow PiecewiseRationalQuadraticCouplingTransform, by native code",
+        "  _transform._transforms.4: glasflow PiecewiseRationalQuadraticCouplingTransform, by the library: native code "
+        "does not know a hook on PiecewiseRationalQuadraticCouplingTransform",
+        "  _transform._transforms.2, 5, 8: glasflow BatchNorm, by the library: native code does not know BatchNorm",
+    ]
+
+
+@torch.no_grad()
+def test_a_cache_of_weights_is_the_library_s() -> None:
+    flow, x = couplings(4, 0, 16), normal(5, 4)
+    flow._transforms[1].use_cache()
+    with jf.accelerate(flow):
+        flow.eval()(x)
+        for parameter in flow.parameters():  # The library's cache does not notice it.
+            parameter *= 1.5
+        stale = flow(x)
+        trained = flow.train()(x)
+    flow._transforms[1].use_cache(False)
+    torch.testing.assert_close(trained, flow(x))
+    assert not torch.allclose(stale[0], trained[0])
+
+
+@pytest.mark.parametrize("features", [1, 3])
+def test_neural_spline_flows_of_sbi(features: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import sbi.neural_nets  # takes two seconds, in every process that collects the tests
+
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    theta, x = torch.randn(200, features), torch.randn(200, 2)
+    net = sbi.neural_nets.posterior_nn("nsf", hidden_features=16)(theta, x)
+
+    def results() -> list[Tensor]:
+        torch.manual_seed(0)
+        gradients = torch.autograd.grad(net.loss(theta, x).mean(), [*net.parameters()])
+        return [net.sample((5,), x[:3]), net.log_prob(theta[None], x), *gradients]
+
+    expected = results()
+    with jf.accelerate(net) as handle:
+        torch.testing.assert_close(results(), expected, rtol=1e-3, atol=1e-4)
+    assert set(handle.backends.values()) == ({"native"} if features > 1 else set())
+    with jf.accelerate(net, 0.0):
+        assert same_bits(results(), expected)
