@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -41,19 +42,18 @@ def test_a_coupling_that_reads_only_the_context() -> None:
     check(flow, normal(9, 2, dtype=DOUBLE), normal(9, 3, dtype=DOUBLE))
 
 
-def unconditional_spline() -> nn.Module:
-    settings: dict[str, Any] = {"tails": "linear", "apply_unconditional_transform": True}
-    return nf.PiecewiseRationalQuadraticCouplingTransform(MASK, coupling_net, **settings)
+def unconditional_linear() -> nn.Module:
+    return nf.AffineCouplingTransform(MASK, coupling_net, unconditional_transform=nf.LULinear)
 
 
 def general_scale() -> nn.Module:
     scale = gf.AffineCouplingTransform.GENERAL_SCALE_ACTIVATION
-    return gf.AffineCouplingTransform(MASK, coupling_net, scale_activation=scale)
+    return gf.AffineCouplingTransform(MASK, partial(coupling_net, library=gf), scale_activation=scale)
 
 
 REFUSED = {
     "the scale_activation <lambda>": general_scale,
-    "an unconditional transform": unconditional_spline,
+    "the unconditional transform LULinear": unconditional_linear,
     "BatchNorm1d in its network": lambda: nf.AffineCouplingTransform(MASK, partial(coupling_net, use_batch_norm=True)),
     "the network Linear": lambda: nf.AffineCouplingTransform(MASK, nn.Linear),
     "AdditiveCouplingTransform": lambda: nf.AdditiveCouplingTransform(MASK, coupling_net),
@@ -78,6 +78,16 @@ def test_couplings_between_layers_that_native_code_does_not_know() -> None:
         "does not know a hook on PiecewiseRationalQuadraticCouplingTransform",
         "  _transform._transforms.2, 5, 8: glasflow BatchNorm, by the library: native code does not know BatchNorm",
     ]
+
+
+@torch.no_grad()
+def test_the_first_batch_initializes_an_actnorm() -> None:
+    flow, x = nf.CompositeTransform([nf.ActNorm(4), couplings(4, 0, 16).eval()]), normal(50, 4)
+    original = copy.deepcopy(flow)
+    with jf.accelerate(flow):
+        for _ in range(2):
+            torch.testing.assert_close(flow(x), original(x), rtol=1e-4, atol=1e-4)
+    assert flow._transforms[0].initialized
 
 
 @torch.no_grad()

@@ -54,17 +54,17 @@ def coupling_net(
 
 
 def couplings(features: int, context: int, hidden: int, library: Any = nf) -> nn.Module:
-    """An affine and a spline coupling, and a linear layer between them."""
+    """An affine and a spline coupling, a spline of the features that stay, and linear layers between them."""
     net = partial(coupling_net, hidden=hidden, context=context, library=library)
     odd, bounded = torch.arange(features) % 2, {"tails": "linear", "tail_bound": 3.0}
-    return library.CompositeTransform(
-        [
-            library.PiecewiseRationalQuadraticCouplingTransform(odd, net, num_bins=5, **bounded),
-            library.LULinear(features, identity_init=False),
-            library.AffineCouplingTransform(1 - odd, net),
-            library.ReversePermutation(features),
-        ]
+    spline = library.PiecewiseRationalQuadraticCouplingTransform(
+        odd, net, num_bins=5, apply_unconditional_transform=True, **bounded
     )
+    linear, actnorm = library.LULinear(features, identity_init=False), library.ActNorm(features)
+    for parameter in actnorm.parameters():
+        nn.init.normal_(parameter, std=0.4)
+    affine = library.AffineCouplingTransform(1 - odd, net)
+    return library.CompositeTransform([spline, linear, actnorm, affine, library.ReversePermutation(features)])
 
 
 @contextmanager

@@ -33,15 +33,15 @@ def made_transform(
 
 def spline_transform(module: Any, library: ModuleType, is_conditional: bool) -> ChainTransform:
     """Returns a masked rational-quadratic spline."""
-    parameters, fields = spline_fields(module, getattr(module.autoregressive_net, "hidden_features", 1))
+    width = getattr(module.autoregressive_net, "hidden_features", 1)
+    parameters, fields = spline_fields(module, module.num_bins, width)
     return made_transform(module, library, is_conditional, parameters=parameters, **fields)
 
 
-def spline_fields(module: Any, width: int) -> tuple[int, dict[str, Any]]:
+def spline_fields(module: Any, bins: int, width: int = 1) -> tuple[int, dict[str, Any]]:
     """Returns the number of parameters of a feature, and the native fields; `width` is that of hidden layers."""
     if isinstance(module.tails, list | tuple) or isinstance(module.tail_bound, Tensor):
         raise UnsupportedError("a spline with tails of its own for each feature")
-    bins = module.num_bins
     bounded, circular, free = (SplineBoundary.FIXED, -1), (SplineBoundary.CIRCULAR, 0), (SplineBoundary.FREE, 1)
     boundary, more_slopes = {"linear": bounded, "circular": circular}.get(module.tails, free)
     low, high = (0.0, 1.0) if module.tails is None else (-float(module.tail_bound), float(module.tail_bound))

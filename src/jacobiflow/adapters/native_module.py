@@ -47,6 +47,7 @@ class NativeModule:
     def __init__(self, module: nn.Module, list_transforms: ListTransforms, is_conditional: bool) -> None:
         self._module, modules = module, list(module.modules())
         self._dropouts = [part for part in modules if isinstance(part, DROPOUTS) and part.p > 0]
+        self._actnorms: list[Any] = [part for part in modules if "initialized" in part._buffers]
         self._caches = [part for part in modules if vars(part).get("using_cache")]  # of nflows, which may be stale
         self._obstacle: str | None = None
         try:
@@ -63,6 +64,8 @@ class NativeModule:
         """Why native code does not take the module, or `None` if it does."""
         if self._dropouts and any(part.training for part in self._dropouts):
             return "dropout in training mode"
+        if self._actnorms and any(part.training and not part.initialized for part in self._actnorms):
+            return "the first batch in training mode, which initializes an ActNorm"
         if self._caches and not all(part.training for part in self._caches):
             return "a cache of weights in evaluation mode"
         return self._obstacle

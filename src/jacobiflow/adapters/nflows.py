@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from inspect import unwrap
 from types import ModuleType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from jacobiflow.adapters.adapter import Adapter
 from jacobiflow.adapters.library_module import library_class
@@ -25,9 +25,11 @@ from jacobiflow.adapters.made import (
 from jacobiflow.adapters.network import LibraryNetwork
 from jacobiflow.errors import UnsupportedError
 from jacobiflow.native.boundary import ScaleActivation, TransformKind
+from jacobiflow.native.masked_network import Place
 from jacobiflow.native.transforms import (
     ChainTransform,
     affine_transform,
+    constant_transform,
     coupling_transform,
     invert_transforms,
     lu_transform,
@@ -60,20 +62,18 @@ def list_transforms(nf: ModuleType, nets: ModuleType, module: Any, is_conditiona
         yield made_transform(module, nf.made, is_conditional, kind=TransformKind.MASKED_AFFINE, **scale)
     elif kind is nf.MaskedPiecewiseRationalQuadraticAutoregressiveTransform:
         yield spline_transform(module, nf.made, is_conditional)
-    elif kind is nf.AffineCouplingTransform:
-        _check_scale_activation(module, (getattr(kind, "DEFAULT_SCALE_ACTIVATION", None),))
-        outputs = torch.arange(2 * module.num_transform_features, device="cpu").view(2, -1).t()  # shifts come first
-        scale = {"scale_activation": ScaleActivation.SIGMOID, "logit_shift": 2.0, "min_scale": 1e-3, "scale_index": 1}
-        yield _coupling_transform(nets, module, is_conditional, outputs, kind=TransformKind.MASKED_AFFINE, **scale)
-    elif kind is nf.PiecewiseRationalQuadraticCouplingTransform:
-        parameters, fields = spline_fields(module, getattr(module.transform_net, "hidden_features", 1))
-        outputs = torch.arange(parameters * module.num_transform_features, device="cpu").view(-1, parameters)
-        yield _coupling_transform(nets, module, is_conditional, outputs, **fields)
+    elif kind in (nf.AffineCouplingTransform, nf.PiecewiseRationalQuadraticCouplingTransform):
+        identity, transformed = module.identity_features.tolist(), module.transform_features.tolist()
+        network, fields = _coupling_network(nf, nets, module, is_conditional)
+        yield coupling_transform(network, identity, transformed, **fields)
+        if module.unconditional_transform is not None and identity:
+            yield _constant_transform(nf, module.unconditional_transform, module.features, identity)
+    elif kind in (nf.ActNorm, nf.PiecewiseRationalQuadraticCDF):
+        features = len(next(module.parameters()))
+        yield _constant_transform(nf, module, features, range(features))
     elif kind is nf.LULinear:
         names = ("lower_entries", "upper_entries", "unconstrained_upper_diag", "bias")
-        if not module._parameters.keys() >= {*names}:
-            raise UnsupportedError("a weight that is not a parameter")
-        lower, upper, diagonal, shift = ((module._parameters, name) for name in names)
+        lower, upper, diagonal, shift = _places_of(module, *names)
         yield lu_transform(lower, upper, diagonal, shift, min_scale=module.eps)
     elif kind in (nf.Permutation, nf.RandomPermutation, nf.ReversePermutation) and module._dim == 1:
         yield permutation_transform(module._permutation.tolist())
@@ -83,22 +83,51 @@ def list_transforms(nf: ModuleType, nets: ModuleType, module: Any, is_conditiona
         raise UnsupportedError(kind.__name__)
 
 
-def _coupling_transform(
-    nets: ModuleType, module: Any, is_conditional: bool, outputs: Tensor, **fields: Any
-) -> ChainTransform:
-    if module.unconditional_transform is not None:
-        raise UnsupportedError("an unconditional transform")
-    net, identity = module.transform_net, module.identity_features.tolist()
+def _coupling_network(
+    nf: ModuleType, nets: ModuleType, module: Any, is_conditional: bool
+) -> tuple[LibraryNetwork, dict[str, Any]]:
+    """Returns the network of a coupling, and its native fields."""
+    net, identity = module.transform_net, len(module.identity_features)
     check_network(net, nets.ResidualNet, nets.resnet.ResidualBlock)
     if is_conditional and net.context_features is None:
         raise UnsupportedError("a context for a network without")
+    if library_class(module) is nf.AffineCouplingTransform:
+        _check_scale_activation(module, (getattr(nf.AffineCouplingTransform, "DEFAULT_SCALE_ACTIVATION", None),))
+        outputs = torch.arange(net.final_layer.out_features, device="cpu").view(2, -1).t()  # shifts before scales
+        fields: dict[str, Any] = {
+            "kind": TransformKind.MASKED_AFFINE, "scale_activation": ScaleActivation.SIGMOID, "logit_shift": 2.0,
+            "min_scale": 1e-3, "scale_index": 1,
+        }  # fmt: skip
+    else:
+        parameters, fields = spline_fields(module, module.num_bins, net.hidden_features)
+        outputs = torch.arange(net.final_layer.out_features, device="cpu").view(-1, parameters)
     width = net.context_features if is_conditional else 0
-    network = LibraryNetwork(outputs, range(len(identity), len(identity) + width), len(identity))
+    network = LibraryNetwork(outputs, range(identity, identity + width), identity)
     value = network.add_layer(0, net.initial_layer)
     for block in net.blocks:
         value = add_residual_block(network, value, block, is_conditional, is_gated=True)
     network.add_layer(value, net.final_layer)
-    return coupling_transform(network, identity, module.transform_features.tolist(), **fields)
+    return network, fields
+
+
+def _constant_transform(nf: ModuleType, module: Any, features: int, transformed: Sequence[int]) -> ChainTransform:
+    """Returns a transform of some of the features whose parameters are tensors."""
+    kind = library_class(module)
+    if kind is nf.ActNorm:
+        fields: dict[str, Any] = {"kind": TransformKind.MASKED_AFFINE, "scale_activation": ScaleActivation.EXP}
+        return constant_transform(_places_of(module, "log_scale", "shift"), features, transformed, **fields)
+    if kind is nf.PiecewiseRationalQuadraticCDF:
+        places = _places_of(module, "unnormalized_widths", "unnormalized_heights", "unnormalized_derivatives")
+        _, fields = spline_fields(module, module.unnormalized_widths.shape[-1])
+        return constant_transform(places, features, transformed, **fields)
+    raise UnsupportedError(f"the unconditional transform {kind.__name__}")
+
+
+def _places_of(module: nn.Module, *names: str) -> list[Place]:
+    """Returns the places of parameters."""
+    if not module._parameters.keys() >= {*names}:
+        raise UnsupportedError("a weight that is not a parameter")
+    return [(module._parameters, name) for name in names]
 
 
 def _check_scale_activation(module: nn.Module, defaults: tuple[Any, ...]) -> None:
