@@ -314,6 +314,7 @@ def test_gradients_with_rows_that_are_not_finite(name: str, where: str) -> None:
                 continue
             if id(tensor) in masks:  # where the library has NaN
                 original, ours = original[masks[id(tensor)]], ours[masks[id(tensor)]]
-            for rows in (slice(None), slice(4, 70)):  # The latter are finite if they are rows of x and the context.
+            some = [slice(4, 70)] if len(original) > 4 else []  # finite if they are rows of x and the context
+            for rows in (slice(None), *some):
                 size = float(original[rows].nan_to_num(0.0, 0.0, 0.0).abs().max())
                 torch.testing.assert_close(ours[rows], original[rows], rtol=0, atol=1e-9 * size, equal_nan=True)
