@@ -65,7 +65,9 @@ def saved(thing: Any) -> Any:
 COPIES: dict[str, Callable[[Any], Any]] = {"copy": copy.copy, "deepcopy": copy.deepcopy, "torch.save": saved}
 
 
-@pytest.mark.parametrize("name", ["zuko NSF", "nflows feed-forward", "normflows affine", "pyro affine"])
+@pytest.mark.parametrize(
+    "name", ["zuko NSF", "zuko coupling", "nflows feed-forward", "normflows affine", "pyro affine"]
+)
 @pytest.mark.parametrize("way", COPIES)
 def test_copies_are_the_library_s_own(way: str, name: str) -> None:
     case, flow, y, c = problem_of(name)

@@ -38,8 +38,10 @@ def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Te
 
 def masked_layers(flow: nn.Module) -> list[nn.Module]:
     """The masked layers of a flow, or the layers of its couplings."""
-    name = "Linear" if any(hasattr(module, "transform_net") for module in flow.modules()) else "MaskedLinear"
-    return [module for module in flow.modules() if type(module).__name__ == name]
+    layers = {
+        name: [part for part in flow.modules() if type(part).__name__ == name] for name in ("MaskedLinear", "Linear")
+    }
+    return layers["MaskedLinear"] or layers["Linear"]
 
 
 def coupling_net(
@@ -260,6 +262,7 @@ CASES = {
     "zuko MAF residual": _zuko(zuko.flows.MAF, 1.2, residual=True, randperm=True),
     "zuko NSF": _zuko(zuko.flows.NSF, 3.0),
     "zuko NAF": _zuko(zuko.flows.NAF, 1.5, 6, signal=4, network={"hidden_features": (8,)}),  # inverts to 1e-6
+    "zuko coupling": Case("zuko", lambda d, c, h: zuko.flows.NICE(d, c, hidden_features=(h, h)), 1.5),
     "zuko user's own": Case("zuko", lambda d, c, _: Scaled(d, c), 4.0),
     "nflows affine": _nflows(_affine, 1.4),
     "nflows feed-forward": _nflows(_affine, 2.5, use_residual_blocks=False),
@@ -275,7 +278,7 @@ CASES = {
 MASKED = [name for name in CASES if "coupling" not in name]
 NATIVE = (
     "zuko MAF", "zuko NSF", "nflows affine", "nflows rational", "normflows affine", "normflows spline", "pyro affine",
-    "pyro spline", "glasflow rational", "nflows coupling",
+    "pyro spline", "glasflow rational", "nflows coupling", "zuko coupling",
 )  # fmt: skip
 LARGE = {  # more features than a block of native code has, and hidden units
     "zuko NSF": (50, 100), "zuko MAF residual": (40, 70), "nflows affine": (70, 100), "normflows spline": (50, 100),

@@ -20,6 +20,7 @@ from pyro.nn import AutoRegressiveNN, ConditionalAutoRegressiveNN
 from torch import Tensor, nn
 from torch.nn import functional as F
 from zuko.flows.autoregressive import MaskedAutoregressiveTransform
+from zuko.flows.coupling import GeneralCouplingTransform
 from zuko.flows.spline import CircularRQSTransform
 from zuko.lazy import LazyComposedTransform, LazyInverse, UnconditionalTransform
 
@@ -61,6 +62,21 @@ def zuko_flows(draw: Draw, features: int, context: int) -> tuple[nn.Module, str]
             activation=lambda: copy.deepcopy(activation), residual=draw(st.booleans()), **settings,
         )  # fmt: skip
 
+    def coupling() -> nn.Module:
+        bins, settings = draw(st.integers(1, 6)), dict[str, Any]()
+        if draw(st.booleans()):
+            spline = partial(zuko.transforms.MonotonicRQSTransform, bound=3.0)
+            settings = {"univariate": spline, "shapes": [(bins,), (bins,), (bins - 1,)]}
+        mask, activation = torch.randperm(features) % 2 == 0, draw(activations)
+        return GeneralCouplingTransform(
+            features, context, mask, activation=lambda: copy.deepcopy(activation),
+            hidden_features=draw(st.lists(st.integers(1, 24), max_size=3)), **settings,
+        )  # fmt: skip
+
+    if domain == "line" and draw(st.booleans()):
+        return LazyComposedTransform(
+            coupling(), LazyInverse(coupling()), *([masked()] * draw(st.integers(0, 1)))
+        ), domain
     if draw(st.booleans()):
         return masked(), domain
     permutation = UnconditionalTransform(zuko.transforms.PermutationTransform, torch.randperm(features), buffer=True)

@@ -38,9 +38,9 @@ class Acceleration:
         >>> print(jf.accelerate(zuko.flows.MAF(3)))
         accelerated, exact to rounding: 3 transforms
           transform.transforms.0, 1, 2: zuko MaskedAutoregressiveTransform, by native code
-        >>> print(jf.accelerate(zuko.flows.NICE(3)))
+        >>> print(jf.accelerate(zuko.flows.NICE(3, normalize=True)))
         nothing was accelerated
-          left alone, native code does not know its coupling layers
+          transform.transforms.0, 1, 2: left alone, native code does not know the activation LayerNorm
     """
 
     def __init__(

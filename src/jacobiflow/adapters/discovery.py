@@ -53,9 +53,9 @@ def accelerate(
     the flows of nflows and zuko that sbi makes. All flows that the library makes, copies or loads in this process from
     then on are accelerated. Flows that exist already are left alone.
 
-    Couplings are those of nflows and glasflow. Other coupling layers, continuous flows and all other modules are left
-    as they are, and native code computes the layers between them. If nothing in the flow can be
-    accelerated, the result is a handle that says why.
+    Couplings are those of zuko, nflows and glasflow. Other coupling layers, continuous flows and all other modules are
+    left as they are, and native code computes the layers between them. If nothing in the flow can be accelerated, the
+    result is a handle that says why.
 
     Args:
         flow: A module with masked or coupling transforms of these libraries in it, or an sbi posterior or another

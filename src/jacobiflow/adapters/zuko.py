@@ -1,4 +1,4 @@
-"""zuko: `MaskedAutoregressiveTransform`, the transform of MAF, NSF, NCSF, NAF, UNAF, SOSPF and BPF."""
+"""zuko: `MaskedAutoregressiveTransform`, the transform of MAF, NSF and others, and the couplings of NICE."""
 
 from __future__ import annotations
 
@@ -14,12 +14,14 @@ from torch.distributions import AffineTransform, Transform
 from torch.distributions.transforms import _InverseTransform
 from zuko.distributions import DiagNormal, NormalizingFlow
 from zuko.flows.autoregressive import MaskedAutoregressiveTransform
+from zuko.flows.coupling import GeneralCouplingTransform
 from zuko.flows.spline import CircularRQSTransform
 from zuko.lazy import Flow, LazyComposedTransform, LazyInverse, UnconditionalDistribution, UnconditionalTransform
-from zuko.nn import MaskedLinear, MaskedMLP, Residual
+from zuko.nn import MLP, Linear, MaskedLinear, MaskedMLP, Residual
 from zuko.transforms import (
     AutoregressiveTransform,
     ComposedTransform,
+    CouplingTransform,
     MonotonicAffineTransform,
     MonotonicRQSTransform,
     PermutationTransform,
@@ -36,6 +38,7 @@ from jacobiflow.native.masked_network import Place
 from jacobiflow.native.transforms import (
     ChainTransform,
     affine_transform,
+    coupling_transform,
     invert_transforms,
     masked_transform,
     permutation_transform,
@@ -58,6 +61,8 @@ def list_transforms(module: Any, is_conditional: bool) -> Iterator[ChainTransfor
         yield _unconditional_transform(module)
     elif kind is MaskedAutoregressiveTransform:
         yield _autoregressive_transform(module)
+    elif kind is GeneralCouplingTransform:
+        yield _coupling_transform(module)
     else:
         raise UnsupportedError(kind.__name__)
 
@@ -71,12 +76,24 @@ def _autoregressive_transform(module: Any) -> ChainTransform:
     return masked_transform(network, **_univariate_fields(module.univariate, list(module.shapes)))
 
 
+def _coupling_transform(module: Any) -> ChainTransform:
+    if type(module.hyper) is not MLP:
+        raise UnsupportedError(f"the network {type(module.hyper).__name__}")
+    identity, transformed = (mask.nonzero().flatten().tolist() for mask in (module.mask, ~module.mask))
+    outputs = torch.arange(module.hyper[-1].out_features, device="cpu").view(-1, module.total)
+    columns = range(len(identity), module.hyper[0].in_features)
+    network = LibraryNetwork(outputs, context_columns=columns, inputs=len(identity))
+    _add_layers(network, 0, list(module.hyper))
+    fields = _univariate_fields(module.univariate, list(module.shapes))
+    return coupling_transform(network, identity, transformed, **fields)
+
+
 def _add_layers(network: LibraryNetwork, value: int, modules: list[nn.Module]) -> int:
-    """Adds masked layers, activations and residual blocks, one after the other."""
+    """Adds layers, activations and residual blocks, one after the other."""
     while modules:
         module, *modules = modules
-        if type(module) is MaskedLinear:
-            function = modules.pop(0) if modules and type(modules[0]) not in (MaskedLinear, Residual) else None
+        if type(module) in (MaskedLinear, Linear):
+            function = modules.pop(0) if modules and type(modules[0]) not in (MaskedLinear, Linear, Residual) else None
             value = network.add_layer(value, module, function)
         elif type(module) is Residual:
             value = network.add_sum(_add_layers(network, value, list(module.children())), value)
@@ -183,6 +200,22 @@ class _AcceleratedTransform(Transform):
         """Returns y and the logarithm of the Jacobian's determinant."""
         result = self._evaluate(x, self.is_inverse, "rows")
         return super().call_and_ladj(x) if result is None else result  # type: ignore[misc]
+
+
+class AcceleratedCoupling(_AcceleratedTransform, CouplingTransform):  # type: ignore[misc]
+    """A coupling at a context. Copies and pickles are of zuko's class."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return CouplingTransform, (self.meta, self.module.mask)
+
+    @property
+    def inv(self) -> AcceleratedInverse:
+        """The inverse."""
+        return AcceleratedInverse(self)
+
+    def _inverse(self, y: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d"]:
+        result = self._evaluate(y, is_inverse=True)
+        return super()._inverse(y) if result is None else result[0]
 
 
 class AcceleratedAutoregressive(_AcceleratedTransform, AutoregressiveTransform):  # type: ignore[misc]
@@ -303,12 +336,13 @@ class AcceleratedNormalizingFlow(NormalizingFlow):  # type: ignore[misc]
         return super().log_prob(x) if result is None else result[1]
 
 
-class AcceleratedLazyAutoregressive(AcceleratedModule):
-    """A lazy masked transform."""
+class AcceleratedLazyTransform(AcceleratedModule):
+    """A lazy masked transform or coupling."""
 
-    def forward(self, c: Tensor | None = None) -> AcceleratedAutoregressive:
+    def forward(self, c: Tensor | None = None) -> AcceleratedAutoregressive | AcceleratedCoupling:
         transform = super().forward(c)
-        transform.__class__ = AcceleratedAutoregressive
+        is_coupling = isinstance(transform, CouplingTransform)
+        transform.__class__ = AcceleratedCoupling if is_coupling else AcceleratedAutoregressive
         transform.module, transform.context = self, c
         return transform
 
@@ -330,7 +364,8 @@ class AcceleratedFlow(AcceleratedModule):
 
 
 ADAPTERS: tuple[Adapter, ...] = (
-    Adapter(MaskedAutoregressiveTransform, ("forward",), AcceleratedLazyAutoregressive, list_transforms),
+    Adapter(MaskedAutoregressiveTransform, ("forward",), AcceleratedLazyTransform, list_transforms),
+    Adapter(GeneralCouplingTransform, ("forward",), AcceleratedLazyTransform, list_transforms, needs_native=True),
     Adapter(LazyComposedTransform, ("forward",), AcceleratedLazyComposed, list_transforms, True, "transforms"),
     Adapter(Flow, ("forward",), AcceleratedFlow, list_transforms, is_composition=True),
 )
