@@ -185,7 +185,7 @@ def test_what_is_no_flow_is_refused() -> None:
 
 @pytest.mark.parametrize(
     ("name", "good", "bad"),
-    [("zuko MAF", "1.2.0 1.2rc1 1.99.3", "1.1.0 2.0 0.9"), ("nflows affine", "0.14", "0.13 0.15.0"),
+    [("zuko MAF", "1.3.0 1.3rc1 1.99.3", "1.2.0 2.0 0.9"), ("nflows affine", "0.14", "0.13 0.15.0"),
      ("normflows affine", "1.7.0.post1", "1.6.9 2.0.0rc1")],
 )  # fmt: skip
 def test_versions(name: str, good: str, bad: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 LIBRARIES = {  # Package on PyPI, first supported version, end of the supported versions.
-    "zuko": ("zuko", "1.2", "2"), "nflows": ("nflows", "0.14", "0.15"), "glasflow": ("glasflow", "0.4", "0.5"),
+    "zuko": ("zuko", "1.3", "2"), "nflows": ("nflows", "0.14", "0.15"), "glasflow": ("glasflow", "0.4", "0.5"),
     "normflows": ("normflows", "1.7", "2"), "pyro": ("pyro-ppl", "1.9", "2"),
 }  # fmt: skip
 DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
