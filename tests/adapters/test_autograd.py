@@ -18,7 +18,16 @@ from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint
 
 import jacobiflow as jf
-from tests.helpers.library_flows import CASES, NATIVE, default_dtype, gradient_gap, masked_layers, normal, values
+from tests.helpers.library_flows import (
+    BISECTED,
+    CASES,
+    NATIVE,
+    default_dtype,
+    gradient_gap,
+    masked_layers,
+    normal,
+    values,
+)
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore")]
 
@@ -190,12 +199,13 @@ def test_finite_differences(name: str, is_inverse: bool) -> None:
 
     with default_dtype(DOUBLE), jf.accelerate(p.flow) as handle:
         assert torch.autograd.gradcheck(call, tuple(p.leaves), fast_mode=True)
-        assert torch.autograd.gradgradcheck(call, tuple(p.leaves[:2]), fast_mode=True)
+        if name not in BISECTED:
+            assert torch.autograd.gradgradcheck(call, tuple(p.leaves[:2]), fast_mode=True)
     assert set(handle.backends.values()) == {"native"}
 
 
 @pytest.mark.parametrize("is_inverse", [False, True])
-@pytest.mark.parametrize("name", NATIVE)
+@pytest.mark.parametrize("name", [name for name in NATIVE if name not in BISECTED])
 def test_second_derivatives_and_several_cotangents_at_once(name: str, is_inverse: bool) -> None:
     p = Problem.of(name, is_inverse, features=3, rows=2)
     x, c = p.leaves[:2]

@@ -25,6 +25,7 @@ from zuko.flows.polynomial import ShiftedSOSPTransform
 
 import jacobiflow as jf
 from tests.helpers.library_flows import (
+    BISECTED,
     CASES,
     LARGE,
     NATIVE,
@@ -248,7 +249,7 @@ def test_numbers_at_and_beyond_the_bounds_of_polynomials(bound: float) -> None:
     check_gradients(squares, y, directions=[True])
 
 
-@pytest.mark.parametrize("name", ["zuko BPF", "zuko SOSPF"])
+@pytest.mark.parametrize("name", BISECTED)
 @torch.no_grad()
 def test_inverses_that_zuko_bisects_are_solved_to_rounding(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
@@ -349,7 +350,7 @@ def test_gradients_with_rows_that_are_not_finite(name: str, where: str) -> None:
         CASES[name].make(2, 6, torch.float64, 16), *(normal(150, size, dtype=torch.float64) for size in (6, 2))
     )  # fmt: skip
     spoil(flow, x, c, where)
-    if where == "masked weights" and name in ("zuko BPF", "zuko SOSPF"):
+    if where == "masked weights" and name in BISECTED:
         pytest.skip("zuko's bisection answers NaN with a number, at which passes have the gradients of other biases")
     tensors = [x.requires_grad_(), c.requires_grad_(), *flow.parameters()]
     masks = masks_of(flow)

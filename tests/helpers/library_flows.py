@@ -287,6 +287,7 @@ NATIVE = (
     "zuko MAF", "zuko NSF", "zuko BPF", "zuko SOSPF", "zuko coupling", "nflows affine", "nflows rational",
     "nflows coupling", "glasflow rational", "normflows affine", "normflows spline", "pyro affine", "pyro spline",
 )  # fmt: skip
+BISECTED = ("zuko BPF", "zuko SOSPF")  # in float64, to 1e-6; zuko has no second derivatives of them
 LARGE = {  # more features than a block of native code has, and hidden units
     "zuko NSF": (50, 100), "zuko MAF residual": (40, 70), "nflows affine": (70, 100), "normflows spline": (50, 100),
     "pyro spline": (50, 100),
