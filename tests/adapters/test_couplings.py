@@ -10,6 +10,7 @@ from typing import Any
 import glasflow
 import glasflow.nflows.transforms as gf
 import nflows.transforms as nf
+import normflows
 import pytest
 import torch
 from torch import Tensor, nn
@@ -34,6 +35,23 @@ def test_values_and_gradients_in_and_outside_of_the_tails(library: Any, features
         c = normal(70, context, seed=seed + 9, dtype=DOUBLE) if context else None
         check(flow, x, c)
         check_gradients(flow, x.requires_grad_(), None if c is None else c.requires_grad_())
+
+
+@pytest.mark.parametrize("mode", ["channel", "channel_inv"])
+def test_couplings_and_constant_splines_of_normflows(mode: str) -> None:
+    torch.manual_seed(0)
+    sizes = [3, 16, 4] if mode == "channel" else [2, 16, 6]
+    layers = [
+        normflows.flows.AffineCouplingBlock(normflows.nets.MLP(sizes, 0.1), scale_map="sigmoid_inv", split_mode=mode),
+        normflows.flows.AffineConstFlow(5),
+        normflows.flows.CoupledRationalQuadraticSpline(5, 1, 16),
+    ]
+    flow = normflows.NormalizingFlow(normflows.distributions.DiagGaussian(5), layers).double()
+    for parameter in flow.parameters():
+        parameter.data += 0.3 * torch.randn_like(parameter)
+    x = normal(70, 5, dtype=DOUBLE)
+    check(flow, x, None)
+    check_gradients(flow, x.requires_grad_())
 
 
 def test_a_coupling_that_reads_only_the_context() -> None:

@@ -257,6 +257,12 @@ def _pyro(name: str, gain: float) -> Case:
     return Case("pyro", lambda d, c, h: conditional(d, c, [h, h]) if c else plain(d, [h, h]), gain)
 
 
+def _normflows_coupling(features: int, context: int, hidden: int) -> nn.Module:
+    kind = normflows.ConditionalNormalizingFlow if context else normflows.NormalizingFlow
+    spline = normflows.flows.CoupledRationalQuadraticSpline(features, 2, hidden, num_context_channels=context or None)
+    return kind(normflows.distributions.DiagGaussian(features), [spline, normflows.flows.LULinearPermute(features)])
+
+
 _affine, _rational = nf.MaskedAffineAutoregressiveTransform, nf.MaskedPiecewiseRationalQuadraticAutoregressiveTransform
 _bounded = {"num_bins": 5, "tails": "linear", "tail_bound": 3.0}
 _normflows_affine = normflows.flows.MaskedAffineAutoregressive
@@ -279,13 +285,15 @@ CASES = {
     "nflows user's own": Case("nflows", lambda d, c, _: Additive(d, c or None), 2.5),
     "normflows affine": Case("normflows", lambda d, c, h: _normflows_affine(d, h, c or None), 1.5),
     "normflows spline": Case("normflows", lambda d, c, h: _spline(d, 2, h, c or None), 4.0, is_inverse=False),
+    "normflows coupling": Case("normflows", _normflows_coupling, 1.5),
     "pyro affine": _pyro("affine", 2.0),
     "pyro spline": _pyro("spline", 2.0),
 }
 MASKED = [name for name in CASES if "coupling" not in name]
 NATIVE = (
     "zuko MAF", "zuko NSF", "zuko BPF", "zuko SOSPF", "zuko coupling", "nflows affine", "nflows rational",
-    "nflows coupling", "glasflow rational", "normflows affine", "normflows spline", "pyro affine", "pyro spline",
+    "nflows coupling", "glasflow rational", "normflows affine", "normflows spline", "normflows coupling", "pyro affine",
+    "pyro spline",
 )  # fmt: skip
 BISECTED = ("zuko BPF", "zuko SOSPF")  # in float64, to 1e-6; zuko has no second derivatives of them
 LARGE = {  # more features than a block of native code has, and hidden units

@@ -1,4 +1,4 @@
-"""Masked transforms of nflows and normflows, whose MADEs are nearly the same."""
+"""What nflows and normflows share: their MADEs, residual networks and splines are nearly the same."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from jacobiflow.adapters.adapter import AcceleratedModule
@@ -18,7 +18,8 @@ from jacobiflow.adapters.network import LibraryNetwork
 from jacobiflow.adapters.passes import invert_by_passes
 from jacobiflow.errors import UnsupportedError
 from jacobiflow.native.boundary import SplineBoundary, TransformKind
-from jacobiflow.native.transforms import ChainTransform, masked_transform
+from jacobiflow.native.masked_network import Place
+from jacobiflow.native.transforms import ChainTransform, constant_transform, lu_transform, masked_transform
 
 _PYTORCH_PARTS = (nn.ModuleList, nn.Linear, nn.Dropout, nn.Identity)
 
@@ -98,13 +99,47 @@ def check_network(network: nn.Module, kind: type[nn.Module], *of_library: type[n
             raise UnsupportedError(f"{type(part).__name__} in its network")
 
 
+def build_residual_net(net: Any, inputs: int, outputs: Int[Tensor, "d p"], is_conditional: bool) -> LibraryNetwork:
+    """Returns the operations of a ResidualNet, which reads the context after its features."""
+    if is_conditional and net.context_features is None:
+        raise UnsupportedError("a context for a network without")
+    network = LibraryNetwork(outputs, range(inputs, inputs + (net.context_features if is_conditional else 0)), inputs)
+    value = network.add_layer(0, net.initial_layer)
+    for block in net.blocks:
+        value = add_residual_block(network, value, block, is_conditional, is_gated=True)
+    network.add_layer(value, net.final_layer)
+    return network
+
+
+def constant_spline(module: Any, features: int, transformed: Sequence[int]) -> ChainTransform:
+    """Returns the spline of a PiecewiseRationalQuadraticCDF on some of the features."""
+    places = places_of(module, "unnormalized_widths", "unnormalized_heights", "unnormalized_derivatives")
+    _, fields = spline_fields(module, module.unnormalized_widths.shape[-1])
+    return constant_transform(places, features, transformed, **fields)
+
+
+def lu_layer_transform(module: Any) -> ChainTransform:
+    """Returns the transform of an LULinear."""
+    lower, upper, diagonal, shift = places_of(
+        module, "lower_entries", "upper_entries", "unconstrained_upper_diag", "bias"
+    )
+    return lu_transform(lower, upper, diagonal, shift, min_scale=module.eps)
+
+
+def places_of(module: nn.Module, *names: str) -> list[Place]:
+    """Returns the places of parameters."""
+    if not module._parameters.keys() >= {*names}:
+        raise UnsupportedError("a weight that is not a parameter")
+    return [(module._parameters, name) for name in names]
+
+
 class AcceleratedComposition(AcceleratedModule):
     """A coupling, or a composition whose transforms native code computes together."""
 
     def forward(self, inputs: Float[Tensor, "b d"], context: Float[Tensor, "b c"] | None = None) -> Sequence[Tensor]:
         """Returns z and log|det dz/dinputs| (B,), as the library does."""
         call = partial(_library_call, "forward")
-        return evaluate_by_native(self, call, inputs, context, is_inverse=False) or super().forward(inputs, context)
+        return evaluate_by_native(self, call, inputs, context, False) or super().forward(inputs, *context_args(context))
 
     def inverse(self, inputs: Float[Tensor, "b d"], context: Float[Tensor, "b c"] | None = None) -> Sequence[Tensor]:
         """Returns x and log|det dx/dinputs| (B,), as the library does."""
@@ -112,7 +147,7 @@ class AcceleratedComposition(AcceleratedModule):
         return evaluate_by_native(self, call, inputs, context, is_inverse=True) or self._invert(inputs, context)
 
     def _invert(self, inputs: Tensor, context: Tensor | None) -> Sequence[Tensor]:
-        return super().inverse(inputs, context)  # type: ignore[misc]
+        return super().inverse(inputs, *context_args(context))  # type: ignore[misc]
 
 
 class AcceleratedTransform(AcceleratedComposition):

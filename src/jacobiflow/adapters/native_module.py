@@ -15,6 +15,7 @@ from jacobiflow.native.chain import TransformChain
 from jacobiflow.native.transforms import ChainTransform
 from jacobiflow.utils.snapshot import HOOKS, Snapshot
 
+_IS_INITIALIZED = ("initialized", "data_dep_init_done")  # buffers of the ActNorm of nflows, and of normflows
 _SETTINGS = (bool, int, float, str, type, dict, *FUNCTIONS)  # Other attributes may be results of calls.
 
 TransformOutput = tuple[Tensor, Tensor | None]
@@ -47,7 +48,7 @@ class NativeModule:
     def __init__(self, module: nn.Module, list_transforms: ListTransforms, is_conditional: bool) -> None:
         self._module, modules = module, list(module.modules())
         self._dropouts = [part for part in modules if isinstance(part, DROPOUTS) and part.p > 0]
-        self._actnorms: list[Any] = [part for part in modules if "initialized" in part._buffers]
+        self._actnorms = [part for part in modules if not part._buffers.keys().isdisjoint(_IS_INITIALIZED)]
         self._caches = [part for part in modules if vars(part).get("using_cache")]  # of nflows, which may be stale
         self._obstacle: str | None = None
         try:
@@ -64,8 +65,8 @@ class NativeModule:
         """Why native code does not take the module, or `None` if it does."""
         if self._dropouts and any(part.training for part in self._dropouts):
             return "dropout in training mode"
-        if self._actnorms and any(part.training and not part.initialized for part in self._actnorms):
-            return "the first batch in training mode, which initializes an ActNorm"
+        if self._actnorms and any(map(_awaits_batch, self._actnorms)):
+            return "the first batch, which initializes an ActNorm"
         if self._caches and not all(part.training for part in self._caches):
             return "a cache of weights in evaluation mode"
         return self._obstacle
@@ -81,6 +82,12 @@ class NativeModule:
         places = zip(map(id, self._holders), self._names, strict=True)
         module = copy_with_tensors(self._module, dict(zip(places, tensors, strict=True)))
         return library_call(module, x, None if context is None else context.expand(len(x), -1))
+
+
+def _awaits_batch(actnorm: Any) -> bool:
+    """Returns True if the next batch initializes an ActNorm; nflows' does so in training mode only."""
+    of_nflows, of_normflows = (actnorm._buffers.get(name) for name in _IS_INITIALIZED)
+    return bool(actnorm.training and not of_nflows) if of_normflows is None else not of_normflows
 
 
 def check_modules(modules: Iterable[nn.Module]) -> None:

@@ -16,23 +16,24 @@ from jacobiflow.adapters.library_module import library_class
 from jacobiflow.adapters.made import (
     AcceleratedComposition,
     AcceleratedTransform,
-    add_residual_block,
+    build_residual_net,
     check_network,
+    constant_spline,
+    lu_layer_transform,
     made_transform,
+    places_of,
     spline_fields,
     spline_transform,
 )
 from jacobiflow.adapters.network import LibraryNetwork
 from jacobiflow.errors import UnsupportedError
 from jacobiflow.native.boundary import ScaleActivation, TransformKind
-from jacobiflow.native.masked_network import Place
 from jacobiflow.native.transforms import (
     ChainTransform,
     affine_transform,
     constant_transform,
     coupling_transform,
     invert_transforms,
-    lu_transform,
     permutation_transform,
 )
 
@@ -72,9 +73,7 @@ def list_transforms(nf: ModuleType, nets: ModuleType, module: Any, is_conditiona
         features = len(next(module.parameters()))
         yield _constant_transform(nf, module, features, range(features))
     elif kind is nf.LULinear:
-        names = ("lower_entries", "upper_entries", "unconstrained_upper_diag", "bias")
-        lower, upper, diagonal, shift = _places_of(module, *names)
-        yield lu_transform(lower, upper, diagonal, shift, min_scale=module.eps)
+        yield lu_layer_transform(module)
     elif kind in (nf.Permutation, nf.RandomPermutation, nf.ReversePermutation) and module._dim == 1:
         yield permutation_transform(module._permutation.tolist())
     elif kind in (nf.PointwiseAffineTransform, nf.AffineTransform):
@@ -87,10 +86,8 @@ def _coupling_network(
     nf: ModuleType, nets: ModuleType, module: Any, is_conditional: bool
 ) -> tuple[LibraryNetwork, dict[str, Any]]:
     """Returns the network of a coupling, and its native fields."""
-    net, identity = module.transform_net, len(module.identity_features)
+    net = module.transform_net
     check_network(net, nets.ResidualNet, nets.resnet.ResidualBlock)
-    if is_conditional and net.context_features is None:
-        raise UnsupportedError("a context for a network without")
     if library_class(module) is nf.AffineCouplingTransform:
         _check_scale_activation(module, (getattr(nf.AffineCouplingTransform, "DEFAULT_SCALE_ACTIVATION", None),))
         outputs = torch.arange(net.final_layer.out_features, device="cpu").view(2, -1).t()  # shifts before scales
@@ -101,13 +98,7 @@ def _coupling_network(
     else:
         parameters, fields = spline_fields(module, module.num_bins, net.hidden_features)
         outputs = torch.arange(net.final_layer.out_features, device="cpu").view(-1, parameters)
-    width = net.context_features if is_conditional else 0
-    network = LibraryNetwork(outputs, range(identity, identity + width), identity)
-    value = network.add_layer(0, net.initial_layer)
-    for block in net.blocks:
-        value = add_residual_block(network, value, block, is_conditional, is_gated=True)
-    network.add_layer(value, net.final_layer)
-    return network, fields
+    return build_residual_net(net, len(module.identity_features), outputs, is_conditional), fields
 
 
 def _constant_transform(nf: ModuleType, module: Any, features: int, transformed: Sequence[int]) -> ChainTransform:
@@ -115,19 +106,10 @@ def _constant_transform(nf: ModuleType, module: Any, features: int, transformed:
     kind = library_class(module)
     if kind is nf.ActNorm:
         fields: dict[str, Any] = {"kind": TransformKind.MASKED_AFFINE, "scale_activation": ScaleActivation.EXP}
-        return constant_transform(_places_of(module, "log_scale", "shift"), features, transformed, **fields)
+        return constant_transform(places_of(module, "log_scale", "shift"), features, transformed, **fields)
     if kind is nf.PiecewiseRationalQuadraticCDF:
-        places = _places_of(module, "unnormalized_widths", "unnormalized_heights", "unnormalized_derivatives")
-        _, fields = spline_fields(module, module.unnormalized_widths.shape[-1])
-        return constant_transform(places, features, transformed, **fields)
+        return constant_spline(module, features, transformed)
     raise UnsupportedError(f"the unconditional transform {kind.__name__}")
-
-
-def _places_of(module: nn.Module, *names: str) -> list[Place]:
-    """Returns the places of parameters."""
-    if not module._parameters.keys() >= {*names}:
-        raise UnsupportedError("a weight that is not a parameter")
-    return [(module._parameters, name) for name in names]
 
 
 def _check_scale_activation(module: nn.Module, defaults: tuple[Any, ...]) -> None:

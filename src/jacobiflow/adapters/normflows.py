@@ -6,26 +6,45 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
+import torch
 from normflows.core import ConditionalNormalizingFlow, NormalizingFlow
 from normflows.flows.affine.autoregressive import Autoregressive, MaskedAffineAutoregressive
-from normflows.flows.mixing import Permute
+from normflows.flows.affine.coupling import AffineConstFlow, AffineCouplingBlock
+from normflows.flows.mixing import LULinearPermute, Permute
 from normflows.flows.neural_spline.autoregressive import MaskedPiecewiseRationalQuadraticAutoregressive
-from normflows.flows.neural_spline.wrapper import AutoregressiveRationalQuadraticSpline
-from normflows.nets import made
-from torch import Tensor
+from normflows.flows.neural_spline.coupling import PiecewiseRationalQuadraticCoupling
+from normflows.flows.neural_spline.wrapper import AutoregressiveRationalQuadraticSpline, CoupledRationalQuadraticSpline
+from normflows.flows.normalization import ActNorm
+from normflows.nets import MLP, made
+from normflows.nets.resnet import ResidualBlock, ResidualNet
+from torch import Tensor, nn
 
 from jacobiflow.adapters.adapter import AcceleratedModule, Adapter
 from jacobiflow.adapters.library_module import library_class
 from jacobiflow.adapters.made import (
+    AcceleratedComposition,
     AcceleratedTransform,
+    build_residual_net,
+    check_network,
+    constant_spline,
     context_args,
     evaluate_by_native,
+    lu_layer_transform,
     made_transform,
+    places_of,
+    spline_fields,
     spline_transform,
 )
+from jacobiflow.adapters.network import LibraryNetwork
 from jacobiflow.errors import UnsupportedError
 from jacobiflow.native.boundary import ScaleActivation, TransformKind
-from jacobiflow.native.transforms import ChainTransform, permutation_transform
+from jacobiflow.native.transforms import (
+    ChainTransform,
+    constant_transform,
+    coupling_transform,
+    invert_transforms,
+    permutation_transform,
+)
 
 
 def list_transforms(module: Any, is_conditional: bool) -> Iterator[ChainTransform]:
@@ -44,6 +63,19 @@ def list_transforms(module: Any, is_conditional: bool) -> Iterator[ChainTransfor
             "min_scale": 1e-3,
         }  # fmt: skip
         yield made_transform(module, made, is_conditional, **scale)
+    elif kind is CoupledRationalQuadraticSpline:
+        yield from invert_transforms(list_transforms(module.prqct, is_conditional))
+    elif kind is PiecewiseRationalQuadraticCoupling:
+        yield from _list_of_spline_coupling(module, is_conditional)
+    elif kind is LULinearPermute:
+        order = permutation_transform(module.permutation._permutation.tolist())
+        yield from invert_transforms([order, lu_layer_transform(module.linear)])
+    elif kind is AffineCouplingBlock:
+        yield _affine_coupling(module)
+    elif kind in (AffineConstFlow, ActNorm):
+        scale = {"kind": TransformKind.MASKED_AFFINE, "scale_activation": ScaleActivation.EXP}
+        features = range(module.s.numel())
+        yield constant_transform(places_of(module, "s", "t"), len(features), features, **scale)
     elif kind is Permute and module.mode == "shuffle":
         yield permutation_transform(module.perm.tolist())
     elif kind is Permute and module.mode == "swap":
@@ -51,6 +83,46 @@ def list_transforms(module: Any, is_conditional: bool) -> Iterator[ChainTransfor
         yield permutation_transform([*range(half, module.num_channels), *range(half)])
     else:
         raise UnsupportedError(kind.__name__)
+
+
+def _list_of_spline_coupling(module: Any, is_conditional: bool) -> Iterator[ChainTransform]:
+    net, identity = module.transform_net, module.identity_features.tolist()
+    check_network(net, ResidualNet, ResidualBlock)
+    if net.preprocessing is not None:
+        raise UnsupportedError("a network with preprocessing")
+    parameters, fields = spline_fields(module, module.num_bins, net.hidden_features)
+    outputs = torch.arange(net.final_layer.out_features, device="cpu").view(-1, parameters)
+    network = build_residual_net(net, len(identity), outputs, is_conditional)
+    yield coupling_transform(network, identity, module.transform_features.tolist(), **fields)
+    if module.unconditional_transform is not None:
+        yield constant_spline(module.unconditional_transform, module.features, identity)
+
+
+def _affine_coupling(module: Any) -> ChainTransform:
+    """Returns a coupling that splits the features into two halves. Shifts and scales take turns in its outputs."""
+    split, coupling, _ = module.flows
+    scales = {"exp": (ScaleActivation.EXP, 0.0), "sigmoid_inv": (ScaleActivation.SIGMOID, 2.0)}
+    if split.mode not in ("channel", "channel_inv") or not coupling.scale or coupling.scale_map not in scales:
+        raise UnsupportedError("a coupling with another split or scale")
+    layers = list(coupling.param_map.net) if type(coupling.param_map) is MLP else []
+    if not layers or any(type(layer) not in (nn.Linear, nn.LeakyReLU, nn.Dropout) for layer in layers):
+        raise UnsupportedError(f"the network {type(coupling.param_map).__name__}")
+    inputs, outputs = layers[0].in_features, torch.arange(layers[-1].out_features, device="cpu").view(-1, 2)
+    network, value = LibraryNetwork(outputs, inputs=inputs), 0
+    for layer in layers:
+        if type(layer) is nn.Linear:
+            value = network.add_layer(value, layer)
+        elif type(layer) is nn.LeakyReLU:
+            value = network.add_function(value, layer)
+    features = range(inputs + len(outputs))
+    first, last = features[: -len(outputs)], features[inputs:]
+    if split.mode == "channel_inv":
+        first, last = features[len(outputs) :], features[: len(outputs)]
+    activation, shift = scales[coupling.scale_map]
+    return coupling_transform(
+        network, first, last, kind=TransformKind.MASKED_AFFINE, scale_activation=activation, logit_shift=shift,
+        scale_index=1,
+    )  # fmt: skip
 
 
 def _cascade(is_inverse: bool, module: Any, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -113,6 +185,10 @@ class AcceleratedFlow(AcceleratedModule):
 
 _METHODS = ("forward", "inverse", "forward_and_log_det", "inverse_and_log_det", "sample", "log_prob")
 ADAPTERS: tuple[Adapter, ...] = (
+    *(
+        Adapter(kind, ("forward", "inverse"), AcceleratedComposition, list_transforms, needs_native=True)
+        for kind in (CoupledRationalQuadraticSpline, AffineCouplingBlock)
+    ),
     Adapter(Autoregressive, ("inverse",), AcceleratedTransform, list_transforms),
     Adapter(ConditionalNormalizingFlow, _METHODS, AcceleratedFlow, list_transforms, True, "flows"),
     Adapter(NormalizingFlow, _METHODS, AcceleratedFlow, list_transforms, True, "flows"),

@@ -118,13 +118,13 @@ def constant_transform(
         fields: Those of `boundary.Transform` that describe the elementwise transform.
     """
     shapes = [holder[name].shape for holder, name in places]
-    sizes = [shape.numel() // len(transformed) for shape in shapes]
+    sizes = [shape.numel() / len(transformed) for shape in shapes]
     expected = [fields["bins"], fields["bins"], sizes[-1]] if "bins" in fields else [1, 1]
-    if sizes != expected or any(shape[:1] != (len(transformed),) for shape in shapes):
+    if sizes != expected:
         raise UnsupportedError("parameters of other sizes")
     order = _integers([*(feature for feature in range(features) if feature not in transformed), *transformed])
     structure = Transform(
-        features=features, parameters=sum(sizes), identity=features - len(transformed),
+        features=features, parameters=int(sum(sizes)), identity=features - len(transformed),
         order=ctypes.addressof(order), **fields,
     )  # fmt: skip
     _check_parameters(structure)
