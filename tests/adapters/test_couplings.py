@@ -25,6 +25,11 @@ DOUBLE = torch.float64
 MASK = torch.arange(4) % 2
 
 
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
+
+
 @pytest.mark.parametrize("context", [0, 3])
 @pytest.mark.parametrize(("library", "features"), [(nf, 2), (nf, 3), (nf, 5), (nf, 10), (gf, 3)])
 def test_values_and_gradients_in_and_outside_of_the_tails(library: Any, features: int, context: int) -> None:
@@ -99,17 +104,17 @@ def test_couplings_between_layers_that_native_code_does_not_know() -> None:
 
 @torch.no_grad()
 def test_the_first_batch_initializes_an_actnorm() -> None:
-    flow, x = nf.CompositeTransform([nf.ActNorm(4), couplings(4, 0, 16).eval()]), normal(50, 4)
-    original = copy.deepcopy(flow)
+    flow = nf.CompositeTransform([nf.ActNorm(4), couplings(4, 0, 16).eval()]).double()
+    original, x = copy.deepcopy(flow), normal(50, 4, dtype=DOUBLE)
     with jf.accelerate(flow):
         for _ in range(2):
-            torch.testing.assert_close(flow(x), original(x), rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(flow(x), original(x), rtol=1e-9, atol=1e-9)
     assert flow._transforms[0].initialized
 
 
 @torch.no_grad()
 def test_a_cache_of_weights_is_the_library_s() -> None:
-    flow, x = couplings(4, 0, 16), normal(5, 4)
+    flow, x = couplings(4, 0, 16).double(), normal(5, 4, dtype=DOUBLE)
     flow._transforms[1].use_cache()
     with jf.accelerate(flow):
         flow.eval()(x)
@@ -118,7 +123,7 @@ def test_a_cache_of_weights_is_the_library_s() -> None:
         stale = flow(x)
         trained = flow.train()(x)
     flow._transforms[1].use_cache(False)
-    torch.testing.assert_close(trained, flow(x))
+    torch.testing.assert_close(trained, flow(x), rtol=1e-9, atol=1e-9)
     assert not torch.allclose(stale[0], trained[0])
 
 
@@ -127,7 +132,6 @@ def test_neural_spline_flows_of_sbi(features: int, tmp_path: Path, monkeypatch: 
     import sbi.neural_nets  # takes two seconds, in every process that collects the tests
 
     monkeypatch.chdir(tmp_path)
-    torch.manual_seed(0)
     theta, x = torch.randn(200, features), torch.randn(200, 2)
     net = sbi.neural_nets.posterior_nn("nsf", hidden_features=16)(theta, x)
 
