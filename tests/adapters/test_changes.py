@@ -34,7 +34,7 @@ pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings(
 def mixed_zuko() -> nn.Module:
     """Two runs of transforms that native code takes, and one between them that it does not take."""
     first, second = (BUILDS["zuko"]().transform.transforms for _ in range(2))
-    unknown = zuko.lazy.UnconditionalTransform(zuko.transforms.SoftclipTransform, bound=9.0)
+    unknown = zuko.lazy.UnconditionalTransform(zuko.transforms.RotationTransform, torch.randn(5, 5))
     return zuko.lazy.Flow([*first, unknown, *second], zuko.flows.MAF(5).base)
 
 
@@ -45,7 +45,10 @@ def mixed_nflows() -> nn.Module:
 
 def mixed_normflows() -> nn.Module:
     first, second = ([*BUILDS["normflows"]().flows, normflows.flows.Permute(5)] for _ in range(2))
-    return normflows.NormalizingFlow(None, [*first, normflows.flows.AffineConstFlow(5), *second])
+    unknown = normflows.flows.MaskedAffineFlow(
+        torch.arange(5.0) % 2, *(normflows.nets.MLP([5, 8, 5]) for _ in range(2))
+    )
+    return normflows.NormalizingFlow(None, [*first, unknown, *second])
 
 
 MIXED = {"zuko mixed": mixed_zuko, "nflows mixed": mixed_nflows, "normflows mixed": mixed_normflows}

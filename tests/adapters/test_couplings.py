@@ -68,18 +68,32 @@ def unconditional_linear() -> nn.Module:
     return nf.AffineCouplingTransform(MASK, coupling_net, unconditional_transform=nf.LULinear)
 
 
-def general_scale() -> nn.Module:
-    scale = gf.AffineCouplingTransform.GENERAL_SCALE_ACTIVATION
+def affine_coupling(scale: Any) -> nn.Module:
     return gf.AffineCouplingTransform(MASK, partial(coupling_net, library=gf), scale_activation=scale)
 
 
 REFUSED = {
-    "the scale_activation <lambda>": general_scale,
+    "the scale_activation <lambda>": lambda: affine_coupling(lambda p: p.exp()),
     "the unconditional transform LULinear": unconditional_linear,
     "BatchNorm1d in its network": lambda: nf.AffineCouplingTransform(MASK, partial(coupling_net, use_batch_norm=True)),
     "the network Linear": lambda: nf.AffineCouplingTransform(MASK, nn.Linear),
     "AdditiveCouplingTransform": lambda: nf.AdditiveCouplingTransform(MASK, coupling_net),
 }
+
+
+def test_both_scales_of_glasflow_and_batch_norm_in_evaluation_mode() -> None:
+    torch.manual_seed(0)
+    kind = gf.AffineCouplingTransform
+    layers = [
+        affine_coupling(kind.GENERAL_SCALE_ACTIVATION), gf.BatchNorm(4), affine_coupling(kind.DEFAULT_SCALE_ACTIVATION),
+    ]  # fmt: skip
+    flow = gf.CompositeTransform(layers).double()
+    for parameter in flow.parameters():
+        parameter.data += torch.randn_like(parameter)
+    flow(normal(70, 4, dtype=DOUBLE))
+    x = 3 * normal(70, 4, dtype=DOUBLE)
+    check(flow.eval(), x, None)
+    check_gradients(flow, x.requires_grad_())
 
 
 @pytest.mark.parametrize("what", REFUSED)
@@ -90,15 +104,17 @@ def test_what_native_code_does_not_know_is_left_alone(what: str) -> None:
 def test_couplings_between_layers_that_native_code_does_not_know() -> None:
     flow: Any = glasflow.CouplingNSF(4, 3, linear_transform="lu", batch_norm_between_transforms=True).double()
     flow(x := normal(40, 4, dtype=DOUBLE))
-    flow.eval()._transform._transforms[4].register_forward_hook(lambda *_: None)
-    expected = [*flow.forward(x), *flow.inverse(x)]
-    with jf.accelerate(flow) as handle:
-        torch.testing.assert_close([*flow.forward(x), *flow.inverse(x)], expected)
+    flow._transform._transforms[4].register_forward_hook(lambda *_: None)
+    for is_training in (True, False):
+        flow.train(is_training)
+        expected = [*flow.forward(x), *(() if is_training else flow.inverse(x))]
+        with jf.accelerate(flow) as handle:
+            torch.testing.assert_close([*flow.forward(x), *(() if is_training else flow.inverse(x))], expected)
     assert str(handle).splitlines()[1:4] == [
         "  _transform._transforms.1, 7: glasflow PiecewiseRationalQuadraticCouplingTransform, by native code",
         "  _transform._transforms.4: glasflow PiecewiseRationalQuadraticCouplingTransform, by the library: native code "
         "does not know a hook on PiecewiseRationalQuadraticCouplingTransform",
-        "  _transform._transforms.2, 5, 8: glasflow BatchNorm, by the library: native code does not know BatchNorm",
+        "  _transform._transforms.2, 5, 8: glasflow BatchNorm, by native code",
     ]
 
 

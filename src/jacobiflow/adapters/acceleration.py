@@ -128,11 +128,11 @@ class Acceleration:
             return None
         try:
             native = part.find_native(context is not None)
-            if native.mixed is not None and library_call is not None:
+            if native.obstacle is not None:
+                if native.mixed is None or library_call is None:
+                    return None
                 return library_call(native.mixed, x, context)
             rows, contexts, batch = flatten_batch(x, context)
-            if native.obstacle is not None:
-                return None
             in_pytorch = None if library_call is None else partial(native.evaluate_in_pytorch, library_call)
             values, log_dets, failed = native.chain.evaluate(
                 native.tensors(), rows, contexts, is_inverse, log_det, in_pytorch

@@ -40,19 +40,26 @@ class NativeModule:
         chain: Its transforms.
         mixed: If it is a composition of which native code knows only some layers: a composition of the same layers, in
             which those that follow each other are a run, see `compose_runs`.
+        is_divided: Whether `mixed` was looked for.
     """
 
     chain: TransformChain
     mixed: nn.Module | None = None
+    is_divided = False
 
     def __init__(self, module: nn.Module, list_transforms: ListTransforms, is_conditional: bool) -> None:
         self._module, modules = module, list(module.modules())
         self._dropouts = [part for part in modules if isinstance(part, DROPOUTS) and part.p > 0]
         self._actnorms = [part for part in modules if not part._buffers.keys().isdisjoint(_IS_INITIALIZED)]
+        self._batch_norms = [part for part in modules if "running_var" in part._buffers]
         self._caches = [part for part in modules if vars(part).get("using_cache")]  # of nflows, which may be stale
         self._obstacle: str | None = None
         try:
-            check_modules(modules)
+            for part in modules:
+                if any(vars(part)[name] for name in HOOKS):
+                    raise UnsupportedError(f"a hook on {type(part).__name__}")
+                if has_replaced_method(part):
+                    raise UnsupportedError(f"a method of its own on {type(part).__name__}")
             self.chain = TransformChain(list(list_transforms(module, is_conditional)))
             places = [place for transform in self.chain.transforms for place in transform.places]
             self._holders, self._names = [holder for holder, _ in places], [name for _, name in places]
@@ -65,6 +72,8 @@ class NativeModule:
         """Why native code does not take the module, or `None` if it does."""
         if self._dropouts and any(part.training for part in self._dropouts):
             return "dropout in training mode"
+        if self._batch_norms and any(part.training for part in self._batch_norms):
+            return "batch normalization in training mode"
         if self._actnorms and any(map(_awaits_batch, self._actnorms)):
             return "the first batch, which initializes an ActNorm"
         if self._caches and not all(part.training for part in self._caches):
@@ -88,15 +97,6 @@ def _awaits_batch(actnorm: Any) -> bool:
     """Returns True if the next batch initializes an ActNorm; nflows' does so in training mode only."""
     of_nflows, of_normflows = (actnorm._buffers.get(name) for name in _IS_INITIALIZED)
     return bool(actnorm.training and not of_nflows) if of_normflows is None else not of_normflows
-
-
-def check_modules(modules: Iterable[nn.Module]) -> None:
-    """Raises UnsupportedError if a module does more than its class says."""
-    for module in modules:
-        if any(vars(module)[name] for name in HOOKS):
-            raise UnsupportedError(f"a hook on {type(module).__name__}")
-        if has_replaced_method(module):
-            raise UnsupportedError(f"a method of its own on {type(module).__name__}")
 
 
 def flatten_batch(

@@ -72,6 +72,8 @@ def list_transforms(nf: ModuleType, nets: ModuleType, module: Any, is_conditiona
     elif kind in (nf.ActNorm, nf.PiecewiseRationalQuadraticCDF):
         features = len(next(module.parameters()))
         yield _constant_transform(nf, module, features, range(features))
+    elif kind is nf.BatchNorm:
+        yield from _batch_norm_transforms(module)
     elif kind is nf.LULinear:
         yield lu_layer_transform(module)
     elif kind in (nf.Permutation, nf.RandomPermutation, nf.ReversePermutation) and module._dim == 1:
@@ -89,12 +91,14 @@ def _coupling_network(
     net = module.transform_net
     check_network(net, nets.ResidualNet, nets.resnet.ResidualBlock)
     if library_class(module) is nf.AffineCouplingTransform:
-        _check_scale_activation(module, (getattr(nf.AffineCouplingTransform, "DEFAULT_SCALE_ACTIVATION", None),))
         outputs = torch.arange(net.final_layer.out_features, device="cpu").view(2, -1).t()  # shifts before scales
-        fields: dict[str, Any] = {
-            "kind": TransformKind.MASKED_AFFINE, "scale_activation": ScaleActivation.SIGMOID, "logit_shift": 2.0,
-            "min_scale": 1e-3, "scale_index": 1,
-        }  # fmt: skip
+        fields: dict[str, Any] = {"kind": TransformKind.MASKED_AFFINE, "min_scale": 1e-3, "scale_index": 1}
+        general = getattr(nf.AffineCouplingTransform, "GENERAL_SCALE_ACTIVATION", None)  # of glasflow
+        if general is not None and module.scale_activation is general:
+            fields |= {"scale_activation": ScaleActivation.SOFTPLUS, "max_scale": 3.0}
+        else:
+            _check_scale_activation(module, (getattr(nf.AffineCouplingTransform, "DEFAULT_SCALE_ACTIVATION", None),))
+            fields |= {"scale_activation": ScaleActivation.SIGMOID, "logit_shift": 2.0}
     else:
         parameters, fields = spline_fields(module, module.num_bins, net.hidden_features)
         outputs = torch.arange(net.final_layer.out_features, device="cpu").view(-1, parameters)
@@ -110,6 +114,17 @@ def _constant_transform(nf: ModuleType, module: Any, features: int, transformed:
     if kind is nf.PiecewiseRationalQuadraticCDF:
         return constant_spline(module, features, transformed)
     raise UnsupportedError(f"the unconditional transform {kind.__name__}")
+
+
+def _batch_norm_transforms(module: Any) -> Iterator[ChainTransform]:
+    """Yields (x - running_mean) / sqrt(running_var + eps), and the affine transform after it, as in evaluation mode."""
+    features = range(len(module.bias))
+    statistics = [(module._buffers, "running_var"), (module._buffers, "running_mean")]
+    root: dict[str, Any] = {"scale_activation": ScaleActivation.SQUARE_ROOT, "parametrizes_inverse": True}
+    scale: dict[str, Any] = {"scale_activation": ScaleActivation.SOFTPLUS}
+    for places, fields in ((statistics, root), (places_of(module, "unconstrained_weight", "bias"), scale)):
+        fields |= {"kind": TransformKind.MASKED_AFFINE, "min_scale": module.eps}
+        yield constant_transform(places, len(features), features, **fields)
 
 
 def _check_scale_activation(module: nn.Module, defaults: tuple[Any, ...]) -> None:

@@ -40,10 +40,12 @@ class Part:
         if native is None or not native.snapshot.is_current():
             if self.adapter.list_transforms is None or load_library() is None:
                 raise UnsupportedError(f"native code is {describe()}")
-            native = NativeModule(self.module, self.adapter.list_transforms, is_conditional)
-            if native.obstacle is not None:
-                native.mixed = compose_runs(self.module, self.adapter, is_conditional, self.accelerate_run)
-            self._natives[is_conditional] = native
+            native = self._natives[is_conditional] = NativeModule(
+                self.module, self.adapter.list_transforms, is_conditional
+            )
+        if native.obstacle is not None and not native.is_divided:
+            native.mixed = compose_runs(self.module, self.adapter, is_conditional, self.accelerate_run)
+            native.is_divided = True  # last, since other threads read it
         return native
 
     def list_layers(self) -> dict[str, nn.Module]:

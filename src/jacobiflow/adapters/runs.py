@@ -9,8 +9,7 @@ from torch import nn
 
 from jacobiflow.adapters.adapter import Adapter
 from jacobiflow.adapters.library_module import library_class, shallow_copy
-from jacobiflow.adapters.native_module import check_modules
-from jacobiflow.errors import UnsupportedError
+from jacobiflow.adapters.native_module import NativeModule
 
 AccelerateRun = Callable[[nn.Module, Adapter], None]
 
@@ -34,11 +33,7 @@ def compose_runs(
     layers = list(getattr(module, adapter.layers))
 
     def is_known(layer: nn.Module) -> bool:
-        try:
-            check_modules(layer.modules())
-            return bool(list(list_transforms(layer, is_conditional)))
-        except UnsupportedError:
-            return False
+        return NativeModule(layer, list_transforms, is_conditional).obstacle is None
 
     def compose(parts: Sequence[nn.Module]) -> nn.Module:
         attributes = vars(nn.Module()) | {"_modules": {adapter.layers: nn.ModuleList(parts)}}

@@ -69,9 +69,11 @@ class Affine {
       case ScaleActivation::exp: log_scale = parameter; break;
       case ScaleActivation::soft_clipped_exp: log_scale = parameter * soft_clip(); break;
       case ScaleActivation::clamped_exp: log_scale = S::min(S::max(parameter, (T)t.min_log_scale), (T)t.max_log_scale); break;
+      case ScaleActivation::square_root: log_scale = S::log(parameter + (T)t.min_scale) * T(0.5); break;
       default:
         scale = t.scale_activation == ScaleActivation::softplus ? S::softplus(parameter, 1, 20) : sigmoid();
         scale += (T)t.min_scale;
+        if (t.max_scale) scale = S::min(scale, (T)t.max_scale);
         log_scale = S::log(scale), is_exponential = false;
     }
     log_slope = t.parametrizes_inverse ? -log_scale : log_scale;
@@ -84,7 +86,11 @@ class Affine {
     const Vector one = S::broadcast(1), inverse_scale = t.parametrizes_inverse ? slope : S::reciprocal(slope);
     switch (t.scale_activation) {
       case ScaleActivation::soft_clipped_exp: return soft_clip() * soft_clip();
-      case ScaleActivation::softplus: return (parameter > T(20) ? one : S::sigmoid(parameter)) * inverse_scale;
+      case ScaleActivation::square_root: return T(0.5) / (parameter + (T)t.min_scale);
+      case ScaleActivation::softplus: {
+        const Vector of_scale = (parameter > T(20) ? one : S::sigmoid(parameter)) * inverse_scale;
+        return t.max_scale ? (inverse_scale > T(1 / t.max_scale) ? of_scale : Vector{}) : of_scale;
+      }
       case ScaleActivation::sigmoid: return sigmoid() * (T(1) - sigmoid()) * inverse_scale;
       default: return one;  // Gradients pass a clamp, as in pyro.
     }

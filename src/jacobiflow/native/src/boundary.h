@@ -34,8 +34,9 @@ enum class TransformKind : int32_t {
   sum_of_squares
 };
 
-// Makes a scale of a parameter p: the exponential of p, p / (1 + clip |p|) or clamped p; or a function of p, plus `min_scale`.
-enum class ScaleActivation : int32_t { exp, soft_clipped_exp, clamped_exp, softplus, sigmoid };
+// Makes a scale of a parameter p: the exponential of p, p / (1 + clip |p|) or clamped p; the root of p + min_scale; or a function
+// of p, plus `min_scale`.
+enum class ScaleActivation : int32_t { exp, soft_clipped_exp, clamped_exp, square_root, softplus, sigmoid };
 
 enum class SplineBoundary : int32_t { fixed, free, circular };
 
@@ -70,6 +71,7 @@ struct Transform {
   int32_t is_inverted;        // 1 if the chain has the inverse of the transform
   double clip;                // soft-clips p to p / (1 + clip |p|); for widths and heights twice as strongly
   double min_scale;           // added to a scale by softplus or sigmoid, and to the diagonal of U
+  double max_scale;           // of softplus; 0 without a bound
   double logit_shift;         // added to the logit of a scale by sigmoid
   double min_log_scale;       // of clamped_exp
   double max_log_scale;       // of clamped_exp
