@@ -51,14 +51,17 @@ class FlowOracle:
     def unflip(self, i: int, x: Tensor) -> Tensor:
         return self.flip(i, x)
 
-    def g(self, i: int, x: Tensor, z: Tensor, labels: Tensor | None = None, guide: Guide | None = None) -> Tensor:
-        """The map whose fixed point is the inverse of block i at z."""
-        log_scale, shift = self.parameters(i, x, labels)
-        if guide is not None and self.is_guided(i):
+    def g(
+        self, i: int, x: Tensor, z: Tensor, labels: Tensor | None = None, guide: Guide | None = None,
+        temperature: float = 1.0,
+    ) -> Tensor:  # fmt: skip
+        """The map whose fixed point is the inverse of block i at z; `temperature` is that of the conditional rows."""
+        log_scale, shift = self.parameters(i, x, labels, temperature)
+        if guide is not None and self.supports_guidance(i):
             guide_away(guide, log_scale, shift, *self.parameters(i, x, None, guide.temperature))
         return log_scale.exp() * z + shift
 
-    def is_guided(self, i: int) -> bool:
+    def supports_guidance(self, i: int) -> bool:
         return True
 
     def invert_block(self, i: int, z: Tensor, labels: Tensor | None = None, guide: Guide | None = None) -> Tensor:
@@ -166,7 +169,7 @@ class StarOracle(Oracle):
     def flip(self, i: int, x: Tensor) -> Tensor:
         return x if i % 2 else x[:, torch.arange(x.shape[1] - 1, -1, -1)]
 
-    def is_guided(self, i: int) -> bool:
+    def supports_guidance(self, i: int) -> bool:
         return i == self.num_blocks - 1
 
     def parameters(self, i: int, x: Tensor, labels: Tensor | None, temperature: float = 1.0) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from jacobiflow.blocks.context import NO_CONTEXT, Context
+from jacobiflow.blocks.context import NO_CONTEXT, Context, GuidedRows
 from jacobiflow.blocks.permutation import Permutation
 from jacobiflow.blocks.tokens import Tokens, gather_run
 from jacobiflow.errors import InputValueError, UnsupportedError
@@ -57,7 +57,7 @@ class AffineBlock(ABC):
         is_pure: A promise that entry t depends on x[:, :t] only, and on nothing random, and that the block keeps no
             tensor between calls. Solvers then run it in inference mode, a tenth faster, and take its exact answers
             without measuring them.
-        is_guided: Guidance applies to the block.
+        supports_guidance: Guidance applies to the block.
 
     Example:
         >>> log_scale, shift = jf.load("digits-p1").blocks[0].affine_whole(torch.zeros(2, 64, 1))
@@ -66,7 +66,7 @@ class AffineBlock(ABC):
     """
 
     is_pure: bool = False
-    is_guided: bool = True
+    supports_guidance: bool = True
 
     @abstractmethod
     def init_cache(self, z: Tokens, context: Context = NO_CONTEXT) -> Any:
@@ -89,19 +89,26 @@ class AffineBlock(ABC):
         return torch.full_like(values, -1)
 
     def sequential_inverse(
-        self, z: Tokens, context: Context = NO_CONTEXT, guidance: Any = None, batch_size: int | None = None
+        self, z: Tokens, context: Context = NO_CONTEXT, batch_size: int | None = None
     ) -> TokensLogDet:
         """Solves x_t = g(x)_t token by token in one call; returns x and log|det dx/dz|, the sums of log_scale(x).
 
-        With a `Guidance` g is that of the guided block. `batch_size` rows are solved at a time, all by default. If `z`
-        requires gradients, the results have them in z, a context and the parameters.
+        `batch_size` samples are solved at a time, all by default. If `z` requires gradients, the results have them in
+        z, a context and the parameters.
 
         Raises:
-            UnsupportedError: If the block has no such call for this device, dtype or installation, for this guidance,
-                or with gradients. Solvers then solve token by token in PyTorch, and keep the message as
-                `Solution.obstacle`.
+            UnsupportedError: If the block has no such call for this device, dtype or installation, or with gradients.
+                Solvers then solve token by token in PyTorch, and keep the message as `Solution.obstacle`.
         """
         raise UnsupportedError(f"{type(self).__name__} has no sequential_inverse")
+
+    def guided_inverse(self, z: Tokens, rows: GuidedRows, batch_size: int | None = None) -> TokensLogDet:
+        """Returns the result of `sequential_inverse` under guidance: the network has two rows for each sample.
+
+        Raises:
+            UnsupportedError: As `sequential_inverse` does, or if the block has no such call for these rows.
+        """
+        raise UnsupportedError(f"{type(self).__name__} has no guided_inverse")
 
     def output_weights(self) -> tuple[Float[Tensor, "o d"] | None, Float[Tensor, "o d"]] | None:
         """Returns W_s and W_u of the last layer, if `log_scale` = W_s h + b_s and `shift` = W_u h + b_u; else `None`.

@@ -43,6 +43,14 @@ class Context:
         values = None if self.values is None else change(self.values)
         return Context(values, None if self.temperature is None else change(self.temperature))
 
+    def interleaved(self, other: Context) -> Context:
+        """Returns the context of each row, followed by that of the same row of `other`."""
+
+        def interleave(own: Tensor | None, others: Tensor | None) -> Tensor | None:
+            return None if own is None or others is None else torch.stack((own, others), dim=1).flatten(0, 1)
+
+        return Context(interleave(self.values, other.values), interleave(self.temperature, other.temperature))
+
     def to(self, device: torch.device) -> Context:
         """Returns the context on a device."""
         return self.map(lambda tensor: tensor.to(device))
@@ -53,3 +61,19 @@ class Context:
 
 
 NO_CONTEXT = Context()
+
+
+@dataclass(frozen=True, eq=False)
+class GuidedRows:
+    """The two rows that a network evaluates for each sample under guidance, and how their parameters are combined.
+
+    Attributes:
+        conditional, unconditional: Their contexts.
+        weights: w_t of the log-scale and of the shift, see `Guidance`.
+        rule: "linear" or "density".
+    """
+
+    conditional: Context
+    unconditional: Context
+    weights: tuple[Float[Tensor, " t"], Float[Tensor, " t"]]
+    rule: str

@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from jacobiflow.blocks.base import AffineBlock, AttentionBlock, ScaleShift, TokensLogDet
-from jacobiflow.blocks.context import NO_CONTEXT, Context
+from jacobiflow.blocks.context import NO_CONTEXT, Context, GuidedRows
 from jacobiflow.blocks.tokens import Tokens
 from jacobiflow.errors import InputValueError
 from jacobiflow.utils.checks import check_choice, check_fields, check_kind, check_number, check_positive, format_value
@@ -121,11 +121,15 @@ class SamplingSettings:
         check_fields(self)
 
 
+GuidedWeights = tuple[Float[Tensor, "t 1"], Float[Tensor, "t 1"]]
+"""1 + w of the log-scale and of the shift."""
+
+
 class GuidedCache(NamedTuple):
-    """The wrapped block's cache, of two rows for each sample, and 1 + w of log-scale and shift."""
+    """The wrapped block's cache, of two rows for each sample, and the weights of guidance."""
 
     inner: Any
-    weights: tuple[Float[Tensor, "t 1"], Float[Tensor, "t 1"]]
+    weights: GuidedWeights
 
 
 class GuidedBlock(AffineBlock):
@@ -151,30 +155,34 @@ class GuidedBlock(AffineBlock):
         return self._combine(both, self._weights(x), slice(None))
 
     def sequential_inverse(
-        self, z: Tokens, context: Context = NO_CONTEXT, guidance: Any = None, batch_size: int | None = None
+        self, z: Tokens, context: Context = NO_CONTEXT, batch_size: int | None = None
     ) -> TokensLogDet:
-        return self.block.sequential_inverse(z, context, self.guidance, batch_size)
+        contexts = self._contexts(context, len(z), z)
+        rows = GuidedRows(*contexts, self.guidance.weights(z), self.guidance.rule)
+        return self.block.guided_inverse(z, rows, batch_size)
 
     def output_weights(self) -> tuple[Float[Tensor, "o d"] | None, Float[Tensor, "o d"]] | None:
         return self.block.output_weights()
 
-    def _both(self, context: Context, num: int, like: Tensor) -> Context:
-        """Returns the context of two rows for each of `num` samples: its own row, then the unconditional one."""
-        values = context.values
-        if values is not None:
-            values = torch.stack((values, self.block.unconditional(values)), dim=1).flatten(0, 1)
-        if self.guidance.attn_temperature == 1:
-            return Context(values)
-        temperatures = like.new_ones(num, 2)
-        temperatures[:, 1] = self.guidance.attn_temperature
-        return Context(values, temperatures.flatten())
+    def _contexts(self, context: Context, num: int, like: Tensor) -> tuple[Context, Context]:
+        """Returns the contexts of the conditional and of the unconditional row of each of `num` samples."""
+        values, temperature = context.values, context.temperature
+        free = None if values is None else self.block.unconditional(values)
+        if temperature is None and self.guidance.attn_temperature == 1:
+            return context, Context(free)
+        temperature = like.new_ones(num) if temperature is None else temperature.to(like)
+        return Context(values, temperature), Context(free, like.new_full((num,), self.guidance.attn_temperature))
 
-    def _weights(self, like: Tensor) -> ScaleShift:
-        """Returns 1 + w of log-scale and shift, (T, 1) each."""
-        log_scale, shift = self.guidance.weights(like)
+    def _both(self, context: Context, num: int, like: Tensor) -> Context:
+        """Returns the context of both rows of each sample, one after the other."""
+        conditional, unconditional = self._contexts(context, num, like)
+        return conditional.interleaved(unconditional)
+
+    def _weights(self, z: Tokens) -> GuidedWeights:
+        log_scale, shift = self.guidance.weights(z)
         return 1 + log_scale.unsqueeze(-1), 1 + shift.unsqueeze(-1)
 
-    def _combine(self, both: ScaleShift, weights: ScaleShift, entries: slice | Int[Tensor, "b n"]) -> ScaleShift:
+    def _combine(self, both: ScaleShift, weights: GuidedWeights, entries: slice | Int[Tensor, "b n"]) -> ScaleShift:
         """Returns the guided parameters of `entries`; `both` has a conditional and an unconditional row per sample.
 
         The linear rule p + w (p - p_unconditional) interpolates from p_unconditional to p with weight 1 + w.
@@ -213,7 +221,7 @@ class GuidedAttentionBlock(AttentionBlock, GuidedBlock):
 
 def guided(block: AffineBlock, guidance: Guidance | None) -> AffineBlock:
     """Returns `block` under `guidance`; the block itself if guidance is off, or does not apply to it."""
-    if guidance is None or guidance.weight == 0 or not block.is_guided:
+    if guidance is None or guidance.weight == 0 or not block.supports_guidance:
         return block
     return (GuidedAttentionBlock if isinstance(block, AttentionBlock) else GuidedBlock)(block, guidance)
 

@@ -43,7 +43,7 @@ def _sample(make_network: Callable[..., _Network], flow: Flow, z: Tensor, contex
     def solve(i: int, z: Tensor) -> Tensor:
         """Solves a block at `z`, in its causal order, token by token."""
         block, x = flow.block(i), z.clone()
-        guidance = flow.guidance if block.is_guided else None
+        guidance = flow.guidance if block.supports_guidance else None
         network, weights = make_network(block, z, context, guidance), None if guidance is None else guidance.weights(z)
         for t in range(z.shape[1]):
             rows = network(x, t)

@@ -16,8 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from jacobiflow.blocks.base import FlowBlock, ScaleShift, TokensLogDet, check_context_rows, check_input
-from jacobiflow.blocks.context import NO_CONTEXT, Context
-from jacobiflow.blocks.guidance import Guidance
+from jacobiflow.blocks.context import NO_CONTEXT, Context, GuidedRows
 from jacobiflow.blocks.permutation import Permutation
 from jacobiflow.blocks.tokens import Tokens, row_batches
 from jacobiflow.errors import InputValueError, UnsupportedError
@@ -202,15 +201,25 @@ class MAFBlock(FlowBlock):
 
     def encode(self, x: Tokens, context: Context = NO_CONTEXT) -> TokensLogDet:
         try:
-            return self._evaluate(x, context, None, is_inverse=False)
+            return self._evaluate(x, context, (), is_inverse=False)
         except UnsupportedError:
             return super().encode(x, context)
 
     def sequential_inverse(
-        self, z: Tokens, context: Context = NO_CONTEXT, guidance: Guidance | None = None, batch_size: int | None = None
+        self, z: Tokens, context: Context = NO_CONTEXT, batch_size: int | None = None
     ) -> TokensLogDet:
-        if guidance is not None and guidance.rule != "linear":
-            raise UnsupportedError(f"guidance of a MAF by the rule {guidance.rule}")
+        return self._invert(z, context, (), batch_size)
+
+    def guided_inverse(self, z: Tokens, rows: GuidedRows, batch_size: int | None = None) -> TokensLogDet:
+        labels = rows.unconditional.values
+        distinct = set() if labels is None else set(labels.tolist())
+        if rows.rule != "linear" or len(distinct) > 1:
+            raise UnsupportedError("guidance of a MAF by the rule density, or by unconditional rows that differ")
+        label = None if labels is None or max(distinct, default=-1) < 0 else labels[:1]  # Below 0 it is no class.
+        tensors = [each for layer in self.layers for each in (layer.weight, layer.offset(label).squeeze(0))]
+        return self._invert(z, rows.conditional, [*tensors, torch.stack(rows.weights, dim=1).flatten()], batch_size)
+
+    def _invert(self, z: Tokens, context: Context, guidance: Sequence[Tensor], batch_size: int | None) -> TokensLogDet:
         if batch_size is None or len(z) <= batch_size:
             return self._evaluate(z, context, guidance, is_inverse=True)
         check_context_rows(context, len(z))
@@ -219,8 +228,11 @@ class MAFBlock(FlowBlock):
         x, log_det = map(torch.cat, zip(*answers, strict=True))
         return x, log_det
 
-    def _evaluate(self, tokens: Tokens, context: Context, guidance: Guidance | None, is_inverse: bool) -> TokensLogDet:
-        """Returns the result of the block or its inverse by native code, and log|det|, or raises UnsupportedError."""
+    def _evaluate(self, tokens: Tokens, context: Context, guidance: Sequence[Tensor], is_inverse: bool) -> TokensLogDet:
+        """Returns the result of the block or its inverse by native code, and log|det|, or raises UnsupportedError.
+
+        Under guidance there are the weight and the bias of each layer for the unconditional row, and the weights w.
+        """
         usable_library(tokens)  # Raises UnsupportedError if there is none.
         if tokens.shape[2:] != (1,):
             raise UnsupportedError(f"tokens {tuple(tokens.shape)} with other than one channel")
@@ -228,25 +240,18 @@ class MAFBlock(FlowBlock):
         table = torch.eye(num_classes, dtype=tokens.dtype) if num_classes else None
         classes = embed_classes(table, context.values)
         in_pytorch = None if is_inverse else self._encode_in_pytorch
-        chain, tensors = _describe_block(self.config, guidance is not None), self._native_tensors(tokens, guidance)
+        chain, tensors = _describe_block(self.config, len(guidance) > 0), [*self._native_tensors(), *guidance]
         result = chain.evaluate(tensors, tokens.squeeze(-1), classes, is_inverse, "rows", in_pytorch)
         assert result.log_det is not None
         return result.values.unsqueeze(-1), result.log_det
 
-    def _native_tensors(self, tokens: Tokens, guidance: Guidance | None) -> list[Tensor]:
-        """Returns the tensors of the operations in the order in which `_describe_block` adds these.
-
-        They are the weight, the bias and the embeddings of classes of each layer. Under guidance, the weight and the
-        bias of each layer without a class follow, and the weights of guidance.
-        """
+    def _native_tensors(self) -> list[Tensor]:
+        """Returns the weight, the bias and the embeddings of classes of each layer, as `_describe_block` adds them."""
         tensors: list[Tensor] = []
         for layer in self.layers:
             tensors += [layer.weight, layer.bias]
             if layer.class_embed is not None:
                 tensors.append(layer.class_embed.t())
-        if guidance is not None:
-            tensors += [each for layer in self.layers for each in (layer.weight, layer.offset(None).squeeze(0))]
-            tensors.append(torch.stack(guidance.weights(tokens), dim=1).flatten())
         return [tensor.contiguous() for tensor in tensors]
 
     def _encode_in_pytorch(
@@ -288,7 +293,7 @@ def _layer_degrees(config: MAFConfig) -> list[tuple[np.ndarray, np.ndarray]]:
 
 @lru_cache(maxsize=32)
 def _describe_block(config: MAFConfig, is_guided: bool) -> TransformChain:
-    """Returns the chain of one transform that native code evaluates; `MAFBlock._native_tensors` returns its tensors."""
+    """Returns the chain of one transform that native code evaluates; `MAFBlock._evaluate` gives it its tensors."""
     network = MaskedNetwork(torch.arange(2 * config.num_tokens, device="cpu").view(-1, 2))
     value = _add_layers(network, config, config.num_classes)
     if is_guided:

@@ -121,8 +121,8 @@ class STARFlowBlock(TransformerBlock):
         width, layers, _ = config.of_block(index)
         super().__init__(config.num_tokens, True, permutation)
         self.head_dim, self.soft_clip = config.head_dim, config.soft_clip
-        self.is_guided = index == config.num_blocks - 1
-        self.text_length = config.text_tokens if self.is_guided else 0
+        self.supports_guidance = index == config.num_blocks - 1
+        self.text_length = config.text_tokens if self.supports_guidance else 0
         self.prefix_length = self.text_length + 1
         self.proj_in = nn.Linear(config.token_dim, width)
         self.sos_embed = nn.Parameter(torch.randn(1, 1, config.token_dim))
@@ -132,7 +132,7 @@ class STARFlowBlock(TransformerBlock):
         self.final_norm = _RMSNorm(width)
         self.proj_out = nn.Linear(width, 2 * config.token_dim)
         nn.init.zeros_(self.proj_out.weight)
-        if self.is_guided:
+        if self.supports_guidance:
             self.proj_txt = nn.Linear(config.text_dim, width)
             self.register_buffer("null_text", torch.zeros(config.text_tokens, config.text_dim))
 
@@ -156,7 +156,7 @@ class STARFlowBlock(TransformerBlock):
 
     def embed_prefix(self, values: Tensor | None, num: int) -> Float[Tensor, "b p w"]:
         start = self.proj_in(self.sos_embed).expand(num, -1, -1)
-        if not self.is_guided:
+        if not self.supports_guidance:
             return start
         text = self.null_text if values is None else values
         projected = self.proj_txt(text.to(self.proj_in.weight.dtype)).expand(num, -1, -1)

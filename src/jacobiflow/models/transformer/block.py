@@ -16,8 +16,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from jacobiflow.blocks.base import AttentionBlock, FlowBlock, ScaleShift, TokensLogDet, check_context_rows, check_input
-from jacobiflow.blocks.context import NO_CONTEXT, Context
-from jacobiflow.blocks.guidance import Guidance
+from jacobiflow.blocks.context import NO_CONTEXT, Context, GuidedRows
 from jacobiflow.blocks.permutation import Permutation
 from jacobiflow.blocks.tokens import Tokens, row_batches
 from jacobiflow.errors import UnsupportedError
@@ -166,13 +165,24 @@ class TransformerBlock(FlowBlock, AttentionBlock):
         cache = self._make_cache(z, context, self.prefix_length)
         return inputs._replace(prefix=cache.layers, hidden=self._read_prefix(cache, context)[:, 0])
 
-    @torch.no_grad()
     def sequential_inverse(
-        self, z: Tokens, context: Context = NO_CONTEXT, guidance: Guidance | None = None, batch_size: int | None = None
+        self, z: Tokens, context: Context = NO_CONTEXT, batch_size: int | None = None
     ) -> TokensLogDet:
+        return self._invert(z, [context], None, batch_size)
+
+    def guided_inverse(self, z: Tokens, rows: GuidedRows, batch_size: int | None = None) -> TokensLogDet:
+        weights = GuidanceWeights(*rows.weights, rows.rule)
+        return self._invert(z, [rows.conditional, rows.unconditional], weights, batch_size)
+
+    @torch.no_grad()
+    def _invert(
+        self, z: Tokens, contexts: Sequence[Context], guidance: GuidanceWeights | None, batch_size: int | None
+    ) -> TokensLogDet:
+        """Returns the inverse by native code; the network has a row for each of the contexts of a sample."""
         if z.requires_grad:
             raise UnsupportedError("gradients of a transformer's inverse")
-        check_context_rows(context, len(z))
+        for context in contexts:
+            check_context_rows(context, len(z))
         layers = self.layer_weights()
         network = CausalTransformer(
             proj_in=self.proj_in.weight,
@@ -188,13 +198,9 @@ class TransformerBlock(FlowBlock, AttentionBlock):
         )
 
         def row_inputs(rows: slice) -> RowInputs:
-            contexts = [context[rows]]
-            if guidance is not None:
-                contexts.append(Context(None, z.new_full((len(z[rows]),), guidance.attn_temperature)))
-            return RowInputs.stack([self._row_inputs(z[rows], each) for each in contexts], len(z[rows]))
+            return RowInputs.stack([self._row_inputs(z[rows], each[rows]) for each in contexts], len(z[rows]))
 
-        weights = None if guidance is None else GuidanceWeights(*guidance.weights(z), guidance.rule)
-        return network.invert(z, row_inputs, weights, batch_size)
+        return network.invert(z, row_inputs, guidance, batch_size)
 
     def affine(self, x: Tokens, start: int, stop: int, cache: TransformerCache) -> ScaleShift:
         batches = _row_batches(x, stop - start)
