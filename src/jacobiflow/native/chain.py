@@ -217,9 +217,7 @@ class _Call:
         """Does the same as `differentiate` with a graph, or for a batch of cotangents."""
         if self.in_pytorch is None:
             check_first_derivative("an inverse", "write the loss with the forward direction instead")
-            raise RuntimeError(
-                "is_grads_batched=True: an inverse takes one cotangent at a time; start Python with JACOBIFLOW_NATIVE=0"
-            )
+            raise RuntimeError("is_grads_batched=True: an inverse takes one cotangent at a time; loop over them")
         if _versions(self.tensors) != self.versions:
             raise RuntimeError("second derivatives: weights have changed since the forward pass; call the flow again")
         with torch.enable_grad():
