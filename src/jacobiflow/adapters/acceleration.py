@@ -221,5 +221,6 @@ class _Part:
         try:
             self.find_native(is_conditional=False)
         except UnsupportedError as error:
-            return f"passes, if there are {MIN_PASSES} features or more: {error}"
+            condition = "" if self.adapter.has_search(self.module) else f", if there are {MIN_PASSES} features or more"
+            return f"passes{condition}: {error}"
         return "native code"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -52,6 +52,7 @@ class Adapter:
         methods: Its methods that are replaced. A subclass is accelerated if it leaves them unchanged.
         mixin: The class that replaces them.
         list_transforms: Lists the transforms of a module for native code; `None` if `mixin` calls native code itself.
+        has_search: Returns True for a module whose features can be solved one after the other without native code.
     """
 
     target: type[nn.Module]
@@ -59,6 +60,7 @@ class Adapter:
     mixin: type[AcceleratedModule]
     list_transforms: ListTransforms | None
     is_composition: bool = False
+    has_search: Callable[[Any], bool] = lambda _: False
 
     @property
     def library(self) -> str:
