@@ -81,7 +81,9 @@ def _find_start(
 
     They cannot if iterates have no values to compare, or if a pass may depend on more than its argument.
     """
-    if y.is_meta or is_traced() or not all(t is None or t.is_floating_point() for t in (y, context)):
+    if y.is_meta or is_traced():
+        return None
+    if not all(t is None or (t.is_floating_point() and t.layout == torch.strided) for t in (y, context)):
         return None
     if needs_graph and y.ndim > 2 and not y.is_contiguous():  # PyTorch's products have other bits with a graph.
         return None
