@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -54,6 +54,7 @@ class Adapter:
         list_transforms: Lists the transforms of a module for native code; `None` if `mixin` calls native code itself.
         needs_native: Whether the class gains by native code only, so a module that this does not know is left alone.
         layers: The name of a composition's list of layers, if it has one.
+        has_search: Returns True for a module whose features can be solved one after the other without native code.
     """
 
     target: type[nn.Module]
@@ -63,6 +64,7 @@ class Adapter:
     is_composition: bool = False
     layers: str = ""
     needs_native: bool = False
+    has_search: Callable[[Any], bool] = lambda _: False
 
     @property
     def library(self) -> str:

@@ -31,6 +31,7 @@ def invert_by_passes(
     y: Float[Tensor, "*batch d"],
     context: Float[Tensor, "*batch c"] | None,
     passes: int,
+    search: Callable[[Any], Tensor] | None = None,
 ) -> Sequence[Tensor] | None:
     """Returns the results of the last pass; `None` if the inverse is left to the library's own loop.
 
@@ -42,16 +43,23 @@ def invert_by_passes(
         step: A pass of the library.
         network: The library's network, an argument of `step`. Passes without a gradient get a faster copy of it.
         passes: The number of passes in the library's own loop.
+        search: Solves for one feature after the other with the network. It replaces passes, except at tolerance 0.
     """
     needs_graph = torch.is_grad_enabled() and any(
         tensor is not None and tensor.requires_grad for tensor in (y, context, *module.parameters())
     )
     tolerance, count = acceleration.tolerance or 0.0, 0
     outputs: Sequence[Tensor] = ()
-    start = _find_start(acceleration, module, y, context, passes, needs_graph)
+    search = None if acceleration.tolerance == 0 else search
+    start = _find_start(acceleration, module, y, context, passes if search is None else MIN_PASSES, needs_graph)
     if start is not None:
         try:
-            outputs, count = _iterate(partial(step, multiply_masks(network)), start, passes - needs_graph, tolerance)
+            fast_network = multiply_masks(network)
+            if search is None:
+                outputs, count = _iterate(partial(step, fast_network), start, passes - needs_graph, tolerance)
+            else:
+                with torch.no_grad():
+                    outputs, count = (search(fast_network),), passes
         except (MemoryError, torch.OutOfMemoryError):
             raise
         except Exception:  # A spline of a user may refuse an iterate that the library's loop does not meet.
@@ -74,7 +82,9 @@ def _find_start(
 
     They cannot if iterates have no values to compare, or if a pass may depend on more than its argument.
     """
-    if y.is_meta or is_traced() or not all(t is None or t.is_floating_point() for t in (y, context)):
+    if y.is_meta or is_traced():
+        return None
+    if not all(t is None or (t.is_floating_point() and t.layout == torch.strided) for t in (y, context)):
         return None
     if needs_graph and y.ndim > 2 and not y.is_contiguous():  # PyTorch's products have other bits with a graph.
         return None

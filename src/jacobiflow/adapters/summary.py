@@ -26,10 +26,8 @@ def describe_tolerance(tolerance: float | None) -> str:
 def describe(parts: Mapping[nn.Module, Part], tolerance: float | None, reasons: Mapping[str, str]) -> str:
     """Returns a line for the flow, and one for all layers of a class that are computed in the same way."""
     transforms = [part for part in parts.values() if not part.adapter.is_composition]
-    passes = "passes", f", if there are {MIN_PASSES} features or more"
     layers = [
-        (part.name, part.module, part, *(("the library", "") if part.adapter.needs_native else passes))
-        for part in transforms
+        (part.name, part.module, part, *_method_without_native(part)) for part in transforms
     ] + [
         (name, layer, part, "the library", "")
         for part in parts.values() for name, layer in part.list_layers().items()
@@ -47,6 +45,13 @@ def describe(parts: Mapping[nn.Module, Part], tolerance: float | None, reasons: 
     what = f"{len(transforms)} transform{'s' * (len(transforms) > 1)}"
     first = f"accelerated, {describe_tolerance(tolerance)}: {what}" if parts else "nothing was accelerated"
     return "\n".join([first, *_lines_of(lines)])
+
+
+def _method_without_native(part: Part) -> tuple[str, str]:
+    """Returns how a transform is inverted without native code, and on which condition."""
+    if part.adapter.needs_native:
+        return "the library", ""
+    return "passes", "" if part.adapter.has_search(part.module) else f", if there are {MIN_PASSES} features or more"
 
 
 def _list_native(part: Part, tolerance: float | None) -> Iterator[nn.Module]:

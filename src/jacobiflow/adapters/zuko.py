@@ -18,6 +18,7 @@ from zuko.flows import SOSPF, polynomial
 from zuko.flows.autoregressive import MaskedAutoregressiveTransform
 from zuko.flows.coupling import GeneralCouplingTransform
 from zuko.flows.gaussianization import ElementWiseTransform
+from zuko.flows.neural import MNN, UMNN
 from zuko.flows.spline import CircularRQSTransform
 from zuko.lazy import Flow, LazyComposedTransform, LazyInverse, UnconditionalDistribution, UnconditionalTransform
 from zuko.nn import MLP, Linear, MaskedLinear, MaskedMLP, Residual
@@ -32,12 +33,14 @@ from zuko.transforms import (
     PermutationTransform,
     SoftclipTransform,
 )
+from zuko.utils import broadcast, unpack
 
 from jacobiflow.adapters.adapter import AcceleratedModule, Adapter
-from jacobiflow.adapters.library_module import default_of, is_accelerated, library_class
+from jacobiflow.adapters.library_module import default_of, is_accelerated, library_class, shallow_copy
 from jacobiflow.adapters.native_module import TransformOutput
 from jacobiflow.adapters.network import LibraryNetwork
 from jacobiflow.adapters.passes import invert_by_passes
+from jacobiflow.adapters.root import find_root
 from jacobiflow.errors import UnsupportedError
 from jacobiflow.native.boundary import ScaleActivation, SplineBoundary, TransformKind
 from jacobiflow.native.masked_network import Place
@@ -217,6 +220,36 @@ def _name_of(constructor: Any) -> str:
     return getattr(constructor, "__name__", type(constructor).__name__)
 
 
+def _has_networks_of_features(module: Any) -> bool:
+    """Returns True if each feature has a monotone network of its own, as in NAF and UNAF."""
+    if type(module.univariate) not in (MNN, UMNN) or module.order is None:
+        return False
+    return all(layer.weight.ndim == 3 for layer in module.univariate.modules() if isinstance(layer, Linear))
+
+
+def _search_features(module: Any, y: Tensor, context: Tensor | None) -> Tensor:
+    """Inverts step by step, and searches only the features of a step."""
+    if context is not None:
+        y, context = broadcast(y, context, ignore=1)
+    x, bound = torch.zeros_like(y), default_of(MonotonicTransform, "bound")
+    for step in range(module.passes):
+        features = (module.order == step).nonzero().flatten()
+        inputs = x if context is None else torch.cat([x, context], dim=-1)
+        parameters = module.hyper(inputs).unflatten(-1, (-1, module.total))[..., features, :]
+        transform = _select_features(module.univariate, features)(*unpack(parameters, module.shapes))
+        x[..., features] = find_root(transform, y[..., features], bound)
+    return x
+
+
+def _select_features(networks: nn.Module, features: Tensor) -> nn.Module:
+    """Returns a copy of the networks of all features that has only those of some."""
+    if isinstance(networks, Linear):
+        parameters = {name: None if each is None else each[features] for name, each in networks._parameters.items()}
+        return shallow_copy(networks, type(networks), _parameters=parameters)
+    parts = {name: _select_features(part, features) for name, part in networks._modules.items() if part is not None}
+    return shallow_copy(networks, type(networks), _modules=parts)
+
+
 class _AcceleratedTransform(Transform):
     """A transform that an accelerated lazy transform gives; zuko's own after `restore`.
 
@@ -290,7 +323,8 @@ class AcceleratedAutoregressive(_AcceleratedLayer, AutoregressiveTransform):  # 
         def step(module: Any, x: Tensor) -> tuple[Tensor]:
             return (module.meta(context, x).inv(y),)
 
-        return invert_by_passes(module.acceleration, module, step, module, y, context, self.passes)
+        search = partial(_search_features, y=y, context=context) if _has_networks_of_features(module) else None
+        return invert_by_passes(module.acceleration, module, step, module, y, context, self.passes, search)
 
 
 class AcceleratedInverse(_InverseTransform):
@@ -416,7 +450,13 @@ class AcceleratedFlow(AcceleratedModule):
 
 
 ADAPTERS: tuple[Adapter, ...] = (
-    Adapter(MaskedAutoregressiveTransform, ("forward",), AcceleratedLazyTransform, list_transforms),
+    Adapter(
+        MaskedAutoregressiveTransform,
+        ("forward",),
+        AcceleratedLazyTransform,
+        list_transforms,
+        has_search=_has_networks_of_features,
+    ),
     Adapter(GeneralCouplingTransform, ("forward",), AcceleratedLazyTransform, list_transforms, needs_native=True),
     Adapter(ElementWiseTransform, (), AcceleratedModule, list_transforms, needs_native=True),  # in compositions
     Adapter(LazyComposedTransform, ("forward",), AcceleratedLazyComposed, list_transforms, True, "transforms"),

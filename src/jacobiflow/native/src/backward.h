@@ -216,15 +216,15 @@ class BackwardTile {
 
   // Replaces the gradient of the i-th feature, and writes those of its parameters.
   void differentiate_feature(const Transform& t, int i, const T* parameters, T* parameter_gradients) {
-    for (int v = 0; v < vectors; v++) {
-      T* at = features.get() + (size_t)t.order[i] * rows + v * S::lanes;
-      const Parameters<T> p{parameters + v * S::lanes, rows};
-      T* to = parameter_gradients + v * S::lanes;
-      const Vector x = S::load(value_of(0) + (size_t)(t.context + i) * rows + v * S::lanes);
-      const Gradients<Vector> g{S::load(at), log_det_of(t.order[i], v)};
-      S::store(at, use_feature_transform(t, p, inverts, memory.get(),
-                                         [&](auto&& transform) { return transform.differentiate(x, g, to); }));
-    }
+    with_feature_transform<T>(t, inverts, memory.get(), [&](const auto& make) {
+      for (int v = 0; v < vectors; v++) {
+        T* at = features.get() + (size_t)t.order[i] * rows + v * S::lanes;
+        const Vector x = S::load(value_of(0) + (size_t)(t.context + i) * rows + v * S::lanes);
+        const Gradients<Vector> g{S::load(at), log_det_of(t.order[i], v)};
+        auto transform = make({parameters + v * S::lanes, rows});
+        S::store(at, transform.differentiate(x, g, parameter_gradients + v * S::lanes));
+      }
+    });
   }
 
   // Adds the gradient of the network's input to that of the i-th feature.

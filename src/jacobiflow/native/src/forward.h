@@ -339,23 +339,23 @@ class ForwardTile {
   // Transforms the i-th feature in the order of the steps.
   void transform_feature(const Transform& t, int i, const T* parameters) {
     const size_t feature = (size_t)t.order[i] * rows;
-    for (int v = 0; v < vectors; v++) {
-      T* at = features.get() + feature + v * S::lanes;
-      const Parameters<T> p{parameters + v * S::lanes, rows};
-      Vector change{};
-      const Vector in = S::load(at);
-      const Vector out = use_feature_transform(t, p, inverts, memory.get(), [&](auto&& transform) {
-        return transform.apply(in, call.log_det, change, non_finite[v]);
-      });
-      S::store(at, out);
-      if (inverts) change = -change;
-      add(v, change);
-      if (call.is_by_feature) S::store(copy.get() + feature + v * S::lanes, change);
-      if (inverts) {
-        S::store(units_of(0) + (size_t)(t.context + i) * rows + v * S::lanes, out);
-        non_finite[v] += out * T(0);
+    with_feature_transform<T>(t, inverts, memory.get(), [&](const auto& make) {
+      for (int v = 0; v < vectors; v++) {
+        T* at = features.get() + feature + v * S::lanes;
+        Vector change{};
+        const Vector in = S::load(at);
+        auto transform = make({parameters + v * S::lanes, rows});
+        const Vector out = transform.apply(in, call.log_det, change, non_finite[v]);
+        S::store(at, out);
+        if (inverts) change = -change;
+        add(v, change);
+        if (call.is_by_feature) S::store(copy.get() + feature + v * S::lanes, change);
+        if (inverts) {
+          S::store(units_of(0) + (size_t)(t.context + i) * rows + v * S::lanes, out);
+          non_finite[v] += out * T(0);
+        }
       }
-    }
+    });
   }
 };
 

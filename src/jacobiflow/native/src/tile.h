@@ -7,14 +7,15 @@
 
 namespace jacobiflow {
 
-// Calls use(the transform of one feature), and returns the result. `memory` is from `feature_memory`.
+// Calls use(make), where make(parameters) returns the transform of one feature. `memory` is from `feature_memory`.
 template <typename T, typename Use>
-auto use_feature_transform(const Transform& t, const Parameters<T>& p, bool inverts, T* memory, const Use& use) {
+void with_feature_transform(const Transform& t, bool inverts, T* memory, const Use& use) {
   switch (t.kind) {
-    case TransformKind::masked_affine: return use(Affine<T>(t, p, inverts));
-    case TransformKind::bernstein: return use(Bernstein<T>(t, p, inverts, memory));
-    case TransformKind::sum_of_squares: return use(SumOfSquares<T>(t, p, inverts, memory));
-    default: return use(Spline<T>(t, p, inverts, memory));
+    case TransformKind::masked_affine: return use([&](const Parameters<T>& p) { return Affine<T>(t, p, inverts); });
+    case TransformKind::bernstein: return use([&](const Parameters<T>& p) { return Bernstein<T>(t, p, inverts, memory); });
+    case TransformKind::sum_of_squares:
+      return use([&](const Parameters<T>& p) { return SumOfSquares<T>(t, p, inverts, memory); });
+    default: return use([&](const Parameters<T>& p) { return Spline<T>(t, p, inverts, memory); });
   }
 }
 
