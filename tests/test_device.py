@@ -181,7 +181,7 @@ def test_the_operations_of_a_token(guidance: jf.Guidance | None, most: int) -> N
         assert counts == {"operations": launches, "read_backs": 0, "copies": 0, "explicit_masks": 2}
 
 
-def launch_each(step: Callable[[], Any], pool: Any) -> tuple[Callable[[], Any], Any, Any]:
+def launch_each(step: Callable[[], Any], pool: Any, _: torch.device) -> tuple[Callable[[], Any], Any, Any]:
     """`capture` without a graph."""
     return step, step(), pool
 

@@ -168,17 +168,18 @@ class TransformerBlock(FlowBlock, AttentionBlock):
     def sequential_inverse(
         self, z: Tokens, context: Context = NO_CONTEXT, batch_size: int | None = None
     ) -> TokensLogDet:
-        return self._invert(z, [context], None, batch_size)
+        network, row_inputs = self._describe(z, [context])
+        return network.invert(z, row_inputs, None, batch_size)
 
     def guided_inverse(self, z: Tokens, rows: GuidedRows, batch_size: int | None = None) -> TokensLogDet:
-        weights = GuidanceWeights(*rows.weights, rows.rule)
-        return self._invert(z, [rows.conditional, rows.unconditional], weights, batch_size)
+        network, row_inputs = self._describe(z, [rows.conditional, rows.unconditional])
+        return network.invert(z, row_inputs, GuidanceWeights(*rows.weights, rows.rule), batch_size)
 
     @torch.no_grad()
-    def _invert(
-        self, z: Tokens, contexts: Sequence[Context], guidance: GuidanceWeights | None, batch_size: int | None
-    ) -> TokensLogDet:
-        """Returns the inverse by native code; the network has a row for each of the contexts of a sample."""
+    def _describe(
+        self, z: Tokens, contexts: Sequence[Context]
+    ) -> tuple[CausalTransformer, Callable[[slice], RowInputs]]:
+        """Returns the network for native code, and a function of the inputs of its rows: one for each context."""
         if z.requires_grad:
             raise UnsupportedError("gradients of a transformer's inverse")
         for context in contexts:
@@ -200,7 +201,7 @@ class TransformerBlock(FlowBlock, AttentionBlock):
         def row_inputs(rows: slice) -> RowInputs:
             return RowInputs.stack([self._row_inputs(z[rows], each[rows]) for each in contexts], len(z[rows]))
 
-        return network.invert(z, row_inputs, guidance, batch_size)
+        return network, row_inputs
 
     def affine(self, x: Tokens, start: int, stop: int, cache: TransformerCache) -> ScaleShift:
         batches = _row_batches(x, stop - start)
