@@ -175,7 +175,8 @@ def library_flow(rng: random.Random) -> tuple[Any, str]:
         target = change_weight(flow, change, rng)
     what, is_inverse = f"{name}, {rows} x {features}, context {width}: {target} {change}", rng.random() < 0.5
     theirs, ours = answers(flow, lambda: library_flows.values(flow, x, context, is_inverse))
-    if change == "on meta":  # PyTorch's own linear layers then return memory that nothing was written to
+    # PyTorch's own linear layers, and zuko's couplings, then return memory that nothing was written to.
+    if change == "on meta" or (name == "zuko coupling" and x.shape[-1:] != (features,)):
         return ours, what
     if theirs is None and context is not None and name.startswith("zuko"):  # not all of its transforms broadcast x
         shape = answer(lambda: torch.broadcast_shapes(x.shape[:-1], context.shape[:-1]))
