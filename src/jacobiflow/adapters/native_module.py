@@ -15,6 +15,7 @@ from jacobiflow.native.chain import TransformChain
 from jacobiflow.native.transforms import ChainTransform
 from jacobiflow.utils.snapshot import HOOKS, Snapshot
 
+_STATISTICS = "running_var"  # buffer of all batch normalizations
 _IS_INITIALIZED = ("initialized", "data_dep_init_done")  # buffers of the ActNorm of nflows, and of normflows
 _SETTINGS = (bool, int, float, str, type, dict, *FUNCTIONS)  # Other attributes may be results of calls.
 
@@ -49,10 +50,7 @@ class NativeModule:
 
     def __init__(self, module: nn.Module, list_transforms: ListTransforms, is_conditional: bool) -> None:
         self._module, modules = module, list(module.modules())
-        self._dropouts = [part for part in modules if isinstance(part, DROPOUTS) and part.p > 0]
-        self._actnorms = [part for part in modules if not part._buffers.keys().isdisjoint(_IS_INITIALIZED)]
-        self._batch_norms = [part for part in modules if "running_var" in part._buffers]
-        self._caches = [part for part in modules if vars(part).get("using_cache")]  # of nflows, which may be stale
+        self._stateful = [part for part in modules if _is_stateful(part)]
         self._obstacle: str | None = None
         try:
             for part in modules:
@@ -63,21 +61,18 @@ class NativeModule:
             self.chain = TransformChain(list(list_transforms(module, is_conditional)))
             places = [place for transform in self.chain.transforms for place in transform.places]
             self._holders, self._names = [holder for holder, _ in places], [name for _, name in places]
-            self.snapshot = Snapshot(modules, [part._buffers for part in modules if part._buffers], _SETTINGS)
+            # Statistics of batches, which training changes, are read at every call.
+            buffers = [part._buffers for part in modules if part._buffers and _STATISTICS not in part._buffers]
+            self.snapshot = Snapshot(modules, buffers, _SETTINGS)
         except UnsupportedError as error:
             self._obstacle, self.snapshot = str(error), Snapshot(modules, kinds=_SETTINGS)
 
     @property
     def obstacle(self) -> str | None:
         """Why native code does not take the module, or `None` if it does."""
-        if self._dropouts and any(part.training for part in self._dropouts):
-            return "dropout in training mode"
-        if self._batch_norms and any(part.training for part in self._batch_norms):
-            return "batch normalization in training mode"
-        if self._actnorms and any(map(_awaits_batch, self._actnorms)):
-            return "the first batch, which initializes an ActNorm"
-        if self._caches and not all(part.training for part in self._caches):
-            return "a cache of weights in evaluation mode"
+        for part in self._stateful:
+            if obstacle := _find_state(part):
+                return obstacle
         return self._obstacle
 
     def tensors(self) -> list[Any]:
@@ -93,10 +88,25 @@ class NativeModule:
         return library_call(module, x, None if context is None else context.expand(len(x), -1))
 
 
-def _awaits_batch(actnorm: Any) -> bool:
-    """Returns True if the next batch initializes an ActNorm; nflows' does so in training mode only."""
-    of_nflows, of_normflows = (actnorm._buffers.get(name) for name in _IS_INITIALIZED)
-    return bool(actnorm.training and not of_nflows) if of_normflows is None else not of_normflows
+def _is_stateful(module: nn.Module) -> bool:
+    """Returns True if native code takes the module only in some states, see `_find_state`."""
+    names = module._buffers.keys() & {_STATISTICS, *_IS_INITIALIZED}
+    return bool(names or vars(module).get("using_cache") or (isinstance(module, DROPOUTS) and module.p > 0))
+
+
+def _find_state(module: Any) -> str | None:
+    """Returns why native code does not take a module in its present state, or `None` if it does."""
+    buffers, is_training = module._buffers, module.training
+    if isinstance(module, DROPOUTS):
+        return "dropout in training mode" if is_training else None
+    if _STATISTICS in buffers:
+        return "batch normalization in training mode" if is_training else None
+    if "using_cache" in vars(module):  # A full cache of nflows may be older than the weights.
+        is_full = any(value is not None for value in vars(module.cache).values())
+        return "a cache of weights in evaluation mode" if is_full and not is_training else None
+    of_nflows, of_normflows = map(buffers.get, _IS_INITIALIZED)
+    is_initialized = of_nflows or not is_training if of_normflows is None else of_normflows
+    return None if is_initialized else "the first batch, which initializes an ActNorm"
 
 
 def flatten_batch(

@@ -81,6 +81,8 @@ def _find_obstacle(layer: nn.Module, part: Part) -> str:
         return str(error)
     if layer is not part.module and part.adapter.list_transforms is not None:
         native = NativeModule(layer, part.adapter.list_transforms, is_conditional=False)
+    if native.obstacle is None:
+        return "native code computes two layers or more"
     return f"native code does not know {native.obstacle}"
 
 
