@@ -1,4 +1,4 @@
-"""What nflows and normflows share: their MADEs, residual networks and splines are nearly the same."""
+"""Transforms of nflows and normflows, whose MADEs, residual networks and splines are nearly the same."""
 
 from __future__ import annotations
 

@@ -41,7 +41,7 @@ class ChainTransform:
 
     @property
     def is_coupling(self) -> bool:
-        """Whether its network reads only features that stay as they are."""
+        """True if its network reads only features that stay as they are."""
         return bool(self.structure.num_operations and self.structure.inputs < self.structure.features)
 
     def inverse(self) -> ChainTransform:
