@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from inspect import unwrap
 from types import ModuleType
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from jacobiflow.adapters.adapter import Adapter
 from jacobiflow.adapters.library_module import library_class
@@ -37,10 +38,30 @@ from jacobiflow.native.transforms import (
     permutation_transform,
 )
 
+SIGMOID_SCALE = {"scale_activation": ScaleActivation.SIGMOID, "logit_shift": 2.0}
+WIDE_SCALE = {"scale_activation": ScaleActivation.SOFTPLUS, "max_scale": 3.0}
 
-def make_adapters(nf: ModuleType, nets: ModuleType) -> tuple[Adapter, ...]:
-    """Returns the adapters of the packages `nflows.transforms` and `nflows.nn.nets`, or of copies of them."""
-    list_of_nf = partial(list_transforms, nf, nets)
+
+@dataclass(frozen=True)
+class Library:
+    """nflows, or a copy of it.
+
+    Attributes:
+        transforms: The package `nflows.transforms`.
+        nets: The package `nflows.nn.nets`.
+        affine_couplings: The classes of affine couplings.
+        scales: The functions that make a scale of a parameter, with their native fields. nflows' couplings have none.
+    """
+
+    transforms: ModuleType
+    nets: ModuleType
+    affine_couplings: tuple[type[nn.Module], ...]
+    scales: Mapping[Callable[..., Tensor] | None, Mapping[str, Any]]
+
+
+def make_adapters(library: Library) -> tuple[Adapter, ...]:
+    """Returns the adapters of nflows, or of a copy of it."""
+    nf, list_of_nf = library.transforms, partial(list_transforms, library)
     methods = ("forward", "inverse")
     return (
         Adapter(nf.coupling.CouplingTransform, methods, AcceleratedComposition, list_of_nf, needs_native=True),
@@ -49,23 +70,29 @@ def make_adapters(nf: ModuleType, nets: ModuleType) -> tuple[Adapter, ...]:
     )
 
 
-def list_transforms(nf: ModuleType, nets: ModuleType, module: Any, is_conditional: bool) -> Iterator[ChainTransform]:
-    """Yields the transforms of a module, see `ListTransforms`; `nf` and `nets` are those of `make_adapters`."""
+def list_transforms(library: Library, module: Any, is_conditional: bool) -> Iterator[ChainTransform]:
+    """Yields the transforms of a module, see `ListTransforms`."""
     kind: Any = library_class(module)
+    nf = library.transforms
     if kind is nf.CompositeTransform:
         for part in module._transforms:
-            yield from list_transforms(nf, nets, part, is_conditional)
+            yield from list_transforms(library, part, is_conditional)
     elif kind is nf.InverseTransform:
-        yield from invert_transforms(list_transforms(nf, nets, module._transform, is_conditional))
+        yield from invert_transforms(list_transforms(library, module._transform, is_conditional))
     elif kind is nf.MaskedAffineAutoregressiveTransform:
-        _check_scale_activation(module, unwrap(kind.__init__).__code__.co_consts)
+        function = vars(module).get("scale_activation")  # of glasflow, made by the constructor unless a user gives one
+        if (
+            function is not None
+            and getattr(function, "__code__", function) not in unwrap(kind.__init__).__code__.co_consts
+        ):
+            raise UnsupportedError(f"the scale_activation {getattr(function, '__name__', type(function).__name__)}")
         scale: dict[str, Any] = {"scale_activation": ScaleActivation.SOFTPLUS, "min_scale": module._epsilon}
         yield made_transform(module, nf.made, is_conditional, kind=TransformKind.MASKED_AFFINE, **scale)
     elif kind is nf.MaskedPiecewiseRationalQuadraticAutoregressiveTransform:
         yield spline_transform(module, nf.made, is_conditional)
-    elif kind in (nf.AffineCouplingTransform, nf.PiecewiseRationalQuadraticCouplingTransform):
+    elif kind in (*library.affine_couplings, nf.PiecewiseRationalQuadraticCouplingTransform):
         identity, transformed = module.identity_features.tolist(), module.transform_features.tolist()
-        network, fields = _coupling_network(nf, nets, module, is_conditional)
+        network, fields = _coupling_network(library, module, is_conditional)
         yield coupling_transform(network, identity, transformed, **fields)
         if module.unconditional_transform is not None and identity:
             yield _constant_transform(nf, module.unconditional_transform, module.features, identity)
@@ -84,21 +111,17 @@ def list_transforms(nf: ModuleType, nets: ModuleType, module: Any, is_conditiona
         raise UnsupportedError(kind.__name__)
 
 
-def _coupling_network(
-    nf: ModuleType, nets: ModuleType, module: Any, is_conditional: bool
-) -> tuple[LibraryNetwork, dict[str, Any]]:
+def _coupling_network(library: Library, module: Any, is_conditional: bool) -> tuple[LibraryNetwork, dict[str, Any]]:
     """Returns the network of a coupling, and its native fields."""
-    net = module.transform_net
+    net, nets = module.transform_net, library.nets
     check_network(net, nets.ResidualNet, nets.resnet.ResidualBlock)
-    if library_class(module) is nf.AffineCouplingTransform:
+    if library_class(module) in library.affine_couplings:
         outputs = torch.arange(net.final_layer.out_features, device="cpu").view(2, -1).t()  # shifts before scales
         fields: dict[str, Any] = {"kind": TransformKind.MASKED_AFFINE, "min_scale": 1e-3, "scale_index": 1}
-        general = getattr(nf.AffineCouplingTransform, "GENERAL_SCALE_ACTIVATION", None)  # of glasflow
-        if general is not None and module.scale_activation is general:
-            fields |= {"scale_activation": ScaleActivation.SOFTPLUS, "max_scale": 3.0}
-        else:
-            _check_scale_activation(module, (getattr(nf.AffineCouplingTransform, "DEFAULT_SCALE_ACTIVATION", None),))
-            fields |= {"scale_activation": ScaleActivation.SIGMOID, "logit_shift": 2.0}
+        scale = vars(module).get("scale_activation")
+        if scale not in library.scales:
+            raise UnsupportedError(f"the scale_activation {getattr(scale, '__name__', type(scale).__name__)}")
+        fields |= library.scales[scale]
     else:
         parameters, fields = spline_fields(module, module.num_bins, net.hidden_features)
         outputs = torch.arange(net.final_layer.out_features, device="cpu").view(-1, parameters)
@@ -125,10 +148,3 @@ def _batch_norm_transforms(module: Any) -> Iterator[ChainTransform]:
     for places, fields in ((statistics, root), (places_of(module, "unconstrained_weight", "bias"), scale)):
         fields |= {"kind": TransformKind.MASKED_AFFINE, "min_scale": module.eps}
         yield constant_transform(places, len(features), features, **fields)
-
-
-def _check_scale_activation(module: nn.Module, defaults: tuple[Any, ...]) -> None:
-    """Raises UnsupportedError for a function of the user. Only glasflow takes one; `defaults` are its own."""
-    function = vars(module).get("scale_activation")
-    if function is not None and not {function, getattr(function, "__code__", function)} & {*defaults}:
-        raise UnsupportedError(f"the scale_activation {getattr(function, '__name__', type(function).__name__)}")

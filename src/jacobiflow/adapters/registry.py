@@ -8,7 +8,7 @@ from packaging.version import Version
 
 from jacobiflow.adapters.adapter import Adapter
 from jacobiflow.adapters.library_module import LIBRARIES
-from jacobiflow.adapters.nflows import make_adapters
+from jacobiflow.adapters.nflows import SIGMOID_SCALE, WIDE_SCALE, Library, make_adapters
 from jacobiflow.errors import InputValueError
 
 BUILDERS = {"sbi": ("nflows", "zuko")}  # Packages that make flows of these libraries.
@@ -27,12 +27,18 @@ def load_adapters(library: str) -> tuple[Adapter, ...]:
         from nflows import transforms
         from nflows.nn import nets
 
-        return make_adapters(transforms, nets)
+        return make_adapters(Library(transforms, nets, (transforms.AffineCouplingTransform,), {None: SIGMOID_SCALE}))
     elif library == "glasflow":
         from glasflow.nflows import transforms
         from glasflow.nflows.nn import nets
+        from glasflow.transforms.coupling import AffineCouplingTransform
+        from glasflow.transforms.utils import SCALE_ACTIVATIONS as SCALES
 
-        return make_adapters(transforms, nets)
+        base = transforms.AffineCouplingTransform
+        scales = dict.fromkeys((base.DEFAULT_SCALE_ACTIVATION, SCALES["nflows"]), SIGMOID_SCALE)
+        wide = (base.GENERAL_SCALE_ACTIVATION, SCALES["nflows_general"], SCALES["wide"])
+        scales |= dict.fromkeys(wide, WIDE_SCALE)
+        return make_adapters(Library(transforms, nets, (base, AffineCouplingTransform), scales))
     elif library == "normflows":
         from jacobiflow.adapters.normflows import ADAPTERS
     else:
