@@ -21,7 +21,7 @@ from tools.docs import render
 
 ROOT = Path(__file__).resolve().parent.parent
 EXTENDING = ("extending.md", "your_own_flow.md")  # whose examples are files of examples/extending
-CLIENTS = ("aspire", "causalflows", "ili", "nessai", "pocomc")  # Packages of examples that are no tools of this project.
+CLIENTS = ("aspire", "causalflows", "ili", "nessai", "pocomc")  # packages of examples, and no tools of this project
 EXAMPLES = [
     (path, match.group(1))
     for path in sorted((ROOT / "docs").glob("*.md"))

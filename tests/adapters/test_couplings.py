@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 import jacobiflow as jf
+from jacobiflow.native.library import Library
 from tests.adapters.test_native import check_gradients
-from tests.helpers.library_flows import check, coupling_net, couplings, normal, same_bits
+from tests.helpers.library_flows import check, coupling_net, couplings, gradient_gap, normal, same_bits
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore")]
 
@@ -76,9 +77,35 @@ REFUSED = {
     "the scale_activation <lambda>": lambda: affine_coupling(lambda p: p.exp()),
     "the unconditional transform LULinear": unconditional_linear,
     "BatchNorm1d in its network": lambda: nf.AffineCouplingTransform(MASK, partial(coupling_net, use_batch_norm=True)),
+    "an activation in place": lambda: nf.AffineCouplingTransform(
+        MASK, partial(coupling_net, activation=nn.ReLU(inplace=True))
+    ),
     "the network Linear": lambda: nf.AffineCouplingTransform(MASK, nn.Linear),
     "AdditiveCouplingTransform": lambda: nf.AdditiveCouplingTransform(MASK, coupling_net),
 }
+
+
+def test_rows_of_inference_mode_have_gradients_in_the_weights() -> None:
+    flow = couplings(4, 0, 16)
+    with torch.inference_mode():
+        x = torch.randn(9, 4)
+    expected = torch.autograd.grad(flow.eval()(x)[1].sum(), [*flow.parameters()], allow_unused=True)
+    with jf.accelerate(flow):
+        result = torch.autograd.grad(flow(x)[1].sum(), [*flow.parameters()], allow_unused=True)
+    assert gradient_gap(expected, result) < 1e-3
+
+
+@torch.no_grad()
+def test_runs_are_those_of_the_present_mode(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls, evaluate_chain = [], Library.evaluate_chain
+    monkeypatch.setattr(Library, "evaluate_chain", lambda *args: calls.append(args) or evaluate_chain(*args))
+    layers = [nf.AffineCouplingTransform(MASK, partial(coupling_net, dropout_probability=0.2)) for _ in range(3)]
+    flow = nf.CompositeTransform([nf.SVDLinear(4, 2), *layers])
+    with jf.accelerate(flow):
+        for is_training in (True, False):
+            calls.clear()
+            flow.train(is_training)(torch.randn(5, 4))
+            assert len(calls) == (0 if is_training else 1)
 
 
 def test_both_scales_of_glasflow_and_batch_norm_in_evaluation_mode() -> None:

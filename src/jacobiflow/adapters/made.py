@@ -76,6 +76,8 @@ def _build_network(made: Any, library: ModuleType, parameters: int, is_condition
 
 def add_residual_block(network: LibraryNetwork, before: int, block: Any, is_conditional: bool, is_gated: bool) -> int:
     """Adds value + linear(act(linear(act(value)))). The context gates the second layer, or is added to the first."""
+    if getattr(block.activation, "inplace", False):  # The library then adds to what the activation has overwritten.
+        raise UnsupportedError("an activation in place")
     first, second = block.linear_layers
     value = network.add_layer(network.add_function(before, block.activation), first)
     if is_conditional and not is_gated:

@@ -41,12 +41,12 @@ class NativeModule:
         chain: Its transforms.
         mixed: If it is a composition of which native code knows only some layers: a composition of the same layers, in
             which those that follow each other are a run, see `compose_runs`.
-        is_divided: Whether `mixed` was looked for.
+        mixed_states: The states of modules with which `mixed` was made; `None` before.
     """
 
     chain: TransformChain
     mixed: nn.Module | None = None
-    is_divided = False
+    mixed_states: list[str | None] | None = None
 
     def __init__(self, module: nn.Module, list_transforms: ListTransforms, is_conditional: bool) -> None:
         self._module, modules = module, list(module.modules())
@@ -58,6 +58,8 @@ class NativeModule:
                     raise UnsupportedError(f"a hook on {type(part).__name__}")
                 if has_replaced_method(part):
                     raise UnsupportedError(f"a method of its own on {type(part).__name__}")
+                if any(buffer is not None and buffer.is_meta for buffer in part._buffers.values()):
+                    raise UnsupportedError("buffers without values")
             self.chain = TransformChain(list(list_transforms(module, is_conditional)))
             places = [place for transform in self.chain.transforms for place in transform.places]
             self._holders, self._names = [holder for holder, _ in places], [name for _, name in places]
@@ -70,10 +72,11 @@ class NativeModule:
     @property
     def obstacle(self) -> str | None:
         """Why native code does not take the module, or `None` if it does."""
-        for part in self._stateful:
-            if obstacle := _find_state(part):
-                return obstacle
-        return self._obstacle
+        return next(filter(None, self.find_states()), self._obstacle)
+
+    def find_states(self) -> list[str | None]:
+        """Returns why native code does not take modules in their present state, or `None` for those that it takes."""
+        return list(map(_find_state, self._stateful))
 
     def tensors(self) -> list[Any]:
         """Returns the tensors of the chain as they are now."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -59,11 +59,16 @@ class LibraryNetwork(MaskedNetwork):
         return has_bias
 
 
+def find_identical(values: Mapping[Any, Any], function: Any) -> Any:
+    """Returns the value of a function, which need not be hashable, or `None`."""
+    return next((value for key, value in values.items() if key is function), None)
+
+
 def _activation_fields(function: Any) -> dict[str, Any]:
     """Returns the fields of `boundary.Operation` that describe an activation; none for `None`."""
     if function is None:
         return {}
-    module: Any = function if isinstance(function, nn.Module) else _FUNCTIONS.get(function)
+    module: Any = function if isinstance(function, nn.Module) else find_identical(_FUNCTIONS, function)
     if type(module) is nn.GELU:
         return {"activation": _GELU[module.approximate]}
     if type(module) in _MODULES:

@@ -26,7 +26,7 @@ from jacobiflow.adapters.made import (
     spline_fields,
     spline_transform,
 )
-from jacobiflow.adapters.network import LibraryNetwork
+from jacobiflow.adapters.network import LibraryNetwork, find_identical
 from jacobiflow.errors import UnsupportedError
 from jacobiflow.native.boundary import ScaleActivation, TransformKind
 from jacobiflow.native.transforms import (
@@ -118,10 +118,11 @@ def _coupling_network(library: Library, module: Any, is_conditional: bool) -> tu
     if library_class(module) in library.affine_couplings:
         outputs = torch.arange(net.final_layer.out_features, device="cpu").view(2, -1).t()  # shifts before scales
         fields: dict[str, Any] = {"kind": TransformKind.MASKED_AFFINE, "min_scale": 1e-3, "scale_index": 1}
-        scale = vars(module).get("scale_activation")
-        if scale not in library.scales:
-            raise UnsupportedError(f"the scale_activation {getattr(scale, '__name__', type(scale).__name__)}")
-        fields |= library.scales[scale]
+        function = vars(module).get("scale_activation")
+        scale = find_identical(library.scales, function)
+        if scale is None:
+            raise UnsupportedError(f"the scale_activation {getattr(function, '__name__', type(function).__name__)}")
+        fields |= scale
     else:
         parameters, fields = spline_fields(module, module.num_bins, net.hidden_features)
         outputs = torch.arange(net.final_layer.out_features, device="cpu").view(-1, parameters)

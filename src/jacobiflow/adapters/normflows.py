@@ -100,9 +100,14 @@ def _list_of_spline_coupling(module: Any, is_conditional: bool) -> Iterator[Chai
 
 def _affine_coupling(module: Any) -> ChainTransform:
     """Returns a coupling that splits the features into two halves. Shifts and scales take turns in its outputs."""
-    split, coupling, _ = module.flows
+    split, coupling, merge = module.flows
     scales = {"exp": (ScaleActivation.EXP, 0.0), "sigmoid_inv": (ScaleActivation.SIGMOID, 2.0)}
-    if split.mode not in ("channel", "channel_inv") or not coupling.scale or coupling.scale_map not in scales:
+    if (
+        split.mode not in ("channel", "channel_inv")
+        or merge.mode != split.mode
+        or not coupling.scale
+        or coupling.scale_map not in scales
+    ):
         raise UnsupportedError("a coupling with another split or scale")
     layers = list(coupling.param_map.net) if type(coupling.param_map) is MLP else []
     if not layers or any(type(layer) not in (nn.Linear, nn.LeakyReLU, nn.Dropout) for layer in layers):
@@ -115,6 +120,8 @@ def _affine_coupling(module: Any) -> ChainTransform:
         elif type(layer) is nn.LeakyReLU:
             value = network.add_function(value, layer)
     features = range(inputs + len(outputs))
+    if (len(outputs) if split.mode == "channel_inv" else inputs) != (len(features) + 1) // 2:
+        raise UnsupportedError("a network of other sizes than its coupling")
     first, last = features[: -len(outputs)], features[inputs:]
     if split.mode == "channel_inv":
         first, last = features[len(outputs) :], features[: len(outputs)]

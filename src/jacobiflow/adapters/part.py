@@ -43,9 +43,9 @@ class Part:
             native = self._natives[is_conditional] = NativeModule(
                 self.module, self.adapter.list_transforms, is_conditional
             )
-        if native.obstacle is not None and not native.is_divided:
+        if native.obstacle is not None and native.mixed_states != (states := native.find_states()):
             native.mixed = compose_runs(self.module, self.adapter, is_conditional, self.accelerate_run)
-            native.is_divided = True  # last, since other threads read it
+            native.mixed_states = states  # last, since other threads read it
         return native
 
     def list_layers(self) -> dict[str, nn.Module]:

@@ -144,8 +144,12 @@ class TransformChain:
             raise UnsupportedError("a context that does not fit the rows")
         inputs = (x, context, *tensors)
         needed = [t is not None and t.requires_grad for t in inputs] if torch.is_grad_enabled() else []
-        if any(needed) and self._largest_weight > _MAX_TRAINED_WEIGHT:
-            raise UnsupportedError("gradients of wide couplings, which PyTorch computes faster")
+        if any(needed):
+            if self._largest_weight > _MAX_TRAINED_WEIGHT:
+                raise UnsupportedError("gradients of wide couplings, which PyTorch computes faster")
+            # Autograd saves no tensors of inference mode.
+            x = x.clone() if x.is_inference() else x
+            context = context.clone() if context is not None and context.is_inference() else context
         self._addresses[dtype] = addresses = addresses_of(tensors, self.shapes, dtype, self._addresses.get(dtype))
         memory = x.new_empty(self.memory_size(native, x)) if any(needed) else None
         out, failed = x.new_empty(rows, features), ctypes.create_string_buffer(rows)

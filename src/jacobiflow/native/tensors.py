@@ -113,7 +113,10 @@ def addresses_of(
     addresses, size = array("Q", map(Tensor.data_ptr, tensors) if fits else ()), dtype.itemsize
     if fits and addresses != previous:
         fits = all(tensor.is_cpu and not tensor.is_neg() for tensor in tensors)
-        fits = fits and all(address and not address % size for address in addresses)
+        fits = fits and all(
+            (address or not tensor.numel()) and not address % size
+            for tensor, address in zip(tensors, addresses, strict=True)
+        )
     if not fits:
         raise UnsupportedError(f"tensors that are not of {dtype} on a CPU, of other shapes, not aligned, or freed")
     return addresses
