@@ -143,7 +143,7 @@ def test_random_flows(library: str) -> None:
     compare()
     # In a few draws a row is at a kink of ReLU or a knot of a spline, where rounding decides between two gradients.
     assert all(ours <= 2 * its + 1e-3 for ours, its in errors)
-    assert median(ours for ours, _ in errors) <= 2 * median(its for _, its in errors) + 5e-7
+    assert median(ours for ours, _ in errors) <= 2 * median(its for _, its in errors) + 5e-6  # of few draws
 
 
 BOTH_DTYPES = [
