@@ -104,6 +104,19 @@ def test_masked_flows(run: Run) -> None:
             assert row["error"]["accelerated"] <= 10 * row["error"]["library"] + 1e-5
 
 
+def test_estimators(run: Run) -> None:
+    module = pytest.importorskip("benchmarks.estimators")
+    estimator_keys = shrink(module.estimator_keys(), rows=3)
+    width_keys = shrink(module.width_keys(), hidden=8, rows=3)
+    rows = run(
+        "estimators", estimator_keys=lambda: estimator_keys, width_keys=lambda: width_keys, SECONDS=0, MIN_ROUNDS=1,
+        MAX_ROUNDS=1,
+    )  # fmt: skip
+    for row in [*rows["estimators"], *rows["coupling-widths"]]:
+        assert row.get("difference", 0) < 1e-3
+        assert row["backends"] == ["native"] or row["flow"] in (*module.OTHERS, "zuko_naf", "zuko_unaf")
+
+
 def test_packages(run: Run) -> None:
     """All programs but those that are no tools of the project."""
     module = pytest.importorskip("benchmarks.packages")
