@@ -72,7 +72,7 @@ class NativeModule:
     @property
     def obstacle(self) -> str | None:
         """Why native code does not take the module, or `None` if it does."""
-        return next(filter(None, self.find_states()), self._obstacle)
+        return next(filter(None, self.find_states()), self._obstacle) if self._stateful else self._obstacle
 
     def find_states(self) -> list[str | None]:
         """Returns why native code does not take modules in their present state, or `None` for those that it takes."""
