@@ -70,7 +70,7 @@ speed: setup
 	$(RENDER)
 	$(BIN)/python -m tools.pictures.figures
 
-# Measures docs/regimes.md, docs/sizes.md and docs/fewer_sweeps.md (it goes on if it was stopped).
+# Measures two sections of docs/solvers.md (it goes on if it was stopped).
 regimes: setup
 	$(BIN)/python -m benchmarks.regimes
 	$(RENDER)
@@ -144,7 +144,7 @@ render: setup
 tutorials: setup
 	$(BIN)/python -m tools.docs.tutorials
 
-# Measures docs/boltzmann.md and docs/boltzmann_speed.md (an hour on two idle cores, of which the simulations take two thirds).
+# Measures docs/boltzmann.md (an hour on two idle cores, of which the simulations take two thirds).
 boltzmann: setup
 	$(BIN)/python -m examples.boltzmann simulate --seed 1
 	$(BIN)/python -m examples.boltzmann simulate --seed 2
@@ -152,12 +152,12 @@ boltzmann: setup
 	$(BIN)/python -m tools.pictures.figures alanine
 	$(RENDER)
 
-# Measures docs/starflow.md and docs/starflow_speed.md, of the weights in examples/emoji-star.
+# Measures docs/starflow.md, of the weights in examples/emoji-star.
 star: emoji
 	$(BIN)/python -m benchmarks.star
 	$(RENDER)
 
-# Measures weights of 16 bits, a section of docs/devices.md and one of docs/regimes.md (half an hour on two idle cores; it goes on if
+# Measures weights of 16 bits, a section of docs/devices.md (half an hour on two idle cores; it goes on if
 # it was stopped).
 precision: emoji
 	$(BIN)/python -m benchmarks.devices precision
@@ -168,7 +168,7 @@ large-models: setup
 	$(BIN)/python -m benchmarks.devices large-models
 	$(RENDER)
 
-# Measures runs of several processes, a section of docs/clusters.md, and kills one of three processes at many moments (it goes on if
+# Measures runs of several processes, for docs/many_samples.md, and kills one of three processes at many moments (it goes on if
 # it was stopped).
 clusters: setup
 	$(BIN)/python -m benchmarks.clusters
@@ -180,7 +180,7 @@ rounding: setup
 	$(BIN)/python -m benchmarks.devices rounding
 	$(RENDER)
 
-# Measures packages that build on masked flows, for docs/works_with.md (three minutes on two idle cores; it goes on if it was
+# Measures packages that build on masked flows, for docs/training.md (three minutes on two idle cores; it goes on if it was
 # stopped). All of them must be installed; ltu-ili is not on PyPI.
 clients: setup
 	$(INSTALL) pocomc causalflows

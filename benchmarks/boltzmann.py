@@ -2,7 +2,7 @@
 
 Each FILE is a result file. `alanine` (eight minutes; docs/boltzmann.md) needs the simulations that `python -m
 examples.boltzmann simulate` writes: free energies along phi of the simulations and of proposals, effective sample
-sizes, and what samples that are not certified do to the weights. `boltzmann` (half an hour; docs/boltzmann_speed.md):
+sizes, and what samples that are not certified do to the weights. `boltzmann` (half an hour; docs/boltzmann.md):
 samples with densities of flows of the sizes of SBG's and of Prose, with random weights, and of the trained flow of the
 example; then backward passes of `encode` and of `decode`.
 """

@@ -1,7 +1,7 @@
 """Measures training in two processes beside one: `python -m benchmarks.clusters`.
 
 torchrun starts the processes on this machine, with a thread each. Writes docs/results/clusters.json, which fills
-docs/clusters.md: the largest differences of losses and trained weights, and the speed-up.
+docs/many_samples.md: the largest differences of losses and trained weights, and the speed-up.
 """
 
 from __future__ import annotations

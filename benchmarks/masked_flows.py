@@ -1,10 +1,10 @@
 """Times masked flows of four libraries, as they are and accelerated: `python -m benchmarks.masked_flows [FILE ...]`.
 
 Each FILE is a result file, measured on two idle cores. Flows have five transforms and random weights.
-- `masked-flows` (half an hour; docs/flows.md and docs/libraries.md): sampling, without its random numbers, and the
+- `masked-flows` (half an hour; docs/flows.md): sampling, without its random numbers, and the
   density, at one context of four features for all rows. The slow direction makes a pass of the network for each
   feature: sampling, or the density in some flows of normflows and pyro.
-- `training` (a quarter of an hour; docs/training.md and docs/libraries.md): training steps and gradients, with a
+- `training` (a quarter of an hour; docs/training.md): training steps and gradients, with a
   context of ten features for each row; nflows' flow is sbi's "maf". The learning rate is so small that all steps do
   the same work.
 """

@@ -1,7 +1,7 @@
 """Times what users of other packages wait for, as it is and accelerated: `python -m benchmarks.packages [FILE ...]`.
 
 Each FILE is a result file: `sbi`, calls of sbi (docs/sbi.md; 20 minutes on two idle cores); `clients`, a call of each
-package that builds on masked flows (docs/works_with.md; three minutes); and `fits`, a training with its samples
+package that builds on masked flows (docs/training.md; three minutes); and `fits`, a training with its samples
 (docs/training.md; a quarter of an hour, in processor time of one thread). All posteriors are those of one simulator.
 Each package makes its own object by its public interface. All packages of a file must be installed: `pip install pocomc
 causalflows`; ltu-ili has its own installation page.

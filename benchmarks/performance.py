@@ -2,7 +2,7 @@
 
 - `model-speed` (ten minutes; README, docs/performance.md and the model cards): the bundled models, from the call to
   images that a user keeps, for the original sampler and for `jf.sample` at its defaults; then the parts.
-- `performance` (half an hour; docs/performance.md and docs/peers.md): for each batch size of `fashion-p2` the grid,
+- `performance` (half an hour; docs/performance.md): for each batch size of `fashion-p2` the grid,
   every setting of every sampler, without those that a smaller batch showed to be wrong or slow; and the fastest setting
   of each sampler within 1e-3 and the published one, interleaved with `auto` and the exact loops.
 - `MODEL-strategies` (ten minutes; docs/paper.md): the strategies of the paper's Tables 3 and 4, proposals of the

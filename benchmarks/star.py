@@ -2,7 +2,7 @@
 
 With the captioned emoji of examples/captions.py: samples under guidance by the two samplers of the original code and by
 ours, the metrics and sweeps of the blocks, and how often a sample is nearest to the emoji of its caption. Writes
-docs/results/starflow.json and docs/results/captions.json, which fill docs/starflow_speed.md, and
+docs/results/starflow.json and docs/results/captions.json, which fill docs/starflow.md, and
 docs/figures/emoji-star.png.
 """
 

@@ -20,12 +20,10 @@ from jacobiflow.utils import serialization
 from tools.docs import render
 
 ROOT = Path(__file__).resolve().parent.parent
-EXTENDING = ("extending.md", "your_own_flow.md")  # whose examples are files of examples/extending
 CLIENTS = ("aspire", "causalflows", "ili", "nessai", "pocomc")  # packages of examples, and no tools of this project
 EXAMPLES = [
     (path, match.group(1))
     for path in sorted((ROOT / "docs").glob("*.md"))
-    if path.name not in EXTENDING
     for match in re.finditer(r"```python\n(.*?)```", path.read_text(), re.DOTALL)
 ]
 
@@ -81,13 +79,6 @@ def test_an_example_prints_its_comments(path, code, capsys, tmp_path, monkeypatc
     exec(compile(code, path.name, "exec"), {"__name__": "example"})
     expected = re.findall(r"^# (.*)$", code.split("print(")[-1], re.MULTILINE)
     assert capsys.readouterr().out.splitlines() == expected
-
-
-def test_the_extensions_are_files_of_examples():
-    text = "".join((ROOT / "docs" / name).read_text() for name in EXTENDING)
-    examples = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    files = sorted((ROOT / "examples" / "extending").glob("*.py"))
-    assert sorted(examples) == sorted(path.read_text() for path in files)
 
 
 @pytest.mark.parametrize("path", render.pages(), ids=lambda path: str(path.relative_to(ROOT)))

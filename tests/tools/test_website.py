@@ -58,7 +58,7 @@ def pages(tmp_path):
     for name in (
         "README.md",
         "docs/index.md",
-        "docs/deep/page.md",
+        "docs/reference/page.md",
         "docs/figures/a.png",
         "src/code.py",
         "docs/other.md",
@@ -72,8 +72,8 @@ def pages(tmp_path):
     ("path", "text", "expected"),
     [
         ("docs/index.md", "[a](other.md#part)", "[a](other.md#part)"),
-        ("docs/deep/page.md", "[a](../../README.md)", "[a](../index.md)"),
-        ("docs/deep/page.md", "[a](../../src/code.py)", f"[a]({REPOSITORY}/blob/main/src/code.py)"),
+        ("docs/reference/page.md", "[a](../../README.md)", "[a](../index.md)"),
+        ("docs/reference/page.md", "[a](../../src/code.py)", f"[a]({REPOSITORY}/blob/main/src/code.py)"),
         ("docs/index.md", '<img src="figures/a.png#chart" width="3">', '<img src="figures/a.png#chart" width="3">'),
         ("docs/index.md", "[a](https://elsewhere.org/x.md) [b](#part)", "[a](https://elsewhere.org/x.md) [b](#part)"),
         ("docs/index.md", "text:\n- one\n  more\n- two\n", "text:\n\n- one\n  more\n- two\n"),

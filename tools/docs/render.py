@@ -110,9 +110,10 @@ def fastest(comparison: Json, name: str, bound: float | None) -> Any:
     return min(near, key=lambda row: row["seconds"]["median"], default=None)
 
 
-def least_accurate(runs: Sequence[Any]) -> Any:
-    """The run with the largest error of the accelerated call over that of the library."""
-    return max(runs, key=lambda run: run["error"]["accelerated"] / run["error"]["library"])
+def largest_error_ratio(name: str) -> str:
+    """The largest ratio, over the flows of 100 rows, of the error of the accelerated call to that of the library."""
+    errors = [run["error"] for run in result(name)["runs"] if run["rows"] == 100 and run["error"]]
+    return f"{max(error['accelerated'] / error['library'] for error in errors):.1f}"
 
 
 @cache
@@ -175,9 +176,9 @@ def ratios(name: str, slow: str, fast: str, **values: Any) -> list[float]:
     return [seconds[slow]["median"] / seconds[fast]["median"] for seconds in timed]
 
 
-def star_follows(group: str) -> str:
+def star_follows(name: str, group: str) -> str:
     """The share of guided samples of a category of captions that are nearest to the emoji of their caption."""
-    return f"{where(result('captions')['runs'], follows='guided')['groups'][group]['nearest']:.0%}"
+    return f"{where(result(name)['runs'], follows='guided')['groups'][group]['nearest']:.0%}"
 
 
 @cache
@@ -189,7 +190,7 @@ def _environment() -> jinja2.Environment:
     functions = {function.__name__: function for function in (
         paper_facts.agreement, paper_facts.best_guess, paper_facts.mean_sweeps, paper_facts.number_range,
         paper_facts.segment_sweeps, paper_facts.sweeps_range, paper_facts.tough_share, chord_share, duration, fastest,
-        find_runs, fitted_sweeps, format_speed_up, grouped, least_accurate, paper_megabytes, plain_sweeps,
+        find_runs, fitted_sweeps, format_speed_up, grouped, largest_error_ratio, paper_megabytes, plain_sweeps,
         plan, rank_correlation, ratios, recommendation, regimes.best_in_passes, regimes.in_passes, result,
         search_guidance.best_point, speed_up_range, star_follows, strategy, where,
     )}  # fmt: skip

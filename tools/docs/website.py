@@ -106,8 +106,9 @@ class Pages:
             self.names[page.name] = page.name.lower()
         for card in (root / "src/jacobiflow/bundled").glob("*/README.md"):
             self.names[str(card.relative_to(root))] = f"models/{card.parent.name}.md"
-        for page in (*docs.rglob("*.md"), *docs.rglob("*.ipynb")):
+        for page in (*docs.glob("*.md"), *docs.glob("reference/*.md"), *docs.glob("tutorials/*.ipynb")):
             self.names[str(page.relative_to(root))] = str(page.relative_to(docs).with_suffix(".md"))
+        self.names.pop("docs/architecture.md", None)  # for contributors, who read it in the repository
 
     def add(self, path: str, text: str) -> None:
         """Writes the page of the file `path` of the repository, whose Markdown is `text`."""
@@ -135,7 +136,7 @@ class Pages:
             linked = "docs/index.md"
         if linked in self.names:
             return os.path.relpath(self.names[linked], here)
-        if linked.startswith("docs/") and (self.root / linked).is_file():
+        if linked.startswith("docs/") and not linked.endswith(".md") and (self.root / linked).is_file():
             copy = linked.removeprefix("docs/")
             (self.site / copy).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(self.root / linked, self.site / copy)
