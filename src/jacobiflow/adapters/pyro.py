@@ -36,11 +36,10 @@ def list_transforms(module: Any, is_conditional: bool) -> Iterator[ChainTransfor
     kind = library_class(module)
     options = vars(module).get("kwargs", vars(module))  # A conditional transform has its settings in kwargs.
     if kind in (AffineAutoregressive, ConditionalAffineAutoregressive):
-        network = module.nn if kind is ConditionalAffineAutoregressive else module.arn
-        yield masked_transform(_build_network(network, [1, 1]), **_affine_fields(options, AffineAutoregressive))
+        yield masked_transform(_build_network(module, [1, 1]), **_affine_fields(options, AffineAutoregressive))
     elif kind in (SplineAutoregressive, ConditionalSplineAutoregressive):
         fields, sizes = _spline_fields(options if kind is ConditionalSplineAutoregressive else vars(module.spline))
-        yield masked_transform(_build_network(module.nn, sizes), **fields)
+        yield masked_transform(_build_network(module, sizes), **fields)
     elif kind in (AffineCoupling, ConditionalAffineCoupling):
         if _option(options, AffineCoupling, "dim") != -1:
             raise UnsupportedError("a coupling that splits another dimension than the last")
@@ -49,7 +48,7 @@ def list_transforms(module: Any, is_conditional: bool) -> Iterator[ChainTransfor
         fields, sizes = _spline_fields(vars(module.upper_spline))
         coupling = _coupling(module.upper_spline.nn, module.split_dim, sizes, fields)
         yield coupling
-        if not module.identity:
+        if not module.identity and module.split_dim:
             holder = module.lower_spline._parameters
             places = [(holder, name) for name in holder]
             yield constant_transform(places, coupling.features or 0, range(module.split_dim), **fields)
@@ -82,8 +81,9 @@ def _spline_fields(options: Mapping[str, Any]) -> tuple[dict[str, Any], list[int
     }, [bins, bins, bins - 1, *([bins] if order == "linear" else [])]  # fmt: skip
 
 
-def _build_network(arn: Any, sizes: Sequence[int]) -> LibraryNetwork:
-    """Returns a masked network whose parameters of each feature have these sizes."""
+def _build_network(module: Any, sizes: Sequence[int]) -> LibraryNetwork:
+    """Returns the network of a masked transform. The parameters of each feature have these sizes."""
+    arn = module.nn if hasattr(module, "nn") else module.arn
     if type(arn) not in (AutoRegressiveNN, ConditionalAutoRegressiveNN):
         raise UnsupportedError(f"the network {type(arn).__name__}")
     if list(arn.param_dims) != sizes:
@@ -111,7 +111,7 @@ def _coupling(dense: Any, split: int, sizes: Sequence[int], fields: Mapping[str,
     if type(dense) not in (DenseNN, ConditionalDenseNN):
         raise UnsupportedError(f"the network {type(dense).__name__}")
     transformed = dense.param_dims[0] // sizes[0]
-    if dense.param_dims != [transformed * size for size in sizes]:
+    if list(dense.param_dims) != [transformed * size for size in sizes]:
         raise UnsupportedError("parameters of other sizes")
     parts = torch.arange(sum(dense.param_dims), device="cpu").split(dense.param_dims)
     outputs = torch.cat([part.view(transformed, -1) for part in parts], dim=1)
