@@ -70,7 +70,7 @@ def test_neural_flows_of_pyro_get_an_inverse(context: int, activation: str) -> N
         torch.testing.assert_close(invert(y, c), (x, log_det), rtol=0, atol=1e-12)
         assert handle.backends == {"": "passes"}
         bias = (flow.nn if context else flow.arn).layers[-1].bias
-        assert torch.autograd.gradcheck(invert, (y.detach().requires_grad_(), c, bias))
+        assert torch.autograd.gradcheck(invert, (y.detach().requires_grad_(), c, bias), fast_mode=True)
         y[0] = torch.nan
         result = invert(y, c)[0]
         assert result[0].isnan().all()

@@ -36,10 +36,10 @@ class Part:
 
     def find_native(self, is_conditional: bool) -> NativeModule:
         """Returns the module as native code takes it now; raises UnsupportedError if there is no native code."""
+        if self.adapter.list_transforms is None or load_library() is None:
+            raise UnsupportedError(f"native code is {describe()}")
         native = self._natives.get(is_conditional)
         if native is None or not native.snapshot.is_current():
-            if self.adapter.list_transforms is None or load_library() is None:
-                raise UnsupportedError(f"native code is {describe()}")
             native = self._natives[is_conditional] = NativeModule(
                 self.module, self.adapter.list_transforms, is_conditional
             )
@@ -48,7 +48,8 @@ class Part:
             native.mixed_states = states  # last, since other threads read it
         return native
 
-    def list_layers(self) -> dict[str, nn.Module]:
-        """Returns the layers of a composition by their names in the flow; none of another module."""
+    @property
+    def layers(self) -> dict[str, nn.Module]:
+        """The layers of a composition by their names in the flow; none of another module."""
         prefix, layers = f"{self.name}.{self.adapter.layers}".lstrip("."), self.adapter.layers
         return {f"{prefix}.{i}": layer for i, layer in enumerate(getattr(self.module, layers) if layers else ())}

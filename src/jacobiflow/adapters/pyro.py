@@ -1,10 +1,10 @@
-"""pyro: `AffineAutoregressive` and `SplineAutoregressive`, conditional or not."""
+"""pyro: affine, spline and neural autoregressive transforms and couplings, conditional or not."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -21,7 +21,7 @@ from pyro.nn.dense_nn import ConditionalDenseNN, DenseNN
 from torch import Tensor, nn
 
 from jacobiflow.adapters.adapter import AcceleratedModule, Adapter
-from jacobiflow.adapters.library_module import default_of, library_class, shallow_copy
+from jacobiflow.adapters.library_module import library_class, shallow_copy
 from jacobiflow.adapters.native_module import TransformOutput
 from jacobiflow.adapters.network import LibraryNetwork
 from jacobiflow.adapters.passes import attach_gradients, invert_by_passes
@@ -33,101 +33,84 @@ from jacobiflow.native.transforms import ChainTransform, constant_transform, cou
 
 def list_transforms(module: Any, is_conditional: bool) -> Iterator[ChainTransform]:
     """Yields the transform, see `ListTransforms`. pyro remembers the values between transforms, so each is alone."""
-    kind = library_class(module)
-    options = vars(module).get("kwargs", vars(module))  # A conditional transform has its settings in kwargs.
-    if kind in (AffineAutoregressive, ConditionalAffineAutoregressive):
-        yield masked_transform(_build_network(module, [1, 1]), **_affine_fields(options, AffineAutoregressive))
-    elif kind in (SplineAutoregressive, ConditionalSplineAutoregressive):
-        fields, sizes = _spline_fields(options if kind is ConditionalSplineAutoregressive else vars(module.spline))
-        yield masked_transform(_build_network(module, sizes), **fields)
-    elif kind in (AffineCoupling, ConditionalAffineCoupling):
-        if _option(options, AffineCoupling, "dim") != -1:
+    kind: Any = library_class(module)
+    network = getattr(module.upper_spline if kind is SplineCoupling else module, "nn", None) or module.arn
+    if type(network) not in (AutoRegressiveNN, ConditionalAutoRegressiveNN, DenseNN, ConditionalDenseNN):
+        raise UnsupportedError(f"the network {type(network).__name__}")
+    # A conditional transform has its settings at any context.
+    transform = kind.condition(module, None) if issubclass(kind, ConditionalTransformModule) else module
+    kind = library_class(transform)
+    if kind is AffineAutoregressive:
+        yield masked_transform(_masked_network(network, [1, 1]), **_affine_fields(transform))
+    elif kind is SplineAutoregressive:
+        fields, sizes = _spline_fields(transform.spline)
+        yield masked_transform(_masked_network(network, sizes), **fields)
+    elif kind is AffineCoupling:
+        if transform.dim != -1:
             raise UnsupportedError("a coupling that splits another dimension than the last")
-        yield _coupling(module.nn, module.split_dim, [1, 1], _affine_fields(options, AffineCoupling))
+        yield _coupling(network, module.split_dim, [1, 1], _affine_fields(transform))
     elif kind is SplineCoupling:
-        fields, sizes = _spline_fields(vars(module.upper_spline))
-        coupling = _coupling(module.upper_spline.nn, module.split_dim, sizes, fields)
-        yield coupling
+        fields, sizes = _spline_fields(module.upper_spline)
+        yield (coupling := _coupling(network, module.split_dim, sizes, fields))
         if not module.identity and module.split_dim:
             holder = module.lower_spline._parameters
             places = [(holder, name) for name in holder]
-            yield constant_transform(places, coupling.features or 0, range(module.split_dim), **fields)
+            yield constant_transform(places, coupling.structure.features, range(module.split_dim), **fields)
     else:
         raise UnsupportedError(kind.__name__)
 
 
-def _option(options: Mapping[str, Any], kind: type[nn.Module], name: str) -> Any:
-    """Returns an option of a transform; by default that of its class."""
-    return options[name] if name in options else default_of(kind, name)
-
-
-def _affine_fields(options: Mapping[str, Any], kind: type[nn.Module]) -> dict[str, Any]:
+def _affine_fields(transform: Any) -> dict[str, Any]:
     """Returns the native fields of an affine transform."""
     return {
         "kind": TransformKind.MASKED_AFFINE, "scale_activation": ScaleActivation.CLAMPED_EXP, "scale_index": 1,
-        "min_log_scale": _option(options, kind, "log_scale_min_clip"),
-        "max_log_scale": _option(options, kind, "log_scale_max_clip"),
+        "min_log_scale": transform.log_scale_min_clip, "max_log_scale": transform.log_scale_max_clip,
     }  # fmt: skip
 
 
-def _spline_fields(options: Mapping[str, Any]) -> tuple[dict[str, Any], list[int]]:
+def _spline_fields(spline: Any) -> tuple[dict[str, Any], list[int]]:
     """Returns the native fields of a spline, and the sizes of its parameters."""
-    bins, bound, order = (_option(options, SplineAutoregressive, name) for name in ("count_bins", "bound", "order"))
-    kind = TransformKind.RATIONAL_LINEAR if order == "linear" else TransformKind.RATIONAL_QUADRATIC
+    bins, is_linear = spline.count_bins, spline.order == "linear"
     return {
-        "kind": kind, "bins": bins, "boundary": SplineBoundary.FIXED, "end_slope": 1 - 1e-3,
-        "logit_scale": 1.0, "low": -bound, "high": bound, "has_tails": True, "min_width": 1e-3, "min_height": 1e-3,
-        "min_slope": 1e-3, "edge_margin": 1e-6,
-    }, [bins, bins, bins - 1, *([bins] if order == "linear" else [])]  # fmt: skip
+        "kind": TransformKind.RATIONAL_LINEAR if is_linear else TransformKind.RATIONAL_QUADRATIC, "bins": bins,
+        "boundary": SplineBoundary.FIXED, "end_slope": 1 - 1e-3, "logit_scale": 1.0, "low": -spline.bound,
+        "high": spline.bound, "has_tails": True, "min_width": 1e-3, "min_height": 1e-3, "min_slope": 1e-3,
+        "edge_margin": 1e-6,
+    }, [bins, bins, bins - 1, *([bins] if is_linear else [])]  # fmt: skip
 
 
-def _build_network(module: Any, sizes: Sequence[int]) -> LibraryNetwork:
+def _masked_network(arn: Any, sizes: Sequence[int]) -> LibraryNetwork:
     """Returns the network of a masked transform. The parameters of each feature have these sizes."""
-    arn = module.nn if hasattr(module, "nn") else module.arn
-    if type(arn) not in (AutoRegressiveNN, ConditionalAutoRegressiveNN):
-        raise UnsupportedError(f"the network {type(arn).__name__}")
-    if list(arn.param_dims) != sizes:
+    if list(arn.param_dims) != sizes or isinstance(arn, ConditionalDenseNN):
         raise UnsupportedError("parameters of other sizes")
     outputs = torch.arange(arn.layers[-1].out_features, device="cpu").view(-1, arn.input_dim).t()
     network = LibraryNetwork(outputs, context_columns=range(arn.context_dim))
-    value = _add_layers(network, arn, MaskedLinear)
+    value = network.add_layers(0, _layers(arn), (MaskedLinear,))
     if arn.skip_layer is not None:
         network.add_sum(network.add_layer(0, arn.skip_layer), value)
     return network
 
 
-def _add_layers(network: LibraryNetwork, library_network: Any, kind: type[nn.Module]) -> int:
-    *hidden, last = library_network.layers
-    if any(type(layer) is not kind for layer in library_network.layers):
-        raise UnsupportedError("layers of another kind")
-    value = 0
-    for layer in hidden:
-        value = network.add_layer(value, layer, library_network.f)
-    return network.add_layer(value, last)
+def _layers(network: Any) -> list[nn.Module]:
+    """Returns the layers and activations of a network."""
+    return [part for layer in network.layers for part in (layer, network.f)][:-1]
 
 
 def _coupling(dense: Any, split: int, sizes: Sequence[int], fields: Mapping[str, Any]) -> ChainTransform:
     """Returns a coupling whose first features stay as they are. Its outputs are the parameters one after the other."""
-    if type(dense) not in (DenseNN, ConditionalDenseNN):
-        raise UnsupportedError(f"the network {type(dense).__name__}")
     transformed = dense.param_dims[0] // sizes[0]
     if list(dense.param_dims) != [transformed * size for size in sizes]:
         raise UnsupportedError("parameters of other sizes")
     parts = torch.arange(sum(dense.param_dims), device="cpu").split(dense.param_dims)
     outputs = torch.cat([part.view(transformed, -1) for part in parts], dim=1)
     network = LibraryNetwork(outputs, range(dense.context_dim), dense.input_dim)
-    _add_layers(network, dense, nn.Linear)
+    network.add_layers(0, _layers(dense))
     return coupling_transform(network, range(split), range(split, split + transformed), **fields)
 
 
-class _AcceleratedTransform(AcceleratedModule):
-    """A transform, or a conditional transform at a context.
+class AcceleratedTransform(AcceleratedModule):
+    """A transform, or a conditional transform at a context."""
 
-    Attributes:
-        cache_name: The attribute in which pyro keeps the logarithms of derivatives. It sums over the last dimension.
-    """
-
-    cache_name: ClassVar[str]
     arn: Any
     _conditional: Any
     _context: Tensor | None = None
@@ -139,6 +122,11 @@ class _AcceleratedTransform(AcceleratedModule):
     def _inverse(self, y: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d"]:
         result = self._evaluate(y, is_inverse=True)
         return self._invert(y) if result is None else result
+
+    @property
+    def _cache_name(self) -> str:
+        """The attribute in which pyro keeps the logarithms of derivatives. It sums over the last dimension."""
+        return "_cache_log_detJ" if "Spline" in library_class(self).__name__ else "_cached_log_scale"
 
     @property
     def _owner(self) -> Any:
@@ -155,7 +143,7 @@ class _AcceleratedTransform(AcceleratedModule):
         if result is None:
             return None
         values, log_det = result
-        setattr(self, self.cache_name, (-log_det if is_inverse else log_det)[..., None])
+        setattr(self, self._cache_name, (-log_det if is_inverse else log_det)[..., None])
         return values
 
     def _library_call(self, is_inverse: bool, module: Any, x: Tensor, context: Tensor | None) -> TransformOutput:
@@ -163,7 +151,7 @@ class _AcceleratedTransform(AcceleratedModule):
         transform = module if context is None else kind.condition(module, context)
         kind = library_class(transform)
         values = kind._inverse(transform, x) if is_inverse else kind._call(transform, x)
-        log_det = getattr(transform, self.cache_name).sum(-1)
+        log_det = getattr(transform, self._cache_name).sum(-1)
         return values, -log_det if is_inverse else log_det
 
     def _invert(self, y: Tensor) -> Tensor:
@@ -171,19 +159,7 @@ class _AcceleratedTransform(AcceleratedModule):
         return super()._inverse(y)  # type: ignore[misc]
 
 
-class AcceleratedAffineCoupling(_AcceleratedTransform):
-    """An affine coupling."""
-
-    cache_name = "_cached_log_scale"
-
-
-class AcceleratedSplineCoupling(_AcceleratedTransform):
-    """A coupling of splines."""
-
-    cache_name = "_cache_log_detJ"
-
-
-class _AcceleratedMasked(_AcceleratedTransform):
+class _AcceleratedMasked(AcceleratedTransform):
     """A masked transform.
 
     Attributes:
@@ -202,7 +178,7 @@ class _AcceleratedMasked(_AcceleratedTransform):
         if outputs is None:
             return super()._invert(y)
         x, log_scale = outputs
-        setattr(self, self.cache_name, log_scale)
+        setattr(self, self._cache_name, log_scale)
         return x
 
 
@@ -212,8 +188,6 @@ class AcceleratedAffine(_AcceleratedMasked):
     pyro's loop sets one feature at a time, and a pass sets all of them. Both end at the same bits if all values are
     finite.
     """
-
-    cache_name = "_cached_log_scale"
 
     log_scale_min_clip: float
     log_scale_max_clip: float
@@ -228,8 +202,6 @@ class AcceleratedAffine(_AcceleratedMasked):
 class AcceleratedSpline(_AcceleratedMasked):
     """A spline of each feature."""
 
-    cache_name = "_cache_log_detJ"
-
     spline: Any
 
     def _pass(self, y: Tensor, parameters: Sequence[Tensor]) -> Sequence[Tensor]:
@@ -238,7 +210,7 @@ class AcceleratedSpline(_AcceleratedMasked):
         return spline._inverse(y), spline._cache_log_detJ
 
 
-class AcceleratedNeural(_AcceleratedTransform):
+class AcceleratedNeural(AcceleratedTransform):
     """A neural autoregressive transform. pyro has no inverse of it, so it is searched feature by feature."""
 
     def _invert(self, y: Tensor) -> Tensor:
@@ -288,8 +260,8 @@ _MIXINS: dict[type[nn.Module], type[AcceleratedModule]] = {
     AffineAutoregressive: AcceleratedAffine, ConditionalAffineAutoregressive: AcceleratedConditional,
     SplineAutoregressive: AcceleratedSpline, ConditionalSplineAutoregressive: AcceleratedConditional,
     NeuralAutoregressive: AcceleratedNeural, ConditionalNeuralAutoregressive: AcceleratedConditional,
-    AffineCoupling: AcceleratedAffineCoupling, ConditionalAffineCoupling: AcceleratedConditional,
-    SplineCoupling: AcceleratedSplineCoupling,
+    AffineCoupling: AcceleratedTransform, ConditionalAffineCoupling: AcceleratedConditional,
+    SplineCoupling: AcceleratedTransform,
 }  # fmt: skip
 ADAPTERS: tuple[Adapter, ...] = tuple(
     Adapter(
