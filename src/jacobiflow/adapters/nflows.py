@@ -46,20 +46,15 @@ class Library:
 
     Attributes:
         transforms: The package `nflows.transforms`.
-        nets: The package `nflows.nn.nets`.
+        residual_nets: ResidualNet, and the class of its blocks.
         affine_couplings: The classes of affine couplings.
         scales: The functions that make a scale of a parameter, with their native fields. nflows' couplings have none.
     """
 
     transforms: ModuleType
-    nets: ModuleType
+    residual_nets: Sequence[type[nn.Module]]
     affine_couplings: tuple[type[nn.Module], ...]
     scales: Mapping[Callable[..., Tensor] | None, Mapping[str, Any]]
-
-    @property
-    def residual_nets(self) -> Sequence[type[nn.Module]]:
-        """ResidualNet and its blocks."""
-        return self.nets.ResidualNet, self.nets.resnet.ResidualBlock
 
 
 def make_adapters(library: Library) -> tuple[Adapter, ...]:

@@ -102,12 +102,10 @@ def _affine_coupling(module: Any) -> ChainTransform:
     inputs, outputs = layers[0].in_features, torch.arange(layers[-1].out_features, device="cpu").view(-1, 2)
     network = LibraryNetwork(outputs, inputs=inputs)
     network.add_layers(0, coupling.param_map.net)
-    features = range(inputs + len(outputs))
-    if (len(outputs) if split.mode == "channel_inv" else inputs) != (len(features) + 1) // 2:
-        raise UnsupportedError("a network of other sizes than its coupling")
-    first, last = features[: -len(outputs)], features[inputs:]
+    size = inputs + len(outputs)
+    first, last = range((size + 1) // 2), range((size + 1) // 2, size)
     if split.mode == "channel_inv":
-        first, last = features[len(outputs) :], features[: len(outputs)]
+        first, last = last, first
     activation, shift = scales[coupling.scale_map]
     return coupling_transform(
         network, first, last, kind=TransformKind.MASKED_AFFINE, scale_activation=activation, logit_shift=shift,
@@ -119,7 +117,7 @@ def _cascade(is_inverse: bool, module: Any, x: Tensor, context: Tensor | None) -
     """Calls all flows in turn. The library's own loop sums log-determinants in the default dtype."""
     log_det = x.new_zeros(len(x))
     for flow in reversed(module.flows) if is_inverse else module.flows:
-        if isinstance(flow, AcceleratedFlow):  # a run, see `compose_runs`
+        if isinstance(flow, AcceleratedFlow):  # a run, see `Part`
             x, each = flow.evaluate(x, context, is_inverse) or _cascade(is_inverse, flow, x, context)
         else:
             x, each = (flow.inverse if is_inverse else flow)(x, *context_args(context))

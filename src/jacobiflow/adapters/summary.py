@@ -25,13 +25,14 @@ def describe_tolerance(tolerance: float | None) -> str:
 def describe(parts: Mapping[nn.Module, Part], tolerance: float | None, reasons: Mapping[str, str]) -> str:
     """Returns a line for the flow, and one for all layers of a class that are computed in the same way."""
     transforms = [part for part in parts.values() if not part.adapter.is_composition]
-    layers = [(part.name, part.module, part) for part in transforms] + [
-        (name, layer, part)
-        for part in parts.values() for name, layer in part.layers.items()
-        if parts.keys().isdisjoint(layer.modules()) and name not in reasons
+    modules = [(part.name, part.module, part) for part in transforms] + [
+        (f"{part.name}.{part.adapter.layers}.{i}".lstrip("."), layer, part)
+        for part in parts.values() for i, layer in enumerate(part.layers) if parts.keys().isdisjoint(layer.modules())
     ]  # fmt: skip
     names: dict[str, list[str]] = {}
-    for name, layer, part in layers:
+    for name, layer, part in modules:
+        if name in reasons:
+            continue
         text = f"{part.adapter.library} {library_class(layer).__name__}, by {_describe_way(layer, part, tolerance)}"
         names.setdefault(text, []).append(name)
     for name, reason in reasons.items():
