@@ -260,8 +260,8 @@ def _pyro(name: str, gain: float) -> Case:
 def _pyro_coupling(features: int, context: int, hidden: int) -> nn.Module:
     """pyro has no conditional coupling of splines."""
     if context:
-        return pt.conditional_affine_coupling(features, context, [hidden])
-    return pt.spline_coupling(features, hidden_dims=[hidden])
+        return pt.conditional_affine_coupling(features, context, [hidden, hidden])
+    return pt.spline_coupling(features, hidden_dims=[hidden, hidden])
 
 
 def _normflows_coupling(features: int, context: int, hidden: int) -> nn.Module:
