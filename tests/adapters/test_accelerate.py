@@ -142,13 +142,15 @@ def test_scales_of_glasflow_by_a_function_of_the_user_are_refused() -> None:
 
 
 NO_RESIDUAL_NET = "native code does not know the network Linear"
-COUPLINGS = "native code does not know its coupling layers"
-NO_TRANSFORM = "it has no masked or coupling transform of zuko, nflows, glasflow, normflows, pyro, and no TarFlow block"
+OTHER_SPLIT = "native code does not know a coupling that splits another dimension than the last"
+NO_TRANSFORM = (
+    "it has no transform of zuko, nflows, glasflow, normflows, pyro that can be accelerated, and no TarFlow block"
+)
 
 
 @pytest.mark.parametrize(
     ("flow", "why"),
-    [(affine_coupling(4), COUPLINGS),
+    [(affine_coupling((4, 2), dim=-2), OTHER_SPLIT),
      (nflows.transforms.AffineCouplingTransform(torch.arange(8) % 2, nn.Linear), NO_RESIDUAL_NET),
      (zuko.flows.CNF(2), NO_TRANSFORM), ([nn.Linear(2, 2)], NO_TRANSFORM),
      (jf.MAF(jf.MAFConfig(1, 2, hidden_features=4, num_blocks=1)), "jf.sample and jf.decode make it fast")],

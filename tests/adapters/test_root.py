@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from functools import partial
+from typing import Any
+
+import pyro.distributions.transforms as pt
 import pytest
 import torch
 import zuko
 from torch import Tensor
 
 import jacobiflow as jf
-from jacobiflow.adapters.root import find_root
+from jacobiflow.adapters.root import find_bound, find_root
 from tests.helpers.library_flows import exact_bisection, normal
 
 
@@ -24,6 +28,8 @@ def test_roots_are_exact_to_rounding_or_the_nearer_bound(dtype: torch.dtype) -> 
     assert (x - points.clamp(-2, 2)).abs().max() < 20 * torch.finfo(dtype).eps
     assert len(calls) < 30
     assert find_root(lambda x: x * torch.nan, points, 2.0).isnan().all()
+    assert find_bound(function, 100 * points).unique().tolist() == [1.0, 4.0, 16.0]
+    assert find_bound(torch.tanh, torch.tensor([0.5, 2.0, torch.nan])).tolist() == [1.0, 2**20, 2**20]
 
 
 @pytest.mark.parametrize("kind", [zuko.flows.NAF, zuko.flows.UNAF])
@@ -39,3 +45,33 @@ def test_features_of_neural_flows_are_solved_one_after_the_other(kind: type, mon
         x = flow(c).transform.inv(y)
     assert set(handle.backends.values()) == {"passes"} and set(handle.passes.values()) == {4}
     assert (x - expected).abs().max() < 1e-10 < 1e-8 < (own - expected).abs().max()
+
+
+@pytest.mark.parametrize("activation", ["sigmoid", "tanh", "ELU", "LeakyReLU"])
+@pytest.mark.parametrize("context", [0, 2])
+def test_neural_flows_of_pyro_get_an_inverse(context: int, activation: str) -> None:
+    torch.manual_seed(0)
+    make: Any = partial(pt.conditional_neural_autoregressive, 3, 2) if context else partial(pt.neural_autoregressive, 3)
+    flow = make(activation=activation, width=4).double()
+    x, c = 2 * normal(5, 3, dtype=torch.float64), normal(2, seed=1, dtype=torch.float64).requires_grad_()
+
+    def transform(c: Tensor) -> Any:
+        return flow.condition(c) if context else flow
+
+    def invert(y: Tensor, c: Tensor, *_: Tensor) -> tuple[Tensor, Tensor]:
+        own, y = transform(c), y.clone()  # pyro keeps the result for a tensor that it has seen
+        return (x := own.inv(y)), own.log_abs_det_jacobian(x, y)
+
+    y = (own := transform(c))(x)
+    log_det = own.log_abs_det_jacobian(x, y)
+    with pytest.raises(NotImplementedError):
+        invert(y, c)
+    with jf.accelerate(flow) as handle:
+        torch.testing.assert_close(invert(y, c), (x, log_det), rtol=0, atol=1e-12)
+        assert handle.backends == {"": "passes"}
+        bias = (flow.nn if context else flow.arn).layers[-1].bias
+        assert torch.autograd.gradcheck(invert, (y.detach().requires_grad_(), c, bias), fast_mode=True)
+        y[0] = torch.nan
+        result = invert(y, c)[0]
+        assert result[0].isnan().all()
+        torch.testing.assert_close(result[1:], x[1:], rtol=0, atol=1e-12)

@@ -257,6 +257,13 @@ def _pyro(name: str, gain: float) -> Case:
     return Case("pyro", lambda d, c, h: conditional(d, c, [h, h]) if c else plain(d, [h, h]), gain)
 
 
+def _pyro_coupling(features: int, context: int, hidden: int) -> nn.Module:
+    """pyro has no conditional coupling of splines."""
+    if context:
+        return pt.conditional_affine_coupling(features, context, [hidden, hidden])
+    return pt.spline_coupling(features, hidden_dims=[hidden, hidden])
+
+
 def _normflows_coupling(features: int, context: int, hidden: int) -> nn.Module:
     kind = normflows.ConditionalNormalizingFlow if context else normflows.NormalizingFlow
     spline = normflows.flows.CoupledRationalQuadraticSpline(features, 2, hidden, num_context_channels=context or None)
@@ -288,12 +295,13 @@ CASES = {
     "normflows coupling": Case("normflows", _normflows_coupling, 1.5),
     "pyro affine": _pyro("affine", 2.0),
     "pyro spline": _pyro("spline", 2.0),
+    "pyro coupling": Case("pyro", _pyro_coupling, 1.5),
 }
 MASKED = [name for name in CASES if "coupling" not in name]
 NATIVE = (
     "zuko MAF", "zuko NSF", "zuko BPF", "zuko SOSPF", "zuko coupling", "nflows affine", "nflows rational",
     "nflows coupling", "glasflow rational", "normflows affine", "normflows spline", "normflows coupling", "pyro affine",
-    "pyro spline",
+    "pyro spline", "pyro coupling",
 )  # fmt: skip
 BISECTED = ("zuko BPF", "zuko SOSPF")  # in float64, to 1e-6; zuko has no second derivatives of them
 LARGE = {  # more features than a block of native code has, and hidden units

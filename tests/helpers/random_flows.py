@@ -16,7 +16,7 @@ import torch
 import zuko
 from hypothesis import strategies as st
 from normflows.flows.neural_spline.autoregressive import MaskedPiecewiseRationalQuadraticAutoregressive
-from pyro.nn import AutoRegressiveNN, ConditionalAutoRegressiveNN
+from pyro.nn import AutoRegressiveNN, ConditionalAutoRegressiveNN, ConditionalDenseNN, DenseNN
 from torch import Tensor, nn
 from torch.nn import functional as F
 from zuko.flows.autoregressive import MaskedAutoregressiveTransform
@@ -161,10 +161,24 @@ def pyro_flows(draw: Draw, features: int, context: int) -> tuple[nn.Module, str]
     if context:
         network = partial(ConditionalAutoRegressiveNN, features, context, hidden, **settings)
         affine, spline = pt.ConditionalAffineAutoregressive, pt.ConditionalSplineAutoregressive
-    if draw(st.booleans()):
-        return affine(network(), log_scale_min_clip=-0.3, log_scale_max_clip=0.4), "line"
-    order = draw(st.sampled_from(["linear", "quadratic"]))
+    order, clips = (
+        draw(st.sampled_from(["linear", "quadratic"])),
+        {"log_scale_min_clip": -0.3, "log_scale_max_clip": 0.4},
+    )
     sizes = [bins, bins, bins - 1, *([bins] if order == "linear" else [])]
+    kind = draw(st.sampled_from(["affine", "spline", "coupling"]))
+    if kind == "coupling" and features > 1:
+        split = draw(st.integers(1, features - 1))
+        rest, function = features - split, settings["nonlinearity"]
+        if context:
+            dense: Any = ConditionalDenseNN(split, context, hidden, [rest, rest], function)
+            return pt.ConditionalAffineCoupling(split, dense, **clips), "line"
+        if draw(st.booleans()):
+            return pt.AffineCoupling(split, DenseNN(split, hidden, [rest, rest], function), **clips), "line"
+        dense = DenseNN(split, hidden, [rest * size for size in sizes], function)
+        return pt.SplineCoupling(features, split, dense, bins, 2.0, order, identity=draw(st.booleans())), "line"
+    if kind == "affine":
+        return affine(network(), **clips), "line"
     return spline(features, network(param_dims=sizes), count_bins=bins, bound=2.0, order=order), "line"
 
 

@@ -99,7 +99,7 @@ class Acceleration:
             self.parts[module].latest_use = passes, backend
 
     def _accelerate_run(self, run: nn.Module, adapter: Adapter) -> None:
-        """Accelerates a run of layers, see `compose_runs`. Its use is recorded as that of these layers."""
+        """Accelerates a run of layers, see `Part`. Its use is recorded as that of these layers."""
         part = Acceleration(self.tolerance, {run: ("", adapter)}, {}).parts[run]
         part.parts = [self.parts[layer] for layer in run.modules() if layer in self.parts]
 

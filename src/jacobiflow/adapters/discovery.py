@@ -53,8 +53,8 @@ def accelerate(
     the flows of nflows and zuko that sbi makes. All flows that the library makes, copies or loads in this process from
     then on are accelerated. Flows that exist already are left alone.
 
-    Couplings are those of zuko, nflows and glasflow. Other coupling layers, continuous flows and all other modules are
-    left as they are, and native code computes the layers between them. If nothing in the flow can be accelerated, the
+    Other coupling layers than those in the guide, continuous flows and all other modules are left as they are, and
+    native code computes the layers between them. If nothing in the flow can be accelerated, the
     result is a handle that says why.
 
     Args:
@@ -133,9 +133,7 @@ def _reason_of(modules: Iterable[nn.Module]) -> str:
     kinds = {type(module) for module in modules}
     if any(kind.__module__.startswith("jacobiflow.") for kind in kinds):
         return "jf.sample and jf.decode make it fast"
-    if any("Coupl" in kind.__name__ for kind in kinds):
-        return "native code does not know its coupling layers"
-    return f"it has no masked or coupling transform of {', '.join(LIBRARIES)}, and no TarFlow block"
+    return f"it has no transform of {', '.join(LIBRARIES)} that can be accelerated, and no TarFlow block"
 
 
 def _accelerate_library(name: str, tolerance: float | None) -> LibraryAcceleration:

@@ -19,7 +19,13 @@ from jacobiflow.adapters.passes import invert_by_passes
 from jacobiflow.errors import UnsupportedError
 from jacobiflow.native.boundary import SplineBoundary, TransformKind
 from jacobiflow.native.masked_network import Place
-from jacobiflow.native.transforms import ChainTransform, constant_transform, lu_transform, masked_transform
+from jacobiflow.native.transforms import (
+    ChainTransform,
+    constant_transform,
+    coupling_transform,
+    lu_transform,
+    masked_transform,
+)
 
 _PYTORCH_PARTS = (nn.ModuleList, nn.Linear, nn.Dropout, nn.Identity)
 
@@ -101,16 +107,42 @@ def check_network(network: nn.Module, kind: type[nn.Module], *of_library: type[n
             raise UnsupportedError(f"{type(part).__name__} in its network")
 
 
-def build_residual_net(net: Any, inputs: int, outputs: Int[Tensor, "d p"], is_conditional: bool) -> LibraryNetwork:
-    """Returns the operations of a ResidualNet, which reads the context after its features."""
-    if is_conditional and net.context_features is None:
-        raise UnsupportedError("a context for a network without")
-    network = LibraryNetwork(outputs, range(inputs, inputs + (net.context_features if is_conditional else 0)), inputs)
-    value = network.add_layer(0, net.initial_layer)
-    for block in net.blocks:
-        value = add_residual_block(network, value, block, is_conditional, is_gated=True)
-    network.add_layer(value, net.final_layer)
-    return network
+def spline_coupling(module: Any, nets: Sequence[type[nn.Module]], is_conditional: bool) -> ChainTransform:
+    """Returns a coupling of rational-quadratic splines, see `residual_coupling`."""
+    parameters, fields = spline_fields(module, module.num_bins, getattr(module.transform_net, "hidden_features", 1))
+    outputs = torch.arange(len(module.transform_features) * parameters, device="cpu").view(-1, parameters)
+    return residual_coupling(module, nets, outputs, is_conditional, **fields)
+
+
+def residual_coupling(
+    module: Any, nets: Sequence[type[nn.Module]], outputs: Int[Tensor, "d p"], is_conditional: bool, **fields: Any
+) -> ChainTransform:
+    """Returns a coupling with a ResidualNet, which reads the context after its features.
+
+    Args:
+        module: The library's coupling.
+        nets: The library's ResidualNet and ResidualBlock.
+        outputs: See `MaskedNetwork`.
+        is_conditional: Whether there is a context.
+        fields: Those of `coupling_transform`.
+    """
+    net, identity = module.transform_net, module.identity_features.tolist()
+    if type(net).__name__ == "ContextSplineMap":  # sbi's, in a flow of one feature
+        network = LibraryNetwork(outputs, range(net.spline_predictor[0].in_features), inputs=0)
+        network.add_layers(0, net.spline_predictor)
+    else:
+        check_network(net, *nets)
+        if is_conditional and net.context_features is None:
+            raise UnsupportedError("a context for a network without")
+        if getattr(net, "preprocessing", None) is not None:  # of normflows
+            raise UnsupportedError("a network with preprocessing")
+        inputs, width = len(identity), net.context_features if is_conditional else 0
+        network = LibraryNetwork(outputs, range(inputs, inputs + width), inputs)
+        value = network.add_layer(0, net.initial_layer)
+        for block in net.blocks:
+            value = add_residual_block(network, value, block, is_conditional, is_gated=True)
+        network.add_layer(value, net.final_layer)
+    return coupling_transform(network, identity, module.transform_features.tolist(), **fields)
 
 
 def constant_spline(module: Any, features: int, transformed: Sequence[int]) -> ChainTransform:

@@ -40,7 +40,7 @@ class NativeModule:
         snapshot: The module as it was when this was made.
         chain: Its transforms.
         mixed: If it is a composition of which native code knows only some layers: a composition of the same layers, in
-            which those that follow each other are a run, see `compose_runs`.
+            which those that follow each other are a run, see `Part`.
         mixed_states: The states of modules with which `mixed` was made; `None` before.
     """
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -35,6 +35,23 @@ class LibraryNetwork(MaskedNetwork):
         has_bias, mask = self._add_places(layer), layer._buffers.get("mask")
         mask = None if mask is None else mask.bool()
         return self.add_linear(source, layer.out_features, mask, has_bias, **_activation_fields(function))
+
+    def add_layers(
+        self, value: int, layers: Iterable[nn.Module], linear: Sequence[type[nn.Module]] = (nn.Linear,),
+        residual: type[nn.Module] | None = None,
+    ) -> int:  # fmt: skip
+        """Adds layers, activations and residual blocks of these classes, one after the other."""
+        remaining = [layer for layer in layers if type(layer) is not nn.Dropout]
+        while remaining:
+            layer, *remaining = remaining
+            if type(layer) in linear:
+                is_next_function = remaining and type(remaining[0]) not in (*linear, residual)
+                value = self.add_layer(value, layer, remaining.pop(0) if is_next_function else None)
+            elif type(layer) is residual:
+                value = self.add_sum(self.add_layers(value, layer.children(), linear, residual), value)
+            else:
+                value = self.add_function(value, layer)
+        return value
 
     def add_function(self, source: int, function: Any) -> int:
         """Adds function(x)."""

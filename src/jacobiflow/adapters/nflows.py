@@ -17,23 +17,21 @@ from jacobiflow.adapters.library_module import library_class
 from jacobiflow.adapters.made import (
     AcceleratedComposition,
     AcceleratedTransform,
-    build_residual_net,
-    check_network,
     constant_spline,
     lu_layer_transform,
     made_transform,
     places_of,
-    spline_fields,
+    residual_coupling,
+    spline_coupling,
     spline_transform,
 )
-from jacobiflow.adapters.network import LibraryNetwork, find_identical
+from jacobiflow.adapters.network import find_identical
 from jacobiflow.errors import UnsupportedError
 from jacobiflow.native.boundary import ScaleActivation, TransformKind
 from jacobiflow.native.transforms import (
     ChainTransform,
     affine_transform,
     constant_transform,
-    coupling_transform,
     invert_transforms,
     permutation_transform,
 )
@@ -48,13 +46,13 @@ class Library:
 
     Attributes:
         transforms: The package `nflows.transforms`.
-        nets: The package `nflows.nn.nets`.
+        residual_nets: ResidualNet, and the class of its blocks.
         affine_couplings: The classes of affine couplings.
         scales: The functions that make a scale of a parameter, with their native fields. nflows' couplings have none.
     """
 
     transforms: ModuleType
-    nets: ModuleType
+    residual_nets: Sequence[type[nn.Module]]
     affine_couplings: tuple[type[nn.Module], ...]
     scales: Mapping[Callable[..., Tensor] | None, Mapping[str, Any]]
 
@@ -91,9 +89,11 @@ def list_transforms(library: Library, module: Any, is_conditional: bool) -> Iter
     elif kind is nf.MaskedPiecewiseRationalQuadraticAutoregressiveTransform:
         yield spline_transform(module, nf.made, is_conditional)
     elif kind in (*library.affine_couplings, nf.PiecewiseRationalQuadraticCouplingTransform):
-        identity, transformed = module.identity_features.tolist(), module.transform_features.tolist()
-        network, fields = _coupling_network(library, module, is_conditional)
-        yield coupling_transform(network, identity, transformed, **fields)
+        if kind in library.affine_couplings:
+            yield _affine_coupling(library, module, is_conditional)
+        else:
+            yield spline_coupling(module, library.residual_nets, is_conditional)
+        identity = module.identity_features.tolist()
         if module.unconditional_transform is not None and identity:
             yield _constant_transform(nf, module.unconditional_transform, module.features, identity)
     elif kind in (nf.ActNorm, nf.PiecewiseRationalQuadraticCDF):
@@ -111,22 +111,14 @@ def list_transforms(library: Library, module: Any, is_conditional: bool) -> Iter
         raise UnsupportedError(kind.__name__)
 
 
-def _coupling_network(library: Library, module: Any, is_conditional: bool) -> tuple[LibraryNetwork, dict[str, Any]]:
-    """Returns the network of a coupling, and its native fields."""
-    net, nets = module.transform_net, library.nets
-    check_network(net, nets.ResidualNet, nets.resnet.ResidualBlock)
-    if library_class(module) in library.affine_couplings:
-        outputs = torch.arange(net.final_layer.out_features, device="cpu").view(2, -1).t()  # shifts before scales
-        fields: dict[str, Any] = {"kind": TransformKind.MASKED_AFFINE, "min_scale": 1e-3, "scale_index": 1}
-        function = vars(module).get("scale_activation")
-        scale = find_identical(library.scales, function)
-        if scale is None:
-            raise UnsupportedError(f"the scale_activation {getattr(function, '__name__', type(function).__name__)}")
-        fields |= scale
-    else:
-        parameters, fields = spline_fields(module, module.num_bins, net.hidden_features)
-        outputs = torch.arange(net.final_layer.out_features, device="cpu").view(-1, parameters)
-    return build_residual_net(net, len(module.identity_features), outputs, is_conditional), fields
+def _affine_coupling(library: Library, module: Any, is_conditional: bool) -> ChainTransform:
+    function = vars(module).get("scale_activation")
+    scale = find_identical(library.scales, function)
+    if scale is None:
+        raise UnsupportedError(f"the scale_activation {getattr(function, '__name__', type(function).__name__)}")
+    outputs = torch.arange(2 * len(module.transform_features), device="cpu").view(2, -1).t()  # shifts before scales
+    fields: dict[str, Any] = {"kind": TransformKind.MASKED_AFFINE, "min_scale": 1e-3, "scale_index": 1}
+    return residual_coupling(module, library.residual_nets, outputs, is_conditional, **fields, **scale)
 
 
 def _constant_transform(nf: ModuleType, module: Any, features: int, transformed: Sequence[int]) -> ChainTransform:

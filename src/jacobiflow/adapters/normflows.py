@@ -24,15 +24,13 @@ from jacobiflow.adapters.library_module import library_class
 from jacobiflow.adapters.made import (
     AcceleratedComposition,
     AcceleratedTransform,
-    build_residual_net,
-    check_network,
     constant_spline,
     context_args,
     evaluate_by_native,
     lu_layer_transform,
     made_transform,
     places_of,
-    spline_fields,
+    spline_coupling,
     spline_transform,
 )
 from jacobiflow.adapters.network import LibraryNetwork
@@ -66,7 +64,9 @@ def list_transforms(module: Any, is_conditional: bool) -> Iterator[ChainTransfor
     elif kind is CoupledRationalQuadraticSpline:
         yield from invert_transforms(list_transforms(module.prqct, is_conditional))
     elif kind is PiecewiseRationalQuadraticCoupling:
-        yield from _list_of_spline_coupling(module, is_conditional)
+        yield spline_coupling(module, (ResidualNet, ResidualBlock), is_conditional)
+        if module.unconditional_transform is not None:
+            yield constant_spline(module.unconditional_transform, module.features, module.identity_features.tolist())
     elif kind is LULinearPermute:
         order = permutation_transform(module.permutation._permutation.tolist())
         yield from invert_transforms([order, lu_layer_transform(module.linear)])
@@ -85,19 +85,6 @@ def list_transforms(module: Any, is_conditional: bool) -> Iterator[ChainTransfor
         raise UnsupportedError(kind.__name__)
 
 
-def _list_of_spline_coupling(module: Any, is_conditional: bool) -> Iterator[ChainTransform]:
-    net, identity = module.transform_net, module.identity_features.tolist()
-    check_network(net, ResidualNet, ResidualBlock)
-    if net.preprocessing is not None:
-        raise UnsupportedError("a network with preprocessing")
-    parameters, fields = spline_fields(module, module.num_bins, net.hidden_features)
-    outputs = torch.arange(net.final_layer.out_features, device="cpu").view(-1, parameters)
-    network = build_residual_net(net, len(identity), outputs, is_conditional)
-    yield coupling_transform(network, identity, module.transform_features.tolist(), **fields)
-    if module.unconditional_transform is not None:
-        yield constant_spline(module.unconditional_transform, module.features, identity)
-
-
 def _affine_coupling(module: Any) -> ChainTransform:
     """Returns a coupling that splits the features into two halves. Shifts and scales take turns in its outputs."""
     split, coupling, merge = module.flows
@@ -109,22 +96,16 @@ def _affine_coupling(module: Any) -> ChainTransform:
         or coupling.scale_map not in scales
     ):
         raise UnsupportedError("a coupling with another split or scale")
-    layers = list(coupling.param_map.net) if type(coupling.param_map) is MLP else []
-    if not layers or any(type(layer) not in (nn.Linear, nn.LeakyReLU, nn.Dropout) for layer in layers):
+    if type(coupling.param_map) is not MLP:
         raise UnsupportedError(f"the network {type(coupling.param_map).__name__}")
+    layers = [layer for layer in coupling.param_map.net if type(layer) is nn.Linear]
     inputs, outputs = layers[0].in_features, torch.arange(layers[-1].out_features, device="cpu").view(-1, 2)
-    network, value = LibraryNetwork(outputs, inputs=inputs), 0
-    for layer in layers:
-        if type(layer) is nn.Linear:
-            value = network.add_layer(value, layer)
-        elif type(layer) is nn.LeakyReLU:
-            value = network.add_function(value, layer)
-    features = range(inputs + len(outputs))
-    if (len(outputs) if split.mode == "channel_inv" else inputs) != (len(features) + 1) // 2:
-        raise UnsupportedError("a network of other sizes than its coupling")
-    first, last = features[: -len(outputs)], features[inputs:]
+    network = LibraryNetwork(outputs, inputs=inputs)
+    network.add_layers(0, coupling.param_map.net)
+    size = inputs + len(outputs)
+    first, last = range((size + 1) // 2), range((size + 1) // 2, size)
     if split.mode == "channel_inv":
-        first, last = features[len(outputs) :], features[: len(outputs)]
+        first, last = last, first
     activation, shift = scales[coupling.scale_map]
     return coupling_transform(
         network, first, last, kind=TransformKind.MASKED_AFFINE, scale_activation=activation, logit_shift=shift,
@@ -136,7 +117,7 @@ def _cascade(is_inverse: bool, module: Any, x: Tensor, context: Tensor | None) -
     """Calls all flows in turn. The library's own loop sums log-determinants in the default dtype."""
     log_det = x.new_zeros(len(x))
     for flow in reversed(module.flows) if is_inverse else module.flows:
-        if isinstance(flow, AcceleratedFlow):  # a run, see `compose_runs`
+        if isinstance(flow, AcceleratedFlow):  # a run, see `Part`
             x, each = flow.evaluate(x, context, is_inverse) or _cascade(is_inverse, flow, x, context)
         else:
             x, each = (flow.inverse if is_inverse else flow)(x, *context_args(context))

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import groupby
+from typing import Any
 
 from torch import nn
 
 from jacobiflow.adapters.adapter import Adapter
+from jacobiflow.adapters.library_module import library_class, shallow_copy
 from jacobiflow.adapters.native_module import NativeModule
-from jacobiflow.adapters.runs import AccelerateRun, compose_runs
 from jacobiflow.errors import UnsupportedError
 from jacobiflow.native import describe, load_library
 
@@ -26,13 +29,18 @@ class Part:
     module: nn.Module
     name: str
     adapter: Adapter
-    accelerate_run: AccelerateRun
+    accelerate_run: Callable[[nn.Module, Adapter], None]
     parts: list[Part] = field(default_factory=list)
     latest_use: tuple[int, str] | None = None
 
     def __post_init__(self) -> None:
         self.class_before = type(self.module)
         self._natives: dict[bool, NativeModule] = {}
+
+    @property
+    def layers(self) -> list[nn.Module]:
+        """The layers of a composition; none of another module."""
+        return list(getattr(self.module, self.adapter.layers)) if self.adapter.layers else []
 
     def find_native(self, is_conditional: bool) -> NativeModule:
         """Returns the module as native code takes it now; raises UnsupportedError if there is no native code."""
@@ -44,11 +52,30 @@ class Part:
                 self.module, self.adapter.list_transforms, is_conditional
             )
         if native.obstacle is not None and native.mixed_states != (states := native.find_states()):
-            native.mixed = compose_runs(self.module, self.adapter, is_conditional, self.accelerate_run)
+            native.mixed = self._compose_runs(is_conditional)
             native.mixed_states = states  # last, since other threads read it
         return native
 
-    def list_layers(self) -> dict[str, nn.Module]:
-        """Returns the layers of a composition by their names in the flow; none of another module."""
-        prefix, layers = f"{self.name}.{self.adapter.layers}".lstrip("."), self.adapter.layers
-        return {f"{prefix}.{i}": layer for i, layer in enumerate(getattr(self.module, layers) if layers else ())}
+    def _compose_runs(self, is_conditional: bool) -> nn.Module | None:
+        """Returns a composition in which consecutive layers that native code knows are one layer; `None` if none are.
+
+        The run of these layers is a composition of the same class, and shares its layers with the module.
+        """
+        kind, name, list_transforms = self.adapter.target, self.adapter.layers, self.adapter.list_transforms
+        if list_transforms is None or library_class(self.module) is not kind:
+            return None
+
+        def compose(layers: list[nn.Module]) -> nn.Module:
+            attributes: Any = vars(nn.Module()) | {"_modules": {name: nn.ModuleList(layers)}}
+            return shallow_copy(self.module, kind, **attributes)
+
+        layers: list[nn.Module] = []
+        for obstacle, group in groupby(
+            self.layers, lambda layer: NativeModule(layer, list_transforms, is_conditional).obstacle
+        ):
+            members = list(group)
+            if obstacle is None and len(members) > 1:
+                members = [compose(members)]
+                self.accelerate_run(members[0], self.adapter)
+            layers += members
+        return None if len(layers) in (0, 1, len(self.layers)) else compose(layers)

@@ -65,9 +65,7 @@ def invert_by_passes(
         except Exception:  # A spline of a user may refuse an iterate that the library's loop does not meet.
             count = 1
     if outputs and needs_graph:
-        with torch.enable_grad():
-            x = outputs[0].detach().requires_grad_()
-            outputs, count = _Implicit.apply(x, passes, tolerance, *step(network, x)), count + 1
+        outputs, count = attach_gradients(outputs[0], partial(step, network), passes, tolerance), count + 1
     if outputs and outputs[0].isfinite().all():
         acceleration.record_use(module, count, "passes")
         return outputs
@@ -140,6 +138,16 @@ def _has_converged(new: Tensor, old: Tensor, tolerance: float) -> bool:
     if tolerance > 0:
         return bool(((new - old).abs() <= tolerance).all())
     return new.dtype == old.dtype and torch.equal(new.view(_BITS[new.itemsize]), old.view(_BITS[old.itemsize]))
+
+
+@torch.enable_grad()
+def attach_gradients(
+    x: Tensor, step: Callable[[Tensor], Sequence[Tensor]], passes: int, tolerance: float = 0.0
+) -> Sequence[Tensor]:
+    """Returns the results of a pass at a solution x = g(x), with the gradients of the solution."""
+    x = x.detach().requires_grad_()
+    outputs: Sequence[Tensor] = _Implicit.apply(x, passes, tolerance, *step(x))
+    return outputs
 
 
 class _Implicit(torch.autograd.Function):

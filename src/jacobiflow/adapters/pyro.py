@@ -1,97 +1,119 @@
-"""pyro: `AffineAutoregressive` and `SplineAutoregressive`, conditional or not."""
+"""pyro: affine, spline and neural autoregressive transforms and couplings, conditional or not."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from pyro.distributions.conditional import ConditionalTransformModule
 from pyro.distributions.transforms.affine_autoregressive import AffineAutoregressive, ConditionalAffineAutoregressive
+from pyro.distributions.transforms.affine_coupling import AffineCoupling, ConditionalAffineCoupling
+from pyro.distributions.transforms.neural_autoregressive import ConditionalNeuralAutoregressive, NeuralAutoregressive
 from pyro.distributions.transforms.spline import ConditionalSpline
 from pyro.distributions.transforms.spline_autoregressive import ConditionalSplineAutoregressive, SplineAutoregressive
+from pyro.distributions.transforms.spline_coupling import SplineCoupling
 from pyro.distributions.transforms.utils import clamp_preserve_gradients
 from pyro.nn.auto_reg_nn import AutoRegressiveNN, ConditionalAutoRegressiveNN, MaskedLinear
+from pyro.nn.dense_nn import ConditionalDenseNN, DenseNN
 from torch import Tensor, nn
 
 from jacobiflow.adapters.adapter import AcceleratedModule, Adapter
-from jacobiflow.adapters.library_module import default_of, library_class
+from jacobiflow.adapters.library_module import library_class, shallow_copy
 from jacobiflow.adapters.native_module import TransformOutput
 from jacobiflow.adapters.network import LibraryNetwork
-from jacobiflow.adapters.passes import invert_by_passes
+from jacobiflow.adapters.passes import attach_gradients, invert_by_passes
+from jacobiflow.adapters.root import find_bound, find_root
 from jacobiflow.errors import UnsupportedError
 from jacobiflow.native.boundary import ScaleActivation, SplineBoundary, TransformKind
-from jacobiflow.native.transforms import ChainTransform, masked_transform
+from jacobiflow.native.transforms import ChainTransform, constant_transform, coupling_transform, masked_transform
 
 
 def list_transforms(module: Any, is_conditional: bool) -> Iterator[ChainTransform]:
     """Yields the transform, see `ListTransforms`. pyro remembers the values between transforms, so each is alone."""
-    kind = library_class(module)
-    options = vars(module).get("kwargs", vars(module))  # A conditional transform has its settings in kwargs.
-    if kind in (AffineAutoregressive, ConditionalAffineAutoregressive):
-        settings: dict[str, Any] = {
-            "kind": TransformKind.MASKED_AFFINE, "scale_activation": ScaleActivation.CLAMPED_EXP, "scale_index": 1,
-            "min_log_scale": _option(options, AffineAutoregressive, "log_scale_min_clip"),
-            "max_log_scale": _option(options, AffineAutoregressive, "log_scale_max_clip"),
-        }  # fmt: skip
-        sizes = [1, 1]
-    elif kind in (SplineAutoregressive, ConditionalSplineAutoregressive):
-        settings, sizes = _spline_fields(options if kind is ConditionalSplineAutoregressive else vars(module.spline))
+    kind: Any = library_class(module)
+    network = getattr(module.upper_spline if kind is SplineCoupling else module, "nn", None) or module.arn
+    if type(network) not in (AutoRegressiveNN, ConditionalAutoRegressiveNN, DenseNN, ConditionalDenseNN):
+        raise UnsupportedError(f"the network {type(network).__name__}")
+    # A conditional transform has its settings at any context.
+    transform = kind.condition(module, None) if issubclass(kind, ConditionalTransformModule) else module
+    kind = library_class(transform)
+    if kind is AffineAutoregressive:
+        yield masked_transform(_masked_network(network, [1, 1]), **_affine_fields(transform))
+    elif kind is SplineAutoregressive:
+        fields, sizes = _spline_fields(transform.spline)
+        yield masked_transform(_masked_network(network, sizes), **fields)
+    elif kind is AffineCoupling:
+        if transform.dim != -1:
+            raise UnsupportedError("a coupling that splits another dimension than the last")
+        yield _coupling(network, module.split_dim, [1, 1], _affine_fields(transform))
+    elif kind is SplineCoupling:
+        fields, sizes = _spline_fields(module.upper_spline)
+        yield (coupling := _coupling(network, module.split_dim, sizes, fields))
+        if not module.identity and module.split_dim:
+            holder = module.lower_spline._parameters
+            places = [(holder, name) for name in holder]
+            yield constant_transform(places, coupling.structure.features, range(module.split_dim), **fields)
     else:
         raise UnsupportedError(kind.__name__)
-    network = module.nn if hasattr(module, "nn") else module.arn
-    if type(network) not in (AutoRegressiveNN, ConditionalAutoRegressiveNN):
-        raise UnsupportedError(f"the network {type(network).__name__}")
-    if list(network.param_dims) != sizes:
-        raise UnsupportedError("parameters of other sizes")
-    yield masked_transform(_build_network(network), **settings)
 
 
-def _option(options: Mapping[str, Any], kind: type[nn.Module], name: str) -> Any:
-    """Returns an option of a transform; by default that of its class."""
-    return options[name] if name in options else default_of(kind, name)
-
-
-def _spline_fields(options: Mapping[str, Any]) -> tuple[dict[str, Any], list[int]]:
-    """Returns the native fields of a spline, and the sizes of its parameters."""
-    bins, bound, order = (_option(options, SplineAutoregressive, name) for name in ("count_bins", "bound", "order"))
-    kind = TransformKind.RATIONAL_LINEAR if order == "linear" else TransformKind.RATIONAL_QUADRATIC
+def _affine_fields(transform: Any) -> dict[str, Any]:
+    """Returns the native fields of an affine transform."""
     return {
-        "kind": kind, "bins": bins, "boundary": SplineBoundary.FIXED, "end_slope": 1 - 1e-3,
-        "logit_scale": 1.0, "low": -bound, "high": bound, "has_tails": True, "min_width": 1e-3, "min_height": 1e-3,
-        "min_slope": 1e-3, "edge_margin": 1e-6,
-    }, [bins, bins, bins - 1, *([bins] if order == "linear" else [])]  # fmt: skip
+        "kind": TransformKind.MASKED_AFFINE, "scale_activation": ScaleActivation.CLAMPED_EXP, "scale_index": 1,
+        "min_log_scale": transform.log_scale_min_clip, "max_log_scale": transform.log_scale_max_clip,
+    }  # fmt: skip
 
 
-def _build_network(arn: Any) -> LibraryNetwork:
-    *hidden, last = arn.layers
-    if any(type(layer) is not MaskedLinear for layer in arn.layers):
-        raise UnsupportedError("layers of another kind")
-    outputs = torch.arange(last.out_features, device="cpu").view(-1, arn.input_dim).t()
-    network, value = LibraryNetwork(outputs, context_columns=range(arn.context_dim)), 0
-    for layer in hidden:
-        value = network.add_layer(value, layer, arn.f)
-    value = network.add_layer(value, last)
+def _spline_fields(spline: Any) -> tuple[dict[str, Any], list[int]]:
+    """Returns the native fields of a spline, and the sizes of its parameters."""
+    bins, is_linear = spline.count_bins, spline.order == "linear"
+    return {
+        "kind": TransformKind.RATIONAL_LINEAR if is_linear else TransformKind.RATIONAL_QUADRATIC, "bins": bins,
+        "boundary": SplineBoundary.FIXED, "end_slope": 1 - 1e-3, "logit_scale": 1.0, "low": -spline.bound,
+        "high": spline.bound, "has_tails": True, "min_width": 1e-3, "min_height": 1e-3, "min_slope": 1e-3,
+        "edge_margin": 1e-6,
+    }, [bins, bins, bins - 1, *([bins] if is_linear else [])]  # fmt: skip
+
+
+def _masked_network(arn: Any, sizes: Sequence[int]) -> LibraryNetwork:
+    """Returns the network of a masked transform. The parameters of each feature have these sizes."""
+    if list(arn.param_dims) != sizes or isinstance(arn, ConditionalDenseNN):
+        raise UnsupportedError("parameters of other sizes")
+    outputs = torch.arange(arn.layers[-1].out_features, device="cpu").view(-1, arn.input_dim).t()
+    network = LibraryNetwork(outputs, context_columns=range(arn.context_dim))
+    value = network.add_layers(0, _layers(arn), (MaskedLinear,))
     if arn.skip_layer is not None:
         network.add_sum(network.add_layer(0, arn.skip_layer), value)
     return network
 
 
-class _AcceleratedTransform(AcceleratedModule):
-    """A transform, or a conditional transform at a context.
+def _layers(network: Any) -> list[nn.Module]:
+    """Returns the layers and activations of a network."""
+    return [part for layer in network.layers for part in (layer, network.f)][:-1]
 
-    Attributes:
-        cache_name: The attribute in which pyro keeps the logarithms of derivatives.
-        _pass: y, the network's output -> the next iterate, and the logarithms of derivatives.
-    """
 
-    cache_name: ClassVar[str]
+def _coupling(dense: Any, split: int, sizes: Sequence[int], fields: Mapping[str, Any]) -> ChainTransform:
+    """Returns a coupling whose first features stay as they are. Its outputs are the parameters one after the other."""
+    transformed = dense.param_dims[0] // sizes[0]
+    if list(dense.param_dims) != [transformed * size for size in sizes]:
+        raise UnsupportedError("parameters of other sizes")
+    parts = torch.arange(sum(dense.param_dims), device="cpu").split(dense.param_dims)
+    outputs = torch.cat([part.view(transformed, -1) for part in parts], dim=1)
+    network = LibraryNetwork(outputs, range(dense.context_dim), dense.input_dim)
+    network.add_layers(0, _layers(dense))
+    return coupling_transform(network, range(split), range(split, split + transformed), **fields)
+
+
+class AcceleratedTransform(AcceleratedModule):
+    """A transform, or a conditional transform at a context."""
+
     arn: Any
     _conditional: Any
     _context: Tensor | None = None
-    _pass: Any
 
     def _call(self, x: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d"]:
         result = self._evaluate(x, is_inverse=False)
@@ -100,6 +122,11 @@ class _AcceleratedTransform(AcceleratedModule):
     def _inverse(self, y: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d"]:
         result = self._evaluate(y, is_inverse=True)
         return self._invert(y) if result is None else result
+
+    @property
+    def _cache_name(self) -> str:
+        """The attribute in which pyro keeps the logarithms of derivatives. It sums over the last dimension."""
+        return "_cache_log_detJ" if "Spline" in library_class(self).__name__ else "_cached_log_scale"
 
     @property
     def _owner(self) -> Any:
@@ -112,11 +139,11 @@ class _AcceleratedTransform(AcceleratedModule):
         except RuntimeError:  # pyro raises its own error for such a context.
             return None
         library_call = partial(self._library_call, is_inverse)
-        result: Any = self.acceleration.evaluate(self._owner, x, context, is_inverse, library_call, "features")
+        result: Any = self.acceleration.evaluate(self._owner, x, context, is_inverse, library_call, "rows")
         if result is None:
             return None
-        values, log_derivative = result
-        setattr(self, self.cache_name, -log_derivative if is_inverse else log_derivative)
+        values, log_det = result
+        setattr(self, self._cache_name, (-log_det if is_inverse else log_det)[..., None])
         return values
 
     def _library_call(self, is_inverse: bool, module: Any, x: Tensor, context: Tensor | None) -> TransformOutput:
@@ -124,8 +151,22 @@ class _AcceleratedTransform(AcceleratedModule):
         transform = module if context is None else kind.condition(module, context)
         kind = library_class(transform)
         values = kind._inverse(transform, x) if is_inverse else kind._call(transform, x)
-        log_scale = getattr(transform, self.cache_name)
-        return values, -log_scale if is_inverse else log_scale
+        log_det = getattr(transform, self._cache_name).sum(-1)
+        return values, -log_det if is_inverse else log_det
+
+    def _invert(self, y: Tensor) -> Tensor:
+        """Returns the inverse without native code."""
+        return super()._inverse(y)  # type: ignore[misc]
+
+
+class _AcceleratedMasked(AcceleratedTransform):
+    """A masked transform.
+
+    Attributes:
+        _pass: y, the network's output -> the next iterate, and the logarithms of derivatives.
+    """
+
+    _pass: Any
 
     def _invert(self, y: Tensor) -> Tensor:
         network, context = self.arn if self._context is None else self._conditional.nn, self._context
@@ -135,20 +176,18 @@ class _AcceleratedTransform(AcceleratedModule):
 
         outputs = invert_by_passes(self.acceleration, self._owner, step, network, y, context, y.shape[-1])
         if outputs is None:
-            return super()._inverse(y)  # type: ignore[misc]
+            return super()._invert(y)
         x, log_scale = outputs
-        setattr(self, self.cache_name, log_scale)
+        setattr(self, self._cache_name, log_scale)
         return x
 
 
-class AcceleratedAffine(_AcceleratedTransform):
+class AcceleratedAffine(_AcceleratedMasked):
     """An affine transform of each feature.
 
     pyro's loop sets one feature at a time, and a pass sets all of them. Both end at the same bits if all values are
     finite.
     """
-
-    cache_name = "_cached_log_scale"
 
     log_scale_min_clip: float
     log_scale_max_clip: float
@@ -160,10 +199,8 @@ class AcceleratedAffine(_AcceleratedTransform):
         return x.contiguous(), log_scale  # pyro's result is contiguous too.
 
 
-class AcceleratedSpline(_AcceleratedTransform):
+class AcceleratedSpline(_AcceleratedMasked):
     """A spline of each feature."""
-
-    cache_name = "_cache_log_detJ"
 
     spline: Any
 
@@ -171,6 +208,37 @@ class AcceleratedSpline(_AcceleratedTransform):
         bins, bound, order = self.spline.count_bins, self.spline.bound, self.spline.order
         spline = ConditionalSpline(lambda _: parameters, y.shape[-1], bins, bound, order).condition(None)
         return spline._inverse(y), spline._cache_log_detJ
+
+
+class AcceleratedNeural(AcceleratedTransform):
+    """A neural autoregressive transform. pyro has no inverse of it, so it is searched feature by feature."""
+
+    def _invert(self, y: Tensor) -> Tensor:
+        x, features = torch.zeros_like(y), self.arn.get_permutation()
+        with torch.no_grad():
+            for feature in features[:, None]:
+                function = self._at([parameter[..., feature] for parameter in self.arn(x)])
+                target = y[..., feature].double()
+                x[..., feature] = find_root(function, target, find_bound(function, target)).to(x.dtype)
+        if torch.is_grad_enabled():
+            (x,) = attach_gradients(x, partial(self._newton_step, y), len(features))
+        self._call(x)  # pyro's log_abs_det_jacobian reads what this call stores.
+        self.acceleration.record_use(self._owner, len(features), "passes")
+        return x
+
+    def _at(self, parameters: Sequence[Tensor]) -> Callable[[Tensor], Tensor]:
+        """Returns the function of each feature, in float64. In float32, its result has no inverse near the ends."""
+        doubles = [parameter.double() for parameter in parameters]
+        transform: Any = shallow_copy(self, NeuralAutoregressive, arn=lambda _: doubles)
+        return lambda x: transform._call(x.double())
+
+    def _newton_step(self, y: Tensor, x: Tensor) -> tuple[Tensor]:
+        """Returns x, with the gradients of x - (f(x) - y) / f'(x) in each feature."""
+        parameters = self.arn(x)
+        (slope,) = torch.autograd.grad(self._at([each.detach() for each in parameters])(x).sum(), x)
+        residual = self._at(parameters)(x) - y
+        # A slope of 0 is that of a bound, where no x gives y.
+        return (x - ((residual - residual.detach()) / slope.where(slope != 0, torch.inf)).to(x.dtype),)
 
 
 # Python only lets a module have this class if pyro's own class is the first base.
@@ -184,14 +252,21 @@ class AcceleratedConditional(ConditionalTransformModule, AcceleratedModule):
         transform = super().condition(context)  # type: ignore[safe-super]
         # As a submodule, the conditional transform would give pyro its parameters twice.
         vars(transform).update(_conditional=self, _context=context)
-        kind = AcceleratedAffine if isinstance(transform, AffineAutoregressive) else AcceleratedSpline
-        self.acceleration.replace_class(transform, kind)
+        self.acceleration.replace_class(transform, _MIXINS[library_class(transform)])
         return transform
 
 
-ADAPTERS: tuple[Adapter, ...] = (
-    Adapter(AffineAutoregressive, ("_inverse",), AcceleratedAffine, list_transforms),
-    Adapter(SplineAutoregressive, ("_inverse",), AcceleratedSpline, list_transforms),
-    Adapter(ConditionalAffineAutoregressive, ("condition",), AcceleratedConditional, list_transforms),
-    Adapter(ConditionalSplineAutoregressive, ("condition",), AcceleratedConditional, list_transforms),
-)
+_MIXINS: dict[type[nn.Module], type[AcceleratedModule]] = {
+    AffineAutoregressive: AcceleratedAffine, ConditionalAffineAutoregressive: AcceleratedConditional,
+    SplineAutoregressive: AcceleratedSpline, ConditionalSplineAutoregressive: AcceleratedConditional,
+    NeuralAutoregressive: AcceleratedNeural, ConditionalNeuralAutoregressive: AcceleratedConditional,
+    AffineCoupling: AcceleratedTransform, ConditionalAffineCoupling: AcceleratedConditional,
+    SplineCoupling: AcceleratedTransform,
+}  # fmt: skip
+ADAPTERS: tuple[Adapter, ...] = tuple(
+    Adapter(
+        kind, ("condition" if mixin is AcceleratedConditional else "_inverse",), mixin, list_transforms,
+        needs_native="Coupling" in kind.__name__, has_search=lambda module: "Neural" in library_class(module).__name__,
+    )
+    for kind, mixin in _MIXINS.items()
+)  # fmt: skip

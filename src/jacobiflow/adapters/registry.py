@@ -25,12 +25,13 @@ def load_adapters(library: str) -> tuple[Adapter, ...]:
         from jacobiflow.adapters.zuko import ADAPTERS
     elif library == "nflows":
         from nflows import transforms
-        from nflows.nn import nets
+        from nflows.nn.nets import resnet
 
+        nets = resnet.ResidualNet, resnet.ResidualBlock
         return make_adapters(Library(transforms, nets, (transforms.AffineCouplingTransform,), {None: SIGMOID_SCALE}))
     elif library == "glasflow":
         from glasflow.nflows import transforms
-        from glasflow.nflows.nn import nets
+        from glasflow.nflows.nn.nets import resnet
         from glasflow.transforms.coupling import AffineCouplingTransform
         from glasflow.transforms.utils import SCALE_ACTIVATIONS as SCALES
 
@@ -38,6 +39,7 @@ def load_adapters(library: str) -> tuple[Adapter, ...]:
         scales = dict.fromkeys((base.DEFAULT_SCALE_ACTIVATION, SCALES["nflows"]), SIGMOID_SCALE)
         wide = (base.GENERAL_SCALE_ACTIVATION, SCALES["nflows_general"], SCALES["wide"])
         scales |= dict.fromkeys(wide, WIDE_SCALE)
+        nets = resnet.ResidualNet, resnet.ResidualBlock
         return make_adapters(Library(transforms, nets, (base, AffineCouplingTransform), scales))
     elif library == "normflows":
         from jacobiflow.adapters.normflows import ADAPTERS

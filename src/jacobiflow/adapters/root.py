@@ -9,9 +9,20 @@ from jaxtyping import Float
 from torch import Tensor
 
 _MAX_EVALUATIONS = 100  # bisection alone needs 55 in float64
+_MAX_BOUND = 2.0**20
 
 
-def find_root(function: Callable[[Tensor], Tensor], y: Float[Tensor, "*b"], bound: float) -> Float[Tensor, "*b"]:
+def find_bound(function: Callable[[Tensor], Tensor], y: Float[Tensor, "*b"]) -> Float[Tensor, "*b"]:
+    """Returns a bound b for each entry, such that an increasing f has f(-b) <= y <= f(b). It is at most 2^20."""
+    bound = torch.ones_like(y)
+    while not (is_enough := (function(-bound) <= y) & (y <= function(bound)) | (bound == _MAX_BOUND)).all():
+        bound = torch.where(is_enough, bound, 4 * bound)
+    return bound
+
+
+def find_root(
+    function: Callable[[Tensor], Tensor], y: Float[Tensor, "*b"], bound: Float[Tensor, "*b"] | float
+) -> Float[Tensor, "*b"]:
     """Solves f(x) = y for an increasing f of each entry in [-bound, bound], by Chandrupatla's method.
 
     If f does not reach y, the solution is the nearer bound. It is NaN if f is.
@@ -21,7 +32,8 @@ def find_root(function: Callable[[Tensor], Tensor], y: Float[Tensor, "*b"], boun
         without using derivatives (1997), https://doi.org/10.1016/S0965-9978(96)00051-8.
     """
     tolerance = bound * torch.finfo(y.dtype).eps
-    a, b = torch.full_like(y, -bound), torch.full_like(y, bound)
+    b = torch.ones_like(y) * bound
+    a = -b
     of_a, of_b = function(a), function(b)
     y = y.clamp(of_a, of_b)
     of_a, of_b = of_a - y, of_b - y

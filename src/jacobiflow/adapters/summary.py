@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Mapping
 
 from torch import nn
 
-from jacobiflow.adapters.library_module import is_accelerated, library_class
+from jacobiflow.adapters.library_module import library_class
 from jacobiflow.adapters.native_module import NativeModule
 from jacobiflow.adapters.part import Part
 from jacobiflow.errors import UnsupportedError
@@ -26,72 +25,46 @@ def describe_tolerance(tolerance: float | None) -> str:
 def describe(parts: Mapping[nn.Module, Part], tolerance: float | None, reasons: Mapping[str, str]) -> str:
     """Returns a line for the flow, and one for all layers of a class that are computed in the same way."""
     transforms = [part for part in parts.values() if not part.adapter.is_composition]
-    layers = [
-        (part.name, part.module, part, *_method_without_native(part)) for part in transforms
-    ] + [
-        (name, layer, part, "the library", "")
-        for part in parts.values() for name, layer in part.list_layers().items()
-        if parts.keys().isdisjoint(layer.modules()) and name not in reasons
+    modules = [(part.name, part.module, part) for part in transforms] + [
+        (f"{part.name}.{part.adapter.layers}.{i}".lstrip("."), layer, part)
+        for part in parts.values() for i, layer in enumerate(part.layers) if parts.keys().isdisjoint(layer.modules())
     ]  # fmt: skip
-    native = {module for part in parts.values() for module in _list_native(part, tolerance)}
-    lines: dict[str, str] = {}
-    for name, layer, part, method, condition in layers:
-        if layer in native:
-            method = "native code"
-        elif tolerance != 0:
-            method += f"{condition}: {_find_obstacle(layer, part)}"
-        lines[name] = f"{part.adapter.library} {library_class(layer).__name__}, by {method}"
-    lines |= {name: f"left alone, {reason}" for name, reason in reasons.items()}
+    names: dict[str, list[str]] = {}
+    for name, layer, part in modules:
+        if name in reasons:
+            continue
+        text = f"{part.adapter.library} {library_class(layer).__name__}, by {_describe_way(layer, part, tolerance)}"
+        names.setdefault(text, []).append(name)
+    for name, reason in reasons.items():
+        names.setdefault(f"left alone, {reason}", []).append(name)
     what = f"{len(transforms)} transform{'s' * (len(transforms) > 1)}"
     first = f"accelerated, {describe_tolerance(tolerance)}: {what}" if parts else "nothing was accelerated"
-    return "\n".join([first, *_lines_of(lines)])
+    lines = [f"  {_join_names(some)}: {text}" if any(some) else f"  {text}" for text, some in names.items()]
+    return "\n".join([first, *lines])
 
 
-def _method_without_native(part: Part) -> tuple[str, str]:
-    """Returns how a transform is inverted without native code, and on which condition."""
-    if part.adapter.needs_native:
-        return "the library", ""
-    return "passes", "" if part.adapter.has_search(part.module) else f", if there are {MIN_PASSES} features or more"
-
-
-def _list_native(part: Part, tolerance: float | None) -> Iterator[nn.Module]:
-    """Yields the modules in an accelerated module that native code computes."""
-    if part.adapter.list_transforms is None:
-        yield part.module
-        return
-    try:
-        native = part.find_native(is_conditional=False)
-    except UnsupportedError:
-        return
+def _describe_way(layer: nn.Module, part: Part, tolerance: float | None) -> str:
+    """Returns how a layer of an accelerated module, or this module itself, is computed."""
+    adapter = part.adapter
+    if adapter.list_transforms is None:
+        return "native code"
+    way = "the library" if adapter.needs_native or layer is not part.module else "passes"
     if tolerance == 0:
-        return
-    if native.obstacle is None:
-        yield from part.module.modules()
-    elif native.mixed is not None:
-        for run in filter(is_accelerated, native.mixed.modules()):
-            acceleration: Any = run.acceleration
-            yield from _list_native(acceleration.parts[run], tolerance)
-
-
-def _find_obstacle(layer: nn.Module, part: Part) -> str:
-    """Returns why native code does not compute a layer of an accelerated module, or this module itself."""
+        return way
     try:
         native = part.find_native(is_conditional=False)
+        is_alone = native.mixed is None or layer in getattr(native.mixed, adapter.layers)
+        obstacle = NativeModule(layer, adapter.list_transforms, is_conditional=False).obstacle
+        if obstacle is not None:
+            obstacle = f"native code does not know {obstacle}"
+        elif layer is part.module or native.obstacle is None or not is_alone:
+            return "native code"
+        else:
+            obstacle = "native code computes two layers or more"
     except UnsupportedError as error:
-        return str(error)
-    if layer is not part.module and part.adapter.list_transforms is not None:
-        native = NativeModule(layer, part.adapter.list_transforms, is_conditional=False)
-    if native.obstacle is None:
-        return "native code computes two layers or more"
-    return f"native code does not know {native.obstacle}"
-
-
-def _lines_of(texts: dict[str, str]) -> list[str]:
-    """Returns a line for each text, after the names of the modules that it holds for."""
-    names: dict[str, list[str]] = {}
-    for name, text in texts.items():
-        names.setdefault(text, []).append(name)
-    return [f"  {_join_names(some)}: {text}" if any(some) else f"  {text}" for text, some in names.items()]
+        obstacle = str(error)
+    condition = "" if way != "passes" or adapter.has_search(layer) else f", if there are {MIN_PASSES} features or more"
+    return f"{way}{condition}: {obstacle}"
 
 
 def _join_names(names: list[str]) -> str:

@@ -89,7 +89,7 @@ def _autoregressive_transform(module: Any) -> ChainTransform:
         raise UnsupportedError(f"the network {type(module.hyper).__name__}")
     outputs = torch.arange(module.hyper[-1].out_features, device="cpu").view(-1, module.total)
     network = LibraryNetwork(outputs, context_columns=range(len(outputs), module.hyper[0].in_features))
-    _add_layers(network, 0, list(module.hyper))
+    network.add_layers(0, module.hyper, (MaskedLinear, Linear), Residual)
     return masked_transform(network, **_univariate_fields(module.univariate, list(module.shapes)))
 
 
@@ -98,7 +98,7 @@ def _coupling_transform(module: Any, identity: Sequence[int], transformed: Seque
         raise UnsupportedError(f"the network {type(module.hyper).__name__}")
     outputs = torch.arange(len(transformed) * module.total, device="cpu").view(-1, module.total)
     network = LibraryNetwork(outputs, range(len(identity), module.hyper.in_features), len(identity))
-    _add_layers(network, 0, list(module.hyper))
+    network.add_layers(0, module.hyper, (MaskedLinear, Linear), Residual)
     fields = _univariate_fields(module.univariate, list(module.shapes))
     return coupling_transform(network, identity, transformed, **fields)
 
@@ -113,20 +113,6 @@ def _elementwise_transform(module: Any, is_conditional: bool) -> ChainTransform:
     features = len(module.phi[0])
     fields = _univariate_fields(module.univariate, list(module.shapes))
     return constant_transform(places, features, range(features), **fields)
-
-
-def _add_layers(network: LibraryNetwork, value: int, modules: list[nn.Module]) -> int:
-    """Adds masked and dense layers, activations and residual blocks, one after the other."""
-    while modules:
-        module, *modules = modules
-        if type(module) in (MaskedLinear, Linear):
-            function = modules.pop(0) if modules and type(modules[0]) not in (MaskedLinear, Linear, Residual) else None
-            value = network.add_layer(value, module, function)
-        elif type(module) is Residual:
-            value = network.add_sum(_add_layers(network, value, list(module.children())), value)
-        else:
-            value = network.add_function(value, module)
-    return value
 
 
 def _univariate_fields(univariate: Any, shapes: list[Any]) -> dict[str, Any]:

@@ -112,15 +112,15 @@ def constant_transform(
 
     Args:
         places: The places of the tensors, (transformed, size) each: the two parameters of an affine transform, or the
-            widths, the heights and the derivatives of a spline.
+            widths, the heights, the derivatives and, if it is rational linear, the lambdas of a spline.
         features: D.
         transformed: The features that are transformed, in the order of the tensors. The others stay as they are.
         fields: Those of `boundary.Transform` that describe the elementwise transform.
     """
     shapes = [holder[name].shape for holder, name in places]
     sizes = [shape.numel() / len(transformed) for shape in shapes]
-    expected = [fields["bins"], fields["bins"], sizes[-1]] if "bins" in fields else [1, 1]
-    if sizes != expected:
+    bins, is_linear = fields.get("bins", 0), fields["kind"] == TransformKind.RATIONAL_LINEAR
+    if sizes != ([bins, bins, *([bins - 1, bins] if is_linear else sizes[2:3])] if bins else [1, 1]):
         raise UnsupportedError("parameters of other sizes")
     order = _integers([*(feature for feature in range(features) if feature not in transformed), *transformed])
     structure = Transform(

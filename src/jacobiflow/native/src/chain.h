@@ -42,6 +42,7 @@ inline bool is_constant(const Transform& t) { return t.kind >= TransformKind::ma
 // Returns the numbers of parameters that these tensors have for each feature.
 inline std::vector<int> tensor_sizes(const Transform& t) {
   if (t.kind == TransformKind::masked_affine) return {1, 1};
+  if (t.kind == TransformKind::rational_linear) return {t.bins, t.bins, t.bins - 1, t.bins};
   return {t.bins, t.bins, t.parameters - 2 * t.bins};
 }
 
