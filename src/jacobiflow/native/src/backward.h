@@ -5,7 +5,14 @@
 
 namespace jacobiflow {
 
-// Computes the gradients of tiles of `vectors` vectors of rows in one thread. They have the layout of the values.
+// Returns the number of units of a tile's memory.
+template <typename T>
+size_t gradient_units(const Chain<T>& chain, const TensorGradients<T>& tensors) {
+  return (size_t)3 * chain.call.features + 2 * chain.call.context_features + chain.max_gradient_units + tensors.max_inputs +
+         2 * chain.own_units();
+}
+
+// Computes the gradients of a tile of `vectors` vectors of rows in one thread. They have the layout of the values.
 template <typename T, int vectors>
 class BackwardTile {
  public:
@@ -13,31 +20,31 @@ class BackwardTile {
   using Vector = typename S::Vector;
   static constexpr int rows = S::lanes * vectors;
 
-  BackwardTile(const Chain<T>& chain, const GradientArgs& args, TensorGradients<T>& tensors, int rank)
-      : chain(chain), call(chain.call), args(args), tensors(tensors), sums(tensors.of_thread(rank)),
-        features((size_t)call.features * rows), copy((size_t)call.features * rows),
-        log_det((size_t)(call.is_by_feature ? call.features : 1) * rows), context((size_t)call.context_features * rows),
-        context_gradient((size_t)call.context_features * rows), gradients(chain.max_gradient_units * rows),
-        transposed((size_t)tensors.max_inputs * rows), memory(feature_memory<T>(call)),
-        constants(constant_memory<T>(call, 2 * rows)) {}
+  // `memory` has `gradient_units` units, and `sums` are those of this thread in `tensors`.
+  BackwardTile(const Chain<T>& chain, const GradientArgs& args, const TensorGradients<T>& tensors, T* sums, T* memory)
+      : chain(chain), call(chain.call), args(args), tensors(tensors), sums(sums), features(memory),
+        copy(features + (size_t)call.features * rows), log_det(copy + (size_t)call.features * rows),
+        context(log_det + (size_t)call.features * rows), context_gradient(context + (size_t)call.context_features * rows),
+        gradients(context_gradient + (size_t)call.context_features * rows),
+        transposed(gradients + chain.max_gradient_units * rows), own(transposed + (size_t)tensors.max_inputs * rows) {}
 
   // Adds the gradients of rows [first, first + count), whose values the forward direction has left in `activations`.
   void run(int64_t first, int count, const T* activations) {
     values = activations;
     const int by_feature = call.is_by_feature ? call.features : 1;
-    load(args.grad_out, first, call.features, count, features.get());
-    load(args.grad_log_det, first, by_feature, count, log_det.get());
+    load(args.grad_out, first, call.features, count, features);
+    load(args.grad_log_det, first, by_feature, count, log_det);
     if (call.context_features)
       load_rows(static_cast<const T*>(call.context) + first * call.context_stride, call.context_stride,
-                call.context_features, count, rows, context.get());
-    std::memset(context_gradient.get(), 0, sizeof(T) * call.context_features * rows);
+                call.context_features, count, rows, context);
+    std::memset(context_gradient, 0, sizeof(T) * call.context_features * rows);
     for (int i = call.count - 1; i >= 0; i--) {
       index = call.is_inverse ? call.count - 1 - i : i;
       const Transform& t = call.transforms[index];
       inverts = chain.inverts(t);
       needs_features = i > 0 || args.grad_input || inverts;
       if (t.kind == TransformKind::permutation)
-        permute(t, !inverts, rows, features.get(), copy.get());
+        permute(t, !inverts, rows, features, copy);
       else if (t.kind == TransformKind::soft_clip)
         differentiate_soft_clip(t);
       else if (t.kind == TransformKind::lu_linear)
@@ -50,9 +57,9 @@ class BackwardTile {
         masked(t);
     }
     if (args.grad_input)
-      store_rows(features.get(), call.features, count, rows, static_cast<T*>(args.grad_input) + first * call.features);
+      store_rows(features, call.features, count, rows, static_cast<T*>(args.grad_input) + first * call.features);
     if (args.grad_context)
-      store_rows(context_gradient.get(), call.context_features, count, rows,
+      store_rows(context_gradient, call.context_features, count, rows,
                  static_cast<T*>(args.grad_context) + first * call.context_features);
   }
 
@@ -60,9 +67,9 @@ class BackwardTile {
   const Chain<T>& chain;
   const ChainArgs& call;
   const GradientArgs& args;
-  TensorGradients<T>& tensors;
-  T* const sums;
-  Buffer<T> features, copy, log_det, context, context_gradient, gradients, transposed, memory, constants;
+  const TensorGradients<T>& tensors;
+  T *const sums, *const features, *const copy, *const log_det, *const context, *const context_gradient, *const gradients;
+  T *const transposed, *const own;
   const T* values = nullptr;  // the tile's activations
   int index = 0;              // index of the current transform
   bool inverts = false, needs_features = false;
@@ -76,14 +83,14 @@ class BackwardTile {
   }
 
   Vector log_det_of(int feature, int v) const {
-    return S::load(log_det.get() + (size_t)(call.is_by_feature ? feature : 0) * rows + v * S::lanes);
+    return S::load(log_det + (size_t)(call.is_by_feature ? feature : 0) * rows + v * S::lanes);
   }
 
   // Return the values of this transform, the derivatives of activations, and the gradients of both.
   const T* value_of(int value) const { return values + chain.value(index, value) * rows; }
-  T* gradient_of(int value) { return gradients.get() + chain.gradient(index, value) * rows; }
+  T* gradient_of(int value) { return gradients + chain.gradient(index, value) * rows; }
   const T* slopes_of(const OperationLayout& layout) const { return values + layout.slopes * rows; }
-  T* context_layer_gradient(const OperationLayout& layout) { return gradients.get() + layout.layer_gradient * rows; }
+  T* context_layer_gradient(const OperationLayout& layout) { return gradients + layout.layer_gradient * rows; }
 
   void differentiate_unconditional(const Transform& t) {
     const OperationLayout& layout = chain.of(index, 0);
@@ -93,7 +100,7 @@ class BackwardTile {
       const T scale = scales[f], shift = shifts[f];
       Vector of_scale{}, of_shift{};
       for (int v = 0; v < vectors; v++) {
-        T* at = features.get() + (size_t)f * rows + v * S::lanes;
+        T* at = features + (size_t)f * rows + v * S::lanes;
         const Vector x = S::load(value_of(0) + (size_t)f * rows + v * S::lanes);
         Gradients<Vector> g{S::load(at), log_det_of(f, v)};
         if (t.kind == TransformKind::normal) {
@@ -119,7 +126,7 @@ class BackwardTile {
 
   // Of features whose parameters are in tensors.
   void differentiate_constant(const Transform& t) {
-    T *parameters = constants.get(), *to = parameters + (size_t)t.parameters * rows;
+    T *parameters = own + (size_t)2 * chain.max_bins * rows, *to = parameters + (size_t)t.parameters * rows;
     for (int i = t.identity; i < t.features; i++) {
       const int feature = i - t.identity;
       chain.each_parameter(index, feature, [&](int p, T value, int, int) {
@@ -139,12 +146,12 @@ class BackwardTile {
   // Of y = L (U x) + shift, a gradient g of y gives L the gradient g (U x)^T, U the gradient (L^T g) x^T, and x the gradient
   // U^T L^T g. Of the inverse, a gradient g of x gives y the gradient h = L^-T U^-T g, L -h (U x)^T, and U -(U^-T g) x^T.
   void differentiate_lu(const Transform& t) {
-    const Triangle<T, vectors> upper = chain.template upper<vectors>(index), lower = chain.template lower<vectors>(index);
+    const auto upper = chain.template triangle<vectors>(index, false), lower = chain.template triangle<vectors>(index, true);
     const GradientLayout &of_upper = tensors.of(index, 0), &of_lower = tensors.of(index, 1);
     const int D = t.features;
     const auto read_all = [&](int) { return D; };
     const T* x = value_of(0);
-    T *g = features.get(), *other = copy.get();
+    T *g = features, *other = copy;
     const auto add_lower = [&] {
       if (!of_lower.has_any) return;
       upper.multiply(x, other);
@@ -181,7 +188,7 @@ class BackwardTile {
   void differentiate_soft_clip(const Transform& t) {
     for (int f = 0; f < call.features; f++)
       for (int v = 0; v < vectors; v++) {
-        T* at = features.get() + (size_t)f * rows + v * S::lanes;
+        T* at = features + (size_t)f * rows + v * S::lanes;
         const Vector x = S::load(value_of(0) + (size_t)f * rows + v * S::lanes), to_share = S::abs(x) / (T)t.high + T(1);
         const Vector slope = T(1) / (to_share * to_share), size = T(-2) / (to_share * (T)t.high);
         const Vector bend = x > T(0) ? size : (x < T(0) ? -size : Vector{});
@@ -216,9 +223,9 @@ class BackwardTile {
 
   // Replaces the gradient of the i-th feature, and writes those of its parameters.
   void differentiate_feature(const Transform& t, int i, const T* parameters, T* parameter_gradients) {
-    with_feature_transform<T>(t, inverts, memory.get(), [&](const auto& make) {
+    with_feature_transform<T>(t, inverts, own, [&](const auto& make) {
       for (int v = 0; v < vectors; v++) {
-        T* at = features.get() + (size_t)t.order[i] * rows + v * S::lanes;
+        T* at = features + (size_t)t.order[i] * rows + v * S::lanes;
         const Vector x = S::load(value_of(0) + (size_t)(t.context + i) * rows + v * S::lanes);
         const Gradients<Vector> g{S::load(at), log_det_of(t.order[i], v)};
         auto transform = make({parameters + v * S::lanes, rows});
@@ -230,7 +237,7 @@ class BackwardTile {
   // Adds the gradient of the network's input to that of the i-th feature.
   void add_input_gradient(const Transform& t, int i) {
     for (int v = 0; v < vectors; v++)
-      add_to(features.get() + (size_t)t.order[i] * rows + v * S::lanes,
+      add_to(features + (size_t)t.order[i] * rows + v * S::lanes,
              S::load(gradient_of(0) + (size_t)(t.context + i) * rows + v * S::lanes));
   }
 
@@ -302,14 +309,14 @@ class BackwardTile {
   void add_context_gradients(const Transform& t) {
     for (int i = 0; i < t.context; i++)
       for (int v = 0; v < vectors; v++)
-        add_to(context_gradient.get() + (size_t)(t.input_rows[i] - t.context_start) * rows + v * S::lanes,
+        add_to(context_gradient + (size_t)(t.input_rows[i] - t.context_start) * rows + v * S::lanes,
                S::load(gradient_of(0) + (size_t)i * rows + v * S::lanes));
     for (int j = 0; j < t.num_operations; j++) {
       const Operation& o = t.operations[j];
       if (!reads_context(o)) continue;
       const OperationLayout& layout = chain.of(index, j);
       const Range units{0, o.ready[t.steps - 1]};
-      T* to = context_gradient.get();
+      T* to = context_gradient;
       multiply<T, vectors>(
           Matrix<T>{chain.weight(layout), 1, layout.inputs}, 0, layout.inputs, [&](int, int) { return units; },
           context_layer_gradient(layout), to,
@@ -327,7 +334,7 @@ class BackwardTile {
       add_products(gradient_of(j + 1), all, value_of(o.source), chain.ready(t, o.source, t.steps - 1),
                    [&](int unit) { return chain.reads(layout, unit); }, s);
     else
-      add_products(context_layer_gradient(layout), all, context.get(), layout.inputs,
+      add_products(context_layer_gradient(layout), all, context, layout.inputs,
                    [&](int) { return layout.inputs; }, s);
   }
 
@@ -335,11 +342,11 @@ class BackwardTile {
   // the first read(unit) inputs.
   template <typename Read>
   void add_products(const T* g, int all, const T* in, int inputs, const Read& read, const GradientLayout& s) {
-    transpose<T>(in, inputs, rows, transposed.get(), s.stride);
+    transpose<T>(in, inputs, rows, transposed, s.stride);
     constexpr int count = sum_registers / 4;
     for (int unit = 0; unit < all; unit += count) {
       const int units = std::min(count, all - unit);
-      add_outer_product(g + (size_t)unit * rows, transposed.get(), units, read(unit + units - 1), rows, s.stride,
+      add_outer_product(g + (size_t)unit * rows, transposed, units, read(unit + units - 1), rows, s.stride,
                         sums + s.weight + (size_t)unit * s.stride);
       for (int u = unit; u < unit + units; u++)
         for (int v = 0; v < vectors; v++)

@@ -1,12 +1,14 @@
 // A chain of transforms: its packed weights, and where its values lie in memory.
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 #include <new>
 #include <vector>
 
 #include "activations.h"
-#include "gemm.h"
+#include "plan.h"
+#include "threads.h"
 
 namespace jacobiflow {
 
@@ -24,10 +26,6 @@ class Buffer {
   T* data_;
 };
 
-inline bool reads_context(const Operation& o) {
-  return o.kind == OperationKind::add_context || o.kind == OperationKind::gate_context;
-}
-
 inline bool reads_value(const Operation& o, int value) {
   const bool reads_other = o.kind == OperationKind::sum || o.kind == OperationKind::guidance;
   return o.source == value || (reads_other && o.other == value);
@@ -36,9 +34,6 @@ inline bool reads_value(const Operation& o, int value) {
 // Returns whether the network reads only features that stay as they are.
 inline bool is_coupling(const Transform& t) { return t.num_operations && t.inputs < t.features; }
 
-// Returns whether tensors are the parameters of the features.
-inline bool is_constant(const Transform& t) { return t.kind >= TransformKind::masked_affine && !t.num_operations; }
-
 // Returns the numbers of parameters that these tensors have for each feature.
 inline std::vector<int> tensor_sizes(const Transform& t) {
   if (t.kind == TransformKind::masked_affine) return {1, 1};
@@ -46,43 +41,25 @@ inline std::vector<int> tensor_sizes(const Transform& t) {
   return {t.bins, t.bins, t.parameters - 2 * t.bins};
 }
 
-// Where the numbers of an operation lie. An affine transform without a network has one layout: its scale is a weight with one
-// input for each feature, and its shift the bias. lu_linear has two: U with its diagonal before the softplus as bias, and L with
-// the shift. If tensors are the parameters, each of them is a weight.
-struct OperationLayout {
-  int weight_index = -1, bias_index = -1;  // in ChainArgs.tensors; -1 without one
-  int units = 0, inputs = 0;               // rows and columns of the weight
-  size_t weight = 0;                       // offset in the packed weights: (units, inputs), sorted by step
-  size_t bias = 0;                         // offset in the packed weights: (units), sorted by step
-  const void* in_place = nullptr;          // the weight itself if it is not packed
-  bool is_stored = false;                  // the backward pass reads its value
-  bool has_slopes = false;                 // the backward pass reads the derivatives of its activation
-  size_t value = 0;                        // first unit in a tile's activations
-  size_t slopes = 0;                       // first unit in a tile's activations of the derivatives
-  size_t gradient = 0;                     // first unit in a transform's gradients
-  size_t layer_gradient = 0;               // first unit in a transform's gradients of the layer of the context
-  size_t reads = 0;                        // offset in `ranges`: for each unit, the end of the inputs that it reads
-  size_t readers = 0;                      // offset in `ranges`: for each input, the first unit that reads it
-  bool is_source_read_later = false;       // a later operation reads its source
-  bool is_other_read_later = false;        // a later operation reads its second source
-};
-
+// Plans a call, and owns what the plan points to.
 template <typename T>
-class Chain {
+class Chain : public Plan<T> {
  public:
   using S = Simd<T>;
   using Vector = typename S::Vector;
+  using P = Plan<T>;
+  using P::call, P::inverts, P::num_layouts, P::of, P::packed, P::reads, P::ready, P::rows, P::shares_context, P::units;
 
-  explicit Chain(const ChainArgs& call)
-      : call(call), shares_context(call.context_features && !call.packed && has_equal_rows()) {
+  explicit Chain(const ChainArgs& arguments) : P(arguments) {
+    shares_context = call.context_features && !call.packed && has_equal_rows();
     for (int i = 0; i < call.count; i++) {
       const Transform& t = call.transforms[i];
-      first_layout.push_back(layouts.size());
-      inputs.push_back(tile_units);
-      tile_units += units(t, 0);
-      size_t gradient_units = units(t, 0);
+      first_layouts.push_back((int32_t)layouts.size());
+      inputs.push_back((int32_t)activation_units);
+      activation_units += gradient_units = units(t, 0);
+      used = 2 * call.features + call.context_features + units(t, 0);
       lengths.push_back(inverts(t) ? 1 : group(t));
-      for (int j = 0; j < t.num_operations; j++) layouts.push_back(layout_of(t, j, gradient_units));
+      for (int j = 0; j < t.num_operations; j++) layouts.push_back(layout_of(t, j));
       if (t.kind == TransformKind::affine || t.kind == TransformKind::normal)
         layouts.push_back(tensor_layout(t, 0, 1, call.features, 1));
       if (t.kind == TransformKind::lu_linear) {
@@ -91,23 +68,28 @@ class Chain {
         work += (int64_t)t.features * t.features;
       }
       if (is_constant(t)) {
+        P::max_constants = std::max(P::max_constants, t.parameters);
         int tensor = 0;
         for (int size : tensor_sizes(t)) layouts.push_back(tensor_layout(t, tensor++, -1, t.features - t.identity, size));
       }
       max_gradient_units = std::max(max_gradient_units, gradient_units);
+      P::tile_units = std::max(P::tile_units, used);
+      P::max_bins = std::max(P::max_bins, t.bins);
     }
-    first_layout.push_back(layouts.size());
+    first_layouts.push_back((int32_t)layouts.size());
+    P::tile_units += P::own_units();
+    P::layouts = layouts.data(), P::first_layouts = first_layouts.data(), P::lengths = lengths.data();
+    P::inputs = inputs.data(), P::ranges = ranges.data();
   }
 
   // Packs the weights, into memory of the caller if it has given some.
   void pack() {
-    if (!call.packed) memory.emplace_back(packed_size);
-    packed = call.packed ? static_cast<T*>(call.packed) : memory[0].get();
+    if (!to_packed) packed = to_packed = memory.emplace_back(packed_size).get();
     std::atomic<int> next{0};
     in_threads((int)std::min<int64_t>(call.num_threads, 1 + work / 200000), [&](int) {
       for (int i; (i = next++) < call.count;) {
         const Transform& t = call.transforms[i];
-        for (int j = 0; j < t.num_operations; j++) pack(t, t.operations[j], layouts[position(i, j)]);
+        for (int j = 0; j < t.num_operations; j++) pack(t, t.operations[j], layouts[first_layouts[i] + j]);
         if (t.kind == TransformKind::lu_linear)
           pack_lu(t, of(i, 0), of(i, 1));
         else if (is_constant(t))
@@ -118,73 +100,13 @@ class Chain {
     });
   }
 
-  // Uses the weights that an earlier call has packed.
-  void use_packed() { packed = static_cast<T*>(call.packed); }
-
-  const ChainArgs& call;
-  const bool shares_context;
   int64_t work = 0;               // multiplications for each row
   size_t packed_size = 0;         // in numbers
-  size_t tile_units = 0;          // units of a tile's activations
+  size_t activation_units = 0;    // units of a tile's activations
   size_t max_gradient_units = 0;  // most units of the gradients of a transform
-  std::vector<size_t> inputs;     // for each transform, the first unit of its input in a tile's activations
-  std::vector<int> lengths;       // for each transform, the number of steps that are computed together
+  std::vector<OperationLayout> layouts;
+  std::vector<int32_t> first_layouts, lengths, inputs, ranges;
   std::atomic<bool> is_finite{true};
-
-  size_t num_layouts(int transform) const { return first_layout[transform + 1] - first_layout[transform]; }
-
-  size_t position(int transform, int operation) const { return first_layout[transform] + operation; }
-
-  const OperationLayout& of(int transform, int operation) const { return layouts[position(transform, operation)]; }
-
-  bool is_stored(int transform, int value) const { return !value || of(transform, value - 1).is_stored; }
-
-  // Return the first unit of a value in a tile's activations, and of its gradient in the transform's gradients.
-  size_t value(int transform, int value) const { return value ? of(transform, value - 1).value : inputs[transform]; }
-  size_t gradient(int transform, int value) const { return value ? of(transform, value - 1).gradient : 0; }
-
-  // Return the end of the inputs that a unit of a layer reads, and the first unit that reads an input.
-  int reads(const OperationLayout& layout, int unit) const { return ranges[layout.reads + unit]; }
-  int readers(const OperationLayout& layout, int input) const { return ranges[layout.readers + input]; }
-
-  const T* weight(const OperationLayout& layout) const {
-    return layout.in_place ? static_cast<const T*>(layout.in_place) : packed + layout.weight;
-  }
-  const T* bias(const OperationLayout& layout) const { return packed + layout.bias; }
-
-  // Calls use(index, parameter, its tensor, its column) for the parameters of a feature that are in tensors.
-  template <typename Use>
-  void each_parameter(int transform, int feature, const Use& use) const {
-    for (int k = 0, p = 0; k < (int)num_layouts(transform); k++)
-      for (int i = 0; i < of(transform, k).inputs; i++, p++) {
-        const OperationLayout& layout = of(transform, k);
-        use(p, weight(layout)[(size_t)feature * layout.inputs + i], k, i);
-      }
-  }
-
-  // Return L and U of lu_linear, for tiles of `vectors` vectors.
-  template <int vectors>
-  Triangle<T, vectors> upper(int transform) const {
-    const OperationLayout& layout = of(transform, 0);
-    return {{weight(layout), layout.inputs, 1}, layout.units, false};
-  }
-  template <int vectors>
-  Triangle<T, vectors> lower(int transform) const {
-    const OperationLayout& layout = of(transform, 1);
-    return {{weight(layout), layout.inputs, 1}, layout.units, true};
-  }
-
-  int units(const Transform& t, int value) const {
-    if (value) return t.operations[value - 1].units;
-    return t.num_operations ? t.context + t.features : t.kind == TransformKind::permutation ? 0 : call.features;
-  }
-
-  static const int32_t* rows(const Transform& t, int value) { return value ? t.operations[value - 1].rows : t.input_rows; }
-
-  // Returns the number of units of a value that can be computed once the features before `step` are solved.
-  static int ready(const Transform& t, int value, int step) {
-    return step < 0 ? 0 : (value ? t.operations[value - 1].ready : t.input_ready)[step];
-  }
 
   // Returns the most units that `length` steps add.
   static size_t max_new_units(const Operation& o, int steps, int length) {
@@ -196,17 +118,10 @@ class Chain {
     return max_units;
   }
 
-  bool inverts(const Transform& t) const { return call.is_inverse != t.is_inverted; }
-
-  // Returns the first input of a sum. A context that all rows share is in the bias already.
-  int first_input(const Transform& t, const Operation& o) const { return shares_context && !o.source ? t.context : 0; }
-
  private:
-  std::vector<OperationLayout> layouts;
-  std::vector<size_t> first_layout;
-  std::vector<int> ranges;
   std::vector<Buffer<T>> memory;
-  T* packed = nullptr;
+  size_t gradient_units = 0, used = 0;  // units of the present transform's gradients, and of a tile's memory
+  T* to_packed = static_cast<T*>(call.packed);
 
   // Returns a layout with memory for a packed weight and bias; the indices are those in the transform's tensors, or -1.
   OperationLayout tensor_layout(const Transform& t, int weight, int bias, int units, int inputs) {
@@ -222,8 +137,7 @@ class Chain {
     return layout;
   }
 
-  // Returns the layout of operation `j`. `gradient_units` counts the units of the transform's gradients.
-  OperationLayout layout_of(const Transform& t, int j, size_t& gradient_units) {
+  OperationLayout layout_of(const Transform& t, int j) {
     const Operation& o = t.operations[j];
     const int num_inputs = reads_context(o) ? call.context_features : o.source ? units(t, o.source) : t.context + t.inputs;
     OperationLayout layout = tensor_layout(t, o.weight, o.bias, o.units, num_inputs);
@@ -237,9 +151,12 @@ class Chain {
       layout.is_source_read_later |= reads_value(later, o.source);
       layout.is_other_read_later |= reads_value(later, o.other);
     }
-    layout.value = tile_units;
-    layout.slopes = tile_units += layout.is_stored ? o.units : 0;
-    tile_units += layout.has_slopes ? o.units : 0;
+    layout.place = used;
+    layout.sums = used += o.is_kept ? o.units : max_new_units(o, t.steps, lengths.back());
+    if (inverts(t) && t.steps > block_steps) used += max_new_units(o, t.steps, block_steps);
+    layout.value = activation_units;
+    layout.slopes = activation_units += layout.is_stored ? o.units : 0;
+    activation_units += layout.has_slopes ? o.units : 0;
     layout.gradient = gradient_units;
     layout.layer_gradient = gradient_units += o.units;
     gradient_units += reads_context(o) ? o.units : 0;
@@ -282,26 +199,26 @@ class Chain {
   void pack_numbers(const Transform& t, const OperationLayout& layout) {
     const T *scale = tensor(layout.weight_index), *shift = tensor(layout.bias_index);
     for (int f = 0; f < call.features; f++) {
-      packed[layout.weight + f] = scale[f * t.scale_stride];
-      packed[layout.bias + f] = shift[f * t.shift_stride];
+      to_packed[layout.weight + f] = scale[f * t.scale_stride];
+      to_packed[layout.bias + f] = shift[f * t.shift_stride];
     }
   }
 
   void pack_parameters(const OperationLayout& layout) {
-    std::copy_n(tensor(layout.weight_index), (size_t)layout.units * layout.inputs, packed + layout.weight);
+    std::copy_n(tensor(layout.weight_index), (size_t)layout.units * layout.inputs, to_packed + layout.weight);
   }
 
   void pack_lu(const Transform& t, const OperationLayout& of_upper, const OperationLayout& of_lower) {
     const T *lower = tensor(of_lower.weight_index), *upper = tensor(of_upper.weight_index);
     const T *diagonal = tensor(of_upper.bias_index), *shift = tensor(of_lower.bias_index);
-    T *to_lower = packed + of_lower.weight, *to_upper = packed + of_upper.weight;
+    T *to_lower = to_packed + of_lower.weight, *to_upper = to_packed + of_upper.weight;
     for (int i = 0; i < t.features; i++)
       for (int j = 0; j < t.features; j++) {
         *to_lower++ = j < i ? *lower++ : T(j == i);
         *to_upper++ = j > i ? *upper++ : j < i ? T(0) : S::softplus(S::broadcast(diagonal[i]), 1, 20)[0] + (T)t.min_scale;
       }
-    std::copy_n(diagonal, t.features, packed + of_upper.bias);
-    std::copy_n(shift, t.features, packed + of_lower.bias);
+    std::copy_n(diagonal, t.features, to_packed + of_upper.bias);
+    std::copy_n(shift, t.features, to_packed + of_lower.bias);
   }
 
   // Returns whether a weight can be read where it is: a layer of a coupling whose units and inputs are in the order of its rows
@@ -330,7 +247,7 @@ class Chain {
       if (!is_in_place) add_non_finite(from, layout.inputs, non_finite);
       if (unit >= all) continue;  // nothing reads it
       T total = bias ? bias[o.rows[unit]] : 0;
-      T* to = packed + layout.weight + (size_t)unit * layout.inputs;
+      T* to = to_packed + layout.weight + (size_t)unit * layout.inputs;
       if (columns && !is_in_place) {
         // Units and inputs are multiplied in blocks, whose other entries are 0.
         const int read = reads(layout, unit), last = std::min(unit + max_units, all) - 1;
@@ -342,7 +259,7 @@ class Chain {
         if (!is_in_place) std::memcpy(to, from, sizeof(T) * layout.inputs);
         for (int k = 0; shared && k < layout.inputs; k++) total += from[k] * shared[k];
       }
-      packed[layout.bias + unit] = total;
+      to_packed[layout.bias + unit] = total;
     }
     for (int lane = 0; lane < S::lanes; lane++)
       if (non_finite[lane] != 0) is_finite = false;

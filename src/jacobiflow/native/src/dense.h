@@ -8,23 +8,13 @@
 #include "threads.h"
 #include "transpose.h"
 
-#if defined(__F16C__)
-#include <immintrin.h>
-#elif defined(__aarch64__)
-#include <arm_neon.h>
-#endif
-
 namespace jacobiflow {
 
 enum class BFloat16 : uint16_t {};  // the bits of a number
 enum class Float16 : uint16_t {};
 
-typedef uint16_t Halves __attribute__((vector_size(2 * float_lanes)));
-
-// Copies the bytes of a vector.
-template <typename Vector, typename Element>
-inline Vector read(const Element* from) {
-  Vector v;
+inline Halves load_halves(const void* from) {
+  Halves v;
   std::memcpy(&v, from, sizeof v);
   return v;
 }
@@ -34,23 +24,9 @@ inline Vector widen(const float* from) { return Simd<float>::load(from); }
 
 inline Simd<double>::Vector widen(const double* from) { return Simd<double>::load(from); }
 
-inline Vector widen(const BFloat16* from) { return (Vector)(__builtin_convertvector(read<Halves>(from), Bits) << 16); }
+inline Vector widen(const BFloat16* from) { return (Vector)(__builtin_convertvector(load_halves(from), Bits) << 16); }
 
-inline Vector widen(const Float16* from) {
-#if defined(__AVX512F__)
-  return (Vector)_mm512_cvtph_ps(read<__m256i>(from));
-#elif defined(__F16C__) && defined(__AVX__)
-  return (Vector)_mm256_cvtph_ps(read<__m128i>(from));
-#elif defined(__aarch64__)
-  return (Vector)vcvt_f32_f16(read<float16x4_t>(from));
-#else  // moves the exponent; subnormal numbers and infinity are special
-  const Bits bits = __builtin_convertvector(read<Halves>(from), Bits), size = (bits & 0x7fff) << 13;
-  const Bits normal = size + (112u << 23), infinite = size + (224u << 23);
-  const Vector subnormal = (Vector)(size + (113u << 23)) - 0x1p-14f;
-  const Bits magnitude = size < (1u << 23) ? (Bits)subnormal : size < (31u << 23) ? normal : infinite;
-  return (Vector)(magnitude | (bits & 0x8000) << 16);
-#endif
-}
+inline Vector widen(const Float16* from) { return from_half(load_halves(from)); }
 
 template <typename T>
 constexpr int panel_columns = Simd<T>::lanes * panel_vectors;  // columns of a weight that lie side by side
@@ -67,21 +43,7 @@ inline Simd<double>::Vector narrow(Simd<double>::Vector v, double) { return v; }
 
 inline Halves narrow(Vector v, BFloat16) { return __builtin_convertvector((Bits)v >> 16, Halves); }
 
-inline Halves narrow(Vector v, Float16) {
-#if defined(__AVX512F__)
-  return (Halves)_mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-#elif defined(__F16C__) && defined(__AVX__)
-  return (Halves)_mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT);
-#elif defined(__aarch64__)
-  return (Halves)vcvt_f16_f32((float32x4_t)v);
-#else
-  const Bits sign = (Bits)v >> 16 & 0x8000, magnitude = (Bits)v & 0x7fffffff, normal = (magnitude - (112u << 23)) >> 13;
-  const Bits infinite = (magnitude - (224u << 23)) >> 13;
-  const Bits subnormal = (Bits)((Vector)magnitude * 0x1p24f + 0x1p23f) & 0x7ff;  // counts the smallest Float16
-  const Bits half = magnitude < (113u << 23) ? subnormal : magnitude < (255u << 23) ? normal : infinite;
-  return __builtin_convertvector(sign | half, Halves);
-#endif
-}
+inline Halves narrow(Vector v, Float16) { return to_half(v); }
 
 // Copies outputs from `first` on of a weight (outputs, inputs) to a panel (inputs, width), or to rows of whole vectors. The
 // last panel may be narrower. Returns false if a number changes.
@@ -187,10 +149,10 @@ template <typename T, typename Element>
     switch (vectors) {
       case 1: return multiply_tile<r, 1>(x, stride, w, width, inputs, out);
       case 2: return multiply_tile<r, 2>(x, stride, w, width, inputs, out);
-#if !defined(__AVX__) || defined(__AVX512F__)
-      case 3: return multiply_tile<r, 3>(x, stride, w, width, inputs, out);
-      case 4: return multiply_tile<r, 4>(x, stride, w, width, inputs, out);
-#endif
+    }
+    if constexpr (panel_vectors == 4) {
+      if (vectors == 3) return multiply_tile<r, 3>(x, stride, w, width, inputs, out);
+      return multiply_tile<r, 4>(x, stride, w, width, inputs, out);
     }
   };
   switch (rows) {

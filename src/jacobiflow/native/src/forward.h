@@ -5,8 +5,6 @@
 
 namespace jacobiflow {
 
-constexpr int block_steps = 32;
-
 // Computes tiles of `vectors` vectors of rows in one thread.
 template <typename T, int vectors>
 class ForwardTile {
@@ -15,26 +13,11 @@ class ForwardTile {
   using Vector = typename S::Vector;
   static constexpr int rows = S::lanes * vectors;
 
-  // With `has_activations`, `run` gets memory for the values that the backward pass reads.
-  ForwardTile(const Chain<T>& chain, bool has_activations)
-      : chain(chain), call(chain.call), features((size_t)call.features * rows), copy((size_t)call.features * rows),
-        context((size_t)call.context_features * rows), memory(feature_memory<T>(call)),
-        constants(constant_memory<T>(call, rows)) {
-    std::vector<size_t> sizes, partial_sizes;
-    for (int i = 0; i < call.count; i++) {
-      const Transform& t = call.transforms[i];
-      resize(sizes, 0, has_activations ? 0 : chain.units(t, 0));
-      for (int j = 0; j < t.num_operations; j++) {
-        const Operation& o = t.operations[j];
-        const bool is_elsewhere = has_activations && chain.is_stored(i, j + 1);
-        resize(sizes, j + 1, is_elsewhere ? 0 : o.is_kept ? o.units : chain.max_new_units(o, t.steps, chain.lengths[i]));
-        if (chain.inverts(t) && t.steps > block_steps && o.kind == OperationKind::linear)
-          resize(partial_sizes, j, chain.max_new_units(o, t.steps, block_steps));
-      }
-    }
-    for (size_t size : sizes) values.emplace_back(size * rows);
-    for (size_t size : partial_sizes) partials.emplace_back(size * rows);
-  }
+  // `memory` has the plan's `tile_units`.
+  ForwardTile(const Plan<T>& chain, T* memory)
+      : chain(chain), call(chain.call), memory(memory), features(memory), copy(at(call.features)),
+        context(at((size_t)2 * call.features)), input(context + (size_t)call.context_features * rows),
+        own(at(chain.tile_units - chain.own_units())), constants(own + (size_t)2 * chain.max_bins * rows) {}
 
   // Computes rows [first, first + count), at most `rows`. Stores the values that the backward pass reads in `stored`
   // (units, rows), unless it is null. Writes the results if the call has memory for them.
@@ -42,11 +25,10 @@ class ForwardTile {
     const T *in = static_cast<const T*>(call.input), *contexts = static_cast<const T*>(call.context);
     activations = stored;
     for (int v = 0; v < vectors; v++) log_det[v] = rounding[v] = non_finite[v] = Vector{};
-    load_rows(in + first * call.in_stride, call.in_stride, call.features, count, rows, features.get());
-    for (int f = 0; f < call.features; f++) check_finite(features.get() + (size_t)f * rows);
+    load_rows(in + first * call.in_stride, call.in_stride, call.features, count, rows, features);
+    for (int f = 0; f < call.features; f++) check_finite(features + (size_t)f * rows);
     if (!chain.shares_context)
-      load_rows(contexts + first * call.context_stride, call.context_stride, call.context_features, count, rows,
-                context.get());
+      load_rows(contexts + first * call.context_stride, call.context_stride, call.context_features, count, rows, context);
     for (int i = 0; i < call.count; i++) {
       index = call.is_inverse ? call.count - 1 - i : i;
       inverts = chain.inverts(call.transforms[index]);
@@ -56,41 +38,35 @@ class ForwardTile {
   }
 
  private:
-  const Chain<T>& chain;
+  const Plan<T>& chain;
   const ChainArgs& call;
-  Buffer<T> features, copy, context, memory, constants;
-  std::vector<Buffer<T>> values, partials;
+  T *const memory, *const features, *const copy, *const context, *const input, *const own, *const constants;
   Vector log_det[vectors], rounding[vectors];
   Vector non_finite[vectors];  // NaN in lanes of rows that were not finite, else 0
   T* activations = nullptr;    // the values that the backward pass reads, or null
   int index = 0;               // index of the current transform
   bool inverts = false;
 
-  static void resize(std::vector<size_t>& all, size_t position, size_t size) {
-    if (all.size() <= position) all.resize(position + 1);
-    all[position] = std::max(all[position], size);
-  }
+  T* at(size_t unit) const { return memory + unit * rows; }
 
   void check_finite(const T* values) {
     for (int v = 0; v < vectors; v++) non_finite[v] += S::load(values + v * S::lanes) * T(0);
   }
 
   void write(int64_t first, int count) {
-    for (int f = 0; f < call.features; f++) check_finite(features.get() + (size_t)f * rows);
-    store_rows(features.get(), call.features, count, rows, static_cast<T*>(call.out) + first * call.features);
-    for (int v = 0; v < vectors; v++) non_finite[v] += log_det[v] * T(0);
-    for (int row = 0; row < count; row++) {
-      const int v = row / S::lanes, lane = row % S::lanes;
-      call.failed[first + row] = !(non_finite[v][lane] == 0);
-      if (call.log_det && !call.is_by_feature) static_cast<T*>(call.log_det)[first + row] = log_det[v][lane];
-    }
-    if (call.is_by_feature)
-      store_rows(copy.get(), call.features, count, rows, static_cast<T*>(call.log_det) + first * call.features);
+    for (int f = 0; f < call.features; f++) check_finite(features + (size_t)f * rows);
+    store_rows(features, call.features, count, rows, static_cast<T*>(call.out) + first * call.features);
+    for (int v = 0; v < vectors; v++) S::store(features + v * S::lanes, non_finite[v] + log_det[v] * T(0));
+    for (int row = 0; row < count; row++) call.failed[first + row] = !(features[row] == 0);
+    for (int v = 0; v < vectors; v++) S::store(features + v * S::lanes, log_det[v]);
+    const int numbers = call.is_by_feature ? call.features : 1;  // of each row
+    T* const log_dets = static_cast<T*>(call.log_det) + first * numbers;
+    if (call.log_det) store_rows(call.is_by_feature ? copy : features, numbers, count, rows, log_dets);
   }
 
   void transform(const Transform& t) {
     if (t.kind == TransformKind::permutation)
-      permute(t, inverts, rows, features.get(), copy.get());
+      permute(t, inverts, rows, features, copy);
     else if (t.kind == TransformKind::soft_clip)
       soft_clip(t);
     else if (t.kind == TransformKind::lu_linear)
@@ -116,7 +92,7 @@ class ForwardTile {
     const T *scales = chain.weight(layout), *shifts = chain.bias(layout);
     for (int f = 0; f < call.features; f++) {
       const T scale = scales[f], shift = shifts[f];
-      T* at = features.get() + (size_t)f * rows;
+      T* at = features + (size_t)f * rows;
       const Vector log_scale = S::log(S::abs(S::broadcast(scale)));
       for (int v = 0; v < vectors; v++, at += S::lanes) {
         const Vector in = S::load(at), standard = (in - shift) / scale;
@@ -126,7 +102,7 @@ class ForwardTile {
         } else if (inverts) {
           x = out;
         }
-        if (activations) S::store(activations + (chain.inputs[index] + f) * rows + v * S::lanes, x);
+        if (activations) S::store(activations + (size_t)(chain.inputs[index] + f) * rows + v * S::lanes, x);
         S::store(at, out);
         add(v, inverts ? -change : change);
       }
@@ -135,12 +111,12 @@ class ForwardTile {
 
   // Computes y = L U x + shift, or the inverse.
   void transform_lu(const Transform& t) {
-    const Triangle<T, vectors> upper = chain.template upper<vectors>(index), lower = chain.template lower<vectors>(index);
+    const auto upper = chain.template triangle<vectors>(index, false), lower = chain.template triangle<vectors>(index, true);
     const T *shift = chain.bias(chain.of(index, 1)), *diagonal = upper.matrix.entries;
     const size_t size = (size_t)t.features * rows;
-    T* x = features.get();
+    T* x = features;
     const auto store = [&] {
-      if (activations) std::memcpy(activations + chain.inputs[index] * rows, x, sizeof(T) * size);
+      if (activations) copy_units(x, t.features, rows, activations + (size_t)chain.inputs[index] * rows);
     };
     if (inverts) {
       for (size_t i = 0; i < size; i += S::lanes) S::store(x + i, S::load(x + i) - shift[i / rows]);
@@ -149,8 +125,8 @@ class ForwardTile {
       store();
     } else {
       store();
-      upper.multiply(x, copy.get());
-      lower.multiply(copy.get(), x);
+      upper.multiply(x, copy);
+      lower.multiply(copy, x);
       for (size_t i = 0; i < size; i += S::lanes) S::store(x + i, S::load(x + i) + shift[i / rows]);
     }
     for (int i = 0; i < t.features; i++, diagonal += t.features + 1) {
@@ -163,11 +139,11 @@ class ForwardTile {
   void soft_clip(const Transform& t) {
     for (int f = 0; f < call.features; f++)
       for (int v = 0; v < vectors; v++) {
-        T* at = features.get() + (size_t)f * rows + v * S::lanes;
+        T* at = features + (size_t)f * rows + v * S::lanes;
         const Vector in = S::load(at), share = S::abs(in) / (T)t.high, out = in / (inverts ? T(1) - share : T(1) + share);
         const Vector x = inverts ? out : in, change = S::log(S::abs(x) / (T)t.high + T(1)) * T(-2);
         if (inverts) non_finite[v] = share < T(1) ? non_finite[v] : S::broadcast(S::nan);
-        if (activations) S::store(activations + (chain.inputs[index] + f) * rows + v * S::lanes, x);
+        if (activations) S::store(activations + (size_t)(chain.inputs[index] + f) * rows + v * S::lanes, x);
         S::store(at, out);
         add(v, inverts ? -change : change);
       }
@@ -175,7 +151,8 @@ class ForwardTile {
 
   // Returns the units of a value of this transform: all of them, or those of the current steps.
   T* units_of(int value) {
-    return has_stored(value) ? activations + chain.value(index, value) * rows : values[value].get();
+    if (has_stored(value)) return activations + chain.value(index, value) * rows;
+    return value ? at(chain.of(index, value - 1).place) : input;
   }
 
   bool has_stored(int value) const { return activations && chain.is_stored(index, value); }
@@ -187,22 +164,21 @@ class ForwardTile {
   // matrix product adds what all earlier features contribute to later units.
   void masked(const Transform& t) {
     for (int i = 0; i < t.context && !chain.shares_context; i++)
-      std::memcpy(units_of(0) + (size_t)i * rows, context.get() + (size_t)(t.input_rows[i] - t.context_start) * rows,
-                  sizeof(T) * rows);
+      copy_units(context + (size_t)(t.input_rows[i] - t.context_start) * rows, 1, rows, units_of(0) + (size_t)i * rows);
     load_features(t);
     const int length = chain.lengths[index];
     for (int step = 0, begin = 0; step < t.steps; step += length) {
-      const int end = std::min(step + length, t.steps);
+      const int end = smaller(step + length, t.steps);
       if (inverts && step && step % block_steps == 0) {
         begin = step;
-        start_sums(t, begin, std::min(begin + block_steps, t.steps));
+        start_sums(t, begin, smaller(begin + block_steps, t.steps));
       }
       compute_units(t, step, end, begin);
       const int first = t.starts[step];
-      for (int i = first; i < std::min(t.starts[end], t.identity); i++) keep_feature(t, i);
+      for (int i = first; i < smaller(t.starts[end], t.identity); i++) keep_feature(t, i);
       // Without stored activations, the first parameters are those of the step's first feature.
       const T* parameters = units_of(t.num_operations);
-      const int from = std::max(first, t.identity);
+      const int from = first < t.identity ? t.identity : first;
       for (int i = from; i < t.starts[end]; i++)
         transform_feature(t, i, parameters + (size_t)(i - (activations ? t.identity : from)) * t.parameters * rows);
     }
@@ -211,8 +187,7 @@ class ForwardTile {
   // Copies the features to the transform's input, unless they are not known yet.
   void load_features(const Transform& t) {
     for (int i = 0; i < t.features && !inverts; i++)
-      std::memcpy(units_of(0) + (size_t)(t.context + i) * rows, features.get() + (size_t)t.order[i] * rows,
-                  sizeof(T) * rows);
+      copy_units(features + (size_t)t.order[i] * rows, 1, rows, units_of(0) + (size_t)(t.context + i) * rows);
   }
 
   // Transforms features whose parameters are in tensors.
@@ -221,9 +196,9 @@ class ForwardTile {
     for (int i = 0; i < t.identity; i++) keep_feature(t, i);
     for (int i = t.identity; i < t.features; i++) {
       chain.each_parameter(index, i - t.identity, [&](int p, T value, int, int) {
-        std::fill_n(constants.get() + (size_t)p * rows, rows, value);
+        for (int v = 0; v < vectors; v++) S::store(constants + (size_t)p * rows + v * S::lanes, S::broadcast(value));
       });
-      transform_feature(t, i, constants.get());
+      transform_feature(t, i, constants);
     }
   }
 
@@ -239,7 +214,7 @@ class ForwardTile {
       const T* bias = chain.bias(layout) + first;
       const Range inputs{chain.first_input(t, o), chain.ready(t, o.source, begin - 1)};
       multiply<T, vectors>(matrix(layout), first, last, [&](int, int) { return inputs; }, units_of(o.source),
-                           partials[j].get(), [&](int unit, int) { return S::broadcast(bias[unit]); },
+                           at(layout.sums), [&](int unit, int) { return S::broadcast(bias[unit]); },
                            [](int, Vector sum) { return sum; });
     }
   }
@@ -295,7 +270,7 @@ class ForwardTile {
   void linear(const Transform& t, int j, int first, int last, int begin, T* out) {
     const Operation& o = t.operations[j];
     const OperationLayout& layout = chain.of(index, j);
-    const T *bias = chain.bias(layout) + first, *sums = begin ? partials[j].get() : nullptr;
+    const T *bias = chain.bias(layout) + first, *sums = begin ? at(layout.sums) : nullptr;
     const int from = begin ? chain.ready(t, o.source, begin - 1) : chain.first_input(t, o);
     const size_t skipped = begin ? first - chain.ready(t, j + 1, begin - 1) : 0;
     multiply<T, vectors>(
@@ -317,7 +292,7 @@ class ForwardTile {
   void use_context(const Operation& o, const OperationLayout& layout, int first, int last, const T* in, T* out, T* slopes) {
     const T* bias = chain.bias(layout) + first;
     const Range inputs{0, chain.shares_context ? 0 : layout.inputs};
-    multiply<T, vectors>(matrix(layout), first, last, [&](int, int) { return inputs; }, context.get(), out,
+    multiply<T, vectors>(matrix(layout), first, last, [&](int, int) { return inputs; }, context, out,
                          [&](int unit, int) { return S::broadcast(bias[unit]); }, [](int, Vector sum) { return sum; });
     const size_t size = (size_t)(last - first) * rows;
     const bool keeps_values = slopes && !needs_slopes(o.activation);
@@ -332,16 +307,16 @@ class ForwardTile {
   // Keeps the i-th feature in the order of the steps as it is.
   void keep_feature(const Transform& t, int i) {
     const size_t feature = (size_t)t.order[i] * rows;
-    if (inverts) std::memcpy(units_of(0) + (size_t)(t.context + i) * rows, features.get() + feature, sizeof(T) * rows);
-    if (call.is_by_feature) std::memset(copy.get() + feature, 0, sizeof(T) * rows);
+    if (inverts) copy_units(features + feature, 1, rows, units_of(0) + (size_t)(t.context + i) * rows);
+    for (int v = 0; v < vectors && call.is_by_feature; v++) S::store(copy + feature + v * S::lanes, Vector{});
   }
 
   // Transforms the i-th feature in the order of the steps.
   void transform_feature(const Transform& t, int i, const T* parameters) {
     const size_t feature = (size_t)t.order[i] * rows;
-    with_feature_transform<T>(t, inverts, memory.get(), [&](const auto& make) {
+    with_feature_transform<T>(t, inverts, own, [&](const auto& make) {
       for (int v = 0; v < vectors; v++) {
-        T* at = features.get() + feature + v * S::lanes;
+        T* at = features + feature + v * S::lanes;
         Vector change{};
         const Vector in = S::load(at);
         auto transform = make({parameters + v * S::lanes, rows});
@@ -349,7 +324,7 @@ class ForwardTile {
         S::store(at, out);
         if (inverts) change = -change;
         add(v, change);
-        if (call.is_by_feature) S::store(copy.get() + feature + v * S::lanes, change);
+        if (call.is_by_feature) S::store(copy + feature + v * S::lanes, change);
         if (inverts) {
           S::store(units_of(0) + (size_t)(t.context + i) * rows + v * S::lanes, out);
           non_finite[v] += out * T(0);

@@ -86,7 +86,7 @@ int64_t jacobiflow_masked_sizes(const ChainArgs* call, int64_t* sizes) {
   return result_of([&]() -> int64_t {
     const Chain<float> chain(*call);
     sizes[0] = (int64_t)chain.packed_size;
-    sizes[1] = (int64_t)chain.tile_units;
+    sizes[1] = (int64_t)chain.activation_units;
     return 0;
   });
 }

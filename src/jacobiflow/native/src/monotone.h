@@ -12,11 +12,11 @@ namespace jacobiflow {
 template <typename T, typename Polynomial, typename Vector>
 Vector solve(const Polynomial& f, Vector y, Vector rounding, T bound, Vector x) {
   using S = Simd<T>;
-  const T tolerance = 2 * std::numeric_limits<T>::epsilon();
+  const T tolerance = 2 * Simd<T>::epsilon;
   Vector below = S::broadcast(-bound), above = S::broadcast(bound), step = S::broadcast(4 * bound), earlier = step;
-  typename S::Integers is_moving = below < above;
+  typename S::Mask is_moving = below < above;
   x = S::min(S::max(x, -bound), bound);
-  for (bool moves = true; moves;) {
+  do {
     Vector value, slope;
     f.evaluate(x, value, slope);
     const Vector error = value - y;
@@ -24,14 +24,12 @@ Vector solve(const Polynomial& f, Vector y, Vector rounding, T bound, Vector x) 
     Vector next = x - error / slope;
     next = next > below ? next : below;
     next = next < above ? next : above;
-    const typename S::Integers is_exact = S::abs(error) <= rounding;
+    const typename S::Mask is_exact = S::abs(error) <= rounding;
     next = is_exact | (S::abs(next - x) < S::abs(earlier) * T(0.6)) ? next : (below + above) * T(0.5);
     earlier = step, step = next - x;
     x = is_moving ? next : x;
     is_moving &= ~is_exact & (S::abs(step) > tolerance * S::max(S::abs(x), 1));
-    moves = false;
-    for (int lane = 0; lane < S::lanes; lane++) moves |= is_moving[lane];
-  }
+  } while (S::any(is_moving));
   return x;
 }
 
@@ -43,7 +41,7 @@ class Bernstein {
  public:
   using S = Simd<T>;
   using Vector = typename S::Vector;
-  using Integers = typename S::Integers;
+  using Mask = typename S::Mask;
 
   Bernstein(const Transform& t, const Parameters<T>& p, bool inverts, T* memory)
       : p(p), inverts(inverts), degree(t.bins - 1), bound((T)t.high), margin((T)t.edge_margin),
@@ -56,9 +54,9 @@ class Bernstein {
   Vector apply(Vector in, bool wants_log_slope, Vector& log_slope, Vector& non_finite) {
     scale_coefficients();
     const T end = inverts ? bound : bound - margin;
-    const Integers is_in = (in > -end) & (in < end);
+    const Mask is_in = (in > -end) & (in < end);
     const Vector inside = is_in ? in : Vector{};
-    const Vector rounding = S::broadcast(2 * degree * bound * std::numeric_limits<T>::epsilon());
+    const Vector rounding = S::broadcast(2 * degree * bound * Simd<T>::epsilon);
     const Vector x = inverts ? solve<T>(*this, inside, rounding, bound - margin, inside) : inside;
     Vector value, slope;
     evaluate(x, value, slope);
@@ -71,7 +69,7 @@ class Bernstein {
   // Sets the polynomial and its slope at x. Powers of u / (1 - u), or of its inverse, are at most 1.
   void evaluate(Vector x, Vector& value, Vector& slope) const {
     const Vector u = (x + bound) / (2 * bound), rest = T(1) - u;
-    const Integers is_low = u < rest;
+    const Mask is_low = u < rest;
     const Vector larger = is_low ? rest : u, ratio = (is_low ? u : rest) / larger;
     const auto at = [&](const T* from, int i, int last) {
       return is_low ? S::load(from + (size_t)i * S::lanes) : S::load(from + (size_t)(last - i) * S::lanes);
@@ -91,7 +89,7 @@ class Bernstein {
   Vector differentiate(Vector x, Gradients<Vector> g, T* to) {
     const Vector outside = g.value;
     const T end = bound - margin;
-    const Integers is_in = (x > -end) & (x < end);
+    const Mask is_in = (x > -end) & (x < end);
     g = {is_in ? g.value : Vector{}, is_in ? g.log_slope : Vector{}};
     const Vector u = is_in ? (x + bound) / (2 * bound) : Vector{}, rest = T(1) - u;
     T* const basis = values;  // functions of a lower degree: b_j = binomial(degree - 1, j) u^j rest^(degree - 1 - j)
@@ -191,7 +189,7 @@ class SumOfSquares {
   // and makes `non_finite` NaN where a parameter is not finite.
   Vector apply(Vector in, bool wants_log_slope, Vector& log_slope, Vector& non_finite) {
     write_coefficients();
-    const Vector rounding = S::abs(in - shift) * (16 * std::numeric_limits<T>::epsilon());
+    const Vector rounding = S::abs(in - shift) * (16 * Simd<T>::epsilon);
     const Vector x = inverts ? solve<T>(*this, in - shift, rounding, high, Vector{}) : in;
     Vector value, slope;
     evaluate(x, value, slope);
@@ -263,7 +261,7 @@ class SumOfSquares {
     for (int m = 0; m < 2 * terms - 1; m++) {
       Vector total{};
       for (int k = 0; k < count; k++)
-        for (int i = std::max(0, m - terms + 1); i <= std::min(m, terms - 1); i++)
+        for (int i = m < terms ? 0 : m - terms + 1; i <= smaller(m, terms - 1); i++)
           total += coefficient(k, i) * coefficient(k, m - i);
       total /= (T)count;
       if (m == 0) total += min_slope;

@@ -11,7 +11,7 @@ class Spline {
  public:
   using S = Simd<T>;
   using Vector = typename S::Vector;
-  using Integers = typename S::Integers;
+  using Mask = typename S::Mask;
 
   Spline(const Transform& t, const Parameters<T>& p, bool inverts, T* memory)
       : t(t), p(p), inverts(inverts), is_linear(t.kind == TransformKind::rational_linear), widths(memory),
@@ -63,7 +63,7 @@ class Spline {
   T *const widths, *const heights;
   // The bin of each row: its index, corner, size, parameters, derivatives at the ends, and mean slope.
   Vector bin, x0, y0, width, height, raw0, raw1, raw_lambda, d0, d1, delta, width_sum, height_sum;
-  Integers is_in;
+  Mask is_in;
 
   static Vector square(Vector v) { return v * v; }
   Vector soft_clip(Vector raw) const { return S::reciprocal(S::abs(raw) * (T)t.clip + T(1)); }
@@ -77,7 +77,6 @@ class Spline {
     const Vector to_width = size * (1 - min_width * K) / width_sum, to_height = size * (1 - min_height * K) / height_sum;
     is_in = (in >= low) & (in <= (T)t.high);
     Vector x = S::broadcast(low), y = x;
-    Integers is_first = ~Integers{}, is_last{};
     x0 = y0 = x, bin = Vector{};
     for (int k = 0; k < K; k++) {
       const Vector w = S::load(widths + (size_t)k * S::lanes) * to_width + size * min_width;
@@ -85,19 +84,16 @@ class Spline {
       const Vector left = derivative(k), right = derivative(k + 1);
       if (k == 0) {
         width = w, height = h, raw0 = left, raw1 = right;
-        if (K == 1) is_last = ~Integers{};
         if (is_linear) raw_lambda = p[3 * K - 1];
       } else {
-        const Integers here = in >= (by_height ? y : x) + gap;
+        const Mask here = in >= (by_height ? y : x) + gap;
         x0 = here ? x : x0, y0 = here ? y : y0, width = here ? w : width, height = here ? h : height;
         raw0 = here ? left : raw0, raw1 = here ? right : raw1, bin = here ? S::broadcast(k) : bin;
-        is_first &= ~here;
-        if (k == K - 1) is_last = here;
         if (is_linear) raw_lambda = here ? p[3 * K - 1 + k] : raw_lambda;
       }
       x += w, y += h;
     }
-    d0 = slope(raw0, is_first), d1 = slope(raw1, is_last), delta = height / width;
+    d0 = slope(raw0, bin == T(0)), d1 = slope(raw1, bin == T(K - 1)), delta = height / width;
   }
 
   // Writes exp(parameter - maximum) and returns the sum. Soft-clipped parameters are small, so nothing is subtracted.
@@ -137,7 +133,7 @@ class Spline {
     return index < 0 ? Vector{} : p[2 * t.bins + index];
   }
 
-  Vector slope(Vector raw, Integers is_end) const {
+  Vector slope(Vector raw, Mask is_end) const {
     const Vector inner = t.is_soft_clipped ? S::exp_of_small(raw * soft_clip(raw))
                                            : S::softplus(raw, 1, 20) + (T)t.min_slope;
     return t.boundary == SplineBoundary::fixed ? (is_end ? S::broadcast((T)t.end_slope) : inner) : inner;
@@ -191,7 +187,7 @@ class Spline {
     const Vector wb = S::sqrt(d0 / d1), wc = (lambda * d0 + rest * wb * d1) / delta, y1 = y0 + height;
     const Vector middle = (rest * y0 + lambda * wb * y1) / (rest + lambda * wb);
     Vector theta, out, denominator;
-    Integers is_left;
+    Mask is_left;
     if (inverts) {
       is_left = in <= middle;
       denominator = is_left ? (wc - T(1)) * in + y0 - wc * middle : (wc - wb) * in + wb * y1 - wc * middle;
@@ -218,7 +214,7 @@ class Spline {
     const Vector wb = S::sqrt(d0 / d1), wc = (lambda * d0 + rest * wb * d1) / delta, share = rest + lambda * wb;
     const Vector rise = lambda * wb * height / share;
     const Vector theta = (x - x0) / width, right = T(1) - theta, beyond = theta - lambda;
-    const Integers is_left = theta <= lambda;
+    const Mask is_left = theta <= lambda;
     const Vector A = is_left ? wc * rise * theta : wc * rise * right + wb * height * beyond;
     const Vector D = is_left ? wc * theta - beyond : wc * right + wb * beyond;
     const Vector N = is_left ? wc * lambda * rise : wb * wc * rest * (height - rise);

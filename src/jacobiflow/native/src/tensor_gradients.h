@@ -1,9 +1,48 @@
 // The gradients of a chain's weights, biases, scales and shifts, as sums over rows.
 #pragma once
 
+#include "chain.h"
 #include "tile.h"
+#include "transpose.h"
 
 namespace jacobiflow {
+
+// Adds g x (units, columns of x) for g (units, rows) and x (rows, stride) to sums (units, stride).
+template <typename T, int vectors>
+void add_outer_product(const T* g, const T* x, int units, int rows, int stride, T* sums) {
+  using S = Simd<T>;
+  constexpr int count = sum_registers / 4;
+  typename S::Vector s[count][vectors];
+  const T* of[count];
+  for (int u = 0; u < count; u++) {
+    of[u] = g + (size_t)std::min(u, units - 1) * rows;  // the last one again, for sums that are not written
+    for (int v = 0; v < vectors; v++) s[u][v] = S::load(sums + (size_t)std::min(u, units - 1) * stride + v * S::lanes);
+  }
+  for (int row = 0; row < rows; row++) {
+    typename S::Vector values[vectors];
+    for (int v = 0; v < vectors; v++) values[v] = S::load(x + (size_t)row * stride + v * S::lanes);
+    for (int u = 0; u < count; u++)
+      for (int v = 0; v < vectors; v++) s[u][v] += values[v] * of[u][row];
+  }
+  for (int u = 0; u < std::min(count, units); u++)
+    for (int v = 0; v < vectors; v++) S::store(sums + (size_t)u * stride + v * S::lanes, s[u][v]);
+}
+
+// Does the same for the first `columns` columns, 4 vectors at a time.
+template <typename T>
+void add_outer_product(const T* g, const T* x, int units, int columns, int rows, int stride, T* sums) {
+  constexpr int width = 4 * Simd<T>::lanes;
+  for (int column = 0; column < columns; column += width) {
+    const T* from = x + column;
+    T* to = sums + column;
+    switch ((std::min(columns - column, width) + Simd<T>::lanes - 1) / Simd<T>::lanes) {
+      case 1: add_outer_product<T, 1>(g, from, units, rows, stride, to); break;
+      case 2: add_outer_product<T, 2>(g, from, units, rows, stride, to); break;
+      case 3: add_outer_product<T, 3>(g, from, units, rows, stride, to); break;
+      default: add_outer_product<T, 4>(g, from, units, rows, stride, to);
+    }
+  }
+}
 
 // Offsets of the sums over rows for an operation's weight (units, stride) and bias (units, lanes).
 struct GradientLayout {
@@ -36,7 +75,7 @@ class TensorGradients {
 
   T* of_thread(int rank) { return size ? memory[rank].get() : nullptr; }
 
-  const GradientLayout& of(int transform, int operation) const { return layouts[chain.position(transform, operation)]; }
+  const GradientLayout& of(int transform, int operation) const { return layouts[chain.first_layouts[transform] + operation]; }
 
   // Adds up the sums of all threads and writes the gradients of the tensors. Masked entries get 0.
   void write() {

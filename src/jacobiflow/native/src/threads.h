@@ -5,10 +5,11 @@
 
 #include <atomic>
 #include <chrono>
-#include <cstdint>
 #include <exception>
 #include <thread>
 #include <vector>
+
+#include "lanes.h"
 
 namespace jacobiflow {
 
@@ -41,17 +42,6 @@ class Barrier {
   const int num_threads;
   std::atomic<int> arrived{0}, phase{0};
 };
-
-struct Range {
-  int first, last;
-};
-
-// Returns the part of [0, total) for a thread, in multiples of `unit`.
-inline Range partition(int total, int rank, int num_threads, int unit = 1) {
-  const long units = (total + unit - 1) / unit;
-  const int first = (int)(units * rank / num_threads) * unit, last = (int)(units * (rank + 1) / num_threads) * unit;
-  return {first < total ? first : total, last < total ? last : total};
-}
 
 // Calls run(rank) in a new thread for each rank, once all threads have started, so that they may wait for each other. If one
 // cannot start, none runs, and std::system_error is thrown.

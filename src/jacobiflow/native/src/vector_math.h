@@ -1,64 +1,28 @@
-// Elementary functions on vectors of float or double, by the vector types of GCC and Clang. Measured errors are at most 2.7
+// Elementary functions on vectors of float or double, as lanes.h defines them. Measured errors are at most 2.7
 // units in the last place, and 3.6 for softplus with beta other than 1. A NaN stays a NaN. Decimal coefficients are minimax
 // fits in float64, with an error of at most 2^-25 of the function's value.
 #pragma once
 
-#include <cmath>
-#include <cstdint>
-#include <cstring>
-#include <initializer_list>
-#include <limits>
-#include <type_traits>
-#if defined(__AVX512F__)
-#include <immintrin.h>
-#endif
+#include "lanes.h"
 
 namespace jacobiflow {
 
-// The number of floats in a vector; and the sizes of a block of a dense layer, whose sums fill the registers: `tile_rows` rows
-// by `panel_vectors` vectors of outputs.
-#if defined(__AVX512F__)
-constexpr int float_lanes = 16, panel_vectors = 4;
-#elif defined(__AVX__)
-constexpr int float_lanes = 8, panel_vectors = 2;  // for 16 registers
-#else
-constexpr int float_lanes = 4, panel_vectors = 4;
-#endif
-constexpr int tile_rows = 6;
-
 template <typename T>
-struct Simd {
-  static constexpr bool is_float = std::is_same<T, float>::value;
-  static constexpr int lanes = float_lanes * 4 / sizeof(T);
-  using Integer = typename std::conditional<is_float, int32_t, int64_t>::type;
-  typedef T Vector __attribute__((vector_size(4 * float_lanes)));
-  typedef Integer Integers __attribute__((vector_size(4 * float_lanes)));
-  using Bit = typename std::make_unsigned<Integer>::type;
-  typedef Bit Bits __attribute__((vector_size(4 * float_lanes)));  // may overflow
+struct Simd : Lanes<T> {
+  using L = Lanes<T>;
+  using L::bits, L::convert, L::from_bits, L::map, L::opaque;
+  using typename L::Bit, typename L::Bits, typename L::Integer, typename L::Integers, typename L::Mask, typename L::Vector;
 
+  static constexpr bool is_float = sizeof(T) == 4;
   static constexpr int mantissa_bits = is_float ? 23 : 52;
   static constexpr Integer exponent_bias = is_float ? 127 : 1023;
-  static constexpr T smallest = std::numeric_limits<T>::min();  // normal number
-  static constexpr T infinity = std::numeric_limits<T>::infinity();
-  static constexpr T nan = std::numeric_limits<T>::quiet_NaN();
-
-  static Vector load(const T* from) {
-    Vector v;
-    std::memcpy(&v, from, sizeof v);
-    return v;
-  }
-
-  static void store(T* to, Vector v) { std::memcpy(to, &v, sizeof v); }
+  static constexpr T smallest = is_float ? T(0x1p-126) : T(0x1p-1022);  // normal number
+  static constexpr T epsilon = is_float ? T(0x1p-23) : T(0x1p-52);
+  static constexpr T infinity = T(__builtin_bit_cast(float, 0x7f800000)), nan = T(__builtin_bit_cast(float, 0x7fc00000));
 
   static Vector broadcast(T value) { return value - Vector{}; }
 
-  static T sum(Vector v) {
-    T total = 0;
-    for (int i = 0; i < lanes; i++) total += v[i];
-    return total;
-  }
-
-  static Vector abs(Vector v) { return opaque((Vector)((Bits)v & ~sign_bit)); }
+  static Vector abs(Vector v) { return opaque(from_bits(bits(v) & ~sign_bit)); }
 
   static Vector max(Vector v, T bound) {
     const Vector other = opaque(broadcast(bound));
@@ -70,33 +34,12 @@ struct Simd {
     return v > other ? other : v;
   }
 
-  // Returns 1 / v. With AVX-512, an estimate and one step of Newton's method take half the time of a division.
-  static Vector reciprocal(Vector v) {
-#if defined(__AVX512F__)
-    if constexpr (is_float) {
-      const Vector estimate = (Vector)_mm512_rcp14_ps((__m512)v), error = T(1) - v * estimate;
-      return estimate * (error > T(-1) ? error : broadcast(1)) + estimate;  // the error of 0 and infinity is NaN or infinite
-    }
-#endif
-    return T(1) / v;
-  }
-
-  static Vector sqrt(Vector v) {
-#if defined(__AVX512F__)  // GCC may take the loop in two halves, through memory
-    if constexpr (is_float) return (Vector)_mm512_sqrt_ps((__m512)v);
-    return (Vector)_mm512_sqrt_pd((__m512d)v);
-#endif
-    Vector root;
-    for (int i = 0; i < lanes; i++) root[i] = std::sqrt(v[i]);
-    return root;
-  }
-
   // e^v; infinite or 0 beyond the range of T.
   static Vector exp(Vector v) {
     const Reduced r(min(max(v, lowest_log), is_float ? 89 : 710), exponent_bias);
     // Two factors, as one would overflow or underflow first.
     const Bits half = (r.exponent << (mantissa_bits - 1)) & exponent_mask;
-    const Vector first = (Vector)half, second = (Vector)((r.exponent << mantissa_bits) - half);
+    const Vector first = from_bits(half), second = from_bits((r.exponent << mantissa_bits) - half);
     return (first * r.expm1 + first) * second;
   }
 
@@ -108,11 +51,11 @@ struct Simd {
     if constexpr (is_float) {
       v = v < T(-126) ? broadcast(-126) : v;
       const Vector rounded = v + broadcast(shift), f = v - (rounded - broadcast(shift));
-      const Bits whole = (Bits)rounded - (Bits)broadcast(shift);
+      const Bits whole = bits(rounded) - bits(broadcast(shift));
       Vector fraction = broadcast(1.5353361e-4f);
       for (float c : {1.3398875e-3f, 9.6184374e-3f, 5.5503325e-2f, 2.4022648e-1f, 6.9314720e-1f, 1.0f})
         fraction = fraction * f + c;
-      return fraction * (Vector)((whole + exponent_bias) << mantissa_bits);
+      return fraction * from_bits((whole + exponent_bias) << mantissa_bits);
     }
     return exp_of_small(v * T(0.69314718055994530942));
   }
@@ -125,11 +68,11 @@ struct Simd {
 
   // ln v; -infinity at 0, and NaN below.
   static Vector log(Vector v) {
-    const Integers tiny = v < smallest;
+    const Mask tiny = v < smallest;
     const Vector x = tiny ? v * grown : v;
     // x = (1 + f) 2^k with 1 + f between the square roots of 1/2 and of 2.
-    const Bits above = (Bits)x - (Bits)broadcast(T(0.70710678118654752440));
-    const Vector f = (Vector)((Bits)x - (above & exponent_mask)) - T(1);
+    const Bits above = bits(x) - bits(broadcast(T(0.70710678118654752440)));
+    const Vector f = from_bits(bits(x) - (above & exponent_mask)) - T(1);
     const Vector k = to_floating((Integers)above >> mantissa_bits) - (tiny ? broadcast(grown_bits) : Vector{});
     Vector fraction;  // ln(1 + f)
     if constexpr (is_float) {
@@ -151,7 +94,7 @@ struct Simd {
     Vector numerator, denominator;
     if constexpr (is_float) {
       // e^(-2 |v|) = power (1 - t) / (1 + t) with t = tanh(h) and |h| <= ln(2) / 4.
-      const Vector shifted = size * T(-2.88539008177792681472) + start, power = (Vector)((Bits)shifted << mantissa_bits);
+      const Vector shifted = size * T(-2.88539008177792681472) + start, power = from_bits(bits(shifted) << mantissa_bits);
       const Vector h = (shifted - start) * T(0.34657359027997265471) + size, z = h * h;
       const Vector t = (((z * -0.0527152829f + 0.133311421f) * z - 0.333333224f) * z + T(1)) * h;
       const Vector difference = T(1) - power, sum = power + T(1);
@@ -162,7 +105,7 @@ struct Simd {
       numerator = (T(1) - r.power()) - r.power() * r.expm1;
       denominator = T(2) - numerator;
     }
-    return (Vector)((Bits)(numerator / denominator) | ((Bits)v & sign_bit));
+    return from_bits(bits(numerator / denominator) | (bits(v) & sign_bit));
   }
 
   // 1 / (1 + e^-v) as c / (c + c e^-v), in which c e^-v does not overflow.
@@ -183,7 +126,7 @@ struct Simd {
   static Vector normal_cdf(Vector v) {
     if constexpr (is_float) {
       Vector t = v < T(0) ? -v : v;
-      const Integers far = t > T(6);
+      const Mask far = t > T(6);
       t = far ? broadcast(6) : t;
       Vector q = broadcast(-4.0072768e-7f);
       for (float c : {7.9270631e-6f, -6.5241548e-5f, 2.5360741e-4f, 4.0717510e-5f, -6.9896374e-3f, 5.2468930e-2f,
@@ -192,9 +135,7 @@ struct Simd {
       const Vector tail = far ? Vector{} : T(0.5) * exp2_of_negative(-q);
       return v < T(0) ? tail : T(1) - tail;
     }
-    Vector out;
-    for (int i = 0; i < lanes; i++) out[i] = T(0.5) * std::erfc(v[i] * T(-0.70710678118654752440));
-    return out;
+    return map(v, [](T value) { return T(0.5) * erfc(value * T(-0.70710678118654752440)); });
   }
 
   // v Phi(v).
@@ -205,8 +146,7 @@ struct Simd {
 
   // v modulo the period, in [0, period).
   static Vector remainder(Vector v, T period) {
-    Vector rest;
-    for (int i = 0; i < lanes; i++) rest[i] = std::fmod(v[i], period);
+    const Vector rest = map(v, [&](T value) { return fmod(value, period); });
     return rest < T(0) ? rest + period : rest;
   }
 
@@ -228,7 +168,7 @@ struct Simd {
     explicit Reduced(Vector v, int more = 0) {
       const Vector shifted = v * T(1.44269504088896340736) + (start + more), n = shifted - (start + more);
       const Vector r = (v - n * ln2_high) - n * ln2_low, square = r * r;
-      exponent = (Bits)shifted;
+      exponent = bits(shifted);
       if constexpr (is_float) {
         expm1 = square * polynomial({0.49999997f, 0.166665465f, 0.041667439f, 0.00836625602f, 0.00138703198f}, r, square) + r;
       } else {
@@ -238,7 +178,7 @@ struct Simd {
       }
     }
 
-    Vector power() const { return (Vector)(exponent << mantissa_bits); }
+    Vector power() const { return from_bits(exponent << mantissa_bits); }
 
     Vector exp() const { return power() * expm1 + power(); }
   };
@@ -263,21 +203,10 @@ struct Simd {
     return total;
   }
 
-  // Hides the origin of a value from GCC, which otherwise takes more than one instruction for a maximum or minimum.
-  static Vector opaque(Vector v) {
-#if defined(__x86_64__) && !defined(__clang__)
-    asm("" : "+v"(v));
-#endif
-    return v;
-  }
-
   static Vector to_floating(Integers n) {
-    if constexpr (is_float) return __builtin_convertvector(n, Vector);
-    return (Vector)((Bits)n + (Bits)broadcast(shift)) - shift;
+    if constexpr (is_float) return convert(n);
+    return from_bits((Bits)n + bits(broadcast(shift))) - shift;
   }
 };
-
-using Vector = Simd<float>::Vector;
-using Bits = Simd<float>::Bits;
 
 }  // namespace jacobiflow

@@ -1,18 +1,9 @@
 // Matrix products for tiles: values are (units, rows), and a row is a vector lane.
 #pragma once
 
-#include <algorithm>
-
-#include "threads.h"
-#include "transpose.h"
+#include "vector_math.h"
 
 namespace jacobiflow {
-
-#if defined(__AVX512F__) || defined(__aarch64__)
-constexpr int sum_registers = 24;  // of 32, for sums
-#else
-constexpr int sum_registers = 12;  // of 16
-#endif
 
 // Entry (i, k) of a matrix is entries[i * row_stride + k * column_stride].
 template <typename T>
@@ -52,7 +43,7 @@ constexpr int max_units = 8;  // computed together
 // Computes units [first, last) as finish(vector, start(unit - first, vector) + products with inputs), and writes unit `first`
 // to the start of `out`. inputs(first, last) returns the range of inputs for units from `first` to `last`.
 template <typename T, int vectors, typename Inputs, typename Start, typename Finish,
-          int count = std::min(sum_registers / vectors, max_units)>
+          int count = smaller(sum_registers / vectors, max_units)>
 void multiply(Matrix<T> m, int first, int last, const Inputs& inputs, const T* in, T* out, const Start& start,
               const Finish& finish, int unit = -1) {
   using S = Simd<T>;
@@ -106,42 +97,5 @@ struct Triangle {
     }
   }
 };
-
-// Adds g x (units, columns of x) for g (units, rows) and x (rows, stride) to sums (units, stride).
-template <typename T, int vectors>
-void add_outer_product(const T* g, const T* x, int units, int rows, int stride, T* sums) {
-  using S = Simd<T>;
-  constexpr int count = sum_registers / 4;
-  typename S::Vector s[count][vectors];
-  const T* of[count];
-  for (int u = 0; u < count; u++) {
-    of[u] = g + (size_t)std::min(u, units - 1) * rows;  // the last one again, for sums that are not written
-    for (int v = 0; v < vectors; v++) s[u][v] = S::load(sums + (size_t)std::min(u, units - 1) * stride + v * S::lanes);
-  }
-  for (int row = 0; row < rows; row++) {
-    typename S::Vector values[vectors];
-    for (int v = 0; v < vectors; v++) values[v] = S::load(x + (size_t)row * stride + v * S::lanes);
-    for (int u = 0; u < count; u++)
-      for (int v = 0; v < vectors; v++) s[u][v] += values[v] * of[u][row];
-  }
-  for (int u = 0; u < std::min(count, units); u++)
-    for (int v = 0; v < vectors; v++) S::store(sums + (size_t)u * stride + v * S::lanes, s[u][v]);
-}
-
-// Does the same for the first `columns` columns, 4 vectors at a time.
-template <typename T>
-void add_outer_product(const T* g, const T* x, int units, int columns, int rows, int stride, T* sums) {
-  constexpr int width = 4 * Simd<T>::lanes;
-  for (int column = 0; column < columns; column += width) {
-    const T* from = x + column;
-    T* to = sums + column;
-    switch ((std::min(columns - column, width) + Simd<T>::lanes - 1) / Simd<T>::lanes) {
-      case 1: add_outer_product<T, 1>(g, from, units, rows, stride, to); break;
-      case 2: add_outer_product<T, 2>(g, from, units, rows, stride, to); break;
-      case 3: add_outer_product<T, 3>(g, from, units, rows, stride, to); break;
-      default: add_outer_product<T, 4>(g, from, units, rows, stride, to);
-    }
-  }
-}
 
 }  // namespace jacobiflow
