@@ -90,7 +90,7 @@ def add_residual_block(network: LibraryNetwork, before: int, block: Any, is_cond
         value = network.add_context_layer(value, block.context_layer)
     value = network.add_layer(network.add_function(value, block.activation), second)
     if is_conditional and is_gated:
-        value = network.add_gate_layer(value, block.context_layer)
+        value = network.add_context_layer(value, block.context_layer, is_gate=True)
     return network.add_sum(value, before)
 
 

@@ -57,13 +57,10 @@ class LibraryNetwork(MaskedNetwork):
         """Adds function(x)."""
         return self.add_activation(source, **_activation_fields(function))
 
-    def add_context_layer(self, source: int, layer: nn.Linear, function: Any = None) -> int:
-        """Adds x + function(layer(context))."""
-        return self.add_context(source, layer.in_features, self._add_places(layer), **_activation_fields(function))
-
-    def add_gate_layer(self, source: int, layer: nn.Linear) -> int:
-        """Adds x * sigmoid(layer(context))."""
-        return self.add_context(source, layer.in_features, self._add_places(layer), is_gate=True)
+    def add_context_layer(self, source: int, layer: nn.Linear, function: Any = None, is_gate: bool = False) -> int:
+        """Adds x + function(layer(context)), or for a gate x * sigmoid(layer(context))."""
+        has_bias, activation = self._add_places(layer), _activation_fields(function)
+        return self.add_context(source, layer.in_features, has_bias, is_gate, **activation)
 
     def _add_places(self, layer: Any) -> bool:
         """Adds the places of the weight and the bias of a layer; returns False if it has no bias."""

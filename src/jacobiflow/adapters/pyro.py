@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float
@@ -109,8 +109,15 @@ def _coupling(dense: Any, split: int, sizes: Sequence[int], fields: Mapping[str,
 
 
 class AcceleratedTransform(AcceleratedModule):
-    """A transform, or a conditional transform at a context."""
+    """A transform, or a conditional transform at a context.
 
+    Attributes:
+        cache_name: The attribute in which pyro keeps the logarithms of derivatives. It sums over the last dimension.
+        log_det: That of `TransformChain.evaluate`.
+    """
+
+    cache_name: ClassVar[str] = "_cached_log_scale"
+    log_det: ClassVar[str] = "rows"
     arn: Any
     _conditional: Any
     _context: Tensor | None = None
@@ -124,11 +131,6 @@ class AcceleratedTransform(AcceleratedModule):
         return self._invert(y) if result is None else result
 
     @property
-    def _cache_name(self) -> str:
-        """The attribute in which pyro keeps the logarithms of derivatives. It sums over the last dimension."""
-        return "_cache_log_detJ" if "Spline" in library_class(self).__name__ else "_cached_log_scale"
-
-    @property
     def _owner(self) -> Any:
         """The module of the flow: the conditional transform, or this one."""
         return self if self._context is None else self._conditional
@@ -139,11 +141,12 @@ class AcceleratedTransform(AcceleratedModule):
         except RuntimeError:  # pyro raises its own error for such a context.
             return None
         library_call = partial(self._library_call, is_inverse)
-        result: Any = self.acceleration.evaluate(self._owner, x, context, is_inverse, library_call, "rows")
+        result: Any = self.acceleration.evaluate(self._owner, x, context, is_inverse, library_call, self.log_det)
         if result is None:
             return None
         values, log_det = result
-        setattr(self, self._cache_name, (-log_det if is_inverse else log_det)[..., None])
+        log_det = -log_det if is_inverse else log_det
+        setattr(self, self.cache_name, log_det.unsqueeze(-1) if self.log_det == "rows" else log_det)
         return values
 
     def _library_call(self, is_inverse: bool, module: Any, x: Tensor, context: Tensor | None) -> TransformOutput:
@@ -151,12 +154,19 @@ class AcceleratedTransform(AcceleratedModule):
         transform = module if context is None else kind.condition(module, context)
         kind = library_class(transform)
         values = kind._inverse(transform, x) if is_inverse else kind._call(transform, x)
-        log_det = getattr(transform, self._cache_name).sum(-1)
+        log_det = getattr(transform, self.cache_name)
+        log_det = log_det.sum(-1) if self.log_det == "rows" else log_det
         return values, -log_det if is_inverse else log_det
 
     def _invert(self, y: Tensor) -> Tensor:
         """Returns the inverse without native code."""
         return super()._inverse(y)  # type: ignore[misc]
+
+
+class AcceleratedSplineCoupling(AcceleratedTransform):
+    """A coupling of splines."""
+
+    cache_name = "_cache_log_detJ"
 
 
 class _AcceleratedMasked(AcceleratedTransform):
@@ -166,6 +176,7 @@ class _AcceleratedMasked(AcceleratedTransform):
         _pass: y, the network's output -> the next iterate, and the logarithms of derivatives.
     """
 
+    log_det = "features"
     _pass: Any
 
     def _invert(self, y: Tensor) -> Tensor:
@@ -178,7 +189,7 @@ class _AcceleratedMasked(AcceleratedTransform):
         if outputs is None:
             return super()._invert(y)
         x, log_scale = outputs
-        setattr(self, self._cache_name, log_scale)
+        setattr(self, self.cache_name, log_scale)
         return x
 
 
@@ -201,6 +212,8 @@ class AcceleratedAffine(_AcceleratedMasked):
 
 class AcceleratedSpline(_AcceleratedMasked):
     """A spline of each feature."""
+
+    cache_name = "_cache_log_detJ"
 
     spline: Any
 
@@ -261,7 +274,7 @@ _MIXINS: dict[type[nn.Module], type[AcceleratedModule]] = {
     SplineAutoregressive: AcceleratedSpline, ConditionalSplineAutoregressive: AcceleratedConditional,
     NeuralAutoregressive: AcceleratedNeural, ConditionalNeuralAutoregressive: AcceleratedConditional,
     AffineCoupling: AcceleratedTransform, ConditionalAffineCoupling: AcceleratedConditional,
-    SplineCoupling: AcceleratedTransform,
+    SplineCoupling: AcceleratedSplineCoupling,
 }  # fmt: skip
 ADAPTERS: tuple[Adapter, ...] = tuple(
     Adapter(
