@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from jacobiflow.blocks.context import Context
-from jacobiflow.blocks.guidance import SamplingSettings
+from jacobiflow.blocks.guidance import DenoiseDtype, SamplingSettings
 from jacobiflow.blocks.tokens import Tokens
 from jacobiflow.errors import InputValueError
 from jacobiflow.fixed_point.options import CertifyMode, SolveOptions
@@ -21,7 +21,7 @@ from jacobiflow.models.contexts import ContextLike, Labels, labels_or_context
 from jacobiflow.models.flow import Flow, check_flow
 from jacobiflow.models.latents import MAX_SAMPLES
 from jacobiflow.planner import Auto, Strategy, auto, resolve_strategy
-from jacobiflow.sampling.denoise import denoise_checked
+from jacobiflow.sampling.denoise import check_denoise_dtype, denoise_checked, measure_change
 from jacobiflow.sampling.invert import FlowSolution, invert_in_groups, log_prob_of, num_groups
 from jacobiflow.sampling.result import BlockStats, Samples
 from jacobiflow.sampling.sensitivity import measure_sensitivity
@@ -41,6 +41,7 @@ class SamplingRequest:
         context: The context of each sample.
         strategy: The solvers of the blocks, or `Auto` if they are still to be planned.
         denoise: The rate of a denoising step; 0 for none.
+        denoise_dtype: The dtype of its networks; `None` for that of the flow.
         log_prob: Whether densities are computed.
     """
 
@@ -49,6 +50,7 @@ class SamplingRequest:
     strategy: Strategy | Auto
     options: SolveOptions
     denoise: float
+    denoise_dtype: DenoiseDtype
     log_prob: bool
     sensitivity: bool
     return_intermediates: bool
@@ -67,13 +69,15 @@ class SamplingRequest:
         if batch_size is not None:
             batch_size = min(check_count("batch_size", batch_size, maximum=MAX_SAMPLES), num)
         checked = flow.context_kind.resolve(labels_or_context(labels, context), num)
-        flow, denoise = _resolve_settings(flow, settings, checked)
+        flow, denoise, denoise_dtype = _resolve_settings(flow, settings, checked)
         if flow.guidance is not None and checked.values is None and flow.guidance.attn_temperature == 1:
             warnings.warn("guidance without labels or texts at attn_temperature 1 changes nothing", stacklevel=3)
         options = SolveOptions(certify=certify, batch_size=batch_size)
         log_prob = _resolve_log_prob(flow, log_prob, denoise)
         resolved = resolve_strategy(strategy, flow, batch_size or num, tolerance)
-        return cls(flow, checked, resolved, options, denoise, log_prob, sensitivity, return_intermediates)
+        return cls(
+            flow, checked, resolved, options, denoise, denoise_dtype, log_prob, sensitivity, return_intermediates
+        )
 
     def plan(self, batch_size: int, progress: Progress | None = None) -> Strategy:
         """Returns the strategy, which "auto" plans for batches of a size."""
@@ -109,9 +113,10 @@ class SamplingRequest:
         stats = tuple(map(BlockStats.join, zip(*(group.solutions for group in groups), strict=True)))
         steps = zip(*(group.intermediates for group in groups), strict=True)
         intermediates = [flow.from_tokens(torch.cat(tokens)) for tokens in steps]
-        started = time.perf_counter()
+        started, change = time.perf_counter(), None
         if self.denoise:
-            x = denoise_checked(flow, x, context, self.denoise, options.batch_size or 64)
+            noisy, x = x, denoise_checked(flow, x, context, self.denoise, options.batch_size or 64, self.denoise_dtype)
+            change = measure_change(flow, noisy, x, context, self.denoise) if self.denoise_dtype else None
             intermediates.append(x)
         return Samples(
             x=x,
@@ -124,13 +129,14 @@ class SamplingRequest:
             intermediates=tuple(intermediates) if self.return_intermediates else None,
             seconds=seconds,
             denoise_seconds=time.perf_counter() - started,
+            denoise_change=change,
             sensitivity=torch.cat(sensitivities) if self.sensitivity else None,
             dtype=flow.precision,
         )
 
 
-def _resolve_settings(flow: Flow, settings: Settings, context: Context) -> tuple[Flow, float]:
-    """Returns the view of the flow to sample, and the rate of denoising.
+def _resolve_settings(flow: Flow, settings: Settings, context: Context) -> tuple[Flow, float, DenoiseDtype]:
+    """Returns the view of the flow to sample, and the rate and the dtype of denoising.
 
     Guidance of the settings takes the place of the view's own; recommended guidance does not.
     """
@@ -142,9 +148,11 @@ def _resolve_settings(flow: Flow, settings: Settings, context: Context) -> tuple
             settings = replace(settings, guidance=None)
     check_kind("settings", settings, SamplingSettings | None, give)
     if settings is None:
-        return flow, 0.0
+        return flow, 0.0, None
     rate = resolve_rate(flow.config, settings.denoise)
-    return flow if settings.guidance is None else flow.guided(settings.guidance), rate
+    dtype = settings.denoise_dtype if rate else None
+    check_denoise_dtype(flow, dtype)
+    return flow if settings.guidance is None else flow.guided(settings.guidance), rate, dtype
 
 
 def _resolve_log_prob(flow: Flow, log_prob: bool | None, denoise: float) -> bool:
