@@ -2,7 +2,7 @@
 
 - `model-speed` (ten minutes; README, docs/performance.md and the model cards): the bundled models, from the call to
   images that a user keeps, for the original sampler and for `jf.sample` at its defaults; then the parts.
-- `denoising` (five minutes): `jf.denoise` in float32 and in bfloat16, beside one that passes the first image alone, to
+- `denoising` (five minutes, one thread): `jf.denoise` in float32 and in bfloat16, beside one that passes the first image alone, to
   learn its memory, and then all others at once.
 - `performance` (half an hour; docs/performance.md and docs/peers.md): for each batch size of `fashion-p2` the grid,
   every setting of every sampler, without those that a smaller batch showed to be wrong or slow; and the fastest setting
@@ -269,7 +269,7 @@ def main() -> None:
         "performance": [(keys({DETAILED: BATCHES}), measure_samplers)],
         **{f"{model}-strategies": [(keys({model: BATCHES}), measure_strategies)]
            for model in ("fashion-p2", "emoji-p2", "digits-p1")},
-    })  # fmt: skip
+    }, one_thread=("denoising",))  # fmt: skip
 
 
 if __name__ == "__main__":
