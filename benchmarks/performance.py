@@ -2,8 +2,8 @@
 
 - `model-speed` (ten minutes; README, docs/performance.md and the model cards): the bundled models, from the call to
   images that a user keeps, for the original sampler and for `jf.sample` at its defaults; then the parts.
-- `denoising` (five minutes, one thread): `jf.denoise` in float32 and in bfloat16, beside one that passes the first image alone, to
-  learn its memory, and then all others at once.
+- `denoising` (five minutes, one thread): `jf.denoise` in float32 and in bfloat16, beside one that passes the first
+  image alone, to learn its memory, and then all others at once.
 - `performance` (half an hour; docs/performance.md and docs/peers.md): for each batch size of `fashion-p2` the grid,
   every setting of every sampler, without those that a smaller batch showed to be wrong or slow; and the fastest setting
   of each sampler within 1e-3 and the published one, interleaved with `auto` and the exact loops.

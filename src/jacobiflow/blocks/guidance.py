@@ -109,10 +109,7 @@ DenoiseDtype = Literal["bfloat16"] | None
 
 @dataclass(frozen=True)
 class SamplingSettings:
-    """Guidance and the rate of one denoising step (0: none), as `jf.sample` takes them.
-
-    With `denoise_dtype="bfloat16"` the networks of the denoising step compute in bfloat16. This is faster on processors
-    with bfloat16 products and on GPUs; `Samples.denoise_change` says how much it changes the images.
+    """Guidance, and the rate (0: none) and dtype of one denoising step, as `jf.sample` takes them.
 
     Example:
         >>> jf.load("digits-p1").recommended
@@ -126,7 +123,6 @@ class SamplingSettings:
     def __post_init__(self) -> None:
         check_kind("guidance", self.guidance, Guidance | None, GIVE_GUIDANCE)
         check_number("denoise", self.denoise, expected="0 (off) or a positive rate")
-        check_choice("denoise_dtype", self.denoise_dtype, (None, "bfloat16"))
         check_fields(self)
 
 

@@ -53,8 +53,7 @@ class SampleConfig(options.Config):
             sweeps of all tokens; window:N: of N tokens; gs-jacobi:G: of G segments. jacobi-J, gs-jacobi:G-J and the
             paper's [Stack-GS-J-Else] make J sweeps, without a check. Or a .json file of plan.
         denoise: Rate of one denoising step; 0 is off. Default: as recommended by the model.
-        denoise_dtype: Dtype of the networks in the denoising step: faster, and images change a little. Default: that
-            of the model.
+        denoise_dtype: Dtype of the denoising step: faster, and images change a little. Default: the model's.
         plain: No guidance and no denoising.
         certify: Measure each sample's residual, and solve it again if it is above the tolerance.
         certify_always: Check every block, even those solved token by token.
@@ -199,14 +198,14 @@ def _compare(
     resolve = partial(
         SamplingRequest.resolve, flow, num, context=context[:num], certify=spec.certify, strategy=folder.strategy()
     )
-    settings = jf.SamplingSettings(denoise=spec.denoise, denoise_dtype=spec.denoise_dtype)
-    request = resolve(settings=settings)
+    request = resolve(settings=jf.SamplingSettings(denoise=spec.denoise, denoise_dtype=spec.denoise_dtype))
     if progress is not None:
         progress(0, 1, "timing")  # Shows the bar: the original sampler may take minutes until the first step.
     with torch.no_grad():
         rounding = resolve(settings=None, sensitivity=True).run(z)
         runs = {config.strategy: partial(request.run, z)}
-        timed = partial(compare_samplers, flow, z, context[:num].values, runs, settings=settings, progress=progress)
+        denoising = request.denoising if spec.denoise else None
+        timed = partial(compare_samplers, flow, z, context[:num].values, runs, settings=denoising, progress=progress)
         comparison = timed(repeats=1, warm_up=False)
         if comparison.result(comparison.original).seconds.median < _SHORT:
             comparison = timed()
@@ -246,8 +245,9 @@ def show(config: SampleConfig, result: SampleResult) -> None:
         )
     else:
         print(f"all {spec.num:,} were there already, and match their checksums; --overwrite draws them again")
-    if spec.denoise_dtype:
-        print(_describe_dtype(spec.denoise_dtype, result.outcome.denoise_change))
+    if result.outcome.denoise_change is not None:
+        effect = "images change by {:.1e} on average, {:.1e} at most".format(*result.outcome.denoise_change)
+        print(f"denoised in {spec.denoise_dtype}: {effect}; an 8-bit level is {2 / 255:.1e}")
     if not result.outcome.has_shortfall:  # A warning has told of a shortfall.
         print(result.outcome)
     if result.comparison is not None:
@@ -272,11 +272,6 @@ def _print_comparison(config: SampleConfig, result: SampleResult, comparison: Co
         f"largest difference from the original sampler {result.error.max:.1e}; rounding changes these samples by up "
         f"to {result.rounding:.1e}{before}"
     )
-
-
-def _describe_dtype(dtype: str, change: tuple[float, float] | None) -> str:
-    effect = "" if change is None else f": images change by {change[0]:.1e} on average, {change[1]:.1e} at most"
-    return f"denoised in {dtype}{effect}; an 8-bit level is {2 / 255:.1e}"
 
 
 def _format_seconds(seconds: float) -> str:

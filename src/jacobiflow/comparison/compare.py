@@ -144,9 +144,7 @@ def compare_samplers(
 
     def run_original() -> Tensor:
         x = sample_original(flow, exact.latents, exact.context)
-        if settings is None or not settings.denoise:
-            return x
-        return denoise_checked(flow, x, Context(exact.context), settings.denoise, len(x), settings.denoise_dtype)
+        return x if settings is None else denoise_checked(flow, x, Context(exact.context), settings, len(x))
 
     all_runs: dict[str, Callable[[], Any]] = {
         original: run_original,

@@ -10,20 +10,19 @@ from jaxtyping import Float
 from torch import Tensor
 
 from jacobiflow.blocks.context import Context
-from jacobiflow.blocks.guidance import DenoiseDtype
+from jacobiflow.blocks.guidance import DenoiseDtype, SamplingSettings
 from jacobiflow.blocks.tokens import row_batches
-from jacobiflow.errors import InputValueError
 from jacobiflow.models.config import resolve_rate
 from jacobiflow.models.contexts import Labels
 from jacobiflow.models.flow import Flow, check_flow
 from jacobiflow.models.memory import memory_needs
-from jacobiflow.utils.checks import check_choice, check_count
+from jacobiflow.utils.checks import check_count
 from jacobiflow.utils.timing import has_bf16_products
 
 _MAX_BACKWARD_BYTES = 4 << 30
 """Bytes that a backward pass may take beside the weights."""
-_TOKENS_PER_PASS = 1600
-"""Tokens in one pass on a CPU. The activations of more would leave its caches, and their memory would not be reused."""
+_TOKENS_PER_THREAD = 1600
+"""Tokens in one pass on a CPU, for each thread. The memory of the activations of more would not be reused."""
 
 
 def denoise(
@@ -49,58 +48,33 @@ def denoise(
         torch.Size([2, 1, 8, 8])
     """
     check_flow(flow)
-    rate = resolve_rate(flow.config, rate, "rate")
+    settings = SamplingSettings(denoise=resolve_rate(flow.config, rate, "rate"), denoise_dtype=dtype)
     batch_size = check_count("batch_size", batch_size, maximum=2**31)
     flow.check_data(images, "images")
     context = flow.resolve_batch(images, labels)
-    check_denoise_dtype(flow, dtype)
     num_nonfinite = int((~torch.isfinite(images).all(dim=(1, 2, 3))).sum())
     if num_nonfinite:
         warnings.warn(f"{num_nonfinite} of {len(images)} images hold a NaN or an infinity: they are NaN", stacklevel=2)
-    return denoise_checked(flow, images, context, rate, batch_size, dtype)
-
-
-def check_denoise_dtype(flow: Flow, dtype: DenoiseDtype) -> None:
-    """Checks that the networks of a flow can denoise in `dtype`, and warns if that is slow on this processor."""
-    check_choice("denoise_dtype", dtype, (None, "bfloat16"))
-    if dtype and flow.var.dtype == torch.float64:
-        raise InputValueError('denoise_dtype="bfloat16": the flow is of float64; leave it out, or give flow.float()')
-    if dtype and flow.var.device.type == "cpu" and not has_bf16_products():
-        warnings.warn(
-            'denoise_dtype="bfloat16": this processor has no bfloat16 products, so float32 may be faster', stacklevel=3
-        )
+    return denoise_checked(flow, images, context, settings, batch_size)
 
 
 def denoise_checked(
-    flow: Flow, images: Float[Tensor, "n c h w"], context: Context, rate: float, batch_size: int,
-    dtype: DenoiseDtype = None,
-) -> Float[Tensor, "n c h w"]:  # fmt: skip
+    flow: Flow, images: Float[Tensor, "n c h w"], context: Context, settings: SamplingSettings, batch_size: int
+) -> Float[Tensor, "n c h w"]:
     """Denoises as `denoise` does, without its checks and its warning."""
-    images = images.detach()
-    step = rate * flow.config.noise_std**2
+    images, dtype = images.detach(), settings.denoise_dtype
+    if dtype and images.device.type == "cpu" and not has_bf16_products():
+        warnings.warn(f"denoise_dtype={dtype}: slow, as this processor has no such products", stacklevel=3)
+    step = settings.denoise * flow.config.noise_std**2
     passes = row_batches(len(images), _pass_size(flow, len(images), batch_size))
     return torch.cat([images[rows] + step * _score(flow, images[rows], context[rows], dtype) for rows in passes])
-
-
-def measure_change(
-    flow: Flow, images: Tensor, denoised: Tensor, context: Context, rate: float
-) -> tuple[float, float] | None:
-    """Returns the mean and the largest change of images from those denoised in the dtype of the flow.
-
-    It is measured on a quarter of the images, at most 4. It is `None` for fewer than 4 images.
-    """
-    num = min(len(images) // 4, 4)
-    if not num:
-        return None
-    change = (denoised[:num] - denoise_checked(flow, images[:num], context[:num], rate, num)).abs().nan_to_num(0.0)
-    return float(change.mean()), float(change.max())
 
 
 def _pass_size(flow: Flow, num: int, batch_size: int) -> int:
     """Returns the number of images of a pass, of `num` images in passes of about equal size."""
     limit = max(_MAX_BACKWARD_BYTES // (memory_needs(flow).gradient or _MAX_BACKWARD_BYTES), 1)
     if flow.var.device.type == "cpu":
-        limit = min(limit, max(_TOKENS_PER_PASS // flow.config.num_tokens, 1))
+        limit = min(limit, max(_TOKENS_PER_THREAD * torch.get_num_threads() // flow.config.num_tokens, 1))
     num_passes = -(-num // min(limit, batch_size))
     return -(-num // max(num_passes, 1))
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from jacobiflow.blocks.context import Context
-from jacobiflow.blocks.guidance import DenoiseDtype, SamplingSettings
+from jacobiflow.blocks.guidance import SamplingSettings
 from jacobiflow.blocks.tokens import Tokens
 from jacobiflow.errors import InputValueError
 from jacobiflow.fixed_point.options import CertifyMode, SolveOptions
@@ -21,7 +21,7 @@ from jacobiflow.models.contexts import ContextLike, Labels, labels_or_context
 from jacobiflow.models.flow import Flow, check_flow
 from jacobiflow.models.latents import MAX_SAMPLES
 from jacobiflow.planner import Auto, Strategy, auto, resolve_strategy
-from jacobiflow.sampling.denoise import check_denoise_dtype, denoise_checked, measure_change
+from jacobiflow.sampling.denoise import denoise_checked
 from jacobiflow.sampling.invert import FlowSolution, invert_in_groups, log_prob_of, num_groups
 from jacobiflow.sampling.result import BlockStats, Samples
 from jacobiflow.sampling.sensitivity import measure_sensitivity
@@ -40,8 +40,7 @@ class SamplingRequest:
         flow: The flow under its guidance.
         context: The context of each sample.
         strategy: The solvers of the blocks, or `Auto` if they are still to be planned.
-        denoise: The rate of a denoising step; 0 for none.
-        denoise_dtype: The dtype of its networks; `None` for that of the flow.
+        denoising: The settings of a denoising step; its rate is 0 for none.
         log_prob: Whether densities are computed.
     """
 
@@ -49,8 +48,7 @@ class SamplingRequest:
     context: Context
     strategy: Strategy | Auto
     options: SolveOptions
-    denoise: float
-    denoise_dtype: DenoiseDtype
+    denoising: SamplingSettings
     log_prob: bool
     sensitivity: bool
     return_intermediates: bool
@@ -69,15 +67,13 @@ class SamplingRequest:
         if batch_size is not None:
             batch_size = min(check_count("batch_size", batch_size, maximum=MAX_SAMPLES), num)
         checked = flow.context_kind.resolve(labels_or_context(labels, context), num)
-        flow, denoise, denoise_dtype = _resolve_settings(flow, settings, checked)
+        flow, denoising = _resolve_settings(flow, settings, checked)
         if flow.guidance is not None and checked.values is None and flow.guidance.attn_temperature == 1:
             warnings.warn("guidance without labels or texts at attn_temperature 1 changes nothing", stacklevel=3)
         options = SolveOptions(certify=certify, batch_size=batch_size)
-        log_prob = _resolve_log_prob(flow, log_prob, denoise)
+        log_prob = _resolve_log_prob(flow, log_prob, denoising.denoise)
         resolved = resolve_strategy(strategy, flow, batch_size or num, tolerance)
-        return cls(
-            flow, checked, resolved, options, denoise, denoise_dtype, log_prob, sensitivity, return_intermediates
-        )
+        return cls(flow, checked, resolved, options, denoising, log_prob, sensitivity, return_intermediates)
 
     def plan(self, batch_size: int, progress: Progress | None = None) -> Strategy:
         """Returns the strategy, which "auto" plans for batches of a size."""
@@ -114,9 +110,13 @@ class SamplingRequest:
         steps = zip(*(group.intermediates for group in groups), strict=True)
         intermediates = [flow.from_tokens(torch.cat(tokens)) for tokens in steps]
         started, change = time.perf_counter(), None
-        if self.denoise:
-            noisy, x = x, denoise_checked(flow, x, context, self.denoise, options.batch_size or 64, self.denoise_dtype)
-            change = measure_change(flow, noisy, x, context, self.denoise) if self.denoise_dtype else None
+        if self.denoising.denoise:
+            noisy, x = x, denoise_checked(flow, x, context, self.denoising, options.batch_size or 64)
+            num = min(len(x) // 4, 4)  # Few images, to keep the time that bfloat16 saves.
+            if self.denoising.denoise_dtype and num:
+                unrounded = replace(self.denoising, denoise_dtype=None)
+                differences = (x[:num] - denoise_checked(flow, noisy[:num], context[:num], unrounded, num)).abs()
+                change = float(differences.nanmean()), float(differences.nan_to_num(0.0).max())
             intermediates.append(x)
         return Samples(
             x=x,
@@ -135,8 +135,8 @@ class SamplingRequest:
         )
 
 
-def _resolve_settings(flow: Flow, settings: Settings, context: Context) -> tuple[Flow, float, DenoiseDtype]:
-    """Returns the view of the flow to sample, and the rate and the dtype of denoising.
+def _resolve_settings(flow: Flow, settings: Settings, context: Context) -> tuple[Flow, SamplingSettings]:
+    """Returns the view of the flow to sample, and the settings of denoising.
 
     Guidance of the settings takes the place of the view's own; recommended guidance does not.
     """
@@ -148,11 +148,10 @@ def _resolve_settings(flow: Flow, settings: Settings, context: Context) -> tuple
             settings = replace(settings, guidance=None)
     check_kind("settings", settings, SamplingSettings | None, give)
     if settings is None:
-        return flow, 0.0, None
+        return flow, SamplingSettings()
     rate = resolve_rate(flow.config, settings.denoise)
-    dtype = settings.denoise_dtype if rate else None
-    check_denoise_dtype(flow, dtype)
-    return flow if settings.guidance is None else flow.guided(settings.guidance), rate, dtype
+    denoising = SamplingSettings(denoise=rate, denoise_dtype=settings.denoise_dtype if rate else None)
+    return flow if settings.guidance is None else flow.guided(settings.guidance), denoising
 
 
 def _resolve_log_prob(flow: Flow, log_prob: bool | None, denoise: float) -> bool:

@@ -70,8 +70,7 @@ class Outcome:
         sensitivity: The largest finite sensitivity; `None` if it was not measured.
         num_sensitive: Samples with a sensitivity above `SENSITIVITY_BOUND`; `None` if it was not measured.
         seconds: Wall-clock time of solving the blocks; `denoise_seconds` is that of denoising.
-        denoise_change: The mean and the largest change of a few images by denoising them in bfloat16; over several
-            sets of samples the largest of each. `None` if it was not measured.
+        denoise_change: See `Samples`; over several sets of samples the largest of each.
         network_calls: Network calls of all blocks.
         token_evaluations: Token evaluations of all blocks.
         sweeps: Sweeps of each block.

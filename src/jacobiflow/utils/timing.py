@@ -98,17 +98,13 @@ def describe_machine(device: torch.device | str = "cpu") -> dict[str, Any]:
 
 def has_bf16_products() -> bool:
     """Tells whether this processor multiplies in bfloat16, by units such as AVX512-BF16 or AMX; True if unknown."""
-    lines = _cpuinfo()
-    return not lines or any("bf16" in line for line in lines)
-
-
-def _cpuinfo() -> list[str]:
     path = Path("/proc/cpuinfo")
-    return path.read_text().splitlines() if path.exists() else []
+    return not path.exists() or "bf16" in path.read_text()
 
 
 def _processor() -> str:
     """Returns the processor's model name, and its bfloat16 units, which a virtual machine's name hides."""
-    name, lines = platform.processor() or platform.machine(), _cpuinfo()
+    name, path = platform.processor() or platform.machine(), Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.exists() else []
     name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), name)
     return f"{name} with AVX512-BF16 and AMX" if any("amx_bf16" in line for line in lines) else name

@@ -222,13 +222,13 @@ def _attend(
 
 def _causal_attention(query: Tensor, key: Tensor, value: Tensor) -> Float[Tensor, "b h t d"]:
     """Returns the values of all tokens (B, heads, T, head_dim), each averaged over it and those before."""
-    num, is_16_bit = query.shape[2], query.dtype == torch.bfloat16
-    if query.is_cuda or not is_16_bit or not torch.is_grad_enabled() or num > _EXPLICIT_TOKENS:
+    num, is_bf16 = query.shape[2], query.dtype == torch.bfloat16
+    if query.is_cuda or not is_bf16 or not torch.is_grad_enabled() or num > _EXPLICIT_TOKENS:
         return F.scaled_dot_product_attention(query, key, value, is_causal=True)
     mask = query.new_full((num, num), -torch.inf).triu_(1)
-    scale = query.shape[-1] ** -0.5
-    logits = torch.baddbmm(mask, query.flatten(0, 1), key.flatten(0, 1).transpose(1, 2), alpha=scale)
-    return (logits.softmax(dim=-1) @ value.flatten(0, 1)).unflatten(0, query.shape[:2])
+    q, k, v = (heads.flatten(0, 1) for heads in (query, key, value))
+    weights = torch.baddbmm(mask, q, k.transpose(1, 2), alpha=q.shape[-1] ** -0.5).softmax(dim=-1)
+    return torch.bmm(weights, v).unflatten(0, query.shape[:2])
 
 
 def _project_qkv(x: Tensor, weights: LayerWeights, positions: slice | Tensor) -> Float[Tensor, "b n 3 h d"]:

@@ -83,9 +83,9 @@ class SampleSpec:
             classes=tuple(flow.classes), batch_size=batch_size, shard_size=shard_size, files=files,
             flow_sha256=fingerprint(flow), dtype=flow.precision, strategy=strategy,
             strategy_sha256=None if solvers is None else sha256(json_bytes(solvers)),
-            guidance=flow.guidance, denoise=float(request.denoise), tolerance=request.strategy.tolerance,
+            guidance=flow.guidance, denoise=request.denoising.denoise, tolerance=request.strategy.tolerance,
             certify=request.options.certify, log_prob=request.log_prob, sensitivity=request.sensitivity,
-            denoise_dtype=request.denoise_dtype,
+            denoise_dtype=request.denoising.denoise_dtype,
         )  # fmt: skip
 
     def __post_init__(self) -> None:
