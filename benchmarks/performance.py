@@ -2,6 +2,8 @@
 
 - `model-speed` (ten minutes; README, docs/performance.md and the model cards): the bundled models, from the call to
   images that a user keeps, for the original sampler and for `jf.sample` at its defaults; then the parts.
+- `denoising` (five minutes, one thread): `jf.denoise` in float32 and in bfloat16, beside one that passes the first
+  image alone, to learn its memory, and then all others at once.
 - `performance` (half an hour; docs/performance.md): for each batch size of `fashion-p2` the grid,
   every setting of every sampler, without those that a smaller batch showed to be wrong or slow; and the fastest setting
   of each sampler within 1e-3 and the published one, interleaved with `auto` and the exact loops.
@@ -17,6 +19,7 @@ from functools import cache, partial
 from itertools import product
 from typing import Any
 
+import torch
 from torch import Tensor
 
 import jacobiflow as jf
@@ -31,6 +34,7 @@ from jacobiflow.comparison.baselines import original_sampler
 from jacobiflow.comparison.compare import compare_samplers
 from jacobiflow.evaluation import sample_errors
 from jacobiflow.planner import Auto, auto
+from jacobiflow.sampling.denoise import score
 
 TOLERANCE = 1e-3  # of `auto`, of the paper's Algorithm 1, and of what counts as right
 ROUNDS = {1: 7, 4: 5, 16: 3, 64: 3}
@@ -38,6 +42,8 @@ ROUNDS = {1: 7, 4: 5, 16: 3, 64: 3}
 MODEL_BATCHES = {"fashion-p2": (1, 4, 16, 64), "emoji-p2": (1, 16), "digits-p1": (1, 16), "digits-maf": (1, 16)}
 ORIGINAL_TO_IMAGES, AUTO_TO_IMAGES = "original sampler, to images", "auto, to images"
 ORIGINAL, AUTO, EXACT, PAPER, DENOISING = "original sampler", "auto", "exact loop", "GS-Jacobi", "denoising"
+DENOISED = {"fashion-p2": (1, 4, 16, 64), "emoji-p2": (1, 4, 16, 64)}
+IN_ONE_PASS = "one pass"
 DETAILED = "fashion-p2"  # The model that other samplers draw from, too.
 
 BATCHES = (1, 4, 16, 64)
@@ -89,6 +95,30 @@ def measure_model(key: Json) -> Json:
               if name in results}  # fmt: skip
     errors = {name: sample_errors(each, results[IN_PYTORCH].images).max for name, each in images.items()}
     return {"seconds": seconds, "max_error": errors}
+
+
+def measure_denoising(key: Json) -> Json:
+    """Seconds of a denoising step for a batch, and by how much images differ from those of the first kind of pass."""
+    flow, _ = load(key["model"])
+    z, labels = latents(flow, key["batch"])
+    images = jf.sample(flow, latents=z, context=labels, settings=jf.SamplingSettings(flow.recommended.guidance)).images
+
+    def in_one_pass() -> Tensor:
+        context, steps = flow.resolve_batch(images, labels), []
+        for rows in filter(lambda rows: rows.start < len(images), (slice(0, 1), slice(1, None))):
+            steps.append(score(flow, images[rows], context[rows], None))
+        return images + flow.config.noise_std**2 * torch.cat(steps)
+
+    runs: dict[str, Callable[[], Tensor]] = {
+        IN_ONE_PASS: in_one_pass,
+        "float32": partial(jf.denoise, flow, images, labels),
+        "bfloat16": partial(jf.denoise, flow, images, labels, dtype="bfloat16"),
+    }
+    seconds, results = time_runs(runs, ROUNDS[key["batch"]])
+    changes = {name: (results[name] - results[IN_ONE_PASS]).abs() for name in ("float32", "bfloat16")}
+    return {"seconds": seconds,
+            "change": {name: {"mean": float(change.mean()), "max": float(change.max())}
+                       for name, change in changes.items()}}  # fmt: skip
 
 
 @cache
@@ -228,18 +258,18 @@ def measure_strategies(key: Json) -> Json:
     return {"rows": compare_samplers(flow, z, labels, runs, repeats=ROUNDS[batch]).to_json()["rows"]}
 
 
-def batch_keys(model: str) -> list[Json]:
-    return [{"model": model, "batch": batch} for batch in BATCHES]
+def keys(batches: Mapping[str, tuple[int, ...]]) -> list[Json]:
+    return [{"model": model, "batch": batch} for model in batches for batch in batches[model]]
 
 
 def main() -> None:
-    models = [{"model": model, "batch": batch} for model, batches in MODEL_BATCHES.items() for batch in batches]
     measure_files(__doc__, {
-        "model-speed": [(models, measure_model)],
-        "performance": [(batch_keys(DETAILED), measure_samplers)],
-        **{f"{model}-strategies": [(batch_keys(model), measure_strategies)]
+        "model-speed": [(keys(MODEL_BATCHES), measure_model)],
+        "denoising": [(keys(DENOISED), measure_denoising)],
+        "performance": [(keys({DETAILED: BATCHES}), measure_samplers)],
+        **{f"{model}-strategies": [(keys({model: BATCHES}), measure_strategies)]
            for model in ("fashion-p2", "emoji-p2", "digits-p1")},
-    })  # fmt: skip
+    }, one_thread=("denoising",))  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -147,13 +147,16 @@ def test_performance(run: Run) -> None:
     module.grid.cache_clear(), module.settings_of.cache_clear()
     rounds = {1: 1, 2: 1}
     rows = run(
-        "performance", "model-speed", "performance", "digits-p1-strategies", DETAILED="digits-p1", BATCHES=(1, 2),
+        "performance", "model-speed", "denoising", "performance", "digits-p1-strategies", DETAILED="digits-p1",
+        BATCHES=(1, 2), DENOISED={"digits-p1": (1, 2)},
         MODEL_BATCHES={"digits-p1": (2,), "digits-maf": (1,)}, SMALLER={2: 1}, ROUNDS=rounds, GRID_RUNS=rounds, LARGE=2,
         TOLERANCES=(1e-3,), GRIDS={name: grid[:1] for name, grid in module.GRIDS.items()},
         gs_jacobi_grid=partial(module.gs_jacobi_grid, short=True),
     )  # fmt: skip
     assert rows["model-speed"][0]["max_error"]["exact loop"] < 1e-4
     assert "GS-Jacobi" in rows["model-speed"][0]["seconds"]
+    for row in rows["denoising"]:
+        assert row["change"]["float32"]["max"] < 1e-5 < row["change"]["bfloat16"]["max"] < 0.1
     for row in rows["performance"]:
         errors = {each["strategy"].split(" | ")[0]: each["error"]["max"] for each in row["rows"]}
         assert errors["auto, certified"] < 1e-2

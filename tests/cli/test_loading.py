@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -63,12 +64,18 @@ def test_samples_are_drawn_as_recommended_and_resumed_in_no_other_way(
     entries = figures(tmp_path / "f")
     assert entries["error"]["max"] < 0.05  # the original sampler was guided and denoised alike
     assert "first batch of 3 again, denoising included: original sampler " in result.out
+    assert re.search(r"denoising included: .* here [\d.e+-]+ s \(\d+% of it denoising\): ", result.out)
     assert run(f"{line} {text}").code == 0  # the same settings by hand
+    refuse(f"{line} --denoise-dtype bfloat16", "holds samples of denoise dtype None, not 'bfloat16'")
     refuse(
         f"{line} --plain",
         "; denoise 0.9, not 0.0; give another folder, or overwrite it",
     )
     refuse(f"{line} --plain --denoise 1.0", "--plain: excludes --guidance and --denoise; leave one of them out")
+    again = run(f"{line} --num 4 --denoise-dtype bfloat16 --overwrite")
+    assert f"settings: {text} --denoise-dtype bfloat16" in again.out
+    change = r"denoised in bfloat16: images change by \S+ on average, \S+ at most; an 8-bit level is 7.8e-03\n"
+    assert re.search(change, again.out)
 
 
 @given(st.floats(0, 1e6), st.booleans(), st.sampled_from(["both", "scale", "shift"]), st.floats(1e-3, 1e3))

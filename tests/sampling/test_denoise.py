@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -9,6 +10,8 @@ import torch
 from torch import Tensor
 
 import jacobiflow as jf
+from jacobiflow.models.memory import memory_needs
+from jacobiflow.sampling import denoise as denoising
 from tests.helpers import oracle
 from tests.helpers.problems import make_flow
 
@@ -47,6 +50,53 @@ def test_denoising_is_a_step_along_the_score(name: str) -> None:
     assert torch.equal(images, kept)
     assert not denoised.requires_grad
     assert all(parameter.grad is None for parameter in flow.parameters())
+
+
+@pytest.mark.parametrize(("layers", "is_trained"), [(1, False), (8, False), (8, True)])
+def test_a_pass_keeps_no_more_than_its_formula_says(layers: int, is_trained: bool) -> None:
+    """The formula also allows for what the backward pass computes; so it is up to twice what the forward pass keeps."""
+    config = jf.TarFlowConfig(1, 16, 2, width=64, num_blocks=3, layers_per_block=layers, noise_std=0.1)
+    flow = jf.TarFlow(config).requires_grad_(is_trained)
+    kept: dict[int, int] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage._cdata] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        total = flow.log_prob(torch.zeros(4, 1, 16, 16, requires_grad=True)).sum()
+    weights = {parameter.untyped_storage()._cdata for parameter in flow.parameters()}
+    measured = sum(num for storage, num in kept.items() if storage not in weights) / 4
+    limit = memory_needs(flow).gradient
+    assert total.requires_grad and limit is not None
+    assert measured < limit < 2 * measured
+    limit_offloaded = memory_needs(flow.offloaded("cpu")).gradient
+    assert limit_offloaded is not None and limit / 3 < limit_offloaded < limit
+
+
+def test_passes_are_bounded_by_memory_and_by_the_speed_of_a_processor(monkeypatch: pytest.MonkeyPatch) -> None:
+    flow, sizes = make_flow(**FLOWS["no classes"]), list[int]()
+    score = denoising._score
+    monkeypatch.setattr(denoising, "_score", lambda *args: sizes.append(len(args[1])) or score(*args))
+    images = images_of(flow, 9)
+    for name, value in (("_TOKENS_PER_THREAD", 4 * 9), ("_MAX_BACKWARD_BYTES", 1)):
+        monkeypatch.setattr(denoising, name, value)
+        jf.denoise(flow, images)
+    assert sizes == [3, 3, 3, *[1] * 9]
+
+
+def test_in_bfloat16_images_change_by_its_rounding(monkeypatch: pytest.MonkeyPatch) -> None:
+    flow = copy.deepcopy(make_flow(**FLOWS["scales"])).float()
+    settings = [jf.SamplingSettings(denoise=1.0, denoise_dtype=dtype) for dtype in (None, "bfloat16")]
+    monkeypatch.setattr(denoising, "has_bf16_products", lambda: False)
+    with pytest.warns(UserWarning, match="this processor has no such products"):
+        exact, rounded = (jf.sample(flow, 8, 1, settings=each) for each in settings)
+    change = (rounded.x - exact.x).abs()
+    assert 0 < change.max() < 2e-2
+    assert rounded.denoise_change == pytest.approx((float(change[:2].mean()), float(change[:2].max())), rel=1e-3)
+    assert rounded.outcome.denoise_change == rounded.denoise_change
+    assert rounded.x.dtype == torch.float32 and exact.denoise_change is None
 
 
 def test_an_image_s_step_depends_on_no_batch_and_no_gradient_mode() -> None:

@@ -103,17 +103,22 @@ def _number(value: float) -> str:
     return repr(float(value)).removesuffix(".0")
 
 
+DenoiseDtype = Literal["bfloat16"] | None
+"""The dtype of the networks in a denoising step; `None` for that of the flow."""
+
+
 @dataclass(frozen=True)
 class SamplingSettings:
-    """Guidance and the rate of one denoising step (0: none), as `jf.sample` takes them.
+    """Guidance, and the rate (0: none) and dtype of one denoising step, as `jf.sample` takes them.
 
     Example:
         >>> jf.load("digits-p1").recommended
-        SamplingSettings(guidance=None, denoise=1.0)
+        SamplingSettings(guidance=None, denoise=1.0, denoise_dtype=None)
     """
 
     guidance: Guidance | None = None
     denoise: float = 0.0
+    denoise_dtype: DenoiseDtype = None
 
     def __post_init__(self) -> None:
         check_kind("guidance", self.guidance, Guidance | None, GIVE_GUIDANCE)

@@ -11,6 +11,7 @@ from jacobiflow.errors import InputValueError
 from jacobiflow.utils.launch import local_device
 
 if TYPE_CHECKING:
+    from jacobiflow.blocks.guidance import DenoiseDtype
     from jacobiflow.models.flow import Flow
 
 
@@ -33,14 +34,16 @@ def load_model(
 
 
 def resolve_settings(
-    flow: Flow, guidance: str | None, denoise: float | None, plain: bool, has_context: bool
-) -> tuple[jf.SamplingSettings, str]:
+    flow: Flow, guidance: str | None, denoise: float | None, plain: bool, has_context: bool,
+    denoise_dtype: DenoiseDtype = None,
+) -> tuple[jf.SamplingSettings, str]:  # fmt: skip
     """Returns guidance and denoising, recommended by the model unless given, and a line that names them."""
     if plain and (guidance is not None or denoise):
         raise InputValueError("--plain: excludes --guidance and --denoise; leave one of them out")
     recommended, note = jf.SamplingSettings() if plain else flow.recommended_for(has_context), ""
     value = recommended.guidance if guidance is None else flow.guided(jf.Guidance.parse(guidance)).guidance
-    settings = jf.SamplingSettings(value, recommended.denoise if denoise is None else denoise)
+    rate = recommended.denoise if denoise is None else denoise
+    settings = jf.SamplingSettings(value, rate, denoise_dtype or recommended.denoise_dtype)
     if guidance is None and not plain:
         if value != flow.recommended.guidance:
             note = f"; the recommended guidance needs {'prompts' if isinstance(flow, jf.STARFlow) else 'labels'}"
@@ -53,6 +56,8 @@ def settings_text(settings: jf.SamplingSettings) -> str:
     """Returns the options of `jacobiflow sample` that stand for `settings`, or that there are none."""
     guidance = f"--guidance {settings.guidance} " if settings.guidance else ""
     denoise = f"--denoise {settings.denoise:g}" if settings.denoise else ""
+    if settings.denoise and settings.denoise_dtype:
+        denoise += f" --denoise-dtype {settings.denoise_dtype}"
     return (guidance + denoise).strip() or "no guidance, no denoising"
 
 

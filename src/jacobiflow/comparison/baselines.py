@@ -220,9 +220,10 @@ def original_sampler(flow: Flow) -> tuple[str, OriginalSampler]:
     return SEQUENTIAL, lambda flow, z, context: sequential_samples(flow, z, context).x
 
 
-def sequential_samples(flow: Flow, z: Tensor, context: Tensor | None, denoise: float = 0.0) -> Samples:
+def sequential_samples(
+    flow: Flow, z: Tensor, context: Tensor | None, settings: SamplingSettings | None = None
+) -> Samples:
     """Draws samples by this library's own loop, without certificates or densities."""
-    settings = SamplingSettings(denoise=denoise)
     return sample(
         flow, latents=z, context=context, settings=settings, strategy=SEQUENTIAL, certify=False, log_prob=False
     )

@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from jacobiflow.blocks.context import Context
+from jacobiflow.blocks.guidance import SamplingSettings
 from jacobiflow.comparison.baselines import SEQUENTIAL, original_sampler, sequential_samples
 from jacobiflow.evaluation import SampleErrors, sample_errors
 from jacobiflow.models.flow import Flow
@@ -120,7 +121,7 @@ def compare_samplers(
     context: Tensor | None,
     runs: Mapping[str, Callable[[], Samples]],
     *,
-    denoise: float = 0.0,
+    settings: SamplingSettings | None = None,
     repeats: int = 5,
     warm_up: bool = True,
     progress: Progress | None = None,
@@ -132,18 +133,18 @@ def compare_samplers(
         latents: Standard normal latents, before the prior's scale.
         context: Context of each latent, or `None`.
         runs: Samplers by name, for the same latents, context and guidance. The baselines' names are taken.
-        denoise: Rate of a denoising step that the baselines take; `runs` take it themselves.
+        settings: The denoising step of the baselines, `None` for none; `runs` denoise themselves.
         repeats: Number of rounds that are timed.
         warm_up: If True, one more round comes first, which is not timed.
         progress: Is called after each run.
     """
     original, sample_original = original_sampler(flow)
-    sequential = partial(sequential_samples, flow, latents, context, denoise)
+    sequential = partial(sequential_samples, flow, latents, context, settings)
     exact = sequential()
 
     def run_original() -> Tensor:
         x = sample_original(flow, exact.latents, exact.context)
-        return denoise_checked(flow, x, Context(exact.context), denoise, len(x)) if denoise else x
+        return x if settings is None else denoise_checked(flow, x, Context(exact.context), settings, len(x))
 
     all_runs: dict[str, Callable[[], Any]] = {
         original: run_original,

@@ -249,7 +249,7 @@ def _measure_errors(flow: Flow, folder: SampleFolder, rows: range) -> UnitOutput
     draw = partial(
         sample, flow, labels=None if labels is None else labels[part],
         latents=draw_latents(len(rows), config.num_tokens, config.token_dim, spec.seed, rows.start),
-        settings=SamplingSettings(spec.guidance, spec.denoise), certify=spec.certify,
+        settings=SamplingSettings(spec.guidance, spec.denoise, spec.denoise_dtype), certify=spec.certify,
     )  # fmt: skip
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # The folder's outcome tells of samples that are not finite.

@@ -20,7 +20,9 @@ from jacobiflow.models.offload import without_values
 _CGROUP_ROOT, _CGROUP_OF_PROCESS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of malloc.h
 _USABLE_FRACTION = 0.8  # The part of the free memory that a batch may take; the rest allows for fragmentation.
-_TOKEN_ARRAYS = 12  # The arrays of tokens that a solve holds at a time.
+_TOKEN_ARRAYS = 12  # The arrays of tokens that a solve holds at a time, and that the gradient of a block keeps.
+# The arrays of the size of keys that the gradient of a layer keeps: for that of its input, and for that of its weights.
+_ARRAYS_OF_GRADIENT, _ARRAYS_OF_WEIGHTS = 11, 8
 
 
 def keep_freed_memory() -> None:
@@ -71,6 +73,8 @@ class MemoryNeeds:
         keys_values: The cache of keys and values of a sample in the block with the largest one.
         sample: All that a sample takes beside the weights: the cache, the activations of a sweep, and the tokens.
             `None` if a block's size is not known.
+        gradient: All that the gradient of a sample's log-density takes beside the weights, at most; `None` if a block's
+            size is not known.
     """
 
     weights: int
@@ -79,6 +83,7 @@ class MemoryNeeds:
     offloaded: int
     keys_values: int
     sample: int | None
+    gradient: int | None
 
     def of_batch(self, num: int) -> int | None:
         """Returns the most bytes that `num` samples take beside the weights; `None` if a block's size is not known."""
@@ -116,9 +121,14 @@ def memory_needs(flow: Flow, device: torch.device | None = None, dtype: torch.dt
     rows = [block.row_bytes() for block in blocks]
     samples = [num * row for num, row in zip(num_rows, rows, strict=True) if row is not None]
     tokens = _TOKEN_ARRAYS * flow.config.num_tokens * flow.config.token_dim * max(dtype.itemsize, 4)
+    arrays = _ARRAYS_OF_GRADIENT + _ARRAYS_OF_WEIGHTS * any(weight.requires_grad for weight in flow.parameters())
+    kept = [arrays * block.cache_bytes() // 2 for block in blocks]
+    gradient = (sum if flow.block_loader is None else max)(kept) + len(kept) * tokens
+    sample = None if None in rows else max(samples) + tokens
     return MemoryNeeds(
-        sum(sizes), max(sizes), max(copied), max(loaded), max(caches), None if None in rows else max(samples) + tokens
-    )
+        sum(sizes), max(sizes), max(copied), max(loaded), max(caches), sample,
+        None if sample is None else gradient + sample,
+    )  # fmt: skip
 
 
 def exceeds_memory(flow: Flow, num: int) -> bool:

@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import warnings
+from contextlib import nullcontext
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.autograd.graph import saved_tensors_hooks
 
 from jacobiflow.blocks.context import Context
+from jacobiflow.blocks.guidance import DenoiseDtype, SamplingSettings
+from jacobiflow.blocks.tokens import row_batches
 from jacobiflow.models.config import resolve_rate
 from jacobiflow.models.contexts import Labels
 from jacobiflow.models.flow import Flow, check_flow
 from jacobiflow.models.memory import memory_needs
 from jacobiflow.utils.checks import check_count
+from jacobiflow.utils.timing import has_bf16_products
 
 _MAX_BACKWARD_BYTES = 4 << 30
 """Bytes that a backward pass may take beside the weights."""
-_ACTIVATIONS_OF_BACKWARD = 8
-"""The most bytes that the backward pass of a block keeps, in multiples of those that its solution takes."""
+_TOKENS_PER_THREAD = 1600
+"""Tokens in one pass on a CPU, for each thread. The memory of the activations of more would not be reused."""
 
 
 def denoise(
@@ -28,13 +31,15 @@ def denoise(
     labels: Labels | None = None,
     rate: float = 1.0,
     batch_size: int = 64,
+    dtype: DenoiseDtype = None,
 ) -> Float[Tensor, "n c h w"]:
     """Takes one denoising step x + rate sigma^2 grad log p(x | label), where sigma is the flow's `noise_std`.
 
     At rate 1 it is Tweedie's formula. The density is that of the plain flow, without guidance. An image with a NaN or
     an infinity becomes NaN, with a warning; the others do not depend on it.
 
-    At most `batch_size` images go through at a time, fewer if a backward pass would need more than 4 GiB.
+    At most `batch_size` images go through at a time, fewer if a backward pass would need more than 4 GiB, and a few on
+    a CPU, where that is faster. With `dtype="bfloat16"` the networks compute in bfloat16.
 
     Example:
         >>> flow = jf.load("digits-p1")
@@ -43,47 +48,42 @@ def denoise(
         torch.Size([2, 1, 8, 8])
     """
     check_flow(flow)
-    rate = resolve_rate(flow.config, rate, "rate")
+    settings = SamplingSettings(denoise=resolve_rate(flow.config, rate, "rate"), denoise_dtype=dtype)
     batch_size = check_count("batch_size", batch_size, maximum=2**31)
     flow.check_data(images, "images")
     context = flow.resolve_batch(images, labels)
     num_nonfinite = int((~torch.isfinite(images).all(dim=(1, 2, 3))).sum())
     if num_nonfinite:
         warnings.warn(f"{num_nonfinite} of {len(images)} images hold a NaN or an infinity: they are NaN", stacklevel=2)
-    return denoise_checked(flow, images, context, rate, batch_size)
+    return denoise_checked(flow, images, context, settings, batch_size)
 
 
 def denoise_checked(
-    flow: Flow, images: Float[Tensor, "n c h w"], context: Context, rate: float, batch_size: int
+    flow: Flow, images: Float[Tensor, "n c h w"], context: Context, settings: SamplingSettings, batch_size: int
 ) -> Float[Tensor, "n c h w"]:
     """Denoises as `denoise` does, without its checks and its warning."""
-    images, steps = images.detach(), []
-    start, size = 0, 1  # the first image alone shows how much memory one takes
-    while start < len(images):
-        rows = slice(start, start + size)
-        score, used = _score(flow, images[rows], context[rows])
-        steps.append(images[rows] + rate * flow.config.noise_std**2 * score)
-        start += size
-        size = min(batch_size, max(_MAX_BACKWARD_BYTES * size // max(used, 1), 1))
-    return torch.cat(steps)
+    images, dtype = images.detach(), settings.denoise_dtype
+    if dtype and images.device.type == "cpu" and not has_bf16_products():
+        warnings.warn(f"denoise_dtype={dtype}: slow, as this processor has no such products", stacklevel=3)
+    step = settings.denoise * flow.config.noise_std**2
+    passes = row_batches(len(images), _pass_size(flow, len(images), batch_size))
+    return torch.cat([images[rows] + step * score(flow, images[rows], context[rows], dtype) for rows in passes])
 
 
-def _score(flow: Flow, images: Tensor, context: Context) -> tuple[Tensor, int]:
-    """grad log p(x | label), and the bytes beside the weights that its backward pass needed."""
-    sizes: dict[int, int] = {}
+def _pass_size(flow: Flow, num: int, batch_size: int) -> int:
+    """Returns the number of images of a pass, of `num` images in passes of about equal size."""
+    limit = max(_MAX_BACKWARD_BYTES // (memory_needs(flow).gradient or _MAX_BACKWARD_BYTES), 1)
+    if flow.var.device.type == "cpu":
+        limit = min(limit, max(_TOKENS_PER_THREAD * torch.get_num_threads() // flow.config.num_tokens, 1))
+    num_passes = -(-num // min(limit, batch_size))
+    return -(-num // max(num_passes, 1))
 
-    def note(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        sizes[storage._cdata] = storage.nbytes()
-        return tensor
 
+def score(flow: Flow, images: Tensor, context: Context, dtype: DenoiseDtype) -> Tensor:
+    """Returns grad log p(x | label); its networks run in `dtype`."""
     with torch.inference_mode(False), torch.enable_grad():  # also where the caller has either off
-        x = images.detach().clone().requires_grad_()
-        with saved_tensors_hooks(note, lambda tensor: tensor):
+        x = images.clone().requires_grad_()
+        with torch.autocast(x.device.type, torch.bfloat16) if dtype else nullcontext():
             total = flow.log_prob(x, context.clone()).sum()
-        (score,) = torch.autograd.grad(total, x)
-    weights = {tensor.untyped_storage()._cdata for tensor in flow.state_dict(keep_vars=True).values()}
-    used = sum(size for storage, size in sizes.items() if storage not in weights)
-    if flow.block_loader is not None:  # The backward pass computes a block's activations again, which the hooks miss.
-        used += _ACTIVATIONS_OF_BACKWARD * (memory_needs(flow).of_batch(len(images)) or _MAX_BACKWARD_BYTES)
-    return score, used
+        (gradient,) = torch.autograd.grad(total, x)
+    return gradient

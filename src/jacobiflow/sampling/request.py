@@ -40,7 +40,7 @@ class SamplingRequest:
         flow: The flow under its guidance.
         context: The context of each sample.
         strategy: The solvers of the blocks, or `Auto` if they are still to be planned.
-        denoise: The rate of a denoising step; 0 for none.
+        denoising: The settings of a denoising step; its rate is 0 for none.
         log_prob: Whether densities are computed.
     """
 
@@ -48,7 +48,7 @@ class SamplingRequest:
     context: Context
     strategy: Strategy | Auto
     options: SolveOptions
-    denoise: float
+    denoising: SamplingSettings
     log_prob: bool
     sensitivity: bool
     return_intermediates: bool
@@ -67,13 +67,13 @@ class SamplingRequest:
         if batch_size is not None:
             batch_size = min(check_count("batch_size", batch_size, maximum=MAX_SAMPLES), num)
         checked = flow.context_kind.resolve(labels_or_context(labels, context), num)
-        flow, denoise = _resolve_settings(flow, settings, checked)
+        flow, denoising = _resolve_settings(flow, settings, checked)
         if flow.guidance is not None and checked.values is None and flow.guidance.attn_temperature == 1:
             warnings.warn("guidance without labels or texts at attn_temperature 1 changes nothing", stacklevel=3)
         options = SolveOptions(certify=certify, batch_size=batch_size)
-        log_prob = _resolve_log_prob(flow, log_prob, denoise)
+        log_prob = _resolve_log_prob(flow, log_prob, denoising.denoise)
         resolved = resolve_strategy(strategy, flow, batch_size or num, tolerance)
-        return cls(flow, checked, resolved, options, denoise, log_prob, sensitivity, return_intermediates)
+        return cls(flow, checked, resolved, options, denoising, log_prob, sensitivity, return_intermediates)
 
     def plan(self, batch_size: int, progress: Progress | None = None) -> Strategy:
         """Returns the strategy, which "auto" plans for batches of a size."""
@@ -109,9 +109,14 @@ class SamplingRequest:
         stats = tuple(map(BlockStats.join, zip(*(group.solutions for group in groups), strict=True)))
         steps = zip(*(group.intermediates for group in groups), strict=True)
         intermediates = [flow.from_tokens(torch.cat(tokens)) for tokens in steps]
-        started = time.perf_counter()
-        if self.denoise:
-            x = denoise_checked(flow, x, context, self.denoise, options.batch_size or 64)
+        started, change = time.perf_counter(), None
+        if self.denoising.denoise:
+            noisy, x = x, denoise_checked(flow, x, context, self.denoising, options.batch_size or 64)
+            num = min(len(x) // 4, 4)  # Few images, to keep the time that bfloat16 saves.
+            if self.denoising.denoise_dtype and num:
+                unrounded = replace(self.denoising, denoise_dtype=None)
+                differences = (x[:num] - denoise_checked(flow, noisy[:num], context[:num], unrounded, num)).abs()
+                change = float(differences.nanmean()), float(differences.nan_to_num(0.0).max())
             intermediates.append(x)
         return Samples(
             x=x,
@@ -124,13 +129,14 @@ class SamplingRequest:
             intermediates=tuple(intermediates) if self.return_intermediates else None,
             seconds=seconds,
             denoise_seconds=time.perf_counter() - started,
+            denoise_change=change,
             sensitivity=torch.cat(sensitivities) if self.sensitivity else None,
             dtype=flow.precision,
         )
 
 
-def _resolve_settings(flow: Flow, settings: Settings, context: Context) -> tuple[Flow, float]:
-    """Returns the view of the flow to sample, and the rate of denoising.
+def _resolve_settings(flow: Flow, settings: Settings, context: Context) -> tuple[Flow, SamplingSettings]:
+    """Returns the view of the flow to sample, and the settings of denoising.
 
     Guidance of the settings takes the place of the view's own; recommended guidance does not.
     """
@@ -142,9 +148,10 @@ def _resolve_settings(flow: Flow, settings: Settings, context: Context) -> tuple
             settings = replace(settings, guidance=None)
     check_kind("settings", settings, SamplingSettings | None, give)
     if settings is None:
-        return flow, 0.0
+        return flow, SamplingSettings()
     rate = resolve_rate(flow.config, settings.denoise)
-    return flow if settings.guidance is None else flow.guided(settings.guidance), rate
+    denoising = SamplingSettings(denoise=rate, denoise_dtype=settings.denoise_dtype if rate else None)
+    return flow if settings.guidance is None else flow.guided(settings.guidance), denoising
 
 
 def _resolve_log_prob(flow: Flow, log_prob: bool | None, denoise: float) -> bool:

@@ -70,6 +70,7 @@ class Outcome:
         sensitivity: The largest finite sensitivity; `None` if it was not measured.
         num_sensitive: Samples with a sensitivity above `SENSITIVITY_BOUND`; `None` if it was not measured.
         seconds: Wall-clock time of solving the blocks; `denoise_seconds` is that of denoising.
+        denoise_change: See `Samples`; over several sets of samples the largest of each.
         network_calls: Network calls of all blocks.
         token_evaluations: Token evaluations of all blocks.
         sweeps: Sweeps of each block.
@@ -92,6 +93,7 @@ class Outcome:
     token_evaluations: int
     sweeps: tuple[int, ...]
     block_seconds: tuple[float, ...]
+    denoise_change: tuple[float, float] | None = None
 
     @classmethod
     def merge(cls, outcomes: Sequence[Outcome]) -> Outcome:
@@ -99,7 +101,9 @@ class Outcome:
         columns: dict[str, list[Any]] = {each.name: [getattr(o, each.name) for o in outcomes] for each in fields(cls)}
         totals: dict[str, Any] = {}
         for name, values in columns.items():
-            if name in ("dtype", "tolerance") or None in values:
+            if name == "denoise_change":
+                totals[name] = tuple(map(max, zip(*filter(None, values), strict=True))) or None
+            elif name in ("dtype", "tolerance") or None in values:
                 totals[name] = values[0] if name in ("dtype", "tolerance") else None
             elif name in ("residual", "sensitivity"):
                 totals[name] = max(values)
@@ -175,6 +179,8 @@ class Samples:
             It is an estimate by a second solve, from latents that one rounding of `dtype` changes. For an exact sample
             that moves by more than 2.5e-4 it is the difference from a solve in float64. It is infinite if the sample
             is not finite in one of the solves, and `None` if it was not asked for.
+        denoise_change: The mean and the largest change of the first images by denoising in bfloat16: a quarter of them,
+            at most 4. `None` for other dtypes, and for fewer than 4 images.
         dtype: The dtype of the network, or "tf32".
 
     Example:
@@ -197,6 +203,7 @@ class Samples:
     denoise_seconds: float
     sensitivity: Float[Tensor, " n"] | None = None
     dtype: str = "float32"
+    denoise_change: tuple[float, float] | None = None
 
     @property
     def images(self) -> Float[Tensor, "n c h w"]:
@@ -272,4 +279,5 @@ class Samples:
             network_calls=sum(block.network_calls for block in stats),
             token_evaluations=sum(block.token_evaluations for block in stats),
             sweeps=tuple(block.sweeps for block in stats), block_seconds=tuple(block.seconds for block in stats),
+            denoise_change=self.denoise_change,
         )  # fmt: skip

@@ -96,6 +96,12 @@ def describe_machine(device: torch.device | str = "cpu") -> dict[str, Any]:
     }
 
 
+def has_bf16_products() -> bool:
+    """Tells whether this processor multiplies in bfloat16, by units such as AVX512-BF16 or AMX; True if unknown."""
+    path = Path("/proc/cpuinfo")
+    return not path.exists() or "bf16" in path.read_text()
+
+
 def _processor() -> str:
     """Returns the processor's model name, and its bfloat16 units, which a virtual machine's name hides."""
     name, path = platform.processor() or platform.machine(), Path("/proc/cpuinfo")

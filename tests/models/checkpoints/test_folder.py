@@ -67,7 +67,7 @@ def test_recommended_settings_are_stored_in_the_config(tmp_path: Path) -> None:
     flow.save_pretrained(tmp_path)
     guidance = {"weight": 3.0, "annealed": True, "on": "both", "attn_temperature": 1.4, "rule": "linear"}
     recommended = json.loads((tmp_path / "config.json").read_text())["recommended"]
-    assert recommended == {"guidance": guidance, "denoise": 1.0}
+    assert recommended == {"guidance": guidance, "denoise": 1.0, "denoise_dtype": None}
     assert jf.load(tmp_path).recommended == flow.recommended
     flow.recommended = {"denoise": 1.0}  # type: ignore[assignment]
     with pytest.raises(TypeError, match="recommended="):

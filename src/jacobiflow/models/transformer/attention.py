@@ -16,6 +16,10 @@ from torch.nn.attention.bias import causal_lower_right
 
 from jacobiflow.blocks.tokens import Tokens
 
+_EXPLICIT_TOKENS = 400
+"""The most tokens whose attention has, in bfloat16 and with its gradient on a CPU, explicit products of matrices.
+PyTorch's kernel takes up to twice as long there, but keeps no matrix of tokens by tokens."""
+
 
 @dataclass(frozen=True)
 class AttentionSpan:
@@ -204,16 +208,27 @@ def _attend(
         query = query * query_scale
     if cache is None:
         keys, values = (_replace_nonfinite(key), _replace_nonfinite(value)) if hide_nonfinite else (key, value)
-        out = F.scaled_dot_product_attention(query, keys, values, is_causal=True)
+        out = _causal_attention(query, keys, values)
     else:
         _write_cache(cache, qkv[:, :, 1:], span, hide_nonfinite)
         keys, values = cache[:, :, :, : span.end].unbind(1)
         out = F.scaled_dot_product_attention(query, keys, values, attn_mask=span.mask, is_causal=span.is_causal)
     if hide_nonfinite or x.device.type == "cpu":
         # This is NaN for a token whose own key or value is not finite. Without it kernels for AVX-512 return 0 if all
-        # keys of a short span are non-finite.
-        out = torch.addcmul(out, key, value, value=0)
+        # keys of a short span are non-finite. Its gradient would be 0.
+        out = torch.addcmul(out, key.detach(), value.detach(), value=0)
     return F.linear(out.transpose(1, 2).reshape(x.shape), *weights.proj)
+
+
+def _causal_attention(query: Tensor, key: Tensor, value: Tensor) -> Float[Tensor, "b h t d"]:
+    """Returns the values of all tokens (B, heads, T, head_dim), each averaged over it and those before."""
+    num, is_bf16 = query.shape[2], query.dtype == torch.bfloat16
+    if query.is_cuda or not is_bf16 or not torch.is_grad_enabled() or num > _EXPLICIT_TOKENS:
+        return F.scaled_dot_product_attention(query, key, value, is_causal=True)
+    mask = query.new_full((num, num), -torch.inf).triu_(1)
+    q, k, v = (heads.flatten(0, 1) for heads in (query, key, value))
+    weights = torch.baddbmm(mask, q, k.transpose(1, 2), alpha=q.shape[-1] ** -0.5).softmax(dim=-1)
+    return torch.bmm(weights, v).unflatten(0, query.shape[:2])
 
 
 def _project_qkv(x: Tensor, weights: LayerWeights, positions: slice | Tensor) -> Float[Tensor, "b n 3 h d"]:

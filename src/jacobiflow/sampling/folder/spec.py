@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 import msgspec
 
 from jacobiflow.blocks.context import Context
-from jacobiflow.blocks.guidance import Guidance
+from jacobiflow.blocks.guidance import DenoiseDtype, Guidance
 from jacobiflow.data.grid import PICTURE_CHANNELS
 from jacobiflow.errors import InputValueError
 from jacobiflow.fixed_point import CertifyMode
@@ -45,6 +45,7 @@ class SampleSpec:
         tolerance: The largest residual of a certified sample; None if the strategy promises nothing.
         log_prob: Whether the shards have densities.
         sensitivity: Whether the shards have sensitivities.
+        denoise_dtype: The dtype of the networks in the denoising step; `None` for that of the flow.
     """
 
     num: Annotated[int, msgspec.Meta(ge=1, le=MAX_SAMPLES)]
@@ -66,6 +67,7 @@ class SampleSpec:
     certify: CertifyMode
     log_prob: bool
     sensitivity: bool
+    denoise_dtype: DenoiseDtype = None
 
     @classmethod
     def of(
@@ -81,8 +83,9 @@ class SampleSpec:
             classes=tuple(flow.classes), batch_size=batch_size, shard_size=shard_size, files=files,
             flow_sha256=fingerprint(flow), dtype=flow.precision, strategy=strategy,
             strategy_sha256=None if solvers is None else sha256(json_bytes(solvers)),
-            guidance=flow.guidance, denoise=float(request.denoise), tolerance=request.strategy.tolerance,
+            guidance=flow.guidance, denoise=request.denoising.denoise, tolerance=request.strategy.tolerance,
             certify=request.options.certify, log_prob=request.log_prob, sensitivity=request.sensitivity,
+            denoise_dtype=request.denoising.denoise_dtype,
         )  # fmt: skip
 
     def __post_init__(self) -> None:
