@@ -77,8 +77,8 @@ def test_a_pass_keeps_no_more_than_its_formula_says(layers: int, is_trained: boo
 
 def test_passes_are_bounded_by_memory_and_by_the_speed_of_a_processor(monkeypatch: pytest.MonkeyPatch) -> None:
     flow, sizes = make_flow(**FLOWS["no classes"]), list[int]()
-    score = denoising._score
-    monkeypatch.setattr(denoising, "_score", lambda *args: sizes.append(len(args[1])) or score(*args))
+    score = denoising.score
+    monkeypatch.setattr(denoising, "score", lambda *args: sizes.append(len(args[1])) or score(*args))
     images = images_of(flow, 9)
     for name, value in (("_TOKENS_PER_THREAD", 4 * 9), ("_MAX_BACKWARD_BYTES", 1)):
         monkeypatch.setattr(denoising, name, value)
