@@ -130,6 +130,7 @@ def test_the_same_command_again_has_nothing_to_draw(run: Any, tmp_path: Path) ->
     again = run(f"{line} --json {tmp_path}/2.json")
     assert (again.code, again.err) == (0, "")
     assert "\nall 10 were there already, and match their checksums; --overwrite draws them again\n" in again.out
+    assert again.out.endswith(f"\n{out} is complete: 3 shards, manifest.json, strategy.json, samples.png\n")
     assert " a second" not in again.out
     one, two = figures(tmp_path / "1.json"), figures(tmp_path / "2.json")
     assert (one["outcome"], two["num_new"]) == (two["outcome"], 0)

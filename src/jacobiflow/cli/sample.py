@@ -76,7 +76,7 @@ class SampleConfig(options.Config):
     tolerance: options.Tolerance = None
     report: options.ReportFile = None
     guidance: options.RecommendedGuidance = None
-    denoise: Annotated[float | None, options.GUIDANCE] = None
+    denoise: Annotated[float | None, options.GUIDANCE, options.within(0)] = None
     plain: Annotated[options.Flag, options.GUIDANCE] = False
     certify: Annotated[options.Flag, options.SPEED, options.NEGATABLE] = True
     certify_always: Annotated[options.Flag, options.SPEED] = False
@@ -215,7 +215,7 @@ def _save_comparison(comparison: Comparison, strategy: str, names: list[str], pa
     from jacobiflow import plots
 
     original, ours = (comparison.result(name).x[:_SHEET_IMAGES] for name in (comparison.original, strategy))
-    sheet = plots.comparison_sheet(original, ours, ("original sampler", strategy), names[:_SHEET_IMAGES])
+    sheet = plots.comparison_sheet(original, ours, ("original sampler", "jacobiflow"), names[:_SHEET_IMAGES])
     plots.save_png(sheet, path)
 
 
@@ -247,7 +247,8 @@ def show(config: SampleConfig, result: SampleResult) -> None:
     if result.comparison is not None:
         _print_comparison(config, result, result.comparison)
     sheet = f", {_SHEET}" * spec.has_pictures
-    print(f"wrote {config.out}: {format_count(spec.num_shards, 'shard')}, manifest.json, strategy.json{sheet}")
+    folder = f"wrote {config.out}" if num_new else f"{config.out} is complete"
+    print(f"{folder}: {format_count(spec.num_shards, 'shard')}, manifest.json, strategy.json{sheet}")
 
 
 def _print_comparison(config: SampleConfig, result: SampleResult, comparison: Comparison) -> None:

@@ -168,10 +168,13 @@ class SampleJob(jobs.Job):
 
     def earlier_spec(self, earlier: Mapping[str, Any]) -> SampleSpec:
         """Returns the spec of fewer samples, under the first of the labels."""
-        num = min(serialization.decode(SampleSpec, earlier).num, self.spec.num)
-        return replace(
-            self.spec, num=num, labels_or_context_sha256=labels_or_context_sha256(self.request.context[:num])
-        )
+        folder = serialization.decode(SampleSpec, earlier)
+        if folder.num > self.spec.num:  # It differs in `num`; other labels and batches may follow from that.
+            return replace(
+                self.spec, labels_or_context_sha256=folder.labels_or_context_sha256, batch_size=folder.batch_size
+            )
+        labels = labels_or_context_sha256(self.request.context[: folder.num])
+        return replace(self.spec, num=folder.num, labels_or_context_sha256=labels)
 
     def _files(self, index: int, samples: Samples) -> dict[str, bytes]:
         """Returns the files of a shard. A picture with a value that is not finite is black."""
