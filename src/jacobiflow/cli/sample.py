@@ -15,8 +15,6 @@ from jacobiflow.errors import InputValueError
 from jacobiflow.utils.provenance import Provenance
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from jacobiflow.blocks.context import Context
     from jacobiflow.comparison.compare import Comparison
     from jacobiflow.evaluation import SampleErrors
@@ -116,6 +114,7 @@ class SampleResult(Provenance):
 
 def run(config: SampleConfig) -> SampleResult | None:
     """Draws the samples, and compares the first batch with the original sampler if asked to."""
+    from jacobiflow.models.contexts import class_names
     from jacobiflow.utils.timing import describe_machine
 
     _check_options(config)
@@ -148,7 +147,7 @@ def run(config: SampleConfig) -> SampleResult | None:
         if config.compare:
             result = _compare(config, result, flow, folder, context, progress)
     if result.comparison is not None and folder.spec.has_pictures:
-        names = _class_names(flow, context.values) if texts is None else texts
+        names = class_names(context.values, flow.classes) if texts is None else texts
         _save_comparison(result.comparison, config.strategy, names, config.out / _SHEET)
     return result
 
@@ -217,11 +216,6 @@ def _save_comparison(comparison: Comparison, strategy: str, names: list[str], pa
     original, ours = (comparison.result(name).x[:_SHEET_IMAGES] for name in (comparison.original, strategy))
     sheet = plots.comparison_sheet(original, ours, ("original sampler", "jacobiflow"), names[:_SHEET_IMAGES])
     plots.save_png(sheet, path)
-
-
-def _class_names(flow: Flow, labels: Tensor | None) -> list[str]:
-    classes = [] if labels is None else labels.tolist()
-    return [flow.classes[k] if flow.classes and k >= 0 else f"class {k}" for k in classes]
 
 
 def show(config: SampleConfig, result: SampleResult) -> None:
