@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -90,3 +92,19 @@ def test_every_part_has_its_rule() -> None:
 def test_no_module_imports_itself_by_way_of_others() -> None:
     assert {"sampling.denoise", "models.flow"} <= GRAPH["sampling.request"], "imports are read"
     TopologicalSorter({name: imported - {""} for name, imported in GRAPH.items() if name}).prepare()
+
+
+@pytest.mark.slow
+def test_no_module_needs_what_windows_lacks_when_it_is_imported() -> None:
+    """Other packages are imported first: they ask for the platform."""
+    program = f"""
+import importlib, os, signal, sys
+names = {["jacobiflow" + f".{name}" * bool(name) for name in MODULES if name != "__main__"]}
+for name in names: importlib.import_module(name)
+for name in names: del sys.modules[name]
+sys.modules["fcntl"] = None
+del signal.SIGUSR1, signal.SIGKILL, os.fork, os.getuid, os.sched_getaffinity, os.uname
+for name in names: importlib.import_module(name)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr

@@ -10,11 +10,14 @@ import subprocess
 import sys
 import venv
 import zipfile
+from importlib import metadata
 from pathlib import Path
 
 import pytest
 import torch
+from packaging.requirements import Requirement
 
+import jacobiflow as jf
 from jacobiflow import native
 from tests.helpers.native_problems import copying_compiler
 
@@ -107,3 +110,15 @@ def test_the_wheel_alone_draws_samples_and_runs_the_readme(wheel: Path, tmp_path
     output = check_output(command, tmp_path, **no_compiler)
     assert "wrote samples: 1 shard, manifest.json, strategy.json, samples.png\n" in output
     assert sorted(os.listdir(tmp_path / "samples" / "shards")) == ["00000.npz"]
+
+
+def test_the_conda_recipe_is_of_this_version_and_needs_what_the_wheel_needs() -> None:
+    recipe = (ROOT / "recipe" / "recipe.yaml").read_text(encoding="utf-8")
+    assert f'version: "{jf.__version__}"' in recipe
+    names = {"torch": "pytorch", "matplotlib": "matplotlib-base", "huggingface-hub": "huggingface_hub"}
+    needed = {"python >=3.10"}
+    for requirement in map(Requirement, metadata.requires("jacobiflow") or ()):
+        if requirement.marker is None or requirement.marker.evaluate({"extra": "cli"}):
+            bounds = ",".join(sorted(map(str, requirement.specifier), reverse=True))
+            needed.add(f"{names.get(requirement.name, requirement.name)} {bounds}")
+    assert needed == set(re.findall(r"- (.+)", recipe.partition("  run:\n")[2].partition("\n\n")[0]))

@@ -32,7 +32,7 @@ def assert_tables(out: str, report: jf.CalibrationReport) -> None:
     def cells(values: Any) -> list[str]:
         return [f"{value:.2f}" for value in values]
 
-    screen = out[: out.index("wrote ")].splitlines()
+    screen = out[: out.index("use it: ")].splitlines()[1:]  # below the path
     assert max(map(len, screen)) <= 80, "a table does not fit a terminal"
     rows = [line.replace("mean affine", "mean_affine").split() for line in screen]
     for i in range(report.num_blocks):
@@ -81,8 +81,9 @@ def test_it_writes_and_prints_what_the_library_measures(options: str, run: Any, 
     assert jf.CalibrationReport.load(tmp_path / "new" / "report.json").to_json() == want.to_json()
     assert figures(tmp_path / "f")["report"] == want.to_json()
     assert_tables(result.out, want)
-    assert f"wrote {tmp_path}/new/report.json\n" in result.out
-    assert run(line) == result, "a complete calibration is printed again"
+    assert result.out.startswith(f"wrote {tmp_path}/new/report.json\n")
+    again = result.out.replace("wrote ", "was there already: ")
+    assert run(line).out == again, "a complete calibration is printed again"
 
 
 def test_the_proposed_command_certifies_its_samples(run: Any, tmp_path: Path) -> None:
@@ -120,7 +121,7 @@ def test_ctrl_c_says_how_to_go_on(run: Any, tmp_path: Path, monkeypatch: pytest.
 def test_the_process_that_does_not_make_the_report_says_who_did(
     run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("jacobiflow.jobs.run", Mock(return_value=CompletedJob({}, False, (), 0)))
+    monkeypatch.setattr("jacobiflow.jobs.run", Mock(return_value=CompletedJob({}, False, False, (), 0)))
     result = run(f"calibrate --model plain --images pets --out {tmp_path}/r")
     assert (result.code, result.out) == (0, f"another process wrote {tmp_path}/r/report.json\n")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import warnings
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -31,8 +32,14 @@ def test_convert(run: Any, refuse: Any, tmp_path: Path) -> None:
     for name, tensor in flow.state_dict().items():
         assert torch.equal(read.state_dict()[name], tensor)
     refuse(line, "folder: holds a model already; remove that folder first, or give another")
-    refuse("convert nofile.pth --out m", "error: nofile.pth: no such file\n")
-    refuse(f"sample --model {tmp_path}/original.pth --out {tmp_path}/o", "of another code; make a model folder of them")
+    flow.to_original(tmp_path / "cat_2_64_2_1_0.20.pth")
+    options = "--patch-size 2 --noise-std 0.20"
+    refuse(f"sample --model {tmp_path}/cat_2_64_2_1_0.20.pth", f"cat_2_64_2_1_0.20.pth {options} --out FOLDER")
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        result = run(f"convert {tmp_path}/cat_2_64_2_1_0.20.pth --out {tmp_path}/tokens")
+    assert result.err.endswith(f"those of a flow of colour images: if it is one, convert it again with {options}\n")
+    assert jf.load(tmp_path / "tokens").image_shape is None
 
 
 def test_info(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -83,7 +90,7 @@ def test_the_memory_of_a_model_is_shown_without_its_weights(run: Any, refuse: An
     assert sizes["float32"]["weights"] == 2 * sizes["bfloat16"]["weights"] > 4e6
     assert f"{sizes['bfloat16']['weights'] / 2**20:.1f} MiB" in result.out
     assert "guidance: 3,attn_temperature=1.4" in result.out
-    refuse("info --model petz --memory", 'Invalid value "petz" for --model. No such model. Give a bundled name (')
+    refuse("info --model petz --memory", 'Invalid value "petz" for --model. No such model. Give a bundled model (')
 
 
 def test_check_of_a_model_uses_its_reports_and_its_weights(run: Any, refuse: Any, tmp_path: Path) -> None:

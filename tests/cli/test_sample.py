@@ -18,6 +18,7 @@ from PIL import Image
 
 import jacobiflow as jf
 from jacobiflow.cli.options import parse_labels
+from jacobiflow.cli.output import format_rate
 from jacobiflow.comparison.baselines import original_sampler
 from jacobiflow.jobs import JobStore
 from jacobiflow.models import memory
@@ -51,14 +52,14 @@ def test_it_writes_what_the_library_draws(strategy: str, run: Any, tmp_path: Pat
     assert np.array_equal(found["arr_0"], levels(want.images))
     assert found["labels"].tolist() == labels.tolist()
     with Image.open(out / "samples.png") as sheet:
-        assert sheet.size == (5 * (8 * 14 + 4) + 4, 8 * 14 + 8)  # 8 pixels are drawn as 112
+        assert sheet.size == (5 * (8 * 28 + 4) + 4, 8 * 28 + 8 + 40)  # 8 pixels are drawn as 224, below the class
 
     entries = figures(tmp_path / "f.json")
     assert [entries["spec"][name] for name in ("num", "batch_size", "seed")] == [5, 3, 4]
     assert (entries["version"], entries["machine"]) == (jf.__version__, describe_machine())
     head = f"model: 5 samples by {strategy} on cpu, batch size 3\nsettings: no guidance, no denoising\ndrew 5 in "
     assert result.out.startswith(head)
-    assert f" s: {entries['num_new'] / entries['seconds']:,.0f} a second\n" in result.out
+    assert f" s: {format_rate(entries['num_new'], entries['seconds'])} a second\n" in result.out
     assert f"wrote {out}: 1 shard, manifest.json, strategy.json, samples.png\n" in result.out
     seconds = {name: entries["outcome"][name] for name in ("seconds", "denoise_seconds", "block_seconds")}
     assert entries["outcome"] == json.loads(json.dumps(asdict(want.outcome))) | seconds
@@ -130,6 +131,7 @@ def test_the_same_command_again_has_nothing_to_draw(run: Any, tmp_path: Path) ->
     again = run(f"{line} --json {tmp_path}/2.json")
     assert (again.code, again.err) == (0, "")
     assert "\nall 10 were there already, and match their checksums; --overwrite draws them again\n" in again.out
+    assert again.out.endswith(f"\n{out} is complete: 3 shards, manifest.json, strategy.json, samples.png\n")
     assert " a second" not in again.out
     one, two = figures(tmp_path / "1.json"), figures(tmp_path / "2.json")
     assert (one["outcome"], two["num_new"]) == (two["outcome"], 0)

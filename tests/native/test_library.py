@@ -51,15 +51,17 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Machine:
 
 
 def test_compiles_once_into_a_folder_of_this_user_alone(
-    machine: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    machine: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The second process needs no compiler: an image may be built with one, and run without it."""
     assert machine.restart() is not None
+    notice = "jacobiflow compiles its native code once; that takes up to a minute"
     (path,) = machine.stored()
     assert path.parent.stat().st_mode & 0o077 == 0
     monkeypatch.delenv("CXX")
     monkeypatch.setenv("PATH", str(tmp_path / "empty"))
     assert machine.restart() is not None and machine.compiled() == 1
+    assert caplog.messages == [notice]
     assert native.library_name() == path.name
     assert native.describe().startswith("compiled for ")
 

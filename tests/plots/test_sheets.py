@@ -48,19 +48,31 @@ def test_a_comparison_shows_both_and_enlarges_the_sample_that_differs_most() -> 
     reference[2, 1, 6, 8], images[2, 1, 6, 8] = 1.0, -1.0  # all 255 levels
     reference[2, 1, 6, 9], images[2, 1, 6, 9] = 0.5, 0.0
     pixels = np.asarray(comparison_sheet(reference, images, ("sequential", "window:32")))
-    rows = 2 * (CAPTION + 2 * 20 + 2 * GAP)
+    rows = 2 * (CAPTION + 5 * 20 + 2 * GAP)
     for panel, expected in zip(np.split(pixels[:rows], 2), (reference, images), strict=True):
-        assert_placed(panel[CAPTION:], expected.nan_to_num(nan=-1.0), columns=4, zoom=2)
+        assert_placed(panel[CAPTION:], expected.nan_to_num(nan=-1.0), columns=4, zoom=5)
     difference = torch.ones_like(images[2])
     difference[:, 6, 8], difference[:, 6, 9] = -1.0, 0.5
     enlarged = torch.stack([reference[2], images[2], difference])
     assert_placed(pixels[rows + 2 * CAPTION :], enlarged, columns=3, zoom=6)
 
 
-@pytest.mark.parametrize(("shift", "panels"), [(0.0, 2), (1e-3, 2), (1e-2, 3)])
-def test_the_difference_is_drawn_if_8_bits_show_it(shift: float, panels: int) -> None:
+@pytest.mark.parametrize("names", [list("abcd"), list("abab"), []])
+def test_names_stand_above_each_line_or_once_if_all_lines_have_the_same(names: list[str]) -> None:
+    images, step = random_images(4, width=60), 3 * 5 + GAP
+    pixels = np.asarray(image_grid(images, columns=2, zoom=5, names=names))
+    lines = 0 if not names else 2 - (names[0] == names[2])
+    assert len(pixels) == 2 * step + GAP + lines * CAPTION
+    for row in range(2):
+        top = row * step + min(row + 1, lines) * CAPTION + GAP
+        line = np.pad(pixels[top : top + step - GAP], ((GAP, GAP), (0, 0), (0, 0)), constant_values=WHITE)
+        assert_placed(line, images[2 * row : 2 * row + 2], columns=2, zoom=5)
+        assert row >= lines or (pixels[top - CAPTION : top] < 128).any(), "no name"
+
+
+@pytest.mark.parametrize("shift", [0.0, 1e-3, 1e-2])
+def test_nothing_is_enlarged_if_8_bits_do_not_show_the_difference(shift: float) -> None:
     reference = torch.zeros(1, 1, 4, 112)
     sheet = np.asarray(comparison_sheet(reference, reference + shift, ("a", "b")))
-    last = sheet[-GAP - 1, panels * (336 + GAP) - GAP - 1, 0]
-    assert int(last) == (0 if panels == 3 else 128)
-    assert (sheet[-GAP - 1, panels * (336 + GAP) + GAP :] == WHITE).all()
+    rows = 2 * (CAPTION + 3 * 4 + 2 * GAP) + CAPTION
+    assert len(sheet) == rows + (CAPTION + 3 * 4 + 2 * GAP) * (shift == 1e-2)

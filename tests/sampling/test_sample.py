@@ -371,7 +371,7 @@ def test_samples_are_saved_and_shown(tmp_path: Path) -> None:
         with Image.open(tmp_path / "new" / "folder" / f"0000{i}.png") as picture:
             pixels = np.asarray(picture.convert("L"))
         assert pixels.shape == (8, 8)
-        assert np.array_equal(sheet[4:-4, 4:, 0][:, i * 116 : i * 116 + 112][::14, ::14], pixels)
+        assert np.array_equal(sheet[4:-4, 4:, 0][:, i * 340 : i * 340 + 336][::42, ::42], pixels)
     with killed(2), pytest.raises(Killed):
         out.save(tmp_path / "stopped")
     assert sorted(path.name for path in (tmp_path / "stopped").glob("[!.]*")) == ["samples.npz"]

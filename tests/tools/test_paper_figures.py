@@ -66,7 +66,7 @@ def test_a_trace_is_a_row_a_sample_and_a_column_a_block(denoised: bool) -> None:
     columns = 3 + denoised
     images = random_images(3 * columns).view(columns, 3, 1, 3, 56)
     pixels = np.asarray(intermediates_sheet(list(images), denoised))
-    height = (len(pixels) - CAPTION) // 3  # of a sample, below its caption
+    height = (len(pixels) - CAPTION) // 3  # of a sample, with its caption; the names of the blocks stand above all
     for sample in range(3):
-        top = CAPTION + sample * height + CAPTION
-        assert_placed(pixels[top : top + height - CAPTION], images[:, sample], columns, zoom=2)
+        top = sample * height + 2 * CAPTION
+        assert_placed(pixels[top : top + height - CAPTION], images[:, sample], columns, zoom=5 if denoised else 6)

@@ -1,13 +1,11 @@
 """Draws the figures of the method and of result files: `python -m tools.pictures.figures [NAME ...]`.
 
-partitions.png and front.gif show the method; error-against-time.png, regimes.png, masked-flows.png,
-speed.png, training.png and alanine.png show result files.
+partitions.png and front.gif show the method; regimes.png, speed.png, training.png and alanine.png show result files.
 """
 
 from __future__ import annotations
 
-import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -17,17 +15,17 @@ from matplotlib.figure import Figure
 
 import jacobiflow as jf
 from benchmarks import FIGURES
-from benchmarks.lib.results import Json, parser
+from benchmarks.lib.results import parser
 from benchmarks.regimes import BF16_PASS, EXACT_LOOP, LOOP_IN_PYTORCH, PASS, in_passes
+from jacobiflow.data.grid import TEXT_COLOR
 from jacobiflow.models.latents import draw_latents
 from jacobiflow.plots import sampler_style, save_png
-from jacobiflow.plots.style import TEXT_COLOR, new_figure, plain_ticks, simplify_axes, use_style
-from tools.docs.render import find_runs, format_speed_up, result, strategy
+from jacobiflow.plots.style import new_figure, plain_ticks, simplify_axes, use_style
+from tools.docs.render import find_runs, format_speed_up, result
 from tools.pictures.front import Recorder, record, save_animation, token_colors
-from tools.pictures.palette import ORDERED, OTHERS, readable
+from tools.pictures.palette import ORDERED, readable
 
 MODEL = "emoji-p2"
-ROUNDING = 1e-6  # Smaller errors are drawn here.
 SAMPLE, LABEL = 10, 1  # a person of seed 0, whose number of sweeps is about the median of the first 20
 
 
@@ -79,51 +77,6 @@ def share_legend(figure: Figure) -> None:
 
 
 @use_style
-def error_against_time() -> Figure:
-    """Largest error against seconds: a row for each sampler, with the others in grey, and a column for each batch size.
-
-    A line joins the settings of a sampler that no other setting of its own beats in both.
-    """
-    runs = result("performance")["runs"]
-    samplers = ("window", "GS-Jacobi", "Selective Jacobi Decoding", "STARFlow")
-    figure = new_figure(6.4)
-    panels = figure.subplots(len(samplers), len(runs), sharex="col", sharey=True)
-    for column, run in zip(panels.T, runs, strict=True):
-        lines = {sampler: _best_settings(run["grid"], sampler) for sampler in ("auto", *samplers)}
-        for axis, sampler in zip(column, samplers, strict=True):
-            for name in samplers:
-                axis.plot(*lines[name], color=OTHERS, linewidth=1, zorder=1, label="the other samplers")
-            for name in ("auto", sampler):
-                color, marker = sampler_style(name)
-                axis.plot(*lines[name], color=color, marker=marker, markersize=5, label=name)
-            for name, label, line in (("sequential", "exact loop", "--"), ("growing cache", "original sampler", "-.")):
-                seconds = strategy(run, name)["seconds"]["median"]
-                axis.axvline(seconds, color=sampler_style(name).color, linestyle=line, linewidth=1.2, label=label)
-            scale_axes(axis)
-            axis.set_ylim(4e-7, 10)
-            axis.set_yticks([ROUNDING, 1e-4, 1e-2, 1], ["rounding", "1e-4", "1e-2", "1"])
-        column[0].set_title(f"batch {run['batch']}")
-    for axis, sampler in zip(panels[:, 0], samplers, strict=True):
-        axis.set_ylabel(textwrap.fill(sampler, 16), color=readable(sampler_style(sampler).color), weight="bold")
-    figure.supxlabel("seconds for the batch")
-    figure.supylabel("largest error of an entry")
-    handles, labels = panels[0, 0].get_legend_handles_labels()
-    shown = {label: handle for handle, label in zip(handles, labels, strict=True) if label not in samplers}
-    figure.legend(shown.values(), shown, loc="outside upper center", ncols=2)
-    return figure
-
-
-def _best_settings(rows: Iterable[Json], sampler: str) -> tuple[list[float], list[float]]:
-    """Seconds and largest errors of the settings of a sampler that no other one of its own beats in both."""
-    points: list[tuple[float, float]] = []
-    for row in sorted((row for row in rows if row["sampler"] == sampler), key=lambda row: row["seconds"]):
-        if not points or row["max_error"] < points[-1][1]:
-            points.append((row["seconds"], max(row["max_error"], ROUNDING)))
-    seconds, errors = zip(*points, strict=True)
-    return [*seconds], [*errors]
-
-
-@use_style
 def regimes() -> Figure:
     """Exact loops in encoding passes against the weights of a block, a panel for each batch size.
 
@@ -151,30 +104,6 @@ def regimes() -> Figure:
         scale_axes(axis, x_subs=(1,))
     figure.supxlabel("weights of a block, MB")
     figure.supylabel("time of a block's inverse, in encoding passes")
-    share_legend(figure)
-    return figure
-
-
-@use_style
-def masked_flows() -> Figure:
-    """Speed-ups of zuko's flows against features: a panel for a flow and a direction, a line for a number of rows."""
-    markers = {1: "o", 100: "^", 10_000: "s", 1_000_000: "D"}
-    figure = new_figure(5.4)
-    panels = figure.subplots(2, 2, sharex=True, sharey=True).ravel()
-    kinds = [(direction, flow) for direction in ("slow", "fast") for flow in ("MAF", "NSF")]
-    runs = [run for run in find_runs("masked-flows", library="zuko") if run["features"] <= 64]
-    for axis, kind in zip(panels, kinds, strict=True):
-        direction, flow = kind
-        for place, (rows, marker) in enumerate(markers.items()):
-            same = [run for run in runs if (run["direction"], run["flow"], run["rows"]) == (*kind, rows)]
-            points = [(run["features"], run["speed_up"]) for run in same]
-            color, label = ORDERED(0.8 * place / (len(markers) - 1)), f"{rows:,} row{'s' * (rows > 1)}"
-            axis.plot(*zip(*points, strict=True), color=color, marker=marker, label=label)
-        axis.axhline(1, color="black", linewidth=0.8)
-        axis.set_title(f"{flow}, {'sampling' if direction == 'slow' else 'log_prob'}")
-        scale_features(axis, y_subs=(1,))
-    figure.supxlabel("features")
-    figure.supylabel("speed-up over zuko")
     share_legend(figure)
     return figure
 
@@ -236,7 +165,7 @@ def alanine() -> Figure:
     halves: Any = figure.subfigures(2, 1, height_ratios=(1.1, 1))
     top, bottom = halves
     axes = top.subplots(1, 3, sharey=True)
-    panels = {"simulation": simulation, "100,000 proposals": many["unweighted"], "weighted": many["weighted"]}
+    panels = {"simulation": simulation, "flow": many["unweighted"], "flow, weighted": many["weighted"]}
     for axis, title, of_bins in zip(axes, panels, (simulation["map"], *many["maps"]), strict=True):
         with np.errstate(divide="ignore"):
             values = -np.log(np.array(of_bins).T)
@@ -245,7 +174,9 @@ def alanine() -> Figure:
         )
         axis.set(title=title, xlabel="phi, degrees", xticks=(-120, 0, 120), yticks=(-120, 0, 120))
     axes[0].set_ylabel("psi, degrees")
-    top.colorbar(image, ax=axes, label="F / kT; white: no sample", location="bottom", shrink=0.6, extend="max")
+    top.colorbar(
+        image, ax=axes, label="free energy F / kT; white: no sample", location="bottom", shrink=0.6, extend="max"
+    )
     axis = bottom.subplots()
     bins = len(simulation["free_energy"])
     centres = (np.arange(bins) + 0.5) * 360 / bins - 180
@@ -254,7 +185,9 @@ def alanine() -> Figure:
     ):
         values, error = (np.array(panel[name], float) for name in ("free_energy", "error"))  # nan without samples
         axis.errorbar(centres, values, error, color=color, marker=marker, label=label, markersize=4, capsize=2)
-    axis.set(xlabel="phi, degrees", ylabel="F / kT", xlim=(-180, 180), ylim=(1, 15), xticks=range(-180, 181, 60))
+    axis.set(
+        xlabel="phi, degrees", ylabel="free energy F / kT", xlim=(-180, 180), ylim=(1, 15), xticks=range(-180, 181, 60)
+    )
     axis.legend(loc="upper left")
     simplify_axes(axis)
     return figure
@@ -274,7 +207,7 @@ def main() -> None:
     options = parser(__doc__)
     options.add_argument("names", nargs="*", metavar="NAME", help="such as training or front; by default all")
     names = options.parse_args().names
-    for draw in (partitions, error_against_time, regimes, masked_flows, speed, training, alanine):
+    for draw in (partitions, regimes, speed, training, alanine):
         name = draw.__name__.replace("_", "-")
         if not names or name in names:
             save_png(draw(), FIGURES / f"{name}.png")

@@ -6,7 +6,6 @@ from matplotlib.colors import to_hex, to_rgb
 FINAL_TOKEN, WAITING_TOKEN = "#a9b5c4", "#f2f2f2"  # tokens that are being swept have their sampler's colour
 TOUGH_BLOCK = "#3d4a5c"
 ORDERED = matplotlib.colormaps["viridis"]  # for things in an order, such as segments
-OTHERS = "#cccccc"  # lines that are there to be compared with
 
 
 def readable(color: str) -> str:

@@ -23,6 +23,7 @@ from benchmarks import FIGURES
 from benchmarks.lib.results import parser
 from jacobiflow.calibration import CalibrationReport, gs_jacobi_notation
 from jacobiflow.fixed_point import Latent, Solver, Stopping, Whole, Zeros
+from jacobiflow.models.contexts import class_names
 from jacobiflow.models.flow import Flow
 from jacobiflow.plots import comparison_sheet, rows_sheet, sampler_style, save_png
 from jacobiflow.plots.style import new_figure, simplify_axes, use_style
@@ -32,6 +33,7 @@ IMAGES, SHOWN = 10, 4
 TOLERANCE = 1e-2
 HEIGHT = 4.2  # inches, of figures of a report
 LEAST = 1e-5  # smaller distances are rounding
+EXACT = "token by token, exact"
 STARTS = {"images": "latents of images", "noise": "fresh latents"}
 
 
@@ -49,15 +51,15 @@ def draw_figures(flow: Flow, report: CalibrationReport, out: Path, name: str, st
     steps = sequential.intermediates or ()
     save_png(intermediates_sheet([images[:SHOWN] for images in steps], denoise > 0), out / f"{name}-sampling.png")
     exact = steps[-2] if denoise else sequential.images
-    columns = [] if labels is None else [f"class {label}" for label in labels.tolist()]
+    columns = class_names(labels, flow.classes)
     rows = []
     for case, plan in strategies_of(report, notation).items():
         images = sample(strategy=plan, settings=None).images
         error = (images - exact).abs()
         rows.append((f"{case}: error max {error.max():.1e}, mean {error.mean():.1e}", images))
-    save_png(rows_sheet([*rows, ("sequential", exact)], columns=columns), out / f"{name}-guesses.png")
+    save_png(rows_sheet([*rows, (EXACT, exact)], columns=columns), out / f"{name}-guesses.png")
     other = sample(strategy=jf.Strategy.parse(notation, report), settings=jf.SamplingSettings(denoise=denoise))
-    sheet = comparison_sheet(sequential.images, other.images, ("sequential", notation), columns=columns)
+    sheet = comparison_sheet(sequential.images, other.images, (EXACT, f"GS-Jacobi {notation}"), columns=columns)
     save_png(sheet, out / f"{name}-comparison.png")
 
 
@@ -141,7 +143,7 @@ def strategies_of(report: CalibrationReport, notation: str) -> dict[str, jf.Stra
         f"guess 0, Jacobi-{few}": jf.Strategy.uniform(Solver(Whole(), Zeros(), stopping), num, tolerance=None),
         f"guess z, Jacobi-{few}": jf.Strategy.uniform(Solver(Whole(), Latent(), stopping), num, tolerance=None),
         **by_igm,
-        f"guess by IGM, {notation}": jf.Strategy.parse(notation, report),
+        f"guess by IGM, GS-Jacobi {notation}": jf.Strategy.parse(notation, report),
     }
 
 

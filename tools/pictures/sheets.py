@@ -7,6 +7,7 @@ from benchmarks import FIGURES
 from benchmarks.lib.results import parser
 from jacobiflow.data import balanced_labels
 from jacobiflow.models.checkpoints.folder import list_bundled
+from jacobiflow.models.contexts import class_names
 from jacobiflow.plots import rows_sheet, save_png
 
 
@@ -15,12 +16,13 @@ def draw_samples(name: str) -> None:
     rows = [("as recommended", flow.recommended, 100)]
     if flow.recommended != plain:
         rows.insert(0, ("plain", plain, 10))
+    names = class_names(balanced_labels(100, flow.config.num_classes), flow.classes)
     images = []
     for caption, settings, count in rows:
         labels = balanced_labels(count, flow.config.num_classes)
         samples = jf.sample(flow, count, labels, settings=settings)
         images.append((caption, samples.images))
-    save_png(rows_sheet(images), FIGURES / f"{name}-samples.png")
+    save_png(rows_sheet(images, names), FIGURES / f"{name}-samples.png")
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from cyclopts import App, CycloptsError, Group, Parameter
+from cyclopts.exceptions import UnusedCliTokensError
 
 from jacobiflow import __version__
 from jacobiflow.cli import options, output
@@ -141,7 +142,9 @@ def _prepare(config: options.Config) -> None:
 def _describe(error: Exception, words: Sequence[str]) -> str | None:
     """Returns the message for an error of the user or the machine; `None` for a fault of the library."""
     if isinstance(error, CycloptsError):
-        return f"{error} See {' '.join(('jacobiflow', *(error.command_chain or ())))} --help."
+        has_model = isinstance(error, UnusedCliTokensError) and hasattr(error.target, "model")
+        hint = f" Did you mean --model {(error.unused_tokens or '?')[0]}?" * has_model
+        return f"{error}{hint} See {' '.join(('jacobiflow', *(error.command_chain or ())))} --help."
     if isinstance(error, InputError):  # It names an option where the library names its argument.
         command = app.parse_commands(words)[1][-1]
         names = {option.field_info.name: option.name for option in command.assemble_argument_collection()}

@@ -143,7 +143,7 @@ def show(config: CalibrateConfig, result: CalibrateResult) -> None:
         print("\nThe paper's strategies: fixed numbers of sweeps, not certified")
         for tolerance in TOLERANCES:
             print(f"to {tolerance:g}: {gs_jacobi_notation(report, tolerance)}")
-    print(f"wrote {config.out / 'report.json'}\nuse it: {result.use}")
+    print(f"use it: {result.use}")
 
 
 def describe_kept(config: CalibrateConfig) -> str:

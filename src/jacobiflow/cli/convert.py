@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -31,9 +32,9 @@ class ConvertConfig(options.Config):
         out: New or empty folder for config.json and model.safetensors.
     """
 
-    file: Annotated[Path, options.MODEL] = field(kw_only=False)
+    file: Annotated[Path, options.MODEL, options.EXISTING] = field(kw_only=False)
     patch_size: Annotated[int | None, options.MODEL, options.within(1)] = None
-    noise_std: Annotated[float | None, options.MODEL] = None
+    noise_std: Annotated[float | None, options.MODEL, options.within(0)] = None
     encode_text: options.EncodeText = None
     out: Annotated[Path, options.OUTPUT]
 
@@ -83,9 +84,18 @@ def _convert_starflow(config: ConvertConfig, state: dict[str, Any]) -> jf.STARFl
 
 
 def _convert_tarflow(config: ConvertConfig, state: dict[str, Any]) -> jf.TarFlow:
+    from jacobiflow.models.checkpoints.original import name_options
+
     if config.encode_text is not None:
         raise InputValueError(f"--encode-text {config.encode_text}: for a STARFlow; leave it out")
     flow_config = jf.TarFlow.infer_config(state, str(config.file), config.patch_size)
+    num_tokens, token_dim = flow_config.num_tokens, flow_config.token_dim
+    are_patches = math.isqrt(num_tokens) ** 2 == num_tokens and 3 * math.isqrt(token_dim // 3) ** 2 == token_dim > 3
+    if config.patch_size is None and are_patches:
+        warnings.warn(
+            f"{config.file}: made a flow over tokens, which draws no pictures; its shapes are those of a flow of "
+            f"colour images: if it is one, convert it again with {name_options(config.file)}", stacklevel=1,
+        )  # fmt: skip
     if isinstance(flow_config, jf.TarFlowConfig):
         flow_config = replace(flow_config, noise_std=config.noise_std or 0.0)
     elif config.noise_std:

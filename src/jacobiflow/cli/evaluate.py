@@ -60,13 +60,13 @@ class EvaluateConfig(options.Config):
     """
 
     model: options.Model = "fashion-p2"
-    samples: Annotated[Path | None, options.MODEL] = None
-    images: Annotated[str | None, options.DATA, Parameter(help=f"Real images to compare with: {options.SOURCES}")] = (
+    samples: Annotated[Path | None, options.MODEL, options.EXISTING] = None
+    images: Annotated[str | None, options.IMAGES, Parameter(help=f"Real images to compare with: {options.SOURCES}")] = (
         None
     )
     features: Annotated[str | None, options.MEASUREMENT] = None
-    inception: Annotated[Path | None, options.MEASUREMENT] = None
-    stats: Annotated[Path | None, options.MEASUREMENT] = None
+    inception: Annotated[Path | None, options.MEASUREMENT, options.EXISTING] = None
+    stats: Annotated[Path | None, options.MEASUREMENT, options.EXISTING] = None
     save_stats: Annotated[Path | None, options.OUTPUT] = None
     paired: Annotated[int, options.MEASUREMENT, options.within(0)] = 64
     test_images: Annotated[int, options.MEASUREMENT, options.within(0)] = 1000
@@ -117,7 +117,6 @@ def _check_options(config: EvaluateConfig) -> str:
 
 def show(config: EvaluateConfig, result: EvaluationResult) -> None:
     """Prints the scores as a table."""
-    print(f"wrote {config.out / 'evaluation.json'}")
     if result.samples is not None:
         print(result.samples)
         if result.samples.num_nonfinite:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from cyclopts import Group, Parameter
+from cyclopts import Group, Parameter, validators
 from cyclopts.validators import Number
 
 from jacobiflow.errors import InputValueError
@@ -29,20 +30,24 @@ MODEL, DATA, TRAINING, MEASUREMENT, SPEED, GUIDANCE, OUTPUT = (
 )  # fmt: skip
 """The panels of options in `--help`, in their order."""
 
+EXISTING = Parameter(validator=validators.Path(exists=True))
+"""For a file or a folder that is read."""
+
 NEGATABLE = Parameter(negative_bool="no-")
 """For a flag that is on by default: `--no-FLAG` turns it off."""
 
 MAX_BATCH_SIZE = 65_536  # Latents of such a batch take 200 MB for images of 28x28 pixels.
+_BUNDLED_IMAGES = ("digits", "fashion-512", "emoji-256", "fashion-mnist")
 SOURCES = (
     "a folder of images, with a folder for each class if there are classes; an .npz file; a folder of IDX files; or "
-    "digits, fashion-512, emoji-256, fashion-mnist."
+    f"{', '.join(_BUNDLED_IMAGES)}."
 )
-_BUNDLED = Path(__file__).parents[1] / "bundled"
+_BUNDLED_MODELS = sorted(path.parent.name for path in Path(__file__).parents[1].glob("bundled/*/config.json"))
+_MODEL = f"A bundled model ({', '.join(_BUNDLED_MODELS)}), a model folder, or an id owner/name of the Hugging Face Hub."
 _GUIDANCE = (
     "Weight of classifier-free guidance, such as 3; 0 is none. Options follow after commas: 4,attn_temperature=1.2; "
     "others are annealed=false, on=scale, on=shift, rule=density."
 )
-_MODEL = "Name of a bundled model, a model folder, or an id of the Hugging Face Hub."
 _LABELS = (
     "Classes of the samples: balanced (all in turn), random, none, names or numbers to take in turn, such as cat,dog "
     "or 0,3, or a .txt or .npy file with a number for each sample."
@@ -67,25 +72,28 @@ def find_extensions() -> Any:
 
 
 def near_miss(*names: str) -> Parameter:
-    """Returns a check that refuses a misspelled name. Other values pass: an installed package may register them."""
+    """Returns a check that refuses a misspelled name. An unknown one passes if it may be registered outside."""
 
     def check(_: Any, values: Any) -> None:
         for value in (values,) if isinstance(values, str) else values or ():
             word = re.split("[^a-z-]", value.strip().lower())[0].rstrip("-")  # "gs-jacobi" in "gs-jacobi:4-2"
-            question = "" if word in names else _suggest(word, names)
-            if question and not value.endswith(".json") and not find_extensions():
-                raise ValueError(question.strip())
+            if word in names or not word or value.endswith(".json") or find_extensions():
+                continue
+            question = _suggest(word, names)
+            if question or "torch" not in sys.modules:  # A program that has imported it may have registered names.
+                raise ValueError(f"{question} Give one of {', '.join(names)}.".strip())
 
     return Parameter(validator=check)
 
 
 def _check_model(_: Any, name: str | None) -> None:
-    bundled = sorted(path.parent.name for path in _BUNDLED.glob("*/config.json"))
-    if name is not None and name not in bundled and "/" not in name and not Path(name).exists():
-        raise ValueError(
-            f"No such model.{_suggest(name, bundled)} Give a bundled name ({', '.join(bundled)}), a folder, or a hub "
-            "id owner/name."
-        )
+    if name is not None and name not in _BUNDLED_MODELS and "/" not in name and not Path(name).exists():
+        raise ValueError(f"No such model.{_suggest(name, _BUNDLED_MODELS)} Give {_MODEL[0].lower()}{_MODEL[1:]}")
+
+
+def _check_images(_: Any, source: str | None) -> None:
+    if source is not None and source not in _BUNDLED_IMAGES and not Path(source).exists():
+        raise ValueError(f"No such images.{_suggest(source, _BUNDLED_IMAGES)} Give {SOURCES}")
 
 
 def _suggest(value: str, names: Sequence[str]) -> str:
@@ -98,12 +106,13 @@ def _check_batch_size(_: Any, size: int | str | None) -> None:
         Number(gte=1, lte=MAX_BATCH_SIZE)(int, size)
 
 
-STRATEGY = near_miss("auto", "sequential", "jacobi", "gs-jacobi", "window")
+IMAGES = Parameter(group=DATA.group, validator=_check_images)
+STRATEGY = near_miss("auto", "sequential", "jacobi", "gs-jacobi", "window", "whole", "segments", "original")
 Flag = Annotated[bool, Parameter(show_default=False)]
 Model = Annotated[str, MODEL, Parameter(validator=_check_model, help=_MODEL)]
 Prompts = Annotated[str | None, MODEL, Parameter(help=_PROMPTS)]
 EncodeText = Annotated[str | None, MODEL, Parameter(help=_ENCODE_TEXT)]
-Images = Annotated[str, DATA, Parameter(help=f"The images: {SOURCES}")]
+Images = Annotated[str, IMAGES, Parameter(help=f"The images: {SOURCES}")]
 Labels = Annotated[str, MODEL, Parameter(help=_LABELS)]
 Seed = Annotated[int, MODEL, within(0, 2**63 - 1), Parameter(help="Seed of all random numbers.")]
 Device = Annotated[str, SPEED, Parameter(help=_DEVICE)]
@@ -112,13 +121,13 @@ Dtype = Annotated[
     SPEED,
     Parameter(help="Numbers of the network; tf32 on a GPU only."),
 ]
-ReportFile = Annotated[Path | None, SPEED, Parameter(help=_REPORT)]
+ReportFile = Annotated[Path | None, SPEED, EXISTING, Parameter(help=_REPORT)]
 Guidance = Annotated[str, GUIDANCE, Parameter(help=_GUIDANCE)]
 RecommendedGuidance = Annotated[
     str | None, GUIDANCE, Parameter(help=f"{_GUIDANCE} Default: as recommended by the model.")
 ]
 NoGuidance = Annotated[Flag, GUIDANCE, Parameter(help="No guidance.")]
-Tolerance = Annotated[float | None, SPEED, Parameter(help=_TOLERANCE)]
+Tolerance = Annotated[float | None, SPEED, within(0), Parameter(help=_TOLERANCE)]
 BatchSize = Annotated[int | Literal["auto"], SPEED, Parameter(validator=_check_batch_size)]
 NetworkBatchSize = Annotated[
     int, SPEED, within(1, MAX_BATCH_SIZE), Parameter(help="Images that go through the network together.")

@@ -109,15 +109,14 @@ def progress_bar() -> Iterator[Progress | None]:
 
 
 def run_job(job: Job, out: Path, overwrite: bool = False) -> CompletedJob | None:
-    """Runs a job with a progress bar; prints a line and returns None if another process reports the result."""
+    """Runs a job with a progress bar, and names its file; returns None if another process reports the result."""
     from jacobiflow import jobs
 
     with progress_bar() as progress:
         completed = jobs.run(job, out, overwrite=overwrite, progress=progress)
-    if completed.should_print:
-        return completed
-    print(f"another process wrote {out / job.result_name}")
-    return None
+    new = "was there already:" if completed.was_complete else "wrote"
+    print(f"{new if completed.should_print else 'another process wrote'} {out / job.result_name}")
+    return completed if completed.should_print else None
 
 
 def to_json(value: Any) -> Any:

@@ -15,8 +15,6 @@ from jacobiflow.errors import InputValueError
 from jacobiflow.utils.provenance import Provenance
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from jacobiflow.blocks.context import Context
     from jacobiflow.comparison.compare import Comparison
     from jacobiflow.evaluation import SampleErrors
@@ -77,7 +75,7 @@ class SampleConfig(options.Config):
     tolerance: options.Tolerance = None
     report: options.ReportFile = None
     guidance: options.RecommendedGuidance = None
-    denoise: Annotated[float | None, options.GUIDANCE] = None
+    denoise: Annotated[float | None, options.GUIDANCE, options.within(0)] = None
     denoise_dtype: Annotated[Literal["bfloat16"] | None, options.GUIDANCE] = None
     plain: Annotated[options.Flag, options.GUIDANCE] = False
     certify: Annotated[options.Flag, options.SPEED, options.NEGATABLE] = True
@@ -118,6 +116,7 @@ class SampleResult(Provenance):
 
 def run(config: SampleConfig) -> SampleResult | None:
     """Draws the samples, and compares the first batch with the original sampler if asked to."""
+    from jacobiflow.models.contexts import class_names
     from jacobiflow.utils.timing import describe_machine
 
     _check_options(config)
@@ -150,7 +149,7 @@ def run(config: SampleConfig) -> SampleResult | None:
         if config.compare:
             result = _compare(config, result, flow, folder, context, progress)
     if result.comparison is not None and folder.spec.has_pictures:
-        names = _class_names(flow, context.values) if texts is None else texts
+        names = class_names(context.values, flow.classes) if texts is None else texts
         _save_comparison(result.comparison, config.strategy, names, config.out / _SHEET)
     return result
 
@@ -218,13 +217,8 @@ def _save_comparison(comparison: Comparison, strategy: str, names: list[str], pa
     from jacobiflow import plots
 
     original, ours = (comparison.result(name).x[:_SHEET_IMAGES] for name in (comparison.original, strategy))
-    sheet = plots.comparison_sheet(original, ours, ("original sampler", strategy), names[:_SHEET_IMAGES])
+    sheet = plots.comparison_sheet(original, ours, ("original sampler", "jacobiflow"), names[:_SHEET_IMAGES])
     plots.save_png(sheet, path)
-
-
-def _class_names(flow: Flow, labels: Tensor | None) -> list[str]:
-    classes = [] if labels is None else labels.tolist()
-    return [flow.classes[k] if flow.classes and k >= 0 else f"class {k}" for k in classes]
 
 
 def show(config: SampleConfig, result: SampleResult) -> None:
@@ -253,7 +247,8 @@ def show(config: SampleConfig, result: SampleResult) -> None:
     if result.comparison is not None:
         _print_comparison(config, result, result.comparison)
     sheet = f", {_SHEET}" * spec.has_pictures
-    print(f"wrote {config.out}: {format_count(spec.num_shards, 'shard')}, manifest.json, strategy.json{sheet}")
+    folder = f"wrote {config.out}" if num_new else f"{config.out} is complete"
+    print(f"{folder}: {format_count(spec.num_shards, 'shard')}, manifest.json, strategy.json{sheet}")
 
 
 def _print_comparison(config: SampleConfig, result: SampleResult, comparison: Comparison) -> None:

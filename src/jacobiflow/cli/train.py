@@ -60,7 +60,7 @@ class TrainConfig(options.Config):
     """
 
     images: options.Images
-    flow: Annotated[str, options.MODEL, options.near_miss("tarflow", "maf", "starflow")] = "tarflow"
+    flow: Annotated[str, options.MODEL, options.near_miss("tarflow", "maf")] = "tarflow"
     patch_size: Annotated[int | None, options.MODEL] = None
     width: Annotated[int, options.MODEL] = 128
     num_blocks: Annotated[int, options.MODEL, Parameter(name="--blocks")] = 8
@@ -71,7 +71,7 @@ class TrainConfig(options.Config):
     image_size: Annotated[int | None, options.DATA] = None
     in_channels: Annotated[Literal[1, 3] | None, options.DATA, Parameter(name="--image-channels")] = None
     unconditional: Annotated[options.Flag, options.DATA] = False
-    held_out: Annotated[str | None, options.DATA] = None
+    held_out: Annotated[str | None, options.IMAGES] = None
     horizontal_flip: Annotated[options.Flag, options.DATA] = False
     translate: Annotated[int, options.DATA] = 0
     hue: Annotated[float, options.DATA] = 0.0

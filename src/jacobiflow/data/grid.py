@@ -1,7 +1,9 @@
-"""A picture of many images."""
+"""A picture of many images, with their names."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jaxtyping import Float
@@ -11,32 +13,55 @@ from jacobiflow.data.dataset import quantize
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+    from PIL.ImageFont import FreeTypeFont
 
 PICTURE_CHANNELS = (1, 3)  # Of grey and colour images; latents of an autoencoder have others.
+CAPTION_HEIGHT, _LETTER_HEIGHT = 40, 28  # Pixels; readable if a phone shows a picture of 10 images a line.
+TEXT_COLOR = "#222222"
 _GAP = 4  # Pixels between images.
-_WIDTH = 112  # Pixels of an image in the picture; the nearest multiple of its own width is taken.
+_LINE_WIDTH, _MIN_WIDTH, _MAX_WIDTH = 1120, 112, 336  # Pixels of a line, and of an image in it.
 
 
-def image_grid(images: Float[Tensor, "n c h w"], columns: int, zoom: int | None = None) -> Image:
+def image_grid(
+    images: Float[Tensor, "n c h w"], columns: int, zoom: int | None = None, names: Sequence[str] = ()
+) -> Image:
     """Draws images in rows of `columns`. Values are in [-1, 1]; NaN is black.
 
     Args:
-        zoom: Side in pixels at which a pixel of an image is drawn; by default images are about 112 pixels wide.
+        zoom: Side in pixels at which a pixel of an image is drawn; by default images are 112 to 336 pixels wide.
+        names: Names of the images, written above each line, or once if all lines have the same; need matplotlib.
 
     Example:
         >>> from jacobiflow.data import image_grid
-        >>> image_grid(torch.zeros(3, 1, 28, 28), columns=3).size
-        (352, 120)
+        >>> image_grid(torch.zeros(30, 1, 28, 28), columns=10).size
+        (1164, 352)
     """
-    from PIL import Image
+    from PIL import Image, ImageDraw
 
-    zoom = zoom or max(1, round(_WIDTH / images.shape[-1]))
+    zoom = zoom or max(1, round(min(max(_LINE_WIDTH // columns, _MIN_WIDTH), _MAX_WIDTH) / images.shape[-1]))
     levels = quantize(images).permute(0, 2, 3, 1).cpu().numpy()
-    height, width = levels.shape[1] * zoom, levels.shape[2] * zoom
-    rows = -(-len(levels) // columns)
-    grid = Image.new("RGB", (columns * (width + _GAP) + _GAP, rows * (height + _GAP) + _GAP), "white")
+    height, width = levels.shape[1] * zoom + _GAP, levels.shape[2] * zoom + _GAP
+    rows, lines = (-(-len(each) // columns) for each in (levels, names))
+    if all(name == names[i % columns] for i, name in enumerate(names)):
+        lines = min(lines, 1)
+    grid = Image.new("RGB", (columns * width + _GAP, rows * height + _GAP + lines * CAPTION_HEIGHT), "white")
+    for i, name in enumerate(names[: lines * columns]):
+        row, column = divmod(i, columns)
+        middle = (column * width + (width + _GAP) / 2, row * (height + CAPTION_HEIGHT) + CAPTION_HEIGHT / 2)
+        ImageDraw.Draw(grid).text(middle, name, fill=TEXT_COLOR, font=fitting_font(names, width), anchor="mm")
     for i, image in enumerate(levels):
-        corner = (i % columns * (width + _GAP) + _GAP, i // columns * (height + _GAP) + _GAP)
+        row, column = divmod(i, columns)
+        corner = (column * width + _GAP, row * height + _GAP + min(row + 1, lines) * CAPTION_HEIGHT)
         pixels = Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
-        grid.paste(pixels.resize((width, height), Image.Resampling.NEAREST), corner)
+        grid.paste(pixels.resize((width - _GAP, height - _GAP), Image.Resampling.NEAREST), corner)
     return grid
+
+
+def fitting_font(names: Sequence[str], width: float = float("inf")) -> FreeTypeFont:
+    """Returns the font of matplotlib's figures, in a size at which the longest name fits into `width` pixels."""
+    import matplotlib
+    from PIL import ImageFont
+
+    font = ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf", _LETTER_HEIGHT)
+    longest = max(font.getlength(name) for name in names)
+    return font.font_variant(size=max(int(_LETTER_HEIGHT * min(1.0, (width - 4) / max(longest, 1.0))), 6))

@@ -87,6 +87,7 @@ class CompletedJob:
 
     Attributes:
         result: The result, a JSON object.
+        was_complete: Whether it was complete before.
         should_print: Whether this process shall print the result. It has reduced the job; or it found the job complete,
             and is the first process of its launcher.
         missing_size: Size of the units of the last stage that were not finished when this process came to it.
@@ -94,6 +95,7 @@ class CompletedJob:
     """
 
     result: Any
+    was_complete: bool
     should_print: bool
     missing_size: int
     seconds: float
@@ -141,7 +143,7 @@ def run(job: Job, path: str | Path, *, overwrite: bool = False, progress: Progre
                 store.write_result(job.reduce(store), names)
             should_print = is_reducer or (was_complete and find_launch().rank == 0)
             missing_size = sum(unit.size for unit in missing)
-            return CompletedJob(store.read_result(), should_print, missing_size, seconds)
+            return CompletedJob(store.read_result(), was_complete, should_print, missing_size, seconds)
 
 
 def _start(job: Job, store: JobStore, overwrite: bool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import fields
 from typing import Any, ClassVar, Literal, NamedTuple, Protocol, get_args
 
@@ -80,7 +81,8 @@ def check_heads(width: int | tuple[int, ...], head_dim: int) -> None:
     """Raises ValueError if `head_dim` does not divide the width of every block."""
     for size in width if isinstance(width, tuple) else (width,):
         if size % head_dim:
-            raise InputValueError(f"does not divide the width of {size}", argument="head_dim", value=head_dim)
+            message = f"does not divide the width of {size}; give {math.gcd(size, head_dim)}, or another width"
+            raise InputValueError(message, argument="head_dim", value=head_dim)
 
 
 def size_of_block(sizes: int | tuple[int, ...], index: int) -> int:

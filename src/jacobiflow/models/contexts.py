@@ -141,6 +141,12 @@ def class_number(name: str, names: Sequence[str]) -> int:
     raise InputValueError(f"no such class{hint}; {known}", argument="labels", value=name)
 
 
+def class_names(labels: Tensor | None, names: Sequence[str]) -> list[str]:
+    """Returns the name of each label, or such as "class 3" without names; an empty list without labels."""
+    numbers = [] if labels is None else labels.tolist()
+    return ["no class" if number < 0 else names[number] if names else f"class {number}" for number in numbers]
+
+
 @dataclass(frozen=True)
 class Numbers(ContextKind):
     """Each sample has K numbers, or K numbers for each of its T tokens."""

@@ -54,7 +54,7 @@ def compile_library(path: Path, target: tuple[str, ...] | None = None) -> None:
     """
     if target is None:
         target = ("-mcpu=native" if platform.machine() in ("arm64", "aarch64") else "-march=native",)
-    command = (_compiler(), *FLAGS, *target)
+    command = (find_compiler(), *FLAGS, *target)
     _run((*command, f"-I{SOURCES}", "-fsyntax-only", "-x", "c++", "-"), _layout_assertions())
     with TemporaryDirectory(prefix="jacobiflow-") as folder, ThreadPoolExecutor(len(_UNITS)) as pool:
         objects = [Path(folder, f"{source}-{number}.o") for source, number in _UNITS]
@@ -98,7 +98,8 @@ def _path(folder: Path, target: str) -> Path:
     return folder / f"{target}-{fingerprint()}.so"
 
 
-def _compiler() -> str:
+def find_compiler() -> str:
+    """Returns the path of the C++ compiler; raises FileNotFoundError if there is none."""
     for name in filter(None, (os.environ.get("CXX"), "c++", "g++", "clang++")):
         if (path := shutil.which(name)) is not None:
             return path

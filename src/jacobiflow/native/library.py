@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import logging
 import os
 import platform
 import re
@@ -112,8 +113,8 @@ class Library:
 def load_library() -> Library | None:
     """Returns the native library, or `None` if it cannot be compiled here or the environment has JACOBIFLOW_NATIVE=0.
 
-    A wheel has it for several kinds of processor. Otherwise the first call compiles it, which takes some seconds, and
-    stores it in the user's cache folder.
+    A wheel has it for several kinds of processor. Otherwise the first call says that it compiles it, and stores it in
+    the user's cache folder.
     """
     return None if _is_off() else compiled_library()
 
@@ -182,6 +183,8 @@ def _find_or_compile() -> Library:
                 return Library(path)
     with tempfile.TemporaryDirectory(prefix="jacobiflow-", ignore_cleanup_errors=True) as temporary:
         compiled = Path(temporary, f"{name}.so")
+        compiler.find_compiler()  # Raises if there is none.
+        logging.getLogger("jacobiflow").warning("jacobiflow compiles its native code once; that takes up to a minute")
         compiler.compile_library(compiled)
         with suppress(OSError):
             if folder is not None:

@@ -11,11 +11,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from jacobiflow.comparison.compare import ENCODING_PASS, Comparison
+from jacobiflow.data.grid import TEXT_COLOR
 from jacobiflow.plots.style import (
     FONT_SIZE,
     OTHER_STYLE,
     SAMPLER_STYLES,
-    TEXT_COLOR,
     Style,
     new_figure,
     plain_ticks,

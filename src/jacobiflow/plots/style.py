@@ -29,7 +29,7 @@ RC_PARAMS: Any = {  # matplotlib's own type lists every setting
 }
 use_style = matplotlib.rc_context(RC_PARAMS)  # decorates a function that draws; keeps the caller's settings
 
-TEXT_COLOR, GRID_COLOR = "#222222", "#e6e6e6"
+GRID_COLOR = "#e6e6e6"
 
 
 class Style(NamedTuple):

@@ -188,7 +188,7 @@ class Samples:
         >>> print(samples.outcome)
         3 samples: 3 exact, since every block was solved token by token
         >>> samples.grid().size
-        (352, 120)
+        (1024, 344)
     """
 
     x: Float[Tensor, "n ..."]

@@ -136,7 +136,7 @@ def test_more_samples_are_added(reference: Path, out: Path) -> None:
 def test_other_settings_are_refused_before_anything_is_changed(out: Path) -> None:
     before = read_files(out)
     changes: dict[str, dict[str, Any]] = {
-        "num 10, not 9; other labels or context;": {"num": 9},
+        "num 10, not 1; seed 0, not 1;": {"num": 1, "seed": 1},  # Not batches of 1, which follow from `num`.
         "seed 0, not 1; certify True, not False;": {"seed": 1, "certify": False},
         "guidance None, not {'weight': 0.7, .*": {"flow": tiny_flow().guided(GUIDANCE)},
         "other labels or context;": {"labels": None},

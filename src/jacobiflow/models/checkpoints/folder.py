@@ -19,6 +19,7 @@ from jacobiflow.blocks.guidance import Guidance, SamplingSettings
 from jacobiflow.errors import CheckpointError, InputError, first_line
 from jacobiflow.models.checkpoints.card import format_model_card
 from jacobiflow.models.checkpoints.fingerprint import fingerprint
+from jacobiflow.models.checkpoints.original import name_options
 from jacobiflow.models.checkpoints.tensors import check_values, map_tensors, split_tensors
 from jacobiflow.models.config import FlowConfig
 from jacobiflow.utils import serialization
@@ -131,7 +132,7 @@ def _download(name: str, hub: dict[str, Any]) -> Path:
     if name.endswith((".pth", ".pt")) and os.path.exists(name):
         raise CheckpointError(
             f"{format_value(name)}: weights of another code; make a model folder of them first: jacobiflow convert "
-            f"{name} --out FOLDER, or from_original in Python"
+            f"{name} {name_options(name)} --out FOLDER (the first two for a flow of images only)"
         )
     if os.path.exists(name) or not _HUB_ID.fullmatch(name):
         raise CheckpointError(

@@ -53,6 +53,18 @@ def read_original(path: str | Path) -> dict[str, Tensor]:
     return state
 
 
+def name_options(path: str | Path) -> str:
+    """Returns the options of `jacobiflow convert` for a file of images, read from a name as the TarFlow code makes it.
+
+    Example:
+        >>> name_options("afhq_model_8_768_8_8_0.07.pth"), name_options("model.pth")
+        ('--patch-size 8 --noise-std 0.07', '--patch-size P --noise-std S')
+    """
+    match = re.search(r"(?<![^_])(\d+)_\d+_\d+_\d+_(\d+\.\d+)$", Path(path).stem)
+    patch_size, noise_std = ("P", "S") if match is None else match.groups()
+    return f"--patch-size {patch_size} --noise-std {noise_std}"
+
+
 def _convert_name(name: str) -> str:
     for theirs, ours in _NAMES.items():
         name = name.replace(theirs, ours)

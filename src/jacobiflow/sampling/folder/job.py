@@ -19,7 +19,7 @@ from jacobiflow.data.grid import PICTURE_CHANNELS
 from jacobiflow.errors import InputValueError
 from jacobiflow.fixed_point import CertifyMode
 from jacobiflow.jobs import JobStore, Unit, UnitOutput
-from jacobiflow.models.contexts import ContextLike, Labels
+from jacobiflow.models.contexts import ContextLike, Labels, class_names
 from jacobiflow.models.flow import Flow, check_flow
 from jacobiflow.models.latents import MAX_SAMPLES, draw_latents
 from jacobiflow.planner import Strategy
@@ -152,7 +152,7 @@ class SampleJob(jobs.Job):
 
     def reduce(self, store: JobStore) -> Any:
         """Saves the first samples as one picture, and returns the outcome of all."""
-        if self.spec.has_pictures and find_spec("PIL") is not None:
+        if self.spec.has_pictures and find_spec("matplotlib") is not None:
             write_atomically(store.path / "samples.png", self._first_samples(store))
         values = [store.value(self.spec.unit(i)) for i in range(self.spec.num_shards)]
         return serialization.encode(Outcome.merge([serialization.decode(Outcome, value) for value in values]))
@@ -163,15 +163,20 @@ class SampleJob(jobs.Job):
         num = min(spec.num, _SHEET_IMAGES)
         samples = SampleFolder(store.path, spec)
         images = torch.cat([samples.images(i) for i in range(-(-num // spec.shard_size))])[:num]
-        image_grid(scale(images), min(10, num)).save(png, "png")
+        labels = None if spec.num_classes == 0 else self.request.context.values
+        names = class_names(None if labels is None else labels[:num], spec.classes)
+        image_grid(scale(images), min(10, num), names=names).save(png, "png")
         return png.getvalue()
 
     def earlier_spec(self, earlier: Mapping[str, Any]) -> SampleSpec:
         """Returns the spec of fewer samples, under the first of the labels."""
-        num = min(serialization.decode(SampleSpec, earlier).num, self.spec.num)
-        return replace(
-            self.spec, num=num, labels_or_context_sha256=labels_or_context_sha256(self.request.context[:num])
-        )
+        folder = serialization.decode(SampleSpec, earlier)
+        if folder.num > self.spec.num:  # It differs in `num`; other labels and batches may follow from that.
+            return replace(
+                self.spec, labels_or_context_sha256=folder.labels_or_context_sha256, batch_size=folder.batch_size
+            )
+        labels = labels_or_context_sha256(self.request.context[: folder.num])
+        return replace(self.spec, num=folder.num, labels_or_context_sha256=labels)
 
     def _files(self, index: int, samples: Samples) -> dict[str, bytes]:
         """Returns the files of a shard. A picture with a value that is not finite is black."""
