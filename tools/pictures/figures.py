@@ -23,7 +23,7 @@ from jacobiflow.plots import sampler_style, save_png
 from jacobiflow.plots.style import new_figure, plain_ticks, simplify_axes, use_style
 from tools.docs.render import find_runs, format_speed_up, result
 from tools.pictures.front import Recorder, record, save_animation, token_colors
-from tools.pictures.palette import ORDERED, readable
+from tools.pictures.palette import readable
 
 MODEL = "emoji-p2"
 SAMPLE, LABEL = 10, 1  # a person of seed 0, whose number of sweeps is about the median of the first 20
