@@ -50,7 +50,7 @@ class Library:
             "masked": (address, number), "masked_gradients": (address, number), "masked_sizes": (address, address),
         }  # fmt: skip
         for name, types in arguments.items():
-            function = self._native[f"jacobiflow_{name}"]
+            function = getattr(self._native, f"jacobiflow_{name}")  # An item would be another object at each access.
             function.argtypes, function.restype = types, ctypes.c_int64
         self.lanes: int = self._native.jacobiflow_lanes()
         self.has_fast_halves = self.lanes > 4 or platform.machine() in ("aarch64", "arm64")
