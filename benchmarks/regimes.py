@@ -1,9 +1,10 @@
 """Times blocks of many sizes, and counts sweeps of trained ones: `python -m benchmarks.regimes [FILE ...]`.
 
-- `regimes` (docs/solvers.md): the exact loop in native code and in PyTorch, and an encoding pass in float32 and in bfloat16, of blocks of random weights (T = 256, C = 12) and of the bundled TarFlows. A solver
-  that evaluates every token k times takes at least k passes.
-- `fitted-sweeps` (a minute; docs/solvers.md): sweeps of each block of the bundled TarFlows to 1e-3, with the
-  fitted guess and correction.
+- `regimes` (docs/solvers.md): the exact loop in native code and in PyTorch, and an encoding pass in float32 and in
+  bfloat16, of blocks of random weights (T = 256, C = 12) and of the bundled TarFlows. A solver that evaluates every
+  token k times takes at least k passes.
+- `fitted-sweeps` (a minute; docs/solvers.md): sweeps of each block of the bundled TarFlows to 1e-3, with the fitted
+  guess and correction.
 """
 
 from __future__ import annotations

@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 from cyclopts import CycloptsError, MissingArgumentError, ValidationError
 
+import jacobiflow as jf
 from benchmarks import search_guidance
 from jacobiflow.cli.app import app
-from jacobiflow.utils import serialization
 from tools.docs import render
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -138,6 +138,4 @@ def test_model_cards_are_complete_and_their_code_runs(name, capsys):
     (code,) = re.findall(r"```python\n(.*?)```", body, re.DOTALL)
     exec(compile(code, name, "exec"), {})
     assert capsys.readouterr().out.strip() == re.findall(r"# (\(.*\)),", code)[0]
-    recommended = serialization.encode(search_guidance.recommended(render.result(f"{name}-search")["runs"]))
-    config = json.loads((folder / "config.json").read_text())
-    assert config.get("recommended", {"guidance": None, "denoise": 0.0}) == recommended
+    assert jf.load(name).recommended == search_guidance.recommended(render.result(f"{name}-search")["runs"])
