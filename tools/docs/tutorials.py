@@ -20,7 +20,8 @@ from benchmarks import ROOT
 from jacobiflow.utils.files import write_atomically
 
 TUTORIALS = ROOT / "docs" / "tutorials"
-_TERMINAL = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|[^\n]*\r(?!\n)")  # colours, and lines that were written over
+# Colours, lines that were written over, progress bars, and the message that native code is compiled.
+_TERMINAL = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|[^\n]*\r(?!\n)|^.*━.*\n|^jacobiflow compiles .*\n", re.MULTILINE)
 _PYTHON = {
     "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
     "language_info": {"name": "python"},
