@@ -114,8 +114,10 @@ def _measure_memory(model: str) -> InfoResult:
         each = memory_needs(flow, device, getattr(torch, name))
         batches = (each.max_batch(free, weights) for weights in (each.weights + each.copied, each.offloaded))
         needs[name] = asdict(each) | dict(zip(("batch", "offloaded_batch"), batches, strict=True))
-    labels = ("weights", "largest block", "copy for the exact loop", "weights, offloaded", "keys and values of a sample",
-              "all of a sample", "denoising a sample", "batch", "batch, offloaded")  # fmt: skip
+    labels = (
+        "weights", "largest block", "copy for the exact loop", "weights, offloaded", "keys and values of a sample",
+        "all of a sample", "denoising a sample", "batch", "batch, offloaded",
+    )  # fmt: skip
     lines = [f"{free / 2**30:.3g} GiB are free on {device}; guidance: {guidance}; batches are powers of two"]
     lines += [f"{'':<28}{'float32':>12}{'bfloat16':>12}"]
     for label, *sizes in zip(labels, *(each.values() for each in needs.values()), strict=True):
