@@ -193,11 +193,12 @@ emoji: setup
 	npm install --no-save --no-package-lock $(EMOJI)
 	$(BIN)/python -m tools.models.make_images emoji
 
-# Redraws the figures of the method, those of the result files, the sheets of samples, and the terminal of the site's first page.
+# Redraws the figures of the method, those of the result files, and the sheets of samples.
 figures: render
 	$(BIN)/python -m tools.pictures.sheets
 	$(BIN)/python -m tools.pictures.figures
-	$(BIN)/python -m tools.pictures.terminal
+	$(BIN)/jacobiflow sample --model fashion-p2 --num 20 --compare --overwrite --out out/front
+	cp out/front/samples.png docs/figures/front-samples.png
 
 # Builds the site in out/site; fails if a link leads nowhere.
 docs: setup

@@ -170,6 +170,11 @@ def speed_up_range(name: str, **values: Any) -> str:
     return paper_facts.number_range([run["speed_up"] for run in find_runs(name, **values)], ".0f")
 
 
+def largest_speed_up(name: str, **values: Any) -> str:
+    """The largest of the speed-ups of a result's runs with these values."""
+    return f"{max(run['speed_up'] for run in find_runs(name, **values)):.0f}"
+
+
 def ratios(name: str, slow: str, fast: str, **values: Any) -> list[float]:
     """How many times as long one way takes as another, in each run of a result with these values that has both."""
     timed = [run["seconds"] for run in find_runs(name, **values) if {slow, fast} <= run.get("seconds", {}).keys()]
@@ -190,8 +195,8 @@ def _environment() -> jinja2.Environment:
     functions = {function.__name__: function for function in (
         paper_facts.agreement, paper_facts.best_guess, paper_facts.mean_sweeps, paper_facts.number_range,
         paper_facts.segment_sweeps, paper_facts.sweeps_range, paper_facts.tough_share, chord_share, duration, fastest,
-        find_runs, fitted_sweeps, format_speed_up, grouped, largest_error_ratio, paper_megabytes, plain_sweeps,
-        plan, rank_correlation, ratios, recommendation, regimes.best_in_passes, regimes.in_passes, result,
+        find_runs, fitted_sweeps, format_speed_up, grouped, largest_error_ratio, largest_speed_up, paper_megabytes,
+        plain_sweeps, plan, rank_correlation, ratios, recommendation, regimes.best_in_passes, regimes.in_passes, result,
         search_guidance.best_point, speed_up_range, star_follows, strategy, where,
     )}  # fmt: skip
     environment.globals |= functions | {

@@ -52,7 +52,7 @@ tags:
 
 A {type(flow).__name__}, an autoregressive normalizing flow, of {data}{conditional}:
 {parameters:,} parameters, {config.num_blocks} blocks, {tokens}.
-[jacobiflow](https://pypi.org/project/jacobiflow/) samples from it in parallel (`pip install jacobiflow`).
+[jacobiflow](https://github.com/jacobiflow/jacobiflow) samples from it fast, and says how exact each sample is.
 
 ```python
 import torch
