@@ -11,8 +11,10 @@ import glasflow
 import glasflow.nflows.transforms as gf
 import nflows.transforms as nf
 import normflows
+import pyro.distributions.transforms as pt
 import pytest
 import torch
+from pyro.nn import DenseNN
 from torch import Tensor, nn
 
 import jacobiflow as jf
@@ -41,6 +43,28 @@ def test_values_and_gradients_in_and_outside_of_the_tails(library: Any, features
         c = normal(70, context, seed=seed + 9, dtype=DOUBLE) if context else None
         check(flow, x, c)
         check_gradients(flow, x.requires_grad_(), None if c is None else c.requires_grad_())
+
+
+@pytest.mark.parametrize("make", [pt.affine_coupling, pt.spline_coupling])
+def test_a_coupling_of_one_feature_has_gradients_of_its_biases(make: Any) -> None:
+    transform, x = make(1).double(), normal(40, 1, dtype=DOUBLE)
+    for parameter in transform.parameters():
+        parameter.data.normal_()
+
+    def gradients() -> list[Tensor]:
+        loss = transform(x.clone()).square().sum()  # pyro keeps the result for a tensor that it has seen
+        return [
+            part for part in torch.autograd.grad(loss, [*transform.parameters()], allow_unused=True) if part is not None
+        ]
+
+    expected = gradients()
+    with jf.accelerate(transform) as handle:
+        torch.testing.assert_close(
+            [part for part in gradients() if part.any()], [part for part in expected if part.any()]
+        )
+        assert handle.backends == {"": "native"}
+    nothing = pt.AffineCoupling(3, DenseNN(3, [8], [0, 0]))
+    assert "transforms no feature" in str(jf.accelerate(nothing))
 
 
 @pytest.mark.parametrize("mode", ["channel", "channel_inv"])

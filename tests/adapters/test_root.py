@@ -75,3 +75,15 @@ def test_neural_flows_of_pyro_get_an_inverse(context: int, activation: str) -> N
         result = invert(y, c)[0]
         assert result[0].isnan().all()
         torch.testing.assert_close(result[1:], x[1:], rtol=0, atol=1e-12)
+
+
+@torch.no_grad()
+def test_values_for_which_tanh_rounds_to_1_beyond_them_have_an_inverse() -> None:
+    torch.manual_seed(0)
+    flow = pt.neural_autoregressive(2, activation="tanh").double()
+    flow.arn.layers[-1].bias[:32] += 6  # steep
+    x = normal(1000, 2, dtype=torch.float64)
+    y = flow(x)
+    y, x = y[(is_near := (y.abs() < 12).all(dim=1))].clone(), x[is_near]
+    with jf.accelerate(flow):
+        assert (flow.inv(y) - x).abs().max() < 1e-5  # where tanh is flat, many x have nearly the same y

@@ -45,9 +45,7 @@ def invert_by_passes(
         passes: The number of passes in the library's own loop.
         search: Solves for one feature after the other with the network. It replaces passes, except at tolerance 0.
     """
-    needs_graph = torch.is_grad_enabled() and any(
-        tensor is not None and tensor.requires_grad for tensor in (y, context, *module.parameters())
-    )
+    needs_graph = needs_gradient(module, y, context)
     tolerance, count = acceleration.tolerance or 0.0, 0
     outputs: Sequence[Tensor] = ()
     search = None if acceleration.tolerance == 0 else search
@@ -138,6 +136,12 @@ def _has_converged(new: Tensor, old: Tensor, tolerance: float) -> bool:
     if tolerance > 0:
         return bool(((new - old).abs() <= tolerance).all())
     return new.dtype == old.dtype and torch.equal(new.view(_BITS[new.itemsize]), old.view(_BITS[old.itemsize]))
+
+
+def needs_gradient(module: nn.Module, *inputs: Tensor | None) -> bool:
+    """Returns whether results have a gradient in one of these or in a parameter."""
+    tensors = (*inputs, *module.parameters())
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
 @torch.enable_grad()

@@ -24,7 +24,7 @@ from jacobiflow.adapters.adapter import AcceleratedModule, Adapter
 from jacobiflow.adapters.library_module import library_class, shallow_copy
 from jacobiflow.adapters.native_module import TransformOutput
 from jacobiflow.adapters.network import LibraryNetwork
-from jacobiflow.adapters.passes import attach_gradients, invert_by_passes
+from jacobiflow.adapters.passes import attach_gradients, invert_by_passes, needs_gradient
 from jacobiflow.adapters.root import find_bound, find_root
 from jacobiflow.errors import UnsupportedError
 from jacobiflow.native.boundary import ScaleActivation, SplineBoundary, TransformKind
@@ -99,6 +99,8 @@ def _layers(network: Any) -> list[nn.Module]:
 def _coupling(dense: Any, split: int, sizes: Sequence[int], fields: Mapping[str, Any]) -> ChainTransform:
     """Returns a coupling whose first features stay as they are. Its outputs are the parameters one after the other."""
     transformed = dense.param_dims[0] // sizes[0]
+    if not transformed:
+        raise UnsupportedError("a coupling that transforms no feature")
     if list(dense.param_dims) != [transformed * size for size in sizes]:
         raise UnsupportedError("parameters of other sizes")
     parts = torch.arange(sum(dense.param_dims), device="cpu").split(dense.param_dims)
@@ -233,7 +235,7 @@ class AcceleratedNeural(AcceleratedTransform):
                 function = self._at([parameter[..., feature] for parameter in self.arn(x)])
                 target = y[..., feature].double()
                 x[..., feature] = find_root(function, target, find_bound(function, target)).to(x.dtype)
-        if torch.is_grad_enabled():
+        if needs_gradient(self._owner, y, self._context):
             (x,) = attach_gradients(x, partial(self._newton_step, y), len(features))
         self._call(x)  # pyro's log_abs_det_jacobian reads what this call stores.
         self.acceleration.record_use(self._owner, len(features), "passes")
@@ -242,8 +244,15 @@ class AcceleratedNeural(AcceleratedTransform):
     def _at(self, parameters: Sequence[Tensor]) -> Callable[[Tensor], Tensor]:
         """Returns the function of each feature, in float64. In float32, its result has no inverse near the ends."""
         doubles = [parameter.double() for parameter in parameters]
+        is_finite = torch.stack([parameter.isfinite().all(dim=-2) for parameter in doubles]).all(dim=0)
         transform: Any = shallow_copy(self, NeuralAutoregressive, arn=lambda _: doubles)
-        return lambda x: transform._call(x.double())
+
+        def call(x: Tensor) -> Tensor:
+            y = transform._call(x.double())
+            # Far from 0, tanh rounds to 1 or beyond it, whose inverse is NaN: y is infinite there.
+            return y.where(~(y.isnan() & is_finite & ~x.isnan()), torch.full_like(y, torch.inf).copysign(x))
+
+        return call
 
     def _newton_step(self, y: Tensor, x: Tensor) -> tuple[Tensor]:
         """Returns x, with the gradients of x - (f(x) - y) / f'(x) in each feature."""

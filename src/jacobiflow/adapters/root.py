@@ -55,4 +55,5 @@ def find_root(
         share = torch.where(is_monotone, first + (c - a) / (b - a) * second, 0.5)
         least = tolerance / length
         share = share.clamp(least, 1 - least).nan_to_num(0.5)
-    return torch.where(of_a.abs() < of_b.abs(), a, b) + 0 * of_a
+    is_a = ~(of_a.abs() > of_b.abs())  # also if it is NaN
+    return torch.where(is_a, a, b) + 0 * torch.where(is_a, of_a, of_b)

@@ -60,7 +60,7 @@ class TensorGradients {
   TensorGradients(const Chain<T>& chain, const GradientArgs& args, int threads) : chain(chain), args(args) {
     for_all([&](const Transform&, int, const OperationLayout& layout) {
       GradientLayout s;
-      s.has_any = gradient(layout.weight_index) || (layout.inputs && gradient(layout.bias_index));
+      s.has_any = gradient(layout.weight_index) || gradient(layout.bias_index);
       s.stride = (layout.inputs + S::lanes - 1) / S::lanes * S::lanes;
       s.weight = size, s.bias = size + (size_t)layout.units * s.stride;
       if (s.has_any) size += num_sums(layout, s);
