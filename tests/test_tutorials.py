@@ -24,7 +24,7 @@ from jacobiflow.models import registry
 TUTORIALS = Path(__file__).resolve().parent.parent / "docs" / "tutorials"
 # These replace the numbers in the cell that is tagged "parameters".
 SMALL: dict[str, dict[str, Any]] = {
-    "molecules": {"num": 3000},
+    "molecules": {"num": 10_000},
     "own_images": {"steps": 20, "num": 40},
     "sbi": {"simulations": 250, "checks": 10},
     "tarflow": {"num": 1024},
