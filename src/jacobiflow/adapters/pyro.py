@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, ClassVar
 
@@ -226,41 +226,54 @@ class AcceleratedSpline(_AcceleratedMasked):
 
 
 class AcceleratedNeural(AcceleratedTransform):
-    """A neural autoregressive transform. pyro has no inverse of it, so it is searched feature by feature."""
+    """A neural autoregressive transform. pyro has no inverse of it, so it is searched feature by feature.
+
+    The search, and the density at its result, are in float64: in float32, values near the ends have no inverse.
+    """
+
+    def log_abs_det_jacobian(
+        self, x: Float[Tensor, "*batch d"], y: Float[Tensor, "*batch d"]
+    ) -> Float[Tensor, "*batch"]:
+        """Returns the logarithm of the determinant, as pyro computes it from what the latest call stored."""
+        log_det: Tensor = super().log_abs_det_jacobian(x, y)  # type: ignore[misc]
+        return log_det.to(x.dtype)
 
     def _invert(self, y: Tensor) -> Tensor:
         x, features = torch.zeros_like(y), self.arn.get_permutation()
         with torch.no_grad():
             for feature in features[:, None]:
-                function = self._at([parameter[..., feature] for parameter in self.arn(x)])
-                target = y[..., feature].double()
+                transform = self._in_float64([parameter[..., feature] for parameter in self.arn(x)])
+                function, target = partial(_evaluate, transform), y[..., feature].double()
                 x[..., feature] = find_root(function, target, find_bound(function, target)).to(x.dtype)
         if needs_gradient(self._owner, y, self._context):
             (x,) = attach_gradients(x, partial(self._newton_step, y), len(features))
-        self._call(x)  # pyro's log_abs_det_jacobian reads what this call stores.
+        transform = self._in_float64(self.arn(x))
+        transform._call(x.double())
+        stored = ("_cached_log_df_inv_dx", "_cached_A", "_cached_W_pre", "_cached_C", "_cached_T_C")
+        vars(self).update({name: vars(transform)[name] for name in stored})
         self.acceleration.record_use(self._owner, len(features), "passes")
         return x
 
-    def _at(self, parameters: Sequence[Tensor]) -> Callable[[Tensor], Tensor]:
-        """Returns the function of each feature, in float64. In float32, its result has no inverse near the ends."""
+    def _in_float64(self, parameters: Sequence[Tensor]) -> Any:
+        """Returns the transform with these parameters, whatever its argument is."""
         doubles = [parameter.double() for parameter in parameters]
-        is_finite = torch.stack([parameter.isfinite().all(dim=-2) for parameter in doubles]).all(dim=0)
-        transform: Any = shallow_copy(self, NeuralAutoregressive, arn=lambda _: doubles)
-
-        def call(x: Tensor) -> Tensor:
-            y = transform._call(x.double())
-            # Far from 0, tanh rounds to 1 or beyond it, whose inverse is NaN: y is infinite there.
-            return y.where(~(y.isnan() & is_finite & ~x.isnan()), torch.full_like(y, torch.inf).copysign(x))
-
-        return call
+        return shallow_copy(self, NeuralAutoregressive, arn=lambda _: doubles)
 
     def _newton_step(self, y: Tensor, x: Tensor) -> tuple[Tensor]:
         """Returns x, with the gradients of x - (f(x) - y) / f'(x) in each feature."""
         parameters = self.arn(x)
-        (slope,) = torch.autograd.grad(self._at([each.detach() for each in parameters])(x).sum(), x)
-        residual = self._at(parameters)(x) - y
+        transform = self._in_float64([each.detach() for each in parameters])
+        (slope,) = torch.autograd.grad(_evaluate(transform, x).sum(), x)
+        residual = _evaluate(self._in_float64(parameters), x) - y
         # A slope of 0 is that of a bound, where no x gives y.
         return (x - ((residual - residual.detach()) / slope.where(slope != 0, torch.inf)).to(x.dtype),)
+
+
+def _evaluate(transform: Any, x: Tensor) -> Tensor:
+    """Returns f(x) of each feature. It is infinite where tanh rounds to 1 or beyond it, whose inverse is NaN."""
+    y = transform._call(x.double())
+    is_finite = torch.stack([parameter.isfinite().all(dim=-2) for parameter in transform.arn(x)]).all(dim=0)
+    return y.where(~(y.isnan() & is_finite & ~x.isnan()), torch.full_like(y, torch.inf).copysign(x))
 
 
 # Python only lets a module have this class if pyro's own class is the first base.
