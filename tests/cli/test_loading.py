@@ -71,7 +71,11 @@ def test_samples_are_drawn_as_recommended_and_resumed_in_no_other_way(
         f"{line} --plain",
         "; denoise 0.9, not 0.0; give another folder, or overwrite it",
     )
-    refuse(f"{line} --plain --denoise 1.0", "--plain: excludes --guidance and --denoise; leave one of them out")
+    refuse(
+        f"{line} --plain --denoise 1.0",
+        "--plain: excludes --guidance, --denoise and --denoise-dtype; leave one of them out",
+    )
+    refuse(f"{line} --denoise 0 --denoise-dtype bfloat16", "--denoise-dtype bfloat16: there is no denoising step")
     again = run(f"{line} --num 4 --denoise-dtype bfloat16 --overwrite")
     assert f"settings: {text} --denoise-dtype bfloat16" in again.out
     change = r"denoised in bfloat16: images change by \S+ on average, \S+ at most; an 8-bit level is 7.8e-03\n"

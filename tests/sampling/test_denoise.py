@@ -97,6 +97,8 @@ def test_in_bfloat16_images_change_by_its_rounding(monkeypatch: pytest.MonkeyPat
     assert rounded.denoise_change == pytest.approx((float(change[:2].mean()), float(change[:2].max())), rel=1e-3)
     assert rounded.outcome.denoise_change == rounded.denoise_change
     assert rounded.x.dtype == torch.float32 and exact.denoise_change is None
+    with pytest.raises(jf.InputError, match="the flow is in float64; give None"):
+        jf.sample(flow.double(), 1, 1, settings=settings[1])
 
 
 def test_an_image_s_step_depends_on_no_batch_and_no_gradient_mode() -> None:

@@ -123,6 +123,7 @@ class SamplingSettings:
     def __post_init__(self) -> None:
         check_kind("guidance", self.guidance, Guidance | None, GIVE_GUIDANCE)
         check_number("denoise", self.denoise, expected="0 (off) or a positive rate")
+        check_choice("denoise_dtype", self.denoise_dtype, (None, "bfloat16"))
         check_fields(self)
 
 

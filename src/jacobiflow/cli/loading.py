@@ -38,11 +38,13 @@ def resolve_settings(
     denoise_dtype: DenoiseDtype = None,
 ) -> tuple[jf.SamplingSettings, str]:  # fmt: skip
     """Returns guidance and denoising, recommended by the model unless given, and a line that names them."""
-    if plain and (guidance is not None or denoise):
-        raise InputValueError("--plain: excludes --guidance and --denoise; leave one of them out")
+    if plain and (guidance is not None or denoise or denoise_dtype):
+        raise InputValueError("--plain: excludes --guidance, --denoise and --denoise-dtype; leave one of them out")
     recommended, note = jf.SamplingSettings() if plain else flow.recommended_for(has_context), ""
     value = recommended.guidance if guidance is None else flow.guided(jf.Guidance.parse(guidance)).guidance
     rate = recommended.denoise if denoise is None else denoise
+    if denoise_dtype and not rate:
+        raise InputValueError(f"--denoise-dtype {denoise_dtype}: there is no denoising step; leave it out")
     settings = jf.SamplingSettings(value, rate, denoise_dtype or recommended.denoise_dtype)
     if guidance is None and not plain:
         if value != flow.recommended.guidance:

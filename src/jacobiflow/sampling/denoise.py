@@ -12,11 +12,12 @@ from torch import Tensor
 from jacobiflow.blocks.context import Context
 from jacobiflow.blocks.guidance import DenoiseDtype, SamplingSettings
 from jacobiflow.blocks.tokens import row_batches
+from jacobiflow.errors import InputValueError
 from jacobiflow.models.config import resolve_rate
 from jacobiflow.models.contexts import Labels
 from jacobiflow.models.flow import Flow, check_flow
 from jacobiflow.models.memory import memory_needs
-from jacobiflow.utils.checks import check_count
+from jacobiflow.utils.checks import check_choice, check_count
 from jacobiflow.utils.timing import has_bf16_products
 
 _MAX_BACKWARD_BYTES = 4 << 30
@@ -48,7 +49,7 @@ def denoise(
         torch.Size([2, 1, 8, 8])
     """
     check_flow(flow)
-    settings = SamplingSettings(denoise=resolve_rate(flow.config, rate, "rate"), denoise_dtype=dtype)
+    settings = resolve_denoising(flow, rate, dtype, "rate", "dtype")
     batch_size = check_count("batch_size", batch_size, maximum=2**31)
     flow.check_data(images, "images")
     context = flow.resolve_batch(images, labels)
@@ -56,6 +57,17 @@ def denoise(
     if num_nonfinite:
         warnings.warn(f"{num_nonfinite} of {len(images)} images hold a NaN or an infinity: they are NaN", stacklevel=2)
     return denoise_checked(flow, images, context, settings, batch_size)
+
+
+def resolve_denoising(
+    flow: Flow, rate: float, dtype: DenoiseDtype, rate_name: str = "denoise", dtype_name: str = "denoise_dtype"
+) -> SamplingSettings:
+    """Returns the checked settings of a denoising step; names are those of the arguments in messages."""
+    rate = resolve_rate(flow.config, rate, rate_name)
+    check_choice(dtype_name, dtype, (None, "bfloat16"))
+    if dtype and rate and flow.var.dtype == torch.float64:
+        raise InputValueError("the flow is in float64; give None", argument=dtype_name, value=dtype)
+    return SamplingSettings(denoise=rate, denoise_dtype=dtype if rate else None)
 
 
 def denoise_checked(

@@ -16,12 +16,11 @@ from jacobiflow.blocks.guidance import SamplingSettings
 from jacobiflow.blocks.tokens import Tokens
 from jacobiflow.errors import InputValueError
 from jacobiflow.fixed_point.options import CertifyMode, SolveOptions
-from jacobiflow.models.config import resolve_rate
 from jacobiflow.models.contexts import ContextLike, Labels, labels_or_context
 from jacobiflow.models.flow import Flow, check_flow
 from jacobiflow.models.latents import MAX_SAMPLES
 from jacobiflow.planner import Auto, Strategy, auto, resolve_strategy
-from jacobiflow.sampling.denoise import denoise_checked
+from jacobiflow.sampling.denoise import denoise_checked, resolve_denoising
 from jacobiflow.sampling.invert import FlowSolution, invert_in_groups, log_prob_of, num_groups
 from jacobiflow.sampling.result import BlockStats, Samples
 from jacobiflow.sampling.sensitivity import measure_sensitivity
@@ -112,8 +111,8 @@ class SamplingRequest:
         started, change = time.perf_counter(), None
         if self.denoising.denoise:
             noisy, x = x, denoise_checked(flow, x, context, self.denoising, options.batch_size or 64)
-            num = min(len(x) // 4, 4)  # Few images, to keep the time that bfloat16 saves.
-            if self.denoising.denoise_dtype and num:
+            if self.denoising.denoise_dtype:
+                num = min(max(len(x) // 4, 1), 4)  # Few images, to keep the time that bfloat16 saves.
                 unrounded = replace(self.denoising, denoise_dtype=None)
                 differences = (x[:num] - denoise_checked(flow, noisy[:num], context[:num], unrounded, num)).abs()
                 change = float(differences.nanmean()), float(differences.nan_to_num(0.0).max())
@@ -149,8 +148,7 @@ def _resolve_settings(flow: Flow, settings: Settings, context: Context) -> tuple
     check_kind("settings", settings, SamplingSettings | None, give)
     if settings is None:
         return flow, SamplingSettings()
-    rate = resolve_rate(flow.config, settings.denoise)
-    denoising = SamplingSettings(denoise=rate, denoise_dtype=settings.denoise_dtype if rate else None)
+    denoising = resolve_denoising(flow, settings.denoise, settings.denoise_dtype)
     return flow if settings.guidance is None else flow.guided(settings.guidance), denoising
 
 
@@ -174,9 +172,9 @@ class _BlockCounter:
 
     progress: Progress | None
     total: int
-    done: int = 0
+    num_solved: int = 0
 
     def __call__(self) -> None:
-        self.done += 1
+        self.num_solved += 1
         if self.progress is not None:
-            self.progress(self.done, self.total, "sampling")
+            self.progress(self.num_solved, self.total, "sampling")

@@ -180,7 +180,7 @@ class Samples:
             that moves by more than 2.5e-4 it is the difference from a solve in float64. It is infinite if the sample
             is not finite in one of the solves, and `None` if it was not asked for.
         denoise_change: The mean and the largest change of the first images by denoising in bfloat16: a quarter of them,
-            at most 4. `None` for other dtypes, and for fewer than 4 images.
+            but 1 to 4. `None` for other dtypes.
         dtype: The dtype of the network, or "tf32".
 
     Example:
