@@ -35,7 +35,8 @@ def run(path: Path) -> str:
         # Without a terminal, commands show no progress bars; an empty cache, so that nothing is planned already.
         variables = {
             "PATH": os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"])),
-            "PYTHONPATH": os.pathsep.join((str(ROOT), os.environ.get("PYTHONPATH", ""))),  # for `examples`
+            # Notebooks import `examples`.
+            "PYTHONPATH": os.pathsep.join((str(ROOT), os.environ.get("PYTHONPATH", ""))),
             "XDG_CACHE_HOME": str(Path(folder) / "cache"),
             "COLUMNS": "110",
             "TTY_COMPATIBLE": "0",

@@ -108,7 +108,7 @@ class Pages:
             self.names[str(card.relative_to(root))] = f"models/{card.parent.name}.md"
         for page in (*docs.glob("*.md"), *docs.glob("reference/*.md"), *docs.glob("tutorials/*.ipynb")):
             self.names[str(page.relative_to(root))] = str(page.relative_to(docs).with_suffix(".md"))
-        self.names.pop("docs/architecture.md", None)  # for contributors, who read it in the repository
+        self.names.pop("docs/architecture.md", None)  # Contributors read it in the repository.
 
     def add(self, path: str, text: str) -> None:
         """Writes the page of the file `path` of the repository, whose Markdown is `text`."""

@@ -134,7 +134,7 @@ def residual_coupling(
         check_network(net, *nets)
         if is_conditional and net.context_features is None:
             raise UnsupportedError("a context for a network without")
-        if getattr(net, "preprocessing", None) is not None:  # of normflows
+        if getattr(net, "preprocessing", None) is not None:  # Networks of normflows may have it.
             raise UnsupportedError("a network with preprocessing")
         inputs, width = len(identity), net.context_features if is_conditional else 0
         network = LibraryNetwork(outputs, range(inputs, inputs + width), inputs)

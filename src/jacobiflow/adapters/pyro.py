@@ -265,7 +265,7 @@ class AcceleratedNeural(AcceleratedTransform):
         transform = self._in_float64([each.detach() for each in parameters])
         (slope,) = torch.autograd.grad(_evaluate(transform, x).sum(), x)
         residual = _evaluate(self._in_float64(parameters), x) - y
-        # A slope of 0 is that of a bound, where no x gives y.
+        # The slope is 0 at a bound. No x gives y there, and the gradient is 0.
         return (x - ((residual - residual.detach()) / slope.where(slope != 0, torch.inf)).to(x.dtype),)
 
 

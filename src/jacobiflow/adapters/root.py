@@ -37,7 +37,7 @@ def find_root(
     of_a, of_b = function(a), function(b)
     y = y.clamp(of_a, of_b)
     of_a, of_b = of_a - y, of_b - y
-    share = torch.full_like(y, 0.5)  # of the way from a to b
+    share = torch.full_like(y, 0.5)  # The next point is this share of the way from a to b.
     for _ in range(_MAX_EVALUATIONS):
         x = a + share * (b - a)
         of_x = function(x) - y
@@ -48,7 +48,7 @@ def find_root(
         length = (b - a).abs()
         if not ((length > 2 * tolerance) & (of_a != 0) & (of_b != 0)).any():
             break
-        # A parabola through three points is used where it is monotone between them, else the middle.
+        # The next point is the root of a parabola through three points, or the middle if it is not monotone.
         position, rise = (a - b) / (c - b), (of_a - of_b) / (of_c - of_b)
         is_monotone = (rise**2 < position) & ((1 - rise) ** 2 < 1 - position)
         first, second = of_a / (of_b - of_a) * of_c / (of_b - of_c), of_a / (of_c - of_a) * of_b / (of_c - of_b)

@@ -73,8 +73,8 @@ class MemoryNeeds:
         keys_values: The cache of keys and values of a sample in the block with the largest one.
         sample: All that a sample takes beside the weights: the cache, the activations of a sweep, and the tokens.
             `None` if a block's size is not known.
-        gradient: All that the gradient of a sample's log-density takes beside the weights, at most; `None` if a block's
-            size is not known.
+        gradient: The most that the gradient of a sample's log-density in float32 takes beside the weights; `None` if a
+            block's size is not known.
     """
 
     weights: int
@@ -122,8 +122,8 @@ def memory_needs(flow: Flow, device: torch.device | None = None, dtype: torch.dt
     samples = [num * row for num, row in zip(num_rows, rows, strict=True) if row is not None]
     tokens = _TOKEN_ARRAYS * flow.config.num_tokens * flow.config.token_dim * max(dtype.itemsize, 4)
     arrays = _ARRAYS_OF_GRADIENT + _ARRAYS_OF_WEIGHTS * any(weight.requires_grad for weight in flow.parameters())
-    kept = [arrays * block.cache_bytes() // 2 for block in blocks]
-    gradient = (sum if flow.block_loader is None else max)(kept) + len(kept) * tokens
+    activations = [arrays * block.cache_bytes() // 2 for block in blocks]
+    gradient = (sum if flow.block_loader is None else max)(activations) + len(blocks) * tokens
     sample = None if None in rows else max(samples) + tokens
     return MemoryNeeds(
         sum(sizes), max(sizes), max(copied), max(loaded), max(caches), sample,

@@ -16,7 +16,8 @@ from jacobiflow.native.boundary import Operation, SplineBoundary, Transform, Tra
 from jacobiflow.native.masked_network import MaskedNetwork, Order, Place, Units, coupling_order, find_order
 from jacobiflow.native.tensors import address_of
 
-_MAX_COEFFICIENTS = 100  # of a Bernstein polynomial, whose binomial coefficients have to fit a float
+# With more coefficients, the binomial coefficients of a Bernstein polynomial overflow a float.
+_MAX_COEFFICIENTS = 100
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class ChainTransform:
         shapes: The shapes of its tensors.
         features: D, or `None` if it takes any.
         context: The width of the context that its network takes, or `None` if it has no network.
-        places: Where its tensors are, if they are those of a library's modules.
+        places: The places of its tensors in the modules of a library, if it is one of a library.
     """
 
     structure: Transform
