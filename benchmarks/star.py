@@ -1,7 +1,7 @@
 """Measures STARFlow: `python -m benchmarks.star`.
 
 With the captioned emoji of examples/captions.py: samples under guidance by the two samplers of the original code and by
-ours, the metrics and sweeps of the blocks, and how often a sample is nearest to the emoji of its caption. Writes
+ours, and how often a sample is nearest to the emoji of its caption. Writes
 docs/results/starflow.json and docs/results/captions.json, which fill docs/starflow.md, and
 docs/figures/emoji-star.png.
 """
@@ -26,7 +26,7 @@ from benchmarks.lib.timing import IN_PYTORCH, time_runs
 from examples.captions import GUIDANCE, PROMPTS, SAMPLES_PER_PROMPT, SETTINGS, captioned_emoji, load
 from jacobiflow import plots
 from jacobiflow.comparison.baselines import TOKEN_LOOP, original_sampler
-from jacobiflow.data import Noise, scale
+from jacobiflow.data import scale
 from jacobiflow.evaluation import sample_errors
 
 BATCHES, ROUNDS, ITERATION = (1, 4, 16), 3, "block iteration"
@@ -39,7 +39,6 @@ CATEGORIES = {
     "Food & Drink": "food",
     "Animals & Nature": "animals and plants",
 }
-CALIBRATED, CURVE_SAMPLES = 128, 16
 GUIDANCES = {"plain": None, "guided": GUIDANCE}
 
 
@@ -66,25 +65,6 @@ def speeds(key: Json) -> Json:
     return {
         "seconds": seconds,
         "errors": {name: sample_errors(x.double(), exact).max for name, x in images.items()},
-    }
-
-
-def blocks(key: Json) -> Json:
-    """IGM of each guess and sweeps of each block, over captioned emoji with the noise of the training."""
-    flow = load().guided(GUIDANCES[key["blocks"]])
-    emoji, captions, _ = captioned_emoji()
-    index = torch.arange(CALIBRATED) * len(emoji) // CALIBRATED
-    clean, noise = scale(emoji[index]), Noise(flow.config.noise_std)
-    noisy = noise.add(clean, noise.draw(clean.shape, torch.Generator().manual_seed(0)))
-    report = jf.calibrate(
-        flow, noisy, context=[captions[i] for i in index.tolist()], num_convergence_samples=CURVE_SAMPLES
-    )
-    assert report.components is None  # CRM is not defined
-    return {
-        "layers": flow.config.layers_per_block,
-        "igm": report.igm,
-        "sweeps": report.mean_sweeps("noise", 1e-3),
-        "gamma": [sum(norms) / len(norms) for norms in report.gamma],
     }
 
 
@@ -134,9 +114,8 @@ def draw_sheet() -> None:
 
 
 def main() -> None:
-    batches, guidances = [{"batch": batch} for batch in BATCHES], [{"blocks": name} for name in GUIDANCES]
     measure_files(__doc__, {
-        "starflow": [(batches, speeds), (guidances, blocks)],
+        "starflow": [([{"batch": batch} for batch in BATCHES], speeds)],
         "captions": [([{"follows": name} for name in GUIDANCES], follows)],
     })  # fmt: skip
     draw_sheet()

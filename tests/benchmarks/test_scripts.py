@@ -224,7 +224,7 @@ def tiny_emoji() -> tuple[Tensor, list[str], list[str]]:
 
 def test_star(run: Run, tmp_path: Path) -> None:
     results = run(
-        "star", load=tiny_star, captioned_emoji=tiny_emoji, BATCHES=(1,), ROUNDS=1, CALIBRATED=4, CURVE_SAMPLES=2,
+        "star", load=tiny_star, captioned_emoji=tiny_emoji, BATCHES=(1,), ROUNDS=1,
         PROMPTS=("a", "bb"), SAMPLES_PER_PROMPT=2, MIN_RIGHT=0,
         CATEGORIES={name: name for name in ("low", "high")}, FIGURES=tmp_path,
     )  # fmt: skip
