@@ -45,10 +45,11 @@ def image_grid(
     if all(name == names[i % columns] for i, name in enumerate(names)):
         lines = min(lines, 1)
     grid = Image.new("RGB", (columns * width + _GAP, rows * height + _GAP + lines * CAPTION_HEIGHT), "white")
+    font = fitting_font(names, width) if names else None
     for i, name in enumerate(names[: lines * columns]):
         row, column = divmod(i, columns)
         middle = (column * width + (width + _GAP) / 2, row * (height + CAPTION_HEIGHT) + CAPTION_HEIGHT / 2)
-        ImageDraw.Draw(grid).text(middle, name, fill=TEXT_COLOR, font=fitting_font(names, width), anchor="mm")
+        ImageDraw.Draw(grid).text(middle, name, fill=TEXT_COLOR, font=font, anchor="mm")
     for i, image in enumerate(levels):
         row, column = divmod(i, columns)
         corner = (column * width + _GAP, row * height + _GAP + min(row + 1, lines) * CAPTION_HEIGHT)

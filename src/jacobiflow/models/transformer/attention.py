@@ -17,7 +17,7 @@ from torch.nn.attention.bias import causal_lower_right
 from jacobiflow.blocks.tokens import Tokens
 
 _EXPLICIT_TOKENS = 400
-"""The most tokens whose attention has, in bfloat16 and with its gradient on a CPU, explicit products of matrices.
+"""In bfloat16 on a CPU, attention to at most this many tokens is computed by products of matrices if it has a gradient.
 PyTorch's kernel takes up to twice as long there, but keeps no matrix of tokens by tokens."""
 
 
