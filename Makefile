@@ -8,8 +8,8 @@ INSTALLED := $(VENV)/.installed
 # Bytecode is compiled when a module is imported, and of most of what is installed none ever is.
 INSTALL := $(BIN)/python -m pip install --quiet --no-compile
 
-.PHONY: setup demo test test-slow test-all lint fuzz mutants measure speed regimes calibration evaluation evaluation-in-pytorch emoji \
-	tutorials boltzmann star precision large-models clusters rounding clients figures docs render clean
+.PHONY: setup demo test test-slow test-all lint fuzz mutants measure simulations paper calibration evaluation emoji tutorials \
+	figures docs render clean
 
 setup: $(INSTALLED)
 
@@ -54,29 +54,35 @@ fuzz: setup
 mutants: setup
 	$(BIN)/python -m tools.mutants
 
-# Measures all that README, the model cards and the pages show (a day on two idle cores). It goes on if it was stopped, measures
-# again what is of other code, and refuses to go on with the results of another machine. Each part is a target of its own.
+# Measures the speed and the exactness that README, the model cards and the pages show, on two idle cores. It goes on if it was
+# stopped, measures again what is of other code, and refuses to go on with the results of another machine. Each line is a command
+# of its own, whose docstring says what it measures.
 RENDER = $(BIN)/python -m tools.docs.render
-measure: speed calibration evaluation regimes boltzmann star precision large-models clusters rounding clients
-
-# Measures README, the model cards, and the pages on speed, flows of other libraries and training (two and a half hours on two idle
-# cores).
-speed: setup
-	$(INSTALL) pocomc
-	$(BIN)/python -m benchmarks.performance model-speed performance
-	$(BIN)/python -m benchmarks.masked_flows
-	$(BIN)/python -m benchmarks.estimators
-	$(BIN)/python -m benchmarks.packages sbi fits
+MEASURE = $(BIN)/python -m benchmarks
+measure: setup emoji
+	$(INSTALL) pocomc causalflows
+	$(MEASURE).performance model-speed denoising performance
+	$(MEASURE).masked_flows
+	$(MEASURE).estimators
+	$(MEASURE).packages
+	$(MEASURE).regimes
+	$(MEASURE).devices
+	$(MEASURE).star
+	$(MEASURE).clusters
+	$(MEASURE).kills
+	$(MEASURE).boltzmann
 	$(RENDER)
 	$(BIN)/python -m tools.pictures.figures
 
-# Measures two sections of docs/solvers.md (it goes on if it was stopped).
-regimes: setup
-	$(BIN)/python -m benchmarks.regimes
-	$(RENDER)
+# Simulates alanine dipeptide, with which `make measure` compares samples (40 minutes on two cores).
+simulations: setup
+	$(BIN)/python -m examples.boltzmann simulate --seed 1
+	$(BIN)/python -m examples.boltzmann simulate --seed 2
 
-# Regenerates the tables and figures of docs/paper.md, and the bundled reports and tunings (two hours on two idle
-# cores). A plan of the model's folder with --tune writes its tuning.
+# Repeats the paper: docs/results/paper.md and docs/evaluation.md, and the bundled reports and tunings (a day on two cores). A plan
+# of the model's folder with --tune writes its tuning.
+paper: calibration evaluation
+
 # For each model of the page, IMAGES to calibrate with, and CUT, a strategy to be seen beside the sequential loop. GUIDED is
 # the guidance that a model recommends.
 MODELS := fashion-p2 emoji-p2 digits-p1
@@ -99,7 +105,7 @@ calibration: $(CALIBRATED) $(RECOMMENDED)
 	mv out/calibration-digits-maf/report.json src/jacobiflow/bundled/digits-maf/report.json
 	rm -r out/calibration-digits-maf
 	$(TUNE) --model src/jacobiflow/bundled/digits-maf --plain
-	$(BIN)/python -m benchmarks.maf
+	$(MEASURE).maf
 	$(RENDER)
 
 $(RECOMMENDED): recommended-%: setup
@@ -114,21 +120,15 @@ $(CALIBRATED): calibration-%: setup
 	rm -r out/$@
 	$(TUNE) --model $(BUNDLED) --plain
 	$(BIN)/python -m tools.pictures.paper_figures $* --strategy "$(CUT_$*)"
-	$(BIN)/python -m benchmarks.performance $*-strategies
+	$(MEASURE).performance $*-strategies
 
-# Regenerates the scores of docs/paper.md and docs/evaluation.md (hours on two cores; it goes on where it was stopped).
+# Scores samples by their distance to real images, with native code and without it.
 evaluation: setup
-	for model in fashion-p2 emoji-p2 digits-p1 digits-maf; do $(BIN)/python -m benchmarks.search_guidance $$model || exit; done
-	$(BIN)/python -m benchmarks.quality fashion-p2 --strategy auto --strategy "Selective Jacobi Decoding" \
-		--strategy STARFlow --out docs/results/comparison.json
-	$(BIN)/python -m benchmarks.quality emoji-p2 --features emoji --num 128 --repeats 1 \
-		--out docs/results/emoji-p2-comparison.json
-	$(RENDER)
-
-# The same without the exact loop in native code, with the strategies of the paper (hours on two cores).
-evaluation-in-pytorch: setup
-	JACOBIFLOW_NATIVE=0 $(BIN)/python -m benchmarks.quality fashion-p2 --repeats 2 --final 10000 \
-		--out docs/results/comparison-in-pytorch.json
+	for model in fashion-p2 emoji-p2 digits-p1 digits-maf; do $(MEASURE).search_guidance $$model || exit; done
+	$(MEASURE).quality fashion-p2 --strategy auto --strategy "Selective Jacobi Decoding" --strategy STARFlow \
+		--out docs/results/comparison.json
+	$(MEASURE).quality emoji-p2 --features emoji --num 128 --repeats 1 --out docs/results/emoji-p2-comparison.json
+	JACOBIFLOW_NATIVE=0 $(MEASURE).quality fashion-p2 --repeats 2 --final 10000 --out docs/results/comparison-in-pytorch.json
 	JACOBIFLOW_NATIVE=0 $(BIN)/jacobiflow sample --model fashion-p2 --strategy auto:1e-1 --num 10000 --batch-size 16 \
 		--out out/in-pytorch
 	$(BIN)/jacobiflow evaluate --model fashion-p2 --samples out/in-pytorch --images fashion-mnist \
@@ -143,49 +143,6 @@ render: setup
 # Runs the notebooks of docs/tutorials, and keeps their outputs (five minutes on two idle cores).
 tutorials: setup
 	$(BIN)/python -m tools.docs.tutorials
-
-# Measures docs/boltzmann.md (an hour on two idle cores, of which the simulations take two thirds).
-boltzmann: setup
-	$(BIN)/python -m examples.boltzmann simulate --seed 1
-	$(BIN)/python -m examples.boltzmann simulate --seed 2
-	$(BIN)/python -m benchmarks.boltzmann
-	$(BIN)/python -m tools.pictures.figures alanine
-	$(RENDER)
-
-# Measures docs/starflow.md, of the weights in examples/emoji-star.
-star: emoji
-	$(BIN)/python -m benchmarks.star
-	$(RENDER)
-
-# Measures weights of 16 bits, a section of docs/devices.md (half an hour on two idle cores; it goes on if
-# it was stopped).
-precision: emoji
-	$(BIN)/python -m benchmarks.devices precision
-	$(RENDER)
-
-# Measures models larger than a device, a section of docs/devices.md (five minutes on two cores; it goes on if it was stopped).
-large-models: setup
-	$(BIN)/python -m benchmarks.devices large-models
-	$(RENDER)
-
-# Measures runs of several processes, for docs/many_samples.md, and kills one of three processes at many moments (it goes on if
-# it was stopped).
-clusters: setup
-	$(BIN)/python -m benchmarks.clusters
-	$(BIN)/python -m benchmarks.kills
-	$(RENDER)
-
-# Measures what rounding does to samples, a table of docs/exactness.md (ten minutes on two idle cores; it goes on if it was stopped).
-rounding: setup
-	$(BIN)/python -m benchmarks.devices rounding
-	$(RENDER)
-
-# Measures packages that build on masked flows, for docs/training.md (three minutes on two idle cores; it goes on if it was
-# stopped). All of them must be installed; ltu-ili is not on PyPI.
-clients: setup
-	$(INSTALL) pocomc causalflows
-	$(BIN)/python -m benchmarks.packages clients
-	$(RENDER)
 
 # Fetches a package of emoji, and writes the 256 images of it that ship with the library, and all to out/emoji/*.npz.
 EMOJI := emoji-datasource-google@16.0.0

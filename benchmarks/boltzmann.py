@@ -2,35 +2,31 @@
 
 Each FILE is a result file. `alanine` (eight minutes; docs/boltzmann.md) needs the simulations that `python -m
 examples.boltzmann simulate` writes: free energies along phi of the simulations and of proposals, effective sample
-sizes, and what samples that are not certified do to the weights. `boltzmann` (half an hour; docs/boltzmann.md):
-samples with densities of flows of the sizes of SBG's and of Prose, with random weights, and of the trained flow of the
-example; then backward passes of `encode` and of `decode`.
+sizes, and what samples that are not certified do to the weights. `boltzmann` (docs/boltzmann.md): samples with
+densities of flows of the sizes of SBG's, with random weights, and of the trained flow of the example; then backward
+passes of `encode` and of `decode`.
 """
 
 from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 import jacobiflow as jf
 from benchmarks.lib.models import random_flow
-from benchmarks.lib.process import without_native
 from benchmarks.lib.results import Json, measure_files
-from benchmarks.lib.timing import IN_PYTORCH, time_runs
-from examples.boltzmann import BINS, MODEL, bin_shares, frames, free_energies, load
+from benchmarks.lib.timing import time_runs
+from examples.boltzmann import BINS, bin_shares, frames, free_energies, load
 from examples.molecule import PHI, PSI, torsion
 from jacobiflow.comparison.baselines import CachedNetwork
 from jacobiflow.models.flow import Flow
 from jacobiflow.models.latents import draw_latents, log_normal
-from jacobiflow.models.tarflow import TarFlowBlock
 from jacobiflow.utils.timing import time_call
 
 CPU = torch.device("cpu")
@@ -47,17 +43,12 @@ SIZES: dict[str, tuple[int, int, int, int, int]] = {  # tokens, values of a toke
     "63 x 3, 6 x 6 layers of 384": (63, 3, 384, 6, 6),
     "138 x 3, 8 x 8 layers of 384": (138, 3, 384, 8, 8),
 }
-TRAINED, PROSE = "alanine dipeptide, 4 x 2 layers of 64, trained", "Prose, 22 atoms, 8 x 8 layers of 384"
-PROSE_CONFIG = jf.ProseConfig()
-BATCHES = {
-    **dict.fromkeys((TRAINED, "22 x 3, 4 x 3 layers of 128"), (64, 512, 2048)),
-    "66 x 1, 4 x 4 layers of 256": (64,), "63 x 3, 6 x 6 layers of 384": (16,),
-    "138 x 3, 8 x 8 layers of 384": (4,), PROSE: (16,),
-}  # fmt: skip
+TRAINED = "alanine dipeptide, 4 x 2 layers of 64, trained"
+BATCHES = {TRAINED: 512, **dict(zip(SIZES, (512, 64, 16, 4), strict=True))}
 ROWS = 256  # Samples that are compared with float64.
 ROUNDS = 3
-BUNDLED = ("fashion-p2", "emoji-p2", "digits-p1", "digits-maf")
-GROWING, ACCELERATED, LOOP, DENSITIES = "growing cache", "accelerated", "loop", "loop, densities"
+GRADIENTS_MODEL, GRADIENTS_BATCH = "fashion-p2", 4
+GROWING, LOOP, DENSITIES = "growing cache", "loop", "loop, densities"
 
 
 def angles(positions: Float[Tensor, "n 22 3"]) -> tuple[Tensor, Tensor]:
@@ -154,71 +145,18 @@ def tolerances(_: Json) -> Json:
     return {"rows": rows}
 
 
-class OriginalPermutation:
-    """A permutation with the signature of the original code's."""
-
-    def __init__(self, block: TarFlowBlock) -> None:
-        self.permutation = block.permutation
-
-    def __call__(self, x: Tensor, dim: int = 1, inverse: bool = False) -> Tensor:
-        return self.permutation.inverse(x, dim) if inverse else self.permutation(x, dim)
-
-
-class OriginalBlock(nn.Module):
-    """A block as SBG's code has it: `reverse` returns x and the log-determinant, by a growing cache."""
-
-    nvp = True
-
-    def __init__(self, block: TarFlowBlock) -> None:
-        super().__init__()
-        block = copy.deepcopy(block)
-        self.proj_in, self.pos_embed, self.proj_out = block.proj_in, block.pos_embed, block.proj_out
-        self.attn_blocks, self.permutation = block.attn_blocks, OriginalPermutation(block)
-
-    def embed_context(self, context: None) -> None:
-        """Returns None: there is no context."""
-
-    def reverse(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        block: Any = self
-        network, x = CachedNetwork(block, None, 1.0), self.permutation(x).clone()
-        log_det = x.new_zeros(len(x))
+@torch.no_grad()
+def reverse(flow: jf.TarFlow, z: Tensor) -> tuple[Tensor, Tensor]:
+    """Samples and their log-densities as SBG's code computes them: token by token, by a growing cache."""
+    x, log_prob = z.clone(), log_normal(z)
+    for block in reversed(flow.blocks):
+        network, x = CachedNetwork(block, None, 1.0), block.permutation(x).clone()
         for t in range(1, x.shape[1]):
             log_scale, shift = network(x, t)
             x[:, t] = x[:, t] * log_scale.exp() + shift
-            log_det = log_det + log_scale.sum(dim=-1)
-        return self.permutation(x, inverse=True), log_det
-
-
-class OriginalFlow(nn.Module):
-    """A flow as SBG's code has it."""
-
-    def __init__(self, flow: jf.TarFlow) -> None:
-        super().__init__()
-        self.blocks = nn.ModuleList(map(OriginalBlock, flow.blocks))
-
-    @torch.no_grad()
-    def reverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns samples and their log-densities."""
-        x, log_det = z, z.new_zeros(len(z))
-        for block in reversed(self.blocks):
-            x, some = block.reverse(x)  # type: ignore[operator]
-            log_det = log_det + some
-        return x, log_normal(z) - log_det
-
-
-def flow_of(size: str) -> Flow:
-    if size == TRAINED:
-        return load()[0]
-    if size != PROSE:
-        return random_flow(jf.TokenConfig(*SIZES[size]))
-    torch.manual_seed(0)
-    orders = {name: torch.randperm(22) for name in PROSE_CONFIG.orders}
-    ones = torch.ones(22).int()
-    numbers = {"atom_type": torch.arange(22) + 1, "aa_type": ones, "aa_pos": ones, "seq_len": ones}
-    flow = jf.Prose(PROSE_CONFIG).for_peptide(numbers, orders).eval().requires_grad_(False)
-    for block in flow.blocks:
-        block.proj_out.weight.normal_(std=0.1 * PROSE_CONFIG.width**-0.5)  # small enough that nothing grows
-    return flow
+            log_prob = log_prob - log_scale.sum(dim=-1)
+        x = block.permutation.inverse(x)
+    return x, log_prob
 
 
 def errors(flow: Flow, z: Tensor, answers: dict[str, tuple[Tensor, Tensor]]) -> Json:
@@ -235,31 +173,21 @@ def errors(flow: Flow, z: Tensor, answers: dict[str, tuple[Tensor, Tensor]]) -> 
 
 def measure_samples(key: Json) -> Json:
     """Seconds of a batch of samples with densities, and the errors of the original sampler's and of ours."""
-    flow = flow_of(key["size"])
+    size = key["size"]
+    flow = load()[0] if size == TRAINED else random_flow(jf.TokenConfig(*SIZES[size]))
     z = draw_latents(key["batch"], flow.config.num_tokens, flow.config.token_dim, seed=1)
     loop = partial(jf.sample, flow, latents=z, strategy="sequential")
     densities = partial(loop, log_prob=True)
-    runs: dict[str, Callable[[], Any]] = {
-        LOOP: partial(loop, log_prob=False),
-        DENSITIES: densities,
-        IN_PYTORCH: without_native()(densities),
-        "window:8": partial(jf.sample, flow, latents=z, strategy="window:8", log_prob=True),
-    }
-    if isinstance(flow, jf.TarFlow):
-        accelerated = OriginalFlow(flow)
-        jf.accelerate(accelerated)
-        runs |= {GROWING: partial(OriginalFlow(flow).reverse, z), ACCELERATED: partial(accelerated.reverse, z)}
-    seconds, results = time_runs(runs, ROUNDS)
-    answers = {DENSITIES: (results[DENSITIES].tokens, results[DENSITIES].log_prob)}
-    answers |= {GROWING: results[GROWING]} if GROWING in results else {}
+    seconds, results = time_runs({LOOP: loop, DENSITIES: densities, GROWING: partial(reverse, flow, z)}, ROUNDS)
+    answers = {DENSITIES: (results[DENSITIES].tokens, results[DENSITIES].log_prob), GROWING: results[GROWING]}
     return {"seconds": seconds, "errors": errors(flow, z, answers)}
 
 
 def measure_gradients(key: Json) -> Json:
     """Times the backward passes of `encode` and of `decode` of a flow, in its parameters, at random cotangents."""
-    flow = jf.load(MODEL if key["model"] == MODEL.name else key["model"]).requires_grad_()
+    flow = jf.load(key["model"]).requires_grad_()
     num = key["batch"]
-    labels = torch.arange(num) % flow.config.num_classes if flow.config.num_classes else None
+    labels = torch.arange(num) % flow.config.num_classes
     z = draw_latents(num, flow.config.num_tokens, flow.config.token_dim, seed=1)
     with torch.no_grad():
         x = jf.decode(flow, z, labels, strategy="sequential")
@@ -284,8 +212,8 @@ def main() -> None:
             ([{"what": "tolerances"}], tolerances),
         ],
         "boltzmann": [
-            ([{"size": size, "batch": each} for size, batches in BATCHES.items() for each in batches], measure_samples),
-            ([{"model": model, "batch": 4} for model in (*BUNDLED, MODEL.name)], measure_gradients),
+            ([{"size": size, "batch": batch} for size, batch in BATCHES.items()], measure_samples),
+            ([{"model": GRADIENTS_MODEL, "batch": GRADIENTS_BATCH}], measure_gradients),
         ],
     })  # fmt: skip
 

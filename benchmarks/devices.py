@@ -1,8 +1,7 @@
 """Measures memory and rounding on two idle cores: `python -m benchmarks.devices [FILE ...]`.
 
-- `precision` (half an hour; docs/devices.md): samples of trained models by the exact loop that reads their weights in
-  16 bits and by the one that reads them in float32; blocks of random weights, up to two layers of STARFlow's released
-  shape, with their memory; and float64.
+- `precision` (docs/devices.md): samples of trained models by the exact loop that reads their weights in 16 bits and by
+  the one that reads them in float32; two layers of STARFlow's released shape, with random weights; and float64.
 - `large-models` (five minutes, 4 GiB; docs/devices.md): the peak memory while a STARFlow of the released width is
   loaded, and while it is sampled as a whole and by one block at a time. Its few layers have random weights.
 - `rounding` (ten minutes; docs/exactness.md): residuals, sensitivities and errors beside float64 of samples that
@@ -26,8 +25,8 @@ import torch
 
 import jacobiflow as jf
 from benchmarks import ROOT
-from benchmarks.lib.models import latents, random_flow, random_starflow, sample
-from benchmarks.lib.process import in_new_process, memory, reset_peak_memory, without_native
+from benchmarks.lib.models import latents, random_starflow, sample
+from benchmarks.lib.process import in_new_process, memory, reset_peak_memory
 from benchmarks.lib.results import Json, measure_files
 from benchmarks.lib.timing import seconds_of, time_runs
 from examples.captions import GUIDANCE, PROMPTS, load
@@ -41,14 +40,11 @@ from jacobiflow.sampling.sensitivity import FLOAT64_BOUND
 from jacobiflow.utils.files import sha256
 
 MODELS = ("emoji-p2", "emoji-p2, bfloat16", "emoji-star", "fashion-p2")
-BLOCKS = ("512x4", "768x8")  # width, layers
 RELEASED = jf.STARFlowConfig(layers_per_block=(2,))  # One block of two layers that reads the text.
-RELEASED_RUNS = (("bfloat16", False), ("float32", False), ("bfloat16", True))  # dtype, in PyTorch
-FLOAT64_MODEL = "emoji-p2"  # The model that is sampled in float64, too.
+FLOAT64_MODEL, FLOAT64_BATCH = "emoji-p2", 16  # what is sampled in float64, too
 BATCHES = (1, 4, 16, 64)
 ROUNDS = {1: 9, 4: 7, 16: 5, 64: 3}
 FLOAT32, HALVES, AUTO, ORIGINAL = "float32", "16 bits", "auto", "original"
-MAX_ORIGINAL_BATCH = 4  # samples that the original sampler draws too, which takes minutes for more
 
 LARGE = jf.STARFlowConfig(layers_per_block=(1, 1, 4))
 SHARD_SIZE = 500_000_000  # Bytes in a file.
@@ -78,7 +74,10 @@ def in_float32() -> Iterator[None]:
 
 @torch.no_grad()
 def time_model(key: Json) -> Json:
-    """Seconds of a batch of unguided samples (of emoji-star guided ones), and errors against the float32 loop."""
+    """Seconds of a batch of unguided samples (of emoji-star guided ones), and the error of 16 bits.
+
+    One sample is drawn by `auto` and by the original sampler, too.
+    """
     flow, batch = trained(key["model"]), key["batch"]
     flow = flow.guided(GUIDANCE if isinstance(flow, jf.STARFlow) else None)
     z, context = latents(flow, batch, prompts=PROMPTS)
@@ -86,57 +85,29 @@ def time_model(key: Json) -> Json:
     runs: dict[str, Callable[[], Any]] = {
         FLOAT32: in_float32()(partial(draw, "sequential")),
         HALVES: partial(draw, "sequential"),
-        AUTO: partial(draw, jf.plan(flow, batch_size=batch)),
     }
-    if batch <= MAX_ORIGINAL_BATCH:
-        runs[ORIGINAL] = partial(original_sampler(flow)[1], flow, z, flow.context_kind.resolve(context, batch).values)
+    if batch == 1:
+        values = flow.context_kind.resolve(context, batch).values
+        runs |= {AUTO: partial(draw, jf.plan(flow)), ORIGINAL: partial(original_sampler(flow)[1], flow, z, values)}
     seconds, results = time_runs(runs, ROUNDS[batch])
-    errors = {name: float((results[name].x - results[FLOAT32].x).abs().max()) for name in (HALVES, AUTO)}
-    return {"seconds": seconds, "errors": errors}
-
-
-def time_block(key: Json) -> Json:
-    """Seconds of a block of random weights: by the exact loop, and by sweeps with their certificate."""
-    width, layers = map(int, key["block"].split("x"))
-    config = jf.TarFlowConfig(3, 32, 2, width=width, num_blocks=1, layers_per_block=layers)
-    plain, rows = random_flow(config), key["rows"]
-    stored, z = deepcopy(plain).bfloat16().float(), latents(plain, rows)[0]
-
-    def solve(flow: jf.TarFlow, strategy: str) -> Any:
-        solver = jf.Strategy.parse(strategy, num_blocks=1).solvers[0]
-        return partial(jf.solve, flow.blocks[0], z, solver)
-
-    runs = {FLOAT32: solve(plain, "sequential"), HALVES: solve(stored, "sequential")}
-    runs |= {name: solve(plain, name) for name in ("window:32", "jacobi")}
-    is_small = width < 768
-    seconds, results = time_runs(runs, 3 if is_small else 1, warm_up=is_small)
-    residual = max(float(results[name].residual.max()) for name in ("window:32", "jacobi"))
-    return {"seconds": seconds, "residual": residual}
+    return {"seconds": seconds, "error": float((results[HALVES].x - results[FLOAT32].x).abs().max())}
 
 
 def released_block(key: Json) -> Json:
-    """Seconds and peak memory of the exact loop of a block of the released shape."""
+    """Seconds of the exact loop of a block of the released shape."""
     native.load_library()
-    before = memory("VmRSS")
     block = random_starflow(RELEASED, key["released"]).blocks[0]
     z = draw_latents(1, RELEASED.num_tokens, RELEASED.token_dim, seed=1)
-    weights = sum(parameter.nbytes for parameter in block.parameters())
-    reset_peak_memory()
-    solve = partial(jf.solve, block, z, jf.Solver(jf.Sequential()))
-    seconds = seconds_of(without_native()(solve) if key["in_pytorch"] else solve)
-    return {"seconds": seconds, "weights": weights, "peak": (memory("VmHWM") - before) / weights}
+    return {"seconds": seconds_of(partial(jf.solve, block, z, jf.Solver(jf.Sequential())))}
 
 
 def time_double(key: Json) -> Json:
-    """Seconds of a batch of samples of `FLOAT64_MODEL` in float64, by native code and by PyTorch, and in float32."""
+    """Seconds of a batch of samples of `FLOAT64_MODEL` in float64 and in float32."""
     flow = jf.load(FLOAT64_MODEL)
-    flows = {"float32": flow, "float64": deepcopy(flow).double()}
     z, labels = latents(flow, key["double"])
-    runs = {name: partial(sample, each, "sequential", z, labels) for name, each in flows.items()}
-    runs["in PyTorch"] = without_native()(runs["float64"])
-    seconds, results = time_runs(runs, 3)
-    errors = {name: float((results[name].x - results["in PyTorch"].x).abs().max()) for name in flows}
-    return {"seconds": seconds, "errors": errors}
+    flows = {"float32": flow, "float64": deepcopy(flow).double()}
+    seconds, _ = time_runs({name: partial(sample, each, "sequential", z, labels) for name, each in flows.items()}, 3)
+    return {"seconds": seconds}
 
 
 @contextmanager
@@ -233,10 +204,9 @@ def main() -> None:
     measure_files(__doc__, {
         "precision": [
             ([{"model": model, "batch": batch} for model in MODELS for batch in BATCHES], time_model),
-            ([{"block": block, "rows": rows} for block in BLOCKS for rows in (1, 4, 16)], time_block),
-            ([{"released": dtype, "in_pytorch": in_pytorch} for dtype, in_pytorch in RELEASED_RUNS],
+            ([{"released": dtype} for dtype in ("bfloat16", "float32")],
              lambda key: in_new_process(released_block, key)),
-            ([{"double": batch} for batch in (1, 16)], time_double),
+            ([{"double": FLOAT64_BATCH}], time_double),
         ],
         "large-models": [([{"load": "bfloat16"}, {"load": "float32"}, {"sample": "offloaded"}, {"sample": "whole"}],
                           measure_large)],

@@ -1,26 +1,26 @@
 """Times what users of other packages wait for, as it is and accelerated: `python -m benchmarks.packages [FILE ...]`.
 
-Each FILE is a result file: `sbi`, calls of sbi (docs/sbi.md; 20 minutes on two idle cores); `clients`, a call of each
-package that builds on masked flows (docs/training.md; three minutes); and `fits`, a training with its samples
-(docs/training.md; a quarter of an hour, in processor time of one thread). All posteriors are those of one simulator.
-Each package makes its own object by its public interface. All packages of a file must be installed: `pip install pocomc
-causalflows`; ltu-ili has its own installation page.
+Each FILE is a result file: `sbi`, calls of sbi (20 minutes on two idle cores; docs/sbi.md); `clients`, a call of each
+package that builds on masked flows (three minutes; docs/training.md); and `fits`, a training with its samples (a
+quarter of an hour, in processor time of one thread; docs/training.md). All posteriors are those of one simulator. Each
+package makes its own object by its public interface. Beside those of the extra `dev`, two packages must be installed:
+`pip install pocomc causalflows`.
 """
 
 from __future__ import annotations
 
 import copy
 import logging
+import math
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from functools import cache, partial
 from importlib.metadata import version
 from itertools import product
-from time import perf_counter
+from time import process_time
 from types import ModuleType
 from typing import Any, NamedTuple
-from unittest.mock import patch
 
 import numpy as np
 import sbi
@@ -33,9 +33,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import jacobiflow as jf
 from benchmarks.lib.library_flows import TRANSFORMS, training_step
-from benchmarks.lib.phases import Phases
 from benchmarks.lib.results import Json, measure_files
-from benchmarks.lib.simulator import DATA, LIMIT, PARAMETERS, PRIOR, observations, simulations, standardized
+from benchmarks.lib.simulator import DATA, PARAMETERS, PRIOR, observations, simulations, standardized
 from benchmarks.lib.timing import time_speed_up
 
 TRAINERS = {"NPE": NPE, "NLE": NLE}
@@ -47,16 +46,14 @@ ESTIMATORS = {"NPE": ("maf", "maf_rqs", "zuko_maf", "zuko_nsf"), "NLE": ("maf", 
 
 # Calls of each package.
 FEATURES = 10  # of flows with random weights
-FEW_SIMULATIONS, FEW_EPOCHS, OBSERVATIONS = 2_000, 10, 100
+FEW_SIMULATIONS, FEW_EPOCHS = 2_000, 10
 
 # Fits.
 FIT_SIMULATIONS, FIT_EPOCHS, BATCH = 10_000, 10, 200
 HIDDEN, RATE = (50, 50), 5e-4  # These are sbi's own.
-TRAINING, SAMPLING, HMC, REJECTION, VARIATIONAL = "training", "sampling", "HMC", "rejection", "variational inference"
 LOADER, BY_INDEX = "DataLoader, Adam", "batches by index, Adam(fused=True)"
-HMC_SAMPLES, WARM_UP, REJECTION_SAMPLES, ITERATIONS = 30, 20, 200, 200
 DIMENSIONS = 6  # The number of parameters of pocomc's density.
-FIT_ROUNDS = {"zuko": 2, "sbi NPE": 2, "sbi NLE": 1, "pocomc": 1}
+FIT_ROUNDS = {"zuko": 2, "sbi NPE": 2, "pocomc": 1}
 
 
 def train_sbi(method: str, kind: str, count: int, **options: Any) -> tuple[Any, Any]:
@@ -120,23 +117,13 @@ def trained(method: str, kind: str) -> Any:
     return train_sbi(method, kind, SIMULATIONS, max_num_epochs=EPOCHS)[1]
 
 
-def share(run: Callable[[], Tensor], kind: type) -> float:
-    """The share of a call's time that is spent in the methods of estimators of a kind."""
-    phases = Phases(perf_counter)
-    methods = ("sample", "log_prob", "sample_and_log_prob")
-    timed = {name: phases.phase("flow")(getattr(kind, name)) for name in methods}
-    with patch.multiple(kind, **timed), phases.phase("rest"):
-        run()
-    return phases.seconds["flow"] / sum(phases.seconds.values())
-
-
 def measure_sbi(key: Json) -> Json:
-    """Seconds of a call, by sbi and accelerated, and the shares of the estimator."""
+    """Seconds of a call, by sbi and accelerated."""
     call = SBI_CALLS[key["call"]]
     estimator = trained(call.method, key["estimator"])
     runs = both_ways(call.sample, TRAINERS[call.method](PRIOR).build_posterior(estimator, **call.options))
     metrics, _ = time_speed_up(runs, ROUNDS)
-    return {**metrics, "share": {name: share(run, type(estimator)) for name, run in runs.items()}}
+    return metrics
 
 
 def sbi_keys() -> Iterator[Json]:
@@ -170,28 +157,6 @@ def lampe_npe() -> Any:
     from lampe.inference import NPE
 
     return NPE(PARAMETERS, DATA)
-
-
-def ili_posterior() -> Any:
-    import ili
-
-    runner = ili.inference.InferenceRunner.load(
-        backend="lampe",
-        engine="NPE",
-        prior=ili.utils.Uniform(low=[-LIMIT] * PARAMETERS, high=[LIMIT] * PARAMETERS),
-        nets=[ili.utils.load_nde_lampe(model="maf")],
-        train_args={"max_epochs": FEW_EPOCHS},
-    )
-    theta, x = (values.numpy() for values in simulations(FEW_SIMULATIONS))
-    return runner(ili.dataloaders.NumpyLoader(x, theta))[0]
-
-
-def validate_ili(posterior: Any) -> Tensor:
-    """Samples at each observation of a test set: https://github.com/maho3/ltu-ili/issues/181."""
-    from ili.validation import PosteriorSamples
-
-    theta, x = (values.numpy() for values in simulations(OBSERVATIONS, seed=1))
-    return torch.from_numpy(PosteriorSamples(num_samples=1000, sample_method="direct")(posterior, x, theta))
 
 
 def pocomc_flow() -> Any:
@@ -236,8 +201,6 @@ CLIENTS = {
     "npe.flow(x).sample((10_000,))":
         Client("lampe", "NPE, MAF", "jf.accelerate(npe)", lampe_npe,
                lambda npe: npe.flow(torch.randn(DATA)).sample((SAMPLES,))),
-    "PosteriorSamples, 100 x 1,000 samples":
-        Client("ltu-ili", "NPE, maf of lampe", "jf.accelerate(posterior)", ili_posterior, validate_ili, rounds=2),
     "flow.sample(10_000)":
         Client("pocomc", "nsf6", "jf.accelerate(flow)", pocomc_flow, lambda flow: flow.sample(SAMPLES)[0]),
     "sample_interventional, 10,000 rows":
@@ -274,54 +237,25 @@ def batches(data: TensorDataset, loop: str) -> Iterator[Any]:
         yield from (data[rows] for rows in torch.randperm(len(data)).split(BATCH))
 
 
-def fit_zuko(phases: Phases, key: Json) -> Json:
+def fit_zuko(key: Json) -> Json:
     """A loop of its own, and samples at one context."""
     data = TensorDataset(*standardized(FIT_SIMULATIONS))
     flow = getattr(zuko.flows, key["flow"])(PARAMETERS, DATA, transforms=TRANSFORMS, hidden_features=HIDDEN)
     optimizer = torch.optim.Adam(flow.parameters(), RATE, fused=key["loop"] == BY_INDEX)
-    with phases.phase(TRAINING):
-        for _ in range(FIT_EPOCHS):
-            for rows, context in batches(data, key["loop"]):
-                training_step(flow, optimizer, rows, context)
+    for _ in range(FIT_EPOCHS):
+        for rows, context in batches(data, key["loop"]):
+            training_step(flow, optimizer, rows, context)
     theta, x = data.tensors
-    with phases.phase(SAMPLING), torch.no_grad():
+    with torch.no_grad():
         flow(x[0]).sample((SAMPLES,))
-        loss = float(-flow(x).log_prob(theta).mean())
-    return {"loss": loss}
+        return {"loss": float(-flow(x).log_prob(theta).mean())}
 
 
-def fit_npe(phases: Phases, key: Json) -> Json:
+def fit_npe(key: Json) -> Json:
     """sbi's posterior estimation, and samples of one posterior."""
-    with phases.phase(TRAINING):
-        inference, _ = train_sbi("NPE", key["flow"], FIT_SIMULATIONS, training_batch_size=BATCH,
-                                 max_num_epochs=FIT_EPOCHS)  # fmt: skip
-    with phases.phase(SAMPLING):
-        one_observation(inference.build_posterior(), SAMPLES)
-    return {"loss": inference.summary["best_validation_loss"][-1]}
-
-
-WEIGHTS: dict[str, Any] = {}  # The first likelihood of each kind, from which both ways sample.
-
-
-def fit_nle(phases: Phases, key: Json) -> Json:
-    """sbi's likelihood estimation, and samples by three of its samplers."""
-    with phases.phase(TRAINING):
-        inference, estimator = train_sbi("NLE", key["flow"], FIT_SIMULATIONS, training_batch_size=BATCH,
-                                         max_num_epochs=FIT_EPOCHS)  # fmt: skip
-    estimator.load_state_dict(WEIGHTS.setdefault(key["flow"], copy.deepcopy(estimator.state_dict())))
-    chain = {"num_chains": 1, "warmup_steps": WARM_UP, "thin": 1}
-    for phase, count, options in (
-        (HMC, HMC_SAMPLES, {"sample_with": "mcmc", "mcmc_method": "hmc_pyro", "mcmc_parameters": chain}),
-        (REJECTION, REJECTION_SAMPLES, {"sample_with": "rejection"}),
-        (VARIATIONAL, SAMPLES, {"sample_with": "vi", "vi_method": "rKL"}),
-    ):
-        torch.manual_seed(2)
-        posterior = inference.build_posterior(estimator, **options).set_default_x(observations()[:1])
-        with phases.phase(phase):
-            if phase == VARIATIONAL:
-                limits = {"max_num_iters": ITERATIONS, "check_for_convergence": False, "quality_control": False}
-                posterior.train(show_progress_bar=False, **limits)
-            posterior.sample((count,), show_progress_bars=False)
+    options = {"training_batch_size": BATCH, "max_num_epochs": FIT_EPOCHS}
+    inference, _ = train_sbi("NPE", key["flow"], FIT_SIMULATIONS, **options)
+    one_observation(inference.build_posterior(), SAMPLES)
     return {"loss": inference.summary["best_validation_loss"][-1]}
 
 
@@ -330,47 +264,42 @@ def rosenbrock(x: Any) -> Any:
     return -np.sum(10 * (x[:, ::2] ** 2 - x[:, 1::2]) ** 2 + (x[:, ::2] - 1) ** 2, axis=1)
 
 
-def fit_pocomc(phases: Phases, key: Json) -> Json:
+def fit_pocomc(_: Json) -> Json:
     """A run of pocomc with its own settings, which trains its flow several times."""
     import pocomc
 
-    fit = phases.phase(TRAINING)(pocomc.flow.Flow.fit)
     prior = pocomc.Prior(DIMENSIONS * [uniform(-10, 20)])
-    with phases.phase(SAMPLING), patch.object(pocomc.flow.Flow, "fit", fit):
-        sampler = pocomc.Sampler(prior, rosenbrock, vectorize=True, random_state=1)
-        sampler.run(progress=False)
+    sampler = pocomc.Sampler(prior, rosenbrock, vectorize=True, random_state=1)
+    sampler.run(progress=False)
     log_evidence, error = sampler.evidence()
     return {"log_evidence": float(log_evidence), "error": float(error)}
 
 
 # How each program fits, and the library whose flows are accelerated.
-PROGRAMS: dict[str, tuple[Callable[[Phases, Json], Json], ModuleType]] = {
-    "zuko": (fit_zuko, zuko), "sbi NPE": (fit_npe, sbi), "sbi NLE": (fit_nle, sbi), "pocomc": (fit_pocomc, zuko),
+PROGRAMS: dict[str, tuple[Callable[[Json], Json], ModuleType]] = {
+    "zuko": (fit_zuko, zuko), "sbi NPE": (fit_npe, sbi), "pocomc": (fit_pocomc, zuko),
 }  # fmt: skip
 
 
 def measure_fit(key: Json) -> Json:
-    """Seconds and steps of each phase, of the faster of a few rounds."""
+    """Seconds of a training with its samples, the least of a few rounds, and its result."""
     fit, library = PROGRAMS[key["program"]]
-    best: dict[str, Json] = {}
+    seconds: dict[str, float] = {}
+    results: dict[str, Json] = {}
     for _, way in product(range(FIT_ROUNDS[key["program"]]), ("library", "accelerated")):
-        phases = Phases()
-        with phases.counting_steps(), jf.accelerate(library) if way == "accelerated" else nullcontext():
-            result = seeded(partial(fit, phases), key)
-        total = sum(phases.seconds.values())
-        if way not in best or total < best[way]["total"]:
-            best[way] = {"total": total, "seconds": phases.seconds, "steps": phases.steps, "result": result}
-    columns = {name: {way: run[name] for way, run in best.items()} for name in best["library"]}
-    return {**columns, "speed_up": best["library"]["total"] / best["accelerated"]["total"]}
+        with jf.accelerate(library) if way == "accelerated" else nullcontext():
+            started = process_time()
+            results[way] = seeded(fit, key)
+            seconds[way] = min(seconds.get(way, math.inf), process_time() - started)
+    return {"total": seconds, "result": results, "speed_up": seconds["library"] / seconds["accelerated"]}
 
 
 def fit_keys() -> Iterator[Json]:
     """All fits; the one of pocomc comes last."""
-    for flow, loop in product(("MAF", "NSF"), (LOADER, BY_INDEX)):
-        yield {"program": "zuko", "version": version("zuko"), "flow": flow, "loop": loop}
-    for program, flows in (("sbi NPE", ("maf", "nsf", "zuko_maf", "zuko_nsf")), ("sbi NLE", ("maf", "zuko_nsf"))):
-        for flow in flows:
-            yield {"program": program, "version": version("sbi"), "flow": flow}
+    for loop in (LOADER, BY_INDEX):
+        yield {"program": "zuko", "version": version("zuko"), "flow": "MAF", "loop": loop}
+    for flow in ("maf", "nsf", "zuko_maf", "zuko_nsf"):
+        yield {"program": "sbi NPE", "version": version("sbi"), "flow": flow}
     yield {"program": "pocomc", "version": version("pocomc"), "flow": "nsf6"}
 
 

@@ -2,7 +2,7 @@
 
 A row has the Fréchet distance of its samples to real images, their error against the exact images of the same
 latents, and the seconds of a batch. All rows are timed first, interleaved, on an otherwise idle machine. Writes
-FILE, in hours for the paper's grid and 2,000 samples. `make evaluation` writes those that fill docs/paper.md and
+FILE, in hours for the paper's grid and 2,000 samples. `make paper` writes those that fill docs/results/paper.md and
 docs/evaluation.md.
 """
 
@@ -161,7 +161,7 @@ def main() -> None:
         flow.guided(flow.recommended.guidance), flow.recommended.denoise, options.batch_size,
         trained_distance(options.features), report,
     )  # fmt: skip
-    names = options.strategy or [*gs_jacobi_grid(report, short=True), *PEERS, *AUTOS]
+    names = options.strategy or [*gs_jacobi_grid(report), *PEERS, *AUTOS]
     kind, against = f"{options.features}-FID", KINDS[options.features].description
     settings = {"model": options.model, "distance": kind, "against": against, "seed": 0}
     score_samplers(experiment, names, options.num, options.final, options.out, settings, options.repeats)

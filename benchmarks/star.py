@@ -20,17 +20,15 @@ import jacobiflow as jf
 from benchmarks import FIGURES
 from benchmarks.lib.models import latents, sample
 from benchmarks.lib.peers import starflow
-from benchmarks.lib.process import without_native
 from benchmarks.lib.results import Json, measure_files
-from benchmarks.lib.timing import IN_PYTORCH, time_runs
+from benchmarks.lib.timing import time_runs
 from examples.captions import GUIDANCE, PROMPTS, SAMPLES_PER_PROMPT, SETTINGS, captioned_emoji, load
 from jacobiflow import plots
 from jacobiflow.comparison.baselines import TOKEN_LOOP, original_sampler
 from jacobiflow.data import scale
 from jacobiflow.evaluation import sample_errors
 
-BATCHES, ROUNDS, ITERATION = (1, 4, 16), 3, "block iteration"
-CERTIFIED = "window:16, certified"
+BATCHES, ROUNDS, ITERATION = (1, 16), 3, "block iteration"
 MIN_RIGHT = 6  # Samples of eight that must be right for a prompt that the docs show.
 CATEGORIES = {
     "People & Body": "hands",
@@ -47,21 +45,14 @@ def speeds(key: Json) -> Json:
     flow, batch = load().guided(GUIDANCE), key["batch"]
     z, prompts = latents(flow, batch, prompts=PROMPTS)
     context = flow.context_kind.resolve(prompts, batch)
-    draw = partial(sample, flow, z=z, context=context, certify=True)
-    exact_loop = partial(draw, "sequential")
     runs: dict[str, Callable[[], Any]] = {
         TOKEN_LOOP: partial(original_sampler(flow)[1], flow, z, context.values),
         ITERATION: lambda: starflow(flow, z, context.values, fresh_keys=False).images,
-        IN_PYTORCH: without_native()(exact_loop),
-        "exact loop": exact_loop,
-        CERTIFIED: partial(draw, "window:16"),
-        "auto": partial(draw, jf.plan(flow, batch_size=batch)),
+        "auto": partial(sample, flow, jf.plan(flow, batch_size=batch), z, context, certify=True),
     }
-    samplers = [*runs]
-    runs["encoding pass"] = lambda: flow.guided(None).encode(torch.zeros(batch, *(flow.image_shape or ())), context)
     seconds, results = time_runs({name: torch.no_grad()(run) for name, run in runs.items()}, ROUNDS)
     exact = sample(copy.deepcopy(flow).double(), "sequential", z.double(), context).x
-    images = {name: getattr(results[name], "x", results[name]) for name in samplers}
+    images = {name: getattr(results[name], "x", results[name]) for name in runs}
     return {
         "seconds": seconds,
         "errors": {name: sample_errors(x.double(), exact).max for name, x in images.items()},

@@ -89,19 +89,15 @@ def test_every_script_has_a_test() -> None:
 def test_masked_flows(run: Run) -> None:
     module = pytest.importorskip("benchmarks.masked_flows")
     call_keys = shrink(module.call_keys(), features=3, hidden=8, rows=5)
-    training_keys = shrink(module.training_keys(), features=5, hidden="8 x 2", rows=6)
+    training_keys = shrink(module.training_keys(), features=3, rows=6)
     rows = run(
-        "masked_flows", call_keys=lambda: call_keys, training_keys=lambda: training_keys, SMALL="8 x 2",
-        SIMULATIONS=50, STEPS=5, SECONDS=0, MIN_ROUNDS=1, MAX_ROUNDS=1,
+        "masked_flows", call_keys=lambda: call_keys, training_keys=lambda: training_keys, SECONDS=0, MIN_ROUNDS=1,
+        MAX_ROUNDS=1,
     )  # fmt: skip
     assert {(row["library"], row["flow"]) for row in rows["masked-flows"]} == module.FLOWS.keys()
     for row in rows["masked-flows"]:
         assert row["error"]["accelerated"] <= 10 * row["error"]["library"] + 1e-6
-    for row in rows["training"]:
-        if row["task"] == module.LOSSES:
-            assert row["losses"]["accelerated"] == pytest.approx(row["losses"]["library"], rel=1e-4)
-        else:
-            assert row["error"]["accelerated"] <= 10 * row["error"]["library"] + 1e-5
+    assert [row["flow"] for row in rows["training"]] == ["MAF", "NSF"]
 
 
 def test_estimators(run: Run) -> None:
@@ -126,42 +122,34 @@ def test_packages(run: Run) -> None:
     }
     clients = {name: module.CLIENTS[name] for name in ("train, 10 epochs", "npe.flow(x).sample((10_000,))")}
     fits = [{"program": "zuko", "flow": "MAF", "loop": loop} for loop in (module.LOADER, module.BY_INDEX)]
-    fits += [{"program": name, "flow": "maf"} for name in ("sbi NPE", "sbi NLE")]
+    fits += [{"program": "sbi NPE", "flow": "maf"}]
     rows = run(
         "packages", SBI_CALLS=calls, ESTIMATORS={"NPE": ("maf",), "NLE": ("maf",)}, CLIENTS=clients,
-        fit_keys=lambda: fits, WEIGHTS={}, FIT_ROUNDS=dict.fromkeys(module.FIT_ROUNDS, 1), SIMULATIONS=100,
-        FEW_SIMULATIONS=100, FIT_SIMULATIONS=100, EPOCHS=1, FEW_EPOCHS=1, FIT_EPOCHS=1, ROUNDS=1, BATCH=50,
-        OBSERVATIONS=2, SAMPLES=5, HMC_SAMPLES=2, WARM_UP=1, REJECTION_SAMPLES=2, ITERATIONS=2,
+        fit_keys=lambda: fits, FIT_ROUNDS=dict.fromkeys(module.FIT_ROUNDS, 1), SIMULATIONS=100, FEW_SIMULATIONS=100,
+        FIT_SIMULATIONS=100, EPOCHS=1, FEW_EPOCHS=1, FIT_EPOCHS=1, ROUNDS=1, BATCH=50, SAMPLES=5,
     )  # fmt: skip
     assert len(rows["sbi"]) == len(rows["clients"]) == 2
-    assert all(0 < share < 1 for row in rows["sbi"] for share in row["share"].values())
     assert all(row["error"] < 1e-3 for row in rows["clients"])
-    assert [row["program"] for row in rows["fits"]] == ["zuko", "zuko", "sbi NPE", "sbi NLE"]
     for row in rows["fits"]:
         assert row["result"]["accelerated"]["loss"] == pytest.approx(row["result"]["library"]["loss"], rel=1e-3)
-        assert row["steps"]["accelerated"]["training"] == row["steps"]["library"]["training"]
 
 
 def test_performance(run: Run) -> None:
     module = pytest.importorskip("benchmarks.performance")
-    module.grid.cache_clear(), module.settings_of.cache_clear()
     rounds = {1: 1, 2: 1}
     rows = run(
         "performance", "model-speed", "denoising", "performance", "digits-p1-strategies", DETAILED="digits-p1",
-        BATCHES=(1, 2), DENOISED={"digits-p1": (1, 2)},
-        MODEL_BATCHES={"digits-p1": (2,), "digits-maf": (1,)}, SMALLER={2: 1}, ROUNDS=rounds, GRID_RUNS=rounds, LARGE=2,
-        TOLERANCES=(1e-3,), GRIDS={name: grid[:1] for name, grid in module.GRIDS.items()},
-        gs_jacobi_grid=partial(module.gs_jacobi_grid, short=True),
+        BATCHES=(1, 2), DENOISED={"digits-p1": (1, 2)}, MODEL_BATCHES={"digits-p1": (2,), "digits-maf": (1,)},
+        ROUNDS=rounds, LARGE=2, GRIDS={name: grid[:1] for name, grid in module.GRIDS.items()},
     )  # fmt: skip
     assert rows["model-speed"][0]["max_error"]["exact loop"] < 1e-4
     assert "GS-Jacobi" in rows["model-speed"][0]["seconds"]
     for row in rows["denoising"]:
-        assert row["change"]["float32"]["max"] < 1e-5 < row["change"]["bfloat16"]["max"] < 0.1
+        assert 1e-5 < row["change"]["max"] < 0.1
     for row in rows["performance"]:
         errors = {each["strategy"].split(" | ")[0]: each["error"]["max"] for each in row["rows"]}
         assert errors["auto, certified"] < 1e-2
         assert errors.keys() >= {"GS-Jacobi", "STARFlow", "Selective Jacobi Decoding"}
-    assert len(rows["performance"][1]["grid"]) < len(rows["performance"][0]["grid"])
     for row in rows["digits-p1-strategies"]:
         errors = {each["strategy"]: each["error"]["max"] for each in row["rows"]}
         assert max(errors[name] for name in ("auto", "growing cache", "sequential, in PyTorch")) < 1e-2
@@ -192,15 +180,11 @@ def test_devices(run: Run) -> None:
     star = make_star().config
     rows = run(
         "devices", MODELS=("digits-p1", "digits-p1, bfloat16"),
-        BLOCKS=("64x1",), BATCHES=(1,), ROUNDS={1: 1}, FLOAT64_MODEL="digits-p1", RELEASED=star, LARGE=star,
-        RELEASED_RUNS=(("bfloat16", False),), SHARD_SIZE=20_000, in_new_process=call,
-        ROUNDED_MODELS=("digits-p1",), ROUNDED=2, ROUNDED_BATCH=2,
+        BATCHES=(1,), ROUNDS={1: 1}, FLOAT64_MODEL="digits-p1", FLOAT64_BATCH=1, RELEASED=star, LARGE=star,
+        SHARD_SIZE=20_000, in_new_process=call, ROUNDED_MODELS=("digits-p1",), ROUNDED=2, ROUNDED_BATCH=2,
     )  # fmt: skip
-    errors = [row["errors"]["16 bits"] for row in rows["precision"] if "model" in row]
+    errors = [row["error"] for row in rows["precision"] if "model" in row]
     assert len(errors) == 2 and max(errors) < 1e-4
-    assert all(row["residual"] < 1e-3 for row in rows["precision"] if "block" in row)
-    assert all(row["errors"]["float64"] < 1e-9 for row in rows["precision"] if "double" in row)
-    assert [row["seconds"] > 0 for row in rows["precision"] if "released" in row] == [True]
     offloaded, whole = (row for row in rows["large-models"] if "sample" in row)
     assert offloaded["samples"] == whole["samples"]
     assert offloaded["weights"] == whole["weights"] > whole["largest_block"]
@@ -229,7 +213,7 @@ def test_star(run: Run, tmp_path: Path) -> None:
         CATEGORIES={name: name for name in ("low", "high")}, FIGURES=tmp_path,
     )  # fmt: skip
     errors = results["starflow"][0]["errors"]
-    assert max(errors[name] for name in ("exact loop", "auto", "window:16, certified")) < 1e-2
+    assert errors["auto"] < 1e-2
     for row in results["captions"]:
         assert {name: group["captions"] for name, group in row["groups"].items()} == {"low": 4, "high": 4, "all": 8}
     assert (tmp_path / "emoji-star.png").exists()
@@ -245,10 +229,11 @@ def test_boltzmann(run: Run) -> None:
     rows = run(
         "boltzmann", frames=frames, CERTIFIED=("auto", "window:8, 1e-3"),
         UNCERTIFIED=("jacobi-2",), PROPOSALS=(20, 40), LATENTS=20, PARTS=2, ROUNDS=1, SIZES={"tiny": (4, 3, 64, 2, 1)},
-        PROSE_CONFIG=jf.ProseConfig(64, 2, 1), BUNDLED=("digits-p1", "digits-maf"),
-        BATCHES=dict.fromkeys(("tiny", module.TRAINED, module.PROSE), (2,)),
+        BATCHES={"tiny": 2, module.TRAINED: 2}, GRADIENTS_MODEL="digits-p1",
     )  # fmt: skip
-    assert len(rows["boltzmann"]) == 3 + 3
+    assert len(rows["boltzmann"]) == 2 + 1
+    for row in rows["boltzmann"][:2]:
+        assert max(error["largest"] for error in row["errors"]["growing cache"].values()) < 1e-3
     runs = rows["alanine"]
     assert [row["what"] for row in runs] == ["simulations", "20 proposals", "40 proposals", "tolerances"]
     assert sum(map(math.exp, (-value for value in runs[0]["free_energy"]))) == pytest.approx(1)

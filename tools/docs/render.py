@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from functools import cache
 from itertools import product
 from pathlib import Path
@@ -75,15 +75,6 @@ def format_speed_up(ratio: float) -> str:
 
 def duration(seconds: float) -> str:
     return f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1e3:.{2 if seconds < 1e-3 else 1}f} ms"
-
-
-def plan(counts: Mapping[str, int]) -> str:
-    """The pieces of a plan in words, from the number of blocks that each solves."""
-    if not counts["swept"]:
-        return "the loop"
-    pieces = ", ".join(f"{name} in {counts[name]}" for name in ("bfloat16", "fitted") if counts[name])
-    loop = f"the loop in {counts['loop']} block{'s' * (counts['loop'] > 1)}, " if counts["loop"] else ""
-    return f"{loop}sweeps in {counts['swept']}{f' ({pieces})' * bool(pieces)}"
 
 
 def grouped(rows: Iterable[Any], *keys: str) -> list[tuple[tuple[Any, ...], list[Any]]]:
@@ -196,7 +187,7 @@ def _environment() -> jinja2.Environment:
         paper_facts.agreement, paper_facts.best_guess, paper_facts.mean_sweeps, paper_facts.number_range,
         paper_facts.segment_sweeps, paper_facts.sweeps_range, paper_facts.tough_share, chord_share, duration, fastest,
         find_runs, fitted_sweeps, format_speed_up, grouped, largest_error_ratio, largest_speed_up, paper_megabytes,
-        plain_sweeps, plan, rank_correlation, ratios, recommendation, regimes.best_in_passes, regimes.in_passes, result,
+        plain_sweeps, rank_correlation, ratios, recommendation, regimes.best_in_passes, regimes.in_passes, result,
         search_guidance.best_point, speed_up_range, star_follows, strategy, where,
     )}  # fmt: skip
     environment.globals |= functions | {

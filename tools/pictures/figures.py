@@ -1,6 +1,6 @@
 """Draws the figures of the method and of result files: `python -m tools.pictures.figures [NAME ...]`.
 
-partitions.png and front.gif show the method; regimes.png, speed.png, training.png and alanine.png show result files.
+partitions.png and front.gif show the method; regimes.png, speed.png and alanine.png show result files.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from jacobiflow.data.grid import TEXT_COLOR
 from jacobiflow.models.latents import draw_latents
 from jacobiflow.plots import sampler_style, save_png
 from jacobiflow.plots.style import new_figure, plain_ticks, simplify_axes, use_style
-from tools.docs.render import find_runs, format_speed_up, result
+from tools.docs.render import find_runs, result
 from tools.pictures.front import Recorder, record, save_animation, token_colors
 from tools.pictures.palette import readable
 
@@ -129,34 +129,6 @@ def speed() -> Figure:
 
 
 @use_style
-def training() -> Figure:
-    """Whole fits by a library and accelerated: training and samples, as shares of the library's time."""
-    fits = find_runs("fits", program=("sbi NPE", "pocomc"))
-    colors = {"training": sampler_style("auto").color, "sampling": sampler_style("jacobi").color}
-    figure = new_figure(0.8 * len(fits))
-    axis = figure.subplots()
-    labels: dict[float, str] = {}
-    for place, run in enumerate(fits):
-        for row, way in enumerate(("library", "accelerated")):
-            y, left = 3 * place + 0.85 * row, 0.0
-            labels[y] = f"{run['program'].split()[0]}, {run['flow']}" if way == "library" else way
-            for phase, color in colors.items():
-                share = run["seconds"][way][phase] / run["total"]["library"]
-                axis.barh(y, share, 0.75, left, color=color, label=phase)
-                left += share
-            text = f"{run['total'][way]:.3g} s" + (f", {format_speed_up(run['speed_up'])} faster" if row else "")
-            axis.text(left + 0.01, y, text, va="center", color=TEXT_COLOR)
-    axis.set_yticks([*labels], labels.values())
-    axis.tick_params(length=0)
-    axis.set(xlim=(0, 1.13), xticks=[])
-    axis.invert_yaxis()
-    axis.spines[:].set_visible(False)
-    handles, names = axis.get_legend_handles_labels()
-    figure.legend(handles[:2], names[:2], loc="outside upper center", ncols=2)
-    return figure
-
-
-@use_style
 def alanine() -> Figure:
     """Densities over phi and psi of the simulation, of proposals and of weighted proposals, and free energies."""
     runs = {run["what"]: run for run in result("alanine")["runs"]}
@@ -205,9 +177,9 @@ def front() -> None:
 
 def main() -> None:
     options = parser(__doc__)
-    options.add_argument("names", nargs="*", metavar="NAME", help="such as training or front; by default all")
+    options.add_argument("names", nargs="*", metavar="NAME", help="such as speed or front; by default all")
     names = options.parse_args().names
-    for draw in (partitions, regimes, speed, training, alanine):
+    for draw in (partitions, regimes, speed, alanine):
         name = draw.__name__.replace("_", "-")
         if not names or name in names:
             save_png(draw(), FIGURES / f"{name}.png")
