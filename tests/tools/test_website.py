@@ -75,6 +75,7 @@ def pages(tmp_path):
         ("docs/reference/page.md", "[a](../../README.md)", "[a](../index.md)"),
         ("docs/reference/page.md", "[a](../../src/code.py)", f"[a]({REPOSITORY}/blob/main/src/code.py)"),
         ("docs/index.md", '<img src="figures/a.png#chart" width="3">', '<img src="figures/a.png#chart" width="3">'),
+        ("docs/reference/page.md", "[a](https://jacobiflow.github.io/jacobiflow/other/#part)", "[a](../other.md#part)"),
         ("docs/index.md", "[a](https://elsewhere.org/x.md) [b](#part)", "[a](https://elsewhere.org/x.md) [b](#part)"),
         ("docs/index.md", "text:\n- one\n  more\n- two\n", "text:\n\n- one\n  more\n- two\n"),
         ("docs/index.md", "`[a](x.md)`\n\n```\n[a](x.md)\n```\n", "`[a](x.md)`\n\n```\n[a](x.md)\n```\n"),

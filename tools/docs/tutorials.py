@@ -45,7 +45,7 @@ def run(path: Path) -> str:
         work.mkdir()
         client: Any = NotebookClient(
             notebook, timeout=3600, kernel_name="python3", record_timing=False, coalesce_streams=True,
-            resources={"metadata": {"path": work}},
+            resources={"metadata": {"path": work}}, skip_cells_with_tag="install",
         )  # fmt: skip
         client.execute(env=os.environ | variables)
         for number, cell in enumerate(notebook.cells):

@@ -1,8 +1,8 @@
 """Builds the site into out/site: `python -m tools.docs.website`, or `make docs`.
 
 The Markdown files of the repository link to each other and to sources as GitHub shows them. In the site a link to
-another page leads to that page, one to README to the site's start, one to a picture or a file of docs/ to a copy of it,
-and one to anything else to the repository.
+another page, or to its address, leads to that page, one to README to the site's start, one to a picture or a file of
+docs/ to a copy of it, and one to anything else to the repository.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from jacobiflow.cli.app import app
 from tools.npm import npm_files
 from tools.page import live_page
 
+ADDRESS = "https://jacobiflow.github.io/jacobiflow/"
 MERMAID, KATEX = "mermaid.min.js", "katex.min.js"
 _CONFIG = ROOT / "docs/zensical.toml"
 _SCRIPTS = {  # versions, and SHA-512 of the packages
@@ -56,7 +57,7 @@ def build(out: Path) -> Path:
     pages = Pages(source, repository)
     live_page.write_scripts(source / "live")
     for path, name in pages.names.items():
-        pages.add(path, _markdown(path, source / name, repository))
+        pages.add(path, _markdown(path, source / name))
     (source / "reference/commands.md").write_text(_commands())
     for name in ("site.css", "site.js"):
         shutil.copyfile(ROOT / "docs" / name, source / name)
@@ -73,7 +74,7 @@ def build(out: Path) -> Path:
     return site
 
 
-def _markdown(path: str, page: Path, repository: str) -> str:
+def _markdown(path: str, page: Path) -> str:
     """The Markdown of a file of the repository; the pictures of a notebook are written to a folder beside the page."""
     if not path.endswith(".ipynb"):
         return (ROOT / path).read_text()
@@ -82,9 +83,7 @@ def _markdown(path: str, page: Path, repository: str) -> str:
     page.with_suffix("").mkdir(parents=True, exist_ok=True)
     for name, data in resources["outputs"].items():
         (page.parent / name).write_bytes(data)
-    colab = repository.replace("https://github.com", "https://colab.research.google.com/github")
-    heading, text = text.split("\n", 1)
-    return f"{heading}\n\n[Open in Colab]({colab}/blob/main/{path})\n{text}"
+    return text
 
 
 def _commands() -> str:
@@ -128,6 +127,8 @@ class Pages:
     def _target(self, path: str, target: str) -> str:
         """The target in the site of a link in the file `path`."""
         here = os.path.dirname(self.names[path])
+        if target.startswith(ADDRESS):
+            return os.path.relpath(f"{target.removeprefix(ADDRESS).rstrip('/')}.md", here)
         beside = self.site / here / target  # if it is a picture of a notebook, or a script
         if ":" in target or (not target.startswith("..") and beside.is_file()):
             return target
