@@ -84,7 +84,7 @@ export class Samplers {
 }
 
 // jacobiflow's own C++, compiled from tools/page/native.cpp.
-export class Native {
+class Native {
   static async load(bytes, model, blocks) {
     const system = new Proxy({}, { get: () => () => 0 }); // C++ names functions of files and clocks, and calls none
     const { instance } = await WebAssembly.instantiate(bytes, { wasi_snapshot_preview1: system });
