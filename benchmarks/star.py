@@ -100,7 +100,7 @@ def draw_sheet() -> None:
         num = int((nearest_emoji(images, emoji)[:, 0] == captions.index(prompt)).sum())
         if num < MIN_RIGHT:
             raise SystemExit(f"{prompt}: {num} of {len(images)} samples are right; show another prompt")
-        rows.append((f"{prompt}: {num} of {len(images)}", images))
+        rows.append((f'"{prompt}": {num} of {len(images)} right', images))
     plots.save_png(plots.rows_sheet(rows), FIGURES / "emoji-star.png")
 
 

@@ -1,4 +1,6 @@
-// On a phone, a table that is wider than the page shows a block for each row, with a label for each cell.
+// On a phone, a table that is wider than the page, or has rows of many lines, shows a block for each row, with a label for
+// each cell.
+const MAX_ROW_HEIGHT = 120; // pixels
 const tables = document.querySelectorAll(".md-content table:not([class])");
 
 for (const table of tables) {
@@ -12,7 +14,8 @@ function stackWideTables() {
   for (const table of tables) {
     table.removeAttribute("data-stacked");
     const width = table.closest(".md-content__inner").clientWidth;
-    table.toggleAttribute("data-stacked", innerWidth < 720 && table.scrollWidth > width);
+    const isNarrow = table.scrollWidth > width || [...table.rows].some((row) => row.clientHeight > MAX_ROW_HEIGHT);
+    table.toggleAttribute("data-stacked", innerWidth < 720 && isNarrow);
   }
 }
 

@@ -55,4 +55,4 @@ def test_bench_draws_a_flow_without_an_original_sampler_and_errors_that_are_not_
     comparison = make_comparison(1, {"a": (1.0, 0.0), "b": (2.0, math.inf)})
     figure = bench_figure([replace(comparison, results=comparison.results[1:])] * 3)
     figure.draw_without_rendering()
-    assert [axis.axison for axis in figure.axes] == [True] * 3 + [False]
+    assert len(figure.axes) == 3  # no empty panel

@@ -43,7 +43,7 @@ def stored_weights(block: Any) -> dict[str, Tensor]:
 
 
 class BlockFunctions(torch.nn.Module):
-    """The functions of a block of a flow with classes that become graphs: a sweep, and a gradient.
+    """The functions of a block of a flow with classes that become graphs: a token, and a gradient.
 
     `stored` are the weights of the block. S = 4 * layers * width are the keys and values of a token, in two rows, with
     the label and without a label.
@@ -59,18 +59,18 @@ class BlockFunctions(torch.nn.Module):
     def forward(
         self, stored: Mapping[str, Tensor], x: Tensor, z: Tensor, cache: Tensor, label: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Returns g of entries m + 1 to m + n under guidance, (n, C), and the keys and values of n tokens, (n, S).
+        """Returns token m + 1 under guidance, (1, C), and the keys and values of token m, (1, S).
 
         Args:
-            x: The tokens before the entries, (n, C).
-            z: The entries of the block's input, (n, C).
-            cache: Keys and values of the m tokens before `x`, (m, S).
+            x: Token m, (1, C).
+            z: Token m + 1 of the block's input, (1, C).
+            cache: Keys and values of the tokens before m, (m, S).
             label: The class, (1,).
         """
-        first, stop = cache.shape[0] + 1, cache.shape[0] + x.shape[0] + 1
+        token = cache.shape[0] + 1
         labels = torch.cat((label, torch.full_like(label, -1)))
         (conditional, unconditional), keys = self._transformer(stored, x, cache, labels, self.row_scales)
-        log_scale, shift = conditional + self.guidance[:, first:stop] * (conditional - unconditional)
+        log_scale, shift = conditional + self.guidance[:, token : token + 1] * (conditional - unconditional)
         return log_scale.exp() * z + shift, keys
 
     def gradient(self, stored: Mapping[str, Tensor], x: Tensor, dz: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
@@ -102,13 +102,15 @@ class BlockFunctions(torch.nn.Module):
         context = torch.cat((classes, classes.mean(dim=0, keepdim=True)))[labels]
         h = linear(x, "proj_in") + weight("pos_embed")[m : m + n] + context
         old = cache.view(m, self.layers, 2, rows, self.heads, h.shape[2] // self.heads).permute(1, 2, 3, 4, 0, 5)
-        is_later, new = torch.ones(n, m + n, dtype=torch.bool).triu(m + 1), []
+        is_later, new = torch.ones(n, n, dtype=torch.bool).triu(1), []
         for i in range(self.layers):
             layer = f"attn_blocks.{i}"
             qkv = linear(norm(h, f"{layer}.attention.norm"), f"{layer}.attention.qkv")
             qkv = qkv.view(rows, n, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
             key, value = torch.cat((old[i], qkv[1:]), dim=3)
-            logits = (qkv[0] * scale @ key.mT).masked_fill(is_later, -torch.inf)
+            logits = qkv[0] * scale @ key.mT
+            if n > 1:  # the gradient, which has no cache
+                logits = logits.masked_fill(is_later, -torch.inf)
             read = (logits.softmax(dim=-1) @ value).transpose(1, 2).flatten(2)
             h = h + linear(read, f"{layer}.attention.proj")
             h = h + linear(F.gelu(linear(norm(h, f"{layer}.mlp.norm"), f"{layer}.mlp.main.0")), f"{layer}.mlp.main.2")
@@ -125,14 +127,14 @@ def block_graphs(config: jf.TarFlowConfig, guidance: jf.Guidance, stored: Mappin
     functions, stored = BlockFunctions(config, guidance), dict(stored)
     x, z = torch.zeros(2, config.num_tokens, config.token_dim)
     cache, label = torch.zeros(4, 4 * config.layers_per_block * config.width), torch.tensor([0])
-    step, gradient = (stored, x[:3], z[:3], cache, label), (stored, x, z, label)
-    sizes = dict.fromkeys(stored), *({0: Dim.DYNAMIC},) * 3, None
+    step, gradient = (stored, x[:1], z[:1], cache, label), (stored, x, z, label)
+    sizes = dict.fromkeys(stored), None, None, {0: Dim.DYNAMIC}, None
     exported = torch.export.export(functions, step, dynamic_shapes=sizes)
     # A derivative is traced first, since torch.export does not differentiate.
     traced = make_fx(lambda *inputs: functions.gradient(*inputs))(*gradient)
     derivative = torch.export.export(traced, gradient)
     return {
-        "step": _to_onnx(exported, stored, ["x", "z", "cache", "label"], ["g", "keys"]),
+        "step": _to_onnx(exported, stored, ["x", "z", "cache", "label"], ["y", "keys"]),
         "gradient": _to_onnx(derivative, stored, ["x", "dz", "label"], ["z", "dx"]),
     }
 

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 import jacobiflow as jf
 from benchmarks import FIGURES
 from benchmarks.lib.results import parser
-from benchmarks.regimes import BF16_PASS, EXACT_LOOP, LOOP_IN_PYTORCH, PASS, in_passes
+from benchmarks.regimes import EXACT_LOOP, LOOP_IN_PYTORCH, PASS, in_passes
 from jacobiflow.data.grid import TEXT_COLOR
 from jacobiflow.models.latents import draw_latents
 from jacobiflow.plots import sampler_style, save_png
@@ -78,33 +78,31 @@ def share_legend(figure: Figure) -> None:
 
 @use_style
 def regimes() -> Figure:
-    """Exact loops in encoding passes against the weights of a block, a panel for each batch size.
-
-    Beside them is the least time of sweeps that evaluate every token five times.
-    """
-    runs = sorted(result("regimes")["runs"], key=lambda run: run["weights_mb"])
-    batches = sorted({run["batch_size"] for run in runs})
-    figure = new_figure(6.4)
-    panels = figure.subplots(len(batches), 1, sharex=True, sharey=True)
-    color = sampler_style("gs-jacobi").color
+    """The exact loop by native code and by PyTorch beside five sweeps, against the weights of a block."""
+    runs = [run for run in result("regimes")["runs"] if not run["trained"]]
+    runs.sort(key=lambda run: run["weights_mb"])
+    batches = (min(run["batch_size"] for run in runs), max(run["batch_size"] for run in runs))
+    figure = new_figure(5.2)
+    panels = figure.subplots(2, 1, sharex=True, sharey=True)
+    loop, sweeps = (sampler_style(name).color for name in ("auto", "gs-jacobi"))
     for axis, batch in zip(panels, batches, strict=True):
-        random, trained = ([run for run in runs if run["batch_size"] == batch and run["trained"] == kind]
-                           for kind in (False, True))  # fmt: skip
-        sizes = [run["weights_mb"] for run in random]
-        for way, name, line in ((EXACT_LOOP, "exact loop", "-"), (LOOP_IN_PYTORCH, "exact loop in PyTorch", "--")):
-            passes = [in_passes(run, way) for run in random]
-            axis.plot(sizes, passes, line, color=sampler_style("sequential").color, marker="o", label=name)
-        axis.plot(
-            [run["weights_mb"] for run in trained], [in_passes(run) for run in trained], linestyle="", marker="*",
-            markersize=12, color=sampler_style("auto").color, label="exact loop of a trained model",
-        )  # fmt: skip
-        for way, name, line in ((PASS, "5 sweeps, float32", "-"), (BF16_PASS, "5 sweeps, bfloat16", ":")):
-            axis.plot(sizes, [5 * in_passes(run, way) for run in random], line, color=color, label=name)
-        axis.set_title(f"batch {batch}")
-        scale_axes(axis, x_subs=(1,))
+        rows = [run for run in runs if run["batch_size"] == batch]
+        sizes = [run["weights_mb"] for run in rows]
+        for passes, name, color, side, height in (
+            ([in_passes(run, LOOP_IN_PYTORCH) for run in rows], "token by token, PyTorch", TEXT_COLOR, "right", -16),
+            ([5 * in_passes(run, PASS) for run in rows], "five sweeps of all tokens", sweeps, "left", 5),
+            ([in_passes(run, EXACT_LOOP) for run in rows], "token by token, native code", loop, "left", -18),
+        ):
+            axis.plot(sizes, passes, color=color, marker="o", markersize=4)
+            if axis is panels[0]:
+                end = 0 if side == "left" else -1
+                axis.annotate(
+                    name, (sizes[end], passes[end]), (0, height), textcoords="offset points", ha=side, color=color
+                )
+        axis.set_title(f"{batch} sample{'s' * (batch > 1)} at a time", loc="left")
+        scale_axes(axis, x_subs=(1, 3))
     figure.supxlabel("weights of a block, MB")
-    figure.supylabel("time of a block's inverse, in encoding passes")
-    share_legend(figure)
+    figure.supylabel("time, in passes that encode the samples")
     return figure
 
 
@@ -147,18 +145,17 @@ def alanine() -> Figure:
         axis.set(title=title, xlabel="phi, degrees", xticks=(-120, 0, 120), yticks=(-120, 0, 120))
     axes[0].set_ylabel("psi, degrees")
     top.colorbar(
-        image, ax=axes, label="free energy F / kT; white: no sample", location="bottom", shrink=0.6, extend="max"
+        image, ax=axes, label="free energy F / kT; blank: no sample", location="bottom", shrink=0.6, extend="max"
     )
     axis = bottom.subplots()
     bins = len(simulation["free_energy"])
     centres = (np.arange(bins) + 0.5) * 360 / bins - 180
-    for (label, panel), color, marker in zip(
-        panels.items(), ("#000000", "#fba652", "#00519e"), ("", "v", "o"), strict=True
-    ):
-        values, error = (np.array(panel[name], float) for name in ("free_energy", "error"))  # nan without samples
-        axis.errorbar(centres, values, error, color=color, marker=marker, label=label, markersize=4, capsize=2)
+    axis.plot(centres, simulation["free_energy"], color=TEXT_COLOR, linewidth=5, alpha=0.4, label="simulation")
+    for name, color, marker in (("flow", "#fba652", "v"), ("flow, weighted", "#00519e", "o")):
+        values, error = (np.array(panels[name][key], float) for key in ("free_energy", "error"))  # nan without samples
+        axis.errorbar(centres, values, error, color=color, marker=marker, label=name, markersize=4, capsize=2)
     axis.set(
-        xlabel="phi, degrees", ylabel="free energy F / kT", xlim=(-180, 180), ylim=(1, 15), xticks=range(-180, 181, 60)
+        xlabel="phi, degrees", ylabel="free energy F / kT", xlim=(-180, 180), ylim=(1, 12), xticks=range(-180, 181, 60)
     )
     axis.legend(loc="upper left")
     simplify_axes(axis)

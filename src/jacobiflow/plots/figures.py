@@ -25,7 +25,7 @@ from jacobiflow.plots.style import (
 )
 
 _CAPTION_WIDTH = 28  # characters on a line of the legend
-_COLUMNS = 2  # columns of panels, and of the legend
+_COLUMNS = 2  # of the legend
 _MARKERS = [style.marker for style in (*SAMPLER_STYLES.values(), OTHER_STYLE)]
 
 
@@ -40,18 +40,14 @@ def bench_figure(comparisons: Sequence[Comparison]) -> Figure:
     styles = _distinct_styles(result.strategy for each in comparisons for result in each.candidates)
     titles = map(comparisons[0].title, (*baselines, *styles))
     captions = [textwrap.fill(title.replace("$", r"\$"), _CAPTION_WIDTH) for title in titles]
-    columns = min(len(comparisons), _COLUMNS)
-    rows = math.ceil(len(comparisons) / columns)
     caption_lines = max(caption.count("\n") + 1 for caption in captions)
     legend_height = math.ceil(len(captions) / _COLUMNS) * (caption_lines + 0.6) * FONT_SIZE / 60  # inches
-    figure = new_figure(2.8 * rows + 0.6 + legend_height)
-    panels = figure.subplots(rows, columns, sharey=True, squeeze=False).ravel()
+    figure = new_figure(2.2 * len(comparisons) + 0.6 + legend_height)
+    panels = figure.subplots(len(comparisons), 1, sharey=True, squeeze=False)[:, 0]
     handles: dict[str, Any] = {}
-    for axis, comparison in zip(panels, comparisons, strict=False):
+    for axis, comparison in zip(panels, comparisons, strict=True):
         handles |= _draw_panel(axis, comparison, baselines, styles)
     _scale_errors(panels[0], [result.error.max for each in comparisons for result in each.candidates])
-    for axis in panels[len(comparisons) :]:
-        axis.set_axis_off()
     figure.supxlabel("seconds for the batch: median, fastest and slowest round")
     figure.supylabel("largest error of an entry of x")
     figure.legend(list(handles.values()), captions, loc="outside upper center", ncols=_COLUMNS)

@@ -1,14 +1,13 @@
-// Shows the race: pictures, clocks, and the winner. The samplers run in worker.js.
+// Shows the race: pictures, clocks, and the result. The samplers run in worker.js.
 const TINT = [191, 88, 0]; // of tokens that are not final yet
-const samplers = { exact: "Token by token", sweeps: "Sweeps" };
 const $ = (id) => document.getElementById(id), part = (name, selector) => document.querySelector(`#race .${name} ${selector}`);
 const isMotionReduced = matchMedia("(prefers-reduced-motion)");
 const worker = new Worker("worker.js", { type: "module" });
 let id = 0, seed = 0, model, results;
 
-function say(outcome, reason = "") {
+function say(outcome, result = "") {
   $("outcome").textContent = outcome;
-  $("reason").textContent = reason;
+  $("result").textContent = result;
 }
 
 function paint(name, image, isOpen) {
@@ -25,50 +24,55 @@ function paint(name, image, isOpen) {
   part(name, "canvas").getContext("2d").putImageData(pixels, 0, 0);
 }
 
-function show({ name, seconds, calls, block, front, image, isDone }) {
+function show({ name, seconds, block, front, image, isDone }) {
   const { num_tokens: length, orders } = model;
   const isOpen = (place) => !isDone && (orders[block] === "flip" ? length - 1 - place : place) >= front;
   if (isDone || !isMotionReduced.matches) paint(name, image, isOpen);
   part(name, ".seconds").textContent = `${seconds.toFixed(2)} s`;
-  part(name, ".calls").textContent = `${calls.toLocaleString("en")} calls`;
   part(name, "progress").value = isDone ? 1 : ((orders.length - 1 - block) * length + front) / (orders.length * length);
 }
 
-// The winner, by the seconds on the clocks, and the reason: the number of calls against the time of a call.
-function conclude({ exact, sweeps }) {
-  const times = Object.entries(samplers).map(([name, text]) => `${text}: ${results[name].seconds.toFixed(2)} s.`);
-  const isSweepsFaster = sweeps.seconds < exact.seconds;
-  const [one, many] = [exact, sweeps].map(({ seconds, calls }) => (1000 * seconds) / calls);
-  const [fewer, longer] = [exact.calls / sweeps.calls, many / one].map((ratio) => ratio.toFixed(1));
-  const counts = [sweeps, exact].map(({ calls }) => calls.toLocaleString("en"));
-  const difference = exact.image.reduce((most, value, i) => Math.max(most, Math.abs(value - sweeps.image[i])), 0) * 127.5;
+// The ratio of the seconds on the clocks, and how far the pictures differ.
+function conclude({ original, jacobiflow }) {
+  const [fast, slow] = [original, jacobiflow].sort((a, b) => a.seconds - b.seconds);
+  const names = { original: "The original", jacobiflow: "jacobiflow" };
+  const difference = 127.5 * original.image.reduce((most, value, i) => Math.max(most, Math.abs(value - jacobiflow.image[i])), 0);
   say(
-    `${times.join(" ")} ${samplers[isSweepsFaster ? "sweeps" : "exact"]} won here.`,
-    `Sweeps made ${counts[0]} calls instead of ${counts[1]}: ${fewer} times fewer. ${isSweepsFaster ? "And" : "But"} a call took ` +
-      `${isSweepsFaster ? "only " : ""}${longer} times as long on average, because it computes up to ${sweeps.size} tokens: ` +
-      `${many.toFixed(2)} ms instead of ${one.toFixed(2)} ms. The two pictures differ by at most ${difference.toFixed(1)} grey levels of 255.`,
+    `${names[fast.name]} was ${(slow.seconds / fast.seconds).toFixed(1)} times faster here.`,
+    `Original: ${original.seconds.toFixed(2)} s. jacobiflow: ${jacobiflow.seconds.toFixed(2)} s. Same picture: no pixel ` +
+      `differs by more than ${difference.toPrecision(1)} of 255 grey levels.`,
   );
 }
 
 const handlers = {
+  loading: ({ loaded, total }) => {
+    const [part, all] = [loaded, total].map((bytes) => (bytes / 1e6).toFixed(1));
+    $("loading").value = loaded / total;
+    say(loaded < total ? `Loading the model: ${part} of ${all} MB` : "Starting both samplers …");
+  },
   started: (start) => {
     ({ model } = start);
     window.jacobiflow = results = { latents: start.latents }; // and the pictures, for a check
-    say(`${$("class").selectedOptions[0].text}: two samplers, the same noise`);
+    $("loading").style.visibility = $("still").style.visibility = "hidden";
+    $("race").style.visibility = "visible";
+    say(`${$("class").selectedOptions[0].text}: drawing it twice …`);
   },
   turn: (turn) => {
     show(turn);
     if (turn.isDone) results[turn.name] = turn;
-    if (results.exact && results.sweeps) conclude(results);
+    if (results.original && results.jacobiflow) conclude(results);
   },
-  failed: ({ message }) => say(`This did not work: ${message}. Reload the page to try again.`),
+  failed: ({ message }) => {
+    worker.terminate(); // it may still report what it loads
+    say(`This did not work: ${message}. Reload the page to try again.`);
+  },
 };
 
 function race() {
   worker.postMessage({ id: ++id, label: Number($("class").value), seed });
 }
 
-worker.onmessage = ({ data }) => data.id === id && handlers[data.kind](data);
+worker.onmessage = ({ data }) => (data.kind === "loading" || data.id === id) && handlers[data.kind](data);
 worker.onerror = ({ message }) => handlers.failed({ message: message || "worker.js did not load" });
 $("class").addEventListener("change", race);
 $("form").addEventListener("submit", (event) => {
@@ -76,5 +80,5 @@ $("form").addEventListener("submit", (event) => {
   seed++;
   race();
 });
-say("Fetching the model …");
+say("Loading the model …");
 race();
