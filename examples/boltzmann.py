@@ -1,7 +1,7 @@
 """A Boltzmann generator for alanine dipeptide: `python -m examples.boltzmann simulate`, then `train`, then `weigh`.
 
 `weigh` works with the bundled weights, without a simulation. `train` writes its losses to the run folder. The example
-needs openmm: pip install 'jacobiflow[molecules]'.
+needs openmm: pip install openmm.
 """
 
 from __future__ import annotations

@@ -87,8 +87,8 @@ def test_compare_prints_both_rows_and_the_error(run: Any, tmp_path: Path) -> Non
     line = f"first batch of 4 again, without denoising: original sampler {seconds[0]:.3g} s, here {seconds[1]:.3g} s: "
     rounding = jf.sample(flow, 4, labels, strategy=strategy, sensitivity=True).outcome.sensitivity
     assert entries["rounding"] == rounding
-    text = f"largest difference from the original sampler {largest:.1e}; "
-    text += f"rounding changes these samples by up to {rounding:.1e}"
+    text = f"largest difference from the original sampler {largest * 127.5:.2g} of 255 grey levels; "
+    text += f"rounding changes these samples by up to {rounding * 127.5:.2g} of 255 grey levels"
     assert re.search(rf"\n{line}[\d.]+x faster\n{text}\n", result.out)
     assert (tmp_path / "o/samples.png").exists()
 

@@ -27,7 +27,7 @@ def test_it_writes_a_model_that_sample_takes(run: Any, tmp_path: Path) -> None:
     result = run(f"{line} --out {tmp_path}/run --json {tmp_path}/f")
     assert result.code == 0
     assert re.fullmatch(
-        rf"3 steps: loss [+-][\d.]+, [\d.]+ bits per dimension\nwrote the model folder {tmp_path}/run\n", result.out
+        rf"3 steps: loss [+-][\d.]+, [\d.]+ bits per dimension\nthe model folder is {tmp_path}/run\n", result.out
     )
     assert sorted(os.listdir(tmp_path / "run")) == [
         ".lock", "README.md", "checkpoint.safetensors", "config.json", "manifest.json", "metrics.jsonl",
@@ -38,6 +38,7 @@ def test_it_writes_a_model_that_sample_takes(run: Any, tmp_path: Path) -> None:
     assert (flow.config.num_classes, flow.config.noise_std) == (10, 0.1)
     again = run(f"{line} --out {tmp_path}/run")  # is done already
     assert (again.code, again.out) == (0, result.out)
+    assert "was complete already at step 3 of 3\n" in again.err
 
 
 def test_samples_of_a_trained_model_are_denoised_as_its_sheets_are(run: Any, tmp_path: Path) -> None:

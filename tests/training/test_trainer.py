@@ -227,8 +227,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(tmp_path: Path)
     out, data = tmp_path / "out", some_digits()
     colour = ImageDataset(data.images.expand(-1, 3, -1, -1).contiguous(), data.labels)
     parts = "batch_size=8: less than a sample for each of 1 processes and 9 parts; give at least 9"
-    few = "batch_size=44: there are only 43 samples"
-    assert error_of(partial(fit, out, replace(SETTINGS, batch_size=44))) == few
+    assert error_of(lambda: train(fresh(), [], SETTINGS, out)) == "data: has no samples; give at least one"
     assert error_of(partial(fit, out, replace(SETTINGS, accumulation=9))) == parts
     label = "label 9: this flow has classes 0 to 2 (below 0: no class)"
     assert error_of(partial(fit, out, config=replace(CONFIG, num_classes=3))) == label
@@ -244,6 +243,12 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(tmp_path: Path)
         before = contents(tmp_path)
         assert words in error_of(lambda: fit(tmp_path))
         assert contents(tmp_path) == before
+
+
+def test_a_batch_has_at_most_all_samples(tmp_path: Path) -> None:
+    for size in (43, 44):
+        fit(tmp_path / str(size), replace(SETTINGS, steps=2, batch_size=size))
+    assert_same(checkpoint(tmp_path / "43"), checkpoint(tmp_path / "44"))
 
 
 def test_a_loss_that_is_not_finite_ends_training_and_keeps_the_last_step(tmp_path: Path) -> None:

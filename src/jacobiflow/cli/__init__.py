@@ -14,7 +14,8 @@ except ModuleNotFoundError as missing:
         """Prints which packages the command line needs, and returns the exit code 2."""
         import sys
 
-        print("error: the command line needs more packages: pip install 'jacobiflow[cli]'", file=sys.stderr)
+        install = "pip install 'jacobiflow[cli] @ git+https://github.com/jacobiflow/jacobiflow'"
+        print(f"error: the command line needs more packages: {install}", file=sys.stderr)
         return 2
 
 

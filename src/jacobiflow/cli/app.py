@@ -24,7 +24,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from cyclopts import App, CycloptsError, Group, Parameter
-from cyclopts.exceptions import UnusedCliTokensError
+from cyclopts.exceptions import MissingArgumentError, UnusedCliTokensError
 
 from jacobiflow import __version__
 from jacobiflow.cli import options, output
@@ -43,7 +43,9 @@ app = App(
     help_flags="--help",
     help_format="plaintext",
     version=f"jacobiflow {__version__}",
-    default_parameter=Parameter(negative_bool=(), negative_iterable=(), allow_repeating=True),
+    default_parameter=Parameter(
+        negative_bool=(), negative_iterable=(), allow_repeating=True, converter=options.convert
+    ),
 )
 app["--help"].group = app["--version"].group = Group("Options")
 app.command("jacobiflow.cli.sample:SampleConfig", name="sample", sort_key=1)
@@ -81,7 +83,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if config is None:  # The help or the version is printed.
                 return 0
             command: Any = sys.modules[type(config).__module__]
-            _prepare(config)
+            config.check_options()
+            _prepare()
             from jacobiflow.utils.files import write_json  # It needs no PyTorch, but packages that take time to import.
 
             result = command.run(config)
@@ -123,8 +126,8 @@ def _terminal() -> Iterator[None]:
     sys.stdout.flush()
 
 
-def _prepare(config: options.Config) -> None:
-    """Checks `--json`, and imports the modules of installed packages that register classes of their own."""
+def _prepare() -> None:
+    """Imports the modules of installed packages that register classes of their own."""
     from jacobiflow.models.memory import keep_freed_memory
 
     keep_freed_memory()
@@ -136,15 +139,12 @@ def _prepare(config: options.Config) -> None:
                 f"extension {extension.name}: cannot import {extension.value} ({type(error).__name__}: {error}); "
                 "correct or uninstall the package that it is in"
             ) from error
-    config.check_file("json")
 
 
 def _describe(error: Exception, words: Sequence[str]) -> str | None:
     """Returns the message for an error of the user or the machine; `None` for a fault of the library."""
     if isinstance(error, CycloptsError):
-        has_model = isinstance(error, UnusedCliTokensError) and hasattr(error.target, "model")
-        hint = f" Did you mean --model {(error.unused_tokens or '?')[0]}?" * has_model
-        return f"{error}{hint} See {' '.join(('jacobiflow', *(error.command_chain or ())))} --help."
+        return f"{_describe_options(error)} See {' '.join(('jacobiflow', *(error.command_chain or ())))} --help."
     if isinstance(error, InputError):  # It names an option where the library names its argument.
         command = app.parse_commands(words)[1][-1]
         names = {option.field_info.name: option.name for option in command.assemble_argument_collection()}
@@ -153,6 +153,28 @@ def _describe(error: Exception, words: Sequence[str]) -> str | None:
     if isinstance(error, MemoryError) or any(text in str(error) for text in _OUT_OF_MEMORY):
         return "out of memory; give a smaller --batch-size, or smaller numbers"
     return str(error) if isinstance(error, OSError) else None
+
+
+def _describe_options(error: CycloptsError) -> str:
+    """Returns the message for options that cannot be parsed."""
+    if isinstance(error, UnusedCliTokensError) and error.unused_tokens:
+        word = error.unused_tokens[0]
+        hint = f" Did you mean --model {word}?" * hasattr(error.target, "model")
+        return f"{word}: there is no option before it.{hint}"
+    if isinstance(error, MissingArgumentError) and error.argument is not None and error.app is not None:
+        arguments = error.app.assemble_argument_collection(parse_docstring=True)
+        first = next(i for i, argument in enumerate(arguments) if argument.name == error.argument.name)
+        if error.keyword is not None:
+            text = (arguments[first].parameter.help or "").partition(". ")[0].removesuffix(".")
+            return f"{error.keyword} needs a value: {text}."
+        given, hint = error.root_input_tokens or (), str(error).partition("requires an argument.")[2]
+        missing = [
+            argument.name if argument.index is None else argument.name.removeprefix("--").upper()
+            for argument in arguments[first:] if argument.required and argument.show and argument.name not in given
+        ]  # fmt: skip
+        example = (error.target.__doc__ or "").partition("Example: ")[2].partition("\n")[0]
+        return f"{' '.join(error.command_chain or ())} needs {' and '.join(missing)}.{hint} Example: {example}."
+    return str(error)
 
 
 def _print_line(kind: str, message: str) -> None:

@@ -61,6 +61,7 @@ class BenchConfig(options.Config):
     device: options.Device = "auto"
     dtype: options.Dtype = "float32"
     out: Annotated[Path, options.OUTPUT] = Path("out/bench")
+    folder_kind = "benchmark"
 
 
 @dataclass(frozen=True)
@@ -90,9 +91,8 @@ def run(config: BenchConfig) -> BenchResult:
     flow = flow.guided(settings.guidance)
     with progress_bar() as progress:
         cases = _prepare(config, flow, progress)
-        files.check_own(config.out, "benchmark")
         with files.locked(config.out):
-            files.write_json(config.out / files.MANIFEST, {"kind": "benchmark", "files": [_FIGURE, _TABLE]})
+            files.write_json(config.out / files.MANIFEST, {"kind": config.folder_kind, "files": [_FIGURE, _TABLE]})
             comparisons = tuple(case(progress=progress) for case in cases)
             result = BenchResult(
                 origin, native.describe(), comparisons, machine=timing.describe_machine(flow.var.device)

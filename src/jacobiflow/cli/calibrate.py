@@ -55,6 +55,7 @@ class CalibrateConfig(options.Config):
     device: options.Device = "auto"
     dtype: options.Dtype = "float32"
     out: Annotated[Path, options.OUTPUT]
+    folder_kind = "calibration"
 
 
 @dataclass(frozen=True)

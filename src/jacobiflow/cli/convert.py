@@ -37,6 +37,13 @@ class ConvertConfig(options.Config):
     noise_std: Annotated[float | None, options.MODEL, options.within(0)] = None
     encode_text: options.EncodeText = None
     out: Annotated[Path, options.OUTPUT]
+    folder_kind = "model"
+
+    def check_options(self) -> None:
+        """Also refuses a folder that holds a model."""
+        if (self.out / "config.json").exists():
+            raise InputValueError(f"--out {self.out}: holds a model already; remove that folder first, or give another")
+        super().check_options()
 
 
 @dataclass(frozen=True)
@@ -54,13 +61,8 @@ class ConvertResult:
 
 def run(config: ConvertConfig) -> ConvertResult:
     """Converts the weights, and writes the model folder."""
-    from jacobiflow.models.checkpoints.folder import CONFIG
     from jacobiflow.models.checkpoints.original import read_original
-    from jacobiflow.utils.files import check_own
 
-    if (config.out / CONFIG).exists():
-        raise InputValueError(f"--out {config.out}: holds a model already; remove that folder first, or give another")
-    check_own(config.out, "model")
     state = read_original(config.file)
     flow = (_convert_starflow if "blocks.0.sos_embed" in state else _convert_tarflow)(config, state)
     flow.save_pretrained(config.out)

@@ -76,17 +76,41 @@ class EvaluateConfig(options.Config):
     dtype: options.Dtype = "float32"
     overwrite: Annotated[options.Flag, options.OUTPUT] = False
     out: Annotated[Path, options.OUTPUT] = Path("out/evaluation")
+    folder_kind = "evaluation"
+
+    def choose_features(self) -> str:
+        """Returns the name of the features, by default those of Inception if there is something to compare."""
+        has_real = self.images is not None or self.stats is not None
+        has_fake = self.samples is not None or self.save_stats is not None
+        return self.features or ("inception" if has_real and has_fake else "none")
+
+    def check_options(self) -> None:
+        """Also refuses options that lack others."""
+        super().check_options()
+        features = self.choose_features()
+        if self.samples is None and self.images is None:
+            raise InputValueError(
+                "nothing to evaluate: give --samples, a folder that jacobiflow sample wrote, or --images"
+            )
+        if self.samples is None and self.save_stats is None and (self.stats is not None or features != "none"):
+            raise InputValueError(f"--features {features}: give --samples, too, or leave --features and --stats out")
+        if self.images is None and self.stats is None and features != "none":
+            raise InputValueError(f"--features {features}: give --images or --stats, to compare with")
+        if self.save_stats is not None and (self.images is None or features == "none"):
+            raise InputValueError(
+                f"--save-stats {self.save_stats}: give --images and --features, whose statistics they are"
+            )
+        self.check_file("save_stats")
 
 
 def run(config: EvaluateConfig) -> EvaluationResult | None:
     """Computes the scores that are not in the folder yet."""
-    features = _check_options(config)
     from jacobiflow.evaluation.job import EvaluationJob, EvaluationResult
     from jacobiflow.utils import serialization
 
     flow = loading.load_model(config.model, config.device, config.dtype)
     job = EvaluationJob(
-        flow, config.model, samples=config.samples, images=config.images, features=features,
+        flow, config.model, samples=config.samples, images=config.images, features=config.choose_features(),
         inception=config.inception, statistics=config.stats, paired=config.paired, test_images=config.test_images,
         batch_size=config.batch_size, seed=config.seed,
     )  # fmt: skip
@@ -96,23 +120,6 @@ def run(config: EvaluateConfig) -> EvaluationResult | None:
     if config.save_stats is not None:
         job.save_statistics(job.store(config.out), config.save_stats)
     return serialization.decode(EvaluationResult, completed.result)
-
-
-def _check_options(config: EvaluateConfig) -> str:
-    """Raises InputValueError for options that lack others; returns the name of the features."""
-    samples, images, stats, save_stats = config.samples, config.images, config.stats, config.save_stats
-    has_real, has_fake = images is not None or stats is not None, samples is not None or save_stats is not None
-    features = config.features or ("inception" if has_real and has_fake else "none")
-    if samples is None and images is None:
-        raise InputValueError("nothing to evaluate: give --samples, a folder that jacobiflow sample wrote, or --images")
-    if not has_fake and (stats is not None or features != "none"):
-        raise InputValueError(f"--features {features}: give --samples, too, or leave --features and --stats out")
-    if not has_real and features != "none":
-        raise InputValueError(f"--features {features}: give --images or --stats, to compare with")
-    if save_stats is not None and (images is None or features == "none"):
-        raise InputValueError(f"--save-stats {save_stats}: give --images and --features, whose statistics they are")
-    config.check_file("save_stats")
-    return features
 
 
 def show(config: EvaluateConfig, result: EvaluationResult) -> None:

@@ -9,8 +9,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, get_args
 
+import cyclopts
 from cyclopts import Group, Parameter, validators
 from cyclopts.validators import Number
 
@@ -59,6 +60,21 @@ _TOLERANCE = "Largest residual |g(x) - x| that a sample may have in any block. D
 _ENCODE_TEXT = "The text encoder: FILE.py:FUNCTION, or the hub id or folder of a T5 encoder."
 
 
+def convert(kind: Any, tokens: Any) -> Any:
+    """Converts the values of an option; refuses 3.5 for a whole number, which cyclopts would round."""
+    kinds = _parts(kind)
+    words = [token.value for token in tokens] if int in kinds and float not in kinds else []
+    for word in words:
+        if word not in kinds and not re.fullmatch("-?[0-9_]+", word):
+            raise ValueError(f"{word} is not a whole number.")
+    return cyclopts.convert(kind, tokens)
+
+
+def _parts(kind: Any) -> set[Any]:
+    """Returns a type with the types and values that it is made of."""
+    return {kind}.union(*map(_parts, get_args(kind)))
+
+
 def within(least: int, most: int | None = None) -> Parameter:
     """Returns the check of a number from `least` to `most`."""
     return Parameter(validator=Number(gte=least, lte=most))
@@ -87,7 +103,12 @@ def near_miss(*names: str) -> Parameter:
 
 
 def _check_model(_: Any, name: str | None) -> None:
-    if name is not None and name not in _BUNDLED_MODELS and "/" not in name and not Path(name).exists():
+    if name is None or name in _BUNDLED_MODELS:
+        return
+    is_folder = Path(name).is_dir()
+    if is_folder and not (Path(name) / "config.json").exists():
+        raise ValueError(f"No model folder: it has no config.json. Give {_MODEL[0].lower()}{_MODEL[1:]}")
+    if not is_folder and "/" not in name and not Path(name).exists():
         raise ValueError(f"No such model.{_suggest(name, _BUNDLED_MODELS)} Give {_MODEL[0].lower()}{_MODEL[1:]}")
 
 
@@ -143,10 +164,20 @@ class Config:
     """
 
     json: Annotated[Path | None, OUTPUT] = None
+    folder_kind: ClassVar[str | None] = None
+    """The kind of folder that `--out` is, which no other command writes into."""
 
     def __init_subclass__(cls) -> None:
         """Joins the lines of each paragraph of the docstring: `--help` is as wide as the terminal."""
         cls.__doc__ = re.sub(r"(?<=\S)\n( {4}| {12,})(?=\S)", " ", cls.__doc__ or "")
+
+    def check_options(self) -> None:
+        """Raises InputValueError for options that do not fit together. It runs before PyTorch is imported."""
+        from jacobiflow.utils.files import check_own
+
+        self.check_file("json")
+        if self.folder_kind is not None:
+            check_own(vars(self)["out"], self.folder_kind)
 
     def check_file(self, name: str) -> None:
         """Raises InputValueError if the file of an option cannot be written, or lies where another option points."""

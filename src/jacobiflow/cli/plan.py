@@ -45,6 +45,13 @@ class PlanConfig(options.Config):
     dtype: options.Dtype = "float32"
     out: Annotated[Path, options.OUTPUT]
 
+    def check_options(self) -> None:
+        """Also checks the file for the strategy."""
+        super().check_options()
+        if self.out.suffix != ".json":
+            raise InputValueError(f"--out {self.out}: give a file that ends in .json")
+        self.check_file("out")
+
 
 @dataclass(frozen=True)
 class PlanResult:
@@ -64,9 +71,6 @@ def run(config: PlanConfig) -> PlanResult:
     """Plans a strategy, and writes it."""
     from jacobiflow.models.memory import find_batch_size
 
-    config.check_file("out")
-    if config.out.suffix != ".json":
-        raise InputValueError(f"--out {config.out}: give a file that ends in .json")
     flow = loading.load_model(config.model, config.device, config.dtype)
     settings, origin = loading.resolve_settings(flow, config.guidance, 0.0, config.plain, has_context=True)
     flow = flow.guided(settings.guidance)

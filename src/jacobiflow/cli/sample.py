@@ -87,6 +87,15 @@ class SampleConfig(options.Config):
     dtype: options.Dtype = "float32"
     overwrite: Annotated[options.Flag, options.OUTPUT] = False
     out: Annotated[Path, options.OUTPUT] = Path("out/samples")
+    folder_kind = "samples"
+
+    def check_options(self) -> None:
+        """Also refuses options that exclude each other."""
+        super().check_options()
+        if self.report is not None and loading.has_own_guesses(self.strategy):
+            raise InputValueError(f"--report {self.report}: {self.strategy} has its own guesses; leave one of them out")
+        if self.certify_always and not self.certify:
+            raise InputValueError("--certify-always: excludes --no-certify; leave one of them out")
 
 
 @dataclass(frozen=True)
@@ -119,7 +128,6 @@ def run(config: SampleConfig) -> SampleResult | None:
     from jacobiflow.models.contexts import class_names
     from jacobiflow.utils.timing import describe_machine
 
-    _check_options(config)
     flow = loading.load_model(
         config.model, config.device, config.dtype, offload=config.offload, encode_text=config.encode_text
     )
@@ -152,13 +160,6 @@ def run(config: SampleConfig) -> SampleResult | None:
         names = class_names(context.values, flow.classes) if texts is None else texts
         _save_comparison(result.comparison, config.strategy, names, config.out / _SHEET)
     return result
-
-
-def _check_options(config: SampleConfig) -> None:
-    if config.report is not None and loading.has_own_guesses(config.strategy):
-        raise InputValueError(f"--report {config.report}: {config.strategy} has its own guesses; leave one of them out")
-    if config.certify_always and not config.certify:
-        raise InputValueError("--certify-always: excludes --no-certify; leave one of them out")
 
 
 def _resolve_batch_size(config: SampleConfig, flow: Flow) -> int | None:
@@ -240,8 +241,8 @@ def show(config: SampleConfig, result: SampleResult) -> None:
     else:
         print(f"all {spec.num:,} were there already, and match their checksums; --overwrite draws them again")
     if result.outcome.denoise_change is not None:
-        effect = "images change by {:.1e} on average, {:.1e} at most".format(*result.outcome.denoise_change)
-        print(f"denoised in {spec.denoise_dtype}: {effect}; an 8-bit level is {2 / 255:.1e}")
+        mean, largest = (_format_difference(change, spec) for change in result.outcome.denoise_change)
+        print(f"denoised in {spec.denoise_dtype}: images change by {mean} on average, by {largest} at most")
     if not result.outcome.has_shortfall:  # A warning has told of a shortfall.
         print(result.outcome)
     if result.comparison is not None:
@@ -264,9 +265,14 @@ def _print_comparison(config: SampleConfig, result: SampleResult, comparison: Co
         f"first batch of {comparison.batch_size:,} again, {denoising}: original sampler "
         f"{_format_seconds(original.seconds.median)}, here {_format_seconds(ours.seconds.median)}{share}: "
         f"{speed_up:.{1 if speed_up < 10 else 0}f}x faster\n"
-        f"largest difference from the original sampler {result.error.max:.1e}; rounding changes these samples by up "
-        f"to {result.rounding:.1e}{before}"
+        f"largest difference from the original sampler {_format_difference(result.error.max, result.spec)}; rounding "
+        f"changes these samples by up to {_format_difference(result.rounding or 0.0, result.spec)}{before}"
     )
+
+
+def _format_difference(difference: float, spec: SampleSpec) -> str:
+    """Formats a difference of samples, that of pictures in grey levels, as on the sheet of a comparison."""
+    return f"{difference * 255 / 2:.2g} of 255 grey levels" if spec.has_pictures else f"{difference:.1e}"
 
 
 def _format_seconds(seconds: float) -> str:

@@ -78,6 +78,7 @@ class TrainConfig(options.Config):
     training: Annotated[TrainingConfig, options.TRAINING, options.NEGATABLE, Parameter(name="*")]
     device: options.Device = "auto"
     out: Annotated[Path, options.OUTPUT]
+    folder_kind = "training"
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,8 @@ def run(config: TrainConfig) -> TrainResult | None:
     if is_first:
         print(_summary(config, data, held_out, flow), file=sys.stderr)
         if start:
-            print(f"resumed at step {start:,} of {num_steps:,}", file=sys.stderr)
+            verb = "resumed at" if start < num_steps else "was complete already at"
+            print(f"{verb} step {start:,} of {num_steps:,}", file=sys.stderr)
 
     def print_metrics(metrics: TrainMetrics) -> None:
         if metrics.step % _PRINT_EVERY == 0 or metrics.held_out_loss is not None:
@@ -147,7 +149,7 @@ def show(config: TrainConfig, result: TrainResult) -> None:
     if result.last_step is not None:
         last = result.last_step
         print(f"{format_count(last.step, 'step')}: loss {last.loss:+.4f}, {last.bits_per_dim:.3f} bits per dimension")
-    print(f"wrote the model folder {config.out}")
+    print(f"the model folder is {config.out}")
 
 
 def _training_images(config: TrainConfig) -> ImageDataset:
@@ -195,13 +197,13 @@ def _summary(config: TrainConfig, data: ImageDataset, held_out: ImageDataset | N
     num_classes = flow.config.num_classes
     names = ", ".join(data.classes[:_MAX_NAMES]) + ", ..." * (num_classes > _MAX_NAMES)
     parameters = sum(parameter.numel() for parameter in flow.parameters())
-    steps, batch = format_count(config.training.steps, "step"), format_count(config.training.batch_size, "image")
+    steps, batch_size = format_count(config.training.steps, "step"), min(config.training.batch_size, len(data))
     return (
         f"images: {len(data):,} of {width}x{height} pixels, {'grey' if channels == 1 else 'colour'}{scaled}\n"
         f"classes: {num_classes or 'none'}{f' ({names})' * (len(data.classes) == num_classes > 0)}\n"
         f"held out: {'none' if held_out is None else f'{len(held_out):,} images'}\n"
         f"model: {config.flow}, {parameters:,} parameters\n"
-        f"training: {steps} of {batch}"
+        f"training: {steps} of {format_count(batch_size, 'image')}"
     )
 
 

@@ -104,7 +104,7 @@ def digits() -> ImageDataset:
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
-        raise DataError("digits: needs scikit-learn; pip install 'jacobiflow[eval]'") from error
+        raise DataError("digits: needs scikit-learn; pip install scikit-learn") from error
     data = load_digits()
     return _labelled("digits", np.rint(data.images * (255 / 16)).astype(np.uint8), data.target)
 

@@ -106,4 +106,4 @@ def extract_features(
 def require_eval_extra(what: str) -> None:
     """Raises DataError if torchmetrics or torch-fidelity is not installed; an import would take seconds."""
     if find_spec("torchmetrics") is None or find_spec("torch_fidelity") is None:
-        raise DataError(f"{what}: needs torchmetrics and torch-fidelity; pip install 'jacobiflow[eval]'")
+        raise DataError(f"{what}: needs torchmetrics and torch-fidelity; pip install torchmetrics torch-fidelity")

@@ -20,7 +20,7 @@ def t5_encoder(
 ) -> EncodeText:
     """Returns the encoder of a T5 model as the `encode_text` of a `STARFlow`.
 
-    It needs transformers: pip install 'jacobiflow[text]'. Its model is loaded here, from a hub id or a folder. A prompt
+    It needs transformers: pip install transformers. Its model is loaded here, from a hub id or a folder. A prompt
     of more than `text_tokens` tokens is cut.
 
     Example:
@@ -31,7 +31,7 @@ def t5_encoder(
     try:
         from transformers import AutoTokenizer, T5EncoderModel
     except ImportError as error:
-        raise InputValueError("a T5 encoder needs transformers: pip install 'jacobiflow[text]'") from error
+        raise InputValueError("a T5 encoder needs transformers: pip install transformers") from error
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(name))
         model = T5EncoderModel.from_pretrained(str(name)).eval().requires_grad_(False).to(device)

@@ -33,5 +33,5 @@ def pillow() -> Any:
     try:
         from PIL import Image
     except ImportError as error:
-        raise InputValueError("PNG files need Pillow: pip install 'jacobiflow[cli]'") from error
+        raise InputValueError("PNG files need Pillow: pip install pillow") from error
     return Image

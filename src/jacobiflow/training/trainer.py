@@ -71,7 +71,7 @@ def train(
         data: A PyTorch dataset of known length. An item is data alone, or a pair of data and context: a label, or the
             numbers or states that the flow takes. Data are 8-bit images, which are scaled to [-1, 1], or floats of the
             shape that the flow takes.
-        config: The settings of the run.
+        config: The settings of the run. A batch has at most as many samples as the data.
         out: The folder of the run, which is new or empty at first. It is on a disk that all processes see.
         held_out: A dataset whose loss under the averaged flow is measured at each checkpoint.
         transform: Changes the data of an item at random, before noise is added, such as a torchvision transform. It
@@ -96,6 +96,8 @@ def train(
         ...     train(flow, digits(), TrainingConfig(steps=2), out).config == jf.load(out).config
         True
     """
+    check_kind("config", config, TrainingConfig, "a TrainingConfig")
+    config = replace(config, batch_size=min(config.batch_size, max(len(data), 1)))
     _check(flow, config, data, held_out)
     out = Path(out)
     noise = Noise(flow.config.noise_std) if flow.image_shape is not None or flow.config.noise_std else None
@@ -134,10 +136,8 @@ def train(
 def _check(flow: Flow, config: TrainingConfig, data: Any, held_out: Any) -> None:
     """Raises InputError if flow, settings and data do not fit each other."""
     check_flow(flow)
-    check_kind("config", config, TrainingConfig, "a TrainingConfig")
-    if len(data) < config.batch_size:
-        message = f"there are only {len(data)} samples"
-        raise InputValueError(message, argument="batch_size", value=config.batch_size)
+    if not len(data):
+        raise InputValueError("data: has no samples; give at least one")
     parts = world_size() * config.accumulation
     if config.batch_size < parts:
         raise InputValueError(

@@ -41,7 +41,7 @@ def image_transform(
     try:
         from torchvision.transforms import v2  # type: ignore[import-untyped]
     except ImportError as error:
-        raise InputValueError("random changes of images need torchvision: pip install 'jacobiflow[train]'") from error
+        raise InputValueError("random changes of images need torchvision: pip install torchvision") from error
     transforms = [v2.RandomHorizontalFlip()] if horizontal_flip else []
     if translate:
         transforms.append(v2.RandomCrop((height, width), padding=translate, padding_mode="edge"))

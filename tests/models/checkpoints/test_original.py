@@ -60,6 +60,18 @@ def test_half_precision_strides_the_old_format_and_the_prefix_of_parallel_traini
     assert str(pth) in error_of(TarFlow.from_original, pth, replace(SMALL, num_blocks=3))
 
 
+def test_a_state_dict_in_a_checkpoint_is_read(pth: Path) -> None:
+    flow = make(ORIGINAL)
+    state, optimizer = original_state(flow), torch.optim.AdamW(flow.parameters()).state_dict()
+    for prefix in ("", "model.", "module._orig_mod.", "_orig_mod.module."):
+        prefixed = {prefix + name: tensor for name, tensor in state.items()}
+        torch.save({"epoch": 3, "state_dict": prefixed, "optimizer": optimizer}, pth)
+        assert_same(TarFlow.from_original(pth, ORIGINAL).state_dict(), flow.state_dict())
+    torch.save({"model": state, "ema": state}, pth)
+    message = f"{pth}: holds several state dicts, 'model', 'ema'; save the one that you want: torch.save(torch.load("
+    assert error_of(TarFlow.from_original, pth, ORIGINAL).startswith(message)
+
+
 def test_code_does_not_run(tmp_path: Path) -> None:
     path, sentinel = tmp_path / "evil.pth", tmp_path / "ran"
 
@@ -83,7 +95,8 @@ def test_a_file_that_is_not_a_state_dict_is_refused(tmp_path: Path) -> None:
         torch.save(original_state(make()), path, _use_new_zipfile_serialization=is_zip)
         os.truncate(path, path.stat().st_size // 2)
         assert "damaged, or no file of torch.save" in error_of(TarFlow.from_original, path, SMALL)
-    for content, words in (({"model": {}, "step": 3}, "not a dict of tensors"), ({}, "Missing key(s)")):
+    no_state = "not a dict of tensors by their names, but a dict with 'model', 'step'; give a file that "
+    for content, words in (({"model": {}, "step": 3}, no_state), ({}, "Missing key(s)")):
         torch.save(content, path)
         assert words in error_of(TarFlow.from_original, path, SMALL)
 
@@ -179,5 +192,5 @@ def test_shapes_of_no_tarflow(pth: Path) -> None:
     assert "a patch size of 3: its square must divide the 4 values" in error_of(TarFlow.infer_config, state, "x", 3)
     five = state | {"blocks.0.pos_embed": torch.ones(5, 64)}
     assert "5 tokens, but square images have a square number" in error_of(TarFlow.infer_config, five, "x", 2)
-    missing = "not the state dict of a TarFlow, which has 'blocks.0.pos_embed'"
-    assert missing in error_of(TarFlow.infer_config, {}, "x", 2)
+    missing = "not the state dict of a TarFlow: has 'w', but no 'blocks.0.pos_embed'"
+    assert missing in error_of(TarFlow.infer_config, {"w": torch.ones(1)}, "x", 2)

@@ -123,7 +123,7 @@ def import_hub() -> Any:
     try:
         import huggingface_hub
     except ImportError as error:
-        raise CheckpointError("the hub needs huggingface_hub: pip install 'jacobiflow[cli]'") from error
+        raise CheckpointError("the hub needs huggingface_hub: pip install huggingface_hub") from error
     return huggingface_hub
 
 

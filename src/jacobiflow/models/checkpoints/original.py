@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 from zipfile import is_zipfile
 
 import torch
@@ -18,12 +18,16 @@ from jacobiflow.models.checkpoints.tensors import check_values
 from jacobiflow.utils.checks import FLOATS
 
 _MASK = re.compile(r"blocks\.\d+\.attn_mask")
+_PREFIXES = re.compile(r"^(module|model)\.")  # Of DistributedDataParallel and Lightning.
 # SBG has a dropout layer before the second linear layer.
 _NAMES = {".mlp.main.3.": ".mlp.main.2.", ".cond_proj.": ".proj_context."}
 
 
 def read_original(path: str | Path) -> dict[str, Tensor]:
-    """Reads the tensors in a `.pth` file, without causal masks and without the prefix of DistributedDataParallel.
+    """Reads the tensors in a `.pth` file, without causal masks.
+
+    The file holds a state dict, or a dict of which one entry is a state dict, such as "model" beside "optimizer".
+    Prefixes of DistributedDataParallel, `torch.compile` and Lightning are removed.
 
     Raises CheckpointError if an entry is not a dense tensor of floating-point numbers, or a mask is not causal.
     """
@@ -40,11 +44,7 @@ def read_original(path: str | Path) -> dict[str, Tensor]:
         if isinstance(error, UnpicklingError) and "GLOBAL" in str(error):
             what = "a pickled module, or other objects of Python, and no state dict; code in it was not run"
         raise CheckpointError(f"{path}: {what}; {remedy}") from error
-    if not isinstance(content, dict) or not all(
-        isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in content.items()
-    ):
-        raise CheckpointError(f"{path}: not a dict of tensors by their names; {remedy}")
-    state = {_convert_name(name): tensor for name, tensor in content.items()}
+    state = {_convert_name(name): tensor for name, tensor in _find_state(content, path, remedy).items()}
     check_values(state, str(path), (*FLOATS, torch.bool), checks_values=False)
     masks = {name: state.pop(name) for name in list(state) if _MASK.fullmatch(name)}
     for name, mask in masks.items():
@@ -65,10 +65,33 @@ def name_options(path: str | Path) -> str:
     return f"--patch-size {patch_size} --noise-std {noise_std}"
 
 
+def _find_state(content: Any, path: str | Path, remedy: str) -> Mapping[str, Tensor]:
+    """Returns the content of a file if it is a state dict, else its only entry that is one."""
+    if _is_state(content):
+        return cast(Mapping[str, Tensor], content)
+    entries = content if isinstance(content, dict) else {}
+    states = {name: value for name, value in entries.items() if _is_state(value) and value}
+    if len(states) > 1:
+        raise CheckpointError(
+            f"{path}: holds several state dicts, {', '.join(map(repr, states))}; save the one that you want: "
+            f"torch.save(torch.load({str(path)!r})[{str(next(iter(states)))!r}], 'weights.pth')"
+        )
+    if not states:
+        keys = f", but a dict with {', '.join(map(repr, [*entries][:5]))}" if entries else ""
+        raise CheckpointError(f"{path}: not a dict of tensors by their names{keys}; {remedy}")
+    return next(iter(states.values()))
+
+
+def _is_state(content: Any) -> bool:
+    return isinstance(content, dict) and all(
+        isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in content.items()
+    )
+
+
 def _convert_name(name: str) -> str:
     for theirs, ours in _NAMES.items():
         name = name.replace(theirs, ours)
-    return name.removeprefix("module.")
+    return _PREFIXES.sub("", name.replace("_orig_mod.", ""))
 
 
 class TransformerSizes(NamedTuple):
@@ -95,7 +118,8 @@ class OriginalShapes:
     def shape(self, name: str, rank: int) -> tuple[int, ...]:
         """Returns the shape of an entry; raises CheckpointError if it is missing, of another rank or empty."""
         if name not in self.state:
-            raise CheckpointError(f"{self.source}: not the state dict of a {self.flow}, which has {name!r}")
+            names = ", ".join(map(repr, [*self.state][:3])) or "nothing"
+            raise CheckpointError(f"{self.source}: not the state dict of a {self.flow}: has {names}, but no {name!r}")
         shape = tuple(self.state[name].shape)
         if len(shape) != rank or 0 in shape:
             raise CheckpointError(
