@@ -42,8 +42,8 @@ class LibraryAcceleration:
         new flows of zuko are accelerated, exact to rounding: 2 transforms so far
     """
 
-    def __init__(self, name: str, tolerance: float | None, adapters: Sequence[Adapter]) -> None:
-        self.tolerance, self._name, self._adapters = tolerance, name, adapters
+    def __init__(self, name: str, tolerance: float | None, adapters: Sequence[Adapter], uses_gpu: bool) -> None:
+        self.tolerance, self._name, self._adapters, self._uses_gpu = tolerance, name, adapters, uses_gpu
         self._count = 0
         # An acceleration holds its module, so a strong reference would keep every flow alive.
         self._accelerations: WeakSet[Acceleration] = WeakSet()
@@ -71,7 +71,7 @@ class LibraryAcceleration:
         with suppress(UnsupportedError):
             if adapter is not None:
                 adapter.check(module)
-                self._accelerations.add(Acceleration(self.tolerance, {module: ("", adapter)}, {}))
+                self._accelerations.add(Acceleration(self.tolerance, {module: ("", adapter)}, {}, self._uses_gpu))
                 self._count += not adapter.is_composition
 
     def _end(self, undo: Callable[[Acceleration], None]) -> None:

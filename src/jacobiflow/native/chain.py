@@ -92,10 +92,10 @@ class TransformChain:
     ) -> tuple[ChainArgs, Any]:
         """Returns the arguments of a call without results, and the tensors that they point to."""
         rows, features = x.shape
-        x, in_stride = _with_row_stride(x)
+        x, in_stride = with_row_stride(x)
         context_stride = 0
         if context is not None:
-            context, stride = _with_row_stride(context)
+            context, stride = with_row_stride(context)
             context_stride = stride if len(context) > 1 else 0
         arguments = ChainArgs(
             ctypes.addressof(self.table), None, address_of(x), address_of(context), None, None, None, None, None,
@@ -244,7 +244,7 @@ def _versions(tensors: Sequence[Tensor]) -> list[tuple[int, int]]:
     return [(tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version) for tensor in tensors]
 
 
-def _with_row_stride(x: Tensor) -> tuple[Tensor, int]:
+def with_row_stride(x: Tensor) -> tuple[Tensor, int]:
     """Returns the tensor, or a copy if its columns do not follow each other, and its stride between rows."""
     row_stride, column_stride = x.stride()
     return (x, row_stride) if column_stride == 1 else (x.contiguous(), x.shape[1])

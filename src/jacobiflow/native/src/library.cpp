@@ -1,4 +1,5 @@
 // The functions that Python calls. The templates are compiled in files of their own, at once.
+#include "image.h"
 #include "masked.h"
 #include "transformer.h"
 
@@ -89,6 +90,23 @@ int64_t jacobiflow_masked_sizes(const ChainArgs* call, int64_t* sizes) {
     sizes[1] = (int64_t)chain.activation_units;
     return 0;
   });
+}
+
+// Writes the plan of a chain for a device, whose memory for it starts at `base`, to `to` unless that is null. Sets its size in
+// bytes, and the units of a tile's memory and of each further member of its team. Returns 0, or -1 without enough memory.
+int64_t jacobiflow_chain_image(const ChainArgs* call, uint64_t base, void* to, int64_t* sizes) {
+  return result_of([&]() -> int64_t {
+    const Chain<float> chain(*call);
+    const Image image(chain, base);
+    if (to) std::copy(image.bytes.begin(), image.bytes.end(), static_cast<char*>(to));
+    sizes[0] = (int64_t)image.bytes.size(), sizes[1] = (int64_t)chain.tile_units, sizes[2] = (int64_t)chain.own_units();
+    return 0;
+  });
+}
+
+// Packs tensors of float64. If they have their own positions as numbers, it tells where each packed weight comes from.
+int64_t jacobiflow_pack_chain(const ChainArgs* call) {
+  return result_of([&]() -> int64_t { return Chain<double>(*call).pack(), 0; });
 }
 }
 #pragma GCC visibility pop

@@ -25,14 +25,16 @@ void with_feature_transform(const Transform& t, bool inverts, T* memory, const U
 template <typename T>
 void load_rows(const T* from, int64_t stride, int columns, int count, int rows, T* to) {
   for (int column = 0; column < columns; column++)
-    for (int row = 0; row < rows; row++) to[(size_t)column * rows + row] = from[(row < count ? row : 0) * stride + column];
+    Simd<T>::each_row(rows, [&](int row) {
+      to[(size_t)column * rows + row] = from[(row < count ? row : 0) * stride + column];
+    });
 }
 
 // Copies (columns, rows) to (count, columns).
 template <typename T>
 void store_rows(const T* from, int columns, int count, int rows, T* to) {
   for (int column = 0; column < columns; column++)
-    for (int row = 0; row < count; row++) to[(int64_t)row * columns + column] = from[(size_t)column * rows + row];
+    Simd<T>::each_row(count, [&](int row) { to[(int64_t)row * columns + column] = from[(size_t)column * rows + row]; });
 }
 
 // Copies the values of units.
