@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 import subprocess
 import sys
 from contextlib import nullcontext
@@ -18,12 +20,14 @@ from jacobiflow.native import compiler, cuda
 from jacobiflow.native.cuda import choose_grid
 from tests.helpers.fake_cuda import FakeCuda, LaunchConfig
 from tests.helpers.library_flows import CASES, NATIVE, exact, normal, values
+from tests.native.sanitizers import SANITIZERS
 
 
 @pytest.fixture(scope="module")
 def emulator(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("emulator") / "emulator.so"
     flags = ("-std=c++17", "-O1", "-w", "-fPIC", "-shared", "-ffp-contract=fast", f"-I{compiler.SOURCES}")
+    flags += tuple(os.environ.get("EMULATOR_FLAGS", "").split())
     subprocess.run((compiler._compiler(), *flags, Path(__file__).parent / "emulate.cpp", "-o", path), check=True)
     return path
 
@@ -32,8 +36,9 @@ def emulator(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def gpu(emulator: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
     """All rows are on a GPU of 2 processors, whose new memory has NaN in it."""
     fake = FakeCuda(emulator)
-    monkeypatch.setitem(sys.modules, "cuda.core", fake)
-    monkeypatch.setitem(sys.modules, "cuda.bindings.nvrtc", SimpleNamespace(nvrtcVersion=lambda: (0, 12, 9)))
+    nvrtc = SimpleNamespace(nvrtcVersion=lambda: (0, 12, 9))
+    monkeypatch.setitem(sys.modules, "cuda", SimpleNamespace(core=fake))
+    monkeypatch.setitem(sys.modules, "cuda.bindings", SimpleNamespace(nvrtc=nvrtc))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr("jacobiflow.adapters.discovery.is_installed", lambda: True)
     monkeypatch.setattr(cuda, "is_on_gpu", lambda tensor: True)
@@ -80,6 +85,41 @@ def test_more_rows_have_fewer_warps_each(rows: int, blocks: int, threads: int, g
 @pytest.mark.parametrize("features", [2, 20, 64])
 def test_many_features(features: int, is_inverse: bool, gpu: FakeCuda) -> None:
     check(zuko.flows.NSF(features, 4, transforms=2, hidden_features=(50, 50)), 70, 4, is_inverse, gpu, features)
+
+
+@pytest.mark.slow
+def test_the_kernel_under_sanitizers() -> None:
+    sanitizer = SANITIZERS["memory and undefined behaviour"]
+    if not sanitizer.paths():
+        pytest.skip("the compiler has no such sanitizer")
+    environment = {
+        "LD_PRELOAD": " ".join(sanitizer.paths()), "EMULATOR_FLAGS": "-g1 " + " ".join(sanitizer.flags),
+        "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0",
+    }  # fmt: skip
+    command = (sys.executable, "-m", "pytest", "-q", __file__, "-k", "results or rows")
+    result = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", ["80", "90", "100"])
+def test_the_kernel_compiles_for_real_devices(architecture: str, tmp_path: Path) -> None:
+    """NVRTC and ptxas need no GPU; they are in nvidia-cuda-nvrtc-cu12 and nvidia-cuda-nvcc-cu12, 130 MB."""
+    nvrtc, nvcc = pytest.importorskip("cuda.bindings.nvrtc"), pytest.importorskip("nvidia.cuda_nvcc")
+    options = ("-std=c++17", f"-arch=compute_{architecture}", "-default-device", f"-I{compiler.SOURCES}")
+    source = (compiler.SOURCES / "chain.cu").read_bytes()
+    _, program = nvrtc.nvrtcCreateProgram(source, b"chain.cu", 0, [], [])
+    (error,) = nvrtc.nvrtcCompileProgram(program, len(options), [option.encode() for option in options])
+    assert error == nvrtc.nvrtcResult.NVRTC_SUCCESS
+    _, size = nvrtc.nvrtcGetPTXSize(program)
+    ptx = bytes(size)
+    nvrtc.nvrtcGetPTX(program, ptx)
+    (tmp_path / "chain.ptx").write_bytes(ptx.rstrip(b"\0"))
+    ptxas = Path(nvcc.__path__[0], "bin", "ptxas")
+    command = (ptxas, "-v", f"-arch=sm_{architecture}", tmp_path / "chain.ptx", "-o", tmp_path / "chain.cubin")
+    text = subprocess.run(command, check=True, capture_output=True, text=True).stderr
+    registers, spills = re.findall(r"Used (\d+) registers", text), re.findall(r"(\d+) bytes spill", text)
+    assert max(map(int, registers)) <= 128 and max(map(int, spills)) <= 200, text
 
 
 def test_a_stored_kernel_is_not_compiled_again(gpu: FakeCuda) -> None:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import importlib
 import importlib.util
 import math
 from collections.abc import Callable, Sequence
@@ -135,6 +134,8 @@ class _DevicePlan:
         self, tensors: Sequence[Tensor], x: Tensor, context: Tensor | None
     ) -> tuple[Tensor, Tensor | None, Tensor]:
         """Launches the kernel on PyTorch's current stream, without waiting. Returns the parts of a `Result`."""
+        from cuda import core
+
         rows, features = x.shape
         kernel, resident = _load_kernel(x.device.index or 0)
         blocks, warps = choose_grid(rows, resident)
@@ -150,10 +151,9 @@ class _DevicePlan:
         memory = x.new_empty(blocks * _LANES * (self._units + (warps - 1) * self._own_units))
         out, failed = x.new_empty(rows, features), torch.empty(rows, dtype=torch.bool, device=x.device)
         log_det = None if self._log_det_shape is None else x.new_empty(rows, *self._log_det_shape)
-        cuda = importlib.import_module("cuda.core")
-        cuda.launch(
+        core.launch(
             _Stream(torch.cuda.current_stream(x.device).cuda_stream),
-            cuda.LaunchConfig(grid=blocks, block=_LANES * warps), kernel,
+            core.LaunchConfig(grid=blocks, block=_LANES * warps), kernel,
             self._image.data_ptr(), packed.data_ptr(), x.data_ptr(), in_stride,
             0 if context is None else context.data_ptr(), context_stride, out.data_ptr(),
             0 if log_det is None else log_det.data_ptr(), failed.data_ptr(), rows, memory.data_ptr(),
@@ -188,20 +188,22 @@ def _load_kernel(ordinal: int) -> tuple[Any, int]:
 
     It is compiled at the first use, which takes about ten seconds, and stored in the user's cache folder.
     """
-    cuda, nvrtc = map(importlib.import_module, ("cuda.core", "cuda.bindings.nvrtc"))
-    device = cuda.Device(ordinal)
+    from cuda import core
+    from cuda.bindings import nvrtc
+
+    device = core.Device(ordinal)
     device.set_current()
     _, *version = nvrtc.nvrtcVersion()
     folder = private_folder()
     name = f"chain-sm_{device.arch}-{'.'.join(map(str, version))}-{compiler.fingerprint()}.cubin"
     if folder is not None and (folder / name).is_file():
-        code = cuda.ObjectCode.from_cubin((folder / name).read_bytes())
+        code = core.ObjectCode.from_cubin((folder / name).read_bytes())
     else:
-        options = cuda.ProgramOptions(
+        options = core.ProgramOptions(
             std="c++17", arch=f"sm_{device.arch}", device_as_default_execution_space=True,
             include_path=str(compiler.SOURCES),
         )  # fmt: skip
-        code = cuda.Program((compiler.SOURCES / "chain.cu").read_text(), "c++", options=options).compile("cubin")
+        code = core.Program((compiler.SOURCES / "chain.cu").read_text(), "c++", options=options).compile("cubin")
         with suppress(OSError):
             if folder is not None:
                 write_atomically(folder / name, code.code)
