@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -34,6 +36,7 @@ class FakeCuda:
         compiled: The sources that were compiled.
         launches: The blocks and the threads of each launch.
         order: 1 if the emulator runs threads in descending order.
+        device: The current device.
     """
 
     emulator: Path
@@ -41,9 +44,16 @@ class FakeCuda:
     compiled: list[str] = field(default_factory=list)
     launches: list[LaunchConfig] = field(default_factory=list)
     order: int = 0
+    device: Any = None
 
     ProgramOptions = ProgramOptions
     LaunchConfig = LaunchConfig
+
+    @contextmanager
+    def use_device(self, device: Any) -> Iterator[None]:
+        before, self.device = self.device, device
+        yield
+        self.device = before
 
     def Device(self, ordinal: int) -> Any:  # noqa: N802
         assert ordinal == 0
@@ -70,6 +80,7 @@ class FakeCuda:
         return SimpleNamespace(code=code, get_kernel={"jacobiflow_chain": kernel}.__getitem__)
 
     def launch(self, stream: Any, config: LaunchConfig, kernel: Any, *arguments: int) -> None:
+        assert self.device is not None, "another device than that of the rows"
         assert stream.__cuda_stream__() == (0, 77) and hasattr(kernel, "occupancy")
         assert len(arguments) == 11 and all(type(argument) is int for argument in arguments)  # of 64 bits to cuda.core
         assert config.grid > 0 and config.block % 32 == 0 and 0 < config.block <= 256

@@ -35,6 +35,7 @@ class Acceleration:
             reason. If the flow has neither, "" for the flow itself.
         parts: The accelerated modules.
         uses_gpu: Native code computes rows on an NVIDIA GPU, too.
+        refusals: Why some transforms do not use the GPU any more.
 
     Example:
         >>> print(jf.accelerate(zuko.flows.MAF(3)))
@@ -50,6 +51,7 @@ class Acceleration:
         uses_gpu: bool = False,
     ) -> None:  # fmt: skip
         self.tolerance, self.reasons, self.uses_gpu = tolerance, reasons, uses_gpu
+        self.refusals: set[str] = set()
         self.parts = {
             module: Part(module, name, adapter, self._accelerate_run, uses_gpu)
             for module, (name, adapter) in adapters.items()
@@ -95,9 +97,8 @@ class Acceleration:
                 module.__class__ = part.class_before
 
     def __repr__(self) -> str:
-        refusals = sorted({reason for part in self.parts.values() for reason in part.list_refusals()})
-        gpu = f"\n  on a GPU: {'; '.join(refusals) or cuda.NOTE}" if self.uses_gpu else ""
-        return describe(self.parts, self.tolerance, self.reasons) + gpu
+        gpu = "; ".join([cuda.NOTE, *(f"not used, since {reason}" for reason in sorted(self.refusals))])
+        return describe(self.parts, self.tolerance, self.reasons) + f"\n  on a GPU: {gpu}" * self.uses_gpu
 
     def record_use(self, module: nn.Module, passes: int, backend: str) -> None:
         """Records the latest use of a transform, for `passes` and `backends`."""
@@ -106,7 +107,8 @@ class Acceleration:
 
     def _accelerate_run(self, run: nn.Module, adapter: Adapter) -> None:
         """Accelerates a run of layers, see `Part`. Its use is recorded as that of these layers."""
-        part = Acceleration(self.tolerance, {run: ("", adapter)}, {}, self.uses_gpu).parts[run]
+        acceleration = Acceleration(self.tolerance, {run: ("", adapter)}, {}, self.uses_gpu)
+        acceleration.refusals, part = self.refusals, acceleration.parts[run]
         part.parts = [self.parts[layer] for layer in run.modules() if layer in self.parts]
 
     def evaluate(
@@ -139,14 +141,13 @@ class Acceleration:
                     return None
                 return library_call(native.mixed, x, context)
             rows, contexts, batch = flatten_batch(x, context)
-            tensors, backend = native.tensors(), "native"
-            if self.uses_gpu and library_call is not None and cuda.is_on_gpu(rows):
-                own_code, backend = partial(library_call, module), "cuda"
-                result = native.cuda_chain.evaluate(tensors, rows, contexts, is_inverse, log_det, own_code)
-            else:
-                in_pytorch = None if library_call is None else partial(native.evaluate_in_pytorch, library_call)
-                result = native.chain.evaluate(tensors, rows, contexts, is_inverse, log_det, in_pytorch)
-            values, log_dets, failed = result
+            in_pytorch = None if library_call is None else partial(native.evaluate_in_pytorch, library_call)
+            is_on_gpu = self.uses_gpu and cuda.is_on_gpu(rows)
+            chain = native.cuda_chain if is_on_gpu else native.chain
+            values, log_dets, failed = chain.evaluate(native.tensors(), rows, contexts, is_inverse, log_det, in_pytorch)
+        except cuda.RefusedError as error:
+            self.refusals.add(str(error))
+            return None
         except UnsupportedError:
             return None
         if failed is not None:
@@ -158,7 +159,7 @@ class Acceleration:
             if log_dets is not None and new_log_dets is not None:
                 log_dets[indices] = new_log_dets
         for each in part.parts:
-            each.latest_use = 0, backend
+            each.latest_use = 0, "cuda" if is_on_gpu else "native"
         if len(batch) == 1:
             return values, log_dets
         values = values.view((*batch, values.shape[-1]))

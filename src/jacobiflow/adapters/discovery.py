@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator
 from types import ModuleType
 from typing import Any, overload
@@ -17,7 +18,7 @@ from jacobiflow.adapters.registry import BUILDERS, load_adapters
 from jacobiflow.adapters.tarflow import is_block, try_block
 from jacobiflow.adapters.tarflow_trial import TrialResult
 from jacobiflow.errors import InputTypeError, InputValueError, UnsupportedError
-from jacobiflow.native.cuda import is_installed
+from jacobiflow.native.cuda import SWITCH, is_installed
 from jacobiflow.utils.checks import check_flag, check_number, format_value
 
 _MAX_DEPTH = 4  # An ensemble holds a list of posteriors, each holds a potential, and this holds the module.
@@ -25,14 +26,14 @@ _MAX_DEPTH = 4  # An ensemble holds a list of posteriors, each holds a potential
 
 @overload
 def accelerate(
-    flow: ModuleType, tolerance: float | None = None, *, strict: bool = False, cuda: bool = False
+    flow: ModuleType, tolerance: float | None = None, *, strict: bool = False, cuda: bool | None = None
 ) -> LibraryAcceleration: ...
 @overload
 def accelerate(
-    flow: Any, tolerance: float | None = None, *, strict: bool = False, cuda: bool = False
+    flow: Any, tolerance: float | None = None, *, strict: bool = False, cuda: bool | None = None
 ) -> Acceleration: ...
 def accelerate(
-    flow: Any, tolerance: float | None = None, *, strict: bool = False, cuda: bool = False
+    flow: Any, tolerance: float | None = None, *, strict: bool = False, cuda: bool | None = None
 ) -> Acceleration | LibraryAcceleration:
     """Makes the masked and coupling transforms of a flow of another library, or a live TarFlow, fast.
 
@@ -71,8 +72,10 @@ def accelerate(
             end when one changes no entry by more than this, in the units of each transform's input. Native code is
             exact to rounding at any tolerance above 0.
         strict: Raise an error if nothing in the flow can be accelerated. Has no effect for a library.
-        cuda: Compute rows on an NVIDIA GPU in one kernel if no gradients are needed. It takes the extra
-            `jacobiflow[cuda]`. We have never run it on a GPU, so its first results are compared with the library's own.
+        cuda: Compute rows on an NVIDIA GPU in one kernel, where a model of costs says that it is faster and no
+            gradients are needed. It takes the extra `jacobiflow[cuda]`. We have never run it on a GPU, so its first
+            results are compared with the library's own. The default is True in an environment with
+            `JACOBIFLOW_CUDA=1`, and else False.
 
     Returns:
         An `Acceleration`, which says how each transform is computed, or why it was left alone, and restores the flow.
@@ -93,15 +96,18 @@ def accelerate(
         ...     flow = zuko.flows.MAF(5)
     """
     check_flag("strict", strict)
-    check_flag("cuda", cuda)
-    if cuda and not is_installed():
-        raise InputValueError("cuda=True: cuda.core is not installed; pip install 'jacobiflow[cuda]'")
+    if cuda is not None:
+        check_flag("cuda", cuda)
+    uses_gpu = os.environ.get(SWITCH) == "1" if cuda is None else cuda
+    if uses_gpu and not is_installed():
+        name = f"{SWITCH}=1" if cuda is None else "cuda=True"
+        raise InputValueError(f"{name}: cuda.core is not installed; pip install 'jacobiflow[cuda]'")
     if tolerance is not None:
         tolerance = float(
             check_number("tolerance", tolerance, expected="None, 0 for identical bits, or a positive number")
         )
     if isinstance(flow, ModuleType):
-        return _accelerate_library(flow.__name__.split(".")[0], tolerance, cuda)
+        return _accelerate_library(flow.__name__.split(".")[0], tolerance, uses_gpu)
     visited: set[nn.Module] = set()  # named_modules yields a module once, although several attributes may hold it.
     modules = [entry for name, root in _find_roots(flow, "", _MAX_DEPTH) for entry in root.named_modules(visited, name)]
     if not modules and isinstance(flow, Distribution | Transform):
@@ -135,7 +141,7 @@ def accelerate(
         if strict:
             why = "; ".join(f"{name}: {reason}" if name else reason for name, reason in reasons.items())
             raise InputValueError(f"{type(flow).__name__}: nothing to accelerate: {why}; nothing was changed")
-    return Acceleration(tolerance, accelerated, reasons, cuda)
+    return Acceleration(tolerance, accelerated, reasons, uses_gpu)
 
 
 def _reason_of(modules: Iterable[nn.Module]) -> str:
@@ -146,7 +152,7 @@ def _reason_of(modules: Iterable[nn.Module]) -> str:
     return f"it has no transform of {', '.join(LIBRARIES)} that can be accelerated, and no TarFlow block"
 
 
-def _accelerate_library(name: str, tolerance: float | None, cuda: bool) -> LibraryAcceleration:
+def _accelerate_library(name: str, tolerance: float | None, uses_gpu: bool) -> LibraryAcceleration:
     libraries = BUILDERS.get(name, (name,))
     if not LIBRARIES.keys() >= {*libraries}:
         raise InputValueError(
@@ -154,7 +160,7 @@ def _accelerate_library(name: str, tolerance: float | None, cuda: bool) -> Libra
             "that library; nothing was changed"
         )
     adapters = [adapter for each in libraries for adapter in load_adapters(each)]
-    return LibraryAcceleration(name, tolerance, adapters, cuda)
+    return LibraryAcceleration(name, tolerance, adapters, uses_gpu)
 
 
 def _find_roots(flow: Any, name: str, depth: int) -> Iterator[tuple[str, nn.Module]]:

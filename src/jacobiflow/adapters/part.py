@@ -81,8 +81,3 @@ class Part:
                 self.accelerate_run(members[0], self.adapter)
             layers += members
         return None if len(layers) in (0, 1, len(self.layers)) else compose(layers)
-
-    def list_refusals(self) -> set[str]:
-        """Returns why the kernel for GPUs is not used any more, if its first results were wrong."""
-        chains = [native.cuda_chain for native in self._natives.values() if native.obstacle is None]
-        return {reason for chain in chains for reason in chain.refusals.values() if reason is not None}

@@ -98,7 +98,7 @@ class ForwardTile {
     } else if (t.kind == TransformKind::soft_clip)
       soft_clip(t);
     else if (t.kind == TransformKind::lu_linear) {
-      if (!S::rank()) transform_lu(t);
+      if constexpr (S::has_all_kinds) transform_lu(t);
     } else if (is_constant(t))
       constant(t);
     else if (t.num_operations)

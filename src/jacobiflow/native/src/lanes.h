@@ -56,6 +56,7 @@ struct Lanes {
   using Integers = Integer;
   using Bits = Bit;
   using Mask = bool;
+  static constexpr bool has_all_kinds = false;  // without lu_linear and polynomials, the kernel is half as large
 
   // The warps of a block share the units of a tile.
   static int rank() { return threadIdx.x / lanes; }
@@ -117,6 +118,7 @@ struct Lanes {
   typedef Integer Integers __attribute__((vector_size(4 * float_lanes)));
   typedef Bit Bits __attribute__((vector_size(4 * float_lanes)));  // may overflow
   using Mask = Integers;
+  static constexpr bool has_all_kinds = true;
 
   // A tile has one thread.
   static constexpr int rank() { return 0; }

@@ -12,13 +12,14 @@ namespace jacobiflow {
 // for each bin or coefficient.
 template <typename T, typename Use>
 void with_feature_transform(const Transform& t, bool inverts, T* memory, const Use& use) {
-  switch (t.kind) {
-    case TransformKind::masked_affine: return use([&](const Parameters<T>& p) { return Affine<T>(t, p, inverts); });
-    case TransformKind::bernstein: return use([&](const Parameters<T>& p) { return Bernstein<T>(t, p, inverts, memory); });
-    case TransformKind::sum_of_squares:
+  if (t.kind == TransformKind::masked_affine) return use([&](const Parameters<T>& p) { return Affine<T>(t, p, inverts); });
+  if constexpr (Simd<T>::has_all_kinds) {
+    if (t.kind == TransformKind::bernstein)
+      return use([&](const Parameters<T>& p) { return Bernstein<T>(t, p, inverts, memory); });
+    if (t.kind == TransformKind::sum_of_squares)
       return use([&](const Parameters<T>& p) { return SumOfSquares<T>(t, p, inverts, memory); });
-    default: return use([&](const Parameters<T>& p) { return Spline<T>(t, p, inverts, memory); });
   }
+  use([&](const Parameters<T>& p) { return Spline<T>(t, p, inverts, memory); });
 }
 
 // Copies (count, columns) to (columns, rows); rows beyond `count` repeat the first.
