@@ -18,8 +18,8 @@ import zuko
 from torch import Tensor, nn
 
 import jacobiflow as jf
-from jacobiflow.native import compiler, cuda, cuda_plan
-from jacobiflow.native.cuda_plan import choose_grid
+from jacobiflow.native import compiler, cuda
+from jacobiflow.native.cuda import choose_grid
 from tests.helpers.fake_cuda import FakeCuda, LaunchConfig
 from tests.helpers.library_flows import CASES, NATIVE, exact, normal, values
 from tests.native.sanitizers import SANITIZERS
@@ -66,7 +66,7 @@ def gpu(emulator: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Fake
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=77))
     monkeypatch.setattr(torch, "empty", lambda *size, **options: _filled(torch.zeros(*size, **options)))
     monkeypatch.setattr(Tensor, "new_empty", lambda x, *size, **options: _filled(x.new_zeros(*size, **options)))
-    cuda_plan.load_kernel.cache_clear()
+    cuda.load_kernel.cache_clear()
     return fake
 
 
@@ -125,11 +125,11 @@ def test_the_kernel_under_sanitizers() -> None:
 
 @pytest.fixture(scope="module")
 def ptx(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The kernel by NVIDIA's compiler, which needs no GPU, and has the structures of boundary.py."""
+    """The kernel by NVIDIA's compiler, which needs no GPU, with the sizes of boundary.py."""
     nvrtc = pytest.importorskip("cuda.bindings.nvrtc")
     options = ("-std=c++17", "-arch=compute_80", "-default-device", f"-I{compiler.SOURCES}")
-    assertions = compiler._layout_assertions().replace("#include <cstddef>", "#define offsetof __builtin_offsetof")
-    source = f"{(compiler.SOURCES / 'chain.cu').read_text()}\n{assertions}".encode()
+    sizes = "\n".join(line for line in compiler._layout_assertions().splitlines() if "sizeof" in line)
+    source = f"{(compiler.SOURCES / 'chain.cu').read_text()}\n{sizes}".encode()
     _, program = nvrtc.nvrtcCreateProgram(source, b"chain.cu", 0, [], [])
     (error,) = nvrtc.nvrtcCompileProgram(program, len(options), [option.encode() for option in options])
     assert error == nvrtc.nvrtcResult.NVRTC_SUCCESS
@@ -154,7 +154,7 @@ def test_the_kernel_fits_the_registers_of_a_device(architecture: str, ptx: Path)
 
 def test_a_stored_kernel_is_not_compiled_again(gpu: FakeCuda) -> None:
     for _ in range(2):
-        cuda_plan.load_kernel.cache_clear()
+        cuda.load_kernel.cache_clear()
         check(zuko.flows.MAF(5, transforms=1), 2, 0, True, gpu)
     assert len(gpu.compiled) == 1
 
@@ -202,7 +202,7 @@ def out_of_memory(*_: Any) -> None:
 
 FAULTS: dict[str, tuple[Any, str, Any]] = {
     "a graph is captured": (torch.cuda, "is_current_stream_capturing", lambda: True),
-    "out of memory": (cuda_plan.DevicePlan, "launch", out_of_memory),
+    "out of memory": (cuda.DevicePlan, "launch", out_of_memory),
     "a slow shape": (cuda, "estimate_seconds", lambda *_: (1.0, 1.0)),
 }
 
@@ -286,6 +286,16 @@ def test_the_environment_turns_the_kernel_on(gpu: FakeCuda, monkeypatch: pytest.
     assert not jf.accelerate(flow).uses_gpu
     monkeypatch.setenv("JACOBIFLOW_CUDA", "1")
     assert jf.accelerate(flow).uses_gpu
+
+
+def test_flows_of_a_library_use_the_kernel(gpu: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
+    with torch.no_grad(), jf.accelerate(zuko, cuda=True) as handle:
+        zuko.flows.MAF(5, transforms=1)().transform.inv(normal(4, 5))
+        assert gpu.launches and str(handle).endswith("compared with the library's own")
+        monkeypatch.setattr(cuda.subprocess, "run", ended)
+        flow = zuko.flows.MAF(5, transforms=1)
+        flow().transform.inv(normal(4, 5))
+        assert "illegal memory access" in str(handle)
 
 
 @pytest.mark.parametrize("rows", [1, 33, 10_000])

@@ -13,7 +13,7 @@ from jacobiflow.adapters.adapter import AcceleratedModule, Adapter
 from jacobiflow.adapters.library_module import is_accelerated, library_class
 from jacobiflow.adapters.native_module import LibraryCall, TransformOutput, flatten_batch
 from jacobiflow.adapters.part import Part
-from jacobiflow.adapters.summary import describe
+from jacobiflow.adapters.summary import describe, describe_gpu
 from jacobiflow.errors import UnsupportedError
 from jacobiflow.native import cuda
 from jacobiflow.native.tensors import is_traced
@@ -97,8 +97,7 @@ class Acceleration:
                 module.__class__ = part.class_before
 
     def __repr__(self) -> str:
-        gpu = "; ".join([cuda.NOTE, *(f"not used, since {reason}" for reason in sorted(self.refusals))])
-        return describe(self.parts, self.tolerance, self.reasons) + f"\n  on a GPU: {gpu}" * self.uses_gpu
+        return describe(self.parts, self.tolerance, self.reasons) + describe_gpu(self.uses_gpu, self.refusals)
 
     def record_use(self, module: nn.Module, passes: int, backend: str) -> None:
         """Records the latest use of a transform, for `passes` and `backends`."""

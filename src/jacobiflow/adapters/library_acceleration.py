@@ -14,7 +14,7 @@ from torch import nn
 from jacobiflow.adapters.acceleration import Acceleration
 from jacobiflow.adapters.adapter import Adapter, find_adapter
 from jacobiflow.adapters.library_module import is_accelerated
-from jacobiflow.adapters.summary import describe_tolerance
+from jacobiflow.adapters.summary import describe_gpu, describe_tolerance
 from jacobiflow.errors import UnsupportedError
 
 if TYPE_CHECKING:
@@ -63,7 +63,8 @@ class LibraryAcceleration:
 
     def __repr__(self) -> str:
         count = f"{self._count} transforms so far"
-        return f"new flows of {self._name} are accelerated, {describe_tolerance(self.tolerance)}: {count}"
+        gpu = describe_gpu(self._uses_gpu, set().union(*(each.refusals for each in self._accelerations)))
+        return f"new flows of {self._name} are accelerated, {describe_tolerance(self.tolerance)}: {count}{gpu}"
 
     def add(self, module: nn.Module) -> None:
         """Accelerates a new module if it can be."""

@@ -48,7 +48,7 @@ class Library:
         arguments: dict[str, tuple[Any, ...]] = {
             "store": (address, number, number, number), "solve_transformer": (address, number),
             "masked": (address, number), "masked_gradients": (address, number), "masked_sizes": (address, address),
-            "chain_image": (address, ctypes.c_uint64, address, address), "pack_chain": (address,),
+            "chain_image": (address, ctypes.c_uint64, address, address),
         }  # fmt: skip
         for name, types in arguments.items():
             function = getattr(self._native, f"jacobiflow_{name}")  # An item would be another object at each access.
@@ -90,19 +90,11 @@ class Library:
         return sizes[0], sizes[1]
 
     def chain_image(self, arguments: ChainArgs, base: int, to: int | None) -> tuple[int, int, int]:
-        """Writes a chain's plan, whose addresses start at `base`, to the address `to` if there is one.
-
-        Returns its size in bytes, the units of a tile's memory, and those of each further warp that shares the tile.
-        """
+        """Writes a chain's plan, with addresses from `base` on, to the address `to`. Returns its sizes, see C++."""
         sizes = (ctypes.c_int64 * 3)()
         if self._native.jacobiflow_chain_image(ctypes.byref(arguments), base, to, sizes):
             raise MemoryError("not enough memory for native code")
         return sizes[0], sizes[1], sizes[2]
-
-    def pack_chain(self, arguments: ChainArgs) -> None:
-        """Packs the tensors of a chain, float64."""
-        if self._native.jacobiflow_pack_chain(ctypes.byref(arguments)):
-            raise MemoryError("not enough memory for native code")
 
     @staticmethod
     def _call(function: Any, arguments: TransformerArgs | ChainArgs | GradientArgs, dtype: torch.dtype) -> int:

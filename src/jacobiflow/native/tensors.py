@@ -22,7 +22,7 @@ WEIGHT_FORMATS = {
     torch.float32: WeightFormat.FLOAT32, torch.float64: WeightFormat.FLOAT64, torch.bfloat16: WeightFormat.BFLOAT16,
     torch.float16: WeightFormat.FLOAT16,
 }  # fmt: skip
-PLAIN = frozenset((Tensor, nn.Parameter))
+_PLAIN = frozenset((Tensor, nn.Parameter))
 
 # The shape of each parameter of a layer, by its field of `LayerArgs`: c width, h hidden units, t tokens.
 _BASE = {
@@ -76,12 +76,13 @@ def is_traced() -> bool:
 
 def is_plain(tensor: Tensor, dtype: torch.dtype) -> bool:
     """Returns True for a dense tensor of this dtype on a CPU, of PyTorch's own classes."""
-    return type(tensor) in PLAIN and (
-        tensor.dtype is dtype
-        and tensor.is_cpu
-        and tensor.layout is torch.strided
-        and not tensor.is_nested
-        and not tensor.is_neg()
+    return is_dense(tensor, dtype) and tensor.is_cpu
+
+
+def is_dense(tensor: Tensor, dtype: torch.dtype) -> bool:
+    """Returns True for a dense tensor of this dtype on any device, of PyTorch's own classes."""
+    return type(tensor) in _PLAIN and (
+        tensor.dtype is dtype and tensor.layout is torch.strided and not tensor.is_nested and not tensor.is_neg()
     )
 
 
@@ -105,7 +106,7 @@ def addresses_of(
     """
     try:
         fits = (
-            PLAIN.issuperset(map(type, tensors)) and [tensor.shape for tensor in tensors] == shapes
+            _PLAIN.issuperset(map(type, tensors)) and [tensor.shape for tensor in tensors] == shapes
             and {tensor.dtype for tensor in tensors} <= {dtype} and all(map(Tensor.is_contiguous, tensors))
         )  # fmt: skip
     except RuntimeError:  # A tensor is sparse or nested.

@@ -66,8 +66,8 @@ struct Lanes {
   static int lane() { return threadIdx.x % lanes; }
   static T load(const T* from) { return from[lane()]; }
   static void store(T* to, T v) { to[lane()] = v; }
-  static Bits bits(T v) { return copy_bits<Bits>(v); }
-  static T from_bits(Bits bits) { return copy_bits<T>(bits); }
+  static Bits bits(T v) { return __builtin_bit_cast(Bits, v); }
+  static T from_bits(Bits bits) { return __builtin_bit_cast(T, bits); }
   static T convert(Integers n) { return (T)n; }
   static T opaque(T v) { return v; }
   static T reciprocal(T v) { return T(1) / v; }
@@ -82,14 +82,6 @@ struct Lanes {
   template <typename Use>
   static void each_row(int rows, const Use& use) {
     for (int row = lane(); row < rows; row += lanes) use(row);
-  }
-
- private:
-  template <typename To, typename From>
-  static To copy_bits(From value) {
-    To to;
-    memcpy(&to, &value, sizeof to);
-    return to;
   }
 };
 

@@ -97,16 +97,11 @@ int64_t jacobiflow_masked_sizes(const ChainArgs* call, int64_t* sizes) {
 int64_t jacobiflow_chain_image(const ChainArgs* call, uint64_t base, void* to, int64_t* sizes) {
   return result_of([&]() -> int64_t {
     const Chain<float> chain(*call);
-    const Image image(chain, base);
-    if (to) std::copy(image.bytes.begin(), image.bytes.end(), static_cast<char*>(to));
-    sizes[0] = (int64_t)image.bytes.size(), sizes[1] = (int64_t)chain.tile_units, sizes[2] = (int64_t)chain.own_units();
+    const std::vector<char> image = make_image(chain, base);
+    if (to) std::copy(image.begin(), image.end(), static_cast<char*>(to));
+    sizes[0] = (int64_t)image.size(), sizes[1] = (int64_t)chain.tile_units, sizes[2] = (int64_t)chain.own_units();
     return 0;
   });
-}
-
-// Packs tensors of float64. If they have their own positions as numbers, it tells where each packed weight comes from.
-int64_t jacobiflow_pack_chain(const ChainArgs* call) {
-  return result_of([&]() -> int64_t { return Chain<double>(*call).pack(), 0; });
 }
 }
 #pragma GCC visibility pop
