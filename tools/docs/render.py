@@ -69,6 +69,11 @@ def result(name: str) -> Any:
     return json.loads((RESULTS / f"{name}.json").read_text())
 
 
+def has_result(name: str) -> bool:
+    """True if a result was measured."""
+    return (RESULTS / f"{name}.json").exists()
+
+
 def format_speed_up(ratio: float) -> str:
     return f"{ratio:.0f}x" if ratio >= 9.95 else f"{ratio:.1f}x"
 
@@ -186,9 +191,9 @@ def _environment() -> jinja2.Environment:
     functions = {function.__name__: function for function in (
         paper_facts.agreement, paper_facts.best_guess, paper_facts.mean_sweeps, paper_facts.number_range,
         paper_facts.segment_sweeps, paper_facts.sweeps_range, paper_facts.tough_share, chord_share, duration, fastest,
-        find_runs, fitted_sweeps, format_speed_up, grouped, largest_error_ratio, largest_speed_up, paper_megabytes,
-        plain_sweeps, rank_correlation, ratios, recommendation, regimes.best_in_passes, regimes.in_passes, result,
-        search_guidance.best_point, speed_up_range, star_follows, strategy, where,
+        find_runs, fitted_sweeps, format_speed_up, grouped, has_result, largest_error_ratio, largest_speed_up,
+        paper_megabytes, plain_sweeps, rank_correlation, ratios, recommendation, regimes.best_in_passes,
+        regimes.in_passes, result, search_guidance.best_point, speed_up_range, star_follows, strategy, where,
     )}  # fmt: skip
     environment.globals |= functions | {
         "calls": {"sampling": "inverse", "density": "`log_prob`"},

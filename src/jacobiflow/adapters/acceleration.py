@@ -13,8 +13,9 @@ from jacobiflow.adapters.adapter import AcceleratedModule, Adapter
 from jacobiflow.adapters.library_module import is_accelerated, library_class
 from jacobiflow.adapters.native_module import LibraryCall, TransformOutput, flatten_batch
 from jacobiflow.adapters.part import Part
-from jacobiflow.adapters.summary import describe
+from jacobiflow.adapters.summary import describe, describe_gpu
 from jacobiflow.errors import UnsupportedError
+from jacobiflow.native import cuda
 from jacobiflow.native.tensors import is_traced
 
 if TYPE_CHECKING:
@@ -33,6 +34,8 @@ class Acceleration:
         reasons: Why parts of the flow were left alone: name of the masked or coupling transform or TarFlow block to the
             reason. If the flow has neither, "" for the flow itself.
         parts: The accelerated modules.
+        uses_gpu: Native code computes rows on an NVIDIA GPU, too.
+        refusals: Why some transforms do not use the GPU any more.
 
     Example:
         >>> print(jf.accelerate(zuko.flows.MAF(3)))
@@ -44,11 +47,14 @@ class Acceleration:
     """
 
     def __init__(
-        self, tolerance: float | None, adapters: dict[nn.Module, tuple[str, Adapter]], reasons: dict[str, str]
-    ) -> None:
-        self.tolerance, self.reasons = tolerance, reasons
+        self, tolerance: float | None, adapters: dict[nn.Module, tuple[str, Adapter]], reasons: dict[str, str],
+        uses_gpu: bool = False,
+    ) -> None:  # fmt: skip
+        self.tolerance, self.reasons, self.uses_gpu = tolerance, reasons, uses_gpu
+        self.refusals: set[str] = set()
         self.parts = {
-            module: Part(module, name, adapter, self._accelerate_run) for module, (name, adapter) in adapters.items()
+            module: Part(module, name, adapter, self._accelerate_run, uses_gpu)
+            for module, (name, adapter) in adapters.items()
         }
         self._transforms = [part for part in self.parts.values() if not part.adapter.is_composition]
         self.transforms = {
@@ -74,7 +80,7 @@ class Acceleration:
 
     @property
     def backends(self) -> dict[str, str]:
-        """For each transform that was used, "native", "passes", or "library" for the library's own loop."""
+        """For each transform that was used, "native", "cuda", "passes", or "library" for the library's loop."""
         return {part.name: part.latest_use[1] for part in self._transforms if part.latest_use is not None}
 
     def restore(self) -> None:
@@ -91,7 +97,7 @@ class Acceleration:
                 module.__class__ = part.class_before
 
     def __repr__(self) -> str:
-        return describe(self.parts, self.tolerance, self.reasons)
+        return describe(self.parts, self.tolerance, self.reasons) + describe_gpu(self.uses_gpu, self.refusals)
 
     def record_use(self, module: nn.Module, passes: int, backend: str) -> None:
         """Records the latest use of a transform, for `passes` and `backends`."""
@@ -100,7 +106,8 @@ class Acceleration:
 
     def _accelerate_run(self, run: nn.Module, adapter: Adapter) -> None:
         """Accelerates a run of layers, see `Part`. Its use is recorded as that of these layers."""
-        part = Acceleration(self.tolerance, {run: ("", adapter)}, {}).parts[run]
+        acceleration = Acceleration(self.tolerance, {run: ("", adapter)}, {}, self.uses_gpu)
+        acceleration.refusals, part = self.refusals, acceleration.parts[run]
         part.parts = [self.parts[layer] for layer in run.modules() if layer in self.parts]
 
     def evaluate(
@@ -124,7 +131,7 @@ class Acceleration:
         """
         part = self.parts.get(module)
         is_library_exact = self.tolerance == 0 and library_call is not None
-        if part is None or is_library_exact or is_traced() or torch.is_autocast_enabled("cpu"):
+        if part is None or is_library_exact or is_traced() or torch.is_autocast_enabled(x.device.type):
             return None
         try:
             native = part.find_native(context is not None)
@@ -134,9 +141,12 @@ class Acceleration:
                 return library_call(native.mixed, x, context)
             rows, contexts, batch = flatten_batch(x, context)
             in_pytorch = None if library_call is None else partial(native.evaluate_in_pytorch, library_call)
-            values, log_dets, failed = native.chain.evaluate(
-                native.tensors(), rows, contexts, is_inverse, log_det, in_pytorch
-            )
+            is_on_gpu = self.uses_gpu and cuda.is_on_gpu(rows)
+            chain = native.cuda_chain if is_on_gpu else native.chain
+            values, log_dets, failed = chain.evaluate(native.tensors(), rows, contexts, is_inverse, log_det, in_pytorch)
+        except cuda.RefusedError as error:
+            self.refusals.add(str(error))
+            return None
         except UnsupportedError:
             return None
         if failed is not None:
@@ -148,7 +158,7 @@ class Acceleration:
             if log_dets is not None and new_log_dets is not None:
                 log_dets[indices] = new_log_dets
         for each in part.parts:
-            each.latest_use = 0, "native"
+            each.latest_use = 0, "cuda" if is_on_gpu else "native"
         if len(batch) == 1:
             return values, log_dets
         values = values.view((*batch, values.shape[-1]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator
 from types import ModuleType
 from typing import Any, overload
@@ -17,17 +18,22 @@ from jacobiflow.adapters.registry import BUILDERS, load_adapters
 from jacobiflow.adapters.tarflow import is_block, try_block
 from jacobiflow.adapters.tarflow_trial import TrialResult
 from jacobiflow.errors import InputTypeError, InputValueError, UnsupportedError
+from jacobiflow.native.cuda import SWITCH, is_installed
 from jacobiflow.utils.checks import check_flag, check_number, format_value
 
 _MAX_DEPTH = 4  # An ensemble holds a list of posteriors, each holds a potential, and this holds the module.
 
 
 @overload
-def accelerate(flow: ModuleType, tolerance: float | None = None, *, strict: bool = False) -> LibraryAcceleration: ...
-@overload
-def accelerate(flow: Any, tolerance: float | None = None, *, strict: bool = False) -> Acceleration: ...
 def accelerate(
-    flow: Any, tolerance: float | None = None, *, strict: bool = False
+    flow: ModuleType, tolerance: float | None = None, *, strict: bool = False, cuda: bool | None = None
+) -> LibraryAcceleration: ...
+@overload
+def accelerate(
+    flow: Any, tolerance: float | None = None, *, strict: bool = False, cuda: bool | None = None
+) -> Acceleration: ...
+def accelerate(
+    flow: Any, tolerance: float | None = None, *, strict: bool = False, cuda: bool | None = None
 ) -> Acceleration | LibraryAcceleration:
     """Makes the masked and coupling transforms of a flow of another library, or a live TarFlow, fast.
 
@@ -66,6 +72,10 @@ def accelerate(
             end when one changes no entry by more than this, in the units of each transform's input. Native code is
             exact to rounding at any tolerance above 0.
         strict: Raise an error if nothing in the flow can be accelerated. Has no effect for a library.
+        cuda: Compute rows on an NVIDIA GPU in one kernel, where a model of costs says that it is faster and no
+            gradients are needed. It takes the extra `jacobiflow[cuda]`. We have never run it on a GPU, so its first
+            results are compared with the library's own. The default is True in an environment with
+            `JACOBIFLOW_CUDA=1`, and else False.
 
     Returns:
         An `Acceleration`, which says how each transform is computed, or why it was left alone, and restores the flow.
@@ -73,7 +83,7 @@ def accelerate(
 
     Raises:
         ValueError: If nothing in `flow` can be accelerated and `strict` is True, it is another library, a library's
-            version is not supported, or the tolerance is negative or not finite.
+            version is not supported, the tolerance is negative or not finite, or `cuda` lacks its packages.
         TypeError: If `flow` holds no PyTorch module, or the tolerance is not a number.
 
     Example:
@@ -86,12 +96,18 @@ def accelerate(
         ...     flow = zuko.flows.MAF(5)
     """
     check_flag("strict", strict)
+    if cuda is not None:
+        check_flag("cuda", cuda)
+    uses_gpu = os.environ.get(SWITCH) == "1" if cuda is None else cuda
+    if uses_gpu and not is_installed():
+        name = f"{SWITCH}=1" if cuda is None else "cuda=True"
+        raise InputValueError(f"{name}: cuda.core is not installed; pip install 'jacobiflow[cuda]'")
     if tolerance is not None:
         tolerance = float(
             check_number("tolerance", tolerance, expected="None, 0 for identical bits, or a positive number")
         )
     if isinstance(flow, ModuleType):
-        return _accelerate_library(flow.__name__.split(".")[0], tolerance)
+        return _accelerate_library(flow.__name__.split(".")[0], tolerance, uses_gpu)
     visited: set[nn.Module] = set()  # named_modules yields a module once, although several attributes may hold it.
     modules = [entry for name, root in _find_roots(flow, "", _MAX_DEPTH) for entry in root.named_modules(visited, name)]
     if not modules and isinstance(flow, Distribution | Transform):
@@ -125,7 +141,7 @@ def accelerate(
         if strict:
             why = "; ".join(f"{name}: {reason}" if name else reason for name, reason in reasons.items())
             raise InputValueError(f"{type(flow).__name__}: nothing to accelerate: {why}; nothing was changed")
-    return Acceleration(tolerance, accelerated, reasons)
+    return Acceleration(tolerance, accelerated, reasons, uses_gpu)
 
 
 def _reason_of(modules: Iterable[nn.Module]) -> str:
@@ -136,14 +152,15 @@ def _reason_of(modules: Iterable[nn.Module]) -> str:
     return f"it has no transform of {', '.join(LIBRARIES)} that can be accelerated, and no TarFlow block"
 
 
-def _accelerate_library(name: str, tolerance: float | None) -> LibraryAcceleration:
+def _accelerate_library(name: str, tolerance: float | None, uses_gpu: bool) -> LibraryAcceleration:
     libraries = BUILDERS.get(name, (name,))
     if not LIBRARIES.keys() >= {*libraries}:
         raise InputValueError(
             f"{name}: supported are {', '.join([*LIBRARIES, *BUILDERS])}; if it builds on one of these, pass "
             "that library; nothing was changed"
         )
-    return LibraryAcceleration(name, tolerance, [adapter for each in libraries for adapter in load_adapters(each)])
+    adapters = [adapter for each in libraries for adapter in load_adapters(each)]
+    return LibraryAcceleration(name, tolerance, adapters, uses_gpu)
 
 
 def _find_roots(flow: Any, name: str, depth: int) -> Iterator[tuple[str, nn.Module]]:

@@ -14,7 +14,7 @@ from torch import nn
 from jacobiflow.adapters.acceleration import Acceleration
 from jacobiflow.adapters.adapter import Adapter, find_adapter
 from jacobiflow.adapters.library_module import is_accelerated
-from jacobiflow.adapters.summary import describe_tolerance
+from jacobiflow.adapters.summary import describe_gpu, describe_tolerance
 from jacobiflow.errors import UnsupportedError
 
 if TYPE_CHECKING:
@@ -42,8 +42,8 @@ class LibraryAcceleration:
         new flows of zuko are accelerated, exact to rounding: 2 transforms so far
     """
 
-    def __init__(self, name: str, tolerance: float | None, adapters: Sequence[Adapter]) -> None:
-        self.tolerance, self._name, self._adapters = tolerance, name, adapters
+    def __init__(self, name: str, tolerance: float | None, adapters: Sequence[Adapter], uses_gpu: bool) -> None:
+        self.tolerance, self._name, self._adapters, self._uses_gpu = tolerance, name, adapters, uses_gpu
         self._count = 0
         # An acceleration holds its module, so a strong reference would keep every flow alive.
         self._accelerations: WeakSet[Acceleration] = WeakSet()
@@ -63,7 +63,8 @@ class LibraryAcceleration:
 
     def __repr__(self) -> str:
         count = f"{self._count} transforms so far"
-        return f"new flows of {self._name} are accelerated, {describe_tolerance(self.tolerance)}: {count}"
+        gpu = describe_gpu(self._uses_gpu, set().union(*(each.refusals for each in self._accelerations)))
+        return f"new flows of {self._name} are accelerated, {describe_tolerance(self.tolerance)}: {count}{gpu}"
 
     def add(self, module: nn.Module) -> None:
         """Accelerates a new module if it can be."""
@@ -71,7 +72,7 @@ class LibraryAcceleration:
         with suppress(UnsupportedError):
             if adapter is not None:
                 adapter.check(module)
-                self._accelerations.add(Acceleration(self.tolerance, {module: ("", adapter)}, {}))
+                self._accelerations.add(Acceleration(self.tolerance, {module: ("", adapter)}, {}, self._uses_gpu))
                 self._count += not adapter.is_composition
 
     def _end(self, undo: Callable[[Acceleration], None]) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from jacobiflow.adapters.library_module import DROPOUTS, FUNCTIONS, copy_with_tensors, has_replaced_method
 from jacobiflow.errors import UnsupportedError
 from jacobiflow.native.chain import TransformChain
+from jacobiflow.native.cuda import CudaChain
 from jacobiflow.native.transforms import ChainTransform
 from jacobiflow.utils.snapshot import HOOKS, Snapshot
 
@@ -39,16 +40,20 @@ class NativeModule:
     Attributes:
         snapshot: The module as it was when this was made.
         chain: Its transforms.
+        cuda_chain: The same on GPUs.
         mixed: If it is a composition of which native code knows only some layers: a composition of the same layers, in
             which those that follow each other are a run, see `Part`.
         mixed_states: The states of modules with which `mixed` was made; `None` before.
     """
 
     chain: TransformChain
+    cuda_chain: CudaChain
     mixed: nn.Module | None = None
     mixed_states: list[str | None] | None = None
 
-    def __init__(self, module: nn.Module, list_transforms: ListTransforms, is_conditional: bool) -> None:
+    def __init__(
+        self, module: nn.Module, list_transforms: ListTransforms, is_conditional: bool, allows_gpu: bool = False
+    ) -> None:
         self._module, modules = module, list(module.modules())
         self._stateful = [part for part in modules if _is_stateful(part)]
         self._obstacle: str | None = None
@@ -60,7 +65,11 @@ class NativeModule:
                     raise UnsupportedError(f"a method of its own on {type(part).__name__}")
                 if any(buffer is not None and buffer.is_meta for buffer in part._buffers.values()):
                     raise UnsupportedError("buffers without values")
+                tensors = (*part._parameters.values(), *part._buffers.values())
+                if not allows_gpu and any(tensor is not None and tensor.is_cuda for tensor in tensors):
+                    raise UnsupportedError("tensors on a GPU")
             self.chain = TransformChain(list(list_transforms(module, is_conditional)))
+            self.cuda_chain = CudaChain(self.chain)
             places = [place for transform in self.chain.transforms for place in transform.places]
             self._holders, self._names = [holder for holder, _ in places], [name for _, name in places]
             # Statistics of batches, which training changes, are read at every call.

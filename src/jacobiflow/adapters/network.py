@@ -33,7 +33,7 @@ class LibraryNetwork(MaskedNetwork):
     def add_layer(self, source: int, layer: Any, function: Any = None) -> int:
         """Adds function(layer(x)) of a masked or dense layer."""
         has_bias, mask = self._add_places(layer), layer._buffers.get("mask")
-        mask = None if mask is None else mask.bool()
+        mask = None if mask is None else mask.bool().cpu()
         return self.add_linear(source, layer.out_features, mask, has_bias, **_activation_fields(function))
 
     def add_layers(

@@ -23,6 +23,7 @@ class Part:
     Attributes:
         accelerate_run: Accelerates a run of layers of this composition.
         parts: The accelerated modules in it, itself included.
+        uses_gpu: Native code computes it on a GPU, too.
         latest_use: The passes of the latest call, and its backend.
     """
 
@@ -30,6 +31,7 @@ class Part:
     name: str
     adapter: Adapter
     accelerate_run: Callable[[nn.Module, Adapter], None]
+    uses_gpu: bool = False
     parts: list[Part] = field(default_factory=list)
     latest_use: tuple[int, str] | None = None
 
@@ -49,7 +51,7 @@ class Part:
             if self.adapter.list_transforms is None or load_library() is None:
                 raise UnsupportedError(f"native code is {describe()}")
             native = self._natives[is_conditional] = NativeModule(
-                self.module, self.adapter.list_transforms, is_conditional
+                self.module, self.adapter.list_transforms, is_conditional, self.uses_gpu
             )
         if native.obstacle is not None and native.mixed_states != (states := native.find_states()):
             native.mixed = self._compose_runs(is_conditional)

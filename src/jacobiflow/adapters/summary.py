@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from torch import nn
 
@@ -10,6 +10,7 @@ from jacobiflow.adapters.library_module import library_class
 from jacobiflow.adapters.native_module import NativeModule
 from jacobiflow.adapters.part import Part
 from jacobiflow.errors import UnsupportedError
+from jacobiflow.native.cuda import NOTE
 
 MIN_PASSES = 6  # With fewer passes from x = 0, comparing iterates costs more time than it saves.
 _MAX_NAMES = 8  # Number of names of modules in a line.
@@ -20,6 +21,12 @@ def describe_tolerance(tolerance: float | None) -> str:
     if tolerance is None:
         return "exact to rounding"
     return f"to a tolerance of {tolerance:g}" if tolerance else "to the library's own bits"
+
+
+def describe_gpu(uses_gpu: bool, refusals: Iterable[str]) -> str:
+    """Returns a line about the kernel for GPUs, or nothing if it is not used."""
+    texts = [NOTE, *(f"not used, since {reason}" for reason in sorted(refusals))]
+    return f"\n  on a GPU: {'; '.join(texts)}" if uses_gpu else ""
 
 
 def describe(parts: Mapping[nn.Module, Part], tolerance: float | None, reasons: Mapping[str, str]) -> str:

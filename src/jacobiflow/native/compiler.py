@@ -88,7 +88,7 @@ def find_compiled(folder: Path, machine: str, instructions: Container[str]) -> P
 def fingerprint() -> str:
     """Returns a hash of the sources, flags and structures."""
     digest = hashlib.sha256(" ".join((*FLAGS, _layout_assertions())).encode())
-    for path in sorted((*SOURCES.glob("*.cpp"), *SOURCES.glob("*.h"))):
+    for path in sorted((*SOURCES.glob("*.c*"), *SOURCES.glob("*.h"))):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:32]
 

@@ -76,12 +76,13 @@ def is_traced() -> bool:
 
 def is_plain(tensor: Tensor, dtype: torch.dtype) -> bool:
     """Returns True for a dense tensor of this dtype on a CPU, of PyTorch's own classes."""
+    return is_dense(tensor, dtype) and tensor.is_cpu
+
+
+def is_dense(tensor: Tensor, dtype: torch.dtype) -> bool:
+    """Returns True for a dense tensor of this dtype on any device, of PyTorch's own classes."""
     return type(tensor) in _PLAIN and (
-        tensor.dtype is dtype
-        and tensor.is_cpu
-        and tensor.layout is torch.strided
-        and not tensor.is_nested
-        and not tensor.is_neg()
+        tensor.dtype is dtype and tensor.layout is torch.strided and not tensor.is_nested and not tensor.is_neg()
     )
 
 

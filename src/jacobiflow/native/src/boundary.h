@@ -2,7 +2,7 @@
 // its own. C++ trusts what it gets: tensors.py has checked all shapes, dtypes and addresses.
 #pragma once
 
-#include <cstdint>
+#include "lanes.h"
 
 namespace jacobiflow {
 

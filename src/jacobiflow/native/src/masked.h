@@ -38,7 +38,7 @@ struct Tiles {
 // Computes all rows, and returns the number of rows that are not finite.
 template <typename T>
 int64_t evaluate(const ChainArgs& call) {
-  if (!call.rows) return 0;
+  if (!call.rows && !call.packed) return 0;
   Chain<T> chain(call);
   chain.pack();
   if (!chain.is_finite) {
