@@ -195,5 +195,5 @@ def test_png_is_for_one_channel_or_three_and_needs_pillow(tmp_path: Path, monkey
     with Image.open(folder.path / "images" / "00000001.png") as image:
         assert np.array_equal(np.asarray(image), folder.images(0)[1].permute(1, 2, 0).numpy())
     monkeypatch.setitem(sys.modules, "PIL", None)
-    with pytest.raises(ValueError, match=r"^PNG files need Pillow: pip install 'jacobiflow\[cli\]'$"):
+    with pytest.raises(ValueError, match=r"^PNG files need Pillow: pip install pillow$"):
         draw(tmp_path / "new", files="png")
