@@ -131,7 +131,7 @@ class Acceleration:
         """
         part = self.parts.get(module)
         is_library_exact = self.tolerance == 0 and library_call is not None
-        if part is None or is_library_exact or is_traced() or torch.is_autocast_enabled(x.device.type):
+        if part is None or is_library_exact or is_traced() or torch.is_autocast_enabled("cuda" if x.is_cuda else "cpu"):
             return None
         try:
             native = part.find_native(context is not None)
