@@ -27,7 +27,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "molecules": {"num": 10_000},
     "own_images": {"steps": 30, "num": 40},
     "sbi": {"simulations": 250, "checks": 10},
-    "tarflow": {"num": 20},
+    "tarflow": {"num": 50},
     "zuko": {"steps": 90},
 }
 # These hold at the end.
