@@ -73,7 +73,7 @@ def accelerate(
             exact to rounding at any tolerance above 0.
         strict: Raise an error if nothing in the flow can be accelerated. Has no effect for a library.
         cuda: Compute rows on an NVIDIA GPU in one kernel, where a model of costs says that it is faster and no
-            gradients are needed. It takes the extra `jacobiflow[cuda]`. We have never run it on a GPU, so its first
+            gradients are needed. It takes `cuda-core`, the extra `cuda`. We have never run it on a GPU, so its first
             results are compared with the library's own. The default is True in an environment with
             `JACOBIFLOW_CUDA=1`, and else False.
 
@@ -101,7 +101,7 @@ def accelerate(
     uses_gpu = os.environ.get(SWITCH) == "1" if cuda is None else cuda
     if uses_gpu and not is_installed():
         name = f"{SWITCH}=1" if cuda is None else "cuda=True"
-        raise InputValueError(f"{name}: cuda.core is not installed; pip install 'jacobiflow[cuda]'")
+        raise InputValueError(f"{name}: cuda.core is not installed; pip install 'cuda-core[cu12]'")
     if tolerance is not None:
         tolerance = float(
             check_number("tolerance", tolerance, expected="None, 0 for identical bits, or a positive number")

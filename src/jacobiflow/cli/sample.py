@@ -253,7 +253,7 @@ def show(config: SampleConfig, result: SampleResult) -> None:
 
 
 def _print_comparison(config: SampleConfig, result: SampleResult, comparison: Comparison) -> None:
-    assert result.error is not None
+    assert result.error is not None and result.rounding is not None
     original, ours = (comparison.result(name) for name in (comparison.original, config.strategy))
     speed_up = comparison.speed_up(ours, comparison.original)
     denoising = "denoising included" if result.spec.denoise else "without denoising"
@@ -266,7 +266,7 @@ def _print_comparison(config: SampleConfig, result: SampleResult, comparison: Co
         f"{_format_seconds(original.seconds.median)}, here {_format_seconds(ours.seconds.median)}{share}: "
         f"{speed_up:.{1 if speed_up < 10 else 0}f}x faster\n"
         f"largest difference from the original sampler {_format_difference(result.error.max, result.spec)}; rounding "
-        f"changes these samples by up to {_format_difference(result.rounding or 0.0, result.spec)}{before}"
+        f"changes these samples by up to {_format_difference(result.rounding, result.spec)}{before}"
     )
 
 

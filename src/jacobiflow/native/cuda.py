@@ -30,15 +30,16 @@ from jacobiflow.native.library import compiled_library, private_folder
 from jacobiflow.native.tensors import address_of, is_dense
 from jacobiflow.utils.files import write_atomically
 
-SWITCH = "JACOBIFLOW_CUDA"  # environment variable; 1 makes `cuda=True` the default of `jf.accelerate`
+SWITCH = "JACOBIFLOW_CUDA"  # If this environment variable is 1, `cuda=True` is the default of `jf.accelerate`.
 NOTE = "one kernel, never run on a GPU by us; its first results are compared with the library's own"
-_LANES = 32  # rows of a tile: one for each thread of a warp
-_MAX_WARPS = 8  # of a block, as in chain.cu
-_OMITTED = {TransformKind.LU_LINEAR, TransformKind.BERNSTEIN, TransformKind.SUM_OF_SQUARES}  # from the kernel
-_RESIDENT_WARPS = 16  # that a processor of a GPU runs at once, as in chain.cu
-_FIRST_ROWS = 1000  # of the first call, which are compared with the library's own
-_TOLERANCE = 1e-3  # largest difference of a first result from the library's own, absolute plus relative
-_TIMEOUT = 300  # seconds in which the first results have to come
+_LANES = 32  # A tile has a row for each thread of a warp.
+_MAX_WARPS = 8  # A block has at most so many warps, as chain.cu says.
+_OMITTED = {TransformKind.LU_LINEAR, TransformKind.BERNSTEIN, TransformKind.SUM_OF_SQUARES}
+"""Transforms that the kernel is compiled without, which halves its size."""
+_RESIDENT_WARPS = 16  # A processor of a GPU runs so many warps at once, as chain.cu says.
+_FIRST_ROWS = 1000  # So many rows of the first call are compared with the library's own.
+_TOLERANCE = 1e-3  # A first result a may differ from the library's b by at most 1e-3 (1 + |b|).
+_TIMEOUT = 300  # The first results have to come within so many seconds.
 _REQUEST, _RESULTS = "request.pt", "results.pt"  # files between the two processes
 
 
@@ -52,7 +53,7 @@ class _Stream(NamedTuple):
 
 
 class RefusedError(UnsupportedError):
-    """The kernel is not used for a chain on a device any more; the message says why."""
+    """The kernel failed its trial on a device, so it is not used for this chain there; the message says why."""
 
 
 class CudaChain:
@@ -211,13 +212,13 @@ def make_plan(chain: TransformChain, is_inverse: bool, log_det: str | None) -> D
     table = (ctypes.c_void_p * len(counts))(*(source.data_ptr() for source in sources))
     packed = torch.zeros(chain.sizes(native)[0], dtype=torch.float64)
     arguments.tensors, arguments.packed = ctypes.addressof(table), packed.data_ptr()
-    native.evaluate_chain(arguments, torch.float64)  # of no rows
+    native.evaluate_chain(arguments, torch.float64)  # A call of no rows only packs.
     log_det_shape = {None: None, "rows": (), "features": (chain.features,)}[log_det]
     return DevicePlan(images[0], (images[1] - images[0] == 1).long(), packed.long(), units, own_units, log_det_shape)
 
 
 def choose_grid(rows: int, resident: int) -> tuple[int, int]:
-    """Returns the number of blocks, and of the warps in each, if so many `resident` warps run at once on the device."""
+    """Returns how many blocks to launch, and how many warps each has. `resident` warps run at once on the device."""
     tiles = -(-rows // _LANES)
     warps = max(1, min(_MAX_WARPS, resident // tiles))
     return min(tiles, max(1, resident // warps)), warps

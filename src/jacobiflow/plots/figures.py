@@ -25,7 +25,7 @@ from jacobiflow.plots.style import (
 )
 
 _CAPTION_WIDTH = 28  # characters on a line of the legend
-_COLUMNS = 2  # of the legend
+_COLUMNS = 2  # The legend has two columns.
 _MARKERS = [style.marker for style in (*SAMPLER_STYLES.values(), OTHER_STYLE)]
 
 
