@@ -21,6 +21,7 @@ import traceback
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from cyclopts import App, CycloptsError, Group, Parameter
@@ -159,7 +160,8 @@ def _describe_options(error: CycloptsError) -> str:
     """Returns the message for options that cannot be parsed."""
     if isinstance(error, UnusedCliTokensError) and error.unused_tokens:
         word = error.unused_tokens[0]
-        hint = f" Did you mean --model {word}?" * hasattr(error.target, "model")
+        name = "model" if word in options.BUNDLED_MODELS or "/" in word or Path(word).exists() else "labels"
+        hint = f" Did you mean --{name} {word}?" * hasattr(error.target, name)
         return f"{word}: there is no option before it.{hint}"
     if isinstance(error, MissingArgumentError) and error.argument is not None and error.app is not None:
         arguments = error.app.assemble_argument_collection(parse_docstring=True)

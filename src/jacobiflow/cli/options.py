@@ -43,8 +43,8 @@ SOURCES = (
     "a folder of images, with a folder for each class if there are classes; an .npz file; a folder of IDX files; or "
     f"{', '.join(_BUNDLED_IMAGES)}."
 )
-_BUNDLED_MODELS = sorted(path.parent.name for path in Path(__file__).parents[1].glob("bundled/*/config.json"))
-_MODEL = f"A bundled model ({', '.join(_BUNDLED_MODELS)}), a model folder, or an id owner/name of the Hugging Face Hub."
+BUNDLED_MODELS = sorted(path.parent.name for path in Path(__file__).parents[1].glob("bundled/*/config.json"))
+_MODEL = f"A bundled model ({', '.join(BUNDLED_MODELS)}), a model folder, or an id owner/name of the Hugging Face Hub."
 _GUIDANCE = (
     "Weight of classifier-free guidance, such as 3; 0 is none. Options follow after commas: 4,attn_temperature=1.2; "
     "others are annealed=false, on=scale, on=shift, rule=density."
@@ -103,13 +103,13 @@ def near_miss(*names: str) -> Parameter:
 
 
 def _check_model(_: Any, name: str | None) -> None:
-    if name is None or name in _BUNDLED_MODELS:
+    if name is None or name in BUNDLED_MODELS:
         return
     is_folder = Path(name).is_dir()
     if is_folder and not (Path(name) / "config.json").exists():
         raise ValueError(f"No model folder: it has no config.json. Give {_MODEL[0].lower()}{_MODEL[1:]}")
     if not is_folder and "/" not in name and not Path(name).exists():
-        raise ValueError(f"No such model.{_suggest(name, _BUNDLED_MODELS)} Give {_MODEL[0].lower()}{_MODEL[1:]}")
+        raise ValueError(f"No such model.{_suggest(name, BUNDLED_MODELS)} Give {_MODEL[0].lower()}{_MODEL[1:]}")
 
 
 def _check_images(_: Any, source: str | None) -> None:
@@ -177,7 +177,10 @@ class Config:
 
         self.check_file("json")
         if self.folder_kind is not None:
-            check_own(vars(self)["out"], self.folder_kind)
+            out = vars(self)["out"]
+            if out.suffix in (".png", ".jpg", ".npz", ".json"):
+                raise InputValueError(f"--out {out}: is a file; give a folder, such as {out.with_suffix('')}")
+            check_own(out, self.folder_kind)
 
     def check_file(self, name: str) -> None:
         """Raises InputValueError if the file of an option cannot be written, or lies where another option points."""

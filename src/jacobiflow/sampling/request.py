@@ -69,6 +69,7 @@ class SamplingRequest:
         flow, denoising = _resolve_settings(flow, settings, checked)
         if flow.guidance is not None and checked.values is None and flow.guidance.attn_temperature == 1:
             warnings.warn("guidance without labels or texts at attn_temperature 1 changes nothing", stacklevel=3)
+            flow = flow.guided(None)
         options = SolveOptions(certify=certify, batch_size=batch_size)
         log_prob = _resolve_log_prob(flow, log_prob, denoising.denoise)
         resolved = resolve_strategy(strategy, flow, batch_size or num, tolerance)

@@ -114,12 +114,15 @@ class Native {
     this.view(this.z, z).set(z);
     this.view(this.x, z).set(z);
     const loop = functions.begin(sizes, blocks[block], guidance, queryScale, label, this.z, this.x);
-    for (let stop = 0; stop < length; ) {
-      stop = Math.min(stop + Math.sqrt(length), length);
-      functions.solve(loop, stop);
-      yield { x: this.view(this.x, z).slice(), front: stop };
+    try {
+      for (let stop = 0; stop < length; ) {
+        stop = Math.min(stop + Math.sqrt(length), length);
+        functions.solve(loop, stop);
+        yield { x: this.view(this.x, z).slice(), front: stop };
+      }
+    } finally {
+      functions.end(loop);
     }
-    functions.end(loop);
   }
 }
 

@@ -67,6 +67,7 @@ async function race({ id, label, seed }) {
     postMessage({ kind: "turn", id, name, seconds, isDone, ...picture });
     await new Promise((done) => setTimeout(done)); // lets a message come in
   }
+  for (const { steps } of racers) await steps.return(); // frees the loop of a race that is given up
 }
 
 async function takeTurn(racer, samplers, label) {
