@@ -88,21 +88,17 @@ def regimes() -> Figure:
     for axis, batch in zip(panels, batches, strict=True):
         rows = [run for run in runs if run["batch_size"] == batch]
         sizes = [run["weights_mb"] for run in rows]
-        for passes, name, color, side, height in (
-            ([in_passes(run, LOOP_IN_PYTORCH) for run in rows], "token by token, PyTorch", TEXT_COLOR, "right", -16),
-            ([5 * in_passes(run, PASS) for run in rows], "five sweeps of all tokens", sweeps, "left", 5),
-            ([in_passes(run, EXACT_LOOP) for run in rows], "token by token, native code", loop, "left", -18),
+        for passes, name, color in (
+            ([in_passes(run, LOOP_IN_PYTORCH) for run in rows], "token by token, PyTorch", TEXT_COLOR),
+            ([5 * in_passes(run, PASS) for run in rows], "five sweeps of all tokens", sweeps),
+            ([in_passes(run, EXACT_LOOP) for run in rows], "token by token, native code", loop),
         ):
-            axis.plot(sizes, passes, color=color, marker="o", markersize=4)
-            if axis is panels[0]:
-                end = 0 if side == "left" else -1
-                axis.annotate(
-                    name, (sizes[end], passes[end]), (0, height), textcoords="offset points", ha=side, color=color
-                )
+            axis.plot(sizes, passes, color=color, marker="o", markersize=4, label=name)
         axis.set_title(f"{batch} sample{'s' * (batch > 1)} at a time", loc="left")
         scale_axes(axis, x_subs=(1, 3))
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=2)
     figure.supxlabel("weights of a block, MB")
-    figure.supylabel("time, in passes that encode the samples")
+    figure.supylabel("time / time of the pass that encodes the samples")
     return figure
 
 
