@@ -186,7 +186,7 @@ def weigh(num: int, seed: int) -> None:
     """Draws proposals with their densities, weighs them, and prints averages."""
     flow, coordinates = load()
     started = time.perf_counter()
-    samples = jf.sample(flow, num, seed=seed, batch_size=512)
+    samples = jf.sample(flow, num, seed=seed, batch_size=512, strategy="sequential")
     print(f"{samples.outcome}; {num / (time.perf_counter() - started):,.0f} a second")
     energy, positions = coordinates.energy(samples.tokens)
     weights = jf.importance(samples, energy)

@@ -103,7 +103,7 @@ MISSPELLED = {
     "sample --report no.json": '"no.json" does not exist.',
     "info digits-p1": "digits-p1: there is no option before it. Did you mean --model digits-p1? See ",
     "sample cat": "cat: there is no option before it. Did you mean --labels cat? See ",
-    "sample --out cat.png": "--out cat.png: is a file; give a folder, such as cat",
+    "sample --out cat.png": "--out cat.png: looks like a file; give a folder, such as cat",
     "convert no.pth --out m": '"no.pth" does not exist. See jacobiflow convert --help.',
     "evaluate --images fashion-mnits": 'No such images. Did you mean "fashion-mnist"? Give a folder of images, ',
     "sample --model fashion-p3": 'No such model. Did you mean "fashion-p2"? Give a bundled model (digits-maf, ',

@@ -35,11 +35,13 @@ def test_convert(run: Any, refuse: Any, tmp_path: Path) -> None:
     flow.to_original(tmp_path / "cat_2_64_2_1_0.20.pth")
     options = "--patch-size 2 --noise-std 0.20"
     refuse(f"sample --model {tmp_path}/cat_2_64_2_1_0.20.pth", f"cat_2_64_2_1_0.20.pth {options} --out FOLDER")
-    with warnings.catch_warnings():
-        warnings.simplefilter("always")
-        result = run(f"convert {tmp_path}/cat_2_64_2_1_0.20.pth --out {tmp_path}/tokens")
-    assert result.err.endswith(f"those of a flow of colour images: if it is one, convert it again with {options}\n")
-    assert jf.load(tmp_path / "tokens").image_shape is None
+    for given, made, shape in (("", "over tokens", None), ("--patch-size 1", "of 12 channels", (12, 2, 2))):
+        with warnings.catch_warnings():
+            warnings.simplefilter("always")
+            result = run(f"convert {tmp_path}/cat_2_64_2_1_0.20.pth {given} --out {tmp_path}/{shape}")
+        assert f"made a flow {made}, which draws no pictures; its shapes are those of a flow of colour images" in result.err
+        assert result.err.endswith(f"convert it again with {options}\n")
+        assert jf.load(tmp_path / str(shape)).image_shape == shape
 
 
 def test_info(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -38,7 +38,8 @@ _OUT_OF_MEMORY = ("out of memory", "allocate memory", "bad_alloc", "_ALLOC_FAILE
 
 app = App(
     name="jacobiflow",
-    help="Fast, certified sampling from autoregressive normalizing flows.",
+    help="Fast, certified sampling from autoregressive normalizing flows. For a flow of zuko, sbi or another library, "
+    "call jacobiflow.accelerate(flow) in Python.",
     help_epilogue=f"jacobiflow {_TRACEBACK} COMMAND also shows the traceback of bad input.\n"
     "Documentation: https://jacobiflow.github.io/jacobiflow",
     help_flags="--help",

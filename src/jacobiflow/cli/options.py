@@ -179,7 +179,7 @@ class Config:
         if self.folder_kind is not None:
             out = vars(self)["out"]
             if out.suffix in (".png", ".jpg", ".npz", ".json"):
-                raise InputValueError(f"--out {out}: is a file; give a folder, such as {out.with_suffix('')}")
+                raise InputValueError(f"--out {out}: looks like a file; give a folder, such as {out.with_suffix('')}")
             check_own(out, self.folder_kind)
 
     def check_file(self, name: str) -> None:

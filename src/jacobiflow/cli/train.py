@@ -191,6 +191,7 @@ def _held_out_images(config: TrainConfig, data: ImageDataset) -> ImageDataset | 
 def _summary(config: TrainConfig, data: ImageDataset, held_out: ImageDataset | None, flow: Flow) -> str:
     """Describes the data, the flow and the run."""
     from jacobiflow.data import ImageFiles
+    from jacobiflow.utils.launch import find_launch
 
     channels, height, width = data.images.shape[1:]
     scaled = "; other sizes are scaled down, and cropped to the centre" * isinstance(data.images, ImageFiles)
@@ -198,12 +199,14 @@ def _summary(config: TrainConfig, data: ImageDataset, held_out: ImageDataset | N
     names = ", ".join(data.classes[:_MAX_NAMES]) + ", ..." * (num_classes > _MAX_NAMES)
     parameters = sum(parameter.numel() for parameter in flow.parameters())
     steps, batch_size = format_count(config.training.steps, "step"), min(config.training.batch_size, len(data))
+    processes = find_launch().count
     return (
         f"images: {len(data):,} of {width}x{height} pixels, {'grey' if channels == 1 else 'colour'}{scaled}\n"
         f"classes: {num_classes or 'none'}{f' ({names})' * (len(data.classes) == num_classes > 0)}\n"
         f"held out: {'none' if held_out is None else f'{len(held_out):,} images'}\n"
         f"model: {config.flow}, {parameters:,} parameters\n"
-        f"training: {steps} of {format_count(batch_size, 'image')}"
+        f"training: {steps} of {format_count(batch_size, 'image')}, on {flow.var.device.type}"
+        f"{f' in {processes} processes' * (processes > 1)}"
     )
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import inf
+from pathlib import Path
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -69,13 +71,15 @@ class ImportanceWeights:
         return torch.searchsorted(bounds, draws, right=True).clamp(max=len(bounds) - 1)
 
 
-def importance(samples: Samples | SampleFolder, energy: Float[Tensor, " n"], *, clip: float = 0.0) -> ImportanceWeights:
+def importance(
+    samples: Samples | SampleFolder | str | Path, energy: Float[Tensor, " n"] | np.ndarray, *, clip: float = 0.0
+) -> ImportanceWeights:
     """Returns the importance weights exp(-energy) / q of samples with densities q.
 
     Args:
-        samples: Of `sample`, or a folder of them, with densities. Each must be exact or certified, since the weight of
-            a sample that is not from q is wrong.
-        energy: -log of the target density of each sample, up to a constant: U / kT.
+        samples: Of `sample`, or a folder of them or its path, with densities. Each must be exact or certified, since
+            the weight of a sample that is not from q is wrong.
+        energy: -log of the target density of each sample, up to a constant: U / kT, as a tensor or array (n,).
         clip: The share of samples, those of the largest weights, that get the largest weight of the others.
 
     Raises:
@@ -91,7 +95,10 @@ def importance(samples: Samples | SampleFolder, energy: Float[Tensor, " n"], *, 
         >>> weights.effective_sample_size > 500, weights.mean(samples.tokens).shape
         (True, torch.Size([4, 3]))
     """
-    check_kind("samples", samples, Samples | SampleFolder, "what jacobiflow.sample or sample_to_folder returns")
+    if isinstance(samples, str | Path):
+        samples = SampleFolder.open(samples)
+    check_kind("samples", samples, Samples | SampleFolder, "what jacobiflow.sample returns, or a folder of samples")
+    energy = torch.as_tensor(energy) if isinstance(energy, np.ndarray) else energy
     if isinstance(samples, Samples):
         log_prob, outcome = samples.log_prob, samples.outcome
     else:
