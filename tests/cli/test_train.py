@@ -72,7 +72,7 @@ def test_size_colour_and_classes_are_those_of_the_images(run: Any, refuse: Any, 
     flow = jf.load(tmp_path / "run")
     assert (flow.image_shape, flow.classes, flow.config.num_classes) == ((3, 12, 12), ("cat", "dog"), 2)
     assert "4 of 12x12 pixels, colour; other sizes are scaled down, and cropped to the centre\n" in result.err
-    for text in ("classes: 2 (cat, dog)", "held out: none", "training: 1 step of 4 images"):
+    for text in ("classes: 2 (cat, dog)", "held out: none", "training: 1 step of 4 images, on cpu"):
         assert f"{text}\n" in result.err
     assert (tmp_path / "run" / "samples-000001.png").exists()
     assert "resumed at step 1 of 2\n" in run(f"{line} --steps 2").err
