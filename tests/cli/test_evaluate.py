@@ -190,7 +190,8 @@ def test_the_same_command_computes_only_missing_units(
     assert log.read_text().split()[4:] == ["1", "1"]
     one, other, *_ = sorted((tmp_path / "images").rglob("*.png"))
     shutil.copyfile(one, other)
-    refuse(line, "o: holds evaluation of other images; give another folder, or remove this one\n")
+    remedy = "give another folder, or replace it by overwrite=True (--overwrite)"
+    refuse(line, f"o: holds evaluation of other images; {remedy}\n")
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")

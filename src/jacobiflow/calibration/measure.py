@@ -124,6 +124,7 @@ class CalibrationJob(jobs.Job):
     """The job of `calibrate`; its arguments are those of `calibrate`."""
 
     kind, result_name, patterns = "calibration", "report.json", ("units/*.safetensors",)
+    remedy = "give another folder, or remove this one"
 
     def __init__(
         self, flow: Flow, images: ImageSet, labels: Labels | None = None, norm: Norm = 2, *,

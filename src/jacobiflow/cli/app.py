@@ -22,6 +22,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from cyclopts import App, CycloptsError, Group, Parameter
@@ -161,8 +162,9 @@ def _describe_options(error: CycloptsError) -> str:
     """Returns the message for options that cannot be parsed."""
     if isinstance(error, UnusedCliTokensError) and error.unused_tokens:
         word = error.unused_tokens[0]
-        name = "model" if word in options.BUNDLED_MODELS or "/" in word or Path(word).exists() else "labels"
-        hint = f" Did you mean --{name} {word}?" * hasattr(error.target, name)
+        is_model = word in options.BUNDLED_MODELS or "/" in word or Path(word).exists()
+        name = "model" if is_model else "prompts" if " " in word else "labels"
+        hint = f" Did you mean --{name} {quote(word)}?" * hasattr(error.target, name)
         return f"{word}: there is no option before it.{hint}"
     if isinstance(error, MissingArgumentError) and error.argument is not None and error.app is not None:
         arguments = error.app.assemble_argument_collection(parse_docstring=True)

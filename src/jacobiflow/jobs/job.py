@@ -45,6 +45,7 @@ class Job(ABC):
         version: Version of the format of its folder.
         result_name: Name of the file of the result.
         patterns: Glob patterns of the files that the units write; `overwrite` removes all files that match.
+        remedy: What to do if the folder has a job of another spec.
         spec: A frozen dataclass of plain values: all that the units depend on. The name of a checksum ends in
             "_sha256".
         machine: The machine, see `jacobiflow.utils.timing.describe_machine`. Another one changes units by rounding.
@@ -54,6 +55,7 @@ class Job(ABC):
     version: ClassVar[int] = 1
     result_name: ClassVar[str]
     patterns: ClassVar[tuple[str, ...]] = ()
+    remedy: ClassVar[str] = "give another folder, or replace it by overwrite=True (--overwrite)"
     spec: Any
     machine: Mapping[str, Any]
 
@@ -153,7 +155,7 @@ def _start(job: Job, store: JobStore, overwrite: bool) -> None:
     is_complete = store.read_result() is not None
     is_replaced = overwrite and earlier is not None and (is_complete or earlier != spec)
     if earlier is not None and not is_replaced:
-        store.check_spec(serialization.encode(job.earlier_spec(earlier)))
+        store.check_spec(serialization.encode(job.earlier_spec(earlier)), job.remedy)
         machine = store.machine()
         if not is_complete and machine != job.machine:
             warnings.warn(

@@ -103,7 +103,7 @@ class JobStore:
             raise JobFolderError(f"{path}: has changed since it was written; restore it, or give another folder")
         return spec
 
-    def check_spec(self, spec: Mapping[str, Any], remedy: str = "give another folder, or remove this one") -> None:
+    def check_spec(self, spec: Mapping[str, Any], remedy: str) -> None:
         """Raises JobFolderError if the job in the folder is of another spec; the message names all differences."""
         earlier = self.read_spec() or {}
         names = [name for name in {**earlier, **spec} if earlier.get(name) != spec.get(name)]
