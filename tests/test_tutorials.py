@@ -18,6 +18,7 @@ import nbformat
 import pytest
 import torch
 
+import jacobiflow as jf
 from jacobiflow.cli import main
 from jacobiflow.models import registry
 
@@ -61,13 +62,23 @@ def words(text: str) -> list[str]:
 
 @pytest.fixture
 def isolated(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """No window is opened, and random numbers and registered flows are as before."""
+    """No window is opened; random numbers, registered flows and other libraries are as before."""
+    handles: list[Any] = []
+
+    def accelerate(*arguments: Any) -> Any:
+        handles.append(original(*arguments))
+        return handles[-1]
+
     plt.switch_backend("Agg")
     monkeypatch.setattr(registry, "FLOWS", dict(registry.FLOWS))
     monkeypatch.setattr(plt, "show", lambda: plt.close("all"))
+    original = jf.accelerate
+    monkeypatch.setattr(jf, "accelerate", accelerate)
     with torch.random.fork_rng():
         yield
     plt.close("all")
+    for handle in handles:
+        handle.restore()
 
 
 @pytest.mark.slow
