@@ -247,8 +247,10 @@ def test_options_that_a_flow_lacks_are_refused() -> None:
 def test_guidance_that_changes_nothing_warns_or_is_off() -> None:
     flow, labels = make_flow(**CLASSES), torch.tensor([0, 1])
     with pytest.warns(UserWarning, match="changes nothing"):
-        out = sample(flow.guided(jf.Guidance(2.0)), num=2, tolerance=1e-12, log_prob=True)  # They are the flow's own.
-    assert (out.images - sample(flow, num=2, tolerance=1e-12).images).abs().max() < SOLVED
+        out = sample(flow.guided(jf.Guidance(2.0)), num=2, tolerance=1e-12, log_prob=True)
+    own = sample(flow, num=2, tolerance=1e-12, log_prob=True)
+    assert (out.images - own.images).abs().max() < SOLVED
+    assert torch.allclose(out.log_prob, own.log_prob)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         sample(flow.guided(jf.Guidance(0.5, attn_temperature=0.7)), num=2)

@@ -9,9 +9,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from matplotlib.animation import FuncAnimation, PillowWriter
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
+from PIL import Image
 from torch import Tensor
 
 import jacobiflow as jf
@@ -24,7 +25,7 @@ from tools.pictures.palette import FINAL_TOKEN, WAITING_TOKEN, readable
 
 TOLERANCE = 1e-3
 ROWS = 64  # states whose images are made together
-FRAMES_A_SECOND, PAUSE = 14, 3  # the seconds of the last frame
+FRAME, LAST_FRAME = 70, 3000  # milliseconds
 CAPTION = "grey: final; in colour: evaluated by the next call; light: waiting"
 
 
@@ -130,7 +131,7 @@ def save_animation(title: str, trajectories: Mapping[str, Trajectory], path: Pat
         for trajectory, (above, below) in zip(trajectories.values(), axes.T, strict=True)
     ]
 
-    def draw(frame: int) -> None:
+    def draw(frame: int) -> Image.Image:
         for (name, trajectory), axis, pictures in zip(trajectories.items(), axes[0], artists, strict=True):
             total = len(trajectory.pixels) - 1
             call = min(frame, total)
@@ -139,9 +140,14 @@ def save_animation(title: str, trajectories: Mapping[str, Trajectory], path: Pat
             axis.set_title(f"{name}\n{text}", color=readable(sampler_style(name).color))
             for picture, states in zip(pictures, trajectory[:2], strict=True):
                 picture.set_data(states[call])
+        canvas.draw()
+        return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
 
+    canvas = FigureCanvasAgg(figure)
     draw(0)
-    figure.draw_without_rendering()
-    figure.set_layout_engine("none")  # once for all frames
-    frames = [*range(calls), *[calls] * (FRAMES_A_SECOND * PAUSE)]
-    FuncAnimation(figure, draw, frames).save(path, PillowWriter(FRAMES_A_SECOND))
+    figure.set_layout_engine("none")  # All frames have the layout of the first.
+    frames = [draw(call) for call in range(calls + 1)]
+    # With one palette and without dithering, flat colours stay flat, and most of a frame is that of the frame before.
+    palette = Image.fromarray(np.concatenate([np.asarray(frame) for frame in frames[:: calls // 4]])).quantize(256)
+    first, *others = (frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames)
+    first.save(path, save_all=True, append_images=others, duration=[FRAME] * calls + [LAST_FRAME], loop=0)

@@ -155,7 +155,8 @@ class CalibrationJob(jobs.Job):
         num_samples = self.settings.num_convergence_samples
         most = flow.config.num_tokens // _MIN_SEGMENT_TOKENS
         self.segment_counts = sorted({1, segments, *(2**k for k in range(1, most.bit_length()))})
-        self._index = torch.arange(num_samples) * len(images) // num_samples  # of the images whose sweeps are measured
+        # Sweeps are measured for these images.
+        self._index = torch.arange(num_samples) * len(images) // num_samples
         # Under guidance images have no latents.
         self.sources: tuple[LatentSource, ...] = ("noise",) if flow.guidance else ("images", "noise")
         self.machine = describe_machine(flow.var.device)

@@ -72,8 +72,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     # PyTorch prints a C++ backtrace when the connection to the store of the processes is lost.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    given = sys.argv[1:] if arguments is None else arguments
-    words = [word for word in given if word != _TRACEBACK]
+    command_line = sys.argv[1:] if arguments is None else arguments
+    words = [word for word in command_line if word != _TRACEBACK]
     config: Any = None
     is_first = True
     try:
@@ -110,7 +110,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         message = _describe(error, words)
         if message is None:
             raise
-        if len(words) < len(given):
+        if len(words) < len(command_line):
             traceback.print_exc()
         if is_first or not isinstance(error, CycloptsError):  # All processes have the same command line.
             _print_line("error", message)
@@ -172,10 +172,10 @@ def _describe_options(error: CycloptsError) -> str:
         if error.keyword is not None:
             text = (arguments[first].parameter.help or "").partition(". ")[0].removesuffix(".")
             return f"{error.keyword} needs a value: {text}."
-        given, hint = error.root_input_tokens or (), str(error).partition("requires an argument.")[2]
+        tokens, hint = error.root_input_tokens or (), str(error).partition("requires an argument.")[2]
         missing = [
             argument.name if argument.index is None else argument.name.removeprefix("--").upper()
-            for argument in arguments[first:] if argument.required and argument.show and argument.name not in given
+            for argument in arguments[first:] if argument.required and argument.show and argument.name not in tokens
         ]  # fmt: skip
         example = (error.target.__doc__ or "").partition("Example: ")[2].partition("\n")[0]
         return f"{' '.join(error.command_chain or ())} needs {' and '.join(missing)}.{hint} Example: {example}."

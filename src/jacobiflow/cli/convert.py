@@ -95,11 +95,11 @@ def _convert_tarflow(config: ConvertConfig, state: dict[str, Any]) -> jf.TarFlow
     patch_size = math.isqrt(token_dim // 3)
     are_patches = math.isqrt(num_tokens) ** 2 == num_tokens and 3 * patch_size**2 == token_dim > 3
     if config.patch_size != patch_size and are_patches:
-        made = "over tokens" if config.patch_size is None else f"of {token_dim // config.patch_size**2} channels"
-        given = name_options(config.file).replace("--patch-size P", f"--patch-size {patch_size}")
+        flow_kind = "over tokens" if config.patch_size is None else f"of {token_dim // config.patch_size**2} channels"
+        remedy = name_options(config.file).replace("--patch-size P", f"--patch-size {patch_size}")
         warnings.warn(
-            f"{config.file}: made a flow {made}, which draws no pictures; its shapes are those of a flow of colour "
-            f"images: if it is one, convert it again with {given}", stacklevel=1,
+            f"{config.file}: made a flow {flow_kind}, which draws no pictures; its shapes are those of a flow of "
+            f"colour images: if it is one, convert it again with {remedy}", stacklevel=1,
         )  # fmt: skip
     if isinstance(flow_config, jf.TarFlowConfig):
         flow_config = replace(flow_config, noise_std=config.noise_std or 0.0)
