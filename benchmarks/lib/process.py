@@ -1,12 +1,10 @@
-"""Processes: their threads, memory and native code, and commands in other processes."""
+"""Processes: their threads, memory and native code."""
 
 from __future__ import annotations
 
 import multiprocessing
 import os
-import subprocess
-import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -33,19 +31,6 @@ def threads(count: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-def start_command(line: str, out: Path, launcher: Sequence[str] = ()) -> subprocess.Popen[str]:
-    """Starts a command of jacobiflow that writes to the folder `out`, with one thread, as from a terminal."""
-    command = [sys.executable, "-m", *launcher, "jacobiflow", *line.split(), "--out", str(out)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment)
-
-
-def finish(*processes: subprocess.Popen[str]) -> None:
-    """Waits for processes. Raises AssertionError with their error output if one of them fails."""
-    errors = [process.communicate()[1] for process in processes]
-    assert not any(process.returncode for process in processes), errors
 
 
 def in_new_process(function: Callable[..., Any], *arguments: Any) -> Any:

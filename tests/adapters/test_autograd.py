@@ -190,21 +190,6 @@ def test_changes_before_the_backward_pass_are_noticed(name: str, changed: str) -
 
 
 @pytest.mark.parametrize("is_inverse", [False, True])
-@pytest.mark.parametrize("name", NATIVE)
-def test_finite_differences(name: str, is_inverse: bool) -> None:
-    p = Problem.of(name, is_inverse, features=3)
-
-    def call(x: Tensor, context: Tensor, *_: Tensor) -> Any:
-        return values(p.flow, x, context, is_inverse)
-
-    with default_dtype(DOUBLE), jf.accelerate(p.flow) as handle:
-        assert torch.autograd.gradcheck(call, tuple(p.leaves), fast_mode=True)
-        if name not in BISECTED:
-            assert torch.autograd.gradgradcheck(call, tuple(p.leaves[:2]), fast_mode=True)
-    assert set(handle.backends.values()) == {"native"}
-
-
-@pytest.mark.parametrize("is_inverse", [False, True])
 @pytest.mark.parametrize("name", [name for name in NATIVE if name not in BISECTED])
 def test_second_derivatives_and_several_cotangents_at_once(name: str, is_inverse: bool) -> None:
     p = Problem.of(name, is_inverse, features=3, rows=2)

@@ -17,6 +17,9 @@ from pyro.nn import AutoRegressiveNN
 from torch import Tensor, nn
 
 import jacobiflow as jf
+from jacobiflow.adapters.native_module import NativeModule
+from jacobiflow.adapters.zuko import list_transforms as zuko_transforms
+from tests.helpers.fake_device import FakeDevice
 from tests.helpers.library_flows import (
     Values,
     default_dtype,
@@ -217,3 +220,16 @@ def test_threads_on_one_flow_get_what_each_gets_alone(name: str, derive: Any, to
         for future, x in zip(futures, rows, strict=True):
             for in_thread, alone in zip(future.result(), derive(flow, x), strict=True):
                 assert in_thread is alone is None or same_bits(in_thread, alone)
+
+
+def test_a_flow_that_leaves_a_gpu_is_native_again() -> None:
+    """And on a GPU, nothing but a kernel is missing."""
+    flow, x = zuko.flows.MAF(3), torch.randn(5, 3)
+    with FakeDevice(), jf.accelerate(flow) as handle:
+        flow.to("cuda")
+        assert NativeModule(flow, zuko_transforms, is_conditional=False, allows_gpu=True).obstacle is None
+        flow().log_prob(x.to("cuda"))
+        flow.cpu()
+        handle.parts[flow].latest_use = None
+        flow().log_prob(x)
+        assert set(handle.backends.values()) == {"native"}

@@ -16,6 +16,7 @@ import torch
 import zuko
 from nflows.distributions import StandardNormal
 from nflows.flows import Flow
+from pyro.nn import AutoRegressiveNN
 from torch import Tensor, nn
 
 import jacobiflow as jf
@@ -147,3 +148,38 @@ def test_training_ends_at_the_weights_of_the_library(name: str) -> None:
             optimizer.step()
         answers.append([weight.detach() for weight in flow.parameters()])
     assert max(gradient_gap(answers[0], weights) for weights in answers[1:]) < 1e-7
+
+
+@pytest.mark.parametrize("is_alone", [False, True])
+def test_log_determinants_of_transforms_of_single_features(is_alone: bool) -> None:
+    """zuko adds up those of a composition if there is a transform of several features after it."""
+    last = None if is_alone else zuko.flows.MaskedAutoregressiveTransform(6, activation=nn.Mish)
+    scales = [
+        zuko.lazy.UnconditionalTransform(torch.distributions.AffineTransform, torch.zeros(6), k * torch.ones(6))
+        for k in (2, 3)
+    ]
+    base = zuko.lazy.UnconditionalDistribution(zuko.distributions.DiagNormal, torch.zeros(6), torch.ones(6))
+    flow, x = zuko.lazy.Flow([*scales, *([last] if last is not None else [])], base), torch.randn(50, 6)
+
+    def calls() -> list[Tensor]:
+        torch.manual_seed(1)
+        both = zuko.lazy.LazyComposedTransform(*scales)
+        composed = both if last is None else flow.transform
+        ladj = [each.call_and_ladj(x)[1] for each in (composed(), composed().inv)]
+        return [flow().log_prob(x), *ladj, *flow().rsample_and_log_prob((50,))]
+
+    expected = calls()
+    with jf.accelerate(zuko), jf.accelerate(flow):
+        assert gradient_gap(expected, calls()) < EXACT
+
+
+def test_a_density_without_a_number_is_nan() -> None:
+    """Of a base with a negative scale, and of log-scales that overflow."""
+    base = zuko.lazy.UnconditionalDistribution(zuko.distributions.DiagNormal, torch.zeros(3), -torch.ones(3))
+    flow, network = zuko.lazy.Flow(zuko.flows.MAF(3).transform, base), AutoRegressiveNN(3, [8])
+    with torch.no_grad():
+        network.layers[-1].bias[3:] = torch.inf
+    transform, x = pt.AffineAutoregressive(network), torch.zeros(2, 3)
+    with jf.accelerate(nn.ModuleList([flow, transform])):
+        assert flow().log_prob(x).isnan().all()
+        assert transform.log_abs_det_jacobian(x, transform(x)).isnan().all()

@@ -117,6 +117,7 @@ def test_a_call_that_was_not_tried_is_the_block_s_own(call: str) -> None:
     block, handle, own = accelerated(UnconditionalBelowZero, classes=3)
     assert outcome(block, CALLS[call]) == outcome(own, CALLS[call])
     assert handle.backends == {"": "library"}
+    assert str(handle).endswith("by native code, in the latest call by its own code")
     assert outcome(block, {"y": torch.tensor([2, 0, 1, 2])}) and handle.backends == {"": "native"}
 
 

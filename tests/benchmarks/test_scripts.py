@@ -265,18 +265,6 @@ def test_boltzmann(run: Run) -> None:
         assert row["largest_error"] < 1e-2 or not row["certified"]
 
 
-def test_clusters(run: Run) -> None:
-    line = "train --images digits --width 32 --head-dim 16 --blocks 2 --layers 1 --no-bf16 --steps 2"
-    (row,) = run("clusters", KEYS=[{"training": "sharded"}], TRAIN=line)["clusters"]
-    assert max(row["loss"], row["weights"]) < 1e-3
-
-
-def test_kills(run: Run) -> None:
-    line = "sample --model digits-p1 --num 8 --batch-size 2 --shard-size 2 --strategy jacobi"
-    (row,) = run("kills", COMMANDS={"sample": line}, MOMENTS=1)["kills"]
-    assert (row["rounds"], row["equal"]) == (1, 1)
-
-
 def test_search_guidance(run: Run) -> None:
     module = pytest.importorskip("benchmarks.search_guidance")
     (rows,) = run(

@@ -6,8 +6,6 @@ import copy
 from collections.abc import Callable, Iterator
 from dataclasses import astuple
 from functools import cache, partial
-from multiprocessing import get_context
-from multiprocessing.synchronize import Barrier
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -251,24 +249,11 @@ def test_overflow_in_encoding_or_in_the_exact_inverse_is_refused(i: int) -> None
             jf.calibrate(flow, torch.full((2, 1, 3, 3), pixel).double())
 
 
-def calibrate_to(out: Path, progress: Progress | None = None, barrier: Barrier | None = None, **changed: Any) -> bytes:
-    """Calibrates a small flow, once all processes of the barrier have come here; returns the bytes of the report."""
+def calibrate_to(out: Path, progress: Progress | None = None, **changed: Any) -> bytes:
+    """Calibrates a small flow, and returns the bytes of the report."""
     arguments = {"segments": 2, "num_convergence_samples": 2, "batch_size": 2} | changed
-    if barrier is not None:
-        barrier.wait()
     jf.calibrate(FLOW, IMAGES, [0, 1, 2, 0, 1, 2, 0], progress=progress, out=out, **arguments)
     return (out / "report.json").read_bytes()
-
-
-def test_processes_share_a_calibration(tmp_path: Path) -> None:
-    """Their report is that of one process, which needs no folder."""
-    context = get_context("spawn")
-    barrier = context.Barrier(2)
-    other = context.Process(target=calibrate_to, args=(tmp_path / "two", None, barrier))
-    other.start()
-    assert calibrate_to(tmp_path / "two", barrier=barrier) == calibrate_to(tmp_path / "one")
-    other.join()
-    assert other.exitcode == 0
 
 
 def test_an_interrupted_calibration_goes_on(tmp_path: Path) -> None:

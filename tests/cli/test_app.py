@@ -87,12 +87,12 @@ MISSPELLED = {
     "": None,
     "sample --help": None,
     "sampel": 'Did you mean "sample"?',
-    "plan": "plan needs --out. Example: jacobiflow plan --model fashion-p2 --batch-size 4 --out out/plan.json. See ",
+    "plan": "plan needs --model and --out. Example: jacobiflow plan --model fashion-p2 --batch-size 4 --out ",
     "convert": "convert needs FILE and --out. Example: jacobiflow convert afhq_model_",
     "train --imgs d": "train needs --images and --steps and --out. Did you mean --images instead of --imgs? Example: ",
     "sample --guidance": "--guidance needs a value: Weight of classifier-free guidance, such as 3; 0 is none. See ",
     "bench --batch-size 3.5": "Invalid value for --batch-size: 3.5 is not a whole number. See jacobiflow bench --help.",
-    "evaluate": "nothing to evaluate: give --samples, ",
+    "evaluate --model fashion-p2": "nothing to evaluate: give --samples, ",
     "info --model tests": "No model folder: it has no config.json. Give a bundled model (",
     "sample --out tests": "tests: holds files that this command did not write; give a new or empty folder",
     "sample --nun 3": "Unknown option: --nun. Did you mean --num? See jacobiflow sample --help.",
@@ -102,14 +102,16 @@ MISSPELLED = {
     "sample --tolerance -1": 'Invalid value "-1.0" for --tolerance. Must be >= 0.',
     "sample --report no.json": '"no.json" does not exist.',
     "info digits-p1": "digits-p1: there is no option before it. Did you mean --model digits-p1? See ",
+    "evaluate docs --model fashion-p2": "docs: there is no option before it. See ",
+    "sample --labels cat dog": "dog: there is no option before it. See ",
     "sample cat": "cat: there is no option before it. Did you mean --labels cat? See ",
     "sample --out cat.png": "--out cat.png: looks like a file; give a folder, such as cat",
     "convert no.pth --out m": '"no.pth" does not exist. See jacobiflow convert --help.',
-    "evaluate --images fashion-mnits": 'No such images. Did you mean "fashion-mnist"? Give a folder of images, ',
+    "evaluate --model fashion-p2 --images fashion-mnits": 'No such images. Did you mean "fashion-mnist"? Give ',
     "sample --model fashion-p3": 'No such model. Did you mean "fashion-p2"? Give a bundled model (digits-maf, ',
     "sample --dtype floot32": 'Did you mean "float32"?',
     "sample --files pgn": 'Choose from: "npz", "png".',
-    "calibrate --images digits --out y --norm fr": 'Did you mean "fro"?',
+    "calibrate --model digits-p1 --images digits --out y --norm fr": 'Did you mean "fro"?',
     "train --images digits --out y --steps 1 --flow tarflwo": 'Did you mean "tarflow"?',
 }
 
@@ -224,7 +226,7 @@ def test_names_in_square_brackets_are_no_markup_and_a_warning_is_one_line(
     assert result.err == "warning: guidance without labels or texts at attn_temperature 1 changes nothing\n"
     assert warnings.showwarning is show
     assert "./[/red]: 1 sample by jacobi on cpu, batch size 1\nsettings: --guidance 1\n" in result.out
-    assert "wrote [bold]/[/red]: 1 shard, " in result.out
+    assert "wrote [bold]/[/red]: samples.png, 1 shard, " in result.out
 
 
 def test_an_extension_that_cannot_be_imported_gives_one_line(

@@ -131,7 +131,7 @@ def test_crm_may_be_undefined(work: Path, capsys: pytest.CaptureFixture[str]) ->
     metrics = dict.fromkeys(report.metrics, replace(report.metrics[2], components=None))
     edited = replace(report, metrics=metrics, class_metrics={})
     result = CalibrateResult(edited, use="", machine={})
-    show(CalibrateConfig(images="", out=Path()), result)
+    show(CalibrateConfig(model="", images="", out=Path()), result)
     out = capsys.readouterr().out
     assert "\nCRM is not defined: " in out and "The paper's strategies" not in out
     rows = [line.split() for line in out.splitlines()]

@@ -58,7 +58,7 @@ def test_samples_are_drawn_as_recommended_and_resumed_in_no_other_way(
     flow.save_pretrained(tmp_path / "model")
     line = f"sample --model {tmp_path}/model --num 3 --strategy jacobi --out {tmp_path}/out"
     result = run(f"{line} --compare --json {tmp_path}/f")
-    assert (result.code, result.err) == (0, "")
+    assert (result.code, result.err) == (0, "drawing the first batch again, also by the original sampler\n")
     text = "--guidance 0.7,attn_temperature=1.4 --denoise 0.9"
     assert f"\nsettings: {text} (recommended by the model; --plain turns it off)\n" in result.out
     entries = figures(tmp_path / "f")

@@ -38,7 +38,7 @@ def test_it_writes_a_model_that_sample_takes(run: Any, tmp_path: Path) -> None:
     assert (flow.config.num_classes, flow.config.noise_std) == (10, 0.1)
     again = run(f"{line} --out {tmp_path}/run")  # is done already
     assert (again.code, again.out) == (0, result.out)
-    assert "was complete already at step 3 of 3\n" in again.err
+    assert "complete at step 3; to go on, give more --steps than that\n" in again.err
 
 
 def test_samples_of_a_trained_model_are_denoised_as_its_sheets_are(run: Any, tmp_path: Path) -> None:
@@ -65,7 +65,9 @@ def photos(tmp_path: Path) -> Path:
     return tmp_path / "photos"
 
 
-def test_size_colour_and_classes_are_those_of_the_images(run: Any, refuse: Any, photos: Path, tmp_path: Path) -> None:
+def test_size_colour_and_classes_are_those_of_the_images(
+    run: Any, refuse: Any, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     line = f"train --images {photos} {TINY} --batch-size 4 --out {tmp_path}/run"
     result = run(f"{line} --steps 1")
     assert result.code == 0
@@ -75,7 +77,9 @@ def test_size_colour_and_classes_are_those_of_the_images(run: Any, refuse: Any, 
     for text in ("classes: 2 (cat, dog)", "held out: none", "training: 1 step of 4 images, on cpu"):
         assert f"{text}\n" in result.err
     assert (tmp_path / "run" / "samples-000001.png").exists()
-    assert "resumed at step 1 of 2\n" in run(f"{line} --steps 2").err
+    monkeypatch.setenv("SLURM_NTASKS", "4")
+    err = run(f"{line} --steps 2").err
+    assert "on cpu; srun would start all 4 tasks of this SLURM job\nresumed at step 1 of 2\n" in err
 
     sample = f"sample --model {tmp_path}/run --strategy sequential --num 3 --files png --out {tmp_path}/out --labels"
     assert run(f"{sample} dog,cat").code == 0
@@ -88,7 +92,8 @@ def test_size_colour_and_classes_are_those_of_the_images(run: Any, refuse: Any, 
 def test_sizes_that_do_not_fit_name_one_that_does(refuse: Any, photos: Path, tmp_path: Path) -> None:
     line = f"train --images {photos} --steps 1 --batch-size 4 --out {tmp_path}/run"
     refuse(f"{line} --width 96", "--head-dim 64: does not divide the width of 96; give 32, or another width\n")
-    refuse(f"{line} --image-size 32", "pixels on a side; give --image-size 12\n")
+    refuse(f"{line} --image-size 32", "0.png: 12x12 pixels, smaller than 32x32; remove it, or enlarge it first\n")
+    refuse("train --images digits --image-size 9 --steps 1 --out run", "8 pixels on a side; give --image-size 8 or ")
     refuse(f"{line} --image-size 9", "does not divide the side of the images, 9; give 3, or images of 8\n")
 
 
@@ -103,7 +108,7 @@ def test_held_out_images_have_the_classes_of_the_training_images(refuse: Any, ph
 def test_bad_settings_leave_no_folder(refuse: Any, tmp_path: Path) -> None:
     line = f"train --images fashion-512 --head-dim 16 --out {tmp_path}/a/b"
     refuse(f"{line} --steps 0", "--steps 0: give a positive whole number")
-    refuse(f"{line} --steps 3 --image-size 60", "--image-size 60: the smallest images have 28 pixels")
+    refuse(f"{line} --steps 3 --image-size 60", "--image-size 60: the images have 28 pixels")
 
 
 def test_a_flow_that_the_command_cannot_train_is_refused_and_not_offered(

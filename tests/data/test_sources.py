@@ -158,6 +158,11 @@ def test_size_and_colour(tmp_path: Path) -> None:
     assert load_images(str(tmp_path), 5, 1).images.shape == (3, 1, 5, 5)
     assert load_images("fashion-512").images.shape == (512, 1, 28, 28)
     assert load_images("fashion-512").classes[9] == "ankle-boot"
+    exif, turned = Image.Exif(), random_bytes(9, 7)
+    exif[0x0112] = 6  # Orientation: the camera was turned to the left.
+    (tmp_path / "turned").mkdir()
+    Image.fromarray(turned).save(tmp_path / "turned" / "0.png", exif=exif)
+    assert np.array_equal(load_images(str(tmp_path / "turned")).images[0][0], np.rot90(turned, -1)[:, 1:8])
 
 
 def test_every_mode_becomes_grey_or_colour(tmp_path: Path) -> None:
@@ -178,7 +183,7 @@ def test_errors_name_the_file(tmp_path: Path) -> None:
     Image.fromarray(random_bytes(32, 32, 3)).save(cut, "JPEG")
     cases: list[tuple[Any, str, str]] = [  # a file's content or a function that makes it, its path, the message
         (b"", "a.txt", r"no image in it \(looked for .bmp, .*\)"),
-        (cut.getvalue()[:-200], "a.jpg", r"/a.jpg: not a usable image \(.*truncated.*\); replace or remove it"),
+        (cut.getvalue()[:-200], "a.jpg", r"/a.jpg: not a usable image \(.*truncated.*\); replace it, or remove"),
         (b"text", "a.png", r"/a.png: not a usable image \(cannot identify"),
         (lambda path: Image.fromarray(np.zeros((8, 8), np.uint16)).save(path), "a.png", "more than 8 bits per value"),
         (lambda path: write_image(path, random_bytes(7, 20)), "0.png", "/0.png: 20x7 pixels, smaller than 8x8; remove"),

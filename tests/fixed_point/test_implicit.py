@@ -50,6 +50,21 @@ def test_the_temperature_of_a_context_counts() -> None:
     torch.testing.assert_close(back, u, rtol=0, atol=1e-9)
 
 
+@pytest.mark.filterwarnings("ignore:.*not finite")
+def test_a_sample_that_overflows_does_not_spoil_the_gradients_of_others() -> None:
+    flow, _, z = case("plain")
+    lost, parameters = z.clone(), list(flow.parameters())
+    lost[0] = 1.7e308
+
+    def gradients(z: Tensor) -> list[Tensor]:
+        x, log_prob = jf.decode(flow, z, strategy="sequential", log_prob=True)
+        return list(torch.autograd.grad(x[-2:].sum() + log_prob[-2:].sum(), parameters))
+
+    assert jf.decode(flow, lost, strategy="sequential")[0].isnan().any()
+    for have, want in zip(gradients(lost), gradients(z), strict=True):
+        torch.testing.assert_close(have, want, rtol=1e-9, atol=1e-12)
+
+
 def test_second_derivatives_are_refused() -> None:
     flow, _, z = case("plain")
     x = jf.decode(flow, z.requires_grad_(), strategy="sequential")

@@ -121,10 +121,12 @@ def test_a_run_tells_its_progress_and_what_it_has_done(tmp_path: Path, monkeypat
     with pytest.warns(UserWarning, match="begun on another machine"):
         again = run(Digests(Spec(2)), tmp_path)
     assert (again.result, again.should_print, again.missing_size) == (first.result, True, 0)
+    with pytest.warns(UserWarning, match="begun on another machine"):
+        run(Digests(Spec(3)), tmp_path)
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("LOCAL_RANK", "1")
-    assert not run(Digests(Spec(2)), tmp_path).should_print
+    assert not run(Digests(Spec(3)), tmp_path).should_print
 
 
 def test_what_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

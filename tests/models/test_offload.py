@@ -145,3 +145,13 @@ def test_threads_share_an_offloaded_flow() -> None:
     with ThreadPoolExecutor(4) as threads:
         for got in threads.map(lambda _: jf.decode(view, z, context, strategy="sequential"), range(8)):
             assert torch.equal(got, want)
+
+
+def test_a_flow_with_new_weights_is_offloaded_again() -> None:
+    flow = FLOWS["MAF"]()
+    view, (z, context) = flow.offloaded("cpu"), of_batch(flow)
+    view.log_prob(view.from_tokens(z), context)
+    with torch.no_grad():
+        next(flow.parameters()).add_(1)
+    with pytest.raises(jf.InputError, match="its weights have changed since it was offloaded"):
+        view.log_prob(view.from_tokens(z), context)

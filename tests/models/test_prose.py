@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -138,6 +139,34 @@ def test_samples_encode_to_their_latents(adaptive: bool, dtype: torch.dtype, str
     torch.testing.assert_close(out.log_prob.double(), want, rtol=0, atol=rounding)
 
 
+def test_the_embeddings_of_atoms_have_gradients_of_an_inverse() -> None:
+    """Against differences of the loss."""
+    flow, generator = make(True).double().requires_grad_(), torch.Generator().manual_seed(0)
+    peptide, weight = flow.for_peptide(ENCODINGS, ORDERS), flow.cond_embed.atom_embed.weight
+    z = torch.randn(2, ATOMS, 3, generator=generator, dtype=torch.float64)
+
+    def loss() -> Tensor:
+        x, log_prob = jf.decode(peptide, z, strategy="sequential", log_prob=True)
+        return log_prob.mean() + x.sin().mean()
+
+    direction, losses = torch.randn(weight.shape, generator=generator, dtype=torch.float64), list[float]()
+    (gradient,) = torch.autograd.grad(loss(), weight)
+    for step in (1e-5, -2e-5):
+        with torch.no_grad():
+            weight.add_(direction, alpha=step)
+        losses.append(loss().item())
+    assert float((gradient * direction).sum()) == pytest.approx((losses[0] - losses[1]) / 2e-5, rel=1e-5) != 0
+
+
+def test_a_sensitivity_is_the_distance_from_float64(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("jacobiflow.sampling.sensitivity.FLOAT64_BOUND", 0.0)
+    flow, z = make(True), torch.randn(3, ATOMS, 3, generator=torch.Generator().manual_seed(0))
+    exact = jf.sample(copy.deepcopy(flow).double().for_peptide(ENCODINGS, ORDERS), latents=z, strategy="sequential")
+    out = jf.sample(flow.for_peptide(ENCODINGS, ORDERS), latents=z, strategy="sequential", sensitivity=True)
+    distance = (out.tokens - exact.tokens).abs().flatten(1).amax(dim=1)
+    torch.testing.assert_close(out.sensitivity.double(), distance, rtol=0.2, atol=1e-7)
+
+
 def test_a_view_moves_with_its_encodings() -> None:
     flow = make(True)
     peptide = flow.for_peptide(ENCODINGS, ORDERS)
@@ -168,7 +197,7 @@ def test_a_view_saves_the_flow_of_any_peptide_with_a_card_that_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     flow = make(True)
-    flow.for_peptide(ENCODINGS, ORDERS).save_pretrained(tmp_path / "model")
+    flow.for_peptide(ENCODINGS, ORDERS).for_peptide(ENCODINGS, ORDERS).save_pretrained(tmp_path / "model")
     assert fingerprint(jf.load(tmp_path / "model")) == fingerprint(flow)
     monkeypatch.chdir(tmp_path)
     code = Path("model/README.md").read_text().split("```")[1].removeprefix("python\n")

@@ -35,7 +35,10 @@ def test_weights_are_those_of_the_definition() -> None:
     w = (-energy - q).exp()
     assert weights.effective_sample_size == pytest.approx(float(w.sum() ** 2 / w.square().sum()))
     torch.testing.assert_close(weights.mean(samples.tokens), (w.view(-1, 1, 1) * samples.tokens).sum(0) / w.sum())
-    assert (weights.mean(samples.tokens) - 0.3).abs().max() < 0.05
+    differences = samples.tokens - weights.mean(samples.tokens)
+    error = (w.view(-1, 1, 1) * differences).square().sum(0).sqrt() / w.sum()
+    torch.testing.assert_close(weights.standard_error(samples.tokens), error)
+    assert ((weights.mean(samples.tokens) - 0.3).abs() < 4 * error).all()
     chosen = samples.tokens[weights.resample(20_000, seed=1)]
     assert (chosen.mean(dim=0) - 0.3).abs().max() < 0.05
     assert torch.equal(weights.resample(10, seed=2), weights.resample(10, seed=2))

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file as read_file
 from safetensors.torch import save
 from torch import Tensor
@@ -257,6 +258,30 @@ def test_a_loss_that_is_not_finite_ends_training_and_keeps_the_last_step(tmp_pat
     assert "smaller learning rate" in message
     assert message.startswith(f"step {last_step(tmp_path) + 1}: loss ")
     assert all(torch.isfinite(tensor).all() for tensor in checkpoint(tmp_path).values())
+
+
+def test_a_step_is_kept_if_its_samples_or_the_next_checkpoint_fail(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> None:
+        raise SafetensorError("no space")
+
+    settings = replace(SETTINGS, steps=2, sample_every=1, checkpoint_every=1)
+    with pytest.raises(SafetensorError):
+        train(fresh(), some_digits(), settings, tmp_path, on_sample=fail)
+    assert last_step(tmp_path) == 1
+    monkeypatch.setattr("jacobiflow.training.checkpoint.save_file", fail)
+    with pytest.raises(OSError, match=r"checkpoint\.safetensors: cannot be written \(no space\)$"):
+        fit(tmp_path, settings)
+    assert last_step(tmp_path) == 1
+
+
+def test_a_run_without_a_checkpoint_may_begin_again_with_other_settings(undisturbed: Path, tmp_path: Path) -> None:
+    run, settings = Path(shutil.copytree(undisturbed, tmp_path / "run")), replace(SETTINGS, steps=3, seed=1)
+    (run / "checkpoint.safetensors").unlink()
+    fit(run, settings)
+    fit(tmp_path / "new", settings)
+    assert_same_run(run, tmp_path / "new")
 
 
 def test_other_data_and_problems_are_named(undisturbed: Path, tmp_path: Path) -> None:

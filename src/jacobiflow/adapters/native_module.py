@@ -38,7 +38,6 @@ class NativeModule:
     """A library's transform, composition or flow as native code takes it, with a context or without one.
 
     Attributes:
-        snapshot: The module as it was when this was made.
         chain: Its transforms.
         cuda_chain: The same on GPUs.
         mixed: If it is a composition of which native code knows only some layers: a composition of the same layers, in
@@ -76,7 +75,15 @@ class NativeModule:
             buffers = [part._buffers for part in modules if part._buffers and _STATISTICS not in part._buffers]
             self.snapshot = Snapshot(modules, buffers, _SETTINGS)
         except UnsupportedError as error:
-            self._obstacle, self.snapshot = str(error), Snapshot(modules, kinds=_SETTINGS)
+            self._obstacle, self._devices = str(error), self._find_devices()
+            self.snapshot = Snapshot(modules, kinds=_SETTINGS)
+
+    def is_current(self) -> bool:
+        """Returns True if the module is as it was when this was made. An obstacle may have been its device."""
+        return self.snapshot.is_current() and (self._obstacle is None or self._devices == self._find_devices())
+
+    def _find_devices(self) -> set[torch.device]:
+        return {tensor.device for tensor in (*self._module.parameters(), *self._module.buffers())}
 
     @property
     def obstacle(self) -> str | None:

@@ -47,7 +47,7 @@ class Part:
     def find_native(self, is_conditional: bool) -> NativeModule:
         """Returns the module as native code takes it now; raises UnsupportedError if there is no native code."""
         native = self._natives.get(is_conditional)
-        if native is None or not native.snapshot.is_current():
+        if native is None or not native.is_current():
             if self.adapter.list_transforms is None or load_library() is None:
                 raise UnsupportedError(f"native code is {describe()}")
             native = self._natives[is_conditional] = NativeModule(

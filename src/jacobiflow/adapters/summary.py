@@ -14,6 +14,7 @@ from jacobiflow.native.cuda import NOTE
 
 MIN_PASSES = 6  # With fewer passes from x = 0, comparing iterates costs more time than it saves.
 _MAX_NAMES = 8  # Number of names of modules in a line.
+_LATEST = {"library": "its own code", "passes": "passes"}  # Backends of calls that native code does not take.
 
 
 def describe_tolerance(tolerance: float | None) -> str:
@@ -40,7 +41,10 @@ def describe(parts: Mapping[nn.Module, Part], tolerance: float | None, reasons: 
     for name, layer, part in modules:
         if name in reasons:
             continue
-        text = f"{part.adapter.library} {library_class(layer).__name__}, by {_describe_way(layer, part, tolerance)}"
+        way = _describe_way(layer, part, tolerance)
+        if way == "native code" and part.latest_use is not None and part.latest_use[1] in _LATEST:
+            way += f", in the latest call by {_LATEST[part.latest_use[1]]}"
+        text = f"{part.adapter.library} {library_class(layer).__name__}, by {way}"
         names.setdefault(text, []).append(name)
     for name, reason in reasons.items():
         names.setdefault(f"left alone, {reason}", []).append(name)

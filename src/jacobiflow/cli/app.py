@@ -154,17 +154,21 @@ def _describe(error: Exception, words: Sequence[str]) -> str | None:
         option = names.get(error.argument or "")
         return str(error) if option is None else f"{option} {error.value}: {error.message}"
     if isinstance(error, MemoryError) or any(text in str(error) for text in _OUT_OF_MEMORY):
-        return "out of memory; give a smaller --batch-size, or smaller numbers"
+        remedy = "--accumulation 4, a step in four parts" if words[:1] == ["train"] else "smaller numbers"
+        return f"out of memory; give a smaller --batch-size, or {remedy}"
     return str(error) if isinstance(error, OSError) else None
 
 
 def _describe_options(error: CycloptsError) -> str:
     """Returns the message for options that cannot be parsed."""
     if isinstance(error, UnusedCliTokensError) and error.unused_tokens:
-        word = error.unused_tokens[0]
-        is_model = word in options.BUNDLED_MODELS or "/" in word or Path(word).exists()
+        word, path = error.unused_tokens[0], Path(error.unused_tokens[0])
+        is_model = word in options.BUNDLED_MODELS or path.is_file() or (path / "config.json").exists()
+        is_model = is_model or ("/" in word and not path.exists())
         name = "model" if is_model else "prompts" if " " in word else "labels"
-        hint = f" Did you mean --{name} {quote(word)}?" * hasattr(error.target, name)
+        is_new = f"--{name}" not in (error.root_input_tokens or ())
+        is_likely = hasattr(error.target, name) and (is_model or not path.exists()) and is_new
+        hint = f" Did you mean --{name} {quote(word)}?" * is_likely
         return f"{word}: there is no option before it.{hint}"
     if isinstance(error, MissingArgumentError) and error.argument is not None and error.app is not None:
         arguments = error.app.assemble_argument_collection(parse_docstring=True)

@@ -44,12 +44,12 @@ class BenchConfig(options.Config):
     """
 
     model: options.Model = "fashion-p2"
-    strategy: Annotated[tuple[Annotated[str, options.STRATEGY], ...], options.SPEED] = ("auto", "jacobi")
-    batch_size: Annotated[tuple[Annotated[int, options.within(1, options.MAX_BATCH_SIZE)], ...], options.SPEED] = (
-        1,
-        4,
-        16,
-    )
+    strategy: Annotated[
+        tuple[Annotated[str, options.STRATEGY], ...], options.SPEED, options.REPEATABLE
+    ] = ("auto", "jacobi")  # fmt: skip
+    batch_size: Annotated[
+        tuple[Annotated[int, options.within(1, options.MAX_BATCH_SIZE)], ...], options.SPEED, options.REPEATABLE
+    ] = (1, 4, 16)  # fmt: skip
     repeats: Annotated[int, options.MEASUREMENT, options.within(1)] = 5
     tolerance: options.Tolerance = None
     report: options.ReportFile = None

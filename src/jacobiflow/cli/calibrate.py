@@ -27,7 +27,7 @@ class CalibrateConfig(options.Config):
     Measures the metrics of the GS-Jacobi paper, IGM and CRM, and sweeps, and derives a strategy. The same command again
     resumes after an interruption. Several processes that run it share the work.
 
-    Example: jacobiflow calibrate --per-class --images fashion-512 --out out/calibration
+    Example: jacobiflow calibrate --model fashion-p2 --images fashion-512 --out out/calibration
 
     Attributes:
         num: Number of images, which the seed chooses; all if there are fewer.
@@ -40,7 +40,7 @@ class CalibrateConfig(options.Config):
         out: Folder for report.json.
     """
 
-    model: options.Model = "fashion-p2"
+    model: options.Model
     images: options.Images
     num: Annotated[int, options.DATA, options.within(2)] = 512
     clean: Annotated[options.Flag, options.DATA] = False

@@ -22,6 +22,11 @@ _ROWS = (
     ("kernel_distance", "kernel distance", "{s.kernel_distance:.5f}", "+-{s.kernel_distance_std:.5f} over subsets"),
     ("precision", "precision", "{s.precision:.3f}", ""),
     ("recall", "recall", "{s.recall:.3f}", ""),
+    ("bits_per_dim", "bits per dimension", "{s.bits_per_dim:.3f}",
+     "{r.test_images:,} {r.likelihood_images}, uniformly dequantised"),
+    ("bits_per_dim_noisy", "bits per dimension", "{s.bits_per_dim_noisy:.3f}",
+     "{r.test_images:,} {r.likelihood_images}, with the noise of training"),
+    ("bayes_accuracy", "class accuracy", "{s.bayes_accuracy:.1%}", "by Bayes' rule; the same images"),
     ("median_residual", "residual", "{r.samples.residual:.1e}", "largest; median {r.median_residual:.1e}"),
     ("paired", "largest error", "{s.paired.max:.1e}", "{s.paired.num:,} samples, against the exact loop"),
     ("paired", "RMS error", "{s.paired.rms:.1e}", "the same"),
@@ -29,11 +34,6 @@ _ROWS = (
     ("sensitivity", "sensitivity", "{s.sensitivity:.1e}", "largest change of the exact loop's samples by rounding"),
     ("pixels", "8-bit pixels", "{s.paired.pixels.share:.3%}",
      "of the stored images differ, by {s.paired.pixels.levels} at most"),
-    ("bits_per_dim", "bits per dimension", "{s.bits_per_dim:.3f}",
-     "{r.test_images:,} {r.likelihood_images}, uniformly dequantised"),
-    ("bits_per_dim_noisy", "bits per dimension", "{s.bits_per_dim_noisy:.3f}",
-     "{r.test_images:,} {r.likelihood_images}, with the noise of training"),
-    ("bayes_accuracy", "class accuracy", "{s.bayes_accuracy:.1%}", "by Bayes' rule; the same images"),
 )  # fmt: skip
 
 
@@ -59,7 +59,7 @@ class EvaluateConfig(options.Config):
         out: Folder for evaluation.json.
     """
 
-    model: options.Model = "fashion-p2"
+    model: options.Model
     samples: Annotated[Path | None, options.MODEL, options.EXISTING] = None
     images: Annotated[str | None, options.IMAGES, Parameter(help=f"Real images to compare with: {options.SOURCES}")] = (
         None

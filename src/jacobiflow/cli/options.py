@@ -37,6 +37,9 @@ EXISTING = Parameter(validator=validators.Path(exists=True))
 NEGATABLE = Parameter(negative_bool="no-")
 """For a flag that is on by default: `--no-FLAG` turns it off."""
 
+REPEATABLE = Parameter(show_default=lambda values: ", ".join(map(str, values)))
+"""For an option with several values, whose defaults the help lists."""
+
 MAX_BATCH_SIZE = 65_536  # Latents of such a batch take 200 MB for images of 28x28 pixels.
 _BUNDLED_IMAGES = ("digits", "fashion-512", "emoji-256", "fashion-mnist")
 SOURCES = (
@@ -206,7 +209,9 @@ def parse_labels(text: str, num: int, flow: Flow, seed: int) -> Tensor | None:
 
     if isinstance(flow.context_kind, Numbers):
         raise InputValueError("this flow needs a context of numbers: draw its samples in Python, by jacobiflow.sample")
-    if text == "none" or (text in ("balanced", "random") and not flow.config.num_classes):
+    if not flow.config.num_classes and text not in ("balanced", "random", "none"):
+        raise InputValueError("this model has no classes; leave it out", argument="labels", value=text)
+    if text == "none" or not flow.config.num_classes:
         return None
     if text == "balanced":
         return balanced_labels(num, flow.config.num_classes)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import jacobiflow as jf
 from jacobiflow.cli import loading, options
-from jacobiflow.cli.output import show_table
+from jacobiflow.cli.output import progress_bar, show_table
 from jacobiflow.errors import InputValueError
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ class PlanConfig(options.Config):
         out: File for the strategy (JSON).
     """
 
-    model: options.Model = "fashion-p2"
+    model: options.Model
     tune: Annotated[options.Flag, options.SPEED] = False
     batch_size: options.BatchSize = 16
     tolerance: Annotated[float, options.SPEED] = 1e-3
@@ -76,7 +76,8 @@ def run(config: PlanConfig) -> PlanResult:
     flow = flow.guided(settings.guidance)
     size = find_batch_size(flow, _MAX_AUTO_BATCH_SIZE) if config.batch_size == "auto" else config.batch_size
     tuning = _tune(config, flow) if config.tune else None
-    strategy = jf.plan(flow, tuning, size, config.tolerance)
+    with progress_bar() as progress:
+        strategy = jf.plan(flow, tuning, size, config.tolerance, progress=progress)
     config.out.parent.mkdir(parents=True, exist_ok=True)
     strategy.save(config.out)
     return PlanResult(strategy, origin, flow.config.num_tokens)

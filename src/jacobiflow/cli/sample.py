@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -199,8 +200,10 @@ def _compare(
         SamplingRequest.resolve, flow, num, context=context[:num], certify=spec.certify, strategy=folder.strategy()
     )
     request = resolve(settings=jf.SamplingSettings(denoise=spec.denoise, denoise_dtype=spec.denoise_dtype))
-    if progress is not None:
-        progress(0, 1, "timing")  # Shows the bar: the original sampler may take minutes until the first step.
+    if progress is not None:  # The original sampler may take minutes until the first step.
+        progress(0, 1, "timing")
+        if not sys.stderr.isatty():
+            print("drawing the first batch again, also by the original sampler", file=sys.stderr)
     with torch.no_grad():
         rounding = resolve(settings=None, sensitivity=True).run(z)
         runs = {config.strategy: partial(request.run, z)}
@@ -247,9 +250,9 @@ def show(config: SampleConfig, result: SampleResult) -> None:
         print(result.outcome)
     if result.comparison is not None:
         _print_comparison(config, result, result.comparison)
-    sheet = f", {_SHEET}" * spec.has_pictures
+    pictures = f"{_SHEET}, {'images, ' * (spec.files == 'png')}" * spec.has_pictures
     folder = f"wrote {config.out}" if num_new else f"{config.out} is complete"
-    print(f"{folder}: {format_count(spec.num_shards, 'shard')}, manifest.json, strategy.json{sheet}")
+    print(f"{folder}: {pictures}{format_count(spec.num_shards, 'shard')}, manifest.json, strategy.json")
 
 
 def _print_comparison(config: SampleConfig, result: SampleResult, comparison: Comparison) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -117,8 +118,10 @@ def run(config: TrainConfig) -> TrainResult | None:
     if is_first:
         print(_summary(config, data, held_out, flow), file=sys.stderr)
         if start:
-            verb = "resumed at" if start < num_steps else "was complete already at"
-            print(f"{verb} step {start:,} of {num_steps:,}", file=sys.stderr)
+            state = f"resumed at step {start:,} of {num_steps:,}"
+            if start >= num_steps:
+                state = f"complete at step {start:,}; to go on, give more --steps than that"
+            print(state, file=sys.stderr)
 
     def print_metrics(metrics: TrainMetrics) -> None:
         if metrics.step % _PRINT_EVERY == 0 or metrics.held_out_loss is not None:
@@ -155,6 +158,7 @@ def show(config: TrainConfig, result: TrainResult) -> None:
 def _training_images(config: TrainConfig) -> ImageDataset:
     """Loads the images of `--images`, by default at their own size and in their own colour."""
     from jacobiflow.data import ImageFiles, load_images
+    from jacobiflow.data.image_files import read_image
 
     size, data = config.image_size, load_images(config.images, None, config.in_channels)
     natural = data.images.shape[-1]
@@ -164,10 +168,12 @@ def _training_images(config: TrainConfig) -> ImageDataset:
             "that size is slow; give a smaller --image-size, such as 64, to which they are scaled down"
         )
     if size is not None and size > natural:
+        for file in data.images.files if isinstance(data.images, ImageFiles) else ():
+            read_image(file, size, channels=3)  # Its error names the first that is too small.
         raise InputValueError(
-            f"--image-size {size}: the smallest images have {natural} pixels on a side; give --image-size {natural}"
+            f"--image-size {size}: the images have {natural} pixels on a side; give --image-size {natural} or less"
         )
-    return data if size in (None, natural) else load_images(config.images, size, config.in_channels)
+    return data if size in (None, natural) else load_images(config.images, size, data.images.shape[1])
 
 
 def _held_out_images(config: TrainConfig, data: ImageDataset) -> ImageDataset | None:
@@ -199,7 +205,7 @@ def _summary(config: TrainConfig, data: ImageDataset, held_out: ImageDataset | N
     names = ", ".join(data.classes[:_MAX_NAMES]) + ", ..." * (num_classes > _MAX_NAMES)
     parameters = sum(parameter.numel() for parameter in flow.parameters())
     steps, batch_size = format_count(config.training.steps, "step"), min(config.training.batch_size, len(data))
-    processes = find_launch().count
+    processes, tasks = find_launch().count, int(os.environ.get("SLURM_NTASKS", "1"))
     return (
         f"images: {len(data):,} of {width}x{height} pixels, {'grey' if channels == 1 else 'colour'}{scaled}\n"
         f"classes: {num_classes or 'none'}{f' ({names})' * (len(data.classes) == num_classes > 0)}\n"
@@ -207,6 +213,7 @@ def _summary(config: TrainConfig, data: ImageDataset, held_out: ImageDataset | N
         f"model: {config.flow}, {parameters:,} parameters\n"
         f"training: {steps} of {format_count(batch_size, 'image')}, on {flow.var.device.type}"
         f"{f' in {processes} processes' * (processes > 1)}"
+        f"{f'; srun would start all {tasks} tasks of this SLURM job' * (processes == 1 < tasks)}"
     )
 
 

@@ -68,20 +68,21 @@ def _open_image(path: Path) -> Iterator[Image.Image]:
         with Image.open(path) as image:
             yield image
     except Exception as error:
-        raise DataError(f"{path}: not a usable image ({error}); replace or remove it") from error
+        raise DataError(f"{path}: not a usable image ({error}); replace it, or remove it before training") from error
 
 
 def read_image(path: Path, size: int, channels: int) -> UInt8[Tensor, "c h w"]:
-    """Reads an image, and resizes its shorter side to `size` and crops the centre.
+    """Reads an image, turns it upright as its EXIF data say, resizes its shorter side to `size` and crops the centre.
 
     Transparent pixels are blended onto white.
 
     Raises:
         DataError: If the file is broken, has more than 8 bits per value, or is smaller than `size`.
     """
-    from PIL import Image
+    from PIL import Image, ImageOps
 
     with _open_image(path) as image:
+        ImageOps.exif_transpose(image, in_place=True)
         if image.mode.startswith(("I", "F")):
             raise ValueError("more than 8 bits per value")
         if image.mode in ("LA", "PA", "RGBA") or "transparency" in image.info:

@@ -36,7 +36,7 @@ def load_images(
     In a folder of images each subfolder is a class; images that lie in the folder itself have no labels. Images and
     classes are sorted by name. Links are followed; hidden files, and files without an image suffix, are skipped. An
     image is read when it is needed. Its shorter side is resized to `size`, and the centre is cropped. Transparent
-    pixels are blended onto white, and an orientation in EXIF is ignored.
+    pixels are blended onto white, and photos are turned upright as their EXIF data say.
 
     Args:
         source: "fashion-512" or "emoji-256" (training images in the package), "fashion-mnist" (Debian's package

@@ -58,7 +58,7 @@ class InceptionFeatures(nn.Module):
             )
         except URLError as error:
             reason = f"the download failed ({error.reason})"
-            raise DataError(f"Inception's weights: {reason}; give a file, features of your own, or none") from error
+            raise DataError(f"Inception's weights: {reason}; give a file, features of your own, or 'none'") from error
         except (RuntimeError, AttributeError, TypeError) as error:
             raise DataError(f"{weights}: weights of another network; give {_WEIGHTS_FILE}") from error
 
@@ -106,4 +106,5 @@ def extract_features(
 def require_eval_extra(what: str) -> None:
     """Raises DataError if torchmetrics or torch-fidelity is not installed; an import would take seconds."""
     if find_spec("torchmetrics") is None or find_spec("torch_fidelity") is None:
-        raise DataError(f"{what}: needs torchmetrics and torch-fidelity; pip install torchmetrics torch-fidelity")
+        packages = "torchmetrics torch-fidelity"
+        raise DataError(f"{what}: needs other packages; pip install {packages}, or give features 'none'")

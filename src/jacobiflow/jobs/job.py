@@ -157,7 +157,7 @@ def _start(job: Job, store: JobStore, overwrite: bool) -> None:
     if earlier is not None and not is_replaced:
         store.check_spec(serialization.encode(job.earlier_spec(earlier)), job.remedy)
         machine = store.machine()
-        if not is_complete and machine != job.machine:
+        if (not is_complete or earlier != spec) and machine != job.machine:
             warnings.warn(
                 f"{store.path}: begun on another machine or by other versions: equal to rounding, not to the bit",
                 stacklevel=3,

@@ -231,7 +231,8 @@ class Texts(ContextKind):
         if states.ndim != 3 or states.shape[1] > length or states.shape[2] != size:
             raise InputValueError(f"{name} of shape {tuple(states.shape)}: give {give}")
         check_finite(name, states)
-        return F.pad(states, (0, 0, 0, length - states.shape[1]))
+        missing = length - states.shape[1]
+        return F.pad(states, (0, 0, 0, missing)) if missing else states
 
     def example(self, num: int) -> Context:
         if self.null_text.any():

@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from jacobiflow.blocks.base import FlowBlock, TokensLogDet
 from jacobiflow.blocks.context import Context
 from jacobiflow.blocks.tokens import Tokens
+from jacobiflow.errors import InputValueError
 
 
 class BlockLoader:
@@ -38,6 +39,7 @@ class BlockLoader:
         if self._stream is not None:
             for tensor in _tensors(flow.blocks):
                 tensor.data = tensor.data.pin_memory()  # A GPU reads pinned memory without the processor.
+        self._versions = _versions_of(flow)
 
     def view(self) -> Any:
         """Returns a view of the flow that computes by the copies of this loader; all else of it is on the device."""
@@ -49,9 +51,17 @@ class BlockLoader:
         return view
 
     def load(self, index: int) -> FlowBlock:
-        """Returns the copy of a block. The caller keeps no reference to it when it asks for another block."""
+        """Returns the copy of a block. The caller keeps no reference to it when it asks for another block.
+
+        Raises:
+            InputValueError: If the flow has other weights than before.
+        """
+        if _versions_of(self.flow) != self._versions:
+            raise InputValueError("flow: its weights have changed since it was offloaded; offload it again")
         num, step, copied = len(self.flow.blocks), index - self._last, self.copies.get(index)
         if step == 0 and copied is not None:
+            if self._stream is not None:
+                torch.cuda.current_stream(self.device).wait_stream(self._stream)
             return copied
         if abs(step) != 1:  # A pass starts: sampling at the last block, encoding at the first.
             step = -1 if index == num - 1 else 1
@@ -101,6 +111,11 @@ def _copies_of(tensors: list[Tensor], device: torch.device, dtype: torch.dtype) 
             moved = tensor.detach().to(device, non_blocking=True).to(kind, copy=True)
             copies[id(tensor)] = nn.Parameter(moved, False) if isinstance(tensor, nn.Parameter) else moved
     return copies
+
+
+def _versions_of(flow: Any) -> list[tuple[int, int]]:
+    """Returns what changes if the values of a tensor do."""
+    return [(each.data_ptr(), 0 if each.is_inference() else each._version) for each in _tensors(flow)]
 
 
 def _tensors(module: Any) -> list[Tensor]:

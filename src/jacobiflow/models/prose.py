@@ -127,7 +127,8 @@ class ProseBlock(TransformerBlock):
         return view
 
     def shared_parameters(self) -> SharedParameters:
-        atoms = self.permutation(self.embed_atoms(), dim=0)
+        # A copy of the block in float64 reads the embeddings of the flow, too.
+        atoms = self.permutation(self.embed_atoms(), dim=0).to(self.pos_embed_scale.dtype)
         if self.lookahead:
             atoms = torch.cat((atoms, F.pad(atoms[1:], (0, 0, 0, 1))), dim=-1)
         return SharedParameters(condition=self.proj_cond(atoms))
@@ -236,7 +237,7 @@ class Prose(Flow):
         tensors = _resolve_encodings(tensors)
         num_atoms = len(tensors["atom_type"])
         view = copy.copy(self)
-        view._of_any_peptide = (self,)  # A tuple hides it from `nn.Module`, whose submodule it is not.
+        view._of_any_peptide = (self.stored,)  # A tuple hides it from `nn.Module`, whose submodule it is not.
         view.config = replace(self.config, num_tokens=num_atoms)
         view._modules, view._buffers = dict(self._modules), dict(self._buffers)
         view._non_persistent_buffers_set = set()

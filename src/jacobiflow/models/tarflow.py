@@ -265,6 +265,13 @@ class TarFlow(Flow):
                 f"context_dim={config.context_dim}: the original code has 64, 4 and 0 only; save a model "
                 "folder instead"
             )
+        if [block.permutation for block in self.blocks] != [
+            Permutation("flip" if i % 2 else "identity") for i in range(config.num_blocks)
+        ]:
+            raise CheckpointError(
+                "orders: the original code reads tokens alternately as they are and reversed; save a model folder "
+                "instead"
+            )
         state = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
         check_values(state, f"{path}: not written")
         mask = torch.ones(config.num_tokens, config.num_tokens).tril()

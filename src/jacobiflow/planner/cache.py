@@ -19,6 +19,7 @@ import torch
 from jacobiflow.errors import InputError
 from jacobiflow.fixed_point import Sequential, Solver
 from jacobiflow.fixed_point.options import DEFAULT_TOLERANCE
+from jacobiflow.fixed_point.registry import Piece, registered_pieces
 from jacobiflow.models.checkpoints.fingerprint import cached_fingerprint
 from jacobiflow.models.flow import Flow, check_flow
 from jacobiflow.models.latents import MAX_SAMPLES
@@ -95,7 +96,8 @@ def _environment(flow: Flow) -> tuple[Hashable, ...]:
     device = flow.var.device
     return (
         flow.guidance, str(device), flow.var.dtype, torch.get_float32_matmul_precision(),
-        torch.is_autocast_enabled(device.type), torch.get_num_threads(), library_name(),
+        torch.is_autocast_enabled(device.type) and str(torch.get_autocast_dtype(device.type)),
+        torch.get_num_threads(), library_name(), *sorted(registered_pieces(Piece)),
     )  # fmt: skip
 
 

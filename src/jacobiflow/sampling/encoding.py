@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+import torch
 from jaxtyping import UInt8
 from torch import Tensor
 
@@ -15,7 +16,11 @@ from jacobiflow.errors import InputValueError
 
 def npz_bytes(arrays: Mapping[str, Tensor | None]) -> bytes:
     """Returns the arrays as the bytes of an .npz file, which holds no date; those that are `None` are left out."""
-    stored: dict[str, Any] = {name: each.detach().cpu().numpy() for name, each in arrays.items() if each is not None}
+    tensors = {name: each.detach().cpu() for name, each in arrays.items() if each is not None}
+    stored: dict[str, Any] = {
+        name: (each.float() if each.dtype == torch.bfloat16 else each).numpy()  # NumPy has no bfloat16.
+        for name, each in tensors.items()
+    }
     npz = io.BytesIO()
     np.savez(npz, **stored)
     return npz.getvalue()

@@ -29,8 +29,10 @@ class ImportanceWeights:
 
     Example:
         >>> weights = jf.ImportanceWeights(torch.tensor([0.0, 0.0, -1.0e9]))
-        >>> weights.effective_sample_size, weights.mean(torch.tensor([1.0, 3.0, 99.0])).item()
-        (2.0, 2.0)
+        >>> weights
+        importance weights of 3 samples, worth 2.0 samples of the target
+        >>> weights.mean(torch.tensor([1.0, 3.0, 99.0])).item()
+        2.0
     """
 
     log_weights: Float[Tensor, " n"]
@@ -57,11 +59,25 @@ class ImportanceWeights:
 
         A sample of weight 0 does not count, even if its value is infinite or NaN.
         """
+        return torch.tensordot(*self._weighted(values), dims=1)
+
+    def standard_error(self, values: Float[Tensor, n * d]) -> Float[Tensor, "*d"]:
+        """Returns the standard error of `mean(values)`: the root of sum(v^2 (values - mean)^2), v = w / sum(w).
+
+        It is too small if the samples miss a part of the target. Source: A. Owen, Monte Carlo theory, methods and
+        examples, section 9.2.
+        """
+        weights, values = self._weighted(values)
+        differences = values - torch.tensordot(weights, values, dims=1)
+        return torch.tensordot(weights.abs().square(), differences.abs().square(), dims=1).sqrt()
+
+    def _weighted(self, values: Float[Tensor, n * d]) -> tuple[Float[Tensor, " k"], Float[Tensor, k * d]]:
+        """Returns the weights over their sum that are not 0, and the values of these samples."""
         check_rows("values", values, len(self.log_weights), "samples")
         dtype = values.dtype if values.is_floating_point() or values.is_complex() else self.log_weights.dtype
         values, weights = values.to(dtype), self.normalized.to(dtype)
         has_weight = weights != 0
-        return torch.tensordot(weights[has_weight], values[has_weight], dims=1)
+        return weights[has_weight], values[has_weight]
 
     def resample(self, num: int, seed: int = 0) -> Int[Tensor, " k"]:
         """Returns the indices of `num` samples, drawn with replacement in proportion to the weights."""
@@ -69,6 +85,10 @@ class ImportanceWeights:
         bounds = self.normalized.double().cumsum(dim=0).cpu()  # `multinomial` takes at most 2^24 of them
         draws = torch.rand(num, generator=generator, dtype=torch.float64) * bounds[-1]
         return torch.searchsorted(bounds, draws, right=True).clamp(max=len(bounds) - 1)
+
+    def __repr__(self) -> str:
+        num, size = len(self.log_weights), self.effective_sample_size
+        return f"importance weights of {num:,} samples, worth {size:,.{size < 100:d}f} samples of the target"
 
 
 def importance(

@@ -99,11 +99,14 @@ def invert_in_groups(
 
 def _attach_gradient(flow: Flow, i: int, z: Tokens, context: Context, solution: Solution) -> tuple[Tensor, Tensor]:
     """Returns x and the log-determinant of a block, with gradients if the block, `z` or the context has any."""
-    parameters: list[Tensor] = [each for each in flow.block(i).parameters() if each.requires_grad]
+    shared = [each for name, each in flow.named_parameters() if not name.startswith("blocks.")]  # A Prose has some.
+    parameters: list[Tensor] = [each for each in (*flow.block(i).parameters(), *shared) if each.requires_grad]
     inputs = (z, context.values)
     if not parameters and not any(each is not None and each.requires_grad for each in inputs):
         return solution.x, solution.log_det
-    return with_gradient(Problem(flow.inverse_block(i), z, context), parameters, solution.x, solution.log_det)
+    # NaN in one row would spoil the gradients of the weights, which add up those of all rows.
+    x = solution.x.masked_fill((solution.status == Status.NONFINITE).view(-1, 1, 1), 0)
+    return with_gradient(Problem(flow.inverse_block(i), z, context), parameters, x, solution.log_det)
 
 
 def log_prob_of(flow: Flow, solution: FlowSolution, batch_size: int) -> Float[Tensor, " n"]:

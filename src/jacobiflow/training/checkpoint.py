@@ -40,11 +40,18 @@ def gather(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def write_checkpoint(out: Path, step: int, state: Mapping[str, Tensor]) -> None:
-    """Replaces the checkpoint in the folder of a run. All processes call it."""
+    """Replaces the checkpoint in the folder of a run. All processes call it.
+
+    Raises:
+        OSError: If it cannot be written; the earlier checkpoint is kept.
+    """
     tensors = gather(state)
     if rank() == 0:
         with atomic_path(out / CHECKPOINT) as path:
-            save_file(tensors, path, {"step": str(step)})
+            try:
+                save_file(tensors, path, {"step": str(step)})
+            except SafetensorError as error:
+                raise OSError(f"{out / CHECKPOINT}: cannot be written ({error})") from error
 
 
 @torch.no_grad()

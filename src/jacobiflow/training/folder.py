@@ -59,14 +59,14 @@ def _job_store(out: Path) -> JobStore:
 
 
 def write_or_check_manifest(out: Path, spec: Mapping[str, Any], machine: Mapping[str, Any]) -> None:
-    """Writes the manifest of a new run, or checks that the folder is of the same run.
+    """Writes the manifest of a run without a checkpoint, or checks that the folder is of the same run.
 
     Raises:
         InputValueError: If the folder has other files, or is of another run; the message names all differences.
     """
     files.check_own(out, KIND)
     manifest = _job_store(out)
-    if manifest.read_spec() is None:
+    if manifest.read_spec() is None or not (out / CHECKPOINT).exists():
         manifest.write_manifest(spec, machine)
     manifest.check_spec(spec, "give its settings and data, or another folder")
 

@@ -114,6 +114,7 @@ def train(
         stop = stack.enter_context(stop_signals())
         run = _Run(flow, items, held_out, config, out)
         write_to_board = stack.enter_context(folder.open_board(out, run.step))
+        is_saved = False
         while run.step < config.steps and not run.is_stopped:
             metrics = run.take_step(stop.is_set())
             write_to_board(metrics)
@@ -121,13 +122,15 @@ def train(
                 on_step(metrics)
             if rank() == 0 and progress is not None:
                 progress(run.step, config.steps, "training")
+            is_saved = run.step % config.checkpoint_every == 0 or run.step == config.steps
+            if is_saved:  # before samples are drawn, which may fail
+                run.save()
             if on_sample is not None and (run.step % config.sample_every == 0 or run.step == config.steps):
                 average = run.state.averaged_flow()
                 if average is not None:
                     on_sample(average, run.step)
-            if run.step % config.checkpoint_every == 0 and run.step < config.steps:
-                run.save()
-        run.save()
+        if not is_saved:  # A run that was complete may have lost its model folder.
+            run.save()
         if run.step < config.steps:
             raise KeyboardInterrupt
     return type(flow).from_pretrained(out) if run.state.is_sharded else run.state.average.flow

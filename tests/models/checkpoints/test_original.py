@@ -150,6 +150,8 @@ def test_masks_of_any_size_and_dtype_are_read_and_names_are_text(tmp_path: Path)
 
 def test_export_refuses(tmp_path: Path) -> None:
     assert "head_dim=4, expansion=2" in error_of(make().to_original, tmp_path / "x.pth")
+    reversed_first = jf.TarFlow(jf.TokenConfig(4, 1, 64, num_blocks=2, layers_per_block=1, orders=("flip", "identity")))
+    assert "orders: the original code reads tokens" in error_of(reversed_first.to_original, tmp_path / "x.pth")
     flow = make(ORIGINAL)
     assert "cannot be written" in error_of(flow.to_original, tmp_path)
     flow.var[0, 0] = torch.inf

@@ -6,6 +6,7 @@ import re
 import shutil
 import sys
 from collections.abc import Callable
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,12 @@ from PIL import Image
 from torch import Tensor
 
 import jacobiflow as jf
+from jacobiflow.data import quantize
 from jacobiflow.jobs import JobFolderError
 from jacobiflow.models.latents import draw_latents
 from jacobiflow.planner import auto
 from tests.helpers.kills import read_files
-from tests.helpers.problems import make_flow, to_float32
+from tests.helpers.problems import make_flow, make_star, texts, to_float32
 from tests.helpers.sample_folders import pixels_in, run, shards, tiny_flow
 from tests.helpers.scoring import levels
 
@@ -131,6 +133,16 @@ def test_more_samples_are_added(reference: Path, out: Path) -> None:
     run(out.parent / "twelve", 12)
     assert run(out, 12).num_new == 4  # The last shard had two.
     assert shards(out) == shards(out.parent / "twelve")
+    draw(out.parent / "grown", num=1, labels=CLASSES[:1])  # less than a batch
+    assert shards(draw(out.parent / "grown").path) == shards(draw(out.parent / "ten").path)
+
+
+def test_states_of_texts_may_be_in_bfloat16(tmp_path: Path) -> None:
+    flow, states = deepcopy(make_star()).float(), texts(make_star(), 3).bfloat16()
+    samples = jf.sample(flow, 3, context=states.float(), strategy="sequential")
+    folder = jf.sample_to_folder(flow, 3, tmp_path, context=states, strategy="sequential")
+    assert torch.equal(folder.images(0), quantize(samples.images))
+    jf.sample(flow, 3, context=states, strategy="sequential").save(tmp_path / "saved")
 
 
 def test_other_settings_are_refused_before_anything_is_changed(out: Path) -> None:

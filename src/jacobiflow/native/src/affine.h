@@ -68,7 +68,9 @@ class Affine {
     switch (t.scale_activation) {
       case ScaleActivation::exp: log_scale = parameter; break;
       case ScaleActivation::soft_clipped_exp: log_scale = parameter * soft_clip(); break;
-      case ScaleActivation::clamped_exp: log_scale = S::min(S::max(parameter, (T)t.min_log_scale), (T)t.max_log_scale); break;
+      case ScaleActivation::clamped_exp:  // NaN if the parameter is infinite, as in pyro
+        log_scale = S::min(S::max(parameter, (T)t.min_log_scale), (T)t.max_log_scale) + parameter * T(0);
+        break;
       case ScaleActivation::square_root: log_scale = S::log(parameter + (T)t.min_scale) * T(0.5); break;
       default:
         scale = t.scale_activation == ScaleActivation::softplus ? S::softplus(parameter, 1, 20) : sigmoid();

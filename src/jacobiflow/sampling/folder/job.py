@@ -109,11 +109,13 @@ def sample_to_folder(
         sensitivity=sensitivity, batch_size=batch_size, log_prob=log_prob,
     )  # fmt: skip
     name = "a Strategy" if isinstance(strategy, Strategy) else str(strategy)
-    spec = SampleSpec.of(request, name, num=num, seed=seed, shard_size=shard_size, files=files)
+    spec = SampleSpec.of(
+        request, name, num=num, seed=seed, batch_size=batch_size, shard_size=shard_size, files=files
+    )  # fmt: skip
     job = SampleJob(spec, describe_machine(flow.var.device), request)
     run = jobs.run(job, out, overwrite=overwrite, progress=progress)
     folder = SampleFolder(Path(out), spec, run.missing_size, run.seconds, run.should_print)
-    outcome = folder.outcome()
+    outcome = serialization.decode(Outcome, run.result)
     if outcome.has_shortfall and run.should_print:
         warnings.warn(str(outcome), stacklevel=2)
     return folder
@@ -141,7 +143,8 @@ class SampleJob(jobs.Job):
 
     @torch.no_grad()
     def _plan(self, progress: Progress | None) -> UnitOutput:
-        return UnitOutput({"strategy.json": json_bytes(self.request.plan(self.spec.batch_size).to_json())})
+        strategy = self.request.plan(min(self.spec.batch_size, self.spec.num))
+        return UnitOutput({"strategy.json": json_bytes(strategy.to_json())})
 
     @torch.no_grad()
     def _draw_shard(self, strategy: Strategy, index: int, progress: Progress | None) -> UnitOutput:
@@ -171,10 +174,8 @@ class SampleJob(jobs.Job):
     def earlier_spec(self, earlier: Mapping[str, Any]) -> SampleSpec:
         """Returns the spec of fewer samples, under the first of the labels."""
         folder = serialization.decode(SampleSpec, earlier)
-        if folder.num > self.spec.num:  # It differs in `num`; other labels and batches may follow from that.
-            return replace(
-                self.spec, labels_or_context_sha256=folder.labels_or_context_sha256, batch_size=folder.batch_size
-            )
+        if folder.num > self.spec.num:  # It differs in `num`; other labels may follow from that.
+            return replace(self.spec, labels_or_context_sha256=folder.labels_or_context_sha256)
         labels = labels_or_context_sha256(self.request.context[: folder.num])
         return replace(self.spec, num=folder.num, labels_or_context_sha256=labels)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from dataclasses import dataclass
 from typing import Annotated, Literal
@@ -25,6 +26,7 @@ STRATEGY = "strategy"
 Count = Annotated[int, msgspec.Meta(ge=1)]
 Files = Literal["npz", "png"]
 _MAX_SHARDS = 100_000
+_HASHED_ROWS = 1024  # Rows of a context that are copied at a time.
 _MAX_NAME_LENGTH = 60  # Characters of a class's name in the name of a folder.
 
 
@@ -71,11 +73,11 @@ class SampleSpec:
 
     @classmethod
     def of(
-        cls, request: SamplingRequest, strategy: str, *, num: int, seed: int, shard_size: int, files: Files
+        cls, request: SamplingRequest, strategy: str, *, num: int, seed: int, batch_size: int, shard_size: int,
+        files: Files,
     ) -> SampleSpec:  # fmt: skip
         """Returns the spec of the samples of a request, whose strategy has the name `strategy`."""
-        flow, config, batch_size = request.flow, request.flow.config, request.options.batch_size
-        assert batch_size is not None
+        flow, config = request.flow, request.flow.config
         solvers = None if isinstance(request.strategy, Auto) else request.strategy.to_json()
         return cls(
             num=num, shape=flow.image_shape or (config.num_tokens, config.token_dim), seed=seed,
@@ -127,5 +129,8 @@ def labels_or_context_sha256(context: Context) -> str | None:
     values = context.values
     if values is None:
         return None
-    array = values.detach().cpu().numpy()
-    return sha256(array.astype("<f4" if values.is_floating_point() else "<i8").tobytes())
+    digest = hashlib.sha256()
+    for rows in values.detach().split(_HASHED_ROWS):
+        rows = rows.float() if values.is_floating_point() else rows
+        digest.update(rows.cpu().numpy().astype("<f4" if values.is_floating_point() else "<i8").tobytes())
+    return digest.hexdigest()
