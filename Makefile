@@ -54,9 +54,9 @@ fuzz: setup
 mutants: setup
 	$(BIN)/python -m tools.mutants
 
-# Measures the speed and the exactness that README, the model cards and the pages show, on two idle cores. It goes on if it was
-# stopped, measures again what is of other code, and refuses to go on with the results of another machine. Each line is a command
-# of its own, whose docstring says what it measures.
+# Measures the speed and the exactness that README, the model cards and the pages show (70 minutes on two idle cores). It goes on
+# if it was stopped, measures again what is of other code, and refuses to go on with the results of another machine. Each line is a
+# command of its own, whose docstring says what it measures.
 RENDER = $(BIN)/python -m tools.docs.render
 MEASURE = $(BIN)/python -m benchmarks
 measure: setup emoji
@@ -72,7 +72,7 @@ measure: setup emoji
 	$(RENDER)
 	$(BIN)/python -m tools.pictures.figures
 
-# Simulates alanine dipeptide, and compares samples of its flow with the simulations (50 minutes on two cores).
+# Simulates alanine dipeptide, and compares samples of its flow with the simulations (23 minutes on two cores).
 simulations: setup
 	$(BIN)/python -m examples.boltzmann simulate --seed 1
 	$(BIN)/python -m examples.boltzmann simulate --seed 2

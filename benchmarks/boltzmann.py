@@ -1,6 +1,6 @@
 """Measures flows over tokens of molecules on two idle cores: `python -m benchmarks.boltzmann [FILE ...]`.
 
-Each FILE is a result file. `alanine` (eight minutes; docs/boltzmann.md) needs the simulations that `python -m
+Each FILE is a result file. `alanine` (three minutes; docs/boltzmann.md) needs the simulations that `python -m
 examples.boltzmann simulate` writes: free energies along phi of the simulations and of proposals, effective sample
 sizes, and what samples that are not certified do to the weights. `boltzmann` (docs/boltzmann.md): samples with
 densities of flows of the sizes of SBG's, with random weights, and of the trained flow of the example; then backward

@@ -216,7 +216,7 @@ def test_what_cannot_work_is_refused_before_anything_is_computed(
 def test_a_missing_package_is_named(refuse: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torch_fidelity", None)
     line = "evaluate --model model --samples samples --images test --features mine.py:rows --out out-x"
-    refuse(line, "needs other packages; pip install torchmetrics torch-fidelity, or give ")
+    refuse(line, ": pip install torchmetrics torch-fidelity, or give features ")
 
 
 def test_features_are_computed_on_the_device_of_the_model(

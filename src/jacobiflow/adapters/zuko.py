@@ -169,12 +169,12 @@ def _spline_fields(bins: int, slope: float, bound: float) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _is_elementwise(module: Any) -> bool:
-    """Returns True if zuko's log-determinants of a module are those of single features (event_dim 0)."""
+def _has_event_dim_0(module: Any) -> bool:
+    """Returns True if zuko's log-determinant of a module is one for each feature, not their sum."""
     if isinstance(module, LazyInverse):
-        return _is_elementwise(module.transform)
+        return _has_event_dim_0(module.transform)
     if isinstance(module, LazyComposedTransform):
-        return all(map(_is_elementwise, module.transforms))
+        return all(map(_has_event_dim_0, module.transforms))
     return isinstance(module, UnconditionalTransform) and module.f in (AffineTransform, SoftclipTransform)
 
 
@@ -363,8 +363,9 @@ class AcceleratedComposed(_AcceleratedTransform, ComposedTransform):  # type: ig
 
     def call_and_ladj(self, x: Float[Tensor, "*batch d"]) -> tuple[Float[Tensor, "*batch d"], Tensor]:
         """Returns y and the logarithm of the Jacobian's determinant, by feature if no transform mixes features."""
-        own = ComposedTransform.call_and_ladj if _is_elementwise(self.module) else _AcceleratedTransform.call_and_ladj
-        return own(self, x)
+        if _has_event_dim_0(self.module):
+            return ComposedTransform.call_and_ladj(self, x)
+        return super().call_and_ladj(x)
 
 
 class AcceleratedNormalizingFlow(NormalizingFlow):  # type: ignore[misc]
@@ -458,7 +459,7 @@ ADAPTERS: tuple[Adapter, ...] = (
         has_search=_has_networks_of_features,
     ),
     Adapter(GeneralCouplingTransform, ("forward",), AcceleratedLazyTransform, list_transforms, needs_native=True),
-    Adapter(ElementWiseTransform, (), AcceleratedModule, list_transforms, needs_native=True),  # in compositions
+    Adapter(ElementWiseTransform, (), AcceleratedModule, list_transforms, needs_native=True),
     Adapter(LazyComposedTransform, ("forward",), AcceleratedLazyComposed, list_transforms, True, "transforms"),
     Adapter(Flow, ("forward",), AcceleratedFlow, list_transforms, is_composition=True),
 )

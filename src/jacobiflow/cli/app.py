@@ -163,11 +163,11 @@ def _describe_options(error: CycloptsError) -> str:
     """Returns the message for options that cannot be parsed."""
     if isinstance(error, UnusedCliTokensError) and error.unused_tokens:
         word, path = error.unused_tokens[0], Path(error.unused_tokens[0])
-        is_model = word in options.BUNDLED_MODELS or path.is_file() or (path / "config.json").exists()
-        is_model = is_model or ("/" in word and not path.exists())
+        is_model = word in options.BUNDLED_MODELS or "/" in word or path.exists()
         name = "model" if is_model else "prompts" if " " in word else "labels"
-        is_new = f"--{name}" not in (error.root_input_tokens or ())
-        is_likely = hasattr(error.target, name) and (is_model or not path.exists()) and is_new
+        is_other_folder = path.is_dir() and not (path / "config.json").exists()
+        is_given = f"--{name}" in (error.root_input_tokens or ())
+        is_likely = hasattr(error.target, name) and not is_other_folder and not is_given
         hint = f" Did you mean --{name} {quote(word)}?" * is_likely
         return f"{word}: there is no option before it.{hint}"
     if isinstance(error, MissingArgumentError) and error.argument is not None and error.app is not None:

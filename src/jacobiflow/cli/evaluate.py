@@ -129,8 +129,8 @@ def show(config: EvaluateConfig, result: EvaluationResult) -> None:
         if result.samples.num_nonfinite:
             print("samples that overflowed are stored as black images, which count in the scores")
     paired = {} if result.scores.paired is None else vars(result.scores.paired)
-    known = {name for name, value in (vars(result) | vars(result.scores) | paired).items() if value is not None}
-    rows = [[text.format(r=result, s=result.scores) for text in texts] for name, *texts in _ROWS if name in known]
+    names = {name for name, value in (vars(result) | vars(result.scores) | paired).items() if value is not None}
+    rows = [[text.format(r=result, s=result.scores) for text in texts] for name, *texts in _ROWS if name in names]
     show_table(("score", "value", ""), rows, text=(0, 2))
 
 

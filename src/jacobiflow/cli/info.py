@@ -131,13 +131,13 @@ def _format_bytes(size: int | None) -> str:
 
 
 def _check(path: str) -> InfoResult:
-    from jacobiflow.models.checkpoints.folder import CONFIG, INDEX, WEIGHTS, list_bundled
+    from jacobiflow.models.checkpoints.folder import CONFIG, WEIGHTS, list_bundled
     from jacobiflow.training import folder as training
     from jacobiflow.utils.files import MANIFEST, read_object
 
     folder = list_bundled().get(path, Path(path))
     checks: dict[str, Iterable[str]] = {}
-    if any((folder / file).exists() for file in (CONFIG, WEIGHTS, INDEX)):
+    if any((folder / file).exists() for file in (CONFIG, WEIGHTS)):
         checks["a model"] = _model_problems(folder)
     kind = (read_object(folder / MANIFEST) or {}).get("kind")
     if kind == training.KIND:

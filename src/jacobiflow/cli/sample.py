@@ -200,10 +200,8 @@ def _compare(
         SamplingRequest.resolve, flow, num, context=context[:num], certify=spec.certify, strategy=folder.strategy()
     )
     request = resolve(settings=jf.SamplingSettings(denoise=spec.denoise, denoise_dtype=spec.denoise_dtype))
-    if progress is not None:  # The original sampler may take minutes until the first step.
-        progress(0, 1, "timing")
-        if not sys.stderr.isatty():
-            print("drawing the first batch again, also by the original sampler", file=sys.stderr)
+    if progress is not None:  # The original sampler may take minutes until its first step.
+        print("drawing the first batch again, also by the original sampler", file=sys.stderr)
     with torch.no_grad():
         rounding = resolve(settings=None, sensitivity=True).run(z)
         runs = {config.strategy: partial(request.run, z)}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -118,10 +117,9 @@ def run(config: TrainConfig) -> TrainResult | None:
     if is_first:
         print(_summary(config, data, held_out, flow), file=sys.stderr)
         if start:
-            state = f"resumed at step {start:,} of {num_steps:,}"
-            if start >= num_steps:
-                state = f"complete at step {start:,}; to go on, give more --steps than that"
-            print(state, file=sys.stderr)
+            is_complete = start >= num_steps
+            rest = "; to go on, give more --steps than that" if is_complete else f" of {num_steps:,}"
+            print(f"{'complete' if is_complete else 'resumed'} at step {start:,}{rest}", file=sys.stderr)
 
     def print_metrics(metrics: TrainMetrics) -> None:
         if metrics.step % _PRINT_EVERY == 0 or metrics.held_out_loss is not None:
@@ -197,7 +195,7 @@ def _held_out_images(config: TrainConfig, data: ImageDataset) -> ImageDataset | 
 def _summary(config: TrainConfig, data: ImageDataset, held_out: ImageDataset | None, flow: Flow) -> str:
     """Describes the data, the flow and the run."""
     from jacobiflow.data import ImageFiles
-    from jacobiflow.utils.launch import find_launch
+    from jacobiflow.utils.launch import count_slurm_tasks, find_launch
 
     channels, height, width = data.images.shape[1:]
     scaled = "; other sizes are scaled down, and cropped to the centre" * isinstance(data.images, ImageFiles)
@@ -205,7 +203,7 @@ def _summary(config: TrainConfig, data: ImageDataset, held_out: ImageDataset | N
     names = ", ".join(data.classes[:_MAX_NAMES]) + ", ..." * (num_classes > _MAX_NAMES)
     parameters = sum(parameter.numel() for parameter in flow.parameters())
     steps, batch_size = format_count(config.training.steps, "step"), min(config.training.batch_size, len(data))
-    processes, tasks = find_launch().count, int(os.environ.get("SLURM_NTASKS", "1"))
+    processes, tasks = find_launch().count, count_slurm_tasks()
     return (
         f"images: {len(data):,} of {width}x{height} pixels, {'grey' if channels == 1 else 'colour'}{scaled}\n"
         f"classes: {num_classes or 'none'}{f' ({names})' * (len(data.classes) == num_classes > 0)}\n"

@@ -106,5 +106,4 @@ def extract_features(
 def require_eval_extra(what: str) -> None:
     """Raises DataError if torchmetrics or torch-fidelity is not installed; an import would take seconds."""
     if find_spec("torchmetrics") is None or find_spec("torch_fidelity") is None:
-        packages = "torchmetrics torch-fidelity"
-        raise DataError(f"{what}: needs other packages; pip install {packages}, or give features 'none'")
+        raise DataError(f"{what}: pip install torchmetrics torch-fidelity, or give features 'none'")

@@ -304,9 +304,9 @@ def _open_samples(path: Path, flow: Flow, paired: int) -> SampleFolder:
     check_fingerprint(folder.spec.flow_sha256, flow, f"--samples {path}: drawn from", "give that one as --model")
     for problem in folder.problems():
         raise InputValueError(problem)
-    dtypes = [dtype.replace("tf32", "float32") for dtype in (folder.spec.dtype, flow.precision)]
-    if paired and folder.spec.has_pictures and dtypes[0] != dtypes[1]:  # Pictures are drawn again.
-        message = f"drawn in {dtypes[0]}, not {dtypes[1]}; give --dtype {dtypes[0]}, or 0"
+    of_samples, of_flow = (dtype.replace("tf32", "float32") for dtype in (folder.spec.dtype, flow.precision))
+    if paired and folder.spec.has_pictures and of_samples != of_flow:  # Pictures are drawn again.
+        message = f"drawn in {of_samples}, not {of_flow}; give --dtype {of_samples}, or 0"
         raise InputValueError(message, argument="paired", value=paired)
     if paired and folder.spec.labels_or_context_sha256 is not None and folder.labels(0) is None:
         message = "the samples' texts or numbers are not in the folder; give 0"

@@ -14,13 +14,14 @@ from torch import Tensor
 from jacobiflow.errors import InputValueError
 
 
+def to_numpy(x: Tensor) -> np.ndarray:
+    """Returns a tensor as an array; bfloat16, which NumPy does not have, as float32."""
+    return (x.float() if x.dtype == torch.bfloat16 else x).detach().cpu().numpy()
+
+
 def npz_bytes(arrays: Mapping[str, Tensor | None]) -> bytes:
     """Returns the arrays as the bytes of an .npz file, which holds no date; those that are `None` are left out."""
-    tensors = {name: each.detach().cpu() for name, each in arrays.items() if each is not None}
-    stored: dict[str, Any] = {
-        name: (each.float() if each.dtype == torch.bfloat16 else each).numpy()  # NumPy has no bfloat16.
-        for name, each in tensors.items()
-    }
+    stored: dict[str, Any] = {name: to_numpy(each) for name, each in arrays.items() if each is not None}
     npz = io.BytesIO()
     np.savez(npz, **stored)
     return npz.getvalue()

@@ -31,8 +31,9 @@ class ImportanceWeights:
         >>> weights = jf.ImportanceWeights(torch.tensor([0.0, 0.0, -1.0e9]))
         >>> weights
         importance weights of 3 samples, worth 2.0 samples of the target
-        >>> weights.mean(torch.tensor([1.0, 3.0, 99.0])).item()
-        2.0
+        >>> values = torch.tensor([0.0, 4.0, 99.0])
+        >>> weights.mean(values).item(), weights.standard_error(values).item()
+        (2.0, 1.4142135381698608)
     """
 
     log_weights: Float[Tensor, " n"]
@@ -103,7 +104,7 @@ def importance(
         clip: The share of samples, those of the largest weights, that get the largest weight of the others.
 
     Raises:
-        ValueError: If a sample is above the tolerance, not finite, not certified, known to be sensitive to rounding, or
+        ValueError: If a sample is above the tolerance, not finite, approximate, known to be sensitive to rounding, or
             without a density, or if an energy is NaN or -infinity.
 
     Example:

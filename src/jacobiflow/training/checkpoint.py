@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from jacobiflow.errors import InputValueError, first_line
+from jacobiflow.models.checkpoints.tensors import write_tensors
 from jacobiflow.training.processes import rank
 from jacobiflow.utils.files import atomic_path
 
@@ -48,10 +48,7 @@ def write_checkpoint(out: Path, step: int, state: Mapping[str, Tensor]) -> None:
     tensors = gather(state)
     if rank() == 0:
         with atomic_path(out / CHECKPOINT) as path:
-            try:
-                save_file(tensors, path, {"step": str(step)})
-            except SafetensorError as error:
-                raise OSError(f"{out / CHECKPOINT}: cannot be written ({error})") from error
+            write_tensors(path, tensors, {"step": str(step)})
 
 
 @torch.no_grad()

@@ -53,10 +53,14 @@ def write_atomically(path: str | Path, data: bytes | bytearray, sync: bool = Tru
 
 
 def remove_partials(folder: Path, pattern: str = "*") -> None:
-    """Removes what killed processes have left: temporary files of `atomic_path` for files that match a glob pattern."""
-    partial = Path(pattern).with_name(f".{Path(pattern).name}.{16 * '[0-9a-f]'}.partial")
-    for path in sorted(folder.glob(str(partial))):
-        path.unlink(missing_ok=True)
+    """Removes what killed processes have left: temporary files of `atomic_path` for files that match a glob pattern.
+
+    Those of safetensors, which it renames to the temporary file of `atomic_path`, lie beside these.
+    """
+    name = Path(pattern).name
+    for partial in (f".{name}.{16 * '[0-9a-f]'}.partial", f".tmp{6 * '[0-9A-Za-z]'}"):
+        for path in sorted(folder.glob(str(Path(pattern).with_name(partial)))):
+            path.unlink(missing_ok=True)
 
 
 def read_json(path: str | Path) -> Any:

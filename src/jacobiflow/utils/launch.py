@@ -44,6 +44,11 @@ def find_launch(variables: Mapping[str, str] = os.environ) -> Launch:
     return Launch()
 
 
+def count_slurm_tasks(variables: Mapping[str, str] = os.environ) -> int:
+    """Returns the number of tasks of this SLURM job, which only srun starts; 1 outside of SLURM."""
+    return int(variables.get("SLURM_NTASKS", "1"))
+
+
 def local_device(name: str) -> str:
     """Returns the device of this process.
 

@@ -122,11 +122,11 @@ def test_saving_replaces_the_folder_as_a_whole(saved: Path, monkeypatch: pytest.
 
 
 @pytest.mark.parametrize("is_new", [True, False])
-@pytest.mark.parametrize(("renames", "size"), [(0, 10**9), (1, 10**9), (1, 2000), (3, 2000)])
+@pytest.mark.parametrize("renames", [0, 1])
 def test_a_killed_save_is_repaired_by_the_next_one(
-    saved: Path, is_new: bool, renames: int, size: int, monkeypatch: pytest.MonkeyPatch
+    saved: Path, is_new: bool, renames: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Killed after the old weights were removed, with the new config, or one of several files, in place or not."""
+    """Killed after the old weights were removed, with the new config in place or not."""
     place = saved.parent / "new" if is_new else saved
     remaining, replace_file = iter([True] * renames), os.replace
 
@@ -139,62 +139,17 @@ def test_a_killed_save_is_repaired_by_the_next_one(
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(os, "replace", killed)
         patch.setattr(Path, "unlink", lambda path, **how: None if path.suffix == ".partial" else unlink(path, **how))
-        make(seed=1).save_pretrained(place, max_shard_size=size)
+        make(seed=1).save_pretrained(place)
     error_of(jf.load, place)  # no model with the weights of one and the config of another
     make(seed=1).save_pretrained(place)
     assert_same(jf.load(place).state_dict(), make(seed=1).state_dict())
     assert len(list(place.iterdir())) == 3
 
 
-def test_weights_in_several_files_are_those_in_one(saved: Path) -> None:
-    """Written by this library and read by safetensors, and written by the hub's library."""
-    whole, parts = (saved / "model.safetensors").read_bytes(), {}
-    for size in (1, 3000):  # a file for each tensor, and fewer files that replace all of them
-        make().save_pretrained(saved, max_shard_size=size)
-        index = json.loads((saved / "model.safetensors.index.json").read_text())
-        files = {file.name: load_file(file) for file in saved.glob("model-*-of-*.safetensors")}
-        assert {name: file for file, state in files.items() for name in state} == index["weight_map"]
-        assert all(sum(x.nbytes for x in state.values()) <= size or len(state) == 1 for state in files.values())
-        parts = {name: tensor for state in files.values() for name, tensor in state.items()}
-        assert_same(parts, make().state_dict())
-        assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in parts.values())
-        assert sorted(files) == [f"model-{i:05}-of-{len(files):05}.safetensors" for i in range(1, len(files) + 1)]
-        assert_same(jf.load(saved).state_dict(), parts)
-    make().save_pretrained(saved)
-    assert (saved / "model.safetensors").read_bytes() == whole
-    assert len(list(saved.iterdir())) == 3
-    (saved / "model.safetensors").unlink()
-    huggingface_hub.save_torch_state_dict(parts, saved, max_shard_size=2000)
-    assert_same(jf.load(saved).state_dict(), parts)
-
-
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        ({"var": "model-00009-of-00009.safetensors"}, "model-00009-of-00009.safetensors: missing or damaged"),
-        ({"var": "../saved/model.safetensors"}, "names the file '../saved/model.safetensors'; name files"),
-        ({"var": "/etc/model.safetensors"}, "names the file '/etc/model.safetensors'; name files"),
-        ({"var": "model-00002-of-00003.safetensors"}, "has other tensors than model.safetensors.index.json names"),
-        ({"more": "model-00001-of-00003.safetensors"}, "model-00001-of-00003.safetensors: has other tensors"),
-        ({"var": None}, "index.json: weight_map"),
-        (None, "index.json: weight_map"),
-    ],
-)  # fmt: skip
-def test_an_index_that_does_not_fit_its_files(saved: Path, change: Any, words: str) -> None:
-    make().save_pretrained(saved, max_shard_size=3000)
-    file = saved / "model.safetensors.index.json"
-    index = json.loads(file.read_text())
-    assert set(index["weight_map"].values()) == {f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)}
-    index["weight_map"] = None if change is None else index["weight_map"] | change
-    file.write_text(json.dumps(index))
-    message = error_of(jf.load, saved)
-    assert str(saved) in message and words in message
-
-
 def test_loading_takes_the_memory_of_the_model_and_of_one_tensor(tmp_path: Path) -> None:
     """Straight to the device in the dtype that was asked for, whichever is stored."""
     flow = make()
-    flow.save_pretrained(tmp_path, dtype="bfloat16", max_shard_size=1000)
+    flow.save_pretrained(tmp_path, dtype="bfloat16")
     stored = sum(tensor.nbytes for tensor in flow.state_dict().values()) // 2
     largest = max(tensor.nbytes for tensor in flow.state_dict().values())
     with FakeDevice() as device:
@@ -206,9 +161,7 @@ def test_loading_takes_the_memory_of_the_model_and_of_one_tensor(tmp_path: Path)
             del loaded
 
 
-@pytest.mark.parametrize(
-    "name", ["config.json", "model.safetensors", "model-00001-of-00002.safetensors", "report.json"]
-)
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "report.json"])
 def test_saving_replaces_nothing_that_is_not_ours(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_text('{"model_type": "bert"}')
     message = error_of(make().save_pretrained, tmp_path)
@@ -261,7 +214,7 @@ def test_the_hub_is_asked_for_the_model_and_its_reports(saved: Path, monkeypatch
     flow = jf.TarFlow.from_pretrained("me/flow", revision="v2")
     assert_same(flow.state_dict(), make().state_dict())
     assert flow.report_files == tuple(saved / name for name in REPORTS)
-    files = ["config.json", "model.safetensors", folder.INDEX, "model-*-of-*.safetensors", *folder.REPORTS]
+    files = ["config.json", "model.safetensors", *folder.REPORTS]
     download.assert_called_once_with("me/flow", revision="v2", allow_patterns=files)
     monkeypatch.undo()  # a hub that is not reached
     message = error_of(jf.TarFlow.from_pretrained, "me/flow", cache_dir=saved, local_files_only=True)

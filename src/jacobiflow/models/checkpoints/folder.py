@@ -5,14 +5,13 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from safetensors.torch import save
 from torch import Tensor, nn
 
 from jacobiflow.blocks.guidance import Guidance, SamplingSettings
@@ -20,7 +19,7 @@ from jacobiflow.errors import CheckpointError, InputError, first_line
 from jacobiflow.models.checkpoints.card import format_model_card
 from jacobiflow.models.checkpoints.fingerprint import fingerprint
 from jacobiflow.models.checkpoints.original import name_options
-from jacobiflow.models.checkpoints.tensors import check_values, map_tensors, split_tensors
+from jacobiflow.models.checkpoints.tensors import check_values, map_tensors, write_tensors
 from jacobiflow.models.config import FlowConfig
 from jacobiflow.utils import serialization
 from jacobiflow.utils.checks import check_kind, format_value
@@ -28,14 +27,10 @@ from jacobiflow.utils.files import atomic_path, json_bytes, read_object, remove_
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
-INDEX = "model.safetensors.index.json"  # Says which of several files has a tensor.
-SHARDS = "model-*-of-*.safetensors"  # The files of an index.
-MAX_SHARD_SIZE = 5 * 10**9  # The bytes of weights in a file from which there are several.
 REPORTS = ("report.json", "report-*.json", "tuning.json", "tuning-*.json")  # Each guidance has files of its own.
 README = "README.md"
 FORMAT_VERSION = 2
 MODELS = Path(__file__).parents[2] / "bundled"
-_SHARD = re.compile(r"[\w-][\w.-]*\.safetensors", re.ASCII)  # It is in the folder of the index.
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 
 AnyConfig = TypeVar("AnyConfig", bound=FlowConfig)
@@ -89,24 +84,7 @@ class ModelFolder:
 
     def state(self) -> dict[str, Tensor]:
         """Returns the tensors, which are read from the files when they are used."""
-        index = self.path / INDEX
-        if (self.path / WEIGHTS).exists() or not index.exists():
-            return map_tensors(self.path / WEIGHTS)
-        with checkpoint_errors():
-            entries = serialization.load(index, "model", partial(serialization.decode, dict[str, Any]))
-            places = serialization.decode(dict[str, str], entries.get("weight_map"), f"model {index}: weight_map")
-        for name in places.values():
-            if not _SHARD.fullmatch(name):
-                raise CheckpointError(
-                    f"{index}: names the file {format_value(name)}; name files of this folder, *.safetensors"
-                )
-        contents = {name: map_tensors(self.path / name) for name in sorted(set(places.values()))}
-        for name, tensors in contents.items():
-            if differing := tensors.keys() ^ {tensor for tensor, place in places.items() if place == name}:
-                raise CheckpointError(
-                    f"{self.path / name}: has other tensors than {INDEX} names ({min(differing)!r}); copy both again"
-                )
-        return {name: tensor for tensors in contents.values() for name, tensor in tensors.items()}
+        return map_tensors(self.path / WEIGHTS)
 
 
 @contextmanager
@@ -141,7 +119,7 @@ def _download(name: str, hub: dict[str, Any]) -> Path:
         )
     client = import_hub()
     try:
-        return Path(client.snapshot_download(name, allow_patterns=[CONFIG, WEIGHTS, INDEX, SHARDS, *REPORTS], **hub))
+        return Path(client.snapshot_download(name, allow_patterns=[CONFIG, WEIGHTS, *REPORTS], **hub))
     except Exception as error:  # The exceptions of its HTTP client differ by version.
         raise CheckpointError(
             f"{format_value(name)} is neither a bundled name ({names}) nor a folder here, and the hub did not provide "
@@ -161,11 +139,6 @@ def find_file_by_guidance(flow: Any, prefix: str, read_guidance: Callable[[Path]
     return next(same, next(iter(files), None))
 
 
-def list_weights(path: Path) -> list[Path]:
-    """Lists the files of weights in a model folder, and their index."""
-    return [file for pattern in (WEIGHTS, INDEX, SHARDS) for file in sorted(path.glob(pattern))]
-
-
 def list_bundled() -> dict[str, Path]:
     """Returns the models that come with the package: name to folder."""
     return {file.parent.name: file.parent for file in sorted(MODELS.glob(f"*/{CONFIG}"))}
@@ -174,31 +147,14 @@ def list_bundled() -> dict[str, Path]:
 def check_own_model(path: Path) -> None:
     """Raises CheckpointError if a folder has files under a model's names, but no config.json of this library."""
     if "format_version" not in (read_object(path / CONFIG) or {}):
-        for file in (path / CONFIG, *list_weights(path), *list_reports(path)):
+        for file in (path / CONFIG, path / WEIGHTS, *list_reports(path)):
             if file.exists():
                 raise CheckpointError(
                     f"{file}: not of a model that jacobiflow wrote; move it away, or give another folder"
                 )
 
 
-def _weight_files(state: Mapping[str, Tensor], max_shard_size: int) -> Iterator[tuple[str, Callable[[], bytes]]]:
-    """Yields the names of the files of weights, and functions that make their contents; the index is the last."""
-    parts = split_tensors(state, max_shard_size)
-    if len(parts) == 1:
-        yield WEIGHTS, partial(save, parts[0], {"format": "pt"})
-        return
-    places = dict[str, str]()
-    for i, part in enumerate(parts, 1):
-        file = f"model-{i:05}-of-{len(parts):05}.safetensors"
-        places |= dict.fromkeys(part, file)
-        yield file, partial(save, part, {"format": "pt"})
-    size = sum(tensor.nbytes for tensor in state.values())
-    yield INDEX, partial(json_bytes, {"metadata": {"total_size": size}, "weight_map": places})
-
-
-def write_model(
-    flow: Any, path: Path, dtype: torch.dtype | None = None, title: str = "", max_shard_size: int = MAX_SHARD_SIZE
-) -> None:
+def write_model(flow: Any, path: Path, dtype: torch.dtype | None = None, title: str = "") -> None:
     """Writes a model folder, as `Flow.save_pretrained` documents it.
 
     If there is no README.md, it writes a model card with `title`, by default the folder's name.
@@ -219,17 +175,14 @@ def write_model(
         document["recommended"] = serialization.encode(flow.recommended)
     if flow.classes:
         document["classes"] = list(flow.classes)
-    make_config: Callable[[], bytes] = partial(json_bytes, document)
-    files = [(CONFIG, make_config), *_weight_files(state, max_shard_size)]
     try:
         path.mkdir(parents=True, exist_ok=True)
         remove_partials(path)
-        with ExitStack() as renames:  # It renames the config first, and what completes the weights last.
-            for name, make_content in reversed(files):
-                renames.enter_context(atomic_path(path / name)).write_bytes(make_content())
-            # A stop between the renames must not leave old weights with a new config.
-            for file in list_weights(path):
-                file.unlink()
+        with atomic_path(path / WEIGHTS) as weights, atomic_path(path / CONFIG) as config:
+            write_tensors(weights, state, {"format": "pt"})
+            config.write_bytes(json_bytes(document))
+            # The config is renamed first. If the process stops then, no old weights must lie beside it.
+            (path / WEIGHTS).unlink(missing_ok=True)
         for name, content in reports.items():
             write_atomically(path / name, content)
         if not os.path.lexists(path / README):

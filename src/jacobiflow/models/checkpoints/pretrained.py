@@ -13,7 +13,6 @@ from jacobiflow.blocks.guidance import SamplingSettings
 from jacobiflow.errors import CheckpointError
 from jacobiflow.models.checkpoints.folder import (
     CONFIG,
-    MAX_SHARD_SIZE,
     ModelFolder,
     checkpoint_errors,
     import_hub,
@@ -22,7 +21,7 @@ from jacobiflow.models.checkpoints.folder import (
 )
 from jacobiflow.models.checkpoints.tensors import build, resolve_dtype
 from jacobiflow.models.config import FlowConfig, resolve_rate
-from jacobiflow.utils.checks import check_count, check_path
+from jacobiflow.utils.checks import check_path
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -75,10 +74,7 @@ class Pretrained(nn.Module):
             resolve_rate(config, folder.recommended.denoise)
         return flow
 
-    def save_pretrained(
-        self, save_directory: str | Path, *, dtype: torch.dtype | str | None = None,
-        max_shard_size: int = MAX_SHARD_SIZE,
-    ) -> None:  # fmt: skip
+    def save_pretrained(self, save_directory: str | Path, *, dtype: torch.dtype | str | None = None) -> None:
         """Writes a model folder, which replaces an older one once all files are complete.
 
         The flow's `recommended` settings and the names of its classes go into config.json. Its reports are copied if
@@ -86,15 +82,12 @@ class Pretrained(nn.Module):
 
         Args:
             dtype: The dtype of the stored weights; by default the flow's own.
-            max_shard_size: The most bytes of weights in a file, unless it is one tensor. More make several files with
-                an index, as the Hugging Face Hub has them.
 
         Raises:
             CheckpointError: If a weight is not finite, or the folder has model files that jacobiflow did not write.
         """
         check_path("save_directory", save_directory)
-        max_shard_size = check_count("max_shard_size", max_shard_size)
-        write_model(self, Path(save_directory), resolve_dtype(dtype), max_shard_size=max_shard_size)
+        write_model(self, Path(save_directory), resolve_dtype(dtype))
 
     def push_to_hub(
         self, repo_id: str, *, private: bool | None = None, token: str | None = None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import reduce
@@ -10,7 +11,7 @@ from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from jacobiflow.errors import CheckpointError, InputValueError, first_line
@@ -27,16 +28,12 @@ def map_tensors(file: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{file}: missing or damaged ({first_line(error)}); copy it again") from error
 
 
-def split_tensors(state: Mapping[str, Tensor], max_size: int) -> list[dict[str, Tensor]]:
-    """Splits a state dict, in its order, into parts of at most `max_size` bytes, or of one tensor."""
-    parts, size = [dict[str, Tensor]()], 0
-    for name, tensor in state.items():
-        if parts[-1] and size + tensor.nbytes > max_size:
-            parts.append({})
-            size = 0
-        parts[-1][name] = tensor
-        size += tensor.nbytes
-    return parts
+def write_tensors(file: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
+    """Writes tensors and strings to a safetensors file. Raises OSError, for example if the disk is full."""
+    try:
+        save_file(dict(tensors), file, metadata)
+    except SafetensorError as error:
+        raise OSError(errno.EIO, first_line(error), str(file)) from error
 
 
 def build(

@@ -121,8 +121,9 @@ class ForwardTile {
     each_of_team(0, call.features, [&](int f) {
       const T scale = scales[f], shift = shifts[f];
       T* at = features + (size_t)f * rows;
-      // A normal distribution has no negative scale: its density is NaN, and the library's own code computes such rows.
-      const Vector given = S::broadcast(scale), log_scale = S::log(t.kind == TransformKind::normal ? given : S::abs(given));
+      // The density of a normal distribution is NaN if its scale is negative, and its rows are left to the library.
+      const T size = t.kind != TransformKind::normal && scale < 0 ? -scale : scale;
+      const Vector log_scale = S::log(S::broadcast(size));
       for (int v = 0; v < vectors; v++, at += S::lanes) {
         const Vector in = S::load(at), standard = (in - shift) / scale;
         Vector x = in, out = inverts ? standard : in * scale + shift, change = log_scale;

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 from dataclasses import dataclass
 from typing import Annotated, Literal
@@ -17,6 +16,7 @@ from jacobiflow.fixed_point import CertifyMode
 from jacobiflow.models.checkpoints.fingerprint import fingerprint
 from jacobiflow.models.latents import MAX_SAMPLES
 from jacobiflow.planner import Auto
+from jacobiflow.sampling.encoding import to_numpy
 from jacobiflow.sampling.request import SamplingRequest
 from jacobiflow.utils.files import json_bytes, sha256
 
@@ -26,7 +26,6 @@ STRATEGY = "strategy"
 Count = Annotated[int, msgspec.Meta(ge=1)]
 Files = Literal["npz", "png"]
 _MAX_SHARDS = 100_000
-_HASHED_ROWS = 1024  # Rows of a context that are copied at a time.
 _MAX_NAME_LENGTH = 60  # Characters of a class's name in the name of a folder.
 
 
@@ -129,8 +128,4 @@ def labels_or_context_sha256(context: Context) -> str | None:
     values = context.values
     if values is None:
         return None
-    digest = hashlib.sha256()
-    for rows in values.detach().split(_HASHED_ROWS):
-        rows = rows.float() if values.is_floating_point() else rows
-        digest.update(rows.cpu().numpy().astype("<f4" if values.is_floating_point() else "<i8").tobytes())
-    return digest.hexdigest()
+    return sha256(to_numpy(values).astype("<f4" if values.is_floating_point() else "<i8").tobytes())
