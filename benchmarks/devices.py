@@ -47,7 +47,6 @@ ROUNDS = {1: 9, 4: 7, 16: 5, 64: 3}
 FLOAT32, HALVES, AUTO, ORIGINAL = "float32", "16 bits", "auto", "original"
 
 LARGE = jf.STARFlowConfig(layers_per_block=(1, 1, 4))
-SHARD_SIZE = 500_000_000  # Bytes in a file.
 INTERVAL = 0.002  # Seconds between two looks at the memory.
 
 ROUNDED_MODELS = ("digits-p1", "alanine-dipeptide", "fashion-p2", "emoji-star", "emoji-p2")
@@ -161,7 +160,7 @@ def measure_large(key: Json) -> Json:
     """Measures in a process of its own."""
     run, how = (load_large, key["load"]) if "load" in key else (sample_large, key["sample"])
     with TemporaryDirectory() as folder:
-        random_starflow(LARGE, "bfloat16").save_pretrained(folder, max_shard_size=SHARD_SIZE)
+        random_starflow(LARGE, "bfloat16").save_pretrained(folder)
         return in_new_process(run, folder, how)
 
 

@@ -183,7 +183,7 @@ def test_devices(run: Run) -> None:
     rows = run(
         "devices", MODELS=("digits-p1", "digits-p1, bfloat16"),
         BATCHES=(1,), ROUNDS={1: 1}, FLOAT64_MODEL="digits-p1", FLOAT64_BATCH=1, RELEASED=star, LARGE=star,
-        SHARD_SIZE=20_000, in_new_process=call, ROUNDED_MODELS=("digits-p1",), ROUNDED=2, ROUNDED_BATCH=2,
+        in_new_process=call, ROUNDED_MODELS=("digits-p1",), ROUNDED=2, ROUNDED_BATCH=2,
     )  # fmt: skip
     errors = [row["error"] for row in rows["precision"] if "model" in row]
     assert len(errors) == 2 and max(errors) < 1e-4
