@@ -61,7 +61,7 @@ RENDER = $(BIN)/python -m tools.docs.render
 MEASURE = $(BIN)/python -m benchmarks
 measure: setup emoji
 	$(INSTALL) pocomc causalflows
-	$(MEASURE).performance model-speed denoising performance
+	$(MEASURE).performance model-speed afhq-size denoising performance
 	$(MEASURE).masked_flows
 	$(MEASURE).estimators
 	$(MEASURE).packages

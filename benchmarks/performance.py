@@ -2,6 +2,7 @@
 
 - `model-speed` (ten minutes; README, docs/performance.md and the model cards): the bundled models, from the call to
   images that a user keeps, for the original sampler and for `jf.sample` at its defaults; then the parts.
+- `afhq-size` (ten minutes; docs/tarflow.md): one image by a flow of the size of AFHQ's, with random weights.
 - `denoising` (a minute, one thread; docs/devices.md): `jf.denoise` in float32 and in bfloat16.
 - `performance` (docs/performance.md): for each batch size of `fashion-p2`, a few settings of every sampler; then the
   fastest of each within 1e-3, interleaved with `auto` and the exact loop in PyTorch.
@@ -11,15 +12,17 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable, Mapping
 from functools import cache, partial
 from typing import Any
 
+import torch
 from torch import Tensor
 
 import jacobiflow as jf
 from benchmarks import MODELS
-from benchmarks.lib.models import latents, sample
+from benchmarks.lib.models import latents, random_flow, sample
 from benchmarks.lib.peers import AUTOS, GRIDS, PEERS, gs_jacobi_grid
 from benchmarks.lib.process import without_native
 from benchmarks.lib.results import Json, measure_files
@@ -29,7 +32,9 @@ from jacobiflow.comparison.baselines import original_sampler
 from jacobiflow.comparison.compare import compare_samplers
 from jacobiflow.evaluation import sample_errors
 from jacobiflow.planner import Auto, auto
+from jacobiflow.utils.timing import Timing, time_call
 
+CPU = torch.device("cpu")
 TOLERANCE = 1e-3  # of `auto`, of the paper's Algorithm 1, and of what counts as right
 ROUNDS = {1: 7, 4: 5, 16: 3, 64: 3}
 
@@ -37,6 +42,7 @@ MODEL_BATCHES = {"fashion-p2": (1, 4, 16, 64), "emoji-p2": (1, 16), "digits-p1":
 ORIGINAL_TO_IMAGES, AUTO_TO_IMAGES = "original sampler, to images", "auto, to images"
 ORIGINAL, AUTO, EXACT, PAPER, DENOISING = "original sampler", "auto", "exact loop", "GS-Jacobi", "denoising"
 DENOISED = {"fashion-p2": (16,)}
+LARGE_CONFIG = jf.PRESETS["afhq"].config
 DETAILED = "fashion-p2"  # The model that other samplers draw from, too.
 
 BATCHES = (1, 4, 16, 64)
@@ -66,11 +72,18 @@ def measure_model(key: Json) -> Json:
     def denoise(images: Tensor) -> Tensor:
         return jf.denoise(plain, images, context, settings.denoise) if settings.denoise else images
 
+    parts: list[float] = []  # the sampler's share of each call that also denoises
+
+    def original_to_images() -> Tensor:
+        seconds, images = time_call(original, CPU)
+        parts.append(seconds)
+        denoise(images)
+        return images
+
     draw = partial(jf.sample, flow, latents=z, context=context, settings=None)
     exact = partial(draw, strategy="sequential")
     runs: dict[str, Callable[[], Any]] = {
-        ORIGINAL_TO_IMAGES: lambda: denoise(original()),
-        ORIGINAL: original,
+        ORIGINAL_TO_IMAGES: original_to_images,
         IN_PYTORCH: without_native()(exact),
     }
     native_runs: dict[str, Callable[[], Any]] = {
@@ -85,12 +98,27 @@ def measure_model(key: Json) -> Json:
         native_runs[DENOISING] = partial(denoise, draw().images)
     seconds, results = time_runs(runs, ROUNDS[key["batch"]])
     native_seconds, native_results = time_runs(native_runs, ROUNDS[key["batch"]])
-    seconds |= native_seconds
-    results |= native_results
+    timed = parts[1:]  # after the warm-up
+    seconds |= native_seconds | {ORIGINAL: vars(Timing(statistics.median(timed), min(timed), max(timed)))}
+    results |= native_results | {ORIGINAL: results[ORIGINAL_TO_IMAGES]}
     images = {name: getattr(results[name], "images", results[name]) for name in (ORIGINAL, AUTO, PAPER, EXACT)
               if name in results}  # fmt: skip
     errors = {name: sample_errors(each, results[IN_PYTORCH].images).max for name, each in images.items()}
     return {"seconds": seconds, "max_error": errors}
+
+
+@torch.no_grad()
+def measure_large(key: Json) -> Json:
+    """Seconds of one guided image by the original sampler and by the exact loop, each once, at random weights.
+
+    How long they take does not depend on the weights, unlike sweeps.
+    """
+    flow = random_flow(LARGE_CONFIG)
+    (z, labels), guided = latents(flow, key["batch"]), flow.guided(jf.Guidance(3.4))
+    exact, images = time_call(partial(sample, guided, "sequential", z, labels), CPU)
+    original, reference = time_call(partial(original_sampler(guided)[1], guided, z, labels), CPU)
+    difference = float((images.images - reference).abs().max())
+    return {"seconds": {EXACT: exact, ORIGINAL: original}, "max_difference": difference}
 
 
 def measure_denoising(key: Json) -> Json:
@@ -178,6 +206,7 @@ def keys(batches: Mapping[str, tuple[int, ...]]) -> list[Json]:
 def main() -> None:
     measure_files(__doc__, {
         "model-speed": [(keys(MODEL_BATCHES), measure_model)],
+        "afhq-size": [([{"batch": 1}], measure_large)],
         "denoising": [(keys(DENOISED), measure_denoising)],
         "performance": [(keys({DETAILED: BATCHES}), measure_samplers)],
         **{f"{model}-strategies": [(keys({model: BATCHES}), measure_strategies)]
