@@ -192,8 +192,11 @@ def weigh(num: int, seed: int) -> None:
     weights = jf.importance(samples, energy)
     phi, psi = (torsion(*positions[:, atoms].unbind(dim=1)) for atoms in (PHI, PSI))
     is_right = (phi > 0).double()
+    share, error = weights.mean(is_right), weights.standard_error(is_right)
     print(f"effective sample size: {weights.effective_sample_size / num:.1%} of {num:,}")
-    print(f"phi > 0: {is_right.mean():.2%} of proposals, {weights.mean(is_right):.2%} reweighted")
+    print(f"phi > 0: {is_right.mean():.2%} of proposals, {share:.2%} reweighted")
+    free_energy, its_error = (1 / share - 1).log(), error / (share * (1 - share))
+    print(f"free energy of phi > 0 above phi <= 0: {free_energy:.2f} ± {its_error:.2f} kT")
     print(f"mean of cos(psi): {psi.cos().mean():.4f} of proposals, {weights.mean(psi.cos()):.4f} reweighted")
 
 

@@ -186,7 +186,7 @@ def test_the_same_command_computes_only_missing_units(
     assert log.read_text().split()[4:] == ["1", "1"]
     one, other, *_ = sorted((tmp_path / "images").rglob("*.png"))
     shutil.copyfile(one, other)
-    remedy = "give another folder, or replace it by overwrite=True (--overwrite)"
+    remedy = "give another folder, or overwrite this one (--overwrite)"
     refuse(line, f"o: holds evaluation of other images; {remedy}\n")
 
 

@@ -69,7 +69,7 @@ def test_samples_are_drawn_as_recommended_and_resumed_in_no_other_way(
     refuse(f"{line} --denoise-dtype bfloat16", "holds samples of denoise dtype None, not 'bfloat16'")
     refuse(
         f"{line} --plain",
-        "; denoise 0.9, not 0.0; give another folder, or replace it by overwrite=True (--overwrite)",
+        "; denoise 0.9, not 0.0; give another folder, or overwrite this one (--overwrite)",
     )
     refuse(
         f"{line} --plain --denoise 1.0",

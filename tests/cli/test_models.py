@@ -25,22 +25,25 @@ def test_convert(run: Any, refuse: Any, tmp_path: Path) -> None:
     result = run(line)
     assert (result.code, result.err) == (0, "")
     read = jf.load(tmp_path / "folder")
-    shape = "105,520 weights, images of 3x4x4, 4 tokens of 12 values, 2 classes"
-    assert result.out == f"{shape}\nwrote the model folder {tmp_path}/folder\n"
+    shape = "105,520 weights, images of 3x4x4 with noise 0.2, 4 tokens of 12 values, 2 classes"
+    assert result.out.startswith(f"{shape}\nwrote the model folder {tmp_path}/folder: jacobiflow sample --model ")
     assert read.config == replace(flow.config, noise_std=0.2)
     assert read.recommended == jf.SamplingSettings(denoise=1.0)
     for name, tensor in flow.state_dict().items():
         assert torch.equal(read.state_dict()[name], tensor)
     refuse(line, "folder: holds a model already; remove that folder first, or give another")
     flow.to_original(tmp_path / "cat_2_64_2_1_0.20.pth")
-    options = "--patch-size 2 --noise-std 0.20"
-    refuse(f"sample --model {tmp_path}/cat_2_64_2_1_0.20.pth", f"cat_2_64_2_1_0.20.pth {options} --out FOLDER")
+    refuse(f"sample --model {tmp_path}/cat_2_64_2_1_0.20.pth", "cat_2_64_2_1_0.20.pth --out FOLDER")
+    assert run(f"convert {tmp_path}/cat_2_64_2_1_0.20.pth --out {tmp_path}/named").code == 0
+    named = jf.load(tmp_path / "named")
+    assert (named.config, named.recommended) == (read.config, read.recommended)
+    refuse(f"sample --model {tmp_path}/original.pth", "original.pth --patch-size P --noise-std S --out FOLDER (the")
     for given, made, shape in (("", "over tokens", None), ("--patch-size 1", "of 12 channels", (12, 2, 2))):
         with warnings.catch_warnings():
             warnings.simplefilter("always")
-            result = run(f"convert {tmp_path}/cat_2_64_2_1_0.20.pth {given} --out {tmp_path}/{len(given)}")
+            result = run(f"convert {tmp_path}/original.pth {given} --out {tmp_path}/{len(given)}")
         assert f"made a flow {made}, which draws no pictures; its shapes are those" in result.err
-        assert result.err.endswith(f"convert it again with {options}\n")
+        assert result.err.endswith("convert it again with --patch-size 2 --noise-std S\n")
         assert jf.load(tmp_path / str(len(given))).image_shape == shape
 
 

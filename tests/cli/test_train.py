@@ -38,7 +38,7 @@ def test_it_writes_a_model_that_sample_takes(run: Any, tmp_path: Path) -> None:
     assert (flow.config.num_classes, flow.config.noise_std) == (10, 0.1)
     again = run(f"{line} --out {tmp_path}/run")  # is done already
     assert (again.code, again.out) == (0, result.out)
-    assert "complete at step 3; to go on, give more --steps than that\n" in again.err
+    assert "found the checkpoint of step 3; the run is complete; to go on, give more --steps\n" in again.err
 
 
 def test_samples_of_a_trained_model_are_denoised_as_its_sheets_are(run: Any, tmp_path: Path) -> None:
@@ -79,7 +79,7 @@ def test_size_colour_and_classes_are_those_of_the_images(
     assert (tmp_path / "run" / "samples-000001.png").exists()
     monkeypatch.setenv("SLURM_NTASKS", "4")
     err = run(f"{line} --steps 2").err
-    assert "on cpu; srun would start all 4 tasks of this SLURM job\nresumed at step 1 of 2\n" in err
+    assert "on cpu; srun would start all 4 tasks of this SLURM job\nfound the checkpoint of step 1 of 2\n" in err
 
     sample = f"sample --model {tmp_path}/run --strategy sequential --num 3 --files png --out {tmp_path}/out --labels"
     assert run(f"{sample} dog,cat").code == 0

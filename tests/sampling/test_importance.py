@@ -44,6 +44,12 @@ def test_weights_are_those_of_the_definition() -> None:
     assert torch.equal(weights.resample(10, seed=2), weights.resample(10, seed=2))
 
 
+def test_weights_warn_if_a_few_samples_decide() -> None:
+    samples = jf.sample(flow(), 1000)
+    with pytest.warns(UserWarning, match=r"worth \d.\d samples of the target: a few of them decide every average"):
+        jf.importance(samples, 1000 * samples.tokens.square().sum(dim=(1, 2)))
+
+
 def test_clipping_lowers_the_largest_weights() -> None:
     samples = jf.sample(flow(), 1000)
     energy = 4 * samples.tokens.square().sum(dim=(1, 2))

@@ -116,8 +116,8 @@ def accelerate(
         )
     if not modules:
         raise InputTypeError(
-            f"{format_value(flow)}: no PyTorch module in it; give a flow, a posterior or a library; if training makes "
-            "the network, as in sbi, accelerate the library before; nothing was changed"
+            f"{format_value(flow)}: no PyTorch module in it; give a flow or a posterior; if training makes "
+            "the network, as in sbi, call jf.accelerate(sbi) before; nothing was changed"
         )
     packages = {kind.__module__.split(".")[0] for _, module in modules for kind in type(module).__mro__}
     library_adapters = [adapter for library in LIBRARIES if library in packages for adapter in load_adapters(library)]

@@ -43,7 +43,7 @@ app = App(
     "call jacobiflow.accelerate(flow) in Python.",
     help_epilogue=f"jacobiflow {_TRACEBACK} COMMAND also shows the traceback of bad input.\n"
     "Documentation: https://jacobiflow.github.io/jacobiflow",
-    help_flags="--help",
+    help_flags=("--help", "-h"),
     help_format="plaintext",
     version=f"jacobiflow {__version__}",
     default_parameter=Parameter(

@@ -20,15 +20,18 @@ if TYPE_CHECKING:
 class ConvertConfig(options.Config):
     """Make a model folder from original weights.
 
-    The config is read from the shapes of the weights and the options. With --noise-std the model recommends denoising
-    at rate 1. A STARFlow needs --encode-text for guidance, which encodes the empty text.
+    The config is read from the shapes of the weights, and the patch size and the noise from the name of the file. If
+    the noise is known, the model recommends denoising at rate 1. A STARFlow needs --encode-text for guidance, which
+    encodes the empty text.
 
-    Example: jacobiflow convert afhq_model_8_768_8_8_0.07.pth --patch-size 8 --noise-std 0.07 --out afhq
+    Example: jacobiflow convert afhq_model_8_768_8_8_0.07.pth --out afhq
 
     Attributes:
         file: A state dict (.pth) of TarFlow, SBG, a fork of them, or STARFlow.
-        patch_size: Side of a patch in pixels, for a flow of images. Without it the flow is one over tokens.
-        noise_std: Standard deviation of the training images' noise, which denoising removes. Default: 0; STARFlow: 0.3.
+        patch_size: Side of a patch in pixels. Default: that in an original name, such as 8 above. Without any the flow
+            is one over tokens.
+        noise_std: Standard deviation of the training images' noise, which denoising removes. Default: that in an
+            original name, such as 0.07 above, or 0; STARFlow: 0.3.
         out: New or empty folder for config.json and model.safetensors.
     """
 
@@ -67,7 +70,8 @@ def run(config: ConvertConfig) -> ConvertResult:
     flow = (_convert_starflow if "blocks.0.sos_embed" in state else _convert_tarflow)(config, state)
     flow.save_pretrained(config.out)
     parameters = sum(parameter.numel() for parameter in flow.parameters())
-    images = "" if flow.image_shape is None else f"images of {'x'.join(map(str, flow.image_shape))}, "
+    shape, noise = flow.image_shape, flow.config.noise_std
+    images = "" if shape is None else f"images of {'x'.join(map(str, shape))} with noise {noise:g}, "
     reads = "texts" if isinstance(flow, jf.STARFlow) else f"{flow.config.num_classes} classes"
     tokens = f"{flow.config.num_tokens} tokens of {flow.config.token_dim} values"
     return ConvertResult(f"{parameters:,} weights, {images}{tokens}, {reads}", flow.config)
@@ -86,31 +90,29 @@ def _convert_starflow(config: ConvertConfig, state: dict[str, Any]) -> jf.STARFl
 
 
 def _convert_tarflow(config: ConvertConfig, state: dict[str, Any]) -> jf.TarFlow:
-    from jacobiflow.models.checkpoints.original import name_options
-
     if config.encode_text is not None:
         raise InputValueError(f"--encode-text {config.encode_text}: for a STARFlow; leave it out")
     flow_config = jf.TarFlow.infer_config(state, str(config.file), config.patch_size)
     num_tokens, token_dim = flow_config.num_tokens, flow_config.token_dim
     patch_size = math.isqrt(token_dim // 3)
     are_patches = math.isqrt(num_tokens) ** 2 == num_tokens and 3 * patch_size**2 == token_dim > 3
-    if config.patch_size != patch_size and are_patches:
-        flow_kind = "over tokens" if config.patch_size is None else f"of {token_dim // config.patch_size**2} channels"
-        remedy = name_options(config.file).replace("--patch-size P", f"--patch-size {patch_size}")
+    image_config = flow_config if isinstance(flow_config, jf.TarFlowConfig) else None
+    if are_patches and (image_config is None or image_config.patch_size != patch_size):
+        flow_kind = "over tokens" if image_config is None else f"of {image_config.in_channels} channels"
         warnings.warn(
             f"{config.file}: made a flow {flow_kind}, which draws no pictures; its shapes are those of a flow of "
-            f"colour images: if it is one, convert it again with {remedy}", stacklevel=1,
+            f"colour images: if it is one, convert it again with --patch-size {patch_size} --noise-std S", stacklevel=1,
         )  # fmt: skip
-    if isinstance(flow_config, jf.TarFlowConfig):
-        flow_config = replace(flow_config, noise_std=config.noise_std or 0.0)
+    if config.noise_std is not None and image_config is not None:
+        flow_config = replace(image_config, noise_std=config.noise_std)
     elif config.noise_std:
         raise InputValueError(f"--noise-std {config.noise_std:g}: for images; give --patch-size, too")
     flow = jf.TarFlow.from_original(config.file, flow_config)
-    if config.noise_std:
+    if flow_config.noise_std:
         flow.recommended = jf.SamplingSettings(denoise=1.0)
     return flow
 
 
 def show(config: ConvertConfig, result: ConvertResult) -> None:
-    """Prints the shape of the flow, and its folder."""
-    print(f"{result.description}\nwrote the model folder {config.out}")
+    """Prints the shape of the flow, its folder, and how to draw from it."""
+    print(f"{result.description}\nwrote the model folder {config.out}: jacobiflow sample --model {config.out}")

@@ -117,9 +117,8 @@ def run(config: TrainConfig) -> TrainResult | None:
     if is_first:
         print(_summary(config, data, held_out, flow), file=sys.stderr)
         if start:
-            is_complete = start >= num_steps
-            rest = "; to go on, give more --steps than that" if is_complete else f" of {num_steps:,}"
-            print(f"{'complete' if is_complete else 'resumed'} at step {start:,}{rest}", file=sys.stderr)
+            rest = "the run is complete; to go on, give more --steps" if start >= num_steps else f"of {num_steps:,}"
+            print(f"found the checkpoint of step {start:,}{';' * (start >= num_steps)} {rest}", file=sys.stderr)
 
     def print_metrics(metrics: TrainMetrics) -> None:
         if metrics.step % _PRINT_EVERY == 0 or metrics.held_out_loss is not None:

@@ -55,7 +55,7 @@ class Job(ABC):
     version: ClassVar[int] = 1
     result_name: ClassVar[str]
     patterns: ClassVar[tuple[str, ...]] = ()
-    remedy: ClassVar[str] = "give another folder, or replace it by overwrite=True (--overwrite)"
+    remedy: ClassVar[str] = "give another folder, or overwrite this one (--overwrite)"
     spec: Any
     machine: Mapping[str, Any]
 

@@ -122,6 +122,6 @@ def resolve_rate(config: FlowConfig, rate: float, name: str = "denoise") -> floa
     """Returns the rate of denoising as a Python number; raises ValueError if the flow has no noise to remove."""
     rate = check_number(name, rate, expected="0 (off) or a positive rate")
     if rate and not config.noise_std:
-        message = "the images of this flow's training had no noise, which it could remove; give 0"
+        message = "the training images had no noise, or it is not known; give 0, or convert again with --noise-std"
         raise InputValueError(message, argument=name, value=rate)
     return rate

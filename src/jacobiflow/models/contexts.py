@@ -132,9 +132,12 @@ class Classes(ContextKind):
 
 
 def class_number(name: str, names: Sequence[str]) -> int:
-    """Returns the number of the class of a name."""
+    """Returns the number of the class of a name, in upper or lower case."""
     if name in names:
         return names.index(name)
+    folded = [each.casefold() for each in names]
+    if folded.count(name.casefold()) == 1:
+        return folded.index(name.casefold())
     close = get_close_matches(name, names, n=1, cutoff=0.5)
     known = f"the classes are {', '.join(names)}" if names else "this model has no names of classes, give numbers"
     hint = f" (did you mean {close[0]}?)" if close else ""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from jacobiflow.blocks.permutation import Permutation
 from jacobiflow.errors import CheckpointError, InputValueError, first_line
-from jacobiflow.models.checkpoints.original import OriginalShapes, one_or_all, read_original
+from jacobiflow.models.checkpoints.original import OriginalShapes, one_or_all, read_name, read_original
 from jacobiflow.models.checkpoints.tensors import build, check_values
 from jacobiflow.models.config import BlockShape, Order, PatchConfig, check_heads, check_sizes, size_of_block
 from jacobiflow.models.contexts import ContextKind, Numbers, embed_classes
@@ -220,8 +220,8 @@ class TarFlow(Flow):
         """Loads a `.pth` state dict of the TarFlow code, in eval mode; float16 becomes float32.
 
         It reads files of the original code, of SBG's, and of forks of them with the same names. Without a config the
-        flow is one over tokens, of the shapes in the file. Shapes do not tell the layout of images, nor the number of
-        heads, which have 64 channels each.
+        flow is one over images if the file has its original name, such as afhq_model_8_768_8_8_0.07.pth, which has the
+        patch size and the noise, and else one over tokens. Heads have 64 channels each, which shapes do not tell.
         """
         state = read_original(path)
         config = cls.infer_config(state, str(path)) if config is None else config
@@ -235,7 +235,8 @@ class TarFlow(Flow):
     ) -> TarFlowConfig | TokenConfig:
         """Reads the config of a flow over tokens from shapes, or of one over square images of patches of `patch_size`.
 
-        `head_dim` is 64. A CheckpointError begins with `source`.
+        The default of `patch_size`, and the noise, are those in the name of the file `source` if its other sizes are
+        those of the shapes. `head_dim` is 64. A CheckpointError begins with `source`.
         """
         shapes = OriginalShapes(state, source, "TarFlow")
         num_tokens, _ = shapes.shape("blocks.0.pos_embed", 2)
@@ -254,7 +255,11 @@ class TarFlow(Flow):
             nvp=outputs == 2 * token_dim,
             expansion=sizes.expansion,
         )
-        return config if patch_size is None else _image_config(config, source, patch_size)
+        named = read_name(source)
+        if named is None or named[1:4] != (config.width, config.num_blocks, config.layers_per_block):
+            return config if patch_size is None else _image_config(config, source, patch_size)
+        image_config = _image_config(config, source, named.patch_size if patch_size is None else patch_size)
+        return replace(image_config, noise_std=named.noise_std)
 
     def to_original(self, path: str | Path) -> None:
         """Writes a `.pth` state dict that the original TarFlow code loads strictly, causal masks included."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from math import inf
 from pathlib import Path
@@ -15,6 +16,8 @@ from jacobiflow.errors import InputValueError
 from jacobiflow.sampling.folder import SampleFolder
 from jacobiflow.sampling.result import Samples
 from jacobiflow.utils.checks import check_count, check_floating, check_kind, check_number, check_rows, check_seed
+
+_SMALL_SHARE = 0.01
 
 
 @dataclass(frozen=True)
@@ -97,6 +100,8 @@ def importance(
 ) -> ImportanceWeights:
     """Returns the importance weights exp(-energy) / q of samples with densities q.
 
+    It warns if the effective sample size is below 1% of the samples, as with energies in a wrong unit.
+
     Args:
         samples: Of `sample`, or a folder of them or its path, with densities. Each must be exact or certified, since
             the weight of a sample that is not from q is wrong.
@@ -136,4 +141,10 @@ def importance(
     share = check_number("clip", clip, expected="a share of samples, from 0 to below 1", below=1)
     if count := min(round(share * len(log_weights)), len(log_weights) - 1):
         log_weights = log_weights.clamp(max=log_weights.topk(count + 1).values[-1])
-    return ImportanceWeights(log_weights)
+    weights = ImportanceWeights(log_weights)
+    if weights.effective_sample_size < _SMALL_SHARE * len(log_weights):
+        warnings.warn(
+            f"{weights}: a few of them decide every average; check that the energy is -log of the target density, such "
+            "as U / kT, at the coordinates and in the units of the flow", stacklevel=2,
+        )  # fmt: skip
+    return weights

@@ -68,7 +68,8 @@ def write_or_check_manifest(out: Path, spec: Mapping[str, Any], machine: Mapping
     manifest = _job_store(out)
     if manifest.read_spec() is None or not (out / CHECKPOINT).exists():
         manifest.write_manifest(spec, machine)
-    manifest.check_spec(spec, "give its settings and data, or another folder")
+    remedy = "give its settings, data and random changes (such as --horizontal-flip), or another folder"
+    manifest.check_spec(spec, remedy)
 
 
 def read_metrics(folder: str | Path) -> list[TrainMetrics]:

@@ -283,7 +283,8 @@ def test_a_config_that_does_not_fit(saved: Path, change: dict[str, Any], key: st
     [
         (
             {"denoise": 1.0},
-            "denoise=1.0: the images of this flow's training had no noise, which it could remove; give 0",
+            "denoise=1.0: the training images had no noise, or it is not known; give 0, or convert again with "
+            "--noise-std",
         ),
         ({"guidance": {"weight": 1.0, "attn_temperature": 2.0}}, "a MAFBlock has no attention; leave it at 1"),
     ],

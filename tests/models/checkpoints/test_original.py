@@ -174,6 +174,9 @@ def test_shapes_say_the_config(data: st.DataObject) -> None:
         side**2, config.token_dim, heads * 64, blocks, layers, num_classes, nvp=bool(nvp), expansion=expansion
     )
     assert TarFlow.infer_config(state, "x.pth") == tokens
+    named = f"x_{patch_size}_{heads * 64}_{blocks}_{layers}_0.30.pth"
+    assert TarFlow.infer_config(state, named) == replace(config, noise_std=0.3)
+    assert TarFlow.infer_config(state, named.replace("_0.30", "9_0.30")) == tokens  # another number of layers
 
 
 def test_the_file_of_sbg_becomes_a_flow_over_tokens(tmp_path: Path) -> None:

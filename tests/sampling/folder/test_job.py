@@ -28,7 +28,7 @@ from tests.helpers.scoring import levels
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 OTHER = jf.Strategy.uniform(jf.Solver(jf.Window(5)), 1)
-REPLACE = re.escape("give another folder, or replace it by overwrite=True (--overwrite)")
+REPLACE = re.escape("give another folder, or overwrite this one (--overwrite)")
 SMALL = to_float32(make_flow(num_classes=3, noise_std=0.1))  # of 8x8 grey images
 GUIDANCE = jf.Guidance(0.7, annealed=False, on="shift", attn_temperature=0.8)
 DENOISED = jf.SamplingSettings(GUIDANCE, 0.9)

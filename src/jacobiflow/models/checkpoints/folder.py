@@ -18,7 +18,7 @@ from jacobiflow.blocks.guidance import Guidance, SamplingSettings
 from jacobiflow.errors import CheckpointError, InputError, first_line
 from jacobiflow.models.checkpoints.card import format_model_card
 from jacobiflow.models.checkpoints.fingerprint import fingerprint
-from jacobiflow.models.checkpoints.original import name_options
+from jacobiflow.models.checkpoints.original import read_name
 from jacobiflow.models.checkpoints.tensors import check_values, map_tensors, write_tensors
 from jacobiflow.models.config import FlowConfig
 from jacobiflow.utils import serialization
@@ -108,9 +108,11 @@ def import_hub() -> Any:
 def _download(name: str, hub: dict[str, Any]) -> Path:
     names = ", ".join(list_bundled()) or "none here"
     if name.endswith((".pth", ".pt")) and os.path.exists(name):
+        options = "" if read_name(name) else " --patch-size P --noise-std S"
+        note = " (the first two for a flow of images only)" if options else ""
         raise CheckpointError(
             f"{format_value(name)}: weights of another code; make a model folder of them first: jacobiflow convert "
-            f"{name} {name_options(name)} --out FOLDER (the first two for a flow of images only)"
+            f"{name}{options} --out FOLDER{note}"
         )
     if os.path.exists(name) or not _HUB_ID.fullmatch(name):
         raise CheckpointError(

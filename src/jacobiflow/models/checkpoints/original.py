@@ -53,16 +53,27 @@ def read_original(path: str | Path) -> dict[str, Tensor]:
     return state
 
 
-def name_options(path: str | Path) -> str:
-    """Returns the options of `jacobiflow convert` for a file of images, read from a name as the TarFlow code makes it.
+class NamedSizes(NamedTuple):
+    """The sizes in the name of a file of the TarFlow code. Shapes tell all but the first and the last."""
+
+    patch_size: int
+    width: int
+    blocks: int
+    layers: int
+    noise_std: float
+
+
+def read_name(path: str | Path) -> NamedSizes | None:
+    """Reads the sizes in the name of a file; None if the TarFlow code did not name it.
 
     Example:
-        >>> name_options("afhq_model_8_768_8_8_0.07.pth"), name_options("model.pth")
-        ('--patch-size 8 --noise-std 0.07', '--patch-size P --noise-std S')
+        >>> read_name("afhq_model_8_768_8_8_0.07.pth")
+        NamedSizes(patch_size=8, width=768, blocks=8, layers=8, noise_std=0.07)
     """
-    match = re.search(r"(?<![^_])(\d+)_\d+_\d+_\d+_(\d+\.\d+)$", Path(path).stem)
-    patch_size, noise_std = ("P", "S") if match is None else match.groups()
-    return f"--patch-size {patch_size} --noise-std {noise_std}"
+    match = re.search(r"(?<![^_])(\d+)_(\d+)_(\d+)_(\d+)_(\d+\.\d+)$", Path(path).stem)
+    if match is None:
+        return None
+    return NamedSizes(int(match[1]), int(match[2]), int(match[3]), int(match[4]), float(match[5]))
 
 
 def _find_state(content: Any, path: str | Path, remedy: str) -> Mapping[str, Tensor]:
