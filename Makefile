@@ -54,7 +54,7 @@ fuzz: setup
 mutants: setup
 	$(BIN)/python -m tools.mutants
 
-# Measures the speed and the exactness that README, the model cards and the pages show (70 minutes on two idle cores). It goes on
+# Measures the speed and the exactness that README, the model cards and the pages show (80 minutes on two idle cores). It goes on
 # if it was stopped, measures again what is of other code, and refuses to go on with the results of another machine. Each line is a
 # command of its own, whose docstring says what it measures.
 RENDER = $(BIN)/python -m tools.docs.render

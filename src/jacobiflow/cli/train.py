@@ -117,8 +117,8 @@ def run(config: TrainConfig) -> TrainResult | None:
     if is_first:
         print(_summary(config, data, held_out, flow), file=sys.stderr)
         if start:
-            rest = "the run is complete; to go on, give more --steps" if start >= num_steps else f"of {num_steps:,}"
-            print(f"found the checkpoint of step {start:,}{';' * (start >= num_steps)} {rest}", file=sys.stderr)
+            rest = f" of {num_steps:,}" if start < num_steps else "; the run is complete; to go on, give more --steps"
+            print(f"found the checkpoint of step {start:,}{rest}", file=sys.stderr)
 
     def print_metrics(metrics: TrainMetrics) -> None:
         if metrics.step % _PRINT_EVERY == 0 or metrics.held_out_loss is not None:
