@@ -288,12 +288,12 @@ def test_a_run_without_a_checkpoint_may_begin_again_with_other_settings(undistur
 def test_other_data_and_problems_are_named(undisturbed: Path, tmp_path: Path) -> None:
     run, data = Path(shutil.copytree(undisturbed, tmp_path / "run")), some_digits()
     assert list(problems(run)) == []
-    message = f"{run}: holds training of batch size 8, not 3; seed 0, not 1; give its settings, data and random changes"
+    message = f"{run}: holds training of batch size 8, not 3; seed 0, not 1; use its settings, data and random changes"
     assert error_of(partial(fit, run, replace(SETTINGS, seed=1, batch_size=3))).startswith(message)
     other = ImageDataset(data.images, data.labels.flip(0), tuple("abcdefghij"))
     message = error_of(partial(train, fresh(), other, SETTINGS, run))
-    assert "holds training of classes [], not ['a', " in message and "; other data or transform; give" in message
-    assert "of other data or transform; give" in error_of(partial(fit, run, transform=lambda image: image.flip(1)))
+    assert "holds training of classes [], not ['a', " in message and "; other data or transform; use" in message
+    assert "of other data or transform; use" in error_of(partial(fit, run, transform=lambda image: image.flip(1)))
     log = run / "metrics.jsonl"
     log.write_text("mine\n")
     (run / "manifest.json").write_bytes(b"mine")

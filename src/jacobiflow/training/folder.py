@@ -68,7 +68,7 @@ def write_or_check_manifest(out: Path, spec: Mapping[str, Any], machine: Mapping
     manifest = _job_store(out)
     if manifest.read_spec() is None or not (out / CHECKPOINT).exists():
         manifest.write_manifest(spec, machine)
-    remedy = "give its settings, data and random changes (such as --horizontal-flip), or another folder"
+    remedy = "use its settings, data and random changes (such as --horizontal-flip), or another folder"
     manifest.check_spec(spec, remedy)
 
 

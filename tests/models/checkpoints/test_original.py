@@ -63,7 +63,7 @@ def test_half_precision_strides_the_old_format_and_the_prefix_of_parallel_traini
 def test_a_state_dict_in_a_checkpoint_is_read(pth: Path) -> None:
     flow = make(ORIGINAL)
     state, optimizer = original_state(flow), torch.optim.AdamW(flow.parameters()).state_dict()
-    for prefix in ("", "model.", "module._orig_mod.", "_orig_mod.module."):
+    for prefix in ("", "model.", "net._orig_mod.", "module._orig_mod.", "_orig_mod.module."):
         prefixed = {prefix + name: tensor for name, tensor in state.items()}
         torch.save({"epoch": 3, "state_dict": prefixed, "optimizer": optimizer}, pth)
         assert_same(TarFlow.from_original(pth, ORIGINAL).state_dict(), flow.state_dict())

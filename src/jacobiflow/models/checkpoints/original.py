@@ -18,7 +18,7 @@ from jacobiflow.models.checkpoints.tensors import check_values
 from jacobiflow.utils.checks import FLOATS
 
 _MASK = re.compile(r"blocks\.\d+\.attn_mask")
-_PREFIXES = re.compile(r"^(module|model)\.")  # Of DistributedDataParallel and Lightning.
+_PREFIXES = re.compile(r"^(module|model|net)\.")  # Of DistributedDataParallel, Lightning and SBG.
 # SBG has a dropout layer before the second linear layer.
 _NAMES = {".mlp.main.3.": ".mlp.main.2.", ".cond_proj.": ".proj_context."}
 
