@@ -42,7 +42,7 @@ MODEL_BATCHES = {"fashion-p2": (1, 4, 16, 64), "emoji-p2": (1, 16), "digits-p1":
 ORIGINAL_TO_IMAGES, AUTO_TO_IMAGES = "original sampler, to images", "auto, to images"
 ORIGINAL, AUTO, EXACT, PAPER, DENOISING = "original sampler", "auto", "exact loop", "GS-Jacobi", "denoising"
 DENOISED = {"fashion-p2": (16,)}
-LARGE_CONFIG = jf.PRESETS["afhq"].config
+PRESET = jf.PRESETS["afhq"]
 DETAILED = "fashion-p2"  # The model that other samplers draw from, too.
 
 BATCHES = (1, 4, 16, 64)
@@ -113,8 +113,8 @@ def measure_large(key: Json) -> Json:
 
     How long they take does not depend on the weights, unlike sweeps.
     """
-    flow = random_flow(LARGE_CONFIG)
-    (z, labels), guided = latents(flow, key["batch"]), flow.guided(jf.Guidance(3.4))
+    flow = random_flow(PRESET.config)
+    (z, labels), guided = latents(flow, key["batch"]), flow.guided(PRESET.recommended.guidance)
     exact, images = time_call(partial(sample, guided, "sequential", z, labels), CPU)
     original, reference = time_call(partial(original_sampler(guided)[1], guided, z, labels), CPU)
     difference = float((images.images - reference).abs().max())

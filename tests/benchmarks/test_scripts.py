@@ -143,7 +143,8 @@ def test_performance(run: Run) -> None:
         "performance", "model-speed", "afhq-size", "denoising", "performance", "digits-p1-strategies",
         DETAILED="digits-p1", BATCHES=(1, 2), DENOISED={"digits-p1": (1, 2)},
         MODEL_BATCHES={"digits-p1": (2,), "digits-maf": (1,)},
-        LARGE_CONFIG=CONFIG, ROUNDS=rounds, LARGE=2, GRIDS={name: grid[:1] for name, grid in module.GRIDS.items()},
+        PRESET=replace(module.PRESET, config=CONFIG),
+        ROUNDS=rounds, LARGE=2, GRIDS={name: grid[:1] for name, grid in module.GRIDS.items()},
     )  # fmt: skip
     assert rows["model-speed"][0]["max_error"]["exact loop"] < 1e-4
     assert "GS-Jacobi" in rows["model-speed"][0]["seconds"]

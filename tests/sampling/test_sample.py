@@ -91,7 +91,7 @@ def test_classes_have_names() -> None:
     numbers = [flow.classes.index(name) for name in classes]
     draw = partial(jf.sample, flow, 2, strategy="sequential", settings=None)
     assert torch.equal(draw(labels=classes).images, draw(labels=numbers).images)
-    for label in ("bag", torch.tensor(numbers[1])):
+    for label in ("bag", "Bag", torch.tensor(numbers[1])):
         assert torch.equal(draw(labels=label).images, draw(labels=numbers[1]).images)
     with pytest.raises(jf.InputError, match=r"labels=dres: no such class \(did you mean dress\?\)"):
         draw(labels="dres")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterable, Iterator
 from types import ModuleType
 from typing import Any, overload
@@ -71,7 +72,7 @@ def accelerate(
         tolerance: `None` for exact to rounding. 0 for the library's own bits, always by passes. Above 0, passes
             end when one changes no entry by more than this, in the units of each transform's input. Native code is
             exact to rounding at any tolerance above 0.
-        strict: Raise an error if nothing in the flow can be accelerated. Has no effect for a library.
+        strict: Raise an error, not a warning, if nothing in the flow can be accelerated. Has no effect for a library.
         cuda: Compute rows on an NVIDIA GPU in one kernel, where a model of costs says that it is faster and no
             gradients are needed. It takes `cuda-core`, the extra `cuda`. We have never run it on a GPU, so its first
             results are compared with the library's own. The default is True in an environment with
@@ -138,9 +139,11 @@ def accelerate(
     if all(adapter.is_composition for _, adapter in accelerated.values()):
         accelerated = {}
         reasons = reasons or {"": _reason_of(module for _, module in modules)}
+        why = "; ".join(f"{name}: {reason}" if name else reason for name, reason in reasons.items())
+        message = f"{type(flow).__name__}: nothing to accelerate: {why}; nothing was changed"
         if strict:
-            why = "; ".join(f"{name}: {reason}" if name else reason for name, reason in reasons.items())
-            raise InputValueError(f"{type(flow).__name__}: nothing to accelerate: {why}; nothing was changed")
+            raise InputValueError(message)
+        warnings.warn(message, stacklevel=2)
     return Acceleration(tolerance, accelerated, reasons, uses_gpu)
 
 

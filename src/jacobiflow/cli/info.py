@@ -146,7 +146,7 @@ def _check(path: str) -> InfoResult:
         checks["samples"] = jf.SampleFolder.open(folder).problems()
     if not checks:
         raise InputValueError(f"{path}: no model, samples or training run; give the folder of one, or a model's name")
-    problems = [one_line(problem) for found in checks.values() for problem in found]
+    problems = [one_line(problem) for of_kind in checks.values() for problem in of_kind]
     values: dict[str, Any] = {"checked": list(checks), "problems": problems}
     lines = problems or [f"{path}: no problem; checked {' and '.join(checks)}"]
     if "samples" in checks and not problems:

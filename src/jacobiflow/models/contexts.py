@@ -139,9 +139,9 @@ def class_number(name: str, names: Sequence[str]) -> int:
     if folded.count(name.casefold()) == 1:
         return folded.index(name.casefold())
     close = get_close_matches(name, names, n=1, cutoff=0.5)
-    known = f"the classes are {', '.join(names)}" if names else "this model has no names of classes, give numbers"
+    classes = f"the classes are {', '.join(names)}" if names else "this model has no names of classes, give numbers"
     hint = f" (did you mean {close[0]}?)" if close else ""
-    raise InputValueError(f"no such class{hint}; {known}", argument="labels", value=name)
+    raise InputValueError(f"no such class{hint}; {classes}", argument="labels", value=name)
 
 
 def class_names(labels: Tensor | None, names: Sequence[str]) -> list[str]:

@@ -255,8 +255,8 @@ class TarFlow(Flow):
             nvp=outputs == 2 * token_dim,
             expansion=sizes.expansion,
         )
-        named = read_name(source)
-        if named is None or named[1:4] != (config.width, config.num_blocks, config.layers_per_block):
+        named, of_shapes = read_name(source), (config.width, config.num_blocks, config.layers_per_block)
+        if named is None or (named.width, named.blocks, named.layers) != of_shapes:
             return config if patch_size is None else _image_config(config, source, patch_size)
         image_config = _image_config(config, source, named.patch_size if patch_size is None else patch_size)
         return replace(image_config, noise_std=named.noise_std)

@@ -17,7 +17,7 @@ from jacobiflow.sampling.folder import SampleFolder
 from jacobiflow.sampling.result import Samples
 from jacobiflow.utils.checks import check_count, check_floating, check_kind, check_number, check_rows, check_seed
 
-_SMALL_SHARE = 0.01
+_MIN_EFFECTIVE_SHARE = 0.01  # below which it warns
 
 
 @dataclass(frozen=True)
@@ -142,7 +142,7 @@ def importance(
     if count := min(round(share * len(log_weights)), len(log_weights) - 1):
         log_weights = log_weights.clamp(max=log_weights.topk(count + 1).values[-1])
     weights = ImportanceWeights(log_weights)
-    if weights.effective_sample_size < _SMALL_SHARE * len(log_weights):
+    if weights.effective_sample_size < _MIN_EFFECTIVE_SHARE * len(log_weights):
         warnings.warn(
             f"{weights}: a few of them decide every average; check that the energy is -log of the target density, such "
             "as U / kT, at the coordinates and in the units of the flow", stacklevel=2,
