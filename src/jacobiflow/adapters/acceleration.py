@@ -38,12 +38,11 @@ class Acceleration:
         refusals: Why some transforms do not use the GPU any more.
 
     Example:
-        >>> print(jf.accelerate(zuko.flows.MAF(3)))
+        >>> flows = torch.nn.ModuleList([zuko.flows.MAF(3), zuko.flows.NICE(3, normalize=True)])
+        >>> print(jf.accelerate(flows))
         accelerated, exact to rounding: 3 transforms
-          transform.transforms.0, 1, 2: zuko MaskedAutoregressiveTransform, by native code
-        >>> print(jf.accelerate(zuko.flows.NICE(3, normalize=True)))
-        nothing was accelerated
-          transform.transforms.0, 1, 2: left alone, native code does not know the activation LayerNorm
+          0.transform.transforms.0, 1, 2: zuko MaskedAutoregressiveTransform, by native code
+          1.transform.transforms.0, 1, 2: left alone, native code does not know the activation LayerNorm
     """
 
     def __init__(

@@ -139,12 +139,13 @@ def accelerate(
     if all(adapter.is_composition for _, adapter in accelerated.values()):
         accelerated = {}
         reasons = reasons or {"": _reason_of(module for _, module in modules)}
-        why = "; ".join(f"{name}: {reason}" if name else reason for name, reason in reasons.items())
-        message = f"{type(flow).__name__}: nothing to accelerate: {why}; nothing was changed"
         if strict:
-            raise InputValueError(message)
-        warnings.warn(message, stacklevel=2)
-    return Acceleration(tolerance, accelerated, reasons, uses_gpu)
+            why = "; ".join(f"{name}: {reason}" if name else reason for name, reason in reasons.items())
+            raise InputValueError(f"{type(flow).__name__}: nothing to accelerate: {why}; nothing was changed")
+    acceleration = Acceleration(tolerance, accelerated, reasons, uses_gpu)
+    if not accelerated:
+        warnings.warn(f"{type(flow).__name__}: {acceleration}", stacklevel=2)
+    return acceleration
 
 
 def _reason_of(modules: Iterable[nn.Module]) -> str:
