@@ -42,7 +42,7 @@ SAMPLES = 10_000
 
 # Calls of sbi on estimators that are trained until they converge, for at most `EPOCHS`.
 SIMULATIONS, EPOCHS, ROUNDS = 5_000, 100, 2
-ESTIMATORS = {"NPE": ("maf", "maf_rqs", "zuko_maf", "zuko_nsf"), "NLE": ("maf", "zuko_nsf")}
+ESTIMATORS = {"NPE": ("maf", "nsf", "maf_rqs", "zuko_maf", "zuko_nsf"), "NLE": ("maf", "zuko_nsf")}
 
 # Calls of each package.
 FEATURES = 10  # of flows with random weights
