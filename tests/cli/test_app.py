@@ -92,7 +92,7 @@ MISSPELLED = {
     "train --imgs d": "train needs --images and --steps and --out. Did you mean --images instead of --imgs? Example: ",
     "sample --guidance": "--guidance needs a value: Weight of classifier-free guidance, such as 3; 0 is none. See ",
     "bench --batch-size 3.5": "Invalid value for --batch-size: 3.5 is not a whole number. See jacobiflow bench --help.",
-    "evaluate --model fashion-p2": "nothing to evaluate: give --samples, ",
+    "evaluate --model fashion-p2": "nothing to evaluate: give --images or --samples",
     "info --model tests": "No model folder: it has no config.json. Give a bundled model (",
     "sample --out tests": "tests: holds files that this command did not write; give a new or empty folder",
     "sample --nun 3": "Unknown option: --nun. Did you mean --num? See jacobiflow sample --help.",

@@ -191,7 +191,7 @@ def test_the_same_command_computes_only_missing_units(
 
 
 REFUSED = {
-    "model": "nothing to evaluate: give --samples, a folder that jacobiflow sample wrote, or --images",
+    "model": "nothing to evaluate: give --images or --samples (a folder that jacobiflow sample wrote)",
     "model --features mine.py:rows --images test": "--features mine.py:rows: give --samples, too",
     "model --samples samples --features mine.py:broken --images test": "mine.py:broken: the function raised KeyError",
     "model --samples samples --features mine.py:rows --images one": "1 images against 12: give at least 2 of each",

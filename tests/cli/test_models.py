@@ -38,13 +38,18 @@ def test_convert(run: Any, refuse: Any, tmp_path: Path) -> None:
     named = jf.load(tmp_path / "named")
     assert (named.config, named.recommended) == (read.config, read.recommended)
     refuse(f"sample --model {tmp_path}/original.pth", "original.pth --patch-size P --noise-std S --out FOLDER (the")
-    for given, made, shape in (("", "over tokens", None), ("--patch-size 1", "of 12 channels", (12, 2, 2))):
+    tokens, channels = (f"made a flow {made}, which draws no pictures" for made in ("over tokens", "of 12 channels"))
+    for i, (given, warning, remedy, shape) in enumerate((
+        ("", tokens, "--patch-size 2 --noise-std S", None),
+        ("--patch-size 1", channels, "--patch-size 2 --noise-std S", (12, 2, 2)),
+        ("--patch-size 2", "its name gives no noise", "--noise-std S", (3, 4, 4)),
+    )):  # fmt: skip
         with warnings.catch_warnings():
             warnings.simplefilter("always")
-            result = run(f"convert {tmp_path}/original.pth {given} --out {tmp_path}/{len(given)}")
-        assert f"made a flow {made}, which draws no pictures; its shapes are those" in result.err
-        assert result.err.endswith("convert it again with --patch-size 2 --noise-std S\n")
-        assert jf.load(tmp_path / str(len(given))).image_shape == shape
+            result = run(f"convert {tmp_path}/original.pth {given} --out {tmp_path}/{i}")
+        assert warning in result.err
+        assert result.err.endswith(f"convert it again with {remedy}\n")
+        assert jf.load(tmp_path / str(i)).image_shape == shape
 
 
 def test_info(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -57,10 +57,10 @@ def pages(tmp_path):
     root = tmp_path / "root"
     for name in (
         "README.md",
-        "docs/index.md",
+        "docs/page.md",
         "docs/reference/page.md",
         "docs/figures/a.png",
-        "src/code.py",
+        "src/a.py",
         "docs/other.md",
     ):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
@@ -71,14 +71,16 @@ def pages(tmp_path):
 @pytest.mark.parametrize(
     ("path", "text", "expected"),
     [
-        ("docs/index.md", "[a](other.md#part)", "[a](other.md#part)"),
+        ("docs/page.md", "[a](other.md#part)", "[a](other.md#part)"),
         ("docs/reference/page.md", "[a](../../README.md)", "[a](../index.md)"),
-        ("docs/reference/page.md", "[a](../../src/code.py)", f"[a]({REPOSITORY}/blob/main/src/code.py)"),
-        ("docs/index.md", '<img src="figures/a.png#chart" width="3">', '<img src="figures/a.png#chart" width="3">'),
+        ("docs/reference/page.md", "[a](../../src/a.py)", f"[a]({REPOSITORY}/blob/main/src/a.py)"),
+        ("docs/page.md", '<img src="figures/a.png#chart" width="3">', '<img src="figures/a.png#chart" width="3">'),
+        ("README.md", "[a](docs/other.md) [b](docs/figures/a.png)", "[a](other.md) [b](figures/a.png)"),
+        ("README.md", "[a](https://jacobiflow.github.io/jacobiflow/live/)", "[a](live/index.md)"),
         ("docs/reference/page.md", "[a](https://jacobiflow.github.io/jacobiflow/other/#part)", "[a](../other.md#part)"),
-        ("docs/index.md", "[a](https://elsewhere.org/x.md) [b](#part)", "[a](https://elsewhere.org/x.md) [b](#part)"),
-        ("docs/index.md", "text:\n- one\n  more\n- two\n", "text:\n\n- one\n  more\n- two\n"),
-        ("docs/index.md", "`[a](x.md)`\n\n```\n[a](x.md)\n```\n", "`[a](x.md)`\n\n```\n[a](x.md)\n```\n"),
+        ("docs/page.md", "[a](https://elsewhere.org/x.md) [b](#part)", "[a](https://elsewhere.org/x.md) [b](#part)"),
+        ("docs/page.md", "text:\n- one\n  more\n- two\n", "text:\n\n- one\n  more\n- two\n"),
+        ("docs/page.md", "`[a](x.md)`\n\n```\n[a](x.md)\n```\n", "`[a](x.md)`\n\n```\n[a](x.md)\n```\n"),
     ],
 )
 def test_links_of_the_repository_work_in_the_site(pages, path, text, expected):
@@ -88,8 +90,8 @@ def test_links_of_the_repository_work_in_the_site(pages, path, text, expected):
 
 
 def test_links_to_nothing_are_named(pages):
-    pages.add("docs/index.md", "[a](none.md)")
-    assert pages.missing == ["docs/index.md links to none.md, which is not there"]
+    pages.add("docs/page.md", "[a](none.md)")
+    assert pages.missing == ["docs/page.md links to none.md, which is not there"]
 
 
 def test_every_public_name_is_on_one_page_of_the_reference():

@@ -79,6 +79,8 @@ def format_speed_up(ratio: float) -> str:
 
 
 def duration(seconds: float) -> str:
+    if seconds >= 60:
+        return f"{seconds / 60:.1f} min"
     return f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1e3:.{2 if seconds < 1e-3 else 1}f} ms"
 
 

@@ -1,8 +1,8 @@
 """Builds the site into out/site: `python -m tools.docs.website`, or `make docs`.
 
 The Markdown files of the repository link to each other and to sources as GitHub shows them. In the site a link to
-another page, or to its address, leads to that page, one to README to the site's start, one to a picture or a file of
-docs/ to a copy of it, and one to anything else to the repository.
+another page, or to its address, leads to that page, one to a picture or a file of docs/ to a copy of it, and one to
+anything else to the repository. README is the start page.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ for (const formula of document.querySelectorAll(".math, .arithmatex")) {
 _CODE = re.compile(
     r"^(?P<fence>```+|~~~+).*?^(?P=fence)[ ]*$|(?P<ticks>`+)(?!`).+?(?<!`)(?P=ticks)(?!`)", re.DOTALL | re.MULTILINE
 )
+_BADGE = re.compile(r"^\[!\[.*\n", re.MULTILINE)
 _LINK = re.compile(r"(\]\(|\bsrc=\"|\bhref=\")([^)\s\"#]+)([^)\"]*[)\"])")
 
 
@@ -76,6 +77,8 @@ def build(out: Path) -> Path:
 
 def _markdown(path: str, page: Path) -> str:
     """The Markdown of a file of the repository; the pictures of a notebook are written to a folder beside the page."""
+    if path == "README.md":
+        return "---\nhide:\n  - toc\n---\n\n" + _BADGE.sub("", (ROOT / path).read_text())
     if not path.endswith(".ipynb"):
         return (ROOT / path).read_text()
     settings = {"output_files_dir": page.stem, "unique_key": page.stem}
@@ -98,11 +101,9 @@ class Pages:
     def __init__(self, site: Path, repository: str, root: Path = ROOT) -> None:
         self.site, self.repository, self.root, docs = site, repository, root, root / "docs"
         self.missing: list[str] = []
-        self.names: dict[str, str] = {}  # in the site, by path in the repository
+        self.names = {"README.md": "index.md", "CHANGELOG.md": "changelog.md"}  # in the site, by path in the repository
         for page in root.glob("tools/page/static/*.md"):
             self.names[str(page.relative_to(root))] = f"live/{page.name}"
-        for page in root.glob("[CS]*.md"):  # CHANGELOG, CONTRIBUTING, SECURITY
-            self.names[page.name] = page.name.lower()
         for card in (root / "src/jacobiflow/bundled").glob("*/README.md"):
             self.names[str(card.relative_to(root))] = f"models/{card.parent.name}.md"
         for page in (*docs.glob("*.md"), *docs.glob("reference/*.md"), *docs.glob("tutorials/*.ipynb")):
@@ -128,13 +129,12 @@ class Pages:
         """The target in the site of a link in the file `path`."""
         here = os.path.dirname(self.names[path])
         if target.startswith(ADDRESS):
-            return os.path.relpath(f"{target.removeprefix(ADDRESS).rstrip('/')}.md", here)
+            page = target.removeprefix(ADDRESS).rstrip("/")
+            return os.path.relpath(f"{page}/index.md" if page == "live" else f"{page}.md", here)
         beside = self.site / here / target  # if it is a picture of a notebook, or a script
         if ":" in target or (not target.startswith("..") and beside.is_file()):
             return target
         linked = os.path.normpath(os.path.join(os.path.dirname(path), target))
-        if linked == "README.md":
-            linked = "docs/index.md"
         if linked in self.names:
             return os.path.relpath(self.names[linked], here)
         if linked.startswith("docs/") and not linked.endswith(".md") and (self.root / linked).is_file():

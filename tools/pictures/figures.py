@@ -1,6 +1,7 @@
 """Draws the figures of the method and of result files: `python -m tools.pictures.figures [NAME ...]`.
 
-partitions.png and front.gif show the method; regimes.png, speed.png and alanine.png show result files.
+examples.png and posterior.png show samples, partitions.png and front.gif the method, and regimes.png, speed.png and
+alanine.png result files.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from jacobiflow.plots.style import new_figure, plain_ticks, simplify_axes, use_s
 from tools.docs.render import find_runs, result
 from tools.pictures.front import Recorder, record, save_animation, token_colors
 from tools.pictures.palette import readable
+from tools.pictures.two_moons import posteriors
 
 MODEL = "emoji-p2"
 SAMPLE, LABEL = 10, 1  # a person of seed 0, whose number of sweeps is about the median of the first 20
@@ -123,6 +125,53 @@ def speed() -> Figure:
 
 
 @use_style
+def posterior() -> Figure:
+    """Samples of the posterior of two moons: exact, by sbi, and by sbi accelerated, from the same random numbers."""
+    samples = posteriors()
+    difference = float((samples.accelerated - samples.library).abs().max())
+    figure = new_figure(2.5)
+    titles = ("exact posterior", "sbi", f"sbi, accelerated:\nat most {difference:.0e} away")
+    for axis, title, points in zip(figure.subplots(1, 3, sharex=True, sharey=True), titles, samples, strict=True):
+        scatter(axis, points)
+        axis.set_title(title)
+    figure.supxlabel("first parameter")
+    figure.supylabel("second parameter")
+    return figure
+
+
+def scatter(axis: Axes, points: torch.Tensor) -> None:
+    axis.scatter(points[:, 0], points[:, 1], s=1, linewidths=0, color=sampler_style("auto").color)
+    axis.set(xlim=(-0.5, 0.5), ylim=(-0.5, 0.5), aspect="equal", xticks=(-0.4, 0, 0.4), yticks=(-0.4, 0, 0.4))
+    simplify_axes(axis)
+
+
+@use_style
+def examples() -> Figure:
+    """Samples of three flows: parameters of two moons, emoji, and a molecule."""
+    figure = new_figure(2.4)
+    left, middle, right = figure.subplots(1, 3)
+    scatter(left, posteriors().accelerated)
+    left.set(title="parameters\nof a simulation", xlabel="one parameter", ylabel="another", xticks=[], yticks=[])
+    samples = jf.sample(jf.load(MODEL), 9)
+    middle.imshow(samples.grid(columns=3), interpolation="none")
+    middle.set_title("pictures\n")
+    middle.axis("off")
+    weighted = find_runs("alanine", what="100,000 proposals")[0]["maps"][1]
+    draw_free_energy(right, weighted)
+    right.set(title="shapes\nof a molecule", xlabel="one angle", ylabel="another", xticks=[], yticks=[])
+    return figure
+
+
+def draw_free_energy(axis: Axes, of_bins: Sequence[Sequence[float]]) -> Any:
+    """Draws -log of the shares of bins over phi and psi, above their smallest; bins without samples stay blank."""
+    with np.errstate(divide="ignore"):
+        values = -np.log(np.array(of_bins).T)
+    extent = (-180, 180, -180, 180)
+    axis.set(xticks=(-120, 0, 120), yticks=(-120, 0, 120))
+    return axis.imshow(values - values.min(), origin="lower", extent=extent, cmap="viridis", vmin=0, vmax=10)
+
+
+@use_style
 def alanine() -> Figure:
     """Densities over phi and psi of the simulation, of proposals and of weighted proposals, and free energies."""
     runs = {run["what"]: run for run in result("alanine")["runs"]}
@@ -133,12 +182,8 @@ def alanine() -> Figure:
     axes = top.subplots(1, 3, sharey=True)
     panels = {"simulation": simulation, "flow": many["unweighted"], "flow, weighted": many["weighted"]}
     for axis, title, of_bins in zip(axes, panels, (simulation["map"], *many["maps"]), strict=True):
-        with np.errstate(divide="ignore"):
-            values = -np.log(np.array(of_bins).T)
-        image = axis.imshow(
-            values - values.min(), origin="lower", extent=(-180, 180, -180, 180), cmap="viridis", vmin=0, vmax=10
-        )
-        axis.set(title=title, xlabel="phi, degrees", xticks=(-120, 0, 120), yticks=(-120, 0, 120))
+        image = draw_free_energy(axis, of_bins)
+        axis.set(title=title, xlabel="phi, degrees")
     axes[0].set_ylabel("psi, degrees")
     top.colorbar(
         image, ax=axes, label="free energy F / kT; blank: no sample", location="bottom", shrink=0.6, extend="max"
@@ -172,7 +217,7 @@ def main() -> None:
     options = parser(__doc__)
     options.add_argument("names", nargs="*", metavar="NAME", help="such as speed or front; by default all")
     names = options.parse_args().names
-    for draw in (partitions, regimes, speed, alanine):
+    for draw in (examples, posterior, partitions, regimes, speed, alanine):
         name = draw.__name__.replace("_", "-")
         if not names or name in names:
             save_png(draw(), FIGURES / f"{name}.png")

@@ -24,14 +24,14 @@ _CRM = ("block", "|S^-1 X|", "|W_s|", "|W_u|", "CRM", "percent", "tough", "sweep
 class CalibrateConfig(options.Config):
     """Measure how hard each block of a flow is to invert.
 
-    Measures the metrics of the GS-Jacobi paper, IGM and CRM, and sweeps, and derives a strategy. The same command again
-    resumes after an interruption. Several processes that run it share the work.
+    Measures sweeps and the metrics of the GS-Jacobi paper, IGM and CRM, and derives a strategy. Rerun the same command
+    to resume after an interruption. Several processes that run it share the work.
 
     Example: jacobiflow calibrate --model fashion-p2 --images fashion-512 --out out/calibration
 
     Attributes:
-        num: Number of images, which the seed chooses; all if there are fewer.
-        clean: Add no training noise to the images, as the paper's code does.
+        num: Number of images, chosen by the seed; all if there are fewer.
+        clean: Add no training noise to the images; the paper's code adds none.
         unconditional: Do not use the images' labels.
         norm: Norm in IGM and CRM: 2 is the spectral norm.
         segments: Number of segments of a tough block that are measured one by one.

@@ -20,16 +20,16 @@ if TYPE_CHECKING:
 class ConvertConfig(options.Config):
     """Make a model folder from original weights.
 
-    The config is read from the shapes of the weights, and the patch size and the noise from the name of the file. If
-    the noise is known, the model recommends denoising at rate 1. A STARFlow needs --encode-text for guidance, which
-    encodes the empty text.
+    Reads the config from the shapes of the weights, and the patch size and the noise from the file name. If the noise
+    is known, the model recommends denoising at rate 1. For guidance, a STARFlow needs --encode-text to encode the empty
+    text.
 
     Example: jacobiflow convert afhq_model_8_768_8_8_0.07.pth --out afhq
 
     Attributes:
         file: A state dict (.pth) of TarFlow, SBG, a fork of them, or STARFlow.
-        patch_size: Side of a patch in pixels. Default: that in an original name, such as 8 above. Without any the flow
-            is one over tokens.
+        patch_size: Side of a patch in pixels. Default: that in an original name, such as 8 above. With neither,
+            the flow is over tokens.
         noise_std: Standard deviation of the training images' noise, which denoising removes. Default: that in an
             original name, such as 0.07 above, or 0; STARFlow: 0.3.
         out: New or empty folder for config.json and model.safetensors.
@@ -102,6 +102,11 @@ def _convert_tarflow(config: ConvertConfig, state: dict[str, Any]) -> jf.TarFlow
         warnings.warn(
             f"{config.file}: made a flow {flow_kind}, which draws no pictures; its shapes are those of a flow of "
             f"colour images: if it is one, convert it again with --patch-size {patch_size} --noise-std S", stacklevel=1,
+        )  # fmt: skip
+    elif image_config is not None and config.noise_std is None and not image_config.noise_std:
+        warnings.warn(
+            f"{config.file}: its name gives no noise, so samples will not be denoised; if the training images had "
+            "noise, as TarFlow's do, convert it again with --noise-std S", stacklevel=1,
         )  # fmt: skip
     if config.noise_std is not None and image_config is not None:
         flow_config = replace(image_config, noise_std=config.noise_std)

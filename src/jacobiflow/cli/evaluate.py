@@ -41,8 +41,8 @@ _ROWS = (
 class EvaluateConfig(options.Config):
     """Score a model and its samples.
 
-    FID of the samples, their errors and residuals, and the model's likelihood of test images. The same command again
-    resumes after an interruption. Several processes that run the same command share the work.
+    Computes the samples' FID, errors and residuals, and the model's likelihood of test images. Rerun the same command
+    to resume after an interruption. Several processes that run it share the work.
 
     Example: jacobiflow evaluate --model fashion-p2 --samples out/demo --images fashion-mnist
 
@@ -90,16 +90,14 @@ class EvaluateConfig(options.Config):
         features = self.choose_features()
         if self.samples is None and self.images is None:
             raise InputValueError(
-                "nothing to evaluate: give --samples, a folder that jacobiflow sample wrote, or --images"
+                "nothing to evaluate: give --images or --samples (a folder that jacobiflow sample wrote)"
             )
         if self.samples is None and self.save_stats is None and (self.stats is not None or features != "none"):
             raise InputValueError(f"--features {features}: give --samples, too, or leave --features and --stats out")
         if self.images is None and self.stats is None and features != "none":
             raise InputValueError(f"--features {features}: give --images or --stats, to compare with")
         if self.save_stats is not None and (self.images is None or features == "none"):
-            raise InputValueError(
-                f"--save-stats {self.save_stats}: give --images and --features, whose statistics they are"
-            )
+            raise InputValueError(f"--save-stats {self.save_stats}: give --images and --features to compute them from")
         self.check_file("save_stats")
 
 

@@ -25,17 +25,17 @@ _MAX_ROUND_TRIP_ERROR = 1e-3  # Largest change of a latent that is decoded and e
 class InfoConfig(options.Config):
     """Show a model and this machine, or check a folder.
 
-    Prints the model's shape, size and recommended settings, how its exact loops run here, and versions. Please add the
-    file of --json to a report of a problem. With --check, each line is a problem with its remedy, and the exit code is
-    2 if there is one. For samples without a problem it also prints how many are exact and certified. With --memory the
-    weights are not loaded.
+    Prints the model's shape, size and recommended settings, how its exact loops run here, and versions. Please attach
+    the --json file to bug reports. With --check, each line names a problem and its remedy, and the exit code is 2 if
+    there is one. If samples have no problem, it also prints how many are exact and certified. With --memory the weights
+    are not loaded.
 
     Example: jacobiflow info --model digits-p1
 
     Attributes:
         check: Instead, check all files of a model folder, a sample folder or a training folder.
-        memory: Instead, show the memory that sampling takes, and the batches that fit on a GPU, or on this machine
-            without one.
+        memory: Instead, show the memory that sampling takes, and the batches that fit on a GPU or, without one, on
+            this machine.
     """
 
     model: options.Model = "fashion-p2"
@@ -181,7 +181,7 @@ def _model_problems(folder: Path) -> Iterator[str]:
         yield (
             f"{folder}: a latent that is decoded and encoded again is off by {change:.1e}, more than "
             f"{_MAX_ROUND_TRIP_ERROR:g}; the weights are damaged or badly conditioned: copy the folder again, or train "
-            "it on"
+            "it further"
         )
 
 

@@ -143,7 +143,7 @@ Device = Annotated[str, SPEED, Parameter(help=_DEVICE)]
 Dtype = Annotated[
     Literal["float32", "float64", "bfloat16", "float16", "tf32"],
     SPEED,
-    Parameter(help="Numbers of the network; tf32 on a GPU only."),
+    Parameter(help="Precision of the network; tf32 needs a GPU."),
 ]
 ReportFile = Annotated[Path | None, SPEED, EXISTING, Parameter(help=_REPORT)]
 Guidance = Annotated[str, GUIDANCE, Parameter(help=_GUIDANCE)]

@@ -22,14 +22,14 @@ _MAX_AUTO_BATCH_SIZE = 1024
 class PlanConfig(options.Config):
     """Find the fastest strategy for a model on this machine.
 
-    Times solvers on this machine, for one batch size and tolerance. The strategy "auto" makes the same plan by itself.
-    sample --strategy takes the file.
+    Times solvers on this machine for one batch size and tolerance, and writes a file for sample --strategy. The
+    strategy "auto" makes the same plan by itself.
 
     Example: jacobiflow plan --model fashion-p2 --batch-size 4 --out out/plan.json
 
     Attributes:
-        tune: First fit guesses and corrections, and save them as tuning.json in the model's folder, or beside --out for
-            a bundled model; under guidance as tuning-guided.json.
+        tune: First fit guesses and corrections, and save them as tuning.json (under guidance, tuning-guided.json) in
+            the model's folder, or beside --out for a bundled model.
         batch_size: Images solved together, or auto: as many as fit in free memory, at most 1,024.
         tolerance: Largest residual in any block, and largest error of a sample.
         out: File for the strategy (JSON).

@@ -33,11 +33,11 @@ _SHORT = 1.0  # seconds of the original sampler below which one run is no measur
 class SampleConfig(options.Config):
     """Draw samples into a folder, exact or certified.
 
-    Guidance and denoising are as the model recommends. --guidance and --denoise each replace one of them; --plain
+    Guidance and denoising are as the model recommends. --guidance and --denoise each override one of them; --plain
     turns both off.
 
-    The same command again resumes a run that was stopped. Any number of processes that run the same command share the
-    work, and write the same bytes: from several terminals, the tasks of srun or of an array, or torchrun
+    Rerun the same command to resume a stopped run. Any number of processes that run it share the work and write the
+    same bytes, whether started from several terminals, as tasks of srun or of an array, or by torchrun
     --nproc-per-node 2 -m -- jacobiflow sample ...
 
     Example: jacobiflow sample --model fashion-p2 --num 20 --compare --out out/demo
@@ -52,13 +52,14 @@ class SampleConfig(options.Config):
             sweeps of all tokens; window:N: of N tokens; gs-jacobi:G: of G segments. jacobi-J, gs-jacobi:G-J and the
             paper's [Stack-GS-J-Else] make J sweeps, without a check. Or a .json file of plan.
         denoise: Rate of one denoising step; 0 is off. Default: as recommended by the model.
-        denoise_dtype: Dtype of the denoising step: faster, and images change a little. Default: the model's.
+        denoise_dtype: Dtype of the denoising step; bfloat16 is faster and changes images a little. Default: the
+            model's.
         plain: No guidance and no denoising.
-        certify: Measure each sample's residual, and solve it again if it is above the tolerance.
+        certify: Measure each sample's residual, and solve samples above the tolerance again.
         certify_always: Check every block, even those solved token by token.
         sensitivity: Measure how much rounding changes each sample, by drawing it a second time.
-        compare: Also draw the first batch by the original sampler, and compare.
-        offload: Keep one block at a time on the device, for a model that is larger than it.
+        compare: Also draw the first batch with the original sampler, and compare.
+        offload: Keep one block at a time on the device, for a model larger than its memory.
         overwrite: Replace the samples in the folder.
         out: Folder for the samples and samples.png.
     """

@@ -33,8 +33,8 @@ _MAX_NATURAL_SIZE = 256  # Larger images are trained on only if --image-size is 
 class TrainConfig(options.Config):
     """Train a TarFlow or a MAF.
 
-    The same command again resumes a run that was stopped. Ctrl-C, SIGTERM and SIGUSR1 save a checkpoint and end the
-    run. Several processes share the work, started by torchrun or srun.
+    Rerun the same command to resume a stopped run. Ctrl-C, SIGTERM and SIGUSR1 save a checkpoint and end the run.
+    Several processes, started by torchrun or srun, share the work.
 
     Example: jacobiflow train --images fashion-mnist --out runs/fashion --steps 6000
 
@@ -162,7 +162,7 @@ def _training_images(config: TrainConfig) -> ImageDataset:
     if size is None and natural > _MAX_NATURAL_SIZE and isinstance(data.images, ImageFiles):
         raise InputValueError(
             f"{config.images}: the smallest images have {natural} pixels on a side, and training on images of "
-            "that size is slow; give a smaller --image-size, such as 64, to which they are scaled down"
+            "that size is slow; give a smaller --image-size, such as 64, to scale them down"
         )
     if size is not None and size > natural:
         for file in data.images.files if isinstance(data.images, ImageFiles) else ():

@@ -34,7 +34,7 @@ def browser() -> Iterator[Browser]:
 
 @pytest.fixture(scope="module")
 def page(browser: Browser, address: str) -> Page:
-    """A page of a phone's width, after the race that it runs when it is loaded."""
+    """A page of a phone's width, after its first race."""
     page = browser.new_page(viewport={"width": 390, "height": 844})
     page.set_default_timeout(120_000)
     page.add_init_script(
@@ -42,9 +42,14 @@ def page(browser: Browser, address: str) -> Page:
         "new PerformanceObserver((list) => list.getEntries().forEach(({ value }) => (shift += value)))"
         ".observe({ type: 'layout-shift', buffered: true })"
     )
-    page.goto(address)
+    start(page, address)
     page.wait_for_selector("#result:not(:empty)")
     return page
+
+
+def start(page: Page, address: str) -> None:
+    page.goto(address)
+    page.get_by_role("button", name="Start the race").click()
 
 
 def test_the_model_is_small_and_the_page_says_how_small(page: Page, site: Path) -> None:
@@ -67,9 +72,10 @@ def test_the_page_says_how_much_faster_jacobiflow_is(page: Page) -> None:
 def test_a_picture_and_the_progress_are_shown_until_the_model_is_loaded(browser: Browser, address: str) -> None:
     page = browser.new_page()
     page.route("**/weights-0-*", lambda route: None)
-    page.goto(address)
+    start(page, address)
     page.locator("#outcome", has_text=re.compile(r"Loading the model: 1\d\.\d of 17\.\d MB")).wait_for()
     assert page.locator("#still").is_visible()
+    assert page.get_by_role("button", name="Start the race").is_disabled()
     assert not page.locator("#race").is_visible()
     assert 0.9 < page.evaluate("document.querySelector('#loading').value") < 1
 
@@ -102,6 +108,6 @@ def test_pictures_are_those_of_python(page: Page) -> None:
 def test_missing_files_are_named(browser: Browser, address: str) -> None:
     page = browser.new_page()
     page.route("**/weights-*", lambda route: route.fulfill(status=404))
-    page.goto(address)
+    start(page, address)
     page.locator("#outcome", has_text="did not work").wait_for()
     assert re.search(r"model/weights-\d-\w+\.gz: 404", page.inner_text("#outcome"))

@@ -1,6 +1,7 @@
 // Shows the race: pictures, clocks, and the result. The samplers run in worker.js.
 const TINT = [191, 88, 0]; // of tokens that are not final yet
 const $ = (id) => document.getElementById(id), part = (name, selector) => document.querySelector(`#race .${name} ${selector}`);
+const button = document.querySelector("#form button");
 const isMotionReduced = matchMedia("(prefers-reduced-motion)");
 const worker = new Worker("worker.js", { type: "module" });
 let id = 0, seed = 0, model, results;
@@ -55,6 +56,7 @@ const handlers = {
     window.jacobiflow = results = { latents: start.latents }; // and the pictures, for a check
     $("loading").style.visibility = $("still").style.visibility = "hidden";
     $("race").style.visibility = "visible";
+    [button.textContent, button.disabled] = ["Draw another", false];
     say(`${$("class").selectedOptions[0].text}: drawing it twice …`);
   },
   turn: (turn) => {
@@ -69,16 +71,21 @@ const handlers = {
 };
 
 function race() {
+  if (!id) {
+    $("loading").style.visibility = "visible";
+    button.disabled = true;
+    say("Loading the model …");
+  }
   worker.postMessage({ id: ++id, label: Number($("class").value), seed });
 }
 
 worker.onmessage = ({ data }) => (data.kind === "loading" || data.id === id) && handlers[data.kind](data);
 worker.onerror = ({ message }) => handlers.failed({ message: message || "worker.js did not load" });
-$("class").addEventListener("change", race);
+$("class").addEventListener("change", () => id && race());
 $("form").addEventListener("submit", (event) => {
   event.preventDefault();
-  seed++;
+  if (id) seed++;
   race();
 });
-say("Loading the model …");
-race();
+button.disabled = false;
+say("Which of the two is faster?");

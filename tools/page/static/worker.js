@@ -2,9 +2,8 @@
 import { Samplers } from "./samplers.js";
 
 const TURN = 16, WARM_UP = 700; // milliseconds
-const loading = load();
+let loading; // the samplers, from the first race on
 let current; // the number of the race that is running
-loading.catch(() => {}); // each race reports it
 
 async function load() {
   const model = JSON.parse(new TextDecoder().decode(await read("model.json")));
@@ -55,6 +54,7 @@ function normalNumbers(seed, count) {
 // The sampler whose clock is behind takes the next turn: the two share one thread, and never run at the same time.
 async function race({ id, label, seed }) {
   current = id;
+  loading ??= load();
   const samplers = await loading;
   const latents = normalNumbers(seed, samplers.prior_scale.length);
   const racers = ["original", "jacobiflow"].map((name) => ({ name, steps: samplers[name](latents, label), seconds: 0, isDone: false }));
