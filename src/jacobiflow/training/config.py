@@ -17,7 +17,7 @@ class TrainingConfig:
 
     Args:
         steps: Optimizer steps in all, those of earlier runs included.
-        batch_size: Samples in a step, over all processes; at most all.
+        batch_size: Samples in a step, over all processes; at most as many as the data has.
         learning_rate: Peak learning rate of AdamW. It is reached after `warmup` steps, then falls to 1e-6 by a cosine.
         weight_decay: Weight decay of AdamW.
         warmup: Steps over which the learning rate rises linearly.
