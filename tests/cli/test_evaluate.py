@@ -145,6 +145,13 @@ def test_paired_errors_are_to_the_sequential_loop(run: Any, tmp_path: Path) -> N
     assert f"sensitivity {scores['sensitivity']:.1e} largest change" in out
 
 
+def test_exact_samples_are_called_identical(run: Any, tmp_path: Path) -> None:
+    sample_to_folder(jf.load("./plain"), 4, tmp_path / "exact", strategy="sequential", batch_size=4, shard_size=4)
+    scores, out = evaluated(run, tmp_path, f"plain --samples {tmp_path}/exact --paired 4")
+    assert (scores["paired"]["max"], scores["paired"]["psnr"]) == (0, math.inf)
+    assert "largest error 0 4 samples, identical to those of the exact loop sensitivity" in out
+
+
 @pytest.mark.parametrize(
     ("model", "options", "num", "noise", "seed"),
     [("model", "", 24, Noise(0.1), 0), ("plain", "--test-images 5 --seed 4", 5, Noise(), 4)],

@@ -38,6 +38,13 @@ def test_convert(run: Any, refuse: Any, tmp_path: Path) -> None:
     named = jf.load(tmp_path / "named")
     assert (named.config, named.recommended) == (read.config, read.recommended)
     refuse(f"sample --model {tmp_path}/original.pth", "original.pth --patch-size P --noise-std S --out FOLDER (the")
+    jf.load(tmp_path / "named").to_original(tmp_path / "plain.pth")
+    checkpoint = {"epoch": 3, "state_dict": torch.load(tmp_path / "plain.pth"), "callbacks": {}, "lr_schedulers": []}
+    torch.save(checkpoint, tmp_path / "lightning.ckpt")
+    assert run(f"convert {tmp_path}/lightning.ckpt --patch-size 2 --noise-std 0.2 --out {tmp_path}/ckpt").code == 0
+    assert jf.load(tmp_path / "ckpt").config == read.config
+    torch.save(jf.Prose(jf.ProseConfig(64, 2, 1)).state_dict(), tmp_path / "prose.pth")
+    refuse(f"convert {tmp_path}/prose.pth --out {tmp_path}/prose", "read them in Python: jf.Prose.from_original(file)")
     tokens, channels = (f"made a flow {made}, which draws no pictures" for made in ("over tokens", "of 12 channels"))
     for i, (given, warning, remedy, shape) in enumerate((
         ("", tokens, "--patch-size 2 --noise-std S", None),

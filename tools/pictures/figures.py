@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -18,10 +19,11 @@ import jacobiflow as jf
 from benchmarks import FIGURES
 from benchmarks.lib.results import parser
 from benchmarks.regimes import EXACT_LOOP, LOOP_IN_PYTORCH, PASS, in_passes
+from jacobiflow.data import balanced_labels
 from jacobiflow.data.grid import TEXT_COLOR
 from jacobiflow.models.latents import draw_latents
 from jacobiflow.plots import sampler_style, save_png
-from jacobiflow.plots.style import new_figure, plain_ticks, simplify_axes, use_style
+from jacobiflow.plots.style import RC_PARAMS, new_figure, plain_ticks, simplify_axes, use_style
 from tools.docs.render import find_runs, result
 from tools.pictures.front import Recorder, record, save_animation, token_colors
 from tools.pictures.palette import readable
@@ -132,33 +134,40 @@ def posterior() -> Figure:
     figure = new_figure(2.5)
     titles = ("exact posterior", "sbi", f"sbi, accelerated:\nat most {difference:.0e} away")
     for axis, title, points in zip(figure.subplots(1, 3, sharex=True, sharey=True), titles, samples, strict=True):
-        scatter(axis, points)
+        scatter(axis, points, sampler_style("auto").color)
         axis.set_title(title)
     figure.supxlabel("first parameter")
     figure.supylabel("second parameter")
     return figure
 
 
-def scatter(axis: Axes, points: torch.Tensor) -> None:
-    axis.scatter(points[:, 0], points[:, 1], s=1, linewidths=0, color=sampler_style("auto").color)
+def scatter(axis: Axes, points: torch.Tensor, color: str) -> None:
+    axis.scatter(points[:, 0], points[:, 1], s=1, linewidths=0, color=color)
     axis.set(xlim=(-0.5, 0.5), ylim=(-0.5, 0.5), aspect="equal", xticks=(-0.4, 0, 0.4), yticks=(-0.4, 0, 0.4))
     simplify_axes(axis)
 
 
-@use_style
 def examples() -> Figure:
-    """Samples of three flows: parameters of two moons, emoji, and a molecule."""
-    figure = new_figure(2.4)
-    left, middle, right = figure.subplots(1, 3)
-    scatter(left, posteriors().accelerated)
-    left.set(title="parameters\nof a simulation", xlabel="one parameter", ylabel="another", xticks=[], yticks=[])
-    samples = jf.sample(jf.load(MODEL), 9)
-    middle.imshow(samples.grid(columns=3), interpolation="none")
-    middle.set_title("pictures\n")
-    middle.axis("off")
-    weighted = find_runs("alanine", what="100,000 proposals")[0]["maps"][1]
-    draw_free_energy(right, weighted)
-    right.set(title="shapes\nof a molecule", xlabel="one angle", ylabel="another", xticks=[], yticks=[])
+    """Samples of three flows: parameters of two moons, emoji of every class, and a molecule.
+
+    It has no background, and its colours can be read on white and on black.
+    """
+    of_text: Any = ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color")
+    with rc_context(RC_PARAMS | dict.fromkeys(of_text, "#7c7c7c") | {"axes.facecolor": "none"}):
+        figure = new_figure(2.4)
+        figure.set_facecolor("none")
+        left, middle, right = figure.subplots(1, 3)
+        scatter(left, posteriors().accelerated, "#2f81f7")
+        left.grid(visible=False)
+        left.set(title="parameters\nof a simulation", xlabel="first parameter", ylabel="second parameter")
+        flow = jf.load(MODEL)
+        samples = jf.sample(flow, 9, balanced_labels(9, flow.config.num_classes))
+        middle.imshow(samples.grid(columns=3), interpolation="none")
+        middle.set(title="pictures\nby class")
+        middle.axis("off")
+        weighted = find_runs("alanine", what="100,000 proposals")[0]["maps"][1]
+        draw_free_energy(right, weighted)
+        right.set(title="conformations\nof a molecule", xlabel="phi, degrees", ylabel="psi, degrees")
     return figure
 
 
@@ -173,7 +182,7 @@ def draw_free_energy(axis: Axes, of_bins: Sequence[Sequence[float]]) -> Any:
 
 @use_style
 def alanine() -> Figure:
-    """Densities over phi and psi of the simulation, of proposals and of weighted proposals, and free energies."""
+    """Free energies over phi and psi of the simulation, of proposals and of weighted proposals, and along phi."""
     runs = {run["what"]: run for run in result("alanine")["runs"]}
     simulation, many = runs["simulations"], runs["100,000 proposals"]
     figure = new_figure(5.9)

@@ -37,7 +37,7 @@ class BenchConfig(options.Config):
     Attributes:
         strategy: A strategy as in jacobiflow sample; may be repeated. The original sampler, the exact loop and an
             encoding pass are always timed.
-        batch_size: Images solved together; may be repeated.
+        batch_size: Samples solved together; may be repeated.
         repeats: Number of timed rounds, after one that warms up.
         certify: Certify the samples, within the measured time.
         out: Folder for bench.png and bench.json.

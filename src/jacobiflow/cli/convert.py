@@ -27,7 +27,8 @@ class ConvertConfig(options.Config):
     Example: jacobiflow convert afhq_model_8_768_8_8_0.07.pth --out afhq
 
     Attributes:
-        file: A state dict (.pth) of TarFlow, SBG, a fork of them, or STARFlow.
+        file: Weights of TarFlow, SBG, a fork of them, or STARFlow: a state dict (.pth), or a checkpoint that holds one,
+            such as Lightning's (.ckpt).
         patch_size: Side of a patch in pixels. Default: that in an original name, such as 8 above. With neither,
             the flow is over tokens.
         noise_std: Standard deviation of the training images' noise, which denoising removes. Default: that in an
@@ -67,6 +68,10 @@ def run(config: ConvertConfig) -> ConvertResult:
     from jacobiflow.models.checkpoints.original import read_original
 
     state = read_original(config.file)
+    if "cond_embed.atom_embed.weight" in state:
+        raise InputValueError(
+            f"{config.file}: weights of a Prose, a flow of peptides; read them in Python: jf.Prose.from_original(file)"
+        )
     flow = (_convert_starflow if "blocks.0.sos_embed" in state else _convert_tarflow)(config, state)
     flow.save_pretrained(config.out)
     parameters = sum(parameter.numel() for parameter in flow.parameters())

@@ -28,9 +28,10 @@ _ROWS = (
      "{r.test_images:,} {r.likelihood_images}, with the noise of training"),
     ("bayes_accuracy", "class accuracy", "{s.bayes_accuracy:.1%}", "by Bayes' rule; the same images"),
     ("median_residual", "residual", "{r.samples.residual:.1e}", "largest; median {r.median_residual:.1e}"),
+    ("identical", "largest error", "0", "{s.paired.num:,} samples, identical to those of the exact loop"),
     ("paired", "largest error", "{s.paired.max:.1e}", "{s.paired.num:,} samples, against the exact loop"),
     ("paired", "RMS error", "{s.paired.rms:.1e}", "the same"),
-    ("pixels", "PSNR", "{s.paired.psnr:.1f} dB", "the same"),
+    ("psnr", "PSNR", "{s.paired.psnr:.1f} dB", "the same"),
     ("sensitivity", "sensitivity", "{s.sensitivity:.1e}", "largest change of the exact loop's samples by rounding"),
     ("pixels", "8-bit pixels", "{s.paired.pixels.share:.3%}",
      "of the stored images differ, by {s.paired.pixels.levels} at most"),
@@ -126,8 +127,13 @@ def show(config: EvaluateConfig, result: EvaluationResult) -> None:
         print(result.samples)
         if result.samples.num_nonfinite:
             print("samples that overflowed are stored as black images, which count in the scores")
-    paired = {} if result.scores.paired is None else vars(result.scores.paired)
-    names = {name for name, value in (vars(result) | vars(result.scores) | paired).items() if value is not None}
+    paired = result.scores.paired
+    values = vars(result) | vars(result.scores) | ({} if paired is None else vars(paired))
+    names = {name for name, value in values.items() if value is not None}
+    if paired is not None and paired.max == 0:
+        names = names - {"paired", "psnr"} | {"identical"}
+    elif "pixels" not in names:  # A PSNR is of pictures.
+        names.discard("psnr")
     rows = [[text.format(r=result, s=result.scores) for text in texts] for name, *texts in _ROWS if name in names]
     show_table(("score", "value", ""), rows, text=(0, 2))
 

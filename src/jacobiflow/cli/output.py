@@ -78,6 +78,17 @@ def format_rate(num: int, seconds: float) -> str:
     return f"{rate:,.0f}" if rate >= 9.95 else f"{rate:.2g}"
 
 
+def format_speed_up(speed_up: float) -> str:
+    """Formats how many times faster or slower something is.
+
+    Example:
+        >>> format_speed_up(25.3), format_speed_up(0.4)
+        ('25x faster', '2.5x slower')
+    """
+    factor, word = (speed_up, "faster") if speed_up >= 1 else (1 / speed_up, "slower")
+    return f"{factor:.{1 if factor < 10 else 0}f}x {word}"
+
+
 @contextmanager
 def progress_bar() -> Iterator[Progress | None]:
     """Yields a `Progress` that draws a bar for each kind of work; without a terminal, once a minute.

@@ -30,7 +30,7 @@ class PlanConfig(options.Config):
     Attributes:
         tune: First fit guesses and corrections, and save them as tuning.json (under guidance, tuning-guided.json) in
             the model's folder, or beside --out for a bundled model.
-        batch_size: Images solved together, or auto: as many as fit in free memory, at most 1,024.
+        batch_size: Samples solved together, or auto: as many as fit in free memory, at most 1,024.
         tolerance: Largest residual in any block, and largest error of a sample.
         out: File for the strategy (JSON).
     """

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import jacobiflow as jf
 from jacobiflow.cli import loading, options
-from jacobiflow.cli.output import format_count, format_duration, format_rate, progress_bar
+from jacobiflow.cli.output import format_count, format_duration, format_rate, format_speed_up, progress_bar
 from jacobiflow.errors import InputValueError
 from jacobiflow.utils.provenance import Provenance
 
@@ -44,7 +44,7 @@ class SampleConfig(options.Config):
 
     Attributes:
         num: Number of samples.
-        batch_size: Images solved together, or auto: as many as fit in memory. Default: the batch size of the samples
+        batch_size: Samples solved together, or auto: as many as fit in memory. Default: the batch size of the samples
             already in --out, else --num, at most 64.
         shard_size: Samples in a file. A run that was stopped keeps whole files. Default: about 1,024.
         files: png: also a file for each image, in folders by class.
@@ -266,7 +266,7 @@ def _print_comparison(config: SampleConfig, result: SampleResult, comparison: Co
     print(
         f"first batch of {comparison.batch_size:,} again, {denoising}: original sampler "
         f"{_format_seconds(original.seconds.median)}, here {_format_seconds(ours.seconds.median)}{share}: "
-        f"{speed_up:.{1 if speed_up < 10 else 0}f}x faster\n"
+        f"{format_speed_up(speed_up)}\n"
         f"largest difference from the original sampler {_format_difference(result.error.max, result.spec)}; rounding "
         f"changes these samples by up to {_format_difference(result.rounding, result.spec)}{before}"
     )

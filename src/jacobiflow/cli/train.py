@@ -162,7 +162,7 @@ def _training_images(config: TrainConfig) -> ImageDataset:
     if size is None and natural > _MAX_NATURAL_SIZE and isinstance(data.images, ImageFiles):
         raise InputValueError(
             f"{config.images}: the smallest images have {natural} pixels on a side, and training on images of "
-            "that size is slow; give a smaller --image-size, such as 64, to scale them down"
+            "that size is slow; give a smaller --image-size, such as 32, to scale them down"
         )
     if size is not None and size > natural:
         for file in data.images.files if isinstance(data.images, ImageFiles) else ():
