@@ -49,7 +49,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = jf.TarFlowConfig(1, 32, 8, width=64, num_blocks=2, layers_per_block=1, num_classes=2, noise_std=0.07)
     flow = jf.TarFlow(config)
     flow.to_original(folder / "afhq_model_8_64_2_1_0.07.pth")
-    for name in ("mine", "runs/mine", "me/mine"):  # the last one as from the hub
+    for name in ("mine", "runs/mine", "me/photos"):  # the last one as from the hub
         flow.save_pretrained(folder / name)
     for i in range(8):
         for name in ("photos", "held-out"):
@@ -91,7 +91,7 @@ def test_commands_run(
     page: str, files: Path, tmp_path: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    lines = [match[1] for match in COMMAND.finditer(re.sub(r"\\\n +", " ", (PAGES | HELP)[page]))]
+    lines = [match[1] for match in COMMAND.finditer(re.sub(r" *\\\n +", " ", (PAGES | HELP)[page]))]
     if any("features inception" in line or ("evaluate" in line and "--features" not in line) for line in lines):
         request.getfixturevalue("_inception")
     folder = shutil.copytree(files, tmp_path / "work", symlinks=True)
@@ -101,7 +101,8 @@ def test_commands_run(
     monkeypatch.setattr("jacobiflow.data.sources._FASHION_MNIST", folder / "fashion-mnist")
     for line in lines:
         small = line.replace("fashion-512", "few.npz").replace("8_768_8_8", "8_64_2_1").split("  #")[0]
-        small = small.replace("$out", "runs/script").replace("$steps", "2")
+        small = small.replace("$out", "runs/script").replace("$steps", "2").replace("--device cuda", "--device cpu")
+        small = small.replace("--image-size 64", "--image-size 32").replace("--width 768 --blocks 8 --layers 8", "--width 64")
         if small.startswith("sample") and (out := re.search(r"--out (\S+)", small)):
             shutil.rmtree(out[1], ignore_errors=True)  # has samples of other settings
         result = run_line(f"{small} {SHORT[small.split()[0]]}", capsys)
