@@ -21,3 +21,8 @@ function stackWideTables() {
 
 addEventListener("resize", stackWideTables);
 stackWideTables();
+
+// On a phone a command is wrapped between its words, not within an option such as --batch-size.
+for (const code of document.querySelectorAll(".md-content .highlight code:not(:has(span))")) {
+  code.innerHTML = code.innerHTML.replace(/(?<=^|\s)-[\w-]+/g, '<span class="option">$&</span>');
+}
