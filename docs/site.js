@@ -22,7 +22,10 @@ function stackWideTables() {
 addEventListener("resize", stackWideTables);
 stackWideTables();
 
-// On a phone a command is wrapped between its words, not within an option such as --batch-size.
+// No line ends within an option such as --batch-size.
+for (const code of document.querySelectorAll(".md-content :not(pre) > code")) {
+  code.classList.toggle("option", /^-[\w-]+$/.test(code.textContent));
+}
 for (const code of document.querySelectorAll(".md-content .highlight code:not(:has(span))")) {
   code.innerHTML = code.innerHTML.replace(/(?<=^|\s)-[\w-]+/g, '<span class="option">$&</span>');
 }
