@@ -165,8 +165,8 @@ def examples() -> Figure:
         middle.imshow(samples.grid(columns=3), interpolation="none")
         middle.set(title="pictures\nby class")
         middle.axis("off")
-        weighted = find_runs("alanine", what="100,000 proposals")[0]["maps"][1]
-        draw_free_energy(right, weighted)
+        of_bins = find_runs("alanine", what="100,000 proposals")[0]["maps"][0]
+        draw_free_energy(right, of_bins)
         right.set(title="conformations\nof a molecule", xlabel="phi, degrees", ylabel="psi, degrees")
     return figure
 
