@@ -53,7 +53,7 @@ _GUIDANCE = (
     "others are annealed=false, on=scale, on=shift, rule=density."
 )
 _LABELS = (
-    "Classes of the samples: balanced (all in turn), random, none, names or numbers to take in turn, such as cat,dog "
+    "Classes of the samples: balanced (all in turn), random, none, names or numbers to take in turn, such as face,hand "
     "or 0,3, or a .txt or .npy file with a number for each sample."
 )
 _PROMPTS = "For a STARFlow: a text, or a .txt file with a text on each line. They are taken in turn."
