@@ -29,7 +29,7 @@ from benchmarks.lib.models import latents, random_starflow, sample
 from benchmarks.lib.process import in_new_process, memory, reset_peak_memory
 from benchmarks.lib.results import Json, measure_files
 from benchmarks.lib.timing import seconds_of, time_runs
-from examples.captions import GUIDANCE, PROMPTS, load
+from examples.captions import GUIDANCE, PROMPTS
 from jacobiflow import native
 from jacobiflow.comparison.baselines import original_sampler
 from jacobiflow.models import Flow
@@ -57,7 +57,7 @@ def trained(name: str) -> Flow:
     """A trained model, bundled or of the examples: with the weights that it is stored with, or rounded to bfloat16."""
     name, _, weights = name.partition(", ")
     path = ROOT / "examples" / name
-    flow = load() if name == "emoji-star" else jf.load(path if path.exists() else name)
+    flow = jf.load(path if path.exists() else name)
     if weights == "bfloat16":
         for parameter in flow.parameters():
             parameter.copy_(parameter.bfloat16())

@@ -1,6 +1,6 @@
 """Measures STARFlow: `python -m benchmarks.star`.
 
-With the captioned emoji of examples/captions.py: samples under guidance by the two samplers of the original code and by
+With emoji-star, the model of captioned emoji: samples under guidance by the two samplers of the original code and by
 ours, and how often a sample is nearest to the emoji of its caption. Writes
 docs/results/starflow.json and docs/results/captions.json, which fill docs/starflow.md, and
 docs/figures/emoji-star.png.
@@ -22,12 +22,13 @@ from benchmarks.lib.models import latents, sample
 from benchmarks.lib.peers import starflow
 from benchmarks.lib.results import Json, measure_files
 from benchmarks.lib.timing import time_runs
-from examples.captions import GUIDANCE, PROMPTS, SAMPLES_PER_PROMPT, SETTINGS, captioned_emoji, load
+from examples.captions import GUIDANCE, PROMPTS, SAMPLES_PER_PROMPT, SETTINGS, captioned_emoji
 from jacobiflow import plots
 from jacobiflow.comparison.baselines import TOKEN_LOOP, original_sampler
 from jacobiflow.data import scale
 from jacobiflow.evaluation import sample_errors
 
+MODEL = "emoji-star"
 BATCHES, ROUNDS, ITERATION = (1, 16), 3, "block iteration"
 MIN_RIGHT = 6  # Samples of eight that must be right for a prompt that the docs show.
 CATEGORIES = {
@@ -42,7 +43,7 @@ GUIDANCES = {"plain": None, "guided": GUIDANCE}
 
 def speeds(key: Json) -> Json:
     """Seconds of a batch by each sampler, and errors against the exact inverse in float64."""
-    flow, batch = load().guided(GUIDANCE), key["batch"]
+    flow, batch = jf.load(MODEL).guided(GUIDANCE), key["batch"]
     z, prompts = latents(flow, batch, prompts=PROMPTS)
     context = flow.context_kind.resolve(prompts, batch)
     runs: dict[str, Callable[[], Any]] = {
@@ -69,7 +70,7 @@ def follows(key: Json) -> Json:
     """The shares of samples whose nearest emoji, or one of the nearest five, is that of their caption, by category."""
     settings = jf.SamplingSettings(GUIDANCES[key["follows"]], denoise=SETTINGS.denoise)
     emoji, captions, categories = captioned_emoji()
-    flow, is_right = load(), []
+    flow, is_right = jf.load(MODEL), []
     for i, caption in enumerate(captions):
         samples = jf.sample(flow, SAMPLES_PER_PROMPT, context=caption, settings=settings)
         is_right.append(nearest_emoji(samples.images, emoji) == i)
@@ -93,7 +94,7 @@ def shares_right(is_right: Tensor) -> Json:
 
 def draw_sheet() -> None:
     """Draws samples of each prompt, and counts those that are nearest to the emoji of their caption."""
-    flow, rows = load(), []
+    flow, rows = jf.load(MODEL), []
     emoji, captions, _ = captioned_emoji()
     for prompt in PROMPTS:
         images = jf.sample(flow, SAMPLES_PER_PROMPT, context=prompt, settings=SETTINGS).images

@@ -89,6 +89,18 @@ def test_the_handle_prints_few_lines_for_many_transforms_and_large_networks() ->
     assert str(neural).splitlines()[1].endswith("by passes: native code does not know the univariate MNN")
 
 
+@pytest.mark.parametrize("name", ["zuko MAF", "zuko coupling"])
+@torch.no_grad()
+def test_the_handle_says_why_the_latest_call_was_not_native(name: str) -> None:
+    _, flow, y, c = problem_of(name)
+    handle = jf.accelerate(flow)
+    with torch.autocast("cpu", torch.bfloat16):
+        flow(c).log_prob(y)
+    assert "in the latest call by its own code: torch.autocast was enabled (call it outside of autocast)" in str(handle)
+    flow(c).log_prob(y)
+    assert str(handle).endswith("by native code")
+
+
 def test_flows_within_objects_are_found() -> None:
     names = ("zuko MAF", "zuko NSF", "nflows affine", "nflows rational", "normflows affine")
     flows = [CASES[name].make() for name in names]
@@ -181,6 +193,9 @@ def test_what_is_no_flow_is_refused() -> None:
     for value in (None, zuko.flows.MAF, "zuko", SimpleNamespace(a=1)):
         with pytest.raises(TypeError, match="no PyTorch module in it; give a flow or a posterior"):
             jf.accelerate(value, 0.0)
+    for path in ("x.pth", Path("x.pth")):
+        with pytest.raises(TypeError, match=r"jacobiflow convert, or call jf.TarFlow.from_original\('x.pth'\)"):
+            jf.accelerate(path)
     _, flow, _, c = problem_of("zuko MAF")
     for product in (flow(c), flow(c).transform):
         with pytest.raises(jf.InputError, match="accelerate the flow that made it, if one did; nothing"):

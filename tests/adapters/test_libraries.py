@@ -77,6 +77,8 @@ def test_the_latest_acceleration_counts_and_all_may_end_in_any_order() -> None:
                 assert tolerance_of(flow) == 0.25
                 jf.accelerate(flow, 0.125)
             assert tolerance_of(flow) == 0.0
+        with jf.accelerate(zuko, 0.5) as again:
+            assert str(again).endswith("3 transforms so far")  # those of the first call
         assert tolerance_of(flow) == 0.5
         jf.accelerate(flow).restore()
         assert tolerance_of(flow) == "library"

@@ -65,9 +65,16 @@ def test_what_native_code_cannot_do_is_the_block_s_own() -> None:
             torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5, equal_nan=True)
         block.train()
         block.reverse(x)  # Dropout is active.
+        assert str(handle).endswith(
+            "in the latest call by its own code: the block was in training mode (call model.eval())"
+        )
         block.eval().requires_grad_(True)
+        with torch.autocast("cpu", torch.bfloat16):
+            block.reverse(x)
+        assert "torch.autocast was enabled" in str(handle)
         with torch.enable_grad():
             assert block.reverse(x)[0].requires_grad
+        assert "gradients were enabled (use torch.no_grad())" in str(handle)
         assert handle.backends == {"": "library"}
         with pytest.raises(TypeError, match="reverse"):
             block.reverse(x, colour=3)
@@ -117,8 +124,9 @@ def test_a_call_that_was_not_tried_is_the_block_s_own(call: str) -> None:
     block, handle, own = accelerated(UnconditionalBelowZero, classes=3)
     assert outcome(block, CALLS[call]) == outcome(own, CALLS[call])
     assert handle.backends == {"": "library"}
-    assert str(handle).endswith("by native code, in the latest call by its own code")
+    assert "by native code, in the latest call by its own code: " in str(handle)
     assert outcome(block, {"y": torch.tensor([2, 0, 1, 2])}) and handle.backends == {"": "native"}
+    assert str(handle).endswith("by native code")
 
 
 @pytest.mark.parametrize("shape", [None, (6, 5), (4, 6, 4), (3, 6, 5), (4, 5, 5), (1, 6, 5)])

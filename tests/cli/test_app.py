@@ -89,6 +89,8 @@ MISSPELLED = {
     "sampel": 'Did you mean "sample"?',
     "plan": "plan needs --model and --out. Example: jacobiflow plan --model fashion-p2 --batch-size 4 --out ",
     "convert": "convert needs FILE and --out. Example: jacobiflow convert afhq_model_",
+    "train --data d": "train needs --images and --steps and --out. Unknown option: --data. Example: ",
+    "bench --num 4": "Unknown option: --num. See jacobiflow bench --help.",
     "train --imgs d": "train needs --images and --steps and --out. Did you mean --images instead of --imgs? Example: ",
     "sample --guidance": "--guidance needs a value: Weight of classifier-free guidance, such as 3; 0 is none. See ",
     "bench --batch-size 3.5": "Invalid value for --batch-size: 3.5 is not a whole number. See jacobiflow bench --help.",

@@ -15,6 +15,7 @@ import jacobiflow as jf
 from jacobiflow import native
 from jacobiflow.sampling.folder import sample_to_folder
 from tests.helpers.running import figures
+from tests.helpers.stand_ins import write_t5
 
 
 def test_convert(run: Any, refuse: Any, tmp_path: Path) -> None:
@@ -128,10 +129,10 @@ def test_check_of_a_model_uses_its_reports_and_its_weights(run: Any, refuse: Any
 
 def test_convert_a_starflow(run: Any, refuse: Any, tmp_path: Path) -> None:
     torch.manual_seed(0)
-    flow = jf.STARFlow(jf.STARFlowConfig(3, 4, 2, 64, (1, 2), text_tokens=3, text_dim=5, noise_std=0.1))
+    flow = jf.STARFlow(jf.STARFlowConfig(3, 4, 2, 64, (1, 2), text_tokens=3, text_dim=16, noise_std=0.1))
     state = {name: tensor for name, tensor in flow.state_dict().items() if "null_text" not in name}
     torch.save(state | {"feat_rope.freqs_cos": torch.zeros(7, 32)}, tmp_path / "star.pth")
-    (tmp_path / "words.py").write_text("import torch\nencode = lambda prompts: torch.ones(len(prompts), 1, 5)\n")
+    (tmp_path / "words.py").write_text("import torch\nencode = lambda prompts: torch.ones(len(prompts), 1, 16)\n")
     line = f"convert {tmp_path}/star.pth --patch-size 2 --noise-std 0.1 --out {tmp_path}/star"
     result = run(f"{line} --encode-text {tmp_path}/words.py:encode")
     assert (result.code, result.err) == (0, "")
@@ -139,7 +140,10 @@ def test_convert_a_starflow(run: Any, refuse: Any, tmp_path: Path) -> None:
     assert read.config == flow.config and read.recommended.guidance == jf.Guidance.parse(
         "3.6,annealed=false,rule=density"
     )
-    assert torch.equal(read.blocks[-1].null_text[:2], torch.tensor([[1.0] * 5, [0.0] * 5]))
+    assert torch.equal(read.blocks[-1].null_text[:2], torch.tensor([[1.0] * 16, [0.0] * 16]))
+    write_t5(tmp_path / "t5")
+    assert run(f"{line}3 --encode-text {tmp_path}/t5").code == 0
+    assert run(f"sample --model {tmp_path}/star3 --num 1 --prompts red --out {tmp_path}/o").code == 0
     refuse(f"{line}2 --encode-text {tmp_path}/words.py:decode", "words.py:decode: no function of this name in the file")
     refuse(f"sample --model {tmp_path}/star --prompts cat --out {tmp_path}/o", "--prompts cat: give --encode-text, too")
     refuse(f"sample --model model --prompts cat --out {tmp_path}/o", "--prompts cat: this flow reads no text")

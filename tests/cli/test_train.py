@@ -15,6 +15,7 @@ from PIL import Image
 
 import jacobiflow as jf
 from jacobiflow.data import image_grid
+from jacobiflow.models.contexts import class_names
 from jacobiflow.models.registry import FLOWS
 from tests.helpers.running import figures
 from tests.helpers.scoring import levels
@@ -51,7 +52,8 @@ def test_samples_of_a_trained_model_are_denoised_as_its_sheets_are(run: Any, tmp
     noisy = jf.sample(flow, 20, labels, strategy="sequential", settings=None).images
     want = jf.denoise(flow, noisy, labels)
     assert torch.equal(jf.SampleFolder.open(tmp_path / "out").images(0), torch.from_numpy(levels(want)).movedim(3, 1))
-    with Image.open(tmp_path / "run" / "samples-000002.png") as sheet, image_grid(want, 10) as expected:
+    expected = image_grid(want, 10, names=class_names(labels, flow.classes))
+    with Image.open(tmp_path / "run" / "samples-000002.png") as sheet:
         assert sheet.tobytes() == expected.tobytes()
 
 

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 import jacobiflow as jf
-from examples import captions
 from tests.helpers.oracle import Guide, StarOracle
 from tests.helpers.problems import latents, make_star, texts, to_float32
 
@@ -163,9 +162,8 @@ def test_trained_weights_follow_their_captions() -> None:
     prompts = ["large red circle", "large blue circle", "hand dark skin", "hand light skin"]
     context = [prompt for prompt in prompts for _ in range(2)]
     colours = []
-    for images in jf.sample(captions.load(), len(context), context=context, strategy="sequential", seed=3).images.split(
-        2
-    ):
+    samples = jf.sample(jf.load("emoji-star"), len(context), context=context, strategy="sequential", seed=3)
+    for images in samples.images.split(2):
         drawn = (images.amin(dim=1) < 0.5).unsqueeze(1)  # not the white around it
         colours.append((images * drawn).sum(dim=(0, 2, 3)) / drawn.sum())
     red, blue, dark, light = colours

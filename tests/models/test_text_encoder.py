@@ -29,12 +29,14 @@ def test_states_of_a_prompt_do_not_depend_on_the_others(folder: Path) -> None:
         torch.testing.assert_close(alone, states[n, : len(alone)], rtol=0, atol=1e-5)
 
 
-def test_prompts_become_samples(folder: Path) -> None:
+def test_a_model_folder_names_the_encoder_of_its_prompts(folder: Path, tmp_path: Path) -> None:
     torch.manual_seed(0)
-    flow = jf.STARFlow(jf.STARFlowConfig(1, 4, 2, 40, (1, 1), text_tokens=4, text_dim=16, head_dim=20))
-    flow.encode_text = t5_encoder(folder, 4)
+    sizes = {"text_tokens": 4, "text_dim": 16, "head_dim": 20, "text_encoder": str(folder)}
+    flow = jf.STARFlow(jf.STARFlowConfig(1, 4, 2, 40, (1, 1), **sizes))
     for block in flow.blocks:
         torch.nn.init.normal_(block.proj_out.weight, std=0.1)
+    flow.save_pretrained(tmp_path / "star")
+    flow = jf.load(tmp_path / "star")
     out = jf.sample(flow, 2, context=["red apple", "green apple"], latents=None)
     assert out.exact.all() and not torch.equal(out.images[0], out.images[1])
 

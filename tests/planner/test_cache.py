@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -103,6 +104,13 @@ def test_a_plan_is_made_again_if_its_conditions_change(
     make_tuning(fitted_block(1), fitted_block(2)).save(model / "tuning.json")
     auto(jf.load(model), 1)
     assert plans.made == len(plans.files) == 10
+
+
+def test_a_model_folder_that_was_deleted_has_no_tuning(model: Path, plans: Plans) -> None:
+    flow = jf.load(model)
+    shutil.rmtree(model)
+    auto(flow, 1)
+    assert plans.made == 1 and jf.find_tuning(flow) is None
 
 
 def test_a_flow_that_trains_leaves_one_file_and_few_plans_in_memory(model: Path, plans: Plans) -> None:

@@ -232,6 +232,8 @@ def test_arguments_that_do_not_fit_the_flow_are_named() -> None:
     ):  # fmt: skip
         with pytest.raises(ValueError, match=names):
             sample(make_flow(**CLASSES), **arguments)
+    with pytest.raises(TypeError, match=r"jf\.accelerate\(module\), then its own sampling method"):
+        jf.sample(torch.nn.Linear(2, 2), 1)  # type: ignore[arg-type]
 
 
 def test_options_that_a_flow_lacks_are_refused() -> None:

@@ -1,7 +1,7 @@
 """Puts a trained model into the package: `python -m tools.models.bundle_model --help`.
 
 Writes config.json, with the recommended settings of docs/results/NAME-search.json, and half-precision weights to
-src/jacobiflow/bundled/NAME; and for its card, metrics to docs/results/NAME.json and the loss curve to docs/figures.
+src/jacobiflow/bundled/NAME; and for its card, metrics to docs/results/NAME.json.
 """
 
 from __future__ import annotations
@@ -10,23 +10,18 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import torch
-from matplotlib.figure import Figure
 
 import jacobiflow as jf
-from benchmarks import FIGURES, MODELS, RESULTS
+from benchmarks import MODELS, RESULTS
 from benchmarks.lib.results import Json, parser
 from benchmarks.search_guidance import recommended
 from jacobiflow.data import ImageDataset, Noise, Split, available_splits, load_images
 from jacobiflow.evaluation import bayes_accuracy, bits_per_dim
 from jacobiflow.models.flow import Flow
-from jacobiflow.plots import save_png
-from jacobiflow.plots.style import new_figure, simplify_axes, use_style
-from jacobiflow.training import TrainMetrics, read_metrics
+from jacobiflow.training import read_metrics
 from jacobiflow.utils.files import write_json
 from tools.models.make_images import labels_of
-from tools.pictures.palette import TOUGH_BLOCK
 
 ACCURACY_IMAGES = 1000
 
@@ -40,19 +35,6 @@ def measure(flow: Flow, test: ImageDataset) -> Json:
         "bayes_accuracy": bayes_accuracy(flow, few, noise),
         "accuracy_images": len(few),
     }
-
-
-@use_style
-def loss_figure(metrics: list[TrainMetrics]) -> Figure:
-    """The loss curve, each point the mean of 50 steps."""
-    usable = metrics[: len(metrics) // 50 * 50]
-    steps, losses = np.array([(row.step, row.loss) for row in usable]).reshape(-1, 50, 2).mean(axis=1).T
-    figure = new_figure(3.4)
-    axis = figure.subplots()
-    axis.plot(steps, losses, color=TOUGH_BLOCK)
-    axis.set(xlabel="step", ylabel="loss (nats per dimension)")
-    simplify_axes(axis)
-    return figure
 
 
 def main() -> None:
@@ -86,7 +68,6 @@ def main() -> None:
         "test_name": options.test_name,
         **measure(flow, test),
     }
-    save_png(loss_figure(metrics), FIGURES / f"{options.name}-loss.png")
     write_json(RESULTS / f"{options.name}.json", result)
     print(f"bundled {folder}: class accuracy {result['bayes_accuracy']:.1%}")
 

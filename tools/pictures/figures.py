@@ -14,12 +14,13 @@ import torch
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import FancyBboxPatch
 
 import jacobiflow as jf
 from benchmarks import FIGURES
 from benchmarks.lib.results import parser
 from benchmarks.regimes import EXACT_LOOP, LOOP_IN_PYTORCH, PASS, in_passes
-from jacobiflow.data import balanced_labels
+from jacobiflow.data import quantize
 from jacobiflow.data.grid import TEXT_COLOR
 from jacobiflow.models.latents import draw_latents
 from jacobiflow.plots import sampler_style, save_png
@@ -29,6 +30,17 @@ from tools.pictures.front import Recorder, record, save_animation, token_colors
 from tools.pictures.palette import readable
 from tools.pictures.two_moons import posteriors
 
+BLUE, ORANGE, GREY = "#2f81f7", "#e07b2e", "#7c7c7c"  # can be read on white and on black
+EXAMPLE_PROMPTS = [
+    "yellow heart", "ok hand medium skin", "large blue diamond", "thumbsdown", "crossed fingers dark skin",
+    "raised hand", "large orange square", "hand light skin", "purple heart",
+]  # fmt: skip
+use_clear_style = rc_context(
+    RC_PARAMS
+    | dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), GREY)
+    | dict.fromkeys(("axes.facecolor", "figure.facecolor"), "none")
+)
+"""Decorates a function that draws a figure without a background, for white paper and black."""
 MODEL = "emoji-p2"
 SAMPLE, LABEL = 10, 1  # a person of seed 0, whose number of sweeps is about the median of the first 20
 
@@ -126,7 +138,14 @@ def speed() -> Figure:
     return figure
 
 
-@use_style
+def scatter(axis: Axes, points: torch.Tensor) -> None:
+    axis.scatter(points[:, 0], points[:, 1], s=2, linewidths=0, color=BLUE, alpha=0.6)
+    axis.set(xlim=(-0.5, 0.5), ylim=(-0.5, 0.5), aspect="equal", xticks=(-0.4, 0, 0.4), yticks=(-0.4, 0, 0.4))
+    simplify_axes(axis)
+    axis.grid(visible=False)
+
+
+@use_clear_style
 def posterior() -> Figure:
     """Samples of the posterior of two moons: exact, by sbi, and by sbi accelerated, from the same random numbers."""
     samples = posteriors()
@@ -134,41 +153,41 @@ def posterior() -> Figure:
     figure = new_figure(2.5)
     titles = ("exact posterior", "sbi", f"sbi, accelerated:\nat most {difference:.0e} away")
     for axis, title, points in zip(figure.subplots(1, 3, sharex=True, sharey=True), titles, samples, strict=True):
-        scatter(axis, points, sampler_style("auto").color)
+        scatter(axis, points)
         axis.set_title(title)
     figure.supxlabel("first parameter")
     figure.supylabel("second parameter")
     return figure
 
 
-def scatter(axis: Axes, points: torch.Tensor, color: str) -> None:
-    axis.scatter(points[:, 0], points[:, 1], s=1, linewidths=0, color=color)
-    axis.set(xlim=(-0.5, 0.5), ylim=(-0.5, 0.5), aspect="equal", xticks=(-0.4, 0, 0.4), yticks=(-0.4, 0, 0.4))
-    simplify_axes(axis)
-
-
+@use_clear_style
 def examples() -> Figure:
-    """Samples of three flows: parameters of two moons, emoji of every class, and a molecule.
-
-    It has no background, and its colours can be read on white and on black.
-    """
-    of_text: Any = ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color")
-    with rc_context(RC_PARAMS | dict.fromkeys(of_text, "#7c7c7c") | {"axes.facecolor": "none"}):
-        figure = new_figure(2.4)
-        figure.set_facecolor("none")
-        left, middle, right = figure.subplots(1, 3)
-        scatter(left, posteriors().accelerated, "#2f81f7")
-        left.grid(visible=False)
-        left.set(title="parameters\nof a simulation", xlabel="first parameter", ylabel="second parameter")
-        flow = jf.load(MODEL)
-        samples = jf.sample(flow, 9, balanced_labels(9, flow.config.num_classes))
-        middle.imshow(samples.grid(columns=3), interpolation="none")
-        middle.set(title="pictures\nby class")
-        middle.axis("off")
-        of_bins = find_runs("alanine", what="100,000 proposals")[0]["maps"][0]
-        draw_free_energy(right, of_bins)
-        right.set(title="conformations\nof a molecule", xlabel="phi, degrees", ylabel="psi, degrees")
+    """Samples of three flows: parameters of two moons, emoji of nine prompts, and a molecule."""
+    figure = new_figure(2.4)
+    left, middle, right = figure.subplots(1, 3)
+    scatter(left, posteriors().accelerated)
+    left.set(title="parameters\nof a simulation", xlabel="first parameter", ylabel="second parameter")
+    draw_cards(middle, jf.sample(jf.load("emoji-star"), len(EXAMPLE_PROMPTS), context=EXAMPLE_PROMPTS, seed=1).images)
+    middle.set(title="pictures\nby their names")
+    draw_free_energy(right, find_runs("alanine", what="100,000 proposals")[0]["maps"][0])
+    right.set(title="angles of\na molecule", xlabel="phi, degrees", ylabel="psi, degrees")
     return figure
+
+
+def draw_cards(axis: Axes, images: torch.Tensor) -> None:
+    """Draws images in rows of three, each on a white card with round corners."""
+    axis.set(xlim=(0, 3), ylim=(3, 0), aspect="equal")
+    axis.axis("off")
+    for i, image in enumerate(quantize(images).permute(0, 2, 3, 1).numpy()):
+        row, column = divmod(i, 3)
+        card = FancyBboxPatch(
+            (column + 0.07, row + 0.07), 0.86, 0.86, "round,pad=0,rounding_size=0.12", fc="white", ec="none"
+        )
+        axis.add_patch(card)
+        edge = 0.12
+        extent = (column + edge, column + 1 - edge, row + 1 - edge, row + edge)
+        axis.imshow(image, extent=extent, interpolation="none", zorder=2)
+    axis.set(xlim=(0, 3), ylim=(3, 0))
 
 
 def draw_free_energy(axis: Axes, of_bins: Sequence[Sequence[float]]) -> Any:
@@ -180,7 +199,7 @@ def draw_free_energy(axis: Axes, of_bins: Sequence[Sequence[float]]) -> Any:
     return axis.imshow(values - values.min(), origin="lower", extent=extent, cmap="viridis", vmin=0, vmax=10)
 
 
-@use_style
+@use_clear_style
 def alanine() -> Figure:
     """Free energies over phi and psi of the simulation, of proposals and of weighted proposals, and along phi."""
     runs = {run["what"]: run for run in result("alanine")["runs"]}
@@ -200,8 +219,8 @@ def alanine() -> Figure:
     axis = bottom.subplots()
     bins = len(simulation["free_energy"])
     centres = (np.arange(bins) + 0.5) * 360 / bins - 180
-    axis.plot(centres, simulation["free_energy"], color=TEXT_COLOR, linewidth=5, alpha=0.4, label="simulation")
-    for name, color, marker in (("flow", "#fba652", "v"), ("flow, weighted", "#00519e", "o")):
+    axis.plot(centres, simulation["free_energy"], color=GREY, linewidth=5, alpha=0.5, label="simulation")
+    for name, color, marker in (("flow", ORANGE, "v"), ("flow, weighted", BLUE, "o")):
         values, error = (np.array(panels[name][key], float) for key in ("free_energy", "error"))  # nan without samples
         axis.errorbar(centres, values, error, color=color, marker=marker, label=name, markersize=4, capsize=2)
     axis.set(

@@ -4,7 +4,6 @@ import matplotlib
 from matplotlib.colors import to_hex, to_rgb
 
 FINAL_TOKEN, WAITING_TOKEN = "#a9b5c4", "#f2f2f2"  # tokens that are being swept have their sampler's colour
-TOUGH_BLOCK = "#3d4a5c"
 ORDERED = matplotlib.colormaps["viridis"]  # for things in an order, such as segments
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING
 
-import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -16,7 +15,7 @@ from jacobiflow.adapters.part import Part
 from jacobiflow.adapters.summary import describe, describe_gpu
 from jacobiflow.errors import UnsupportedError
 from jacobiflow.native import cuda
-from jacobiflow.native.tensors import is_traced
+from jacobiflow.native.tensors import check_autocast, check_untraced
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -79,7 +78,7 @@ class Acceleration:
 
     @property
     def backends(self) -> dict[str, str]:
-        """For each transform that was used, "native", "cuda", "passes", or "library" for the library's loop."""
+        """For each transform that was used, "native", "cuda", "passes", or "library" for the library's own code."""
         return {part.name: part.latest_use[1] for part in self._transforms if part.latest_use is not None}
 
     def restore(self) -> None:
@@ -102,6 +101,12 @@ class Acceleration:
         """Records the latest use of a transform, for `passes` and `backends`."""
         if module in self.parts:  # DataParallel makes replicas.
             self.parts[module].latest_use = passes, backend
+
+    def record_fallback(self, module: nn.Module, reason: str) -> None:
+        """Records that a call of a module is left to the library's own code, and why."""
+        if module in self.parts:
+            for part in self.parts[module].parts:
+                part.latest_use, part.fallback_reason = (0, "library"), reason
 
     def _accelerate_run(self, run: nn.Module, adapter: Adapter) -> None:
         """Accelerates a run of layers, see `Part`. Its use is recorded as that of these layers."""
@@ -130,13 +135,15 @@ class Acceleration:
         """
         part = self.parts.get(module)
         is_library_exact = self.tolerance == 0 and library_call is not None
-        if part is None or is_library_exact or is_traced() or torch.is_autocast_enabled("cuda" if x.is_cuda else "cpu"):
+        if part is None or is_library_exact:
             return None
         try:
+            check_untraced()
+            check_autocast("cuda" if x.is_cuda else "cpu")
             native = part.find_native(context is not None)
             if native.obstacle is not None:
                 if native.mixed is None or library_call is None:
-                    return None
+                    raise UnsupportedError(native.obstacle)
                 return library_call(native.mixed, x, context)
             rows, contexts, batch = flatten_batch(x, context)
             in_pytorch = None if library_call is None else partial(native.evaluate_in_pytorch, library_call)
@@ -146,7 +153,8 @@ class Acceleration:
         except cuda.RefusedError as error:
             self.refusals.add(str(error))
             return None
-        except UnsupportedError:
+        except UnsupportedError as error:
+            self.record_fallback(module, str(error))
             return None
         if failed is not None:
             if library_call is None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from types import ModuleType
 from typing import Any, overload
 
@@ -114,6 +115,11 @@ def accelerate(
     if not modules and isinstance(flow, Distribution | Transform):
         raise InputValueError(
             f"{type(flow).__name__}: a distribution; accelerate the flow that made it, if one did; nothing was changed"
+        )
+    if isinstance(flow, str | os.PathLike) and Path(flow).suffix:
+        raise InputTypeError(
+            f"{format_value(flow)}: a file; give the flow in it; for the weights of a TarFlow, use jacobiflow convert, "
+            f"or call jf.TarFlow.from_original({str(flow)!r}), then jf.sample; nothing was changed"
         )
     if not modules:
         raise InputTypeError(

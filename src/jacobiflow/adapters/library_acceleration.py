@@ -62,7 +62,9 @@ class LibraryAcceleration:
         self._end(Acceleration.__exit__)
 
     def __repr__(self) -> str:
-        count = f"{self._count} transforms so far"
+        # An earlier call that is still in force has counted all flows since then.
+        same = [each for each in _active if (each._name, each.tolerance) == (self._name, self.tolerance)]
+        count = f"{max(each._count for each in (self, *same))} transforms so far"
         gpu = describe_gpu(self._uses_gpu, set().union(*(each.refusals for each in self._accelerations)))
         return f"new flows of {self._name} are accelerated, {describe_tolerance(self.tolerance)}: {count}{gpu}"
 

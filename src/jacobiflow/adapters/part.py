@@ -25,6 +25,7 @@ class Part:
         parts: The accelerated modules in it, itself included.
         uses_gpu: Native code computes it on a GPU, too.
         latest_use: The passes of the latest call, and its backend.
+        fallback_reason: Why native code did not compute the latest call that it left to the library.
     """
 
     module: nn.Module
@@ -34,6 +35,7 @@ class Part:
     uses_gpu: bool = False
     parts: list[Part] = field(default_factory=list)
     latest_use: tuple[int, str] | None = None
+    fallback_reason: str = ""
 
     def __post_init__(self) -> None:
         self.class_before = type(self.module)

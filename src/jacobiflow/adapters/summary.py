@@ -43,7 +43,8 @@ def describe(parts: Mapping[nn.Module, Part], tolerance: float | None, reasons: 
             continue
         way = _describe_way(layer, part, tolerance)
         if way == "native code" and part.latest_use is not None and part.latest_use[1] in _LATEST:
-            way += f", in the latest call by {_LATEST[part.latest_use[1]]}"
+            reason = f": {part.fallback_reason}" if part.fallback_reason else ""
+            way += f", in the latest call by {_LATEST[part.latest_use[1]]}{reason}"
         text = f"{part.adapter.library} {library_class(layer).__name__}, by {way}"
         names.setdefault(text, []).append(name)
     for name, reason in reasons.items():

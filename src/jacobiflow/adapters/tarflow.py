@@ -15,7 +15,7 @@ from jacobiflow.adapters.tarflow_trial import MAX_GUIDANCE, TEMPERATURES, TrialR
 from jacobiflow.errors import UnsupportedError
 from jacobiflow.native import describe as describe_native
 from jacobiflow.native import load_library
-from jacobiflow.native.tensors import is_traced
+from jacobiflow.native.tensors import check_autocast, check_untraced, is_traced
 from jacobiflow.native.transformer import CausalTransformer, GuidanceWeights, RowInputs
 from jacobiflow.utils.snapshot import Snapshot
 
@@ -166,8 +166,9 @@ class _AcceleratedBlock(AcceleratedModule):
         """Returns what the block's own `reverse` does."""
         try:
             result = self._native_reverse(args, kwargs)
-        except UnsupportedError:
-            return self._own_reverse(*args, **kwargs)
+        except UnsupportedError as error:
+            self.acceleration.record_fallback(self, str(error))
+            return super().reverse(*args, **kwargs)  # type: ignore[misc]
         return result if self.trial_result.has_log_det else result[0]
 
     def _native_reverse(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor]:
@@ -177,16 +178,24 @@ class _AcceleratedBlock(AcceleratedModule):
             raise UnsupportedError("arguments that do not fit its signature") from error
         call.apply_defaults()
         arguments = {name: value for name, value in call.arguments.items() if name != "self"}
-        if is_traced() or self._has_changed() or not self._is_tried(_ReverseArgs(**arguments)):
-            raise UnsupportedError("a block that has changed, or arguments that were not tried")
         tensors = [value for value in arguments.values() if isinstance(value, Tensor)]
+        check_untraced()
+        if not all(tensor.is_cpu for tensor in tensors):
+            raise UnsupportedError("tensors were not on the CPU")
+        if self._has_changed():
+            raise UnsupportedError("the block has changed (undo the change, or call jf.accelerate again)")
+        check_autocast("cpu")
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (*tensors, *self.parameters())):
-            raise UnsupportedError("gradients")
+            raise UnsupportedError("gradients were enabled (use torch.no_grad())")
+        if not self.trial_result.in_training and any(part.training for part in self.modules()):
+            raise UnsupportedError("the block was in training mode (call model.eval())")
+        if not self._is_tried(_ReverseArgs(**arguments)):
+            raise UnsupportedError("the trial did not compare such arguments")
         with torch.no_grad():
             result = _reverse(self, _ReverseArgs(**arguments))
         if (overflows := ~result[0].isfinite().all(dim=(1, 2))).any():  # The block's own code computes these rows.
             rows = {name: value[overflows] if isinstance(value, Tensor) else value for name, value in arguments.items()}
-            repaired = self._own_reverse(**rows)
+            repaired = super().reverse(**rows)  # type: ignore[misc]
             for ours, theirs in zip(result, repaired if isinstance(repaired, tuple) else (repaired,), strict=False):
                 ours[overflows] = theirs
         self.acceleration.record_use(self, 0, "native")
@@ -217,7 +226,6 @@ class _AcceleratedBlock(AcceleratedModule):
         if not (
             rows and 0 < tokens <= positions and (tokens == positions or self.trial_result.takes_fewer_tokens)
             and _has_form(x, torch.float32, rows, tokens, self.proj_in.in_features)
-            and (self.trial_result.in_training or not any(part.training for part in self.modules()))
         ):  # fmt: skip
             return False
         projection, embeddings = getattr(self, "cond_proj", None), getattr(self, "class_embed", None)
@@ -229,10 +237,6 @@ class _AcceleratedBlock(AcceleratedModule):
         if embeddings is None or not _has_form(y, torch.int64, rows):
             return False
         return bool(((y >= 0) & (y < len(embeddings))).all())  # Forks give negative labels a meaning of their own.
-
-    def _own_reverse(self, *args: Any, **kwargs: Any) -> Any:
-        self.acceleration.record_use(self, 0, "library")
-        return super().reverse(*args, **kwargs)  # type: ignore[misc]
 
 
 def _has_form(value: Any, dtype: torch.dtype, *shape: int) -> bool:

@@ -21,12 +21,13 @@ import traceback
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from difflib import get_close_matches
 from pathlib import Path
 from shlex import quote
 from typing import Any
 
 from cyclopts import App, CycloptsError, Group, Parameter
-from cyclopts.exceptions import MissingArgumentError, UnusedCliTokensError
+from cyclopts.exceptions import MissingArgumentError, UnknownOptionError, UnusedCliTokensError
 
 from jacobiflow import __version__
 from jacobiflow.cli import options, output
@@ -170,6 +171,11 @@ def _describe_options(error: CycloptsError) -> str:
         is_likely = hasattr(error.target, name) and not is_other_folder and not is_given
         hint = f" Did you mean --{name} {quote(word)}?" * is_likely
         return f"{word}: there is no option before it.{hint}"
+    if isinstance(error, UnknownOptionError) and error.app is not None:
+        word = error.token.keyword or error.token.value
+        names = [name for argument in error.app.assemble_argument_collection() for name in argument.names]
+        close = get_close_matches(word, names, n=1, cutoff=0.75)
+        return f"Unknown option: {word}." + "".join(f" Did you mean {name}?" for name in close)
     if isinstance(error, MissingArgumentError) and error.argument is not None and error.app is not None:
         arguments = error.app.assemble_argument_collection(parse_docstring=True)
         first = next(i for i, argument in enumerate(arguments) if argument.name == error.argument.name)
@@ -181,6 +187,8 @@ def _describe_options(error: CycloptsError) -> str:
             argument.name if argument.index is None else argument.name.removeprefix("--").upper()
             for argument in arguments[first:] if argument.required and argument.show and argument.name not in tokens
         ]  # fmt: skip
+        unknown = [word for word in error.unused_tokens or () if word.startswith("--")]
+        hint = hint or "".join(f" Unknown option: {word}." for word in unknown)
         example = (error.target.__doc__ or "").partition("Example: ")[2].partition("\n")[0]
         return f"{' '.join(error.command_chain or ())} needs {' and '.join(missing)}.{hint} Example: {example}."
     return str(error)

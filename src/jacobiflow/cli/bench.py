@@ -30,7 +30,7 @@ class BenchConfig(options.Config):
     """Time strategies and measure their errors.
 
     The strategies, the original sampler and the exact loop run in turn on the same latents. Errors are differences
-    from the images of the exact loop.
+    from the samples of the exact loop.
 
     Example: jacobiflow bench --model digits-p1 --strategy jacobi --strategy "[2-4-5-6]" --repeats 3
 

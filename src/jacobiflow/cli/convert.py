@@ -88,10 +88,15 @@ def _convert_starflow(config: ConvertConfig, state: dict[str, Any]) -> jf.STARFl
             "without --encode-text the model has no states of the empty text, which guidance needs; to guide samples, "
             "convert again with it", stacklevel=1,
         )  # fmt: skip
-    encoder = None if config.encode_text is None else options.load_encoder(config.encode_text)
     flow_config = jf.STARFlow.infer_config(state, str(config.file), config.patch_size or 1)
-    noise_std = flow_config.noise_std if config.noise_std is None else config.noise_std
-    return jf.STARFlow.from_original(config.file, replace(flow_config, noise_std=noise_std), encoder)
+    if config.noise_std is not None:
+        flow_config = replace(flow_config, noise_std=config.noise_std)
+    if config.encode_text is None:
+        return jf.STARFlow.from_original(config.file, flow_config)
+    if not options.is_function(config.encode_text):  # A model folder does not name code that runs when it is loaded.
+        flow_config = replace(flow_config, text_encoder=config.encode_text)
+    encoder = options.load_encoder(config.encode_text, flow_config)
+    return jf.STARFlow.from_original(config.file, flow_config, encoder)
 
 
 def _convert_tarflow(config: ConvertConfig, state: dict[str, Any]) -> jf.TarFlow:

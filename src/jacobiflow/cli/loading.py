@@ -29,7 +29,7 @@ def load_model(
         dtype = "float32"
     flow = jf.load(name, device, dtype, offload)
     if encode_text is not None and isinstance(flow, jf.STARFlow):
-        flow.encode_text = options.load_encoder(encode_text)
+        flow.encode_text = options.load_encoder(encode_text, flow.config)
     return flow.guided(jf.Guidance.parse(guidance))
 
 

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from jacobiflow.models.flow import Flow
+    from jacobiflow.models.starflow import STARFlowConfig
+    from jacobiflow.models.text_encoder import EncodeText as TextEncoder
 
 MODEL, DATA, TRAINING, MEASUREMENT, SPEED, GUIDANCE, OUTPUT = (
     Parameter(group=Group(title, sort_key=position))
@@ -56,11 +58,11 @@ _LABELS = (
     "Classes of the samples: balanced (all in turn), random, none, names or numbers to take in turn, such as face,hand "
     "or 0,3, or a .txt or .npy file with a number for each sample."
 )
-_PROMPTS = "For a STARFlow: a text, or a .txt file with a text on each line. They are taken in turn."
+_PROMPTS = 'Texts, such as "yellow heart" thumbsdown, or a .txt file with one on each line, to take in turn.'
 _DEVICE = "cpu, cuda, cuda:1 or mps; auto is a CUDA GPU if there is one, else the CPU."
 _REPORT = "A report of calibrate, which says where the iteration of each block starts."
 _TOLERANCE = "Largest residual |g(x) - x| that a sample may have in any block. Default: 1e-3, or that of the strategy."
-_ENCODE_TEXT = "The text encoder: FILE.py:FUNCTION, or the hub id or folder of a T5 encoder."
+_ENCODE_TEXT = "The text encoder: FILE.py:FUNCTION, or the hub id of a T5 encoder. Default: the model's."
 
 
 def convert(kind: Any, tokens: Any) -> Any:
@@ -134,7 +136,7 @@ IMAGES = Parameter(group=DATA.group, validator=_check_images)
 STRATEGY = near_miss("auto", "sequential", "jacobi", "gs-jacobi", "window", "whole", "segments", "original")
 Flag = Annotated[bool, Parameter(show_default=False)]
 Model = Annotated[str, MODEL, Parameter(validator=_check_model, help=_MODEL)]
-Prompts = Annotated[str | None, MODEL, Parameter(help=_PROMPTS)]
+Prompts = Annotated[tuple[str, ...], MODEL, Parameter(help=_PROMPTS, consume_multiple=True, show_default=False)]
 EncodeText = Annotated[str | None, MODEL, Parameter(help=_ENCODE_TEXT)]
 Images = Annotated[str, IMAGES, Parameter(help=f"The images: {SOURCES}")]
 Labels = Annotated[str, MODEL, Parameter(help=_LABELS)]
@@ -154,7 +156,7 @@ NoGuidance = Annotated[Flag, GUIDANCE, Parameter(help="No guidance.")]
 Tolerance = Annotated[float | None, SPEED, within(0), Parameter(help=_TOLERANCE)]
 BatchSize = Annotated[int | Literal["auto"], SPEED, Parameter(validator=_check_batch_size)]
 NetworkBatchSize = Annotated[
-    int, SPEED, within(1, MAX_BATCH_SIZE), Parameter(help="Images that go through the network together.")
+    int, SPEED, within(1, MAX_BATCH_SIZE), Parameter(help="Samples that go through the network together.")
 ]
 
 
@@ -237,31 +239,39 @@ def _read_labels(path: Path) -> Any:
         raise InputValueError(f"--labels {path}: cannot be read as whole numbers ({error})") from error
 
 
-def parse_prompts(text: str | None, encoder: str | None, num: int, flow: Flow) -> list[str] | None:
-    """Returns the prompts of `num` samples by `--prompts`, for which the flow needs the encoder of `--encode-text`."""
-    from jacobiflow.models.contexts import Texts
+def parse_prompts(texts: Sequence[str], encoder: str | None, num: int, flow: Flow) -> list[str] | None:
+    """Returns the prompts of `num` samples by `--prompts`, for which the flow needs a text encoder."""
+    from jacobiflow.models import STARFlow
 
-    if text is None and encoder is not None:
+    if not texts and encoder is not None:
         raise InputValueError(f"--encode-text {encoder}: give --prompts, too, or leave it out")
-    if text is None:
+    if not texts:
         return None
-    if not isinstance(flow.context_kind, Texts):
-        raise InputValueError(f"--prompts {text}: this flow reads no text; leave it out")
-    if encoder is None:
-        raise InputValueError(f"--prompts {text}: give --encode-text, too: {_ENCODE_TEXT}")
-    try:
-        prompts = Path(text).read_text().splitlines() if text.endswith(".txt") else [text]
-    except (OSError, ValueError) as error:
-        raise InputValueError(f"--prompts {text}: cannot be read ({error})") from error
+    if not isinstance(flow, STARFlow):
+        raise InputValueError(f"--prompts {texts[0]}: this flow reads no text; leave it out, or sample a STARFlow")
+    if flow.encode_text is None:
+        raise InputValueError(f"--prompts {texts[0]}: give --encode-text, too: {_ENCODE_TEXT}")
+    prompts = list[str]()
+    for text in texts:
+        try:
+            prompts += Path(text).read_text().splitlines() if text.endswith(".txt") else [text]
+        except (OSError, ValueError) as error:
+            raise InputValueError(f"--prompts {text}: cannot be read ({error})") from error
     if not prompts:
-        raise InputValueError(f"--prompts {text}: is empty; give a prompt on each line")
+        raise InputValueError(f"--prompts {texts[0]}: is empty; give a prompt on each line")
     return [prompts[i % len(prompts)] for i in range(num)]
 
 
-def load_encoder(encoder: str) -> Any:
-    """Loads the text encoder of `--encode-text`."""
-    from jacobiflow.models import t5_encoder
+def is_function(encoder: str) -> bool:
+    """Whether the text encoder of `--encode-text` is FILE.py:FUNCTION."""
+    return encoder.rpartition(":")[0].endswith(".py")
+
+
+def load_encoder(encoder: str, config: STARFlowConfig) -> TextEncoder | None:
+    """Loads the text encoder of `--encode-text` for a flow of this config."""
+    from jacobiflow.models.text_encoder import named_encoder
     from jacobiflow.utils.functions import load_function
 
-    is_function = encoder.rpartition(":")[0].endswith(".py")
-    return load_function(encoder, "a T5 encoder") if is_function else t5_encoder(encoder)
+    if is_function(encoder):
+        return load_function(encoder, "a T5 encoder")
+    return named_encoder(encoder, config.text_tokens, config.text_dim)

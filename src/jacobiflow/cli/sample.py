@@ -67,7 +67,7 @@ class SampleConfig(options.Config):
     model: options.Model = "fashion-p2"
     num: Annotated[int, options.MODEL, options.within(1, 100_000_000)] = 16
     labels: options.Labels = "balanced"
-    prompts: options.Prompts = None
+    prompts: options.Prompts = ()
     encode_text: options.EncodeText = None
     seed: options.Seed = 0
     batch_size: options.BatchSize | None = None
@@ -135,15 +135,15 @@ def run(config: SampleConfig) -> SampleResult | None:
     )
     classes = options.parse_labels(config.labels, config.num, flow, config.seed)
     texts = options.parse_prompts(config.prompts, config.encode_text, config.num, flow)
-    context = flow.context_kind.resolve(classes if texts is None else texts, config.num)
+    conditions = classes if texts is None else texts
     settings, line = loading.resolve_settings(
-        flow, config.guidance, config.denoise, config.plain, context.values is not None, config.denoise_dtype
+        flow, config.guidance, config.denoise, config.plain, conditions is not None, config.denoise_dtype
     )
     flow = flow.guided(settings.guidance)
     started = perf_counter()
     with progress_bar() as progress:
         folder = jf.sample_to_folder(
-            flow, config.num, config.out, seed=config.seed, context=context, settings=settings,
+            flow, config.num, config.out, seed=config.seed, context=conditions, settings=settings,
             strategy=loading.load_strategy(config.strategy, config.report, flow), tolerance=config.tolerance,
             certify="always" if config.certify_always else config.certify, sensitivity=config.sensitivity,
             batch_size=_resolve_batch_size(config, flow), shard_size=config.shard_size, files=config.files,
@@ -157,9 +157,10 @@ def run(config: SampleConfig) -> SampleResult | None:
             folder.outcome(), machine=describe_machine(flow.var.device),
         )  # fmt: skip
         if config.compare:
+            context = flow.context_kind.resolve(conditions, config.num)
             result = _compare(config, result, flow, folder, context, progress)
     if result.comparison is not None and folder.spec.has_pictures:
-        names = class_names(context.values, flow.classes) if texts is None else texts
+        names = class_names(classes, flow.classes) if texts is None else texts
         _save_comparison(result.comparison, config.strategy, names, config.out / _SHEET)
     return result
 

@@ -99,6 +99,8 @@ def run(config: TrainConfig) -> TrainResult | None:
     import torch
 
     from jacobiflow import plots, training
+    from jacobiflow.data import image_grid
+    from jacobiflow.models.contexts import class_names
     from jacobiflow.training.checkpoint import last_step
     from jacobiflow.training.processes import process_group
     from jacobiflow.utils import timing
@@ -129,7 +131,8 @@ def run(config: TrainConfig) -> TrainResult | None:
     def save_samples(average: Flow, step: int) -> None:
         labels = options.parse_labels("balanced", 20, average, config.training.seed)
         samples = jf.sample(average, num=20, labels=labels, seed=config.training.seed, strategy="sequential")
-        plots.save_png(samples.grid(10), config.out / f"samples-{step:06d}.png")
+        sheet = image_grid(samples.images, 10, names=class_names(labels, average.classes))
+        plots.save_png(sheet, config.out / f"samples-{step:06d}.png")
 
     with process_group(), progress_bar() as progress:
         training.train(
@@ -202,13 +205,15 @@ def _summary(config: TrainConfig, data: ImageDataset, held_out: ImageDataset | N
     names = ", ".join(data.classes[:_MAX_NAMES]) + ", ..." * (num_classes > _MAX_NAMES)
     parameters = sum(parameter.numel() for parameter in flow.parameters())
     steps, batch_size = format_count(config.training.steps, "step"), min(config.training.batch_size, len(data))
+    fewer = f" (all that there are; --batch-size is {config.training.batch_size:,})"
     processes, tasks = find_launch().count, count_slurm_tasks()
     return (
         f"images: {len(data):,} of {width}x{height} pixels, {'grey' if channels == 1 else 'colour'}{scaled}\n"
         f"classes: {num_classes or 'none'}{f' ({names})' * (len(data.classes) == num_classes > 0)}\n"
         f"held out: {'none' if held_out is None else f'{len(held_out):,} images'}\n"
         f"model: {config.flow}, {parameters:,} parameters\n"
-        f"training: {steps} of {format_count(batch_size, 'image')}, on {flow.var.device.type}"
+        f"training: {steps} of {format_count(batch_size, 'image')}{fewer * (batch_size < config.training.batch_size)}"
+        f", on {flow.var.device.type}"
         f"{f' in {processes} processes' * (processes > 1)}"
         f"{f'; srun would start all {tasks} tasks of this SLURM job' * (processes == 1 < tasks)}"
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,6 +20,7 @@ PICTURE_CHANNELS = (1, 3)  # Of grey and colour images; latents of an autoencode
 CAPTION_HEIGHT, _LETTER_HEIGHT = 40, 28  # Pixels; readable if a phone shows a picture of 10 images a line.
 TEXT_COLOR = "#222222"
 _GAP = 4  # Pixels between images.
+_LETTER_WIDTH, _NAME_LINES = 11, 3  # Pixels of a letter in a name that is wrapped, and its lines.
 _LINE_WIDTH, _MIN_WIDTH, _MAX_WIDTH = 1120, 112, 336  # Pixels of a line, and of an image in it.
 
 
@@ -29,7 +31,8 @@ def image_grid(
 
     Args:
         zoom: Side in pixels at which a pixel of an image is drawn; by default images are 112 to 336 pixels wide.
-        names: Names of the images, written above each line, or once if all lines have the same; need matplotlib.
+        names: Names of the images, written above each line, or once if all lines have the same; need matplotlib. Long
+            names are wrapped, and cut after three lines.
 
     Example:
         >>> from jacobiflow.data import image_grid
@@ -44,15 +47,19 @@ def image_grid(
     rows, lines = (-(-len(each) // columns) for each in (levels, names))
     if all(name == names[i % columns] for i, name in enumerate(names)):
         lines = min(lines, 1)
-    grid = Image.new("RGB", (columns * width + _GAP, rows * height + _GAP + lines * CAPTION_HEIGHT), "white")
+    letters = max(width // _LETTER_WIDTH, 8)
+    names = [textwrap.fill(name, letters, max_lines=_NAME_LINES, placeholder="...") for name in names]
     font = fitting_font(names, width) if names else None
+    breaks = max((name.count("\n") for name in names), default=0)
+    name_height = CAPTION_HEIGHT + (breaks * int(1.3 * font.size) if font else 0)
+    grid = Image.new("RGB", (columns * width + _GAP, rows * height + _GAP + lines * name_height), "white")
     for i, name in enumerate(names[: lines * columns]):
         row, column = divmod(i, columns)
-        middle = (column * width + (width + _GAP) / 2, row * (height + CAPTION_HEIGHT) + CAPTION_HEIGHT / 2)
-        ImageDraw.Draw(grid).text(middle, name, fill=TEXT_COLOR, font=font, anchor="mm")
+        middle = (column * width + (width + _GAP) / 2, row * (height + name_height) + name_height / 2)
+        ImageDraw.Draw(grid).text(middle, name, fill=TEXT_COLOR, font=font, anchor="mm", align="center")
     for i, image in enumerate(levels):
         row, column = divmod(i, columns)
-        corner = (column * width + _GAP, row * height + _GAP + min(row + 1, lines) * CAPTION_HEIGHT)
+        corner = (column * width + _GAP, row * height + _GAP + min(row + 1, lines) * name_height)
         pixels = Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
         grid.paste(pixels.resize((width - _GAP, height - _GAP), Image.Resampling.NEAREST), corner)
     return grid
@@ -64,5 +71,5 @@ def fitting_font(names: Sequence[str], width: float = float("inf")) -> FreeTypeF
     from PIL import ImageFont
 
     font = ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf", _LETTER_HEIGHT)
-    longest = max(font.getlength(name) for name in names)
+    longest = max(font.getlength(line) for name in names for line in name.split("\n"))
     return font.font_variant(size=max(int(_LETTER_HEIGHT * min(1.0, (width - 4) / max(longest, 1.0))), 6))

@@ -13,7 +13,7 @@ from jacobiflow.models.prose import Prose
 from jacobiflow.models.registry import register_flow
 from jacobiflow.models.starflow import STARFlow
 from jacobiflow.models.tarflow import TarFlow
-from jacobiflow.models.text_encoder import t5_encoder
+from jacobiflow.models.text_encoder import t5_encoder, word_encoder
 
 __all__ = [
     "MAF",
@@ -27,4 +27,5 @@ __all__ = [
     "TarFlow",
     "register_flow",
     "t5_encoder",
+    "word_encoder",
 ]  # fmt: skip

@@ -257,7 +257,10 @@ class Flow(Pretrained):
 
 def check_flow(flow: Any) -> None:
     """Checks that `flow` is a flow."""
-    check_kind("flow", flow, Flow, "a flow, such as jacobiflow.load(...) returns")
+    expected = "a flow, such as jacobiflow.load(...) returns"
+    if isinstance(flow, nn.Module):
+        expected += "; for a module of other code, call jf.accelerate(module), then its own sampling method"
+    check_kind("flow", flow, Flow, expected)
     if not flow.config.num_tokens:
         raise InputValueError("flow: of any peptide; give the view of one, flow.for_peptide(...)")
     if flow.var.dtype not in FLOATS:

@@ -23,7 +23,7 @@ from jacobiflow.models.config import BlockShape, PatchConfig, check_heads, check
 from jacobiflow.models.contexts import Texts
 from jacobiflow.models.flow import Flow
 from jacobiflow.models.registry import register_flow
-from jacobiflow.models.text_encoder import EncodeText
+from jacobiflow.models.text_encoder import EncodeText, named_encoder
 from jacobiflow.models.transformer.attention import Rotation, SharedParameters, TransformerLayer
 from jacobiflow.models.transformer.block import TransformerBlock
 from jacobiflow.models.transformer.cache import Projections
@@ -56,6 +56,7 @@ class STARFlowConfig(PatchConfig):
         expansion: Hidden units of a layer's perceptron, in multiples of `width`.
         soft_clip: The bound c of c tanh(a / c), for the outputs a of a transformer.
         noise_std: Standard deviation of the training images' Gaussian noise.
+        text_encoder: The encoder of prompts: "words", the hub id of a T5 encoder, or empty if `encode_text` gives it.
 
     Example:
         >>> jf.STARFlowConfig().num_tokens, jf.STARFlowConfig().of_block(5)
@@ -73,6 +74,7 @@ class STARFlowConfig(PatchConfig):
     expansion: int = 4
     soft_clip: float = 4.0
     noise_std: float = 0.3
+    text_encoder: str = ""
     num_classes: ClassVar[int] = 0
 
     def __post_init__(self) -> None:
@@ -187,11 +189,12 @@ def _angles(positions: Float[Tensor, " t"], num: int) -> Float[Tensor, "t {num}"
 class STARFlow(Flow):
     """A flow of images with a text: shallow blocks, and a deep one that reads the text and is sampled first.
 
-    Its context is prompts, if `encode_text` is set, or the states of texts (N, L, K) with L up to `text_tokens`, padded
-    with zeros. `None` is the empty text, whose states are in the weights.
+    Its context is prompts, if it has a text encoder, or the states of texts (N, L, K) with L up to `text_tokens`,
+    padded with zeros. `None` is the empty text, whose states are in the weights.
 
     Attributes:
-        encode_text: Returns the states of a list of prompts, see `jacobiflow.models.t5_encoder`; only prompts need it.
+        encode_text: Returns the states of a list of prompts, see `jacobiflow.models.t5_encoder`; by default that of
+            the config's `text_encoder`.
 
     Reference: Gu et al., STARFlow: Scaling Latent Normalizing Flows for High-resolution Image Synthesis, arXiv
     2506.06276.
@@ -209,7 +212,11 @@ class STARFlow(Flow):
     block_type = STARFlowBlock
     config: STARFlowConfig
     blocks: Sequence[STARFlowBlock]
-    encode_text: EncodeText | None = None
+    encode_text: EncodeText | None
+
+    def __init__(self, config: STARFlowConfig) -> None:
+        super().__init__(config)
+        self.encode_text = named_encoder(config.text_encoder, config.text_tokens, config.text_dim)
 
     @property
     def context_kind(self) -> Texts:
@@ -225,13 +232,16 @@ class STARFlow(Flow):
         """Loads a `.pth` state dict of the STARFlow code, in eval mode; float16 and bfloat16 become float32.
 
         By default the config is read from the shapes in the file, see `infer_config`. The states of the empty text,
-        which guidance needs, are not in the file: `encode_text([""])` gives them.
+        which guidance needs, are not in the file: `encode_text([""])` gives them, by default by the text encoder of
+        the config.
         """
         state = read_original(path)
         config = cls.infer_config(state, str(path)) if config is None else config
         cls.check_config(config)
         state = {name: tensor for name, tensor in state.items() if name.partition(".")[0] not in _UNUSED_MODULES}
         null_text = torch.zeros(config.text_tokens, config.text_dim)
+        if encode_text is None:
+            encode_text = named_encoder(config.text_encoder, config.text_tokens, config.text_dim)
         if encode_text is not None:
             texts = Texts(null_text, encode_text)
             null_text = texts.pad("encode_text", texts.encode([""]))[0]

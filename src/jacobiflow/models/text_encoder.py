@@ -1,10 +1,14 @@
-"""The text encoder of the released STARFlow, from the package transformers."""
+"""Text encoders of a STARFlow: T5, from the package transformers, and one of random word vectors."""
 
 from __future__ import annotations
 
+import hashlib
+import re
 from collections.abc import Callable
+from functools import cache, partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -13,6 +17,46 @@ from jacobiflow.errors import CheckpointError, InputValueError, first_line
 
 EncodeText = Callable[[list[str]], Float[Tensor, "n l k"]]
 """Returns the states of N prompts, of L tokens or fewer, with zeros in place of padding."""
+WORDS = "words"
+"""The name of `word_encoder` in the config of a STARFlow."""
+
+
+def named_encoder(name: str, text_tokens: int, text_dim: int) -> EncodeText | None:
+    """Returns `word_encoder` for "words", the T5 encoder of a hub id, which the first prompt loads, or None for ""."""
+    if not name:
+        return None
+    if name == WORDS:
+        return partial(word_encoder, text_tokens=text_tokens, text_dim=text_dim)
+    return partial(_encode_by_t5, name, text_tokens)
+
+
+@cache
+def _load_t5(name: str, text_tokens: int) -> EncodeText:
+    return t5_encoder(name, text_tokens)
+
+
+def _encode_by_t5(name: str, text_tokens: int, prompts: list[str]) -> Float[Tensor, "n l k"]:
+    return _load_t5(name, text_tokens)(prompts)
+
+
+def word_encoder(prompts: list[str], text_tokens: int, text_dim: int) -> Float[Tensor, "n {text_tokens} {text_dim}"]:
+    """Returns a random vector for each word, which depends on the word only, and one for the end of the text.
+
+    A text of more than `text_tokens` - 1 words is cut.
+
+    Example:
+        >>> from jacobiflow.models import word_encoder
+        >>> states = word_encoder(["yellow heart", "red heart"], text_tokens=4, text_dim=8)
+        >>> [bool((one == other).all()) for one, other in zip(*states)]  # differ in the first word
+        [False, True, True, True]
+    """
+    states = torch.zeros(len(prompts), text_tokens, text_dim)
+    for i, prompt in enumerate(prompts):
+        words = [*re.findall(r"[a-z0-9]+", prompt.lower())[: text_tokens - 1], "."]
+        for j, word in enumerate(words):
+            seed = int.from_bytes(hashlib.sha256(word.encode()).digest()[:8], "big")
+            states[i, j] = torch.from_numpy(np.random.default_rng(seed).standard_normal(text_dim))
+    return states
 
 
 def t5_encoder(

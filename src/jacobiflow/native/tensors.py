@@ -74,6 +74,18 @@ def is_traced() -> bool:
         return True
 
 
+def check_untraced() -> None:
+    """Raises UnsupportedError if `is_traced`."""
+    if is_traced():
+        raise UnsupportedError("PyTorch traced or transformed the call, or all modules had hooks")
+
+
+def check_autocast(device_type: str) -> None:
+    """Raises UnsupportedError under `torch.autocast`, as native code computes in the dtype of its inputs."""
+    if torch.is_autocast_enabled(device_type):
+        raise UnsupportedError("torch.autocast was enabled (call it outside of autocast)")
+
+
 def is_plain(tensor: Tensor, dtype: torch.dtype) -> bool:
     """Returns True for a dense tensor of this dtype on a CPU, of PyTorch's own classes."""
     return is_dense(tensor, dtype) and tensor.is_cpu

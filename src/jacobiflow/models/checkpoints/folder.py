@@ -136,7 +136,7 @@ def list_reports(path: Path) -> tuple[Path, ...]:
 
 def find_file_by_guidance(flow: Any, prefix: str, read_guidance: Callable[[Path], Guidance | None]) -> Path | None:
     """Finds the first report or tuning, by its prefix, of the flow's guidance; else the first with this prefix."""
-    files = [file for file in flow.report_files if file.name.startswith(prefix)]
+    files = [file for file in flow.report_files if file.name.startswith(prefix) and file.is_file()]
     same = (file for file in files if len(files) == 1 or read_guidance(file) == flow.guidance)
     return next(same, next(iter(files), None))
 

@@ -18,6 +18,7 @@ from jacobiflow.errors import CheckpointError, InputValueError, first_line
 from jacobiflow.utils.checks import FLOATS, check_kind
 
 AnyModule = TypeVar("AnyModule", bound=nn.Module)
+_MAX_NAMES = 3  # Number of entries of a kind in a message.
 
 
 def map_tensors(file: Path) -> dict[str, Tensor]:
@@ -64,8 +65,25 @@ def build(
     try:
         module.load_state_dict(copies, assign=True)
     except RuntimeError as error:
-        raise CheckpointError(f"{source}: does not fit the config: {' '.join(str(error).split())}") from None
+        differences = _describe_differences(module.state_dict(), copies) or first_line(error)
+        raise CheckpointError(f"{source}: does not fit the config: {differences}") from None
     return module.eval()
+
+
+def _describe_differences(expected: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> str:
+    """Returns how many entries are missing, unexpected or of another shape, and the first names of each."""
+    groups = {
+        "missing": [name for name in expected if name not in state],
+        "unexpected": [name for name in state if name not in expected],
+        "of another shape": [
+            f"{name} {tuple(state[name].shape)}, not {tuple(tensor.shape)}"
+            for name, tensor in expected.items() if name in state and state[name].shape != tensor.shape
+        ],
+    }  # fmt: skip
+    return "; ".join(
+        f"{len(names)} {kind} ({', '.join(names[:_MAX_NAMES])}{', ...' if len(names) > _MAX_NAMES else ''})"
+        for kind, names in groups.items() if names
+    )  # fmt: skip
 
 
 def widened_dtype(tensors: Iterable[Tensor]) -> torch.dtype:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.util import find_spec
@@ -112,7 +112,9 @@ def sample_to_folder(
     spec = SampleSpec.of(
         request, name, num=num, seed=seed, batch_size=batch_size, shard_size=shard_size, files=files
     )  # fmt: skip
-    job = SampleJob(spec, describe_machine(flow.var.device), request)
+    prompts = [context] * num if isinstance(context, str) else context if isinstance(context, Sequence) else ()
+    captions = [prompt for prompt in prompts if isinstance(prompt, str)]
+    job = SampleJob(spec, describe_machine(flow.var.device), request, captions)
     run = jobs.run(job, out, overwrite=overwrite, progress=progress)
     folder = SampleFolder(Path(out), spec, run.missing_size, run.seconds, run.should_print)
     outcome = serialization.decode(Outcome, run.result)
@@ -123,7 +125,11 @@ def sample_to_folder(
 
 @dataclass(frozen=True)
 class SampleJob(jobs.Job):
-    """Draws samples: the first unit plans the strategy, and each other one draws a shard."""
+    """Draws samples: the first unit plans the strategy, and each other one draws a shard.
+
+    Attributes:
+        captions: The prompts; empty without.
+    """
 
     kind, version, result_name = KIND, VERSION, RESULT
     patterns = (
@@ -134,6 +140,7 @@ class SampleJob(jobs.Job):
     spec: SampleSpec
     machine: Mapping[str, Any]
     request: SamplingRequest
+    captions: Sequence[str] = ()
 
     def stages(self, store: JobStore) -> Iterator[list[Unit]]:
         """Yields the plan, then the shards with their numbers of samples."""
@@ -167,7 +174,7 @@ class SampleJob(jobs.Job):
         samples = SampleFolder(store.path, spec)
         images = torch.cat([samples.images(i) for i in range(-(-num // spec.shard_size))])[:num]
         labels = None if spec.num_classes == 0 else self.request.context.values
-        names = class_names(None if labels is None else labels[:num], spec.classes)
+        names = self.captions[:num] or class_names(None if labels is None else labels[:num], spec.classes)
         image_grid(scale(images), min(10, num), names=names).save(png, "png")
         return png.getvalue()
 
