@@ -12,7 +12,7 @@ from cyclopts import Parameter
 
 import jacobiflow as jf
 from jacobiflow.cli import options
-from jacobiflow.cli.output import format_count, progress_bar
+from jacobiflow.cli.output import format_count, format_duration, progress_bar
 from jacobiflow.errors import InputValueError
 from jacobiflow.training.config import TrainingConfig
 from jacobiflow.utils.provenance import Provenance
@@ -126,7 +126,9 @@ def run(config: TrainConfig) -> TrainResult | None:
         if metrics.step % _PRINT_EVERY == 0 or metrics.held_out_loss is not None:
             held_out = "" if metrics.held_out_loss is None else f"  held out {metrics.held_out_loss:+.4f}"
             values = f"loss {metrics.loss:+.4f}{held_out}  {metrics.bits_per_dim:.3f} bits/dim"
-            print(f"step {metrics.step:,} of {num_steps:,}  {values}  {metrics.seconds:.0f} s", file=sys.stderr)
+            left = format_duration(metrics.seconds / metrics.step * (num_steps - metrics.step))
+            times = f"{format_duration(metrics.seconds)}, about {left} left"
+            print(f"step {metrics.step:,} of {num_steps:,}  {values}  {times}", file=sys.stderr)
 
     def save_samples(average: Flow, step: int) -> None:
         labels = options.parse_labels("balanced", 20, average, config.training.seed)
