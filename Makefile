@@ -157,7 +157,7 @@ figures: render
 	$(BIN)/python -m tools.pictures.figures
 	$(BIN)/jacobiflow sample --model fashion-p2 --num 20 --compare --overwrite --out out/front
 	cp out/front/samples.png docs/figures/front-samples.png
-	$(BIN)/jacobiflow sample --model emoji-star --num 20 --overwrite --out out/front \
+	$(BIN)/jacobiflow sample --model emoji-star --num 5 --overwrite --out out/front \
 		--prompts "yellow heart" thumbsdown "ok hand medium skin" "large blue diamond" "crossed fingers dark skin"
 	cp out/front/samples.png docs/figures/front-emoji.png
 
