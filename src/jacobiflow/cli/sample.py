@@ -40,7 +40,7 @@ class SampleConfig(options.Config):
     same bytes, whether started from several terminals, as tasks of srun or of an array, or by torchrun
     --nproc-per-node 2 -m -- jacobiflow sample ...
 
-    Example: jacobiflow sample --model emoji-p2 --num 20 --labels face,hand --out out/emoji
+    Example: jacobiflow sample --model emoji-p2 --num 20 --labels face,hand --out out/faces
 
     Attributes:
         num: Number of samples.
