@@ -58,6 +58,12 @@ def test_convert(run: Any, refuse: Any, tmp_path: Path) -> None:
         assert warning in result.err
         assert result.err.endswith(f"convert it again with {remedy}\n")
         assert jf.load(tmp_path / str(i)).image_shape == shape
+    grey = jf.TarFlow(jf.TarFlowConfig(1, 4, 2, width=64, num_blocks=1, layers_per_block=1))
+    grey.to_original(tmp_path / "grey.pth")
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        assert tokens in (err := run(f"convert {tmp_path}/grey.pth --out {tmp_path}/grey").err)
+    assert err.endswith("convert it again with --patch-size P --noise-std S\n")
 
 
 def test_info(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -113,6 +113,11 @@ def _convert_tarflow(config: ConvertConfig, state: dict[str, Any]) -> jf.TarFlow
             f"{config.file}: made a flow {flow_kind}, which draws no pictures; its shapes are those of a flow of "
             f"colour images: if it is one, convert it again with --patch-size {patch_size} --noise-std S", stacklevel=1,
         )  # fmt: skip
+    elif image_config is None and math.isqrt(num_tokens) ** 2 == num_tokens:
+        warnings.warn(
+            f"{config.file}: made a flow over tokens, which draws no pictures; if it is one of images, convert it again "
+            "with --patch-size P --noise-std S", stacklevel=1,
+        )  # fmt: skip
     elif image_config is not None and config.noise_std is None and not image_config.noise_std:
         warnings.warn(
             f"{config.file}: its name gives no noise, so samples will not be denoised; if the training images had "
