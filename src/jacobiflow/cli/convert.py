@@ -115,8 +115,8 @@ def _convert_tarflow(config: ConvertConfig, state: dict[str, Any]) -> jf.TarFlow
         )  # fmt: skip
     elif image_config is None and math.isqrt(num_tokens) ** 2 == num_tokens:
         warnings.warn(
-            f"{config.file}: made a flow over tokens, which draws no pictures; if it is one of images, convert it again "
-            "with --patch-size P --noise-std S", stacklevel=1,
+            f"{config.file}: made a flow over tokens, which draws no pictures; if it is one of images, convert it "
+            "again with --patch-size P --noise-std S", stacklevel=1,
         )  # fmt: skip
     elif image_config is not None and config.noise_std is None and not image_config.noise_std:
         warnings.warn(
