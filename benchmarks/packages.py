@@ -42,7 +42,7 @@ SAMPLES = 10_000
 
 # Calls of sbi on estimators that are trained until they converge, for at most `EPOCHS`.
 SIMULATIONS, EPOCHS, ROUNDS = 5_000, 100, 2
-ESTIMATORS = {"NPE": ("maf", "nsf", "maf_rqs", "zuko_maf", "zuko_nsf"), "NLE": ("maf", "zuko_nsf")}
+ESTIMATORS = ("maf", "zuko_nsf")
 
 # Calls of each package.
 FEATURES = 10  # of flows with random weights
@@ -128,7 +128,7 @@ def measure_sbi(key: Json) -> Json:
 
 def sbi_keys() -> Iterator[Json]:
     for name, call in SBI_CALLS.items():
-        for kind in ESTIMATORS[call.method]:
+        for kind in ESTIMATORS:
             yield {"method": call.method, "estimator": kind, "call": name, "version": version("sbi")}
 
 

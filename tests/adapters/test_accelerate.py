@@ -132,11 +132,7 @@ def test_skipped_transforms_are_reported_with_the_reason(flow: nn.Module, why: s
     kind = type(flow)
     alone = jf.accelerate(nn.ModuleList([flow]))
     assert (alone.transforms, alone.reasons) == ({}, {"0": why})
-    with pytest.raises(jf.InputError, match=f"ModuleList: nothing to accelerate: 0: {why}; nothing was changed"):
-        jf.accelerate(nn.ModuleList([flow]), strict=True)
-    with jf.accelerate(
-        nn.ModuleDict({"first": flow, "second": CASES["normflows affine"].make()}), strict=True
-    ) as handle:
+    with jf.accelerate(nn.ModuleDict({"first": flow, "second": CASES["normflows affine"].make()})) as handle:
         assert type(flow) is kind
     assert handle.reasons == {"first": why}
     assert handle.transforms == {"second": "normflows MaskedAffineAutoregressive"}
@@ -183,8 +179,6 @@ def test_what_cannot_be_made_faster_is_left_as_it_is_with_the_reason(flow: Any, 
     assert kinds() == before
     assert (handle.transforms, handle.reasons, handle.backends) == ({}, {"": why}, {})
     assert str(handle) == f"nothing was accelerated\n  left alone, {why}"
-    with pytest.raises(jf.InputError, match=f"{type(flow).__name__}: nothing to accelerate: {why}; nothing was"):
-        jf.accelerate(flow, strict=True)
     with pytest.warns(UserWarning, match=f"{type(flow).__name__}: nothing was accelerated\n  left alone, {why}"):
         jf.accelerate(flow)
 

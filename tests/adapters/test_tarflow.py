@@ -276,5 +276,3 @@ def test_a_block_that_differs_is_left_alone_by_name() -> None:
         "2": "attn_blocks.0.mlp.main.1 is not that of a TarFlow block",
         "3": "its reverse was replaced",
     }
-    with pytest.raises(ValueError, match=r"0: attn_blocks\.0\.mlp\.main\.1 is not .* nothing was changed"):
-        jf.accelerate(nn.ModuleList([other_part]), strict=True)

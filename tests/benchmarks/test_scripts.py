@@ -125,7 +125,7 @@ def test_packages(run: Run) -> None:
     fits = [{"program": "zuko", "flow": "MAF", "loop": loop} for loop in (module.LOADER, module.BY_INDEX)]
     fits += [{"program": "sbi NPE", "flow": "maf"}]
     rows = run(
-        "packages", SBI_CALLS=calls, ESTIMATORS={"NPE": ("maf",), "NLE": ("maf",)}, CLIENTS=clients,
+        "packages", SBI_CALLS=calls, ESTIMATORS=("maf",), CLIENTS=clients,
         fit_keys=lambda: fits, FIT_ROUNDS=dict.fromkeys(module.FIT_ROUNDS, 1), SIMULATIONS=100, FEW_SIMULATIONS=100,
         FIT_SIMULATIONS=100, EPOCHS=1, FEW_EPOCHS=1, FIT_EPOCHS=1, ROUNDS=1, BATCH=50, SAMPLES=5,
     )  # fmt: skip

@@ -97,7 +97,7 @@ MISSPELLED = {
     "evaluate --model fashion-p2": "nothing to evaluate: give --images or --samples",
     "info --model tests": "No model folder: it has no config.json. Give a bundled model (",
     "sample --out tests": "tests: holds files that this command did not write; give a new or empty folder",
-    "sample --nun 3": "Unknown option: --nun. Did you mean --num? See jacobiflow sample --help.",
+    "sample --nun 3": 'Unknown option: --nun. Did you mean "--num"? See jacobiflow sample --help.',
     "sample --strategy jacobbi": 'Invalid value "jacobbi" for --strategy. Did you mean "jacobi"?',
     "bench --strategy auto --strategy gs-jacobbi:4-2": 'Did you mean "gs-jacobi"?',
     "sample --strategy wrong": 'Invalid value "wrong" for --strategy. Give one of auto, sequential, jacobi, ',

@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 
 import jacobiflow as jf
 from jacobiflow import native
+from jacobiflow.data import image_grid, scale
 from jacobiflow.sampling.folder import sample_to_folder
 from tests.helpers.running import figures
 from tests.helpers.stand_ins import write_t5
@@ -186,7 +188,10 @@ def test_prompts_become_samples(run: Any, refuse: Any, tmp_path: Path) -> None:
     want = jf.sample(view, 3, context=states, strategy="sequential").images
     stored = jf.SampleFolder.open(tmp_path / "o").images(0)
     assert (stored.float() / 127.5 - 1 - want.clamp(-1, 1)).abs().max() <= 1.5 / 127.5
+    with Image.open(tmp_path / "o" / "samples.png") as sheet:
+        assert sheet.tobytes() == image_grid(scale(stored), 3, names=["cat", "house", "cat"]).tobytes()
     assert "all 3 were there already" in run(line).out
+    assert "all 3 were there already" in run(line.replace(f"{tmp_path}/prompts.txt", "cat house")).out
     (tmp_path / "prompts.txt").write_text("cat\nmouses\n")
     refuse(line, "holds samples of other labels or context; give another folder")
     refuse(f"evaluate --model {tmp_path}/star --samples {tmp_path}/o --out o-x", "not in the folder; give 0")

@@ -44,4 +44,4 @@ def test_a_model_folder_names_the_encoder_of_its_prompts(folder: Path, tmp_path:
 def test_what_is_no_encoder_is_named(tmp_path: Path) -> None:
     pytest.importorskip("transformers")
     with pytest.raises(jf.CheckpointError, match="not the hub id or folder of a T5 encoder"):
-        t5_encoder(tmp_path)
+        t5_encoder(tmp_path)(["red apple"])

@@ -70,6 +70,15 @@ def test_names_stand_above_each_line_or_once_if_all_lines_have_the_same(names: l
         assert row >= lines or (pixels[top - CAPTION : top] < 128).any(), "no name"
 
 
+@pytest.mark.parametrize("name", ["crossed fingers dark skin", "a" * 40, "one word " * 30])
+def test_a_long_name_stays_above_its_image_and_is_cut_after_three_lines(name: str) -> None:
+    images = torch.full((2, 1, 30, 30), -1.0)
+    pixels = np.asarray(image_grid(images, columns=2, zoom=4, names=[name, ""]))
+    caption = pixels[: len(pixels) - 4 * 30 - 2 * GAP]
+    assert len(caption) <= 3 * CAPTION
+    assert (caption[:, : 4 * 30 + GAP] < 128).any() and (caption[:, 4 * 30 + GAP :] == WHITE).all()
+
+
 @pytest.mark.parametrize("shift", [0.0, 1e-3, 1e-2])
 def test_nothing_is_enlarged_if_8_bits_do_not_show_the_difference(shift: float) -> None:
     reference = torch.zeros(1, 1, 4, 112)

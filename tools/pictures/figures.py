@@ -176,18 +176,14 @@ def examples() -> Figure:
 
 def draw_cards(axis: Axes, images: torch.Tensor) -> None:
     """Draws images in rows of three, each on a white card with round corners."""
-    axis.set(xlim=(0, 3), ylim=(3, 0), aspect="equal")
     axis.axis("off")
     for i, image in enumerate(quantize(images).permute(0, 2, 3, 1).numpy()):
         row, column = divmod(i, 3)
-        card = FancyBboxPatch(
-            (column + 0.07, row + 0.07), 0.86, 0.86, "round,pad=0,rounding_size=0.12", fc="white", ec="none"
-        )
-        axis.add_patch(card)
-        edge = 0.12
-        extent = (column + edge, column + 1 - edge, row + 1 - edge, row + edge)
-        axis.imshow(image, extent=extent, interpolation="none", zorder=2)
-    axis.set(xlim=(0, 3), ylim=(3, 0))
+        corner = column + 0.07, row + 0.07
+        axis.add_patch(FancyBboxPatch(corner, 0.86, 0.86, "round,pad=0,rounding_size=0.12", fc="white", ec="none"))
+        extent = (column + 0.12, column + 0.88, row + 0.88, row + 0.12)
+        axis.imshow(image, extent=extent, interpolation="none", zorder=2)  # above the card
+    axis.set(xlim=(0, 3), ylim=(3, 0), aspect="equal")
 
 
 def draw_free_energy(axis: Axes, of_bins: Sequence[Sequence[float]]) -> Any:

@@ -11,8 +11,8 @@ from jacobiflow.models.contexts import class_names
 from jacobiflow.plots import rows_sheet, save_png
 
 
-def draw_samples(name: str) -> None:
-    flow, plain = jf.load(name), jf.SamplingSettings()
+def draw_samples(name: str, flow: jf.models.Flow) -> None:
+    plain = jf.SamplingSettings()
     rows = [("as recommended", flow.recommended, 30)]
     if flow.recommended != plain:
         rows.insert(0, ("plain", plain, 10))
@@ -28,5 +28,6 @@ def draw_samples(name: str) -> None:
 if __name__ == "__main__":
     parser(__doc__).parse_args()
     for name in list_bundled():
-        if name != "emoji-star":  # Its sheet has a row for each prompt, by benchmarks.star.
-            draw_samples(name)
+        flow = jf.load(name)
+        if flow.config.num_classes:  # benchmarks.star draws the sheet of prompts.
+            draw_samples(name, flow)

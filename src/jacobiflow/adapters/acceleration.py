@@ -165,7 +165,7 @@ class Acceleration:
             if log_dets is not None and new_log_dets is not None:
                 log_dets[indices] = new_log_dets
         for each in part.parts:
-            each.latest_use = 0, "cuda" if is_on_gpu else "native"
+            each.latest_use, each.fallback_reason = (0, "cuda" if is_on_gpu else "native"), ""
         if len(batch) == 1:
             return values, log_dets
         values = values.view((*batch, values.shape[-1]))

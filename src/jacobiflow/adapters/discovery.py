@@ -28,14 +28,12 @@ _MAX_DEPTH = 4  # An ensemble holds a list of posteriors, each holds a potential
 
 @overload
 def accelerate(
-    flow: ModuleType, tolerance: float | None = None, *, strict: bool = False, cuda: bool | None = None
+    flow: ModuleType, tolerance: float | None = None, *, cuda: bool | None = None
 ) -> LibraryAcceleration: ...
 @overload
+def accelerate(flow: Any, tolerance: float | None = None, *, cuda: bool | None = None) -> Acceleration: ...
 def accelerate(
-    flow: Any, tolerance: float | None = None, *, strict: bool = False, cuda: bool | None = None
-) -> Acceleration: ...
-def accelerate(
-    flow: Any, tolerance: float | None = None, *, strict: bool = False, cuda: bool | None = None
+    flow: Any, tolerance: float | None = None, *, cuda: bool | None = None
 ) -> Acceleration | LibraryAcceleration:
     """Makes the masked and coupling transforms of a flow of another library, or a live TarFlow, fast.
 
@@ -73,7 +71,6 @@ def accelerate(
         tolerance: `None` for exact to rounding. 0 for the library's own bits, always by passes. Above 0, passes
             end when one changes no entry by more than this, in the units of each transform's input. Native code is
             exact to rounding at any tolerance above 0.
-        strict: Raise an error, not a warning, if nothing in the flow can be accelerated. Has no effect for a library.
         cuda: Compute rows on an NVIDIA GPU in one kernel, where a model of costs says that it is faster and no
             gradients are needed. It takes `cuda-core`, the extra `cuda`. We have never run it on a GPU, so its first
             results are compared with the library's own. The default is True in an environment with
@@ -84,8 +81,8 @@ def accelerate(
         For a library, a `LibraryAcceleration`, which restores the library and the flows that were made since.
 
     Raises:
-        ValueError: If nothing in `flow` can be accelerated and `strict` is True, it is another library, a library's
-            version is not supported, the tolerance is negative or not finite, or `cuda` lacks its packages.
+        ValueError: If `flow` is another library, a library's version is not supported, the tolerance is negative or not
+            finite, or `cuda` lacks its packages.
         TypeError: If `flow` holds no PyTorch module, or the tolerance is not a number.
 
     Example:
@@ -97,7 +94,6 @@ def accelerate(
         >>> with jf.accelerate(zuko):  # before a package makes the flow
         ...     flow = zuko.flows.MAF(5)
     """
-    check_flag("strict", strict)
     if cuda is not None:
         check_flag("cuda", cuda)
     uses_gpu = os.environ.get(SWITCH) == "1" if cuda is None else cuda
@@ -145,9 +141,6 @@ def accelerate(
     if all(adapter.is_composition for _, adapter in accelerated.values()):
         accelerated = {}
         reasons = reasons or {"": _reason_of(module for _, module in modules)}
-        if strict:
-            why = "; ".join(f"{name}: {reason}" if name else reason for name, reason in reasons.items())
-            raise InputValueError(f"{type(flow).__name__}: nothing to accelerate: {why}; nothing was changed")
     acceleration = Acceleration(tolerance, accelerated, reasons, uses_gpu)
     if not accelerated:
         warnings.warn(f"{type(flow).__name__}: {acceleration}", stacklevel=2)

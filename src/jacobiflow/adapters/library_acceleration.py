@@ -62,7 +62,7 @@ class LibraryAcceleration:
         self._end(Acceleration.__exit__)
 
     def __repr__(self) -> str:
-        # An earlier call that is still in force has counted all flows since then.
+        # An equal call before this one, if it is still in force, has counted the flows that were made in between.
         same = [each for each in _active if (each._name, each.tolerance) == (self._name, self.tolerance)]
         count = f"{max(each._count for each in (self, *same))} transforms so far"
         gpu = describe_gpu(self._uses_gpu, set().union(*(each.refusals for each in self._accelerations)))

@@ -21,7 +21,6 @@ import traceback
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from difflib import get_close_matches
 from pathlib import Path
 from shlex import quote
 from typing import Any
@@ -174,8 +173,7 @@ def _describe_options(error: CycloptsError) -> str:
     if isinstance(error, UnknownOptionError) and error.app is not None:
         word = error.token.keyword or error.token.value
         names = [name for argument in error.app.assemble_argument_collection() for name in argument.names]
-        close = get_close_matches(word, names, n=1, cutoff=0.75)
-        return f"Unknown option: {word}." + "".join(f" Did you mean {name}?" for name in close)
+        return f"Unknown option: {word}.{options.suggest(word, names)}"
     if isinstance(error, MissingArgumentError) and error.argument is not None and error.app is not None:
         arguments = error.app.assemble_argument_collection(parse_docstring=True)
         first = next(i for i, argument in enumerate(arguments) if argument.name == error.argument.name)

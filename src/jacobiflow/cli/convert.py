@@ -93,9 +93,9 @@ def _convert_starflow(config: ConvertConfig, state: dict[str, Any]) -> jf.STARFl
         flow_config = replace(flow_config, noise_std=config.noise_std)
     if config.encode_text is None:
         return jf.STARFlow.from_original(config.file, flow_config)
-    if not options.is_function(config.encode_text):  # A model folder does not name code that runs when it is loaded.
-        flow_config = replace(flow_config, text_encoder=config.encode_text)
     encoder = options.load_encoder(config.encode_text, flow_config)
+    if not options.names_function(config.encode_text):  # A model folder does not name code that runs.
+        flow_config = replace(flow_config, text_encoder=config.encode_text)
     return jf.STARFlow.from_original(config.file, flow_config, encoder)
 
 

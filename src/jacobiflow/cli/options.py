@@ -100,7 +100,7 @@ def near_miss(*names: str) -> Parameter:
             word = re.split("[^a-z-]", value.strip().lower())[0].rstrip("-")  # "gs-jacobi" in "gs-jacobi:4-2"
             if word in names or not word or value.endswith(".json") or find_extensions():
                 continue
-            question = _suggest(word, names)
+            question = suggest(word, names)
             if question or "torch" not in sys.modules:  # A program that has imported it may have registered names.
                 raise ValueError(f"{question} Give one of {', '.join(names)}.".strip())
 
@@ -114,15 +114,15 @@ def _check_model(_: Any, name: str | None) -> None:
     if is_folder and not (Path(name) / "config.json").exists():
         raise ValueError(f"No model folder: it has no config.json. Give {_MODEL[0].lower()}{_MODEL[1:]}")
     if not is_folder and "/" not in name and not Path(name).exists():
-        raise ValueError(f"No such model.{_suggest(name, BUNDLED_MODELS)} Give {_MODEL[0].lower()}{_MODEL[1:]}")
+        raise ValueError(f"No such model.{suggest(name, BUNDLED_MODELS)} Give {_MODEL[0].lower()}{_MODEL[1:]}")
 
 
 def _check_images(_: Any, source: str | None) -> None:
     if source is not None and source not in _BUNDLED_IMAGES and not Path(source).exists():
-        raise ValueError(f"No such images.{_suggest(source, _BUNDLED_IMAGES)} Give {SOURCES}")
+        raise ValueError(f"No such images.{suggest(source, _BUNDLED_IMAGES)} Give {SOURCES}")
 
 
-def _suggest(value: str, names: Sequence[str]) -> str:
+def suggest(value: str, names: Sequence[str]) -> str:
     """Returns a question after the name that a value is close to, or ""."""
     return "".join(f' Did you mean "{name}"?' for name in get_close_matches(value, names, n=1, cutoff=0.7))
 
@@ -241,15 +241,16 @@ def _read_labels(path: Path) -> Any:
 
 def parse_prompts(texts: Sequence[str], encoder: str | None, num: int, flow: Flow) -> list[str] | None:
     """Returns the prompts of `num` samples by `--prompts`, for which the flow needs a text encoder."""
-    from jacobiflow.models import STARFlow
+    from jacobiflow.models.contexts import Texts
 
+    kind = flow.context_kind
     if not texts and encoder is not None:
         raise InputValueError(f"--encode-text {encoder}: give --prompts, too, or leave it out")
     if not texts:
         return None
-    if not isinstance(flow, STARFlow):
+    if not isinstance(kind, Texts):
         raise InputValueError(f"--prompts {texts[0]}: this flow reads no text; leave it out, or sample a STARFlow")
-    if flow.encode_text is None:
+    if kind.encode_text is None:
         raise InputValueError(f"--prompts {texts[0]}: give --encode-text, too: {_ENCODE_TEXT}")
     prompts = list[str]()
     for text in texts:
@@ -262,8 +263,8 @@ def parse_prompts(texts: Sequence[str], encoder: str | None, num: int, flow: Flo
     return [prompts[i % len(prompts)] for i in range(num)]
 
 
-def is_function(encoder: str) -> bool:
-    """Whether the text encoder of `--encode-text` is FILE.py:FUNCTION."""
+def names_function(encoder: str) -> bool:
+    """Returns True if the text encoder of `--encode-text` is FILE.py:FUNCTION."""
     return encoder.rpartition(":")[0].endswith(".py")
 
 
@@ -272,6 +273,6 @@ def load_encoder(encoder: str, config: STARFlowConfig) -> TextEncoder | None:
     from jacobiflow.models.text_encoder import named_encoder
     from jacobiflow.utils.functions import load_function
 
-    if is_function(encoder):
+    if names_function(encoder):
         return load_function(encoder, "a T5 encoder")
     return named_encoder(encoder, config.text_tokens, config.text_dim)

@@ -99,7 +99,6 @@ def run(config: TrainConfig) -> TrainResult | None:
     import torch
 
     from jacobiflow import plots, training
-    from jacobiflow.data import image_grid
     from jacobiflow.models.contexts import class_names
     from jacobiflow.training.checkpoint import last_step
     from jacobiflow.training.processes import process_group
@@ -126,14 +125,14 @@ def run(config: TrainConfig) -> TrainResult | None:
         if metrics.step % _PRINT_EVERY == 0 or metrics.held_out_loss is not None:
             held_out = "" if metrics.held_out_loss is None else f"  held out {metrics.held_out_loss:+.4f}"
             values = f"loss {metrics.loss:+.4f}{held_out}  {metrics.bits_per_dim:.3f} bits/dim"
-            left = format_duration(metrics.seconds / metrics.step * (num_steps - metrics.step))
-            times = f"{format_duration(metrics.seconds)}, about {left} left"
+            remaining = metrics.seconds / metrics.step * (num_steps - metrics.step)
+            times = f"{format_duration(metrics.seconds)}, about {format_duration(remaining)} left"
             print(f"step {metrics.step:,} of {num_steps:,}  {values}  {times}", file=sys.stderr)
 
     def save_samples(average: Flow, step: int) -> None:
         labels = options.parse_labels("balanced", 20, average, config.training.seed)
         samples = jf.sample(average, num=20, labels=labels, seed=config.training.seed, strategy="sequential")
-        sheet = image_grid(samples.images, 10, names=class_names(labels, average.classes))
+        sheet = samples.grid(10, class_names(labels, average.classes))
         plots.save_png(sheet, config.out / f"samples-{step:06d}.png")
 
     with process_group(), progress_bar() as progress:

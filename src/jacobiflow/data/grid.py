@@ -20,7 +20,7 @@ PICTURE_CHANNELS = (1, 3)  # Of grey and colour images; latents of an autoencode
 CAPTION_HEIGHT, _LETTER_HEIGHT = 40, 28  # Pixels; readable if a phone shows a picture of 10 images a line.
 TEXT_COLOR = "#222222"
 _GAP = 4  # Pixels between images.
-_LETTER_WIDTH, _NAME_LINES = 11, 3  # Pixels of a letter in a name that is wrapped, and its lines.
+_LETTER_WIDTH, _NAME_LINES = 11, 3  # Pixels for each letter of a line, beyond which a name is wrapped, and its lines.
 _LINE_WIDTH, _MIN_WIDTH, _MAX_WIDTH = 1120, 112, 336  # Pixels of a line, and of an image in it.
 
 
@@ -47,11 +47,12 @@ def image_grid(
     rows, lines = (-(-len(each) // columns) for each in (levels, names))
     if all(name == names[i % columns] for i, name in enumerate(names)):
         lines = min(lines, 1)
-    letters = max(width // _LETTER_WIDTH, 8)
-    names = [textwrap.fill(name, letters, max_lines=_NAME_LINES, placeholder="...") for name in names]
-    font = fitting_font(names, width) if names else None
-    breaks = max((name.count("\n") for name in names), default=0)
-    name_height = CAPTION_HEIGHT + (breaks * int(1.3 * font.size) if font else 0)
+    font, name_height = None, 0
+    if names:
+        letters = max(width // _LETTER_WIDTH, 8)
+        names = [textwrap.fill(name, letters, max_lines=_NAME_LINES, placeholder="...") for name in names]
+        font = fitting_font(names, width - 8)
+        name_height = CAPTION_HEIGHT + max(name.count("\n") for name in names) * int(1.3 * font.size)
     grid = Image.new("RGB", (columns * width + _GAP, rows * height + _GAP + lines * name_height), "white")
     for i, name in enumerate(names[: lines * columns]):
         row, column = divmod(i, columns)

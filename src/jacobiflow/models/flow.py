@@ -140,7 +140,7 @@ class Flow(Pretrained):
 
     @property
     def context_kind(self) -> ContextKind:
-        """What samples are conditioned on; by default the classes of the config, if there are any."""
+        """The kind of context of the samples; by default the classes of the config, if there are any."""
         classes = self.config.num_classes
         return Classes(classes, self.classes) if classes else NoContextKind()
 

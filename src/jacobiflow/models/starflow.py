@@ -239,18 +239,16 @@ class STARFlow(Flow):
         config = cls.infer_config(state, str(path)) if config is None else config
         cls.check_config(config)
         state = {name: tensor for name, tensor in state.items() if name.partition(".")[0] not in _UNUSED_MODULES}
-        null_text = torch.zeros(config.text_tokens, config.text_dim)
-        if encode_text is None:
-            encode_text = named_encoder(config.text_encoder, config.text_tokens, config.text_dim)
-        if encode_text is not None:
-            texts = Texts(null_text, encode_text)
-            null_text = texts.pad("encode_text", texts.encode([""]))[0]
-        state[f"blocks.{config.num_blocks - 1}.null_text"] = null_text
+        state[f"blocks.{config.num_blocks - 1}.null_text"] = torch.zeros(config.text_tokens, config.text_dim)
         flow = build(cls, config, state, str(path))
-        flow.encode_text = encode_text
-        # These are the settings of the script of the released weights.
-        guidance = None if encode_text is None else Guidance(3.6, annealed=False, rule="density")
-        flow.recommended = SamplingSettings(guidance, denoise=1.0)
+        if encode_text is not None:
+            flow.encode_text = encode_text
+        flow.recommended = SamplingSettings(denoise=1.0)
+        if flow.encode_text is not None:
+            texts = flow.context_kind
+            texts.null_text.copy_(texts.pad("encode_text", texts.encode([""]))[0])
+            # These are the settings of the script of the released weights.
+            flow.recommended = SamplingSettings(Guidance(3.6, annealed=False, rule="density"), denoise=1.0)
         return flow
 
     @staticmethod

@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,26 +18,13 @@ from jacobiflow.errors import CheckpointError, InputValueError, first_line
 
 EncodeText = Callable[[list[str]], Float[Tensor, "n l k"]]
 """Returns the states of N prompts, of L tokens or fewer, with zeros in place of padding."""
-WORDS = "words"
-"""The name of `word_encoder` in the config of a STARFlow."""
 
 
 def named_encoder(name: str, text_tokens: int, text_dim: int) -> EncodeText | None:
-    """Returns `word_encoder` for "words", the T5 encoder of a hub id, which the first prompt loads, or None for ""."""
-    if not name:
-        return None
-    if name == WORDS:
+    """Returns `word_encoder` for "words", `None` for an empty name, and else the T5 encoder of this hub id."""
+    if name == "words":
         return partial(word_encoder, text_tokens=text_tokens, text_dim=text_dim)
-    return partial(_encode_by_t5, name, text_tokens)
-
-
-@cache
-def _load_t5(name: str, text_tokens: int) -> EncodeText:
-    return t5_encoder(name, text_tokens)
-
-
-def _encode_by_t5(name: str, text_tokens: int, prompts: list[str]) -> Float[Tensor, "n l k"]:
-    return _load_t5(name, text_tokens)(prompts)
+    return t5_encoder(name, text_tokens) if name else None
 
 
 def word_encoder(prompts: list[str], text_tokens: int, text_dim: int) -> Float[Tensor, "n {text_tokens} {text_dim}"]:
@@ -64,25 +52,29 @@ def t5_encoder(
 ) -> EncodeText:
     """Returns the encoder of a T5 model as the `encode_text` of a `STARFlow`.
 
-    It needs transformers: pip install transformers. Its model is loaded here, from a hub id or a folder. A prompt
-    of more than `text_tokens` tokens is cut.
+    It needs transformers: pip install transformers. The first prompt loads the model, from a hub id or a folder. A
+    prompt of more than `text_tokens` tokens is cut.
 
     Example:
         >>> from jacobiflow.models import t5_encoder
         >>> encode_text = t5_encoder("google/flan-t5-xl")  # doctest: +SKIP
         >>> flow = jf.STARFlow.from_original("starflow.pth", encode_text=encode_text)  # doctest: +SKIP
     """
-    try:
-        from transformers import AutoTokenizer, T5EncoderModel
-    except ImportError as error:
-        raise InputValueError("a T5 encoder needs transformers: pip install transformers") from error
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(str(name))
-        model = T5EncoderModel.from_pretrained(str(name)).eval().requires_grad_(False).to(device)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{name}: not the hub id or folder of a T5 encoder ({first_line(error)})") from error
+
+    @cache
+    def load() -> tuple[Any, Any]:
+        try:
+            from transformers import AutoTokenizer, T5EncoderModel
+        except ImportError as error:
+            raise InputValueError("a T5 encoder needs transformers: pip install transformers") from error
+        try:
+            model = T5EncoderModel.from_pretrained(str(name)).eval().requires_grad_(False).to(device)
+            return AutoTokenizer.from_pretrained(str(name)), model
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{name}: not the hub id or folder of a T5 encoder ({first_line(error)})") from error
 
     def encode(prompts: list[str]) -> Float[Tensor, "n l k"]:
+        tokenizer, model = load()
         tokens = tokenizer(prompts, padding=True, truncation=True, max_length=text_tokens, return_tensors="pt")
         mask = tokens["attention_mask"].to(device)
         states = model(input_ids=tokens["input_ids"].to(device), attention_mask=mask).last_hidden_state

@@ -237,9 +237,9 @@ class Samples:
     def __repr__(self) -> str:
         return f"Samples({tuple(self.x.shape)}; {self.outcome}; {self.seconds + self.denoise_seconds:.2g} s)"
 
-    def grid(self, columns: int = 10) -> Image:
-        """Returns the images as one picture, which a notebook shows; needs Pillow."""
-        return image_grid(self.images, min(columns, len(self.x)))
+    def grid(self, columns: int = 10, names: Sequence[str] = ()) -> Image:
+        """Returns the images as one picture, with their names if they are given; needs Pillow, for names matplotlib."""
+        return image_grid(self.images, min(columns, len(self.x)), names=names)
 
     def save(self, folder: str | Path) -> None:
         """Writes samples.npz, with all that is known of each sample, and a PNG of each grey or colour image.

@@ -112,9 +112,7 @@ def sample_to_folder(
     spec = SampleSpec.of(
         request, name, num=num, seed=seed, batch_size=batch_size, shard_size=shard_size, files=files
     )  # fmt: skip
-    prompts = [context] * num if isinstance(context, str) else context if isinstance(context, Sequence) else ()
-    captions = [prompt for prompt in prompts if isinstance(prompt, str)]
-    job = SampleJob(spec, describe_machine(flow.var.device), request, captions)
+    job = SampleJob(spec, describe_machine(flow.var.device), request, _list_prompts(context, num))
     run = jobs.run(job, out, overwrite=overwrite, progress=progress)
     folder = SampleFolder(Path(out), spec, run.missing_size, run.seconds, run.should_print)
     outcome = serialization.decode(Outcome, run.result)
@@ -128,7 +126,7 @@ class SampleJob(jobs.Job):
     """Draws samples: the first unit plans the strategy, and each other one draws a shard.
 
     Attributes:
-        captions: The prompts; empty without.
+        prompts: The prompt of each sample; empty without prompts.
     """
 
     kind, version, result_name = KIND, VERSION, RESULT
@@ -140,7 +138,7 @@ class SampleJob(jobs.Job):
     spec: SampleSpec
     machine: Mapping[str, Any]
     request: SamplingRequest
-    captions: Sequence[str] = ()
+    prompts: Sequence[str] = ()
 
     def stages(self, store: JobStore) -> Iterator[list[Unit]]:
         """Yields the plan, then the shards with their numbers of samples."""
@@ -174,7 +172,7 @@ class SampleJob(jobs.Job):
         samples = SampleFolder(store.path, spec)
         images = torch.cat([samples.images(i) for i in range(-(-num // spec.shard_size))])[:num]
         labels = None if spec.num_classes == 0 else self.request.context.values
-        names = self.captions[:num] or class_names(None if labels is None else labels[:num], spec.classes)
+        names = self.prompts[:num] or class_names(None if labels is None else labels[:num], spec.classes)
         image_grid(scale(images), min(10, num), names=names).save(png, "png")
         return png.getvalue()
 
@@ -212,6 +210,14 @@ class SampleJob(jobs.Job):
             for i, parent, pixels in zip(spec.span(index), folders, stored.cpu(), strict=True):
                 files[f"{parent}/{i:08}.png"] = png_bytes(pixels)
         return files
+
+
+def _list_prompts(context: ContextLike | None, num: int) -> Sequence[str]:
+    """Returns the prompt of each of `num` samples; nothing if the context is no text."""
+    if isinstance(context, str):
+        return [context] * num
+    are_prompts = isinstance(context, Sequence) and all(isinstance(prompt, str) for prompt in context)
+    return context if are_prompts else ()  # type: ignore[return-value]
 
 
 def _resolve_sizes(num: int, batch_size: int | None, shard_size: int | None) -> tuple[int, int]:
