@@ -101,7 +101,8 @@ def test_commands_run(
     monkeypatch.setattr("jacobiflow.data.sources._FASHION_MNIST", folder / "fashion-mnist")
     for line in lines:
         small = line.replace("fashion-512", "few.npz").replace("8_768_8_8", "8_64_2_1").split("  #")[0]
-        small = small.replace("$out", "runs/script").replace("$steps", "2").replace("--device cuda", "--device cpu")
+        small = re.sub(r"\$(steps|every)", "2", small).replace("$out", "runs/script")
+        small = small.replace("--device cuda", "--device cpu")
         small = small.replace("--image-size 64", "--image-size 32").replace("--width 768", "--width 64")
         if small.startswith("sample") and (out := re.search(r"--out (\S+)", small)):
             shutil.rmtree(out[1], ignore_errors=True)  # has samples of other settings

@@ -68,7 +68,10 @@ def partitions() -> Figure:
         axis.imshow(raster, interpolation="none", aspect="auto")
         count = f"{solution.sweeps} sweeps, {solution.token_evaluations} evaluations"
         axis.set_title(f"{name}:\n{count}", color=readable(color))
-    figure.supxlabel("token; grey: final, in colour: evaluated, light: waiting")
+    axes[0].text(18, 42, "final", ha="center")
+    axes[0].text(52, 28, "waiting", ha="center")
+    axes[0].annotate("evaluated", (18, 17), (34, 9), va="center", arrowprops={"arrowstyle": "->"})
+    figure.supxlabel("token")
     figure.supylabel("sweep")
     return figure
 
@@ -114,7 +117,7 @@ def regimes() -> Figure:
         scale_axes(axis, x_subs=(1, 3))
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=2)
     figure.supxlabel("weights of a block, MB")
-    figure.supylabel("time / time of the pass that encodes the samples")
+    figure.supylabel("time to sample / time to encode")
     return figure
 
 
