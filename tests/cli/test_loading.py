@@ -48,7 +48,7 @@ def test_options_win_and_the_other_settings_are_recommended(
 def test_guidance_is_recommended_for_labels_only(flow: Flow) -> None:
     settings, line = resolve_settings(flow, None, None, False, has_context=False)
     assert settings == jf.SamplingSettings(denoise=0.9)
-    assert line == "settings: --denoise 0.9; the recommended guidance needs labels"
+    assert line == "settings: --denoise 0.9; the recommended guidance needs --labels"
     assert resolve_settings(flow, "1", None, False, has_context=False)[0].guidance == jf.Guidance(1.0)
 
 
@@ -108,6 +108,6 @@ def test_bench_and_plan_take_the_recommended_guidance(flow: Flow, run: Any, refu
         )
         refuse(f"{line} --plain --guidance 1", "--plain: excludes --guidance")
     assert (
-        "settings: no guidance, no denoising; the recommended guidance needs labels\n"
+        "settings: no guidance, no denoising; the recommended guidance needs --labels\n"
         in run(f"{bench} --labels none").out
     )

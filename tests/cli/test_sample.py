@@ -176,10 +176,12 @@ def test_labels(work: Path, tmp_path: Path) -> None:
         "random": draw_labels(4, 3, 9).tolist(), f"{tmp_path}/labels.txt": [2, 0, -1, 1],
         f"{tmp_path}/labels.npy": [2, 0, -1, 1],
     }.items():  # fmt: skip
-        labels = parse_labels(text, 4, flow, seed=9)
+        labels = parse_labels((text,), 4, flow, seed=9)
         assert labels is not None and labels.tolist() == want
-    assert parse_labels("none", 4, flow, seed=9) is None
-    assert parse_labels("balanced", 4, jf.load(work / "plain"), seed=9) is None
+    labels = parse_labels(("2", "1,0"), 4, flow, seed=9)
+    assert labels is not None and labels.tolist() == [2, 1, 0, 2]
+    assert parse_labels(("none",), 4, flow, seed=9) is None
+    assert parse_labels(("balanced",), 4, jf.load(work / "plain"), seed=9) is None
 
 
 def test_a_bad_file_of_labels_is_one_line(refuse: Any, tmp_path: Path) -> None:

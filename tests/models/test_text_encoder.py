@@ -41,6 +41,17 @@ def test_a_model_folder_names_the_encoder_of_its_prompts(folder: Path, tmp_path:
     assert out.exact.all() and not torch.equal(out.images[0], out.images[1])
 
 
+def test_words_outside_the_vocabulary_are_named(tmp_path: Path) -> None:
+    sizes = {"text_tokens": 4, "text_dim": 16, "head_dim": 20}
+    config = jf.STARFlowConfig(1, 4, 2, 40, (1, 1), **sizes, text_encoder="words", vocabulary=("blue", "hand"))
+    jf.STARFlow(config).save_pretrained(tmp_path)
+    encode_text = jf.load(tmp_path).encode_text
+    assert encode_text is not None
+    encode_text(["Blue hand", ""])  # does not warn
+    with pytest.warns(UserWarning, match="not trained on these words, and draws something else: dragon, wizard;"):
+        encode_text(["hand dragon", "blue wizard"])
+
+
 def test_what_is_no_encoder_is_named(tmp_path: Path) -> None:
     pytest.importorskip("transformers")
     with pytest.raises(jf.CheckpointError, match="not the hub id or folder of a T5 encoder"):

@@ -53,7 +53,7 @@ class BenchConfig(options.Config):
     repeats: Annotated[int, options.MEASUREMENT, options.within(1)] = 5
     tolerance: options.Tolerance = None
     report: options.ReportFile = None
-    labels: options.Labels = "balanced"
+    labels: options.Labels = ("balanced",)
     seed: options.Seed = 0
     guidance: options.RecommendedGuidance = None
     plain: options.NoGuidance = False
@@ -86,7 +86,7 @@ def run(config: BenchConfig) -> BenchResult:
     from jacobiflow.utils import files, timing
 
     flow = loading.load_model(config.model, config.device, config.dtype)
-    has_context = config.labels != "none" and not isinstance(flow.context_kind, Texts)
+    has_context = config.labels != ("none",) and not isinstance(flow.context_kind, Texts)
     settings, origin = loading.resolve_settings(flow, config.guidance, 0.0, config.plain, has_context)
     flow = flow.guided(settings.guidance)
     with progress_bar() as progress:

@@ -48,7 +48,7 @@ def resolve_settings(
     settings = jf.SamplingSettings(value, rate, denoise_dtype or recommended.denoise_dtype)
     if guidance is None and not plain:
         if value != flow.recommended.guidance:
-            note = f"; the recommended guidance needs {'prompts' if isinstance(flow, jf.STARFlow) else 'labels'}"
+            note = f"; the recommended guidance needs --{'prompts' if isinstance(flow, jf.STARFlow) else 'labels'}"
         elif not denoise and settings != jf.SamplingSettings():
             note = " (recommended by the model; --plain turns it off)"
     return settings, f"settings: {settings_text(settings)}{note}"

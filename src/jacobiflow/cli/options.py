@@ -55,7 +55,7 @@ _GUIDANCE = (
     "others are annealed=false, on=scale, on=shift, rule=density."
 )
 _LABELS = (
-    "Classes of the samples: balanced (all in turn), random, none, names or numbers to take in turn, such as face,hand "
+    "Classes of the samples: balanced (all in turn), random, none, names or numbers to take in turn, such as face hand "
     "or 0,3, or a .txt or .npy file with a number for each sample."
 )
 _PROMPTS = 'Texts, such as "yellow heart" thumbsdown, or a .txt file with one on each line, to take in turn.'
@@ -139,7 +139,7 @@ Model = Annotated[str, MODEL, Parameter(validator=_check_model, help=_MODEL)]
 Prompts = Annotated[tuple[str, ...], MODEL, Parameter(help=_PROMPTS, consume_multiple=True, show_default=False)]
 EncodeText = Annotated[str | None, MODEL, Parameter(help=_ENCODE_TEXT)]
 Images = Annotated[str, IMAGES, Parameter(help=f"The images: {SOURCES}")]
-Labels = Annotated[str, MODEL, Parameter(help=_LABELS)]
+Labels = Annotated[tuple[str, ...], MODEL, REPEATABLE, Parameter(help=_LABELS, consume_multiple=True)]
 Seed = Annotated[int, MODEL, within(0, 2**63 - 1), Parameter(help="Seed of all random numbers.")]
 Device = Annotated[str, SPEED, Parameter(help=_DEVICE)]
 Dtype = Annotated[
@@ -201,18 +201,20 @@ class Config:
             raise InputValueError(f"{option} {path}: cannot be written; give a file in a folder that can be")
 
 
-def parse_labels(text: str, num: int, flow: Flow, seed: int) -> Tensor | None:
+def parse_labels(words: Sequence[str], num: int, flow: Flow, seed: int) -> Tensor | None:
     """Returns the labels of `num` samples by `--labels`; `seed` is the seed of random labels."""
     import torch
 
     from jacobiflow.data import balanced_labels
-    from jacobiflow.models.contexts import Numbers, class_number
+    from jacobiflow.models.contexts import Numbers, Texts, class_number
     from jacobiflow.models.latents import draw_labels
 
+    text = ",".join(words)
     if isinstance(flow.context_kind, Numbers):
         raise InputValueError("this flow needs a context of numbers: draw its samples in Python, by jacobiflow.sample")
     if not flow.config.num_classes and text not in ("balanced", "random", "none"):
-        raise InputValueError("this model has no classes; leave it out", argument="labels", value=text)
+        remedy = "give --prompts instead" if isinstance(flow.context_kind, Texts) else "leave it out"
+        raise InputValueError(f"this model has no classes; {remedy}", argument="labels", value=text)
     if text == "none" or not flow.config.num_classes:
         return None
     if text == "balanced":
@@ -275,4 +277,4 @@ def load_encoder(encoder: str, config: STARFlowConfig) -> TextEncoder | None:
 
     if names_function(encoder):
         return load_function(encoder, "a T5 encoder")
-    return named_encoder(encoder, config.text_tokens, config.text_dim)
+    return named_encoder(encoder, config)

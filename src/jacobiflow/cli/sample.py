@@ -66,7 +66,7 @@ class SampleConfig(options.Config):
 
     model: options.Model = "fashion-p2"
     num: Annotated[int, options.MODEL, options.within(1, 100_000_000)] = 16
-    labels: options.Labels = "balanced"
+    labels: options.Labels = ("balanced",)
     prompts: options.Prompts = ()
     encode_text: options.EncodeText = None
     seed: options.Seed = 0

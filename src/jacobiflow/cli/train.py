@@ -130,7 +130,7 @@ def run(config: TrainConfig) -> TrainResult | None:
             print(f"step {metrics.step:,} of {num_steps:,}  {values}  {times}", file=sys.stderr)
 
     def save_samples(average: Flow, step: int) -> None:
-        labels = options.parse_labels("balanced", 20, average, config.training.seed)
+        labels = options.parse_labels(("balanced",), 20, average, config.training.seed)
         samples = jf.sample(average, num=20, labels=labels, seed=config.training.seed, strategy="sequential")
         sheet = samples.grid(10, class_names(labels, average.classes))
         plots.save_png(sheet, config.out / f"samples-{step:06d}.png")

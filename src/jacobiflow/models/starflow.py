@@ -57,6 +57,7 @@ class STARFlowConfig(PatchConfig):
         soft_clip: The bound c of c tanh(a / c), for the outputs a of a transformer.
         noise_std: Standard deviation of the training images' Gaussian noise.
         text_encoder: The encoder of prompts: "words", the hub id of a T5 encoder, or empty if `encode_text` gives it.
+        vocabulary: For the encoder "words": the words of the training captions. Other words give a warning.
 
     Example:
         >>> jf.STARFlowConfig().num_tokens, jf.STARFlowConfig().of_block(5)
@@ -75,6 +76,7 @@ class STARFlowConfig(PatchConfig):
     soft_clip: float = 4.0
     noise_std: float = 0.3
     text_encoder: str = ""
+    vocabulary: tuple[str, ...] = ()
     num_classes: ClassVar[int] = 0
 
     def __post_init__(self) -> None:
@@ -216,7 +218,7 @@ class STARFlow(Flow):
 
     def __init__(self, config: STARFlowConfig) -> None:
         super().__init__(config)
-        self.encode_text = named_encoder(config.text_encoder, config.text_tokens, config.text_dim)
+        self.encode_text = named_encoder(config.text_encoder, config)
 
     @property
     def context_kind(self) -> Texts:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Sequence
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -16,21 +17,33 @@ from torch import Tensor
 
 from jacobiflow.errors import CheckpointError, InputValueError, first_line
 
+if TYPE_CHECKING:
+    from jacobiflow.models.starflow import STARFlowConfig
+
 EncodeText = Callable[[list[str]], Float[Tensor, "n l k"]]
 """Returns the states of N prompts, of L tokens or fewer, with zeros in place of padding."""
 
 
-def named_encoder(name: str, text_tokens: int, text_dim: int) -> EncodeText | None:
+def named_encoder(name: str, config: STARFlowConfig) -> EncodeText | None:
     """Returns `word_encoder` for "words", `None` for an empty name, and else the T5 encoder of this hub id."""
     if name == "words":
-        return partial(word_encoder, text_tokens=text_tokens, text_dim=text_dim)
-    return t5_encoder(name, text_tokens) if name else None
+        sizes = config.text_tokens, config.text_dim
+        return partial(word_encoder, text_tokens=sizes[0], text_dim=sizes[1], vocabulary=config.vocabulary)
+    return t5_encoder(name, config.text_tokens) if name else None
 
 
-def word_encoder(prompts: list[str], text_tokens: int, text_dim: int) -> Float[Tensor, "n {text_tokens} {text_dim}"]:
+def split_words(text: str) -> list[str]:
+    """Returns the words of a text, in small letters."""
+    return re.findall(r"[a-z0-9]+", text.lower())
+
+
+def word_encoder(
+    prompts: list[str], text_tokens: int, text_dim: int, vocabulary: Sequence[str] = ()
+) -> Float[Tensor, "n {text_tokens} {text_dim}"]:
     """Returns a random vector for each word, which depends on the word only, and one for the end of the text.
 
-    A text of more than `text_tokens` - 1 words is cut.
+    A text of more than `text_tokens` - 1 words is cut. It warns of words that are not in the vocabulary, unless this
+    is empty.
 
     Example:
         >>> from jacobiflow.models import word_encoder
@@ -38,10 +51,17 @@ def word_encoder(prompts: list[str], text_tokens: int, text_dim: int) -> Float[T
         >>> [bool((one == other).all()) for one, other in zip(*states)]  # differ in the first word
         [False, True, True, True]
     """
+    texts = [split_words(prompt)[: text_tokens - 1] for prompt in prompts]
+    unknown = dict.fromkeys(word for words in texts for word in words if word not in vocabulary)
+    if vocabulary and unknown:
+        warnings.warn(
+            f"the model was not trained on these words, and draws something else: {', '.join(unknown)}; "
+            f"flow.config.vocabulary and jacobiflow info list the {len(vocabulary)} that it knows",
+            stacklevel=2,
+        )
     states = torch.zeros(len(prompts), text_tokens, text_dim)
-    for i, prompt in enumerate(prompts):
-        words = [*re.findall(r"[a-z0-9]+", prompt.lower())[: text_tokens - 1], "."]
-        for j, word in enumerate(words):
+    for i, words in enumerate(texts):
+        for j, word in enumerate([*words, "."]):
             seed = int.from_bytes(hashlib.sha256(word.encode()).digest()[:8], "big")
             states[i, j] = torch.from_numpy(np.random.default_rng(seed).standard_normal(text_dim))
     return states
