@@ -158,7 +158,7 @@ figures: render
 	$(BIN)/jacobiflow sample --model fashion-p2 --num 20 --compare --overwrite --out out/front
 	cp out/front/samples.png docs/figures/front-samples.png
 	$(BIN)/jacobiflow sample --model emoji-star --num 5 --overwrite --out out/front \
-		--prompts "hand light skin" thumbsdown "ok hand medium skin" "large blue diamond" "crossed fingers dark skin"
+		--prompts sunglasses thumbsup "broken heart" "smiley cat" sob
 	cp out/front/samples.png docs/figures/front-emoji.png
 
 # Builds the site in out/site; fails if a link leads nowhere.

@@ -35,8 +35,6 @@ CATEGORIES = {
     "People & Body": "hands",
     "Symbols": "geometric shapes",
     "Smileys & Emotion": "faces and hearts",
-    "Food & Drink": "food",
-    "Animals & Nature": "animals and plants",
 }
 GUIDANCES = {"plain": None, "guided": GUIDANCE}
 

@@ -32,8 +32,8 @@ from tools.pictures.two_moons import posteriors
 
 BLUE, ORANGE, GREY = "#2f81f7", "#e07b2e", "#7c7c7c"  # can be read on white and on black
 EXAMPLE_PROMPTS = [
-    "yellow heart", "ok hand medium skin", "large blue diamond", "thumbsdown", "crossed fingers dark skin",
-    "raised hand", "large orange square", "hand light skin", "purple heart",
+    "sunglasses", "ok hand medium skin", "large blue diamond", "thumbsup", "broken heart",
+    "star struck", "smiley cat", "hand light skin", "purple heart",
 ]  # fmt: skip
 use_clear_style = rc_context(
     RC_PARAMS

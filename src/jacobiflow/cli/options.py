@@ -58,7 +58,7 @@ _LABELS = (
     "Classes of the samples: balanced (all in turn), random, none, names or numbers to take in turn, such as face hand "
     "or 0,3, or a .txt or .npy file with a number for each sample."
 )
-_PROMPTS = 'Texts, such as "yellow heart" thumbsdown, or a .txt file with one on each line, to take in turn.'
+_PROMPTS = 'Texts, such as "broken heart" thumbsup, or a .txt file with one on each line, to take in turn.'
 _DEVICE = "cpu, cuda, cuda:1 or mps; auto is a CUDA GPU if there is one, else the CPU."
 _REPORT = "A report of calibrate, which says where the iteration of each block starts."
 _TOLERANCE = "Largest residual |g(x) - x| that a sample may have in any block. Default: 1e-3, or that of the strategy."
@@ -277,4 +277,4 @@ def load_encoder(encoder: str, config: STARFlowConfig) -> TextEncoder | None:
 
     if names_function(encoder):
         return load_function(encoder, "a T5 encoder")
-    return named_encoder(encoder, config)
+    return named_encoder(encoder, config.text_tokens, config.text_dim, config.vocabulary)

@@ -218,7 +218,7 @@ class STARFlow(Flow):
 
     def __init__(self, config: STARFlowConfig) -> None:
         super().__init__(config)
-        self.encode_text = named_encoder(config.text_encoder, config)
+        self.encode_text = named_encoder(config.text_encoder, config.text_tokens, config.text_dim, config.vocabulary)
 
     @property
     def context_kind(self) -> Texts:

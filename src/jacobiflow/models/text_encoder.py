@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from functools import cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,19 +17,15 @@ from torch import Tensor
 
 from jacobiflow.errors import CheckpointError, InputValueError, first_line
 
-if TYPE_CHECKING:
-    from jacobiflow.models.starflow import STARFlowConfig
-
 EncodeText = Callable[[list[str]], Float[Tensor, "n l k"]]
 """Returns the states of N prompts, of L tokens or fewer, with zeros in place of padding."""
 
 
-def named_encoder(name: str, config: STARFlowConfig) -> EncodeText | None:
+def named_encoder(name: str, text_tokens: int, text_dim: int, vocabulary: Sequence[str] = ()) -> EncodeText | None:
     """Returns `word_encoder` for "words", `None` for an empty name, and else the T5 encoder of this hub id."""
     if name == "words":
-        sizes = config.text_tokens, config.text_dim
-        return partial(word_encoder, text_tokens=sizes[0], text_dim=sizes[1], vocabulary=config.vocabulary)
-    return t5_encoder(name, config.text_tokens) if name else None
+        return partial(word_encoder, text_tokens=text_tokens, text_dim=text_dim, vocabulary=vocabulary)
+    return t5_encoder(name, text_tokens) if name else None
 
 
 def split_words(text: str) -> list[str]:
