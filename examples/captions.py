@@ -26,7 +26,7 @@ RUN = Path("runs/emoji-star")
 PACKAGE = Path("node_modules/emoji-datasource-google")
 CONFIG = jf.STARFlowConfig(
     in_channels=3, image_size=32, patch_size=2, width=128, layers_per_block=(1, 1, 6), text_tokens=12,
-    text_dim=64, noise_std=0.1, text_encoder="words",
+    text_dim=64, noise_std=0.1,
 )  # fmt: skip
 GUIDANCE = jf.Guidance(2, annealed=False, rule="density")
 SETTINGS = jf.SamplingSettings(GUIDANCE, denoise=1.0)
@@ -36,14 +36,14 @@ PROMPTS = (
 )  # fmt: skip
 """Captions that the bundled model follows in at least six of eight samples."""
 SAMPLES_PER_PROMPT = 8
-CATEGORY = "Smileys & Emotion"
+CATEGORY = "Smileys & Emotion"  # faces and hearts
 SUBCATEGORIES = ("geometric", "hands", "hand-fingers-open", "hand-fingers-closed", "hand-fingers-partial")
-REPEATS = 4  # Of an emoji without a skin tone in each epoch: it shares its shape with no other.
+REPEATS = 4  # How often an epoch has an emoji without a skin tone. The shape of a hand comes in five tones as well.
 TONES = {"1F3FB": "light", "1F3FC": "medium light", "1F3FD": "medium", "1F3FE": "medium dark", "1F3FF": "dark"}
 
 
 def captioned_emoji(package: Path = PACKAGE) -> tuple[UInt8[Tensor, "n 3 32 32"], list[str], list[str]]:
-    """Returns emoji on white, their captions, such as "raised hand dark skin", and their categories."""
+    """Returns faces, hearts, hands and shapes on white, captions such as "raised hand dark skin", and categories."""
     images, captions, categories = [], [], []
     index = json.loads((package / "emoji.json").read_bytes())
     for entry in sorted(index, key=lambda entry: (entry["sort_order"], entry["unified"])):

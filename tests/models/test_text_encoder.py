@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 import pytest
@@ -42,12 +43,13 @@ def test_a_model_folder_names_the_encoder_of_its_prompts(folder: Path, tmp_path:
 
 
 def test_words_outside_the_vocabulary_are_named(tmp_path: Path) -> None:
-    sizes = {"text_tokens": 4, "text_dim": 16, "head_dim": 20}
-    config = jf.STARFlowConfig(1, 4, 2, 40, (1, 1), **sizes, text_encoder="words", vocabulary=("blue", "hand"))
-    jf.STARFlow(config).save_pretrained(tmp_path)
+    sizes = {"text_tokens": 4, "text_dim": 16, "head_dim": 20, "vocabulary": ("blue", "hand")}
+    jf.STARFlow(jf.STARFlowConfig(1, 4, 2, 40, (1, 1), **sizes)).save_pretrained(tmp_path)
     encode_text = jf.load(tmp_path).encode_text
     assert encode_text is not None
-    encode_text(["Blue hand", ""])  # does not warn
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        encode_text(["Blue hand", ""])
     with pytest.warns(UserWarning, match="not trained on these words, and draws something else: dragon, wizard;"):
         encode_text(["hand dragon", "blue wizard"])
 

@@ -84,11 +84,12 @@ def _describe(model: str) -> InfoResult:
     }  # fmt: skip
     libraries = {each.name: each.version for each in distributions() if each.name in _LIBRARIES}
     values |= {"native_loops": _native_loops(flow), **timing.describe_machine(), **libraries}
-    return InfoResult(values, [f"{name:<18}{_format_value(value)}" for name, value in values.items()])
+    texts = {name: _join(value) if isinstance(value, tuple) else value for name, value in values.items()}
+    return InfoResult(values, [f"{name:<18}{text}" for name, text in texts.items()])
 
 
-def _format_value(value: Any) -> str:
-    return ", ".join(map(str, value)) or "none" if isinstance(value, tuple) else str(value)
+def _join(values: tuple[Any, ...]) -> str:
+    return ", ".join(map(str, values)) or "none"
 
 
 def _native_loops(flow: Flow) -> str:

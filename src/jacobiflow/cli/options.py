@@ -55,8 +55,8 @@ _GUIDANCE = (
     "others are annealed=false, on=scale, on=shift, rule=density."
 )
 _LABELS = (
-    "Classes of the samples: balanced (all in turn), random, none, names or numbers to take in turn, such as face hand "
-    "or 0,3, or a .txt or .npy file with a number for each sample."
+    "Classes of the samples: balanced (all in turn), random, none, names or numbers to take in turn, such as face,hand "
+    "or face hand, or a .txt or .npy file with a number for each sample."
 )
 _PROMPTS = 'Texts, such as "broken heart" thumbsup, or a .txt file with one on each line, to take in turn.'
 _DEVICE = "cpu, cuda, cuda:1 or mps; auto is a CUDA GPU if there is one, else the CPU."
@@ -272,9 +272,9 @@ def names_function(encoder: str) -> bool:
 
 def load_encoder(encoder: str, config: STARFlowConfig) -> TextEncoder | None:
     """Loads the text encoder of `--encode-text` for a flow of this config."""
-    from jacobiflow.models.text_encoder import named_encoder
+    from jacobiflow.models.text_encoder import t5_encoder
     from jacobiflow.utils.functions import load_function
 
     if names_function(encoder):
         return load_function(encoder, "a T5 encoder")
-    return named_encoder(encoder, config.text_tokens, config.text_dim, config.vocabulary)
+    return t5_encoder(encoder, config.text_tokens)

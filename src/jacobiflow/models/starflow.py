@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
@@ -23,7 +24,7 @@ from jacobiflow.models.config import BlockShape, PatchConfig, check_heads, check
 from jacobiflow.models.contexts import Texts
 from jacobiflow.models.flow import Flow
 from jacobiflow.models.registry import register_flow
-from jacobiflow.models.text_encoder import EncodeText, named_encoder
+from jacobiflow.models.text_encoder import EncodeText, t5_encoder, word_encoder
 from jacobiflow.models.transformer.attention import Rotation, SharedParameters, TransformerLayer
 from jacobiflow.models.transformer.block import TransformerBlock
 from jacobiflow.models.transformer.cache import Projections
@@ -56,8 +57,8 @@ class STARFlowConfig(PatchConfig):
         expansion: Hidden units of a layer's perceptron, in multiples of `width`.
         soft_clip: The bound c of c tanh(a / c), for the outputs a of a transformer.
         noise_std: Standard deviation of the training images' Gaussian noise.
-        text_encoder: The encoder of prompts: "words", the hub id of a T5 encoder, or empty if `encode_text` gives it.
-        vocabulary: For the encoder "words": the words of the training captions. Other words give a warning.
+        text_encoder: The hub id of the T5 encoder of prompts.
+        vocabulary: In place of a T5 encoder, the words of the training captions, for `word_encoder`.
 
     Example:
         >>> jf.STARFlowConfig().num_tokens, jf.STARFlowConfig().of_block(5)
@@ -90,6 +91,8 @@ class STARFlowConfig(PatchConfig):
             raise InputValueError(f"head_dim={self.head_dim}: give 20 or a larger multiple of 4")
         check_heads(self.width, self.head_dim)
         check_positive("soft_clip", self.soft_clip)
+        if self.vocabulary and self.text_encoder:
+            raise InputValueError("a config has a vocabulary or a T5 encoder, not both", argument="text_encoder")
 
     @property
     def num_blocks(self) -> int:
@@ -196,7 +199,7 @@ class STARFlow(Flow):
 
     Attributes:
         encode_text: Returns the states of a list of prompts, see `jacobiflow.models.t5_encoder`; by default that of
-            the config's `text_encoder`.
+            the config.
 
     Reference: Gu et al., STARFlow: Scaling Latent Normalizing Flows for High-resolution Image Synthesis, arXiv
     2506.06276.
@@ -218,7 +221,13 @@ class STARFlow(Flow):
 
     def __init__(self, config: STARFlowConfig) -> None:
         super().__init__(config)
-        self.encode_text = named_encoder(config.text_encoder, config.text_tokens, config.text_dim, config.vocabulary)
+        self.encode_text = None
+        if config.vocabulary:
+            self.encode_text = partial(
+                word_encoder, vocabulary=config.vocabulary, text_tokens=config.text_tokens, text_dim=config.text_dim
+            )
+        elif config.text_encoder:
+            self.encode_text = t5_encoder(config.text_encoder, config.text_tokens)
 
     @property
     def context_kind(self) -> Texts:

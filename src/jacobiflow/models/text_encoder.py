@@ -6,7 +6,7 @@ import hashlib
 import re
 import warnings
 from collections.abc import Callable, Sequence
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -21,35 +21,28 @@ EncodeText = Callable[[list[str]], Float[Tensor, "n l k"]]
 """Returns the states of N prompts, of L tokens or fewer, with zeros in place of padding."""
 
 
-def named_encoder(name: str, text_tokens: int, text_dim: int, vocabulary: Sequence[str] = ()) -> EncodeText | None:
-    """Returns `word_encoder` for "words", `None` for an empty name, and else the T5 encoder of this hub id."""
-    if name == "words":
-        return partial(word_encoder, text_tokens=text_tokens, text_dim=text_dim, vocabulary=vocabulary)
-    return t5_encoder(name, text_tokens) if name else None
-
-
 def split_words(text: str) -> list[str]:
-    """Returns the words of a text, in small letters."""
+    """Returns the words of a text in lower case."""
     return re.findall(r"[a-z0-9]+", text.lower())
 
 
 def word_encoder(
-    prompts: list[str], text_tokens: int, text_dim: int, vocabulary: Sequence[str] = ()
+    prompts: list[str], vocabulary: Sequence[str], text_tokens: int, text_dim: int
 ) -> Float[Tensor, "n {text_tokens} {text_dim}"]:
     """Returns a random vector for each word, which depends on the word only, and one for the end of the text.
 
-    A text of more than `text_tokens` - 1 words is cut. It warns of words that are not in the vocabulary, unless this
-    is empty.
+    A text of more than `text_tokens` - 1 words is cut. Words outside the vocabulary give a warning.
 
     Example:
         >>> from jacobiflow.models import word_encoder
-        >>> states = word_encoder(["yellow heart", "red heart"], text_tokens=4, text_dim=8)
+        >>> vocabulary = "heart", "red", "yellow"
+        >>> states = word_encoder(["yellow heart", "red heart"], vocabulary, text_tokens=4, text_dim=8)
         >>> [bool((one == other).all()) for one, other in zip(*states)]  # differ in the first word
         [False, True, True, True]
     """
     texts = [split_words(prompt)[: text_tokens - 1] for prompt in prompts]
     unknown = dict.fromkeys(word for words in texts for word in words if word not in vocabulary)
-    if vocabulary and unknown:
+    if unknown:
         warnings.warn(
             f"the model was not trained on these words, and draws something else: {', '.join(unknown)}; "
             f"flow.config.vocabulary and jacobiflow info list the {len(vocabulary)} that it knows",
