@@ -19,7 +19,6 @@ from torch.utils.data import TensorDataset
 import jacobiflow as jf
 from jacobiflow import training
 from jacobiflow.data import read_image
-from jacobiflow.models.text_encoder import split_words
 
 MODEL = Path(jf.__file__).parent / "bundled" / "emoji-star"
 RUN = Path("runs/emoji-star")
@@ -63,9 +62,8 @@ def captioned_emoji(package: Path = PACKAGE) -> tuple[UInt8[Tensor, "n 3 32 32"]
 def train(steps: int) -> None:
     """Trains the model; the same command again resumes a run that was stopped."""
     images, captions, _ = captioned_emoji()
-    vocabulary = sorted({word for caption in captions for word in split_words(caption)})
     torch.manual_seed(0)
-    flow = jf.STARFlow(replace(CONFIG, vocabulary=tuple(vocabulary)))
+    flow = jf.STARFlow(replace(CONFIG, captions=tuple(captions)))
     assert flow.encode_text is not None
     rows = [i for i, caption in enumerate(captions) for _ in range(1 if caption.endswith("skin") else REPEATS)]
     images, states = images[rows], flow.encode_text(captions)[rows]

@@ -222,7 +222,7 @@ def tiny_emoji() -> tuple[Tensor, list[str], list[str]]:
 
 
 def test_star(run: Run, tmp_path: Path) -> None:
-    flow = jf.STARFlow(replace(make_star().config, vocabulary=tuple(tiny_emoji()[1])))
+    flow = jf.STARFlow(replace(make_star().config, captions=tuple(tiny_emoji()[1])))
     flow.load_state_dict(make_star().state_dict())
     flow.save_pretrained(tmp_path / "star")
     results = run(

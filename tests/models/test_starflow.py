@@ -159,7 +159,7 @@ def test_the_released_file_has_a_place_for_every_key() -> None:
 
 def test_trained_weights_follow_their_captions() -> None:
     """Colours are those asked for."""
-    prompts = ["large red circle", "large blue circle", "hand dark skin", "hand light skin"]
+    prompts = ["red circle", "large blue circle", "hand dark skin", "hand light skin"]
     context = [prompt for prompt in prompts for _ in range(2)]
     colours = []
     samples = jf.sample(jf.load("emoji-star"), len(context), context=context, strategy="sequential", seed=3)

@@ -136,10 +136,10 @@ IMAGES = Parameter(group=DATA.group, validator=_check_images)
 STRATEGY = near_miss("auto", "sequential", "jacobi", "gs-jacobi", "window", "whole", "segments", "original")
 Flag = Annotated[bool, Parameter(show_default=False)]
 Model = Annotated[str, MODEL, Parameter(validator=_check_model, help=_MODEL)]
-Prompts = Annotated[tuple[str, ...], MODEL, Parameter(help=_PROMPTS, consume_multiple=True, show_default=False)]
+Prompts = Annotated[tuple[str, ...], MODEL, Parameter(help=_PROMPTS, consume_multiple=1, show_default=False)]
 EncodeText = Annotated[str | None, MODEL, Parameter(help=_ENCODE_TEXT)]
 Images = Annotated[str, IMAGES, Parameter(help=f"The images: {SOURCES}")]
-Labels = Annotated[tuple[str, ...], MODEL, REPEATABLE, Parameter(help=_LABELS, consume_multiple=True)]
+Labels = Annotated[tuple[str, ...], MODEL, REPEATABLE, Parameter(help=_LABELS, consume_multiple=1)]
 Seed = Annotated[int, MODEL, within(0, 2**63 - 1), Parameter(help="Seed of all random numbers.")]
 Device = Annotated[str, SPEED, Parameter(help=_DEVICE)]
 Dtype = Annotated[
@@ -251,7 +251,9 @@ def parse_prompts(texts: Sequence[str], encoder: str | None, num: int, flow: Flo
     if not texts:
         return None
     if not isinstance(kind, Texts):
-        raise InputValueError(f"--prompts {texts[0]}: this flow reads no text; leave it out, or sample a STARFlow")
+        raise InputValueError(
+            f"--prompts {texts[0]}: this flow reads no text; leave it out, or sample a STARFlow, such as emoji-star"
+        )
     if kind.encode_text is None:
         raise InputValueError(f"--prompts {texts[0]}: give --encode-text, too: {_ENCODE_TEXT}")
     prompts = list[str]()

@@ -58,7 +58,7 @@ class STARFlowConfig(PatchConfig):
         soft_clip: The bound c of c tanh(a / c), for the outputs a of a transformer.
         noise_std: Standard deviation of the training images' Gaussian noise.
         text_encoder: The hub id of the T5 encoder of prompts.
-        vocabulary: In place of a T5 encoder, the words of the training captions, for `word_encoder`.
+        captions: In place of a T5 encoder, the training captions, for `word_encoder`.
 
     Example:
         >>> jf.STARFlowConfig().num_tokens, jf.STARFlowConfig().of_block(5)
@@ -77,7 +77,7 @@ class STARFlowConfig(PatchConfig):
     soft_clip: float = 4.0
     noise_std: float = 0.3
     text_encoder: str = ""
-    vocabulary: tuple[str, ...] = ()
+    captions: tuple[str, ...] = ()
     num_classes: ClassVar[int] = 0
 
     def __post_init__(self) -> None:
@@ -91,8 +91,8 @@ class STARFlowConfig(PatchConfig):
             raise InputValueError(f"head_dim={self.head_dim}: give 20 or a larger multiple of 4")
         check_heads(self.width, self.head_dim)
         check_positive("soft_clip", self.soft_clip)
-        if self.vocabulary and self.text_encoder:
-            raise InputValueError("a config has a vocabulary or a T5 encoder, not both", argument="text_encoder")
+        if self.captions and self.text_encoder:
+            raise InputValueError("give this or captions, not both", argument="text_encoder", value=self.text_encoder)
 
     @property
     def num_blocks(self) -> int:
@@ -222,9 +222,9 @@ class STARFlow(Flow):
     def __init__(self, config: STARFlowConfig) -> None:
         super().__init__(config)
         self.encode_text = None
-        if config.vocabulary:
+        if config.captions:
             self.encode_text = partial(
-                word_encoder, vocabulary=config.vocabulary, text_tokens=config.text_tokens, text_dim=config.text_dim
+                word_encoder, captions=config.captions, text_tokens=config.text_tokens, text_dim=config.text_dim
             )
         elif config.text_encoder:
             self.encode_text = t5_encoder(config.text_encoder, config.text_tokens)

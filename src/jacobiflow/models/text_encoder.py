@@ -6,6 +6,7 @@ import hashlib
 import re
 import warnings
 from collections.abc import Callable, Sequence
+from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -27,30 +28,33 @@ def split_words(text: str) -> list[str]:
 
 
 def word_encoder(
-    prompts: list[str], vocabulary: Sequence[str], text_tokens: int, text_dim: int
+    prompts: list[str], captions: Sequence[str], text_tokens: int, text_dim: int
 ) -> Float[Tensor, "n {text_tokens} {text_dim}"]:
     """Returns a random vector for each word, which depends on the word only, and one for the end of the text.
 
-    A text of more than `text_tokens` - 1 words is cut. Words outside the vocabulary give a warning.
+    A text of more than `text_tokens` - 1 words is cut. It warns of prompts that are not among the captions on which the
+    model was trained, except for the empty text.
 
     Example:
         >>> from jacobiflow.models import word_encoder
-        >>> vocabulary = "heart", "red", "yellow"
-        >>> states = word_encoder(["yellow heart", "red heart"], vocabulary, text_tokens=4, text_dim=8)
+        >>> captions = ["yellow heart", "red heart"]
+        >>> states = word_encoder(captions, captions, text_tokens=4, text_dim=8)
         >>> [bool((one == other).all()) for one, other in zip(*states)]  # differ in the first word
         [False, True, True, True]
     """
-    texts = [split_words(prompt)[: text_tokens - 1] for prompt in prompts]
-    unknown = dict.fromkeys(word for words in texts for word in words if word not in vocabulary)
+    texts = [split_words(prompt) for prompt in prompts]
+    unknown = [text for text in map(" ".join, texts) if text and text not in captions]
     if unknown:
+        others = f" and {len(unknown) - 1} more" * (len(unknown) > 1)
+        nearest = ", ".join(f'"{caption}"' for caption in get_close_matches(unknown[0], captions, cutoff=0))
         warnings.warn(
-            f"the model was not trained on these words, and draws something else: {', '.join(unknown)}; "
-            f"flow.config.vocabulary and jacobiflow info list the {len(vocabulary)} that it knows",
+            f'the model was not trained on "{unknown[0]}"{others}, and may draw anything; near it are {nearest}; '
+            "jacobiflow info lists all captions",
             stacklevel=2,
         )
     states = torch.zeros(len(prompts), text_tokens, text_dim)
     for i, words in enumerate(texts):
-        for j, word in enumerate([*words, "."]):
+        for j, word in enumerate([*words[: text_tokens - 1], "."]):
             seed = int.from_bytes(hashlib.sha256(word.encode()).digest()[:8], "big")
             states[i, j] = torch.from_numpy(np.random.default_rng(seed).standard_normal(text_dim))
     return states
