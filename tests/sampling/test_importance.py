@@ -44,8 +44,9 @@ def test_weights_are_those_of_the_definition() -> None:
     assert torch.equal(weights.resample(10, seed=2), weights.resample(10, seed=2))
 
 
-def test_weights_warn_if_a_few_samples_decide() -> None:
-    samples = jf.sample(flow(), 1000)
+@pytest.mark.parametrize("num", [50, 100, 1000, 2000])
+def test_weights_warn_if_a_few_samples_decide(num: int) -> None:
+    samples = jf.sample(flow(), num)
     with pytest.warns(UserWarning, match=r"worth \d.\d samples of the target: a few of them decide every average"):
         jf.importance(samples, 1000 * samples.tokens.square().sum(dim=(1, 2)))
 

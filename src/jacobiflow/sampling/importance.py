@@ -17,8 +17,6 @@ from jacobiflow.sampling.folder import SampleFolder
 from jacobiflow.sampling.result import Samples
 from jacobiflow.utils.checks import check_count, check_floating, check_kind, check_number, check_rows, check_seed
 
-_MIN_EFFECTIVE_SHARE = 0.01  # below which it warns
-
 
 @dataclass(frozen=True)
 class ImportanceWeights:
@@ -100,7 +98,8 @@ def importance(
 ) -> ImportanceWeights:
     """Returns the importance weights exp(-energy) / q of samples with densities q.
 
-    It warns if the effective sample size is below 1% of the samples, as with energies in a wrong unit.
+    It warns if the effective sample size is below 1% of the samples, or below both 10% of them and 10, as with energies
+    in a wrong unit.
 
     Args:
         samples: Of `sample`, or a folder of them or its path, with densities. Each must be exact or certified, since
@@ -142,7 +141,8 @@ def importance(
     if count := min(round(share * len(log_weights)), len(log_weights) - 1):
         log_weights = log_weights.clamp(max=log_weights.topk(count + 1).values[-1])
     weights = ImportanceWeights(log_weights)
-    if weights.effective_sample_size < _MIN_EFFECTIVE_SHARE * len(log_weights):
+    num = len(log_weights)
+    if weights.effective_sample_size < max(0.01 * num, min(0.1 * num, 10)):
         warnings.warn(
             f"{weights}: a few of them decide every average; check that the energy is -log of the target density, such "
             "as U / kT, at the coordinates and in the units of the flow", stacklevel=2,
