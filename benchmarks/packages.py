@@ -41,7 +41,8 @@ TRAINERS = {"NPE": NPE, "NLE": NLE}
 SAMPLES = 10_000
 
 # Calls of sbi on estimators that are trained until they converge, for at most `EPOCHS`.
-SIMULATIONS, EPOCHS, ROUNDS = 5_000, 100, 2
+SIMULATIONS, EPOCHS = 5_000, 100
+ROUNDS = {"NPE": 20, "NLE": 5}
 ESTIMATORS = ("maf", "zuko_nsf")
 
 # Calls of each package.
@@ -122,7 +123,7 @@ def measure_sbi(key: Json) -> Json:
     call = SBI_CALLS[key["call"]]
     estimator = trained(call.method, key["estimator"])
     runs = both_ways(call.sample, TRAINERS[call.method](PRIOR).build_posterior(estimator, **call.options))
-    metrics, _ = time_speed_up(runs, ROUNDS)
+    metrics, _ = time_speed_up(runs, ROUNDS[call.method])
     return metrics
 
 

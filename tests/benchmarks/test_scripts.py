@@ -127,7 +127,7 @@ def test_packages(run: Run) -> None:
     rows = run(
         "packages", SBI_CALLS=calls, ESTIMATORS=("maf",), CLIENTS=clients,
         fit_keys=lambda: fits, FIT_ROUNDS=dict.fromkeys(module.FIT_ROUNDS, 1), SIMULATIONS=100, FEW_SIMULATIONS=100,
-        FIT_SIMULATIONS=100, EPOCHS=1, FEW_EPOCHS=1, FIT_EPOCHS=1, ROUNDS=1, BATCH=50, SAMPLES=5,
+        FIT_SIMULATIONS=100, EPOCHS=1, FEW_EPOCHS=1, FIT_EPOCHS=1, ROUNDS={"NPE": 1, "NLE": 1}, BATCH=50, SAMPLES=5,
     )  # fmt: skip
     assert len(rows["sbi"]) == len(rows["clients"]) == 2
     assert all(row["error"] < 1e-3 for row in rows["clients"])
