@@ -108,7 +108,7 @@ def test_the_wheel_alone_draws_samples_and_runs_the_readme(wheel: Path, tmp_path
 
     command = [scripts / "jacobiflow", "sample", "--model", "digits-p1", "--num", "2", "--out", "samples"]
     output = check_output(command, tmp_path, **no_compiler)
-    assert "wrote samples: samples.png, 1 shard, manifest.json, strategy.json\n" in output
+    assert "wrote samples/samples.png, manifest.json, strategy.json, 1 shard\n" in output
     assert sorted(os.listdir(tmp_path / "samples" / "shards")) == ["00000.npz"]
 
 

@@ -85,8 +85,15 @@ def test_the_handle_says_what_was_done(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_handle_prints_few_lines_for_many_transforms_and_large_networks() -> None:
     many = jf.accelerate(zuko.flows.MAF(2, transforms=20))
     assert len(str(many).splitlines()) == 2 and "transform.transforms.0, 1, 2, 3, 4, 5, 6, ..., 19: zuko" in str(many)
+    two = jf.accelerate({name: zuko.flows.MAF(2, transforms=2) for name in "ab"})
+    assert "  a.transform.transforms.0, 1; b.transform.transforms.0, 1: zuko" in str(two)
     neural = jf.accelerate(zuko.flows.NAF(2))
     assert str(neural).splitlines()[1].endswith("by passes: native code does not know the univariate MNN")
+
+
+def test_the_handle_is_not_the_flow() -> None:
+    with pytest.raises(AttributeError, match=r"Acceleration has no 'sample'; the flow itself .*: call flow\.sample"):
+        jf.accelerate(zuko.flows.MAF(2)).sample  # noqa: B018
 
 
 @pytest.mark.parametrize("name", ["zuko MAF", "zuko coupling"])

@@ -227,7 +227,7 @@ def test_names_in_square_brackets_are_no_markup_and_a_warning_is_one_line(
     assert result.err == "warning: guidance without labels or texts at attn_temperature 1 changes nothing\n"
     assert warnings.showwarning is show
     assert "./[/red]: 1 sample by jacobi on cpu, batch size 1\nsettings: --guidance 1\n" in result.out
-    assert "wrote [bold]/[/red]: samples.png, 1 shard, " in result.out
+    assert "wrote [bold]/[/red]/samples.png, manifest.json, " in result.out
 
 
 def test_an_extension_that_cannot_be_imported_gives_one_line(

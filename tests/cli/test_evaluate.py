@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import shutil
 import sys
+import warnings
 from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
@@ -194,7 +195,7 @@ def test_the_same_command_computes_only_missing_units(
     one, other, *_ = sorted((tmp_path / "images").rglob("*.png"))
     shutil.copyfile(one, other)
     remedy = "give another folder, or overwrite this one (--overwrite)"
-    refuse(line, f"o: holds evaluation of other images; {remedy}\n")
+    refuse(line, f"o: holds evaluation of different images; {remedy}\n")
 
 
 REFUSED = {
@@ -239,8 +240,10 @@ def test_features_are_computed_on_the_device_of_the_model(
     devices, network = set[tuple[str, str]](), Rows(1, 1)
     monkeypatch.setattr(job, "load_features", lambda *_: network)
     FeatureStatistics.from_features(torch.rand(40, 28)).save(tmp_path / "stats.pth")
-    with FakeDevice():
-        evaluated(run, tmp_path, f"model --samples samples --stats {tmp_path}/stats.pth --paired 0 --device cuda")
+    line = f"evaluate --model model --samples samples --stats {tmp_path}/stats.pth --paired 0 --device cuda"
+    with FakeDevice(), warnings.catch_warnings():
+        warnings.simplefilter("always")
+        assert "has never run on a GPU; compare a few samples" in run(f"{line} --out {tmp_path}/out").err
     assert devices == {("cuda:0", "cuda:0")}
 
 

@@ -48,23 +48,23 @@ def test_convert(run: Any, refuse: Any, tmp_path: Path) -> None:
     assert jf.load(tmp_path / "ckpt").config == read.config
     torch.save(jf.Prose(jf.ProseConfig(64, 2, 1)).state_dict(), tmp_path / "prose.pth")
     refuse(f"convert {tmp_path}/prose.pth --out {tmp_path}/prose", "read them in Python: jf.Prose.from_original(file)")
-    tokens, channels = (f"made a flow {made}, which draws no pictures" for made in ("over tokens", "of 12 channels"))
-    for i, (given, warning, remedy, shape) in enumerate((
-        ("", tokens, "--patch-size 2 --noise-std S", None),
-        ("--patch-size 1", channels, "--patch-size 2 --noise-std S", (12, 2, 2)),
-        ("--patch-size 2", "its name gives no noise", "--noise-std S", (3, 4, 4)),
-    )):  # fmt: skip
+    refuse(f"convert {tmp_path}/original.pth --out {tmp_path}/0", "in the name; give --patch-size 2 --noise-std S. If")
+    for size, warning, remedy, shape in (
+        (1, "made a flow of 12 channels, which draws no pictures", "--patch-size 2 --noise-std S", (12, 2, 2)),
+        (2, "its name gives no noise", "--noise-std S", (3, 4, 4)),
+    ):  # fmt: skip
         with warnings.catch_warnings():
             warnings.simplefilter("always")
-            result = run(f"convert {tmp_path}/original.pth {given} --out {tmp_path}/{i}")
+            result = run(f"convert {tmp_path}/original.pth --patch-size {size} --out {tmp_path}/{size}")
         assert warning in result.err
         assert result.err.endswith(f"convert it again with {remedy}\n")
-        assert jf.load(tmp_path / str(i)).image_shape == shape
+        assert jf.load(tmp_path / str(size)).image_shape == shape
     grey = jf.TarFlow(jf.TarFlowConfig(1, 4, 2, width=64, num_blocks=1, layers_per_block=1))
     grey.to_original(tmp_path / "grey.pth")
     with warnings.catch_warnings():
         warnings.simplefilter("always")
-        assert tokens in (err := run(f"convert {tmp_path}/grey.pth --out {tmp_path}/grey").err)
+        err = run(f"convert {tmp_path}/grey.pth --out {tmp_path}/grey").err
+    assert "made a flow over tokens, which draws no pictures" in err
     assert err.endswith("convert it again with --patch-size P --noise-std S\n")
 
 
@@ -193,7 +193,7 @@ def test_prompts_become_samples(run: Any, refuse: Any, tmp_path: Path) -> None:
     assert "all 3 were there already" in run(line).out
     assert "all 3 were there already" in run(line.replace(f"{tmp_path}/prompts.txt", "cat house")).out
     (tmp_path / "prompts.txt").write_text("cat\nmouses\n")
-    refuse(line, "holds samples of other labels or context; give another folder")
+    refuse(line, "holds samples of different labels or context; give another folder")
     refuse(f"evaluate --model {tmp_path}/star --samples {tmp_path}/o --out o-x", "not in the folder; give 0")
     result = run(line.replace("/o", "/c") + " --compare")
     assert (result.code, "first batch of 3 again, without denoising: original sampler " in result.out) == (0, True)

@@ -60,7 +60,7 @@ def test_it_writes_what_the_library_draws(strategy: str, run: Any, tmp_path: Pat
     head = f"model: 5 samples by {strategy} on cpu, batch size 3\nsettings: no guidance, no denoising\ndrew 5 in "
     assert result.out.startswith(head)
     assert f" s: {format_rate(entries['num_new'], entries['seconds'])} a second\n" in result.out
-    assert f"wrote {out}: samples.png, 1 shard, manifest.json, strategy.json\n" in result.out
+    assert f"wrote {out}/samples.png, manifest.json, strategy.json, 1 shard\n" in result.out
     seconds = {name: entries["outcome"][name] for name in ("seconds", "denoise_seconds", "block_seconds")}
     assert entries["outcome"] == json.loads(json.dumps(asdict(want.outcome))) | seconds
     if strategy == "[1-4-3-5]":
@@ -128,11 +128,11 @@ def test_the_same_command_again_has_nothing_to_draw(run: Any, tmp_path: Path) ->
     line = f"sample --model plain --num 10 --strategy jacobi-3 --batch-size 2 --shard-size 4 --out {out}"
     first = run(f"{line} --json {tmp_path}/1.json")
     assert re.search(r"\ndrew 10 in [\d.]+ s: [\d.,]+ a second\n", first.out)
-    assert f"wrote {out}: samples.png, 3 shards, manifest.json, strategy.json\n" in first.out
+    assert f"wrote {out}/samples.png, manifest.json, strategy.json, 3 shards\n" in first.out
     again = run(f"{line} --json {tmp_path}/2.json")
     assert (again.code, again.err) == (0, "")
     assert "\nall 10 were there already, and match their checksums; --overwrite draws them again\n" in again.out
-    assert again.out.endswith(f"\n{out} is complete: samples.png, 3 shards, manifest.json, strategy.json\n")
+    assert again.out.endswith(f"\ncomplete: {out}/samples.png, manifest.json, strategy.json, 3 shards\n")
     assert " a second" not in again.out
     one, two = figures(tmp_path / "1.json"), figures(tmp_path / "2.json")
     assert (one["outcome"], two["num_new"]) == (two["outcome"], 0)

@@ -129,7 +129,7 @@ def test_options_become_the_settings_of_the_run(run: Any, tmp_path: Path) -> Non
     line += " --ema-decay 0.9 --max-grad-norm 2 --seed 4"
     assert run(f"{line} --out {tmp_path}").code == 0
     other = run(line.replace(" --translate 1", "") + f" --out {tmp_path}")
-    assert (other.code, "holds training of other data or transform; use its" in other.err) == (2, True)
+    assert (other.code, "holds training of different data or transform; use its" in other.err) == (2, True)
     want = jf.TarFlowConfig(1, 8, 4, 32, num_blocks=2, layers_per_block=1, nvp=False, head_dim=16, noise_std=0.0)
     flow = jf.load(tmp_path)
     assert (flow.config, flow.recommended) == (want, jf.SamplingSettings())

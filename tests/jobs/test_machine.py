@@ -78,7 +78,9 @@ class Machine(RuleBasedStateMachine):
     @rule()
     def refuse_another_spec(self) -> None:
         num, seed = self.spec().num, self.spec().seed
-        self.refuse(Spec(num - 1, 7, "b"), f"num {num}, not {num - 1}; seed {seed}, not 7; other model; give another")
+        self.refuse(
+            Spec(num - 1, 7, "b"), f"num {num}, not {num - 1}; seed {seed}, not 7; different model; give another"
+        )
 
     @rule()
     def refuse_a_damaged_manifest(self) -> None:

@@ -189,7 +189,7 @@ def test_two_peptides_are_two_flows(tmp_path: Path) -> None:
     assert len(set(map(fingerprint, [flow, *peptides]))) == 4
     assert fingerprint(flow.for_peptide(ENCODINGS, ORDERS)) == fingerprint(peptides[0])
     jf.sample_to_folder(peptides[0], 2, tmp_path)
-    with pytest.raises(jf.InputError, match="samples of other flow"):
+    with pytest.raises(jf.InputError, match="samples of different flow"):
         jf.sample_to_folder(peptides[1], 4, tmp_path)
 
 

@@ -292,8 +292,8 @@ def test_other_data_and_problems_are_named(undisturbed: Path, tmp_path: Path) ->
     assert error_of(partial(fit, run, replace(SETTINGS, seed=1, batch_size=3))).startswith(message)
     other = ImageDataset(data.images, data.labels.flip(0), tuple("abcdefghij"))
     message = error_of(partial(train, fresh(), other, SETTINGS, run))
-    assert "holds training of classes [], not ['a', " in message and "; other data or transform; use" in message
-    assert "of other data or transform; use" in error_of(partial(fit, run, transform=lambda image: image.flip(1)))
+    assert "holds training of classes [], not ['a', " in message and "; different data or transform; use" in message
+    assert "of different data or transform; use" in error_of(partial(fit, run, transform=lambda image: image.flip(1)))
     log = run / "metrics.jsonl"
     log.write_text("mine\n")
     (run / "manifest.json").write_bytes(b"mine")

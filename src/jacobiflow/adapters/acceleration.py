@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -93,6 +93,11 @@ class Acceleration:
         for module, part in self.parts.items():
             if is_accelerated(module):
                 module.__class__ = part.class_before
+
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(
+            f"{type(self).__name__} has no {name!r}; the flow itself was accelerated: call flow.{name}"
+        )
 
     def __repr__(self) -> str:
         return describe(self.parts, self.tolerance, self.reasons) + describe_gpu(self.uses_gpu, self.refusals)

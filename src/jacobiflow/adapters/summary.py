@@ -80,8 +80,12 @@ def _describe_way(layer: nn.Module, part: Part, tolerance: float | None) -> str:
 
 
 def _join_names(names: list[str]) -> str:
-    """Returns the names of modules in a row. A parent that all of them share is written once."""
-    parent, _, _ = names[0].rpartition(".")
-    if all(name.rpartition(".")[0] == parent for name in names):
-        names = [names[0], *(name.rpartition(".")[2] for name in names[1:])]
-    return ", ".join(names if len(names) <= _MAX_NAMES else [*names[: _MAX_NAMES - 1], "...", names[-1]])
+    """Returns the names of modules, in a row for each parent, which is written once: "net.0, 1, 2; flow.0, 1"."""
+    rows: dict[str, list[str]] = {}
+    for name in names:
+        parent, _, child = name.rpartition(".")
+        row = rows.setdefault(parent, [])
+        row.append(child if row else name)
+    return "; ".join(
+        ", ".join(row if len(row) <= _MAX_NAMES else [*row[: _MAX_NAMES - 1], "...", row[-1]]) for row in rows.values()
+    )

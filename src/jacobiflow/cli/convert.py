@@ -30,7 +30,7 @@ class ConvertConfig(options.Config):
         file: Weights of TarFlow, SBG, a fork of them, or STARFlow: a state dict (.pth), or a checkpoint that holds one,
             such as Lightning's (.ckpt).
         patch_size: Side of a patch in pixels. Default: that in an original name, such as 8 above. With neither,
-            the flow is over tokens.
+            the flow is over tokens, unless its shapes are those of colour images.
         noise_std: Standard deviation of the training images' noise, which denoising removes. Default: that in an
             original name, such as 0.07 above, or 0; STARFlow: 0.3.
         out: New or empty folder for config.json and model.safetensors.
@@ -107,11 +107,15 @@ def _convert_tarflow(config: ConvertConfig, state: dict[str, Any]) -> jf.TarFlow
     patch_size = math.isqrt(token_dim // 3)
     are_patches = math.isqrt(num_tokens) ** 2 == num_tokens and 3 * patch_size**2 == token_dim > 3
     image_config = flow_config if isinstance(flow_config, jf.TarFlowConfig) else None
-    if are_patches and (image_config is None or image_config.patch_size != patch_size):
-        flow_kind = "over tokens" if image_config is None else f"of {image_config.in_channels} channels"
+    if are_patches and image_config is None:
+        raise InputValueError(
+            f"{config.file}: seems to be a flow of colour images, whose patch size and noise are not in the name; give "
+            f"--patch-size {patch_size} --noise-std S. If it is one over tokens, use jf.TarFlow.from_original in Python"
+        )
+    if are_patches and image_config is not None and image_config.patch_size != patch_size:
         warnings.warn(
-            f"{config.file}: made a flow {flow_kind}, which draws no pictures; its shapes are those of a flow of "
-            f"colour images: if it is one, convert it again with --patch-size {patch_size} --noise-std S", stacklevel=1,
+            f"{config.file}: made a flow of {image_config.in_channels} channels, which draws no pictures; if it is one "
+            f"of colour images, convert it again with --patch-size {patch_size} --noise-std S", stacklevel=1,
         )  # fmt: skip
     elif image_config is None and math.isqrt(num_tokens) ** 2 == num_tokens:
         warnings.warn(
@@ -127,10 +131,7 @@ def _convert_tarflow(config: ConvertConfig, state: dict[str, Any]) -> jf.TarFlow
         flow_config = replace(image_config, noise_std=config.noise_std)
     elif config.noise_std:
         raise InputValueError(f"--noise-std {config.noise_std:g}: for images; give --patch-size, too")
-    flow = jf.TarFlow.from_original(config.file, flow_config)
-    if flow_config.noise_std:
-        flow.recommended = jf.SamplingSettings(denoise=1.0)
-    return flow
+    return jf.TarFlow.from_original(config.file, flow_config)
 
 
 def show(config: ConvertConfig, result: ConvertResult) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,6 +23,11 @@ def load_model(
     import torch
 
     device = local_device(device)
+    if device.startswith("cuda"):
+        warnings.warn(
+            f"--device {device}: jacobiflow has never run on a GPU; compare a few samples with the original sampler "
+            "first (jacobiflow sample --compare), or give --device cpu", stacklevel=1,
+        )  # fmt: skip
     if dtype == "tf32":
         if not device.startswith("cuda"):
             raise InputValueError(f"--dtype tf32: only a GPU has it, and --device is {device}; give float32")

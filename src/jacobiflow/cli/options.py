@@ -59,7 +59,7 @@ _LABELS = (
     "or face hand, or a .txt or .npy file with a number for each sample."
 )
 _PROMPTS = 'Texts, such as "broken heart" thumbsup, or a .txt file with one on each line, to take in turn.'
-_DEVICE = "cpu, cuda, cuda:1 or mps; auto is a CUDA GPU if there is one, else the CPU."
+_DEVICE = "cpu, cuda, cuda:1 or mps; auto is a CUDA GPU if there is one, else the CPU. We never ran it on a GPU."
 _REPORT = "A report of calibrate, which says where the iteration of each block starts."
 _TOLERANCE = "Largest residual |g(x) - x| that a sample may have in any block. Default: 1e-3, or that of the strategy."
 _ENCODE_TEXT = "The text encoder: FILE.py:FUNCTION, or the hub id of a T5 encoder. Default: the model's."
@@ -123,8 +123,9 @@ def _check_images(_: Any, source: str | None) -> None:
 
 
 def suggest(value: str, names: Sequence[str]) -> str:
-    """Returns a question after the name that a value is close to, or ""."""
-    return "".join(f' Did you mean "{name}"?' for name in get_close_matches(value, names, n=1, cutoff=0.7))
+    """Returns a question after the name that a value is close to, or begins, or ""."""
+    close = get_close_matches(value, names, n=1, cutoff=0.7) or [name for name in names if name.startswith(value)]
+    return "".join(f' Did you mean "{name}"?' for name in close[:1])
 
 
 def _check_batch_size(_: Any, size: int | str | None) -> None:

@@ -43,7 +43,8 @@ class SampleConfig(options.Config):
     Example: jacobiflow sample --model emoji-p2 --num 20 --labels face,hand --out out/faces
 
     Attributes:
-        num: Number of samples.
+        num: Number of samples. A larger one than before adds to those in --out; the last file is drawn again if it was
+            not full.
         batch_size: Samples solved together, or auto: as many as fit in memory. Default: the batch size of the samples
             already in --out, else --num, at most 64.
         shard_size: Samples in a file. A run that was stopped keeps whole files. Default: about 1,024.
@@ -61,7 +62,7 @@ class SampleConfig(options.Config):
         compare: Also draw the first batch with the original sampler, and compare.
         offload: Keep one block at a time on the device, for a model larger than its memory.
         overwrite: Replace the samples in the folder.
-        out: Folder for the samples and samples.png.
+        out: Folder for the samples, and for samples.png if they are images.
     """
 
     model: options.Model = "fashion-p2"
@@ -250,9 +251,9 @@ def show(config: SampleConfig, result: SampleResult) -> None:
         print(result.outcome)
     if result.comparison is not None:
         _print_comparison(config, result, result.comparison)
-    pictures = f"{_SHEET}, {'images, ' * (spec.files == 'png')}" * spec.has_pictures
-    folder = f"wrote {config.out}" if num_new else f"{config.out} is complete"
-    print(f"{folder}: {pictures}{format_count(spec.num_shards, 'shard')}, manifest.json, strategy.json")
+    files = [_SHEET] * spec.has_pictures + ["manifest.json", "strategy.json", format_count(spec.num_shards, "shard")]
+    images = ", images" * (spec.files == "png")
+    print(f"{'wrote' if num_new else 'complete:'} {config.out / ', '.join(files)}{images}")
 
 
 def _print_comparison(config: SampleConfig, result: SampleResult, comparison: Comparison) -> None:

@@ -23,6 +23,8 @@ from jacobiflow.utils import files
 from jacobiflow.utils.checks import format_value
 from jacobiflow.utils.files import LOCK, MANIFEST, FolderInUseError, locked
 
+_MAX_DIFFERENCES = 3  # In the message about a job of another spec.
+
 
 class JobFolderError(InputValueError):
     """A folder cannot be used for a job; the message names the file and the remedy."""
@@ -104,12 +106,13 @@ class JobStore:
         return spec
 
     def check_spec(self, spec: Mapping[str, Any], remedy: str) -> None:
-        """Raises JobFolderError if the job in the folder is of another spec; the message names all differences."""
+        """Raises JobFolderError if the job in the folder is of another spec; the message names some differences."""
         earlier = self.read_spec() or {}
         names = [name for name in {**earlier, **spec} if earlier.get(name) != spec.get(name)]
         if names:
-            texts = "; ".join(_describe_difference(name, earlier.get(name), spec.get(name)) for name in names)
-            raise JobFolderError(f"{self.path}: holds {self.kind} of {texts}; {remedy}")
+            texts = [_describe_difference(name, earlier.get(name), spec.get(name)) for name in names[:_MAX_DIFFERENCES]]
+            more = [f"{len(names) - len(texts)} more differences"] * (len(names) > len(texts))
+            raise JobFolderError(f"{self.path}: holds {self.kind} of {'; '.join([*texts, *more])}; {remedy}")
 
     def write_manifest(self, spec: Mapping[str, Any], machine: Mapping[str, Any]) -> None:
         """Starts a job, or changes its spec.
@@ -228,7 +231,7 @@ class JobStore:
 
 
 def _describe_difference(name: str, earlier: Any, new: Any) -> str:
-    """Describes an entry in which two specs differ; checksums say only that something is other."""
+    """Describes an entry in which two specs differ; checksums say only that something is different."""
     if name.endswith("_sha256"):
-        return f"other {name.removesuffix('_sha256').replace('_', ' ')}"
+        return f"different {name.removesuffix('_sha256').replace('_', ' ')}"
     return f"{name.replace('_', ' ')} {format_value(earlier)}, not {format_value(new)}"

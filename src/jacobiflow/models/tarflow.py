@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from jacobiflow.blocks.guidance import SamplingSettings
 from jacobiflow.blocks.permutation import Permutation
 from jacobiflow.errors import CheckpointError, InputValueError, first_line
 from jacobiflow.models.checkpoints.original import OriginalShapes, one_or_all, read_name, read_original
@@ -219,6 +220,7 @@ class TarFlow(Flow):
     def from_original(cls, path: str | Path, config: TarFlowConfig | TokenConfig | None = None) -> Self:
         """Loads a `.pth` state dict of the TarFlow code, in eval mode; float16 becomes float32.
 
+        If the config has noise, the flow recommends denoising at rate 1.
         It reads files of the original code, of SBG's, and of forks of them with the same names. Without a config the
         flow is one over images if the file has its original name, such as afhq_model_8_768_8_8_0.07.pth, which has the
         patch size and the noise, and else one over tokens. Heads have 64 channels each, which shapes do not tell.
@@ -227,7 +229,10 @@ class TarFlow(Flow):
         config = cls.infer_config(state, str(path)) if config is None else config
         cls.check_config(config)
         state.setdefault("var", torch.ones(config.num_tokens, config.token_dim))  # Files of SBG lack it.
-        return build(cls, config, state, str(path))
+        flow = build(cls, config, state, str(path))
+        if config.noise_std:
+            flow.recommended = SamplingSettings(denoise=1.0)
+        return flow
 
     @staticmethod
     def infer_config(

@@ -151,10 +151,10 @@ def test_other_settings_are_refused_before_anything_is_changed(out: Path) -> Non
         "num 10, not 1; seed 0, not 1;": {"num": 1, "seed": 1},  # Not batches of 1, which follow from `num`.
         "seed 0, not 1; certify True, not False;": {"seed": 1, "certify": False},
         "guidance None, not {'weight': 0.7, .*": {"flow": tiny_flow().guided(GUIDANCE)},
-        "other labels or context;": {"labels": None},
+        "different labels or context;": {"labels": None},
         "strategy 'invented', not 'a Strategy'": {"strategy": OTHER},
-        "other strategy;": {"plan": lambda: OTHER},
-        "other flow;": {"flow": to_float32(make_flow(num_classes=3, noise_std=0.1, image_size=4, patch_size=2))},
+        "different strategy;": {"plan": lambda: OTHER},
+        "different flow;": {"flow": to_float32(make_flow(num_classes=3, noise_std=0.1, image_size=4, patch_size=2))},
     }
     for words, changed in changes.items():
         pattern = re.escape(words).replace(r"\.\*", ".*")

@@ -34,12 +34,12 @@ class SampleSpec:
     """All that the shards of a folder of samples depend on.
 
     Attributes:
+        flow_sha256: Fingerprint of the flow.
         num: Number of samples.
         shape: Shape of a sample: (C, H, W) for images, (T, C) for tokens.
         labels_or_context_sha256: Checksum of the labels as little-endian int64, or of another context as float32.
         classes: The names of the classes, which the folders of PNGs have; empty without names.
         shard_size: Samples in a shard. Shard i begins with sample `shard_size * i`.
-        flow_sha256: Fingerprint of the flow.
         dtype: The dtype of the network, or "tf32".
         strategy: The name of the strategy, or the path of its file.
         strategy_sha256: Checksum of the strategy; None for "auto", whose plan depends on timings.
@@ -49,6 +49,7 @@ class SampleSpec:
         denoise_dtype: The dtype of the networks in the denoising step; `None` for that of the flow.
     """
 
+    flow_sha256: str
     num: Annotated[int, msgspec.Meta(ge=1, le=MAX_SAMPLES)]
     shape: tuple[int, ...]
     seed: int
@@ -58,7 +59,6 @@ class SampleSpec:
     batch_size: Count
     shard_size: Count
     files: Files
-    flow_sha256: str
     dtype: str
     strategy: str
     strategy_sha256: str | None
