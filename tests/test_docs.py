@@ -129,7 +129,8 @@ def test_numbers_in_prose_are_found():
 
 
 @pytest.mark.parametrize("name", ["digits-maf", "digits-p1", "emoji-p2", "fashion-p2"])
-def test_model_cards_are_complete_and_their_code_runs(name, capsys):
+def test_model_cards_are_complete_and_their_code_runs(name, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     folder = ROOT / "src" / "jacobiflow" / "bundled" / name
     text = (folder / "README.md").read_text()
     _, front, body = text.split("---\n", 2)

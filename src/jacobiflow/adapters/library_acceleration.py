@@ -36,9 +36,9 @@ class LibraryAcceleration:
         tolerance: `None` for exact to rounding, 0 for the library's own bits, or the tolerance at which passes end.
 
     Example:
-        >>> with jf.accelerate(zuko) as fast:
+        >>> with jf.accelerate(zuko) as handle:
         ...     flow = zuko.flows.MAF(3, transforms=2)
-        >>> print(fast)
+        >>> print(handle)
         new flows of zuko are accelerated, exact to rounding: 2 transforms so far
     """
 

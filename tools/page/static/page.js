@@ -33,10 +33,14 @@ function show({ name, seconds, block, front, image, isDone }) {
   part(name, "progress").value = isDone ? 1 : ((orders.length - 1 - block) * length + front) / (orders.length * length);
 }
 
-// The ratio of the seconds on the clocks, and how far the pictures differ.
+// The ratio of the seconds on the clocks, which the bars show at last, and how far the pictures differ.
 function conclude({ original, jacobiflow }) {
   const [fast, slow] = [original, jacobiflow].sort((a, b) => a.seconds - b.seconds);
   const names = { original: "The original", jacobiflow: "jacobiflow" };
+  for (const { name, seconds } of [fast, slow]) {
+    const bar = part(name, "progress");
+    [bar.value, bar.ariaLabel] = [seconds / slow.seconds, `Time of ${names[name]}, as a share of the slower one`];
+  }
   const difference = 127.5 * original.image.reduce((most, value, i) => Math.max(most, Math.abs(value - jacobiflow.image[i])), 0);
   say(
     `${names[fast.name]} was ${(slow.seconds / fast.seconds).toFixed(1)} times faster here.`,

@@ -32,12 +32,13 @@ print(out.log_prob)  # densities in nats"""
         _, size, _ = flow.image_shape
         task = "text-to-image" if reads_text else "unconditional-image-generation"
         data = f"{size}x{size} images"
-        context = f"labels = torch.arange(8) % {classes}" if classes else "labels = None"
+        context = f", labels={[*flow.classes, 0][0]!r}" if classes else ""
         if reads_text:
-            context = f"states = torch.randn(8, {config.text_tokens}, {config.text_dim})  # or the states of texts"
+            states = f"torch.randn(8, {config.text_tokens}, {config.text_dim})"  # in place of those of a text
+            context = f", context={repr(config.captions[0]) if config.captions else states}"
         code = f"""\
-{context}
-out = jf.sample(flow, 8, {"context=states" if reads_text else "labels"})
+out = jf.sample(flow, 8{context})
+out.grid().save("samples.png")
 print(tuple(out.images.shape))  # {(8, *flow.image_shape)}, nominally in [-1, 1]"""
     return f"""\
 ---
