@@ -48,13 +48,13 @@ def test_the_handle_lists_every_layer_with_the_reason() -> None:
     masked, unknown = "nflows MaskedAffineAutoregressiveTransform, by", "nflows LeakyReLU, by the library"
     assert str(jf.accelerate(flow)).splitlines() == [
         "accelerated, exact to rounding: 2 transforms",
-        f"  _transforms.0, _transforms.3._transforms.0: {masked} native code",
-        "  _transforms.1, _transforms.4, _transforms.3._transforms.1: nflows ReversePermutation, by native code",
+        f"  _transforms.0; _transforms.3._transforms.0: {masked} native code",
+        "  _transforms.1, 4; _transforms.3._transforms.1: nflows ReversePermutation, by native code",
         f"  _transforms.2: {unknown}: native code does not know LeakyReLU",
     ]
     assert str(jf.accelerate(flow, 0.0)).splitlines()[1:] == [
-        f"  _transforms.0, _transforms.3._transforms.0: {masked} passes",
-        "  _transforms.1, _transforms.4, _transforms.3._transforms.1: nflows ReversePermutation, by the library",
+        f"  _transforms.0; _transforms.3._transforms.0: {masked} passes",
+        "  _transforms.1, 4; _transforms.3._transforms.1: nflows ReversePermutation, by the library",
         f"  _transforms.2: {unknown}",
     ]
     alone = nf.CompositeTransform([*flow._transforms[:1], nf.LeakyReLU(), nf.ReversePermutation(5)])

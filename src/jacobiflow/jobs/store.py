@@ -111,7 +111,7 @@ class JobStore:
         names = [name for name in {**earlier, **spec} if earlier.get(name) != spec.get(name)]
         if names:
             texts = [_describe_difference(name, earlier.get(name), spec.get(name)) for name in names[:_MAX_DIFFERENCES]]
-            more = [f"{len(names) - len(texts)} more differences"] * (len(names) > len(texts))
+            more = [f"and {len(names) - len(texts)} more"] * (len(names) > len(texts))
             raise JobFolderError(f"{self.path}: holds {self.kind} of {'; '.join([*texts, *more])}; {remedy}")
 
     def write_manifest(self, spec: Mapping[str, Any], machine: Mapping[str, Any]) -> None:
