@@ -105,7 +105,7 @@ MISSPELLED = {
     "sample --report no.json": '"no.json" does not exist.',
     "info digits-p1": "digits-p1: there is no option before it. Did you mean --model digits-p1? See ",
     "evaluate docs --model fashion-p2": "docs: there is no option before it. See ",
-    "sample cat": "cat: there is no option before it. Did you mean --labels cat? See ",
+    "sample cat": "cat: there is no option before it. Did you mean --labels cat or --prompts cat? See ",
     "sample --out cat.png": "--out cat.png: looks like a file; give a folder, such as cat",
     "convert no.pth --out m": '"no.pth" does not exist. See jacobiflow convert --help.',
     "evaluate --model fashion-p2 --images fashion-mnits": 'No such images. Did you mean "fashion-mnist"? Give ',

@@ -194,6 +194,27 @@ def test_prompts_become_samples(run: Any, refuse: Any, tmp_path: Path) -> None:
     assert "all 3 were there already" in run(line.replace(f"{tmp_path}/prompts.txt", "cat house")).out
     (tmp_path / "prompts.txt").write_text("cat\nmouses\n")
     refuse(line, "holds samples of different labels or context; give another folder")
-    refuse(f"evaluate --model {tmp_path}/star --samples {tmp_path}/o --out o-x", "not in the folder; give 0")
+    refuse(f"evaluate --model {tmp_path}/star --samples {tmp_path}/o --paired 4 --out o-x", "not in the folder; give 0")
     result = run(line.replace("/o", "/c") + " --compare")
     assert (result.code, "first batch of 3 again, without denoising: original sampler " in result.out) == (0, True)
+
+
+def test_captions_are_the_default_prompts(run: Any, tmp_path: Path) -> None:
+    """There is a sample for each prompt; prompts beyond --num are left out with a warning."""
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {"text_tokens": 3, "text_dim": 5, "captions": ("red heart",)}
+    flow = jf.STARFlow(jf.STARFlowConfig(3, 4, 2, 64, (1, 2), **sizes))
+    flow.blocks[-1].null_text.fill_(0.5)
+    flow.save_pretrained(tmp_path / "star")
+
+    def sheet(options: str) -> tuple[jf.SampleFolder, Any]:
+        out = tmp_path / f"o{len(list(tmp_path.iterdir()))}"
+        result = run(f"sample --model {tmp_path}/star --out {out} {options}")
+        assert result.code == 0
+        return jf.SampleFolder.open(out), (result.err, (out / "samples.png").read_bytes())
+
+    named = sheet("--prompts 'red heart' 'red heart'")
+    assert named[0].spec.num == 2 and named[1] == sheet("--num 2")[1] != sheet("--num 2 --labels none")[1]
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        assert "--num 1: leaves out 1 prompt" in sheet("--num 1 --prompts 'red heart' 'red heart'")[1][0]

@@ -93,7 +93,7 @@ def test_size_colour_and_classes_are_those_of_the_images(
 
 def test_sizes_that_do_not_fit_name_one_that_does(refuse: Any, photos: Path, tmp_path: Path) -> None:
     line = f"train --images {photos} --steps 1 --batch-size 4 --out {tmp_path}/run"
-    refuse(f"{line} --width 96", "--head-dim 64: does not divide the width of 96; give 32, or another width\n")
+    refuse(f"{line} --width 96", "--width 96: is not a multiple of head_dim, 64; give 64, or a head_dim that divides")
     refuse(f"{line} --image-size 32", "0.png: 12x12 pixels, smaller than 32x32; remove it, or enlarge it first\n")
     refuse("train --images digits --image-size 9 --steps 1 --out run", "8 pixels on a side; give --image-size 8 or ")
     refuse(f"{line} --image-size 9", "does not divide the side of the images, 9; give 3, or images of 8\n")

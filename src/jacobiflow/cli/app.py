@@ -41,7 +41,8 @@ app = App(
     name="jacobiflow",
     help="Fast, certified sampling from autoregressive normalizing flows. For a flow of zuko, sbi or another library, "
     "call jacobiflow.accelerate(flow) in Python.",
-    help_epilogue=f"jacobiflow {_TRACEBACK} COMMAND also shows the traceback of bad input.\n"
+    help_epilogue="Try: jacobiflow sample --model emoji-star --prompts sunglasses sob\n"
+    f"jacobiflow {_TRACEBACK} COMMAND also shows the traceback of bad input.\n"
     "Documentation: https://jacobiflow.github.io/jacobiflow",
     help_flags=("--help", "-h"),
     help_format="plaintext",
@@ -164,11 +165,12 @@ def _describe_options(error: CycloptsError) -> str:
     if isinstance(error, UnusedCliTokensError) and error.unused_tokens:
         word, path = error.unused_tokens[0], Path(error.unused_tokens[0])
         is_model = word in options.BUNDLED_MODELS or "/" in word or path.exists()
-        name = "model" if is_model else "prompts" if " " in word else "labels"
+        names = ["model"] if is_model else ["prompts"] if " " in word else ["labels", "prompts"]
         is_other_folder = path.is_dir() and not (path / "config.json").exists()
-        is_given = f"--{name}" in (error.root_input_tokens or ())
-        is_likely = hasattr(error.target, name) and not is_other_folder and not is_given
-        hint = f" Did you mean --{name} {quote(word)}?" * is_likely
+        given = error.root_input_tokens or ()
+        likely = [name for name in names if hasattr(error.target, name) and f"--{name}" not in given]
+        choices = " or ".join(f"--{name} {quote(word)}" for name in likely)
+        hint = f" Did you mean {choices}?" if choices and not is_other_folder else ""
         return f"{word}: there is no option before it.{hint}"
     if isinstance(error, UnknownOptionError) and error.app is not None:
         word = error.token.keyword or error.token.value

@@ -55,6 +55,7 @@ class EvaluateConfig(options.Config):
         stats: Statistics to compare with, such as *_fid_stats.pth.
         save_stats: Write the statistics of --images to this file.
         paired: Number of samples to compare with those of the exact loop, in the batches in which they were drawn.
+            Default: 64; 0 if they had prompts, which the folder lacks.
         test_images: Number of images whose likelihood is measured, evenly spaced in the test split if there is one.
         overwrite: Replace the scores in the folder.
         out: Folder for evaluation.json.
@@ -69,7 +70,7 @@ class EvaluateConfig(options.Config):
     inception: Annotated[Path | None, options.MEASUREMENT, options.EXISTING] = None
     stats: Annotated[Path | None, options.MEASUREMENT, options.EXISTING] = None
     save_stats: Annotated[Path | None, options.OUTPUT] = None
-    paired: Annotated[int, options.MEASUREMENT, options.within(0)] = 64
+    paired: Annotated[int | None, options.MEASUREMENT, options.within(0)] = None
     test_images: Annotated[int, options.MEASUREMENT, options.within(0)] = 1000
     batch_size: options.NetworkBatchSize = 64
     seed: options.Seed = 0

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import textwrap
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from shutil import get_terminal_size
 from typing import TYPE_CHECKING, Annotated, Any
 
 import jacobiflow as jf
@@ -84,8 +86,16 @@ def _describe(model: str) -> InfoResult:
     }  # fmt: skip
     libraries = {each.name: each.version for each in distributions() if each.name in _LIBRARIES}
     values |= {"native_loops": _native_loops(flow), **timing.describe_machine(), **libraries}
+    if captions := values.pop("captions", ()):  # In place of classes and of a text encoder; last, as a long list.
+        del values["classes"], values["text_encoder"]
+        values["captions"] = captions
     texts = {name: _join(value) if isinstance(value, tuple) else value for name, value in values.items()}
-    return InfoResult(values, [f"{name:<18}{text}" for name, text in texts.items()])
+    return InfoResult(values, [_wrap(f"{name:<18}{text}") for name, text in texts.items()])
+
+
+def _wrap(line: str) -> str:
+    """Breaks a line that is wider than the terminal, as a list of names may be."""
+    return textwrap.fill(line, get_terminal_size().columns, subsequent_indent=" " * 18, break_on_hyphens=False)
 
 
 def _join(values: tuple[Any, ...]) -> str:

@@ -23,17 +23,17 @@ def load_model(
     import torch
 
     device = local_device(device)
-    if device.startswith("cuda"):
-        warnings.warn(
-            f"--device {device}: jacobiflow has never run on a GPU; compare a few samples with the original sampler "
-            "first (jacobiflow sample --compare), or give --device cpu", stacklevel=1,
-        )  # fmt: skip
     if dtype == "tf32":
         if not device.startswith("cuda"):
             raise InputValueError(f"--dtype tf32: only a GPU has it, and --device is {device}; give float32")
         torch.set_float32_matmul_precision("high")
         dtype = "float32"
     flow = jf.load(name, device, dtype, offload)
+    if device.startswith("cuda"):
+        warnings.warn(
+            f"--device {device}: jacobiflow has never run on a GPU; compare a few samples with the original sampler "
+            "first (jacobiflow sample --compare), or give --device cpu", stacklevel=1,
+        )  # fmt: skip
     if encode_text is not None and isinstance(flow, jf.STARFlow):
         flow.encode_text = options.load_encoder(encode_text, flow.config)
     return flow.guided(jf.Guidance.parse(guidance))

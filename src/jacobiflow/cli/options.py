@@ -15,7 +15,7 @@ import cyclopts
 from cyclopts import Group, Parameter, validators
 from cyclopts.validators import Number
 
-from jacobiflow.errors import InputValueError
+from jacobiflow.errors import InputValueError, first_line
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -58,7 +58,10 @@ _LABELS = (
     "Classes of the samples: balanced (all in turn), random, none, names or numbers to take in turn, such as face,hand "
     "or face hand, or a .txt or .npy file with a number for each sample."
 )
-_PROMPTS = 'Texts, such as "broken heart" thumbsup, or a .txt file with one on each line, to take in turn.'
+_PROMPTS = (
+    'Texts, such as "broken heart" thumbsup, or a .txt file with one on each line, to take in turn. Default: '
+    "captions of the training, at random, if the model lists them."
+)
 _DEVICE = "cpu, cuda, cuda:1 or mps; auto is a CUDA GPU if there is one, else the CPU. We never ran it on a GPU."
 _REPORT = "A report of calibrate, which says where the iteration of each block starts."
 _TOLERANCE = "Largest residual |g(x) - x| that a sample may have in any block. Default: 1e-3, or that of the strategy."
@@ -242,15 +245,15 @@ def _read_labels(path: Path) -> Any:
         raise InputValueError(f"--labels {path}: cannot be read as whole numbers ({error})") from error
 
 
-def parse_prompts(texts: Sequence[str], encoder: str | None, num: int, flow: Flow) -> list[str] | None:
-    """Returns the prompts of `num` samples by `--prompts`, for which the flow needs a text encoder."""
+def parse_prompts(texts: Sequence[str], encoder: str | None, flow: Flow) -> list[str]:
+    """Returns the prompts of `--prompts`, for which the flow needs a text encoder."""
     from jacobiflow.models.contexts import Texts
 
     kind = flow.context_kind
     if not texts and encoder is not None:
         raise InputValueError(f"--encode-text {encoder}: give --prompts, too, or leave it out")
     if not texts:
-        return None
+        return []
     if not isinstance(kind, Texts):
         raise InputValueError(
             f"--prompts {texts[0]}: this flow reads no text; leave it out, or sample a STARFlow, such as emoji-star"
@@ -262,10 +265,10 @@ def parse_prompts(texts: Sequence[str], encoder: str | None, num: int, flow: Flo
         try:
             prompts += Path(text).read_text().splitlines() if text.endswith(".txt") else [text]
         except (OSError, ValueError) as error:
-            raise InputValueError(f"--prompts {text}: cannot be read ({error})") from error
+            raise InputValueError(f"--prompts {text}: cannot be read ({first_line(error)})") from error
     if not prompts:
         raise InputValueError(f"--prompts {texts[0]}: is empty; give a prompt on each line")
-    return [prompts[i % len(prompts)] for i in range(num)]
+    return prompts
 
 
 def names_function(encoder: str) -> bool:

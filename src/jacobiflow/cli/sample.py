@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 _SHEET = "samples.png"
 _SHEET_IMAGES = 100
+_DEFAULT_NUM = 16
 _SHORT = 1.0  # seconds of the original sampler below which one run is no measure
 
 
@@ -40,11 +42,11 @@ class SampleConfig(options.Config):
     same bytes, whether started from several terminals, as tasks of srun or of an array, or by torchrun
     --nproc-per-node 2 -m -- jacobiflow sample ...
 
-    Example: jacobiflow sample --model emoji-p2 --num 20 --labels face,hand --out out/faces
+    Example: jacobiflow sample --model emoji-star --prompts sunglasses "broken heart" --out out/emoji
 
     Attributes:
-        num: Number of samples. A larger one than before adds to those in --out; the last file is drawn again if it was
-            not full.
+        num: Number of samples. Default: one for each prompt, else 16. A larger one than before adds to those in --out;
+            the last file is drawn again if it was not full.
         batch_size: Samples solved together, or auto: as many as fit in memory. Default: the batch size of the samples
             already in --out, else --num, at most 64.
         shard_size: Samples in a file. A run that was stopped keeps whole files. Default: about 1,024.
@@ -66,7 +68,7 @@ class SampleConfig(options.Config):
     """
 
     model: options.Model = "fashion-p2"
-    num: Annotated[int, options.MODEL, options.within(1, 100_000_000)] = 16
+    num: Annotated[int | None, options.MODEL, options.within(1, 100_000_000)] = None
     labels: options.Labels = ("balanced",)
     prompts: options.Prompts = ()
     encode_text: options.EncodeText = None
@@ -134,8 +136,12 @@ def run(config: SampleConfig) -> SampleResult | None:
     flow = loading.load_model(
         config.model, config.device, config.dtype, offload=config.offload, encode_text=config.encode_text
     )
-    classes = options.parse_labels(config.labels, config.num, flow, config.seed)
-    texts = options.parse_prompts(config.prompts, config.encode_text, config.num, flow)
+    prompts = options.parse_prompts(config.prompts, config.encode_text, flow)
+    num = config.num or len(prompts) or _DEFAULT_NUM
+    if num < len(prompts):
+        warnings.warn(f"--num {num}: leaves out {format_count(len(prompts) - num, 'prompt')}", stacklevel=1)
+    classes = options.parse_labels(config.labels, num, flow, config.seed)
+    texts = _texts(config, prompts, num, flow)
     conditions = classes if texts is None else texts
     settings, line = loading.resolve_settings(
         flow, config.guidance, config.denoise, config.plain, conditions is not None, config.denoise_dtype
@@ -144,21 +150,21 @@ def run(config: SampleConfig) -> SampleResult | None:
     started = perf_counter()
     with progress_bar() as progress:
         folder = jf.sample_to_folder(
-            flow, config.num, config.out, seed=config.seed, context=conditions, settings=settings,
+            flow, num, config.out, seed=config.seed, context=conditions, settings=settings,
             strategy=loading.load_strategy(config.strategy, config.report, flow), tolerance=config.tolerance,
             certify="always" if config.certify_always else config.certify, sensitivity=config.sensitivity,
-            batch_size=_resolve_batch_size(config, flow), shard_size=config.shard_size, files=config.files,
+            batch_size=_resolve_batch_size(config, num, flow), shard_size=config.shard_size, files=config.files,
             overwrite=config.overwrite, progress=progress,
         )  # fmt: skip
         if not folder.should_print:
-            print(f"all {config.num:,} samples are in {config.out}; another process prints their outcome")
+            print(f"all {num:,} samples are in {config.out}; another process prints their outcome")
             return None
         result = SampleResult(
             folder.spec, line, folder.num_new, folder.seconds, perf_counter() - started - folder.seconds,
             folder.outcome(), machine=describe_machine(flow.var.device),
         )  # fmt: skip
         if config.compare:
-            context = flow.context_kind.resolve(conditions, config.num)
+            context = flow.context_kind.resolve(conditions, num)
             result = _compare(config, result, flow, folder, context, progress)
     if result.comparison is not None and folder.spec.has_pictures:
         names = class_names(classes, flow.classes) if texts is None else texts
@@ -166,14 +172,26 @@ def run(config: SampleConfig) -> SampleResult | None:
     return result
 
 
-def _resolve_batch_size(config: SampleConfig, flow: Flow) -> int | None:
+def _texts(config: SampleConfig, prompts: list[str], num: int, flow: Flow) -> list[str] | None:
+    """Returns the text of each sample: the prompts in turn, or captions of the training if there are no prompts."""
+    from jacobiflow.models.latents import draw_labels
+
+    captions = flow.config.captions if isinstance(flow, jf.STARFlow) else ()
+    if prompts:
+        return [prompts[i % len(prompts)] for i in range(num)]
+    if not captions or config.labels == ("none",):
+        return None
+    return [captions[i] for i in draw_labels(num, len(captions), config.seed)]
+
+
+def _resolve_batch_size(config: SampleConfig, num: int, flow: Flow) -> int | None:
     """Returns the batch size; None for that of samples in the folder, or the default."""
     from jacobiflow.models.memory import find_batch_size
 
     if config.batch_size != "auto":
         return config.batch_size
     has_samples = not config.overwrite and _open_earlier(config.out) is not None
-    return None if has_samples else find_batch_size(flow, min(config.num, options.MAX_BATCH_SIZE))
+    return None if has_samples else find_batch_size(flow, min(num, options.MAX_BATCH_SIZE))
 
 
 def _open_earlier(out: Path) -> jf.SampleFolder | None:

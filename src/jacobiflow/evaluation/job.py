@@ -46,6 +46,7 @@ from jacobiflow.utils.files import sha256
 from jacobiflow.utils.provenance import Provenance
 from jacobiflow.utils.timing import describe_machine
 
+_PAIRED = 64  # Samples that are compared with the exact loop's, by default.
 _MAX_PAIRWISE = 10_000  # Images of either set in scores that compare all pairs.
 _UNIT_IMAGES = 1_000  # Real images whose features are one unit.
 
@@ -132,10 +133,12 @@ class EvaluationJob(Job):
 
     def __init__(
         self, flow: Flow, model: str, *, samples: Path | None, images: str | None, features: str,
-        inception: Path | None, statistics: Path | None, paired: int, test_images: int, batch_size: int, seed: int,
+        inception: Path | None, statistics: Path | None, paired: int | None, test_images: int, batch_size: int,
+        seed: int,
     ) -> None:  # fmt: skip
         self.flow, self.machine = flow, describe_machine(flow.var.device)
-        self.folder = folder = None if samples is None else _open_samples(samples, flow, paired)
+        self.folder = folder = None if samples is None else _open_samples(samples, flow)
+        paired = 0 if folder is None else _check_paired(paired, folder, flow)
         self.features: FeatureFunction | None = None
         self.statistics: FeatureStatistics | None = None
         self._units = defaultdict[str, list[Unit]](list)  # By kind.
@@ -298,20 +301,30 @@ def _check_features(
         require_eval_extra("the kernel distance")
 
 
-def _open_samples(path: Path, flow: Flow, paired: int) -> SampleFolder:
+def _open_samples(path: Path, flow: Flow) -> SampleFolder:
     """Opens a folder of samples; raises InputValueError if it is incomplete, or of another flow."""
     folder = SampleFolder.open(path)
     check_fingerprint(folder.spec.flow_sha256, flow, f"--samples {path}: drawn from", "give that one as --model")
     for problem in folder.problems():
         raise InputValueError(problem)
+    return folder
+
+
+def _check_paired(paired: int | None, folder: SampleFolder, flow: Flow) -> int:
+    """Returns the number of samples that are drawn again; raises InputValueError if they cannot be."""
+    if folder.spec.labels_or_context_sha256 is not None and folder.labels(0) is None:
+        message = "the samples' texts or numbers are not in the folder"
+        if paired:
+            raise InputValueError(f"{message}; give 0", argument="paired", value=paired)
+        if paired is None:
+            warnings.warn(f"no comparison with the exact loop: {message}", stacklevel=2)
+        return 0
+    paired = _PAIRED if paired is None else paired
     of_samples, of_flow = (dtype.replace("tf32", "float32") for dtype in (folder.spec.dtype, flow.precision))
     if paired and folder.spec.has_pictures and of_samples != of_flow:  # Pictures are drawn again.
         message = f"drawn in {of_samples}, not {of_flow}; give --dtype {of_samples}, or 0"
         raise InputValueError(message, argument="paired", value=paired)
-    if paired and folder.spec.labels_or_context_sha256 is not None and folder.labels(0) is None:
-        message = "the samples' texts or numbers are not in the folder; give 0"
-        raise InputValueError(message, argument="paired", value=paired)
-    return folder
+    return paired
 
 
 def _load_split(source: str, flow: Flow, split: Split) -> tuple[ImageDataset, str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import fields
 from typing import Any, ClassVar, Literal, NamedTuple, Protocol, get_args
 
@@ -81,8 +80,9 @@ def check_heads(width: int | tuple[int, ...], head_dim: int) -> None:
     """Raises ValueError if `head_dim` does not divide the width of every block."""
     for size in width if isinstance(width, tuple) else (width,):
         if size % head_dim:
-            message = f"does not divide the width of {size}; give {math.gcd(size, head_dim)}, or another width"
-            raise InputValueError(message, argument="head_dim", value=head_dim)
+            nearest = max(size // head_dim, 1) * head_dim
+            message = f"is not a multiple of head_dim, {head_dim}; give {nearest}, or a head_dim that divides it"
+            raise InputValueError(message, argument="width", value=size)
 
 
 def size_of_block(sizes: int | tuple[int, ...], index: int) -> int:

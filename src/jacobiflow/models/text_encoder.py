@@ -22,6 +22,9 @@ EncodeText = Callable[[list[str]], Float[Tensor, "n l k"]]
 """Returns the states of N prompts, of L tokens or fewer, with zeros in place of padding."""
 
 
+_MAX_NAMED = 3  # unknown prompts in a warning
+
+
 def split_words(text: str) -> list[str]:
     """Returns the words of a text in lower case."""
     return re.findall(r"[a-z0-9]+", text.lower())
@@ -33,7 +36,7 @@ def word_encoder(
     """Returns a random vector for each word, which depends on the word only, and one for the end of the text.
 
     A text of more than `text_tokens` - 1 words is cut. It warns of prompts that are not among the captions on which the
-    model was trained, except for the empty text.
+    model was trained, except for the empty text, and suggests captions in their place.
 
     Example:
         >>> from jacobiflow.models import word_encoder
@@ -43,13 +46,13 @@ def word_encoder(
         [False, True, True, True]
     """
     texts = [split_words(prompt) for prompt in prompts]
-    unknown = [text for text in map(" ".join, texts) if text and text not in captions]
+    unknown = dict.fromkeys(text for text in map(" ".join, texts) if text and text not in captions)
     if unknown:
-        others = f" and {len(unknown) - 1} more" * (len(unknown) > 1)
-        nearest = ", ".join(f'"{caption}"' for caption in get_close_matches(unknown[0], captions, cutoff=0))
+        named = [f'"{text}"{_suggest_captions(text, captions)}' for text in list(unknown)[:_MAX_NAMED]]
+        named += [f"and {len(unknown) - _MAX_NAMED} more"] * (len(unknown) > _MAX_NAMED)
         warnings.warn(
-            f'the model was not trained on "{unknown[0]}"{others}, and may draw anything; near it are {nearest}; '
-            "jacobiflow info lists all captions",
+            f"the model was not trained on {', '.join(named)}, and may draw anything; jacobiflow info lists its "
+            "captions",
             stacklevel=2,
         )
     states = torch.zeros(len(prompts), text_tokens, text_dim)
@@ -58,6 +61,15 @@ def word_encoder(
             seed = int.from_bytes(hashlib.sha256(word.encode()).digest()[:8], "big")
             states[i, j] = torch.from_numpy(np.random.default_rng(seed).standard_normal(text_dim))
     return states
+
+
+def _suggest_captions(text: str, captions: Sequence[str]) -> str:
+    """Returns a caption that is spelled like a text, or two that share a word with it, in parentheses."""
+    words = {word for word in text.split() if len(word) > 1}
+    shared = [caption for caption in captions if words & set(caption.split())]
+    nearest = get_close_matches(text, captions, n=1, cutoff=0.8) or get_close_matches(text, shared, n=2, cutoff=0)
+    names = " or ".join(f'"{caption}"' for caption in nearest)
+    return f" (near it: {names})" if names else ""
 
 
 def t5_encoder(

@@ -121,7 +121,7 @@ with warnings.catch_warnings():
         ("proj_in.weight", WEIGHT.to(torch.float8_e4m3fn), "is of torch.float8_e4m3fn"),
         ("proj_in.weight", WEIGHT[:1, :1].expand(10**6, 10**6), "has more values than the file stores"),
         ("proj_in.weight", WEIGHT[0], r"has shape (4,)"),
-        ("proj_in.weight", WEIGHT[:32], "head_dim=64: does not divide the width of 32"),
+        ("proj_in.weight", WEIGHT[:32], "width=32: is not a multiple of head_dim, 64; give 64,"),
         ("proj_out.weight", WEIGHT[0, 0], r"has shape ()"),
         ("pos_embed", WEIGHT.expand(2, 64, 4).contiguous(), r"has shape (2, 64, 4)"),
         ("attn_blocks.0.mlp.main.0.weight", WEIGHT[0], r"has shape (4,)"),
