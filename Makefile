@@ -9,7 +9,7 @@ INSTALLED := $(VENV)/.installed
 INSTALL := $(BIN)/python -m pip install --quiet --no-compile
 
 .PHONY: setup demo test test-slow test-all lint fuzz mutants measure simulations paper calibration evaluation emoji tutorials \
-	figures docs render clean
+	figures docs render surface clean
 
 setup: $(INSTALLED)
 
@@ -160,6 +160,10 @@ figures: render
 	$(BIN)/jacobiflow sample --model emoji-star --num 5 --overwrite --out out/front \
 		--prompts sunglasses thumbsup "broken heart" "smiley cat" sob
 	cp out/front/samples.png docs/figures/front-emoji.png
+
+# Writes the public names, parameters and options, tests/public_surface.txt, after a change that only adds.
+surface: setup
+	$(BIN)/python -m tools.surface
 
 # Builds the site in out/site; fails if a link leads nowhere.
 docs: setup
