@@ -17,6 +17,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from benchmarks import ROOT
 from jacobiflow.cli.app import app
+from jacobiflow.cli.options import RENAMED
 
 FILE = ROOT / "tests/public_surface.txt"
 _PARTS = ("calibration", "data", "evaluation", "fixed_point", "models", "planner", "sampling.folder", "training")
@@ -63,8 +64,11 @@ def _python() -> Iterator[str]:
 
 
 def _aliases() -> Iterator[str]:
-    """Names of a package that a user may also import from `jacobiflow`."""
+    """Old names, and names of a package that a user may also import from `jacobiflow`."""
     public = _public()
+    for package in _PACKAGES:
+        for old, new in getattr(importlib.import_module(package), "_RENAMED", {}).items():
+            yield f"{package}.{old}: Old name of {new}."
     for package in _PACKAGES[1:]:
         names = [name for name in sorted(importlib.import_module(package).__all__) if f"{package}.{name}" not in public]
         if names:
@@ -80,6 +84,8 @@ def _members(classes: list[type]) -> Iterator[str]:
         for name, value in vars(cls).items():
             function = getattr(value, "__func__", value)
             members[name] = _signature(function) if inspect.isroutine(function) else ""
+            if isinstance(value, property) and (value.__doc__ or "").startswith("Old name of "):
+                members[name] = f": {value.__doc__}"
     yield from (f"{name}{signature}" for name, signature in members.items() if not name.startswith("_"))
 
 
@@ -98,7 +104,9 @@ def _signature(function: Any) -> str:
         parameter.replace(annotation=parameter.empty, default=_Shown.of(parameter.default))
         for parameter in signature.parameters.values()
     ]
-    return str(signature.replace(parameters=plain, return_annotation=signature.empty))
+    renamed = getattr(getattr(function, "__init__", None) if isinstance(function, type) else function, "renamed", {})
+    old = f"; old names: {', '.join(f'{old} of {new}' for old, new in renamed.items())}" if renamed else ""
+    return f"{signature.replace(parameters=plain, return_annotation=signature.empty)}{old}"
 
 
 class _Shown:
@@ -132,6 +140,8 @@ def _commands() -> Iterator[str]:
         yield f"\njacobiflow {name}"
         options = app[name].assemble_argument_collection(default_parameter=app.default_parameter)
         yield from sorted(f"    {_option(option)}" for option in options if option.parse and option.name != "*")
+    yield "\njacobiflow: old names of options"
+    yield from (f"    {old}: Old name of {new}." for old, new in RENAMED.items())
 
 
 def _option(option: Any) -> str:

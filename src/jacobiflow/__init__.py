@@ -5,10 +5,16 @@ from __future__ import annotations
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
+from jacobiflow.utils.deprecation import find_renamed
+
 if TYPE_CHECKING:
     from jacobiflow.api import *  # noqa: F403
 
 __version__ = "0.1.0"
+_RENAMED = {
+    "Report": "CalibrationReport", "Weights": "ImportanceWeights", "register": "register_piece",
+    "solve_certified": "solve",
+}  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:
@@ -18,7 +24,7 @@ def __getattr__(name: str) -> Any:
 
         if name in ("__all__", *api.__all__):
             return getattr(api, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return find_renamed(__name__, _RENAMED, name)
 
 
 def __dir__() -> list[str]:

@@ -16,11 +16,13 @@ from jacobiflow.adapters.summary import describe, describe_gpu
 from jacobiflow.errors import UnsupportedError
 from jacobiflow.native import cuda
 from jacobiflow.native.tensors import check_autocast, check_untraced
+from jacobiflow.utils.deprecation import renamed_attributes
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
 
+@renamed_attributes(ways="backends", untouched="reasons")
 class Acceleration:
     """Reports what `accelerate` did to a flow, and restores the flow.
 

@@ -37,6 +37,7 @@ from jacobiflow.models.flow import Flow, check_flow
 from jacobiflow.models.latents import FIRST_CALIBRATION_LATENT, MAX_SAMPLES, draw_latents
 from jacobiflow.solutions import BlockSolution, exact_solutions
 from jacobiflow.utils.checks import check_choice, check_count, check_flag, check_path, check_seed
+from jacobiflow.utils.deprecation import renamed_arguments
 from jacobiflow.utils.progress import Progress
 from jacobiflow.utils.serialization import decode, encode
 from jacobiflow.utils.timing import describe_machine
@@ -47,6 +48,7 @@ _CURVE_BATCH = 8  # samples that are swept together, until the slowest of them c
 _GAMMA_SAMPLES = 8  # each sample costs some thirty backward passes for each block
 
 
+@renamed_arguments(traced="num_convergence_samples")
 def calibrate(
     flow: Flow,
     images: ImageSet,

@@ -19,6 +19,7 @@ from jacobiflow.models.checkpoints.fingerprint import check_fingerprint
 from jacobiflow.models.checkpoints.folder import find_file_by_guidance
 from jacobiflow.models.flow import Flow, check_flow
 from jacobiflow.utils.checks import check_choice, check_count, check_number
+from jacobiflow.utils.deprecation import renamed_attributes
 
 GUESS_NAMES = ("latent", "zeros", "mean_affine")
 LatentSource = Literal["images", "noise"]  # latents that encode images, or fresh ones
@@ -29,6 +30,7 @@ def guesses_by_name(mean_affine: MeanAffine) -> dict[str, Guess]:
     return dict(zip(GUESS_NAMES, (Latent(), Zeros(), mean_affine), strict=True))
 
 
+@renamed_attributes(traced="num_convergence_samples")
 @dataclass(frozen=True)
 class CalibrationSettings:
     """The settings of a calibration; see `jacobiflow.calibrate`."""
@@ -72,6 +74,7 @@ class ClassSpread:
     num_best: Mapping[str, int]
 
 
+@renamed_attributes(traces="curves", segment_traces="segment_curves")
 @dataclass(frozen=True, repr=False)
 class CalibrationReport(JsonDocument):
     """The measurements of `jacobiflow.calibrate`. Blocks are numbered in encoding order.

@@ -80,6 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         with _terminal():
             is_first = find_launch().rank == 0
+            words = options.replace_renamed(words)
             if not words or words[0].startswith("-"):
                 list(app.resolved_commands())  # Imports all commands, whose summaries the help shows.
             make_config, values, _ = app.parse_args(words, print_error=False, exit_on_error=False)
@@ -125,6 +126,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _terminal() -> Iterator[None]:
     """Prints each warning in one line, and raises BrokenPipeError at the end if stdout is closed."""
     with warnings.catch_warnings():
+        warnings.filterwarnings("always", "--", DeprecationWarning)  # of an option
         warnings.showwarning = lambda message, *_, **__: _print_line("warning", str(message))
         yield
     sys.stdout.flush()

@@ -16,6 +16,7 @@ from cyclopts import Group, Parameter, validators
 from cyclopts.validators import Number
 
 from jacobiflow.errors import InputValueError, first_line
+from jacobiflow.utils.deprecation import warn_renamed
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -48,6 +49,12 @@ SOURCES = (
     "a folder of images, with a folder for each class if there are classes; an .npz file; a folder of IDX files; or "
     f"{', '.join(_BUNDLED_IMAGES)}."
 )
+RENAMED = {
+    "--channels": "--width", "--clip": "--max-grad-norm", "--drop-label": "--label-dropout", "--ema": "--ema-decay",
+    "--mirror": "--horizontal-flip", "--shift": "--translate", "--traced": "--convergence-samples",
+}  # fmt: skip
+"""New names of options by the old ones, which still work."""
+
 BUNDLED_MODELS = sorted(path.parent.name for path in Path(__file__).parents[1].glob("bundled/*/config.json"))
 _MODEL = f"A bundled model ({', '.join(BUNDLED_MODELS)}), a model folder, or an id owner/name of the Hugging Face Hub."
 _GUIDANCE = (
@@ -66,6 +73,17 @@ _DEVICE = "cpu, cuda, cuda:1 or mps; auto is a CUDA GPU if there is one, else th
 _REPORT = "A report of calibrate, which says where the iteration of each block starts."
 _TOLERANCE = "Largest residual |g(x) - x| that a sample may have in any block. Default: 1e-3, or that of the strategy."
 _ENCODE_TEXT = "The text encoder: FILE.py:FUNCTION, or the hub id of a T5 encoder. Default: the model's."
+
+
+def replace_renamed(words: Sequence[str]) -> list[str]:
+    """Returns a command line with the new names of its options; an old name warns."""
+
+    def replace(option: re.Match[str]) -> str:
+        if option[0] in RENAMED:
+            warn_renamed(option[0], RENAMED[option[0]])
+        return RENAMED.get(option[0], option[0])
+
+    return [re.sub("^--[a-z-]+", replace, word) for word in words]
 
 
 def convert(kind: Any, tokens: Any) -> Any:

@@ -8,6 +8,8 @@ from enum import IntEnum
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from jacobiflow.utils.deprecation import renamed_attributes
+
 
 class Status(IntEnum):
     """The end of the solve of a sample.
@@ -37,6 +39,7 @@ _MESSAGES = {
 }
 
 
+@renamed_attributes(resolved_sequentially="used_fallback")
 @dataclass(frozen=True, eq=False)
 class Solution:
     """The solved tokens of one block, in its causal order, and their cost.

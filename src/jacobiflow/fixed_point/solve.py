@@ -21,6 +21,7 @@ from jacobiflow.fixed_point.problem import Problem
 from jacobiflow.fixed_point.solution import Solution, Status
 from jacobiflow.fixed_point.solver import Solver
 from jacobiflow.utils.checks import check_kind, check_positive
+from jacobiflow.utils.deprecation import renamed_arguments
 
 _RESUME_FACTOR = 0.5
 """Samples are resumed to this share of the tolerance; at the tolerance itself they would often miss it again."""
@@ -32,6 +33,7 @@ _ROUNDING_FACTOR = 4.0
 """Samples of a block are assumed to have relative rounding within this factor of each other."""
 
 
+@renamed_arguments(slots="batch_size", certificate="certify")
 def solve(
     block: Block, z: Tokens, solver: Solver, context: Tensor | Context | None = None, *,
     tolerance: float | None = DEFAULT_TOLERANCE, certify: CertifyMode = True, batch_size: int | None = None,

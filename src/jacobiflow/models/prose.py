@@ -32,6 +32,7 @@ from jacobiflow.models.registry import register_flow
 from jacobiflow.models.transformer.attention import SharedParameters
 from jacobiflow.models.transformer.block import TransformerBlock
 from jacobiflow.utils.checks import check_fields, check_kind, format_value
+from jacobiflow.utils.deprecation import renamed_arguments
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -45,6 +46,7 @@ _RELEASED_ORDERS = (
 )  # fmt: skip
 
 
+@renamed_arguments(channels="width", token_channels="token_dim")
 @dataclass(frozen=True)
 class ProseConfig:
     """Shape of a `Prose`. The defaults are those of the released weights, of 285 million parameters.

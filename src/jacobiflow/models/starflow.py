@@ -29,6 +29,7 @@ from jacobiflow.models.transformer.attention import Rotation, SharedParameters, 
 from jacobiflow.models.transformer.block import TransformerBlock
 from jacobiflow.models.transformer.cache import Projections
 from jacobiflow.utils.checks import check_kind, check_positive
+from jacobiflow.utils.deprecation import renamed_arguments
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -40,6 +41,7 @@ _INVERSE_SOFTPLUS_OF_1 = math.log(math.e - 1)
 _UNUSED_MODULES = ("feat_rope", "feat_rope_gen")  # Modules of the original code whose buffers are never read.
 
 
+@renamed_arguments(channels="width", text_channels="text_dim")
 @dataclass(frozen=True)
 class STARFlowConfig(PatchConfig):
     """Shape of a `STARFlow`. The defaults are those of the released text-to-image weights, of 3.8 billion parameters.

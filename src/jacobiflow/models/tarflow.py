@@ -25,12 +25,14 @@ from jacobiflow.models.registry import register_flow
 from jacobiflow.models.transformer.attention import TransformerLayer
 from jacobiflow.models.transformer.block import TransformerBlock
 from jacobiflow.utils.checks import check_fields, check_kind, format_value
+from jacobiflow.utils.deprecation import renamed_arguments
 from jacobiflow.utils.files import atomic_path
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
 
+@renamed_arguments(channels="width")
 @dataclass(frozen=True)
 class TarFlowConfig(PatchConfig):
     """Shape of a `TarFlow` over images.
@@ -76,6 +78,7 @@ class TarFlowConfig(PatchConfig):
         return BlockShape(self.width, self.layers_per_block, "flip" if index % 2 else "identity")
 
 
+@renamed_arguments(channels="width", token_channels="token_dim", context_channels="context_dim")
 @dataclass(frozen=True)
 class TokenConfig:
     """Shape of a `TarFlow` over tokens: any sequence of vectors, such as the positions of atoms.

@@ -16,6 +16,7 @@ from jacobiflow.data.grid import PICTURE_CHANNELS
 from jacobiflow.errors import InputValueError
 from jacobiflow.fixed_point.solution import Solution, Status
 from jacobiflow.sampling.encoding import npz_bytes, pillow, png_bytes
+from jacobiflow.utils.deprecation import renamed_attributes
 from jacobiflow.utils.files import write_atomically
 
 if TYPE_CHECKING:
@@ -54,6 +55,9 @@ class BlockStats:
         return cls(**values, **first)
 
 
+@renamed_attributes(
+    exact="is_exact", resolved="num_fallback", above="num_above", lost="num_nonfinite", sensitive="num_sensitive"
+)
 @dataclass(frozen=True)
 class Outcome:
     """The exactness and cost of samples; the outcomes of several sets of samples add up.
@@ -157,6 +161,7 @@ def _largest_finite(values: Tensor | None) -> float | None:
     return None if values is None else float(values.nan_to_num(posinf=0.0).max())
 
 
+@renamed_attributes(certificate="residual", trace="intermediates")
 @dataclass(frozen=True, repr=False)
 class Samples:
     """Samples with their residuals, densities and cost.

@@ -20,9 +20,11 @@ from jacobiflow.planner import Strategy
 from jacobiflow.sampling.request import SamplingRequest, Settings
 from jacobiflow.sampling.result import Samples
 from jacobiflow.utils.checks import check_finite, check_flag, check_floating, check_kind, format_value
+from jacobiflow.utils.deprecation import renamed_arguments
 from jacobiflow.utils.progress import Progress
 
 
+@renamed_arguments(return_trace="return_intermediates")
 def sample(
     flow: Flow,
     num: int | None = None,

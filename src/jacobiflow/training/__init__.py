@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from jacobiflow.training.config import TrainingConfig
+from jacobiflow.utils.deprecation import find_renamed
 
 if TYPE_CHECKING:
     from jacobiflow.training.folder import TrainMetrics, read_metrics
@@ -12,6 +13,7 @@ if TYPE_CHECKING:
     from jacobiflow.training.transforms import image_transform
 
 __all__ = ["TrainMetrics", "TrainingConfig", "image_transform", "read_metrics", "train"]
+_RENAMED = {"StepReport": "TrainMetrics", "TrainConfig": "TrainingConfig"}
 
 
 def __getattr__(name: str) -> Any:
@@ -20,4 +22,4 @@ def __getattr__(name: str) -> Any:
         from jacobiflow.training import folder, trainer, transforms
 
         return {**vars(folder), **vars(trainer), **vars(transforms)}[name]
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return find_renamed(__name__, _RENAMED, name)

@@ -5,12 +5,15 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from jacobiflow.utils.deprecation import renamed_arguments
+
 _MAX_STEPS = 10**9
 _MIN_LEARNING_RATE = 1e-6
 # Settings that do not change the result beyond rounding, or that a resumed run may extend.
 MAY_CHANGE = frozenset({"steps", "checkpoint_every", "sample_every", "accumulation", "recompute", "shard", "workers"})
 
 
+@renamed_arguments(ema="ema_decay", clip="max_grad_norm", drop_label="label_dropout")
 @dataclass(frozen=True)
 class TrainingConfig:
     """Settings of a training run.

@@ -29,6 +29,7 @@ from jacobiflow.planner import Strategy
 from jacobiflow.sampling.folder.spec import KIND, RESULT, STRATEGY, VERSION, SampleSpec
 from jacobiflow.sampling.result import Outcome
 from jacobiflow.utils import serialization
+from jacobiflow.utils.deprecation import renamed_attributes
 from jacobiflow.utils.files import json_bytes, sha256
 
 # The dtypes of the arrays in a shard.
@@ -41,6 +42,7 @@ _OPTIONAL = ("labels", "residual", "log_prob", "sensitivity")
 _REMEDY = "sample into the folder again with the same settings, which draws what is missing"
 
 
+@renamed_attributes(certificate="residual", lost="nonfinite", resolved="used_fallback", drawn="num_new")
 @dataclass(frozen=True)
 class SampleFolder:
     """Samples on disk, as `jacobiflow.sample_to_folder` writes them.

@@ -1,0 +1,64 @@
+"""Old names of arguments, attributes and module members, which work and warn."""
+
+import sys
+import warnings
+from collections.abc import Callable, Mapping
+from functools import partial, wraps
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+REMOVED_IN = "0.4"
+"""First version of the package without the old names."""
+
+
+def warn_renamed(old: str, new: str, stacklevel: int = 3) -> None:
+    """Issues a DeprecationWarning; a `stacklevel` of 3 names the line that called the caller."""
+    message = f"{old} is now {new}; jacobiflow {REMOVED_IN} removes the old name"
+    warnings.warn(message, DeprecationWarning, stacklevel=stacklevel)
+
+
+def renamed_arguments(**names: str) -> Callable[[T], T]:
+    """Decorator of a function or a class that also takes arguments by old names: `renamed_arguments(old="new")`."""
+
+    def decorate(target: Any) -> Any:
+        if isinstance(target, type):
+            target.__init__ = decorate(target.__init__)  # type: ignore[misc]
+            return target
+
+        @wraps(target)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            for old in kwargs.keys() & names.keys():
+                if names[old] in kwargs:
+                    raise TypeError(f"{old} is the old name of {names[old]}; leave it out")
+                warn_renamed(f"{old}=", f"{names[old]}=")
+                kwargs[names[old]] = kwargs.pop(old)
+            return target(*args, **kwargs)
+
+        call.renamed = names  # type: ignore[attr-defined]
+        return call
+
+    return decorate
+
+
+def renamed_attributes(**names: str) -> Callable[[type[T]], type[T]]:
+    """Decorator of a class whose attributes and methods also have old names: `renamed_attributes(old="new")`."""
+
+    def decorate(cls: type[T]) -> type[T]:
+        for old, new in names.items():
+            setattr(cls, old, property(partial(_read, old, new), doc=f"Old name of {new}."))
+        return cls
+
+    return decorate
+
+
+def _read(old: str, new: str, instance: Any) -> Any:
+    warn_renamed(f"{type(instance).__name__}.{old}", new)
+    return getattr(instance, new)
+
+
+def find_renamed(module: str, names: Mapping[str, str], name: str) -> Any:
+    """Returns what a module names `names[name]`, for its `__getattr__`; raises AttributeError for other names."""
+    if name not in names:
+        raise AttributeError(f"module {module!r} has no attribute {name!r}")
+    warn_renamed(f"{module}.{name}", f"{module}.{names[name]}", stacklevel=4)
+    return getattr(sys.modules[module], names[name])
