@@ -70,9 +70,18 @@ def test_functions_and_samples_have_old_names() -> None:
     with pytest.warns(DeprecationWarning, match="Outcome.lost is now num_nonfinite"):
         assert samples.outcome.lost == 0
     z, solver = torch.ones(1, 64, 1), jf.Solver(jf.Sequential())
-    with pytest.warns(DeprecationWarning, match="jacobiflow.solve_certified is now jacobiflow.solve;"):
-        solution = jf.solve_certified(flow.blocks[0], z, solver, certificate=True, slots=1)
-    assert solution.exact.all()
+    with pytest.warns(DeprecationWarning) as caught:
+        solution = jf.solve_certified(flow.blocks[0], z, solver, slots=1)
+    assert solution.exact.all() and {warning.filename for warning in caught} == {__file__}
+    assert [str(warning.message).partition(";")[0] for warning in caught] == [
+        "jacobiflow.solve_certified is now jacobiflow.solve", "slots= is now batch_size=",
+    ]  # fmt: skip
+
+
+def test_a_warning_of_a_function_with_old_arguments_is_at_the_line_of_the_caller() -> None:
+    with pytest.warns(UserWarning, match="not certified") as caught:
+        jf.sample(jf.load("digits-p1"), 1, strategy="jacobi-3")
+    assert caught[0].filename == __file__
 
 
 @pytest.mark.parametrize(

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-import sys
 import time
-import warnings
 from collections.abc import Hashable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -30,6 +28,7 @@ from jacobiflow.planner.tuning import NUM_SAMPLES, BlockTuning, Tuning, find_tun
 from jacobiflow.utils.checks import check_count, check_flag, check_kind, check_positive
 from jacobiflow.utils.progress import Progress
 from jacobiflow.utils.timing import time_call
+from jacobiflow.utils.warn import warn_caller
 
 _MIN_RACED = 2
 """The least number of samples in a race: one sample may need twice as many sweeps as another."""
@@ -108,7 +107,7 @@ def make_plan(
     if tuning is None and (file := find_tuning(flow)) is not None:
         tuning = Tuning.load(file)
         if tuning.fingerprint != fingerprint(flow):
-            _warn_caller("the tuning in the flow's folder is of another flow, and is not used")
+            warn_caller("the tuning in the flow's folder is of another flow, and is not used")
             tuning = None
     if flow.precision in _ROUNDED_DTYPES or torch.is_autocast_enabled(flow.var.device.type):
         tolerance = max(tolerance, _ROUNDING_MARGIN * rounding_floor(flow))
@@ -133,18 +132,10 @@ def warn_if_raised(strategy: Strategy, tolerance: float) -> None:
     """Warns if a plan solves to a larger tolerance than it was asked for."""
     is_exact = all(solver == SEQUENTIAL for solver in strategy.solvers)
     if strategy.tolerance is not None and strategy.tolerance > tolerance and not is_exact:
-        _warn_caller(
+        warn_caller(
             f"tolerance {tolerance:g} is below the rounding of this flow's network: planned for "
             f"{strategy.tolerance:.1e}; a wider dtype allows a smaller one"
         )
-
-
-def _warn_caller(message: str) -> None:
-    """Warns at the line that has called the package."""
-    frame, level = sys._getframe(), 1
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("jacobiflow."):
-        frame, level = frame.f_back, level + 1
-    warnings.warn(message, stacklevel=level)
 
 
 def rounding_floor(flow: Flow) -> float:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -26,6 +25,7 @@ from jacobiflow.sampling.result import BlockStats, Samples
 from jacobiflow.sampling.sensitivity import measure_sensitivity
 from jacobiflow.utils.checks import check_choice, check_count, check_flag, check_kind
 from jacobiflow.utils.progress import Progress
+from jacobiflow.utils.warn import warn_caller
 
 Settings = SamplingSettings | Literal["recommended"] | None
 """Guidance and denoising: values, those that the model recommends, or neither."""
@@ -68,7 +68,7 @@ class SamplingRequest:
         checked = flow.context_kind.resolve(labels_or_context(labels, context), num)
         flow, denoising = _resolve_settings(flow, settings, checked)
         if flow.guidance is not None and checked.values is None and flow.guidance.attn_temperature == 1:
-            warnings.warn("guidance without labels or texts at attn_temperature 1 changes nothing", stacklevel=3)
+            warn_caller("guidance without labels or texts at attn_temperature 1 changes nothing")
             flow = flow.guided(None)
         options = SolveOptions(certify=certify, batch_size=batch_size)
         log_prob = _resolve_log_prob(flow, log_prob, denoising.denoise)

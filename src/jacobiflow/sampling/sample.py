@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, overload
@@ -22,6 +21,7 @@ from jacobiflow.sampling.result import Samples
 from jacobiflow.utils.checks import check_finite, check_flag, check_floating, check_kind, format_value
 from jacobiflow.utils.deprecation import renamed_arguments
 from jacobiflow.utils.progress import Progress
+from jacobiflow.utils.warn import warn_caller
 
 
 @renamed_arguments(return_trace="return_intermediates")
@@ -99,7 +99,7 @@ def sample(
     with torch.no_grad():
         samples = request.run(latents, progress)
     if samples.outcome.has_shortfall:
-        warnings.warn(str(samples.outcome), stacklevel=2)
+        warn_caller(str(samples.outcome))
     return samples
 
 
@@ -144,7 +144,7 @@ def decode(
     )  # fmt: skip
     samples = request.run(z)
     if samples.outcome.has_shortfall:
-        warnings.warn(str(samples.outcome), stacklevel=2)
+        warn_caller(str(samples.outcome))
     return (samples.x, samples.log_prob) if log_prob else samples.x
 
 

@@ -1,20 +1,20 @@
 """Old names of arguments, attributes and module members, which work and warn."""
 
 import sys
-import warnings
 from collections.abc import Callable, Mapping
 from functools import partial, wraps
 from typing import Any, TypeVar
+
+from jacobiflow.utils.warn import warn_caller
 
 T = TypeVar("T")
 REMOVED_IN = "0.4"
 """First version of the package without the old names."""
 
 
-def warn_renamed(old: str, new: str, stacklevel: int = 3) -> None:
-    """Issues a DeprecationWarning; a `stacklevel` of 3 names the line that called the caller."""
-    message = f"{old} is now {new}; jacobiflow {REMOVED_IN} removes the old name"
-    warnings.warn(message, DeprecationWarning, stacklevel=stacklevel)
+def warn_renamed(old: str, new: str) -> None:
+    """Issues a DeprecationWarning that names the new name, and the version without the old one."""
+    warn_caller(f"{old} is now {new}; jacobiflow {REMOVED_IN} removes the old name", DeprecationWarning)
 
 
 def renamed_arguments(**names: str) -> Callable[[T], T]:
@@ -60,5 +60,5 @@ def find_renamed(module: str, names: Mapping[str, str], name: str) -> Any:
     """Returns what a module names `names[name]`, for its `__getattr__`; raises AttributeError for other names."""
     if name not in names:
         raise AttributeError(f"module {module!r} has no attribute {name!r}")
-    warn_renamed(f"{module}.{name}", f"{module}.{names[name]}", stacklevel=4)
+    warn_renamed(f"{module}.{name}", f"{module}.{names[name]}")
     return getattr(sys.modules[module], names[name])
