@@ -9,7 +9,7 @@ INSTALLED := $(VENV)/.installed
 INSTALL := $(BIN)/python -m pip install --quiet --no-compile
 
 .PHONY: setup demo test test-slow test-all lint fuzz mutants measure simulations paper calibration evaluation emoji tutorials \
-	figures docs render surface clean
+	figures docs render surface formats clean
 
 setup: $(INSTALLED)
 
@@ -164,6 +164,10 @@ figures: render
 # Writes the public names, parameters and options, tests/public_surface.txt, after a change that only adds.
 surface: setup
 	$(BIN)/python -m tools.surface
+
+# Writes a sample of each saved kind in the version of today, tests/data/formats, after a change of a format.
+formats: setup
+	$(BIN)/python -m tools.formats
 
 # Builds the site in out/site; fails if a link leads nowhere.
 docs: setup

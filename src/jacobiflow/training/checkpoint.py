@@ -12,12 +12,13 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from jacobiflow.errors import InputValueError, first_line
+from jacobiflow.errors import InputError, InputValueError, first_line
 from jacobiflow.models.checkpoints.tensors import write_tensors
 from jacobiflow.training.processes import rank
 from jacobiflow.utils.files import atomic_path
 
 CHECKPOINT = "checkpoint.safetensors"
+FORMAT_VERSION = 1
 
 
 def last_step(out: Path) -> int:
@@ -48,7 +49,7 @@ def write_checkpoint(out: Path, step: int, state: Mapping[str, Tensor]) -> None:
     tensors = gather(state)
     if rank() == 0:
         with atomic_path(out / CHECKPOINT) as path:
-            write_tensors(path, tensors, {"step": str(step)})
+            write_tensors(path, tensors, {"step": str(step), "format_version": str(FORMAT_VERSION)})
 
 
 @torch.no_grad()
@@ -88,7 +89,12 @@ def _open(out: Path) -> Iterator[Any]:
     path = out / CHECKPOINT
     try:
         with safe_open(path, "pt") as file:
+            version = int((file.metadata() or {}).get("format_version", 0))  # The first checkpoints have none.
+            if version > FORMAT_VERSION:
+                raise InputValueError(f"{path}: format {version} is of a newer version of jacobiflow; install it")
             yield file
+    except InputError:
+        raise
     except (OSError, SafetensorError, LookupError, TypeError, ValueError) as error:
         remedy = "copy it again, or move it away to start again"
         raise InputValueError(f"{path}: damaged, or of another flow ({first_line(error)}); {remedy}") from error

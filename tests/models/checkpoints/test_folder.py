@@ -268,7 +268,7 @@ def with_config(place: Path, change: dict[str, Any]) -> Path:
         ({"width": "left out"}, "width"),
         ({"patch_size": 3}, "patch_size=3: does not divide the side of the images, 4"),
         ({"model_type": "bert"}, "model_type 'bert'; there are maf, "),
-        ({"format_version": 1}, "format 1"),
+        ({"format_version": 3}, "format 3"),
         ({"width": 16}, "blocks.0.proj_in.weight"),
         ({"recommended": {"denoise": -1}}, "denoise=-1.0: give 0"),
     ],

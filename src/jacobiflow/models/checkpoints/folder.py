@@ -30,6 +30,7 @@ WEIGHTS = "model.safetensors"
 REPORTS = ("report.json", "report-*.json", "tuning.json", "tuning-*.json")  # Each guidance has files of its own.
 README = "README.md"
 FORMAT_VERSION = 2
+_NAMES_OF_VERSION_1 = {"channels": "width", **{f"{x}_channels": f"{x}_dim" for x in ("token", "context", "text")}}
 MODELS = Path(__file__).parents[2] / "bundled"
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 
@@ -66,6 +67,8 @@ class ModelFolder:
             )
             classes = serialization.decode(tuple[str, ...], entries.pop("classes", []), f"model {file}: classes")
         model_type, version = entries.pop("model_type", None), entries.pop("format_version", None)
+        if version == 1:
+            entries, version = {_NAMES_OF_VERSION_1.get(name, name): entries[name] for name in entries}, FORMAT_VERSION
         if not isinstance(model_type, str) or version != FORMAT_VERSION:
             raise CheckpointError(
                 f"model {file}: model_type {model_type!r} in format {version!r}; this release reads format "
