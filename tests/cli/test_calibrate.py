@@ -121,7 +121,7 @@ def test_ctrl_c_says_how_to_go_on(run: Any, tmp_path: Path, monkeypatch: pytest.
 def test_the_process_that_does_not_make_the_report_says_who_did(
     run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("jacobiflow.jobs.run", Mock(return_value=CompletedJob({}, False, False, (), 0)))
+    monkeypatch.setattr("jacobiflow.jobs.run", Mock(return_value=CompletedJob(Mock(), {}, False, False, (), 0)))
     result = run(f"calibrate --model plain --images pets --out {tmp_path}/r")
     assert (result.code, result.out) == (0, f"another process wrote {tmp_path}/r/report.json\n")
 

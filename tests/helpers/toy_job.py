@@ -11,8 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from jacobiflow.jobs import Job, JobStore, Unit, UnitOutput, run
+from jacobiflow.jobs.layout import LAYOUTS
 from jacobiflow.utils.progress import Progress
 from tests.helpers.kills import read_files
+
+LAYOUTS["digests"] = ("digest.json", "salt.bin", "[0-9]/*.bin")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +31,7 @@ class Digests(Job):
     `before` is called with the name of a unit before it is computed.
     """
 
-    kind, result_name, patterns, machine = "digests", "digest.json", ("salt.bin", "[0-9]/*.bin"), {"threads": 1}
+    kind, result_name, machine = "digests", "digest.json", {"threads": 1}
 
     def __init__(self, spec: Spec, before: Callable[[str], None] = lambda unit: None) -> None:
         self.spec, self.before = spec, before

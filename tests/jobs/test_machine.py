@@ -10,6 +10,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -87,6 +88,24 @@ class Machine(RuleBasedStateMachine):
         flip(self.out / "manifest.json")
         self.refuse(Spec(), "")
         flip(self.out / "manifest.json")
+
+    @rule(after=WRITES, spec=st.builds(Spec, st.integers(1, 4)), harm=st.sampled_from(["kind", "version", "cut"]))
+    def replace_another_job(self, after: int, spec: Spec, harm: str) -> None:
+        manifest = self.out / "manifest.json"
+        before = manifest.read_bytes()
+        new = {"kind": (b'"digests"', b'"evaluation"'), "version": (b'_version": 1', b'_version": 9')}
+        manifest.write_bytes(before[: after % 40] if harm == "cut" else before.replace(*new[harm]))
+        if any(not name.startswith(".") for name in self.foreign):
+            there = read_files(self.out)
+            with pytest.raises(InputValueError, match="not written by a job of jacobiflow"):
+                run(Digests(spec), self.out, overwrite=True)
+            assert read_files(self.out) == there
+            manifest.write_bytes(before)
+            return
+        with suppress(Killed), killed(after):
+            run(Digests(spec), self.out, overwrite=True)
+        run(Digests(spec), self.out, overwrite=True)
+        assert read_files(self.out, self.foreign) == undisturbed(spec)
 
     def refuse(self, spec: Spec, message: str) -> None:
         before = read_files(self.out), self.times()

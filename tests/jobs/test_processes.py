@@ -140,7 +140,7 @@ def test_what_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         run(Digests(SPEC), out, overwrite=True)
     run(Digests(SPEC), out)
     monkeypatch.setattr(Digests, "version", 2)
-    with pytest.raises(InputValueError, match="digests of another version of jacobiflow"):
+    with pytest.raises(InputValueError, match="digests in format 1 of another version of jacobiflow"):
         run(Digests(SPEC), out)
     with pytest.raises(InputValueError, match="holds files that this command did not write"):
         run(Digests(SPEC), tmp_path)

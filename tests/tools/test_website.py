@@ -35,7 +35,7 @@ def test_pages_fit_a_phone_and_ask_no_other_host(site):
 @pytest.mark.slow
 def test_the_site_has_commands_and_a_search(site):
     text = (site / "reference/commands/index.html").read_text()
-    assert "--tolerance" in text and "jacobiflow sample --model emoji-p2" in text
+    assert "--tolerance" in text and "jacobiflow sample --model emoji-star" in text
     if CHROMIUM is not None:
         with served(site) as address, chromium() as browser:
             page = browser.new_page()

@@ -298,7 +298,9 @@ def test_other_data_and_problems_are_named(undisturbed: Path, tmp_path: Path) ->
     log.write_text("mine\n")
     (run / "manifest.json").write_bytes(b"mine")
     manifest, metrics = problems(run)
-    assert manifest == f"{run}/manifest.json: damaged; restore it, or give another folder"
+    assert (
+        manifest == f"{run}/manifest.json: damaged; restore it, or give another folder, or overwrite or remove this one"
+    )
     assert metrics.startswith(f"{log}: not of this trainer")
 
 

@@ -31,7 +31,7 @@ from jacobiflow.calibration.statistics import CalibrationStatistics, ImageSet, M
 from jacobiflow.errors import InputTypeError, InputValueError
 from jacobiflow.fixed_point import Segments
 from jacobiflow.jobs import JobStore, Unit, UnitOutput
-from jacobiflow.models.checkpoints.fingerprint import fingerprint
+from jacobiflow.models.checkpoints.fingerprint import fingerprint, weights_sha256
 from jacobiflow.models.contexts import ContextLike, Labels, labels_or_context
 from jacobiflow.models.flow import Flow, check_flow
 from jacobiflow.models.latents import FIRST_CALIBRATION_LATENT, MAX_SAMPLES, draw_latents
@@ -118,6 +118,7 @@ class CalibrationSpec(CalibrationSettings):
     batch_size: int
     precision: str
     flow_sha256: str
+    weights_sha256: str
     images_sha256: str
     labels_or_context_sha256: str
 
@@ -125,7 +126,7 @@ class CalibrationSpec(CalibrationSettings):
 class CalibrationJob(jobs.Job):
     """The job of `calibrate`; its arguments are those of `calibrate`."""
 
-    kind, result_name, patterns = "calibration", "report.json", ("units/*.safetensors",)
+    kind, version, oldest, result_name = "calibration", 2, 1, "report.json"
     remedy = "give another folder, or remove this one"
 
     def __init__(
@@ -164,7 +165,7 @@ class CalibrationJob(jobs.Job):
         self.machine = describe_machine(flow.var.device)
         self.spec = CalibrationSpec(
             **vars(self.settings), classes=tuple(classes), batch_size=batch_size, precision=flow.precision,
-            flow_sha256=fingerprint(flow),
+            flow_sha256=fingerprint(flow), weights_sha256=weights_sha256(flow),
             images_sha256=_sha256(self.statistics.read(rows) for rows in chain(*self.statistics.chunks)),
             labels_or_context_sha256=_sha256([] if values is None else [values]),
         )  # fmt: skip

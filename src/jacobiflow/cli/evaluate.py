@@ -101,6 +101,8 @@ class EvaluateConfig(options.Config):
         if self.save_stats is not None and (self.images is None or features == "none"):
             raise InputValueError(f"--save-stats {self.save_stats}: give --images and --features to compute them from")
         self.check_file("save_stats")
+        if self.samples is not None and self.samples.resolve() == self.out.resolve():
+            raise InputValueError(f"--out {self.out}: is the folder of --samples; give another folder")
 
 
 def run(config: EvaluateConfig) -> EvaluationResult | None:

@@ -200,14 +200,14 @@ class Config:
 
     def check_options(self) -> None:
         """Raises InputValueError for options that do not fit together. It runs before PyTorch is imported."""
-        from jacobiflow.utils.files import check_own
+        from jacobiflow.jobs.layout import check_own
 
         self.check_file("json")
         if self.folder_kind is not None:
             out = vars(self)["out"]
             if out.suffix in (".png", ".jpg", ".npz", ".json"):
                 raise InputValueError(f"--out {out}: looks like a file; give a folder, such as {out.with_suffix('')}")
-            check_own(out, self.folder_kind)
+            check_own(out, self.folder_kind, overwrite=vars(self).get("overwrite", False))
 
     def check_file(self, name: str) -> None:
         """Raises InputValueError if the file of an option cannot be written, or lies where another option points."""

@@ -153,7 +153,7 @@ def run(config: SampleConfig) -> SampleResult | None:
             flow, num, config.out, seed=config.seed, context=conditions, settings=settings,
             strategy=loading.load_strategy(config.strategy, config.report, flow), tolerance=config.tolerance,
             certify="always" if config.certify_always else config.certify, sensitivity=config.sensitivity,
-            batch_size=_resolve_batch_size(config, num, flow), shard_size=config.shard_size, files=config.files,
+            batch_size=config.batch_size, shard_size=config.shard_size, files=config.files,
             overwrite=config.overwrite, progress=progress,
         )  # fmt: skip
         if not folder.should_print:
@@ -182,16 +182,6 @@ def _texts(config: SampleConfig, prompts: list[str], num: int, flow: Flow) -> li
     if not captions or config.labels == ("none",):
         return None
     return [captions[i] for i in draw_labels(num, len(captions), config.seed)]
-
-
-def _resolve_batch_size(config: SampleConfig, num: int, flow: Flow) -> int | None:
-    """Returns the batch size; None for that of samples in the folder, or the default."""
-    from jacobiflow.models.memory import find_batch_size
-
-    if config.batch_size != "auto":
-        return config.batch_size
-    has_samples = not config.overwrite and _open_earlier(config.out) is not None
-    return None if has_samples else find_batch_size(flow, min(num, options.MAX_BATCH_SIZE))
 
 
 def _open_earlier(out: Path) -> jf.SampleFolder | None:

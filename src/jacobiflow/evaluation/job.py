@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from copy import copy
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -35,7 +36,7 @@ from jacobiflow.evaluation.features import (
 )
 from jacobiflow.evaluation.likelihood import count_correct_classes, total_bits_per_dim
 from jacobiflow.jobs import Job, JobStore, Unit, UnitOutput
-from jacobiflow.models.checkpoints.fingerprint import check_fingerprint, fingerprint
+from jacobiflow.models.checkpoints.fingerprint import check_fingerprint, fingerprint, weights_sha256
 from jacobiflow.models.flow import Flow
 from jacobiflow.models.latents import draw_latents
 from jacobiflow.sampling.folder import SampleFolder
@@ -69,6 +70,7 @@ class EvaluationSpec:
         test_images: Number of images whose likelihood is measured.
         likelihood_images: Name of these images.
         images_sha256: Checksum of all images.
+        weights_sha256: Checksum of the exact weights of the flow; None in results of format 1.
     """
 
     model: str
@@ -84,6 +86,7 @@ class EvaluationSpec:
     test_images: int
     likelihood_images: str | None
     images_sha256: str
+    weights_sha256: str | None = None
 
 
 @dataclass(frozen=True)
@@ -108,7 +111,7 @@ class Scores:
     bayes_accuracy: float | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class EvaluationResult(Provenance, EvaluationSpec):
     """The scores, and all that they depend on.
 
@@ -129,7 +132,7 @@ class EvaluationJob(Job):
         InputValueError: If a score cannot be computed; the features are tried on one image.
     """
 
-    kind, result_name, patterns = "evaluation", "evaluation.json", ("features/*.safetensors",)
+    kind, version, oldest, result_name = "evaluation", 2, 1, "evaluation.json"
 
     def __init__(
         self, flow: Flow, model: str, *, samples: Path | None, images: str | None, features: str,
@@ -170,9 +173,10 @@ class EvaluationJob(Job):
         files = [Path(features.rpartition(":")[0]), *filter(None, (inception, statistics))]
         image_checksums = "".join(each.sha256() for each in (real, test) if each is not None)
         self.spec = EvaluationSpec(
-            model=model, flow_sha256=fingerprint(flow), dtype=flow.precision,
+            model=model, flow_sha256=fingerprint(flow), weights_sha256=weights_sha256(flow), dtype=flow.precision,
             batch_size=batch_size, seed=seed, samples_sha256=None if folder is None else folder.sha256(),
-            paired=min(paired, num), features=features, features_sha256=sha256(*filter(Path.is_file, files)),
+            paired=min(paired, num), features=features,
+            features_sha256=sha256(features.rpartition(":")[2].encode(), *filter(Path.is_file, files)),
             against=against, test_images=len(test or ()), likelihood_images=likelihood_images,
             images_sha256=sha256(image_checksums.encode()),
         )  # fmt: skip
@@ -185,6 +189,13 @@ class EvaluationJob(Job):
             return Unit(f"{kind}-{rows.start}-{rows.stop}", lambda _: run(rows))
 
         self._units[kind] = [unit(start) for start in range(0, num, size)]
+
+    def resume(self, earlier: Mapping[str, Any]) -> EvaluationJob:
+        """Returns this job with the names in the earlier spec: checksums tell what they stand for."""
+        names = ("model", "features", "against", "likelihood_images")
+        job = copy(self)
+        job.spec = replace(self.spec, **{name: earlier[name] for name in names})
+        return job
 
     def stages(self, store: JobStore) -> Iterator[list[Unit]]:
         """Yields all units."""

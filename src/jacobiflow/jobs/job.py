@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from jacobiflow.errors import InputValueError
-from jacobiflow.jobs.store import JobStore, UnitOutput
+from jacobiflow.jobs.layout import LAYOUTS, check_own, check_replaceable
+from jacobiflow.jobs.store import JobFolderError, JobStore, UnitOutput
 from jacobiflow.utils import serialization
-from jacobiflow.utils.files import FolderInUseError, check_own
+from jacobiflow.utils.files import FolderInUseError
 from jacobiflow.utils.launch import find_launch
 from jacobiflow.utils.progress import Progress
 
@@ -41,10 +42,10 @@ class Job(ABC):
     """Work that any number of processes share through a folder, without talking to each other.
 
     Attributes:
-        kind: The kind of job, such as "samples".
+        kind: The kind of job, such as "samples", whose files `jacobiflow.jobs.layout.LAYOUTS` lists.
         version: Version of the format of its folder.
+        oldest: The oldest version whose folders can be read.
         result_name: Name of the file of the result.
-        patterns: Glob patterns of the files that the units write; `overwrite` removes all files that match.
         remedy: What to do if the folder has a job of another spec.
         spec: A frozen dataclass of plain values: all that the units depend on. The name of a checksum ends in
             "_sha256".
@@ -53,8 +54,8 @@ class Job(ABC):
 
     kind: ClassVar[str]
     version: ClassVar[int] = 1
+    oldest: ClassVar[int] = 1
     result_name: ClassVar[str]
-    patterns: ClassVar[tuple[str, ...]] = ()
     remedy: ClassVar[str] = "give another folder, or overwrite this one (--overwrite)"
     spec: Any
     machine: Mapping[str, Any]
@@ -66,6 +67,14 @@ class Job(ABC):
     @abstractmethod
     def reduce(self, store: JobStore) -> Any:
         """Returns the result, a JSON object, from the finished units."""
+
+    def resume(self, earlier: Mapping[str, Any]) -> Job:
+        """Returns this job with the choices of the job in a folder, for those that the caller has left open.
+
+        Args:
+            earlier: The spec of the job in the folder, as a JSON object.
+        """
+        return self
 
     def earlier_spec(self, earlier: Mapping[str, Any]) -> Any:
         """Returns the spec that the job in a folder must have, for this one to go on from it.
@@ -80,7 +89,7 @@ class Job(ABC):
     @classmethod
     def store(cls, path: str | Path) -> JobStore:
         """Returns the store of a job of this kind in a folder, which need not exist yet."""
-        return JobStore(Path(path), cls.kind, cls.version, cls.result_name, cls.patterns)
+        return JobStore(Path(path), cls.kind, cls.version, cls.result_name, cls.oldest)
 
 
 @dataclass(frozen=True)
@@ -88,6 +97,7 @@ class CompletedJob:
     """A complete job, as one of its processes sees it.
 
     Attributes:
+        job: The job, with the choices of an earlier one that it has gone on from, see `Job.resume`.
         result: The result, a JSON object.
         was_complete: Whether it was complete before.
         should_print: Whether this process shall print the result. It has reduced the job; or it found the job complete,
@@ -96,6 +106,7 @@ class CompletedJob:
         seconds: The time from then until all were finished.
     """
 
+    job: Any
     result: Any
     was_complete: bool
     should_print: bool
@@ -106,13 +117,14 @@ class CompletedJob:
 def run(job: Job, path: str | Path, *, overwrite: bool = False, progress: Progress | None = None) -> CompletedJob:
     """Computes what is left of a job, together with all processes that run it in the same folder.
 
-    A process takes a unit that is neither finished nor locked by another process, and at last waits for the locked
-    ones. If a process dies, the system releases its locks, and another process computes its unit. The first process
-    that sees all units finished reduces them.
+    A process begins at a place of its own in the list of units. It takes a unit that no process has taken, computes it
+    or checks the files that are there, and at last waits for the units of others. If a process dies, the system
+    releases its locks, and another process takes its unit. The first process that sees all units finished reduces them.
 
     Args:
         path: The folder.
-        overwrite: Whether to replace a complete job, or one of another spec. An incomplete job of this spec is resumed.
+        overwrite: Whether to replace a complete job, or another one: of another spec, kind or version, or with a
+            damaged manifest. An incomplete job of this spec is resumed.
 
     Raises:
         JobFolderError: If the folder holds a job of another spec, or a damaged manifest.
@@ -125,35 +137,41 @@ def run(job: Job, path: str | Path, *, overwrite: bool = False, progress: Progre
     store, names = job.store(path), set[str]()
     with ExitStack() as stack:
         with store.lock():
-            _start(job, store, overwrite)
-            if not store.remove_locks():  # One process reads all files, before the others start.
-                store.discard_damaged()
-            was_complete = store.read_result() is not None
+            job = _start(job, store, overwrite)
+            was_complete, place = store.read_result() is not None, store.count_users()
             stack.enter_context(store.use())
         for units in job.stages(store):
             started = time.perf_counter()
-            missing = [unit for unit in units if not store.is_finished(unit.name)]
-            for unit, part in _claim(store, units, missing, progress):
-                store.write(unit.name, unit.run(part))
+            missing = {unit.name for unit in units if not store.has_record(unit.name)}
+            for unit, part in _claim(store, units, place, progress):
+                if not store.discard_unless_intact(unit.name):
+                    missing.add(unit.name)
+                    store.write(unit.name, unit.run(part))
             names |= {unit.name for unit in units}
         seconds = time.perf_counter() - started
         with store.lock():
             stack.close()
-            store.remove_locks()
+            store.count_users()
             is_reducer = store.read_result() is None
             if is_reducer:
                 store.write_result(job.reduce(store), names)
+            was_complete &= not is_reducer  # A damaged unit was computed again.
             should_print = is_reducer or (was_complete and find_launch().rank == 0)
-            missing_size = sum(unit.size for unit in missing)
-            return CompletedJob(store.read_result(), was_complete, should_print, missing_size, seconds)
+            missing_size = sum(unit.size for unit in units if unit.name in missing)
+            return CompletedJob(job, store.read_result(), was_complete, should_print, missing_size, seconds)
 
 
-def _start(job: Job, store: JobStore, overwrite: bool) -> None:
-    """Writes the manifest of a new, larger or overwritten job; checks that of another one."""
-    check_own(store.path, job.kind)
-    spec, machine, earlier = serialization.encode(job.spec), job.machine, store.read_spec()
+def _start(job: Job, store: JobStore, overwrite: bool) -> Job:
+    """Writes the manifest of a new, larger or overwritten job; checks that of another one, and goes on from it."""
     is_complete = store.read_result() is not None
-    is_replaced = overwrite and earlier is not None and (is_complete or earlier != spec)
+    earlier = _read_spec(job, store, overwrite)
+    if earlier is None:
+        is_replaced = overwrite
+    else:
+        resumed = job.resume(earlier)
+        is_replaced = overwrite and (is_complete or earlier != serialization.encode(resumed.spec))
+        job = job if is_replaced else resumed
+    spec, machine = serialization.encode(job.spec), job.machine
     if earlier is not None and not is_replaced:
         store.check_spec(serialization.encode(job.earlier_spec(earlier)), job.remedy)
         machine = store.machine()
@@ -163,42 +181,71 @@ def _start(job: Job, store: JobStore, overwrite: bool) -> None:
                 stacklevel=3,
             )
     if is_replaced or earlier != spec:
-        if store.remove_locks():
+        if store.count_users():
             raise FolderInUseError(
                 f"{store.path}: another run is writing to it; wait for it, stop it, or give another folder"
             )
         if is_replaced:
-            store.clear()
+            store.clear(LAYOUTS if earlier is None else [job.kind])
         store.discard_result()
         store.write_manifest(spec, machine)
+    return job
+
+
+def _read_spec(job: Job, store: JobStore, overwrite: bool) -> dict[str, Any] | None:
+    """Returns the spec of a job of this kind in the folder; None if there is none, or one to be replaced unread."""
+    try:
+        check_own(store.path, job.kind, overwrite)
+        earlier = store.read_spec()
+        if earlier is not None:
+            store.check_version()
+        return earlier
+    except JobFolderError:  # Damaged, or of another version.
+        if not overwrite:
+            raise
+        check_replaceable(store.path)
+        return None
 
 
 def _claim(
-    store: JobStore, units: Sequence[Unit], missing: Sequence[Unit], progress: Progress | None
+    store: JobStore, units: Sequence[Unit], place: int, progress: Progress | None
 ) -> Iterator[tuple[Unit, Progress | None]]:
-    """Yields the missing units of a stage that no other process computes, each locked until the next one.
+    """Yields the units of a stage that no other process has settled or claimed, each locked until the next one.
 
-    With each comes its `Progress`, which counts as that of the stage. At last it waits for the locked units.
+    With each comes its `Progress`, which counts as that of the stage. At last it waits for the claimed ones.
+
+    Args:
+        place: The number of processes that came before this one, by which it begins at a place of its own.
     """
-    todo, total = [*missing], sum(unit.size for unit in units)
-    done = total - sum(unit.size for unit in todo)
-    if done and progress is not None:
-        progress(done, total, store.kind)
+    start, total, done = int(_fraction(place) * len(units)), sum(unit.size for unit in units), 0
+    todo, is_first_look = [*units[start:], *units[:start]], True
     while todo:
-        for unit in todo.copy():
-            with ExitStack() as stack:
-                try:
-                    stack.enter_context(store.claim(unit.name))
-                except FolderInUseError:
+        claimed = list[Unit]()
+        for unit in todo:
+            if not store.is_settled(unit.name):
+                if is_first_look and store.is_claimed(unit.name):
+                    claimed.append(unit)
                     continue
-                if not store.is_finished(unit.name):  # Another process may have finished it meanwhile.
-                    yield unit, progress and partial(_report_part, progress, store.kind, done, unit.size, total)
-            todo.remove(unit)
+                with ExitStack() as stack:
+                    try:
+                        stack.enter_context(store.claim(unit.name))
+                    except FolderInUseError:
+                        claimed.append(unit)
+                        continue
+                    if not store.is_settled(unit.name):  # Another process may have settled it meanwhile.
+                        yield unit, progress and partial(_report_part, progress, store.kind, done, unit.size, total)
+                        store.settle(unit.name)
             done += unit.size
             if progress is not None:
                 progress(done, total, store.kind)
-        if todo:
+        if claimed and not is_first_look:
             time.sleep(_POLL_SECONDS)
+        todo, is_first_look = claimed, False
+
+
+def _fraction(place: int) -> float:
+    """Returns 0, 1/2, 1/4, 3/4, 1/8, ...: the digits of a place in the binary system, mirrored at the point."""
+    return int(f"{place:b}"[::-1], 2) / 2 ** place.bit_length()
 
 
 def _report_part(

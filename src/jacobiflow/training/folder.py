@@ -21,6 +21,7 @@ import msgspec
 
 from jacobiflow.errors import InputError, InputValueError
 from jacobiflow.jobs import JobStore
+from jacobiflow.jobs.layout import check_own
 from jacobiflow.training.checkpoint import CHECKPOINT, check_checkpoint
 from jacobiflow.training.processes import rank
 from jacobiflow.utils import files
@@ -55,7 +56,7 @@ class TrainMetrics:
 
 def _job_store(out: Path) -> JobStore:
     """Returns the folder as that of a job without units, for its manifest."""
-    return JobStore(out, KIND, version=1, result_name=CHECKPOINT)
+    return JobStore(out, KIND, version=1, result_name=CHECKPOINT, oldest=1)
 
 
 def write_or_check_manifest(out: Path, spec: Mapping[str, Any], machine: Mapping[str, Any]) -> None:
@@ -64,7 +65,7 @@ def write_or_check_manifest(out: Path, spec: Mapping[str, Any], machine: Mapping
     Raises:
         InputValueError: If the folder has other files, or is of another run; the message names all differences.
     """
-    files.check_own(out, KIND)
+    check_own(out, KIND)
     manifest = _job_store(out)
     if manifest.read_spec() is None or not (out / CHECKPOINT).exists():
         manifest.write_manifest(spec, machine)

@@ -141,10 +141,3 @@ def locked(path: Path, lock: str = LOCK, wait: float = 0) -> Iterator[None]:
         yield
     finally:
         file.release()
-
-
-def check_own(path: Path, kind: str) -> None:
-    """Raises ValueError if a folder has files that are not hidden, and no manifest of this kind."""
-    manifest = read_object(path / MANIFEST) or {}
-    if manifest.get("kind") != kind and path.is_dir() and not all(e.name.startswith(".") for e in path.iterdir()):
-        raise InputValueError(f"{path}: holds files that this command did not write; give a new or empty folder")

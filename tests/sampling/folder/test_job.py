@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 import sys
+import warnings
 from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
@@ -19,6 +20,7 @@ from torch import Tensor
 import jacobiflow as jf
 from jacobiflow.data import quantize
 from jacobiflow.jobs import JobFolderError
+from jacobiflow.models.checkpoints.fingerprint import fingerprint
 from jacobiflow.models.latents import draw_latents
 from jacobiflow.planner import auto
 from tests.helpers.kills import read_files
@@ -152,7 +154,6 @@ def test_other_settings_are_refused_before_anything_is_changed(out: Path) -> Non
         "seed 0, not 1; certify True, not False;": {"seed": 1, "certify": False},
         "guidance None, not {'weight': 0.7, .*": {"flow": tiny_flow().guided(GUIDANCE)},
         "different labels or context;": {"labels": None},
-        "strategy 'invented', not 'a Strategy'": {"strategy": OTHER},
         "different strategy;": {"plan": lambda: OTHER},
         "different flow;": {"flow": to_float32(make_flow(num_classes=3, noise_std=0.1, image_size=4, patch_size=2))},
     }
@@ -209,3 +210,30 @@ def test_png_is_for_one_channel_or_three_and_needs_pillow(tmp_path: Path, monkey
     monkeypatch.setitem(sys.modules, "PIL", None)
     with pytest.raises(ValueError, match=r"^PNG files need Pillow: pip install pillow$"):
         draw(tmp_path / "new", files="png")
+
+
+def test_a_folder_goes_on_with_the_same_bits_of_the_weights_only(tmp_path: Path) -> None:
+    """The other flow has the same fingerprint: it differs by less than the rounding to bfloat16."""
+    flow = deepcopy(SMALL)
+    draw(tmp_path, SMALL)
+    with torch.no_grad():
+        next(flow.parameters()).mul_(1 + 2**-20)
+    assert fingerprint(flow) == fingerprint(SMALL)
+    with pytest.raises(JobFolderError, match="different weights;"):
+        draw(tmp_path, flow)
+
+
+def test_a_folder_knows_its_strategy_by_its_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    SOMETIMES.save(tmp_path / "plan.json")
+    monkeypatch.chdir(tmp_path)
+    first = draw(Path("out"), strategy="./plan.json")
+    again = draw(Path("out"), strategy=tmp_path / "plan.json", batch_size=None, shard_size=None)
+    assert (first.num_new, again.num_new, again.spec) == (10, 0, first.spec)
+
+
+def test_an_old_record_of_a_last_shard_is_not_called_damaged(tmp_path: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for num in (3, 6, 8):
+            folder = draw(tmp_path, num=num, labels=CLASSES[:num], strategy="window:5")
+            assert folder.problems() == []

@@ -128,7 +128,7 @@ def test_a_wrong_manifest_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "manifest.json"
     manifest = figures(path)
     changes: dict[str, dict[str, Any]] = {
-        "samples of another version of jacobiflow; go on with that version": {"format_version": 2},
+        "samples in format 2 of another version of jacobiflow, which this one cannot": {"format_version": 2},
         "has changed since it was written; restore it": {"spec": manifest["spec"] | {"seed": 7}},
     }
     for message, change in changes.items():

@@ -1,9 +1,10 @@
-"""Fingerprints of flows."""
+"""Fingerprints of flows, and the digest of their exact weights."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -28,14 +29,34 @@ def fingerprint(flow: Any, state: Mapping[str, Tensor] | None = None) -> str:
     shape = [(name, value) for name, value, default in config if value != default]
     orders = [block.permutation.order for block in flow.blocks]
     digest = hashlib.sha256(repr((flow.model_type, type(flow.config).__name__, shape, orders)).encode())
-    # The view of a peptide has buffers that its state dict has not.
-    entries = sorted({**dict(flow.named_buffers()), **(flow.state_dict() if state is None else state)}.items())
+    entries = _list_tensors(flow, state)
     for name, value in entries:
         digest.update(f"{name}{tuple(value.shape)}".encode())
     for _, value in entries:
-        number = value.detach().to(torch.bfloat16) if value.is_floating_point() else value
-        digest.update(number.cpu().flatten().view(torch.uint8).numpy().data)
+        digest.update(_bytes(value.to(torch.bfloat16) if value.is_floating_point() else value))
     return digest.hexdigest()
+
+
+def weights_sha256(flow: Any) -> str:
+    """Returns the SHA-256 of the exact bytes of a flow's weights and buffers, with their names, shapes and dtypes.
+
+    A job compares it: two flows with the same `fingerprint` may differ by the rounding to bfloat16.
+    """
+    entries = _list_tensors(flow)
+    shapes = [(name, tuple(value.shape), str(value.dtype)) for name, value in entries]
+    contents = [_bytes(value) for _, value in entries]
+    with ThreadPoolExecutor(torch.get_num_threads()) as threads:  # A hash releases the interpreter's lock.
+        digests = threads.map(lambda content: hashlib.sha256(content).digest(), contents)
+        return hashlib.sha256(repr(shapes).encode() + b"".join(digests)).hexdigest()
+
+
+def _list_tensors(flow: Any, state: Mapping[str, Tensor] | None = None) -> list[tuple[str, Tensor]]:
+    """Returns the weights and buffers by their names. The view of a peptide has buffers that its state dict has not."""
+    return sorted({**dict(flow.named_buffers()), **(flow.state_dict() if state is None else state)}.items())
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    return tensor.detach().cpu().flatten().view(torch.uint8).numpy().data
 
 
 def check_fingerprint(expected: str, flow: Any, what: str, remedy: str = "calibrate this one") -> None:

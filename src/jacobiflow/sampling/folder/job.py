@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import torch
 
@@ -22,10 +22,20 @@ from jacobiflow.jobs import JobStore, Unit, UnitOutput
 from jacobiflow.models.contexts import ContextLike, Labels, class_names
 from jacobiflow.models.flow import Flow, check_flow
 from jacobiflow.models.latents import MAX_SAMPLES, draw_latents
+from jacobiflow.models.memory import find_batch_size
 from jacobiflow.planner import Strategy
 from jacobiflow.sampling.encoding import npz_bytes, pillow, png_bytes
 from jacobiflow.sampling.folder.reader import SampleFolder
-from jacobiflow.sampling.folder.spec import KIND, RESULT, STRATEGY, VERSION, Files, SampleSpec, labels_or_context_sha256
+from jacobiflow.sampling.folder.spec import (
+    KIND,
+    OLDEST,
+    RESULT,
+    STRATEGY,
+    VERSION,
+    Files,
+    SampleSpec,
+    labels_or_context_sha256,
+)
 from jacobiflow.sampling.request import SamplingRequest, Settings
 from jacobiflow.sampling.result import Outcome, Samples
 from jacobiflow.utils import serialization
@@ -35,6 +45,7 @@ from jacobiflow.utils.progress import Progress
 from jacobiflow.utils.timing import describe_machine
 
 _BATCH_SIZE = 64  # Default number of samples in a batch.
+_MAX_AUTO_BATCH_SIZE = 65_536
 _SHARD_SIZE = 1024  # Default number of samples in a shard, about.
 _SHEET_IMAGES = 100  # Samples in the picture.
 
@@ -53,7 +64,7 @@ def sample_to_folder(
     certify: CertifyMode = True,
     sensitivity: bool = False,
     log_prob: bool | None = None,
-    batch_size: int | None = None,
+    batch_size: int | Literal["auto"] | None = None,
     shard_size: int | None = None,
     files: Files = "npz",
     overwrite: bool = False,
@@ -72,7 +83,8 @@ def sample_to_folder(
     Args:
         num: The number of samples.
         out: A new or empty folder, or one with samples of the same settings.
-        batch_size: Samples in the network at a time; by default that of samples in `out`, else `num`, at most 64.
+        batch_size: Samples in the network at a time. By default that of samples in `out`, else `num`, at most 64;
+            "auto": that of samples in `out`, else as many as fit in memory.
         shard_size: Samples in a shard, a multiple of `batch_size`; about 1,024 by default.
         files: "npz", or "png" for a PNG of each sample too, in folders by class.
         overwrite: Whether to replace samples of other settings, or complete ones.
@@ -97,9 +109,10 @@ def sample_to_folder(
     num, seed = check_count("num", num, maximum=MAX_SAMPLES), check_seed(seed)
     check_flow(flow)
     check_path("out", out)
-    if batch_size is None and not overwrite and (Path(out) / MANIFEST).exists():
-        earlier = SampleFolder.open(out).spec
-        batch_size, shard_size = earlier.batch_size, earlier.shard_size if shard_size is None else shard_size
+    adopts = (batch_size in (None, "auto"), batch_size in (None, "auto") and shard_size is None)
+    if batch_size == "auto":  # The samples of a folder may have been begun with more memory.
+        has_samples = not overwrite and (Path(out) / MANIFEST).exists()
+        batch_size = None if has_samples else find_batch_size(flow, min(num, _MAX_AUTO_BATCH_SIZE))
     batch_size, shard_size = _resolve_sizes(num, batch_size, shard_size)
     check_flag("overwrite", overwrite)
     check_kind("progress", progress, Callable | None, "a function of done, total and what, or None")
@@ -112,9 +125,9 @@ def sample_to_folder(
     spec = SampleSpec.of(
         request, name, num=num, seed=seed, batch_size=batch_size, shard_size=shard_size, files=files
     )  # fmt: skip
-    job = SampleJob(spec, describe_machine(flow.var.device), request, _list_prompts(context, num))
+    job = SampleJob(spec, describe_machine(flow.var.device), request, _list_prompts(context, num), *adopts)
     run = jobs.run(job, out, overwrite=overwrite, progress=progress)
-    folder = SampleFolder(Path(out), spec, run.missing_size, run.seconds, run.should_print)
+    folder = SampleFolder(Path(out), run.job.spec, run.missing_size, run.seconds, run.should_print)
     outcome = serialization.decode(Outcome, run.result)
     if outcome.has_shortfall and run.should_print:
         warnings.warn(str(outcome), stacklevel=2)
@@ -127,18 +140,18 @@ class SampleJob(jobs.Job):
 
     Attributes:
         prompts: The prompt of each sample; empty without prompts.
+        adopts_batch_size: Whether the batch size of samples in the folder replaces that of the spec.
+        adopts_shard_size: The same of the shard size.
     """
 
-    kind, version, result_name = KIND, VERSION, RESULT
-    patterns = (
-        "strategy.json", "samples.png", f"shards/{5 * '[0-9]'}.npz", f"images/{8 * '[0-9]'}.png",
-        f"images/*/{8 * '[0-9]'}.png",
-    )  # fmt: skip
+    kind, version, oldest, result_name = KIND, VERSION, OLDEST, RESULT
 
     spec: SampleSpec
     machine: Mapping[str, Any]
     request: SamplingRequest
     prompts: Sequence[str] = ()
+    adopts_batch_size: bool = False
+    adopts_shard_size: bool = False
 
     def stages(self, store: JobStore) -> Iterator[list[Unit]]:
         """Yields the plan, then the shards with their numbers of samples."""
@@ -155,7 +168,9 @@ class SampleJob(jobs.Job):
     def _draw_shard(self, strategy: Strategy, index: int, progress: Progress | None) -> UnitOutput:
         rows, config = self.spec.span(index), self.request.flow.config
         latents = draw_latents(len(rows), config.num_tokens, config.token_dim, self.spec.seed, rows.start)
-        samples = replace(self.request[rows.start : rows.stop], strategy=strategy).run(latents, progress)
+        request = self.request[rows.start : rows.stop]
+        options = replace(request.options, batch_size=self.spec.batch_size)
+        samples = replace(request, strategy=strategy, options=options).run(latents, progress)
         return UnitOutput(self._files(index, samples), serialization.encode(samples.outcome))
 
     def reduce(self, store: JobStore) -> Any:
@@ -175,6 +190,17 @@ class SampleJob(jobs.Job):
         names = self.prompts[:num] or class_names(None if labels is None else labels[:num], spec.classes)
         image_grid(scale(images), min(10, num), names=names).save(png, "png")
         return png.getvalue()
+
+    def resume(self, earlier: Mapping[str, Any]) -> SampleJob:
+        """Returns this job with the sizes of the folder, and its name of the same strategy."""
+        folder, spec = serialization.decode(SampleSpec, earlier), self.spec
+        if self.adopts_batch_size:
+            spec = replace(spec, batch_size=folder.batch_size)
+        if self.adopts_shard_size:
+            spec = replace(spec, shard_size=folder.shard_size)
+        if spec.strategy_sha256 is not None and spec.strategy_sha256 == folder.strategy_sha256:
+            spec = replace(spec, strategy=folder.strategy)
+        return replace(self, spec=spec)
 
     def earlier_spec(self, earlier: Mapping[str, Any]) -> SampleSpec:
         """Returns the spec of fewer samples, under the first of the labels."""
@@ -222,10 +248,13 @@ def _list_prompts(context: ContextLike | None, num: int) -> Sequence[str]:
 
 def _resolve_sizes(num: int, batch_size: int | None, shard_size: int | None) -> tuple[int, int]:
     """Returns the batch size and the shard size, or their defaults."""
-    batch_size = min(num, _BATCH_SIZE) if batch_size is None else batch_size
+    if shard_size is not None:
+        shard_size = check_count("shard_size", shard_size, maximum=MAX_SAMPLES)
+    if batch_size is None:
+        most = min(num, _BATCH_SIZE)
+        batch_size = most if shard_size is None else max(n for n in range(1, most + 1) if shard_size % n == 0)
     batch_size = check_count("batch_size", batch_size, maximum=MAX_SAMPLES)
     shard_size = max(_SHARD_SIZE // batch_size, 1) * batch_size if shard_size is None else shard_size
-    shard_size = check_count("shard_size", shard_size, maximum=MAX_SAMPLES)
     if shard_size % batch_size:
         message = f"give a multiple of the batch size, {batch_size}"
         raise InputValueError(message, argument="shard_size", value=shard_size)

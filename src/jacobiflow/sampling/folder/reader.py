@@ -26,7 +26,7 @@ from torch import Tensor
 
 from jacobiflow.jobs import JobFolderError, JobStore
 from jacobiflow.planner import Strategy
-from jacobiflow.sampling.folder.spec import KIND, RESULT, STRATEGY, VERSION, SampleSpec
+from jacobiflow.sampling.folder.spec import KIND, OLDEST, RESULT, STRATEGY, VERSION, SampleSpec
 from jacobiflow.sampling.result import Outcome
 from jacobiflow.utils import serialization
 from jacobiflow.utils.deprecation import renamed_attributes
@@ -191,4 +191,4 @@ class SampleFolder:
 
 
 def _store(path: Path) -> JobStore:
-    return JobStore(path, KIND, VERSION, RESULT)
+    return JobStore(path, KIND, VERSION, RESULT, OLDEST)

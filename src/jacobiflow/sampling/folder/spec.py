@@ -13,14 +13,14 @@ from jacobiflow.blocks.guidance import DenoiseDtype, Guidance
 from jacobiflow.data.grid import PICTURE_CHANNELS
 from jacobiflow.errors import InputValueError
 from jacobiflow.fixed_point import CertifyMode
-from jacobiflow.models.checkpoints.fingerprint import fingerprint
+from jacobiflow.models.checkpoints.fingerprint import fingerprint, weights_sha256
 from jacobiflow.models.latents import MAX_SAMPLES
 from jacobiflow.planner import Auto
 from jacobiflow.sampling.encoding import to_numpy
 from jacobiflow.sampling.request import SamplingRequest
 from jacobiflow.utils.files import json_bytes, sha256
 
-KIND, VERSION, RESULT = "samples", 4, "outcome.json"
+KIND, VERSION, OLDEST, RESULT = "samples", 5, 4, "outcome.json"
 STRATEGY = "strategy"
 """The name of the unit that plans the strategy."""
 Count = Annotated[int, msgspec.Meta(ge=1)]
@@ -34,7 +34,7 @@ class SampleSpec:
     """All that the shards of a folder of samples depend on.
 
     Attributes:
-        flow_sha256: Fingerprint of the flow.
+        flow_sha256: Fingerprint of the flow, which is the same in another dtype.
         num: Number of samples.
         shape: Shape of a sample: (C, H, W) for images, (T, C) for tokens.
         labels_or_context_sha256: Checksum of the labels as little-endian int64, or of another context as float32.
@@ -47,6 +47,7 @@ class SampleSpec:
         log_prob: Whether the shards have densities.
         sensitivity: Whether the shards have sensitivities.
         denoise_dtype: The dtype of the networks in the denoising step; `None` for that of the flow.
+        weights_sha256: Checksum of the exact weights; None in folders of format 4.
     """
 
     flow_sha256: str
@@ -69,6 +70,7 @@ class SampleSpec:
     log_prob: bool
     sensitivity: bool
     denoise_dtype: DenoiseDtype = None
+    weights_sha256: str | None = None
 
     @classmethod
     def of(
@@ -82,7 +84,7 @@ class SampleSpec:
             num=num, shape=flow.image_shape or (config.num_tokens, config.token_dim), seed=seed,
             labels_or_context_sha256=labels_or_context_sha256(request.context), num_classes=config.num_classes,
             classes=tuple(flow.classes), batch_size=batch_size, shard_size=shard_size, files=files,
-            flow_sha256=fingerprint(flow), dtype=flow.precision, strategy=strategy,
+            flow_sha256=fingerprint(flow), weights_sha256=weights_sha256(flow), dtype=flow.precision, strategy=strategy,
             strategy_sha256=None if solvers is None else sha256(json_bytes(solvers)),
             guidance=flow.guidance, denoise=request.denoising.denoise, tolerance=request.strategy.tolerance,
             certify=request.options.certify, log_prob=request.log_prob, sensitivity=request.sensitivity,
