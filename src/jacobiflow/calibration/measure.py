@@ -156,7 +156,7 @@ class CalibrationJob(jobs.Job):
         most = flow.config.num_tokens // _MIN_SEGMENT_TOKENS
         self.segment_counts = sorted({1, segments, *(2**k for k in range(1, most.bit_length()))})
         # Sweeps are measured for these images.
-        self._index = torch.arange(num_samples) * len(images) // num_samples
+        self._index = torch.arange(num_samples, device="cpu") * len(images) // num_samples
         # Under guidance images have no latents.
         self.sources: tuple[LatentSource, ...] = ("noise",) if flow.guidance else ("images", "noise")
         self.machine = describe_machine(flow.var.device)
@@ -271,7 +271,7 @@ def _check_images(flow: Flow, images: ImageSet) -> None:
         flow.check_data(images, "images")
     try:
         num = len(images)
-        images[torch.tensor([0, 0])]
+        images[torch.tensor([0, 0], device="cpu")]
     except (TypeError, LookupError) as error:
         kind = type(images).__name__
         raise InputTypeError(f"images of type {kind}: give a tensor, or what a tensor can index") from error

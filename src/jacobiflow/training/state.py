@@ -79,8 +79,8 @@ class TrainState:
         self._optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.95), weight_decay=config.weight_decay)
         for parameter in self.loss.parameters():  # AdamW makes the same ones in its first step.
             moments = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
-            self._optimizer.state[parameter] = {"step": torch.tensor(0.0), **moments}
-        self.seconds = torch.zeros((), dtype=torch.float64)
+            self._optimizer.state[parameter] = {"step": torch.tensor(0.0, device="cpu"), **moments}
+        self.seconds = torch.zeros((), dtype=torch.float64, device="cpu")
 
     def backward(self, batch: Batch, is_last_part: bool) -> tuple[Tensor, Tensor]:
         """Adds the gradients of a part of a step. DDP exchanges them after the last part, and FSDP after each.
