@@ -206,7 +206,8 @@ class CalibrationJob(jobs.Job):
         return _output(f"solutions-{source}", tensors)
 
     def _read_solution(self, store: JobStore, source: LatentSource, block: int) -> BlockSolution:
-        with safe_open(store.path / _file(f"solutions-{source}"), "pt") as file:
+        # A slice would be made on the default device.
+        with torch.device("cpu"), safe_open(store.path / _file(f"solutions-{source}"), "pt") as file:
             x, z = (file.get_slice(name)[block].to(self.flow.var.device) for name in ("x", "z"))
         return BlockSolution(x, z, self.statistics.context_at(self._index))
 

@@ -92,7 +92,10 @@ def keys_of_process(num: int, steps: range, config: TrainingConfig) -> Iterator[
 
 def load_batches(items: NoisyItems, keys: Iterable[list[Key]], workers: int) -> Iterator[Batch]:
     """Yields a batch for each list of keys, read by worker processes if there are any."""
-    yield from DataLoader(
+    loader = DataLoader(
         items, batch_sampler=keys, num_workers=workers, collate_fn=Batch._make,
         worker_init_fn=ignore_stop_signals, pin_memory=torch.cuda.is_available(),
     )  # fmt: skip
+    with torch.device("cpu"):  # PyTorch draws a seed on the default device.
+        batches = iter(loader)
+    yield from batches

@@ -59,7 +59,8 @@ class TrainState:
             for tensor in flow.state_dict().values():
                 dist.broadcast(tensor, src=0)
         self.loss = FlowLoss(flow, config.bf16)
-        self._average = AveragedModel(self.loss, multi_avg_fn=self._lerp)  # type: ignore[arg-type]
+        with torch.device("cpu"):  # PyTorch counts the updates on the default device.
+            self._average = AveragedModel(self.loss, multi_avg_fn=self._lerp)  # type: ignore[arg-type]
         self.average: FlowLoss = self._average.module.requires_grad_(False)  # type: ignore[assignment]
         for block in flow.blocks:
             if isinstance(block, TransformerBlock):
