@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from jacobiflow.adapters.fault import fault_as_unsupported
 from jacobiflow.adapters.library_module import DROPOUTS, FUNCTIONS, copy_with_tensors, has_replaced_method
 from jacobiflow.errors import UnsupportedError
 from jacobiflow.native.chain import TransformChain
@@ -62,12 +63,11 @@ class NativeModule:
                     raise UnsupportedError(f"a hook on {type(part).__name__}")
                 if has_replaced_method(part):
                     raise UnsupportedError(f"a method of its own on {type(part).__name__}")
-                if any(buffer is not None and buffer.is_meta for buffer in part._buffers.values()):
-                    raise UnsupportedError("buffers without values")
-                tensors = (*part._parameters.values(), *part._buffers.values())
-                if not allows_gpu and any(tensor is not None and tensor.is_cuda for tensor in tensors):
-                    raise UnsupportedError("tensors on a GPU")
-            self.chain = TransformChain(list(list_transforms(module, is_conditional)))
+            devices = {device.type for device in self._find_devices()} - {"cpu", *["cuda"] * allows_gpu}
+            if devices:
+                raise UnsupportedError(f"tensors on {' and '.join(sorted(devices))}")
+            with fault_as_unsupported(module):
+                self.chain = TransformChain(list(list_transforms(module, is_conditional)))
             self.cuda_chain = CudaChain(self.chain)
             places = [place for transform in self.chain.transforms for place in transform.places]
             self._holders, self._names = [holder for holder, _ in places], [name for _, name in places]

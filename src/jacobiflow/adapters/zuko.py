@@ -217,6 +217,8 @@ def _name_of(constructor: Any) -> str:
 
 def _has_networks_of_features(module: Any) -> bool:
     """Returns True if each feature has a monotone network of its own, as in NAF and UNAF."""
+    if library_class(module).meta is not MaskedAutoregressiveTransform.meta:
+        return False
     if type(module.univariate) not in (MNN, UMNN) or module.order is None:
         return False
     return all(layer.weight.ndim == 3 for layer in module.univariate.modules() if isinstance(layer, Linear))
