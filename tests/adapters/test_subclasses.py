@@ -160,7 +160,7 @@ class Halved(MaskedAutoregressiveTransform):
 @torch.no_grad()
 def test_the_search_of_a_feature_is_not_that_of_another_meta() -> None:
     torch.manual_seed(0)
-    flow, y = Halved(3, univariate=MNN(signal=4, hidden_features=(8,)), shapes=[(4,)]), normal(5, 3)
+    flow, y = Halved(3, univariate=MNN(signal=4, stack=3, hidden_features=(8,)), shapes=[(4,)]), normal(5, 3)
     expected = values(flow, y, None, True)
     with jf.accelerate(flow):
         torch.testing.assert_close(values(flow, y, None, True), expected)
