@@ -217,7 +217,8 @@ def _name_of(constructor: Any) -> str:
 
 def _has_networks_of_features(module: Any) -> bool:
     """Returns True if each feature has a monotone network of its own, as in NAF and UNAF."""
-    if library_class(module).meta is not MaskedAutoregressiveTransform.meta:
+    kind: Any = library_class(module)
+    if kind.meta is not MaskedAutoregressiveTransform.meta:  # The search calls the networks without it.
         return False
     if type(module.univariate) not in (MNN, UMNN) or module.order is None:
         return False
