@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from jacobiflow.adapters.library_module import library_class, shallow_copy
+from jacobiflow.adapters.library_module import device_types, library_class, shallow_copy
 from jacobiflow.adapters.native_module import ListTransforms
 from jacobiflow.errors import UnsupportedError
 
@@ -80,7 +80,7 @@ class Adapter:
                 raise UnsupportedError(f"{kind.__name__} overrides {self.library}'s {method}")
             if method in vars(module):
                 raise UnsupportedError(f"its {method} was replaced")
-        devices = {tensor.device.type for tensor in (*module.parameters(), *module.buffers())}
+        devices = device_types(module)
         if "meta" in devices or (self.needs_native and not devices <= {"cpu", "cuda"}):
             raise UnsupportedError(f"its tensors are on {' and '.join(sorted(devices))}")
         if self.needs_native and self.list_transforms is not None:

@@ -10,7 +10,13 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from jacobiflow.adapters.fault import fault_as_unsupported
-from jacobiflow.adapters.library_module import DROPOUTS, FUNCTIONS, copy_with_tensors, has_replaced_method
+from jacobiflow.adapters.library_module import (
+    DROPOUTS,
+    FUNCTIONS,
+    copy_with_tensors,
+    device_types,
+    has_replaced_method,
+)
 from jacobiflow.errors import UnsupportedError
 from jacobiflow.native.chain import TransformChain
 from jacobiflow.native.cuda import CudaChain
@@ -63,7 +69,7 @@ class NativeModule:
                     raise UnsupportedError(f"a hook on {type(part).__name__}")
                 if has_replaced_method(part):
                     raise UnsupportedError(f"a method of its own on {type(part).__name__}")
-            devices = {device.type for device in self._find_devices()} - {"cpu", *["cuda"] * allows_gpu}
+            devices = device_types(module) - ({"cpu", "cuda"} if allows_gpu else {"cpu"})
             if devices:
                 raise UnsupportedError(f"tensors on {' and '.join(sorted(devices))}")
             with fault_as_unsupported(module):
@@ -75,15 +81,12 @@ class NativeModule:
             buffers = [part._buffers for part in modules if part._buffers and _STATISTICS not in part._buffers]
             self.snapshot = Snapshot(modules, buffers, _SETTINGS)
         except UnsupportedError as error:
-            self._obstacle, self._devices = str(error), self._find_devices()
+            self._obstacle, self._devices = str(error), device_types(module)
             self.snapshot = Snapshot(modules, kinds=_SETTINGS)
 
     def is_current(self) -> bool:
         """Returns True if the module is as it was when this was made. An obstacle may have been its device."""
-        return self.snapshot.is_current() and (self._obstacle is None or self._devices == self._find_devices())
-
-    def _find_devices(self) -> set[torch.device]:
-        return {tensor.device for tensor in (*self._module.parameters(), *self._module.buffers())}
+        return self.snapshot.is_current() and (self._obstacle is None or self._devices == device_types(self._module))
 
     @property
     def obstacle(self) -> str | None:

@@ -147,11 +147,11 @@ class TransformChain:
             x = x.clone() if x.is_inference() else x
             context = context.clone() if context is not None and context.is_inference() else context
         self._addresses[dtype] = addresses = addresses_of(tensors, self.shapes, dtype, self._addresses.get(dtype))
-        memory = allocate(self.memory_size(native, x), dtype) if any(needed) else None
-        out, failed = allocate((rows, features), dtype), ctypes.create_string_buffer(rows)
+        memory = allocate(dtype, self.memory_size(native, x)) if any(needed) else None
+        out, failed = allocate(dtype, rows, features), ctypes.create_string_buffer(rows)
         log_dets = None
         if log_det is not None:
-            log_dets = allocate((rows, features) if is_by_feature else rows, dtype)
+            log_dets = allocate(dtype, rows, features) if is_by_feature else allocate(dtype, rows)
         arguments, _inputs = self.arguments(x, context, memory, is_inverse, is_by_feature)
         arguments.tensors, arguments.out = addresses.buffer_info()[0], out.data_ptr()
         arguments.log_det, arguments.failed = address_of(log_dets), ctypes.addressof(failed)
@@ -197,9 +197,9 @@ class _Call:
             context = check_tensor(context, (1 if len(context) == 1 else len(x), self.chain.context), dtype)
         grad_out, grad_log_det = (None if c is None else check_tensor(c, shape[: c.ndim], dtype) for c in cotangents)
         wants_x, wants_context, *wants_tensors = wanted
-        grad_x = allocate(shape, dtype) if wants_x else None
-        grad_context = None if context is None or not wants_context else allocate((len(x), context.shape[1]), dtype)
-        grads = [allocate(s, dtype) if w else None for s, w in zip(self.chain.shapes, wants_tensors, strict=True)]
+        grad_x = allocate(dtype, *shape) if wants_x else None
+        grad_context = None if context is None or not wants_context else allocate(dtype, len(x), context.shape[1])
+        grads = [allocate(dtype, *s) if w else None for s, w in zip(self.chain.shapes, wants_tensors, strict=True)]
         table = (ctypes.c_void_p * len(grads))(*map(address_of, grads))
         arguments, _inputs = self.chain.arguments(x, context, memory, self.is_inverse, self.is_by_feature)
         gradient_arguments = GradientArgs(

@@ -203,14 +203,14 @@ def make_plan(chain: TransformChain, is_inverse: bool, log_det: str | None) -> D
         context_features=chain.context, is_inverse=is_inverse, is_by_feature=log_det == "features", num_threads=1,
     )  # fmt: skip
     size, units, own_units = native.chain_image(arguments, 0, None)
-    images = allocate((2, -(-size // 8)), torch.int64).zero_()
+    images = allocate(torch.int64, 2, -(-size // 8)).zero_()
     for base, image in enumerate(images):
         native.chain_image(arguments, base, image.data_ptr())
     # The CPU's own packing tells where each packed weight comes from: it packs positions in place of weights.
     counts = [math.prod(shape) for shape in chain.shapes]
     sources = torch.arange(1, sum(counts) + 1, dtype=torch.float64, device="cpu").split(counts)
     table = (ctypes.c_void_p * len(counts))(*(source.data_ptr() for source in sources))
-    packed = allocate(chain.sizes(native)[0], torch.float64).zero_()
+    packed = allocate(torch.float64, chain.sizes(native)[0]).zero_()
     arguments.tensors, arguments.packed = ctypes.addressof(table), packed.data_ptr()
     native.evaluate_chain(arguments, torch.float64)  # A call of no rows only packs.
     log_det_shape = {None: None, "rows": (), "features": (chain.features,)}[log_det]

@@ -140,7 +140,7 @@ class CausalTransformer:
         z = check_tensor(z, (*z.shape[:1], len(self.position), self.proj_in.shape[1]), z.dtype)
         rows_per_sample, batch_size = 1 if guidance is None else 2, batch_size or max(len(z), 1)
         size = max(_MAX_ROWS_PER_THREAD * torch.get_num_threads() // rows_per_sample, 1)
-        x, log_det = allocate(z.shape, z.dtype), allocate(len(z), torch.float64).zero_()
+        x, log_det = allocate(z.dtype, *z.shape), allocate(torch.float64, len(z)).zero_()
         with kept_memory() as memory:
             rows = min(size, batch_size, len(z)) * rows_per_sample
             packed = _PackedTransformer(native, self, z.dtype, rows, rows_per_sample, memory)
@@ -255,7 +255,7 @@ class _PackedTransformer:
         """Returns memory for the keys and values of all layers, which are padded to whole vectors."""
         padded_length, padded_head = (self.native.padded(size, self.dtype) for size in (length, self.head_size))
         num_heads = len(self.network.layers) * rows * self.network.heads
-        return allocate(num_heads * (self.head_size * padded_length + padded_head * length), self.dtype)
+        return allocate(self.dtype, num_heads * (self.head_size * padded_length + padded_head * length))
 
     def _threads(self, samples: int, rows: int) -> tuple[int, int]:
         """Returns the numbers of threads and of teams. A team's threads share the columns of each layer."""

@@ -29,12 +29,12 @@ class WeightMemory:
     """Memory for copies of weights. It grows, since fresh memory costs the system more time than the copy."""
 
     def __init__(self) -> None:
-        self.bytes = allocate(0, torch.uint8)
+        self.bytes = allocate(torch.uint8, 0)
 
     def resize(self, size: int) -> int:
         """Grows the memory to `size` bytes if it is smaller, and returns its address."""
         if len(self.bytes) < size:
-            self.bytes = allocate(size, torch.uint8)
+            self.bytes = allocate(torch.uint8, size)
         return self.bytes.data_ptr()
 
 

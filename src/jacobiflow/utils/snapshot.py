@@ -75,7 +75,7 @@ class Snapshot:
                 and any(self._hooks) == self._has_hooks
                 and self._dicts == self._dicts_before
                 and list(map(getitem, *self._attribute_slots)) == self._attributes
-                and list(map(dict.get, *self._absent_slots)) == self._absent
+                and (not self._absent or list(map(dict.get, *self._absent_slots)) == self._absent)
                 and list(map(_version, map(getitem, *self._tensor_slots))) == self._versions
             )
         except Exception:  # Tensors, and other objects of a user, cannot be compared with each other.
