@@ -10,13 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from jacobiflow.adapters.fault import fault_as_unsupported
-from jacobiflow.adapters.library_module import (
-    DROPOUTS,
-    FUNCTIONS,
-    copy_with_tensors,
-    device_types,
-    has_replaced_method,
-)
+from jacobiflow.adapters.library_module import DROPOUTS, FUNCTIONS, copy_with_tensors, device_types, has_replaced_method
 from jacobiflow.errors import UnsupportedError
 from jacobiflow.native.chain import TransformChain
 from jacobiflow.native.cuda import CudaChain
