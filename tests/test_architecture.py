@@ -9,6 +9,7 @@ from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
+from torch.utils._device import _device_constructors
 
 import jacobiflow
 
@@ -92,6 +93,18 @@ def test_every_part_has_its_rule() -> None:
 def test_no_module_imports_itself_by_way_of_others() -> None:
     assert {"sampling.denoise", "models.flow"} <= GRAPH["sampling.request"], "imports are read"
     TopologicalSorter({name: imported - {""} for name, imported in GRAPH.items() if name}).prepare()
+
+
+def test_every_new_tensor_names_its_device() -> None:
+    """So that PyTorch's default device does not matter. Initial weights, whose device it is, name `None`."""
+    constructors = {f"torch.{function.__name__}" for function in _device_constructors()}
+    assert {"torch.empty", "torch.eye", "torch.as_tensor"} <= constructors
+    for name, path in MODULES.items():
+        nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+        calls = [node for node in nodes if isinstance(node, ast.Call)]
+        named = {call.func for call in calls if "device" in {keyword.arg for keyword in call.keywords}}
+        uses = {node for node in nodes if isinstance(node, ast.Attribute) and ast.unparse(node) in constructors}
+        assert [f"{name}:{use.lineno}" for use in uses - named] == []
 
 
 @pytest.mark.slow

@@ -25,6 +25,7 @@ from jacobiflow.models.memory import find_batch_size, memory_needs
 from jacobiflow.sampling.folder import SampleFolder
 from jacobiflow.training import TrainingConfig, train
 from tests.helpers.fake_device import Counts, FakeDevice
+from tests.helpers.library_flows import problem_of, same_bits
 from tests.helpers.problems import latents, make_flow, make_star, texts, to_float32
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -132,6 +133,33 @@ def test_a_path_gives_the_numbers_of_the_cpu(path: str, tmp_path: Path, monkeypa
         found = PATHS[path]("cuda").cpu()
     assert device.counts.to_device > 0
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("default", ["meta", "cuda"])  # "cuda" also where there is none
+def test_the_default_device_changes_no_bit_of_a_flow_on_the_cpu(default: str, tmp_path: Path) -> None:
+    flow, maf, data = jf.load("digits-p1"), jf.load("digits-maf"), digits()
+    x, labels = images(flow, 4), data.labels[:4]
+    problems = [problem_of(name) for name in ("zuko NSF", "nflows coupling", "normflows spline", "pyro spline")]
+
+    def compute(name: str) -> list[Tensor]:
+        report = jf.calibrate(flow, x, labels, num_convergence_samples=1)
+        trained = train(deepcopy(maf).requires_grad_(), data, TrainingConfig(steps=2, batch_size=4), tmp_path / name)
+        results = [*flow.encode(x, labels), *maf.encode(x.clamp(-1, 1), labels), *trained.parameters()]
+        for strategy in ("sequential", "auto", "gs-jacobi:4"):
+            results += [jf.sample(each, 2, strategy=strategy).images for each in (flow, maf)]
+        for case, module, y, context in problems:
+            with jf.accelerate(module) as handle:
+                results += case.invert(module, y, context)
+            assert {*handle.backends.values()} == {"native"}
+        return [*results, x.new_tensor(report.crm)]
+
+    expected = compute("before")
+    torch.set_default_device(default)
+    try:
+        found = compute("with")
+    finally:
+        torch.set_default_device(None)
+    assert same_bits(found, expected)
 
 
 def test_tf32_is_a_precision_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:

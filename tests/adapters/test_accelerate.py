@@ -14,7 +14,7 @@ import nflows.transforms
 import pytest
 import torch
 import zuko
-from pyro.distributions.transforms import affine_autoregressive, affine_coupling
+from pyro.distributions.transforms import affine_autoregressive, affine_coupling, conditional_affine_autoregressive
 from torch import Tensor, nn
 
 import jacobiflow as jf
@@ -130,10 +130,14 @@ class OverriddenInverse(nflows.transforms.MaskedAffineAutoregressiveTransform):
         return super().inverse(2 * inputs, context)
 
 
+STABLE = conditional_affine_autoregressive(8, 2, [32], stable=True)
+
+
 @pytest.mark.parametrize(
     ("flow", "why"),
     [(OverriddenInverse(8, 16), "OverriddenInverse overrides nflows's inverse"),
-     (affine_autoregressive(8, [32], stable=True), "its _inverse was replaced")],
+     (affine_autoregressive(8, [32], stable=True), "its _inverse was replaced"),
+     (STABLE, "stable=True replaces the methods of its transforms")],
 )  # fmt: skip
 def test_skipped_transforms_are_reported_with_the_reason(flow: nn.Module, why: str) -> None:
     kind = type(flow)
@@ -144,6 +148,23 @@ def test_skipped_transforms_are_reported_with_the_reason(flow: nn.Module, why: s
     assert handle.reasons == {"first": why}
     assert handle.transforms == {"second": "normflows MaskedAffineAutoregressive"}
     assert f"  first: left alone, {why}" in str(handle)
+
+
+def test_the_handle_notices_an_option_that_ends_the_acceleration() -> None:
+    flow = conditional_affine_autoregressive(8, 2, [32])
+    handle = jf.accelerate(flow)
+    flow.kwargs["stable"] = True
+    assert str(handle).endswith("by the library: stable=True replaces the methods of its transforms")
+
+
+@pytest.mark.filterwarnings("ignore:.*nothing was accelerated")
+@pytest.mark.parametrize("name", CASES)
+def test_a_flow_without_values_is_left_alone(name: str) -> None:
+    flow = CASES[name].make().to("meta")
+    kinds = [type(part) for part in flow.modules()]
+    handle = jf.accelerate(flow)
+    assert [type(part) for part in flow.modules()] == kinds
+    assert {*handle.reasons.values()} == {"its tensors are on meta"}
 
 
 def test_scales_of_glasflow_by_a_function_of_the_user_are_refused() -> None:

@@ -148,6 +148,17 @@ def test_a_change_counts_at_once(name: str, change: str) -> None:
         assert is_right(flow)
 
 
+@pytest.mark.parametrize("name", BUILDS)
+@torch.no_grad()
+def test_a_bias_of_a_layer_that_had_none_counts_at_once(name: str) -> None:
+    flow = build(name)
+    layer = masked_layers(flow)[0]
+    bias, layer.bias = layer.bias, None
+    with jf.accelerate(flow):
+        for layer.bias in (None, bias, None):
+            assert is_right(flow)
+
+
 @torch.no_grad()
 def test_an_option_of_a_conditional_transform_counts_at_once() -> None:
     flow, x, context = pt.conditional_affine_autoregressive(5, 2, [16]), torch.full((3, 5), 0.5), torch.ones(3, 2)

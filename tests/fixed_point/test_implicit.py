@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -63,6 +65,25 @@ def test_a_sample_that_overflows_does_not_spoil_the_gradients_of_others() -> Non
     assert jf.decode(flow, lost, strategy="sequential")[0].isnan().any()
     for have, want in zip(gradients(lost), gradients(z), strict=True):
         torch.testing.assert_close(have, want, rtol=1e-9, atol=1e-12)
+
+
+class Constant(torch.autograd.Function):
+    """The identity, which autograd takes for a constant only when it is asked."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> None:
+        return None
+
+
+@pytest.mark.parametrize("strategy", ["sequential", "jacobi"])
+def test_a_loss_without_a_gradient_in_a_solution_has_none_in_its_inputs(strategy: str) -> None:
+    flow, _, z = case("plain")
+    x = jf.decode(flow, z.requires_grad_(), strategy=strategy)
+    assert torch.autograd.grad(Constant.apply(x).sum(), z, allow_unused=True) == (None,)
 
 
 def test_second_derivatives_are_refused() -> None:

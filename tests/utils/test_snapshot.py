@@ -17,7 +17,7 @@ class Part(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.factor, self.settings, self.tensor = 2.0, {"sizes": [1, 2]}, torch.ones(3)
-        self.linear = nn.Linear(2, 2)
+        self.linear = nn.Linear(2, 2, bias=False)
         self.register_buffer("mask", torch.ones(1))
 
 
@@ -28,6 +28,7 @@ CHANGES: dict[str, Callable[[Any], Any]] = {
     "another tensor": lambda part: setattr(part, "tensor", torch.ones(3)),
     "tensor in place": lambda part: part.tensor.add_(1),
     "submodule": lambda part: setattr(part, "linear", nn.Linear(2, 2)),
+    "bias where there was none": lambda part: setattr(part.linear, "bias", nn.Parameter(torch.zeros(2))),
     "class of a submodule": lambda part: setattr(part.linear, "__class__", nn.Bilinear),
     "hook": lambda part: part.linear.register_forward_hook(print),
     "entry of a dictionary": lambda part: setattr(part, "mask", torch.zeros(1)),

@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from jacobiflow.adapters.adapter import AcceleratedModule, Adapter
+from jacobiflow.adapters.fault import EXPECTED, report_fault
 from jacobiflow.adapters.library_module import is_accelerated, library_class
 from jacobiflow.adapters.native_module import LibraryCall, TransformOutput, flatten_batch
 from jacobiflow.adapters.part import Part
@@ -142,27 +143,33 @@ class Acceleration:
         """
         part = self.parts.get(module)
         is_library_exact = self.tolerance == 0 and library_call is not None
-        if part is None or is_library_exact:
+        if part is None or is_library_exact or not isinstance(x, Tensor):
             return None
         try:
             check_untraced()
             check_autocast("cuda" if x.is_cuda else "cpu")
             native = part.find_native(context is not None)
-            if native.obstacle is not None:
-                if native.mixed is None or library_call is None:
-                    raise UnsupportedError(native.obstacle)
-                return library_call(native.mixed, x, context)
-            rows, contexts, batch = flatten_batch(x, context)
-            in_pytorch = None if library_call is None else partial(native.evaluate_in_pytorch, library_call)
-            is_on_gpu = self.uses_gpu and cuda.is_on_gpu(rows)
-            chain = native.cuda_chain if is_on_gpu else native.chain
-            values, log_dets, failed = chain.evaluate(native.tensors(), rows, contexts, is_inverse, log_det, in_pytorch)
+            if (obstacle := native.obstacle) is None:
+                rows, contexts, batch = flatten_batch(x, context)
+                in_pytorch = None if library_call is None else partial(native.evaluate_in_pytorch, library_call)
+                is_on_gpu = self.uses_gpu and cuda.is_on_gpu(rows)
+                chain, tensors = native.cuda_chain if is_on_gpu else native.chain, native.tensors()
+                values, log_dets, failed = chain.evaluate(tensors, rows, contexts, is_inverse, log_det, in_pytorch)
+            elif native.mixed is None or library_call is None:
+                raise UnsupportedError(obstacle)
         except cuda.RefusedError as error:
             self.refusals.add(str(error))
             return None
         except UnsupportedError as error:
             self.record_fallback(module, str(error))
             return None
+        except EXPECTED:
+            raise
+        except Exception as error:
+            self.record_fallback(module, report_fault(module, error))
+            return None
+        if obstacle is not None and library_call is not None:
+            return library_call(native.mixed, x, context)
         if failed is not None:
             if library_call is None:
                 return None

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from jacobiflow.adapters.library_module import library_class, shallow_copy
+from jacobiflow.adapters.library_module import device_types, library_class, shallow_copy
 from jacobiflow.adapters.native_module import ListTransforms
 from jacobiflow.errors import UnsupportedError
 
@@ -71,7 +71,7 @@ class Adapter:
         return self.target.__module__.split(".")[0]
 
     def check(self, module: nn.Module) -> None:
-        """Raises UnsupportedError if the module cannot be accelerated."""
+        """Raises UnsupportedError if the module, as it is now, cannot be accelerated."""
         kind = library_class(module)
         if _layout(kind) is not _layout(self.mixin):  # Python refuses to change the class of a module.
             raise UnsupportedError(f"the first base of {kind.__name__} is not {self.library}'s")
@@ -80,6 +80,9 @@ class Adapter:
                 raise UnsupportedError(f"{kind.__name__} overrides {self.library}'s {method}")
             if method in vars(module):
                 raise UnsupportedError(f"its {method} was replaced")
+        devices = device_types(module)
+        if "meta" in devices or (self.needs_native and not devices <= {"cpu", "cuda"}):
+            raise UnsupportedError(f"its tensors are on {' and '.join(sorted(devices))}")
         if self.needs_native and self.list_transforms is not None:
             try:
                 list(self.list_transforms(module, False))

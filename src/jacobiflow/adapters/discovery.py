@@ -14,6 +14,7 @@ from torch.distributions import Distribution, Transform
 
 from jacobiflow.adapters.acceleration import Acceleration
 from jacobiflow.adapters.adapter import Adapter, find_adapter
+from jacobiflow.adapters.fault import fault_as_unsupported
 from jacobiflow.adapters.library_acceleration import LibraryAcceleration
 from jacobiflow.adapters.library_module import LIBRARIES
 from jacobiflow.adapters.registry import BUILDERS, load_adapters
@@ -130,11 +131,12 @@ def accelerate(
     for name, module in modules:
         adapter = find_adapter(module, library_adapters)
         try:
-            if adapter is None and is_block(module):
-                adapter = try_block(module, trials)
-            if adapter is not None:
-                adapter.check(module)
-                accelerated[module] = name, adapter
+            with fault_as_unsupported(module):
+                if adapter is None and is_block(module):
+                    adapter = try_block(module, trials)
+                if adapter is not None:
+                    adapter.check(module)
+                    accelerated[module] = name, adapter
         except UnsupportedError as error:
             if adapter is None or not adapter.is_composition:
                 reasons[name] = str(error)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from functools import wraps
 from threading import RLock
 from typing import TYPE_CHECKING, Any
@@ -13,6 +12,7 @@ from torch import nn
 
 from jacobiflow.adapters.acceleration import Acceleration
 from jacobiflow.adapters.adapter import Adapter, find_adapter
+from jacobiflow.adapters.fault import fault_as_unsupported
 from jacobiflow.adapters.library_module import is_accelerated
 from jacobiflow.adapters.summary import describe_gpu, describe_tolerance
 from jacobiflow.errors import UnsupportedError
@@ -34,6 +34,7 @@ class LibraryAcceleration:
 
     Attributes:
         tolerance: `None` for exact to rounding, 0 for the library's own bits, or the tolerance at which passes end.
+        reasons: Why modules were left alone: their class to the latest reason.
 
     Example:
         >>> with jf.accelerate(zuko) as handle:
@@ -44,6 +45,7 @@ class LibraryAcceleration:
 
     def __init__(self, name: str, tolerance: float | None, adapters: Sequence[Adapter], uses_gpu: bool) -> None:
         self.tolerance, self._name, self._adapters, self._uses_gpu = tolerance, name, adapters, uses_gpu
+        self.reasons: dict[str, str] = {}
         self._count = 0
         # An acceleration holds its module, so a strong reference would keep every flow alive.
         self._accelerations: WeakSet[Acceleration] = WeakSet()
@@ -66,16 +68,21 @@ class LibraryAcceleration:
         same = [each for each in _active if (each._name, each.tolerance) == (self._name, self.tolerance)]
         count = f"{max(each._count for each in (self, *same))} transforms so far"
         gpu = describe_gpu(self._uses_gpu, set().union(*(each.refusals for each in self._accelerations)))
-        return f"new flows of {self._name} are accelerated, {describe_tolerance(self.tolerance)}: {count}{gpu}"
+        reasons = "".join(f"\n  left alone, {name}: {reason}" for name, reason in self.reasons.items())
+        return f"new flows of {self._name} are accelerated, {describe_tolerance(self.tolerance)}: {count}{gpu}{reasons}"
 
     def add(self, module: nn.Module) -> None:
         """Accelerates a new module if it can be."""
         adapter = find_adapter(module, self._adapters)
-        with suppress(UnsupportedError):
-            if adapter is not None:
+        if adapter is None:
+            return
+        try:
+            with fault_as_unsupported(module):
                 adapter.check(module)
                 self._accelerations.add(Acceleration(self.tolerance, {module: ("", adapter)}, {}, self._uses_gpu))
                 self._count += not adapter.is_composition
+        except UnsupportedError as error:
+            self.reasons[type(module).__name__] = str(error)
 
     def _end(self, undo: Callable[[Acceleration], None]) -> None:
         with _lock:

@@ -56,6 +56,12 @@ def copy_with_tensors(module: nn.Module, tensors: Mapping[tuple[int, str], Tenso
     return copies[module]
 
 
+def device_types(module: nn.Module) -> set[str]:
+    """Returns the types of the devices of a module's tensors."""
+    holders = [holder for part in module.modules() for holder in (part._parameters, part._buffers)]
+    return {tensor.device.type for holder in holders for tensor in holder.values() if tensor is not None}
+
+
 def has_forward_hooks(module: nn.Module) -> bool:
     """Returns True if the module has forward hooks."""
     return bool(module._forward_pre_hooks or module._forward_hooks)

@@ -9,7 +9,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from jacobiflow.adapters.library_module import DROPOUTS, FUNCTIONS, copy_with_tensors, has_replaced_method
+from jacobiflow.adapters.fault import fault_as_unsupported
+from jacobiflow.adapters.library_module import DROPOUTS, FUNCTIONS, copy_with_tensors, device_types, has_replaced_method
 from jacobiflow.errors import UnsupportedError
 from jacobiflow.native.chain import TransformChain
 from jacobiflow.native.cuda import CudaChain
@@ -62,12 +63,11 @@ class NativeModule:
                     raise UnsupportedError(f"a hook on {type(part).__name__}")
                 if has_replaced_method(part):
                     raise UnsupportedError(f"a method of its own on {type(part).__name__}")
-                if any(buffer is not None and buffer.is_meta for buffer in part._buffers.values()):
-                    raise UnsupportedError("buffers without values")
-                tensors = (*part._parameters.values(), *part._buffers.values())
-                if not allows_gpu and any(tensor is not None and tensor.is_cuda for tensor in tensors):
-                    raise UnsupportedError("tensors on a GPU")
-            self.chain = TransformChain(list(list_transforms(module, is_conditional)))
+            devices = device_types(module) - ({"cpu", "cuda"} if allows_gpu else {"cpu"})
+            if devices:
+                raise UnsupportedError(f"tensors on {' and '.join(sorted(devices))}")
+            with fault_as_unsupported(module):
+                self.chain = TransformChain(list(list_transforms(module, is_conditional)))
             self.cuda_chain = CudaChain(self.chain)
             places = [place for transform in self.chain.transforms for place in transform.places]
             self._holders, self._names = [holder for holder, _ in places], [name for _, name in places]
@@ -75,15 +75,12 @@ class NativeModule:
             buffers = [part._buffers for part in modules if part._buffers and _STATISTICS not in part._buffers]
             self.snapshot = Snapshot(modules, buffers, _SETTINGS)
         except UnsupportedError as error:
-            self._obstacle, self._devices = str(error), self._find_devices()
+            self._obstacle, self._devices = str(error), device_types(module)
             self.snapshot = Snapshot(modules, kinds=_SETTINGS)
 
     def is_current(self) -> bool:
         """Returns True if the module is as it was when this was made. An obstacle may have been its device."""
-        return self.snapshot.is_current() and (self._obstacle is None or self._devices == self._find_devices())
-
-    def _find_devices(self) -> set[torch.device]:
-        return {tensor.device for tensor in (*self._module.parameters(), *self._module.buffers())}
+        return self.snapshot.is_current() and (self._obstacle is None or self._devices == device_types(self._module))
 
     @property
     def obstacle(self) -> str | None:

@@ -66,8 +66,6 @@ class LibraryNetwork(MaskedNetwork):
         """Adds the places of the weight and the bias of a layer; returns False if it has no bias."""
         if layer._parameters.keys() != {"weight", "bias"}:
             raise UnsupportedError("a weight or bias that is not a parameter")
-        if not (layer.weight.is_cpu or layer.weight.is_cuda):  # A caller that has no kernel refuses a GPU.
-            raise UnsupportedError("a network on another device")
         has_bias = layer.bias is not None
         self.places += [(layer._parameters, name) for name in ("weight", "bias")[: 1 + has_bias]]
         return has_bias

@@ -34,6 +34,8 @@ from jacobiflow.native.transforms import ChainTransform, constant_transform, cou
 def list_transforms(module: Any, is_conditional: bool) -> Iterator[ChainTransform]:
     """Yields the transform, see `ListTransforms`. pyro remembers the values between transforms, so each is alone."""
     kind: Any = library_class(module)
+    if kind not in _MIXINS:
+        raise UnsupportedError(kind.__name__)
     network = getattr(module.upper_spline if kind is SplineCoupling else module, "nn", None) or module.arn
     if type(network) not in (AutoRegressiveNN, ConditionalAutoRegressiveNN, DenseNN, ConditionalDenseNN):
         raise UnsupportedError(f"the network {type(network).__name__}")
@@ -291,6 +293,13 @@ class AcceleratedConditional(ConditionalTransformModule, AcceleratedModule):
         return transform
 
 
+class _PyroAdapter(Adapter):
+    def check(self, module: nn.Module) -> None:
+        super().check(module)
+        if vars(module).get("kwargs", {}).get("stable"):  # Its transforms at a context have methods of their own.
+            raise UnsupportedError("stable=True replaces the methods of its transforms")
+
+
 _MIXINS: dict[type[nn.Module], type[AcceleratedModule]] = {
     AffineAutoregressive: AcceleratedAffine, ConditionalAffineAutoregressive: AcceleratedConditional,
     SplineAutoregressive: AcceleratedSpline, ConditionalSplineAutoregressive: AcceleratedConditional,
@@ -298,9 +307,12 @@ _MIXINS: dict[type[nn.Module], type[AcceleratedModule]] = {
     AffineCoupling: AcceleratedTransform, ConditionalAffineCoupling: AcceleratedConditional,
     SplineCoupling: AcceleratedSplineCoupling,
 }  # fmt: skip
+_METHODS: dict[type[AcceleratedModule], tuple[str, ...]] = {
+    AcceleratedConditional: ("condition",), AcceleratedNeural: ("_call", "_inverse"),
+}  # fmt: skip
 ADAPTERS: tuple[Adapter, ...] = tuple(
-    Adapter(
-        kind, ("condition" if mixin is AcceleratedConditional else "_inverse",), mixin, list_transforms,
+    _PyroAdapter(
+        kind, _METHODS.get(mixin, ("_inverse",)), mixin, list_transforms,
         needs_native="Coupling" in kind.__name__, has_search=lambda module: "Neural" in library_class(module).__name__,
     )
     for kind, mixin in _MIXINS.items()

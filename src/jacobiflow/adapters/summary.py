@@ -61,6 +61,10 @@ def _describe_way(layer: nn.Module, part: Part, tolerance: float | None) -> str:
     if adapter.list_transforms is None:
         return "native code"
     way = "the library" if adapter.needs_native or layer is not part.module else "passes"
+    try:
+        adapter.check(part.module)
+    except UnsupportedError as error:  # It has changed.
+        return f"the library: {error}"
     if tolerance == 0:
         return way
     try:

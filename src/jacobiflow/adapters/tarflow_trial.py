@@ -111,7 +111,7 @@ class _Trial:
         self._block = copy.deepcopy(block).cpu().float().eval()
         self._native, self._parameters, self._generator = native, parameters, torch.Generator().manual_seed(0)
         self._tokens, self._channels = len(self._block.pos_embed), self._block.proj_in.in_features
-        self._input_scale, self._is_random, self._num_results = torch.ones(self._channels), False, 0
+        self._input_scale, self._is_random, self._num_results = torch.ones(self._channels, device="cpu"), False, 0
         work = self._tokens * sum(weight.numel() for weight in self._block.parameters())
         self._is_large, self._is_conditional = work > _LARGE_BLOCK, getattr(self._block, "cond_proj", None) is not None
 
@@ -145,7 +145,7 @@ class _Trial:
         """Draws random weights. The log-scales are large, with this sign first, and nearly the same for all tokens."""
         block, self._is_random = self._block, True
         for name, weight in block.named_parameters():
-            noise = torch.randn(weight.shape, generator=self._generator)
+            noise = torch.randn(weight.shape, generator=self._generator, device="cpu")
             if "norm" in name and name.endswith("weight"):
                 noise = 1 + 0.3 * noise
             elif name.endswith("bias"):
@@ -155,7 +155,8 @@ class _Trial:
             weight.copy_(noise)
         block.proj_out.weight *= _OUTPUT_GAIN
         if len(block.proj_out.bias) == 2 * self._channels:
-            log_scale = sign * (-1) ** torch.arange(self._channels) * torch.linspace(_MAX_LOG_SCALE, 1, self._channels)
+            signs = sign * (-1) ** torch.arange(self._channels, device="cpu")
+            log_scale = signs * torch.linspace(_MAX_LOG_SCALE, 1, self._channels, device="cpu")
             block.proj_out.bias[: self._channels] = log_scale
             self._input_scale = (-log_scale).exp()  # It makes x of size 1.
 
@@ -174,15 +175,15 @@ class _Trial:
             label_step: The difference of the labels of adjacent rows; `None` for no labels.
             arguments: Arguments of `reverse`. Those that the block does not have are left out.
         """
-        block, z = self._block, torch.randn(rows, tokens, self._channels, generator=self._generator)
+        block, z = self._block, torch.randn(rows, tokens, self._channels, generator=self._generator, device="cpu")
         z[:, 1:] *= self._input_scale  # A block does not scale its first token.
         arguments = {name: value for name, value in arguments.items() if name in self._parameters}
         if self._is_conditional:
             size = rows, tokens, block.cond_proj.in_features
-            arguments["cond"] = torch.randn(size, generator=self._generator)
+            arguments["cond"] = torch.randn(size, generator=self._generator, device="cpu")
         elif getattr(block, "class_embed", None) is not None and label_step is not None:
-            arguments["y"] = -label_step * torch.arange(rows) % len(block.class_embed)
-        perturbation = 1 + _PERTURBATION * torch.randn(z.shape, generator=self._generator)
+            arguments["y"] = -label_step * torch.arange(rows, device="cpu") % len(block.class_embed)
+        perturbation = 1 + _PERTURBATION * torch.randn(z.shape, generator=self._generator, device="cpu")
         try:
             x = block.permutation(z, inverse=True)
             results = block.reverse(x.clone(), **arguments)

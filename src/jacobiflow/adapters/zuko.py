@@ -217,6 +217,9 @@ def _name_of(constructor: Any) -> str:
 
 def _has_networks_of_features(module: Any) -> bool:
     """Returns True if each feature has a monotone network of its own, as in NAF and UNAF."""
+    kind: Any = library_class(module)
+    if kind.meta is not MaskedAutoregressiveTransform.meta:  # The search calls the networks without it.
+        return False
     if type(module.univariate) not in (MNN, UMNN) or module.order is None:
         return False
     return all(layer.weight.ndim == 3 for layer in module.univariate.modules() if isinstance(layer, Linear))

@@ -174,7 +174,7 @@ def gamma_norm(
     fraction `rtol`, or after 100 steps.
     """
     product, transposed_product = gamma_products(block, x, z, context)
-    start = torch.randn(x.shape, generator=torch.Generator().manual_seed(0), dtype=x.dtype).to(x.device)
+    start = torch.randn(x.shape, generator=torch.Generator().manual_seed(0), dtype=x.dtype, device="cpu").to(x.device)
     right, _ = _orthonormal(start, [])
     rights, lefts, diagonal, above = [right], list[Tensor](), list[Tensor](), list[Tensor]()
     norm = x.new_zeros(len(x))

@@ -159,7 +159,7 @@ class CalibrationJob(jobs.Job):
         most = flow.config.num_tokens // _MIN_SEGMENT_TOKENS
         self.segment_counts = sorted({1, segments, *(2**k for k in range(1, most.bit_length()))})
         # Sweeps are measured for these images.
-        self._index = torch.arange(num_samples) * len(images) // num_samples
+        self._index = torch.arange(num_samples, device="cpu") * len(images) // num_samples
         # Under guidance images have no latents.
         self.sources: tuple[LatentSource, ...] = ("noise",) if flow.guidance else ("images", "noise")
         self.machine = describe_machine(flow.var.device)
@@ -209,7 +209,8 @@ class CalibrationJob(jobs.Job):
         return _output(f"solutions-{source}", tensors)
 
     def _read_solution(self, store: JobStore, source: LatentSource, block: int) -> BlockSolution:
-        with safe_open(store.path / _file(f"solutions-{source}"), "pt") as file:
+        # A slice would be made on the default device.
+        with torch.device("cpu"), safe_open(store.path / _file(f"solutions-{source}"), "pt") as file:
             x, z = (file.get_slice(name)[block].to(self.flow.var.device) for name in ("x", "z"))
         return BlockSolution(x, z, self.statistics.context_at(self._index))
 
@@ -274,7 +275,7 @@ def _check_images(flow: Flow, images: ImageSet) -> None:
         flow.check_data(images, "images")
     try:
         num = len(images)
-        images[torch.tensor([0, 0])]
+        images[torch.tensor([0, 0], device="cpu")]
     except (TypeError, LookupError) as error:
         kind = type(images).__name__
         raise InputTypeError(f"images of type {kind}: give a tensor, or what a tensor can index") from error

@@ -69,7 +69,7 @@ class CalibrationStatistics:
     def __init__(self, flow: Flow, images: ImageSet, context: Context, classes: Sequence[int], batch_size: int) -> None:
         self.flow, self.images, self.classes, self.batch_size = flow, images, classes, batch_size
         self.blocks, self.context = range(flow.config.num_blocks), context.to(flow.var.device)
-        batches = torch.arange(len(images)).split(batch_size)
+        batches = torch.arange(len(images), device="cpu").split(batch_size)
         size = -(-len(batches) // _MAX_CHUNKS)
         self.chunks = [batches[start : start + size] for start in range(0, len(batches), size)]
 
@@ -77,7 +77,7 @@ class CalibrationStatistics:
         """Returns the images at `index`."""
         # NumPy takes a tensor of one index for a number, and would leave out the first axis.
         rows = self.images[index.numpy()] if isinstance(self.images, np.ndarray) else self.images[index]
-        images = torch.as_tensor(rows).detach()
+        images = (rows if isinstance(rows, Tensor) else torch.as_tensor(rows, device="cpu")).detach()
         self.flow.check_data(images, "images")
         check_finite("images", images)
         return images

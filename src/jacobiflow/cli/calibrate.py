@@ -80,7 +80,7 @@ def run(config: CalibrateConfig) -> CalibrateResult | None:
     flow = loading.load_model(config.model, config.device, config.dtype, config.guidance)
     channels, size, _ = flow.require_images()
     data = load_images(config.images, size, channels)
-    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(config.seed))
+    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(config.seed), device="cpu")
     indices = order[: config.num].sort().values
     images, labels = data.batch(indices)
     if not config.clean:

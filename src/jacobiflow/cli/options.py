@@ -248,7 +248,7 @@ def parse_labels(words: Sequence[str], num: int, flow: Flow, seed: int) -> Tenso
     names = [name.strip() for name in text.split(",")]
     is_number = [name not in flow.classes and re.fullmatch(r"-?\d{1,9}", name) for name in names]
     labels = [int(name) if is_number[i] else class_number(name, flow.classes) for i, name in enumerate(names)]
-    return flow.context_kind.resolve(labels)[torch.arange(num) % len(names)].values
+    return flow.context_kind.resolve(labels)[torch.arange(num, device="cpu") % len(names)].values
 
 
 def _read_labels(path: Path) -> Any:

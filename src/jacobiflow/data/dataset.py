@@ -59,7 +59,7 @@ class ImageDataset(Dataset[Any]):
 
     def evenly_spaced(self, num: int) -> ImageDataset:
         """Returns `num` evenly spaced images, read into memory if they are in files."""
-        index = torch.arange(num) * len(self) // num
+        index = torch.arange(num, device="cpu") * len(self) // num
         return replace(self, images=self.images[index], labels=None if self.labels is None else self.labels[index])
 
     def sha256(self) -> str:
@@ -80,4 +80,4 @@ def quantize(images: Float[Tensor, "*n"]) -> UInt8[Tensor, "*n"]:
 
 def balanced_labels(num: int, num_classes: int) -> Int[Tensor, " n"]:
     """Returns labels 0, 1, ..., num_classes - 1, 0, 1, ..., so that all classes are equally frequent."""
-    return torch.arange(num) % num_classes
+    return torch.arange(num, device="cpu") % num_classes

@@ -46,7 +46,7 @@ class ImageFiles:
     def __getitem__(self, index: Any) -> UInt8[Tensor, "*n c h w"]:
         if isinstance(index, int):
             return read_image(self.files[index], self.size, self.channels)
-        return torch.stack([self[i] for i in torch.arange(len(self))[index].tolist()])
+        return torch.stack([self[i] for i in torch.arange(len(self), device="cpu")[index].tolist()])
 
 
 def natural_shape(files: tuple[Path, ...]) -> tuple[int, int]:

@@ -39,9 +39,9 @@ class Noise:
     def draw(self, shape: Sequence[int], generator: torch.Generator | None = None) -> Float[Tensor, "*n"]:
         """Draws normal numbers, or uniform ones in [0, 1) if `std` is 0, on the CPU."""
         if self.std:
-            return torch.randn(shape, generator=generator)
+            return torch.randn(shape, generator=generator, device="cpu")
         # Steps of 2^-16 are exact in float32 beside 255, but 255 + torch.rand() may round to 256.
-        return torch.randint(1 << 16, shape, generator=generator) / (1 << 16)
+        return torch.randint(1 << 16, shape, generator=generator, device="cpu") / (1 << 16)
 
     def add(self, images: Float[Tensor, "*n"], numbers: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:
         """Adds the noise of numbers that `draw` gave to images in [-1, 1]."""

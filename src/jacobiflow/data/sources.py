@@ -169,5 +169,5 @@ def _read_folder(folder: Path, size: int | None, channels: int | None) -> ImageD
         size, channels = size or natural_size, channels or natural_channels
     images = ImageFiles(files, size, channels)
     images[0]  # Raises an error for too large a size.
-    labels = torch.tensor([classes.index(name.parts[0]) for name in names]) if classes else None
+    labels = torch.tensor([classes.index(name.parts[0]) for name in names], device="cpu") if classes else None
     return ImageDataset(images, labels, tuple(classes))

@@ -87,9 +87,9 @@ class FeatureStatistics:
         """Writes a state dict of `FrechetInceptionDistance`; the original code also needs Inception's weights in it."""
         state = {
             "real_features_sum": self.sum, "real_features_cov_sum": self.outer,
-            "real_features_num_samples": torch.tensor(self.num),
+            "real_features_num_samples": torch.tensor(self.num, device="cpu"),
             "fake_features_sum": torch.zeros_like(self.sum), "fake_features_cov_sum": torch.zeros_like(self.outer),
-            "fake_features_num_samples": torch.tensor(0),
+            "fake_features_num_samples": torch.tensor(0, device="cpu"),
         }  # fmt: skip
         if inception is not None:
             state |= {f"inception.{name}": value.cpu() for name, value in inception.network.state_dict().items()}

@@ -245,7 +245,7 @@ class EvaluationJob(Job):
     def _choose_features(self, store: JobStore, kind: str) -> Tensor:
         """Returns all features, or `_MAX_PAIRWISE` of them at random, since images may be sorted by class."""
         features = torch.cat(list(self._load_features(store, kind)))
-        rows = torch.randperm(len(features), generator=torch.Generator().manual_seed(0))[:_MAX_PAIRWISE]
+        rows = torch.randperm(len(features), generator=torch.Generator().manual_seed(0), device="cpu")[:_MAX_PAIRWISE]
         return features[rows.sort().values]
 
     def _load_features(self, store: JobStore, kind: str) -> Iterator[Tensor]:
@@ -280,17 +280,17 @@ def _measure_errors(flow: Flow, folder: SampleFolder, rows: range) -> UnitOutput
 
 def _measure_likelihoods(flow: Flow, test: ImageDataset, seed: int, rows: range) -> UnitOutput:
     """Measures the sum of the bits per dimension of images, and the number of them whose class the flow finds."""
-    batch = flow, test, Noise(flow.config.noise_std), seed, torch.tensor(rows)
+    batch = flow, test, Noise(flow.config.noise_std), seed, torch.tensor(rows, device="cpu")
     num_correct = None if test.labels is None else count_correct_classes(*batch)
     return UnitOutput(value=(total_bits_per_dim(*batch), num_correct))
 
 
 def _real_images(real: ImageDataset, features: FeatureFunction, rows: range) -> Tensor:
     """Returns real images; as in the original code of TarFlow, half of Inception's are mirrored."""
-    images = real.images[torch.tensor(rows)]
+    images = real.images[torch.tensor(rows, device="cpu")]
     if not isinstance(features, InceptionFeatures):
         return images
-    is_mirrored = torch.rand(len(real), generator=torch.Generator().manual_seed(0)) < 0.5
+    is_mirrored = torch.rand(len(real), generator=torch.Generator().manual_seed(0), device="cpu") < 0.5
     return torch.where(is_mirrored[rows.start : rows.stop].view(-1, 1, 1, 1), images.flip(-1), images)
 
 

@@ -30,7 +30,7 @@ def bits_per_dim(flow: Flow, data: ImageDataset, noise: Noise, seed: int = 0, ba
         >>> round(bits_per_dim(jf.load("digits-p1"), few, Noise(0.1)), 1)
         6.8
     """
-    batches = torch.arange(len(data)).split(batch_size)
+    batches = torch.arange(len(data), device="cpu").split(batch_size)
     return sum(total_bits_per_dim(flow, data, noise, seed, index) for index in batches) / len(data)
 
 
@@ -47,7 +47,7 @@ def bayes_accuracy(flow: Flow, data: ImageDataset, noise: Noise, seed: int = 0, 
 
     Classes are taken to be equally likely. An image has the same noise for all classes, best that of the training.
     """
-    batches = torch.arange(len(data)).split(batch_size)
+    batches = torch.arange(len(data), device="cpu").split(batch_size)
     return sum(count_correct_classes(flow, data, noise, seed, index) for index in batches) / len(data)
 
 

@@ -99,10 +99,10 @@ class Chord(Convolution, Correction):
         Each token has the same weight, whatever the size of its residuals.
         """
         _, length, token_dim = x.shape
-        chord = cls(torch.zeros(width, token_dim, token_dim))
+        chord = cls(torch.zeros(width, token_dim, token_dim, device="cpu"))
         cross = torch.zeros(width * token_dim, token_dim, dtype=torch.float64, device=x.device)
         gram = cross.new_zeros(len(cross), len(cross))
-        ridge = _RIDGE * torch.eye(len(cross)).to(gram)
+        ridge = _RIDGE * torch.eye(len(cross), dtype=gram.dtype, device=gram.device)
         current, count = start, 0
         with no_gradients(problem.block):
             for _ in range(min(width, length)):

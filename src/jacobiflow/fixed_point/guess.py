@@ -163,7 +163,7 @@ class CausalLinear(Convolution, _ShiftedGuess):
         """Returns the guess from `width` + 1 latents nearest to the solutions `x` at `z`, by ridge regression."""
         rows = rows_before((z - z.mean(dim=0)).double(), width + 1)
         gram = rows.T @ rows
-        ridge = _RIDGE * gram.diagonal().mean() * torch.eye(len(gram)).to(gram)
+        ridge = _RIDGE * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
         centred = (x - x.mean(dim=0)).flatten(0, 1).to(rows)
         kernel = as_kernel(torch.linalg.solve(gram + ridge, rows.T @ centred), width + 1).to(x)
         linear = cls(kernel, torch.zeros_like(x[0]))

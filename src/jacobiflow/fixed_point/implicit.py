@@ -66,6 +66,8 @@ class _Inverse(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Any, ...]:
+        if all(cotangent is None for cotangent in cotangents):
+            return (None,) * len(ctx.needs_input_grad)
         check_first_derivative("decode", "write the loss with flow.encode instead")
         x, z, values, *parameters = ctx.saved_tensors
         with torch.enable_grad():

@@ -118,7 +118,8 @@ class Classes(ContextKind):
             check_count("number of labels", math.prod(labels.shape), 0, MAX_SAMPLES)
         if not isinstance(labels, Tensor):
             try:
-                labels = torch.as_tensor(np.array(labels))  # Arrays may be read-only or have negative strides.
+                array = np.array(labels)  # Arrays may be read-only or have negative strides.
+                labels = torch.as_tensor(array, device="cpu")
             except (TypeError, ValueError) as error:
                 raise InputTypeError(f"give {give}", argument="labels", value=format_value(labels)) from error
         labels = labels if labels.ndim else labels.repeat(num)
@@ -128,7 +129,7 @@ class Classes(ContextKind):
         return labels
 
     def example(self, num: int) -> Context:
-        return Context(torch.arange(num) % self.num)
+        return Context(torch.arange(num, device="cpu") % self.num)
 
 
 def class_number(name: str, names: Sequence[str]) -> int:

@@ -67,7 +67,7 @@ class Flow(Pretrained):
         self.check_config(config)
         self.config = config
         self.blocks = nn.ModuleList(map(self.make_block, range(config.num_blocks)))  # type: ignore[assignment]
-        self.register_buffer("var", torch.ones(config.num_tokens, config.token_dim))
+        self.register_buffer("var", torch.ones(config.num_tokens, config.token_dim, device=None))
 
     @classmethod
     def check_config(cls, config: Any) -> None:

@@ -33,7 +33,8 @@ def draw_latents(num: int, num_tokens: int, token_dim: int, seed: int = 0, start
 def draw_labels(num: int, num_classes: int, seed: int = 0, start: int = 0) -> Int[Tensor, " n"]:
     """Returns uniform labels of samples start .. start+num-1; that of sample i depends on `seed` and i only."""
     generators = (_generator(seed, _LABEL_STREAM, start + i) for i in range(num))
-    return torch.tensor([int(generator.integers(num_classes)) for generator in generators], dtype=torch.int64)
+    labels = [int(generator.integers(num_classes)) for generator in generators]
+    return torch.tensor(labels, dtype=torch.int64, device="cpu")
 
 
 def log_normal(z: Float[Tensor, "n t d"]) -> Float[Tensor, " n"]:

@@ -86,7 +86,8 @@ class MaskedLinear(nn.Module):
         self.in_degrees, self.out_degrees = in_degrees, out_degrees
         dense = nn.Linear(len(in_degrees), len(out_degrees))
         self.weight, self.bias = dense.weight, dense.bias
-        self.class_embed = nn.Parameter(torch.zeros(num_classes, len(out_degrees))) if num_classes else None
+        embeddings = torch.zeros(num_classes, len(out_degrees), device=None)
+        self.class_embed = nn.Parameter(embeddings) if num_classes else None
 
     def offset(self, labels: Int[Tensor, " b"] | None) -> Float[Tensor, "#b o"]:
         """Returns the bias plus the part of each row's class."""
@@ -237,7 +238,7 @@ class MAFBlock(FlowBlock):
         if tokens.shape[2:] != (1,):
             raise UnsupportedError(f"tokens {tuple(tokens.shape)} with other than one channel")
         num_classes = self.config.num_classes
-        table = torch.eye(num_classes, dtype=tokens.dtype) if num_classes else None
+        table = torch.eye(num_classes, dtype=tokens.dtype, device=tokens.device) if num_classes else None
         classes = embed_classes(table, context.values)
         in_pytorch = None if is_inverse else self._encode_in_pytorch
         chain, tensors = _describe_block(self.config, len(guidance) > 0), [*self._native_tensors(), *guidance]

@@ -110,7 +110,7 @@ class ProseBlock(TransformerBlock):
             if config.lookahead
             else nn.Linear(width, width)
         )
-        self.pos_embed_scale = nn.Parameter(torch.full((1,), 1e-2))
+        self.pos_embed_scale = nn.Parameter(torch.full((1,), 1e-2, device=None))
         layer = AdaptiveLayer if config.adaptive else NormalizedLayer
         self.attn_blocks = nn.ModuleList(  # type: ignore[assignment]
             layer(width, config.head_dim, config.expansion) for _ in range(config.layers_per_block)
@@ -136,14 +136,14 @@ class ProseBlock(TransformerBlock):
         return SharedParameters(condition=self.proj_cond(atoms))
 
     def positions(self) -> Float[Tensor, "t w"]:
-        table = sinusoid(torch.arange(self.num_tokens), len(self.proj_in.weight), _TOKEN_PERIOD)
+        table = sinusoid(torch.arange(self.num_tokens, device="cpu"), len(self.proj_in.weight), _TOKEN_PERIOD)
         return table.to(self.pos_embed_scale) * self.pos_embed_scale + self.proj_in.bias
 
     def embed_context(self, values: Tensor | None) -> None:
         return None
 
 
-def _convert_numbers(name: str, values: Any, device: torch.device | None = None) -> Tensor:
+def _convert_numbers(name: str, values: Any, device: torch.device | str = "cpu") -> Tensor:
     """Returns values as a vector; a message calls them `name`."""
     try:
         return torch.as_tensor(values, device=device).flatten()
@@ -211,7 +211,7 @@ class Prose(Flow):
             lookahead="blocks.0.proj_cond.2.weight" in state,
             orders=tuple(orders) if isinstance(orders, list) else orders,  # type: ignore[arg-type]
         )
-        state["var"] = torch.ones(0, token_dim)
+        state["var"] = torch.ones(0, token_dim, device="cpu")
         return build(cls, config, state, str(path))
 
     @property

@@ -112,7 +112,7 @@ class _RMSNorm(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.zeros(width))
+        self.weight = nn.Parameter(torch.zeros(width, device=None))
 
 
 class STARFlowBlock(TransformerBlock):
@@ -134,7 +134,7 @@ class STARFlowBlock(TransformerBlock):
         self.text_length = config.text_tokens if self.supports_guidance else 0
         self.prefix_length = self.text_length + 1
         self.proj_in = nn.Linear(config.token_dim, width)
-        self.sos_embed = nn.Parameter(torch.randn(1, 1, config.token_dim))
+        self.sos_embed = nn.Parameter(torch.randn(1, 1, config.token_dim, device=None))
         self.attn_blocks = nn.ModuleList(  # type: ignore[assignment]
             TransformerLayer(width, config.head_dim, config.expansion) for _ in range(layers)
         )
@@ -143,14 +143,14 @@ class STARFlowBlock(TransformerBlock):
         nn.init.zeros_(self.proj_out.weight)
         if self.supports_guidance:
             self.proj_txt = nn.Linear(config.text_dim, width)
-            self.register_buffer("null_text", torch.zeros(config.text_tokens, config.text_dim))
+            self.register_buffer("null_text", torch.zeros(config.text_tokens, config.text_dim, device=None))
 
     def shared_parameters(self) -> SharedParameters:
         """Returns the rotations of the prefix and of the tokens. Token t uses the rotary position of t + 1."""
         side, weight = math.isqrt(self.num_tokens), self.proj_in.weight
-        token = torch.arange(self.num_tokens, dtype=torch.float64)
+        token = torch.arange(self.num_tokens, dtype=torch.float64, device="cpu")
         rows, columns = (F.pad(axis, (self.text_length, 1)) for axis in ((token / side).floor(), token % side))
-        text = torch.arange(self.text_length, dtype=torch.float64) * side / max(self.text_length, 1)
+        text = torch.arange(self.text_length, dtype=torch.float64, device="cpu") * side / max(self.text_length, 1)
         texts = F.pad(text, (0, self.num_tokens + 1))
         pairs = self.head_dim // 4 - _TEXT_PAIRS // 2
         angles = torch.cat((_angles(rows, pairs), _angles(columns, pairs), _angles(texts, _TEXT_PAIRS)), dim=1)
@@ -189,7 +189,7 @@ class STARFlowBlock(TransformerBlock):
 
 def _angles(positions: Float[Tensor, " t"], num: int) -> Float[Tensor, "t {num}"]:
     """Returns the angles of `num` pairs of channels at each position, in radians."""
-    return positions.unsqueeze(-1) * _ROTARY_BASE ** -(torch.arange(num, dtype=torch.float64) / num)
+    return positions.unsqueeze(-1) * _ROTARY_BASE ** -(torch.arange(num, dtype=torch.float64, device="cpu") / num)
 
 
 @register_flow
@@ -252,7 +252,8 @@ class STARFlow(Flow):
         config = cls.infer_config(state, str(path)) if config is None else config
         cls.check_config(config)
         state = {name: tensor for name, tensor in state.items() if name.partition(".")[0] not in _UNUSED_MODULES}
-        state[f"blocks.{config.num_blocks - 1}.null_text"] = torch.zeros(config.text_tokens, config.text_dim)
+        null_text = torch.zeros(config.text_tokens, config.text_dim, device="cpu")
+        state[f"blocks.{config.num_blocks - 1}.null_text"] = null_text
         flow = build(cls, config, state, str(path))
         if encode_text is not None:
             flow.encode_text = encode_text

@@ -152,9 +152,9 @@ class TarFlowBlock(TransformerBlock):
         width, layers, _ = config.of_block(index)
         super().__init__(config.num_tokens, config.nvp, permutation)
         self.proj_in = nn.Linear(config.token_dim, width)
-        self.pos_embed = nn.Parameter(torch.randn(config.num_tokens, width) * 1e-2)
+        self.pos_embed = nn.Parameter(torch.randn(config.num_tokens, width, device=None) * 1e-2)
         classes, numbers = config.num_classes, config.context_dim
-        self.class_embed = nn.Parameter(torch.randn(classes, 1, width) * 1e-2) if classes else None
+        self.class_embed = nn.Parameter(torch.randn(classes, 1, width, device=None) * 1e-2) if classes else None
         self.proj_context = nn.Linear(numbers, width) if numbers else None
         self.attn_blocks = nn.ModuleList(  # type: ignore[assignment]
             TransformerLayer(width, config.head_dim, config.expansion) for _ in range(layers)
@@ -231,7 +231,7 @@ class TarFlow(Flow):
         state = read_original(path)
         config = cls.infer_config(state, str(path)) if config is None else config
         cls.check_config(config)
-        state.setdefault("var", torch.ones(config.num_tokens, config.token_dim))  # Files of SBG lack it.
+        state.setdefault("var", torch.ones(config.num_tokens, config.token_dim, device="cpu"))  # Files of SBG lack it.
         flow = build(cls, config, state, str(path))
         if config.noise_std:
             flow.recommended = SamplingSettings(denoise=1.0)
@@ -287,7 +287,7 @@ class TarFlow(Flow):
             )
         state = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
         check_values(state, f"{path}: not written")
-        mask = torch.ones(config.num_tokens, config.num_tokens).tril()
+        mask = torch.ones(config.num_tokens, config.num_tokens, device="cpu").tril()
         try:
             Path(path).parent.mkdir(parents=True, exist_ok=True)
             with atomic_path(path) as partial_file:

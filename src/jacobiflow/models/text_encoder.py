@@ -55,7 +55,7 @@ def word_encoder(
             "captions",
             stacklevel=2,
         )
-    states = torch.zeros(len(prompts), text_tokens, text_dim)
+    states = torch.zeros(len(prompts), text_tokens, text_dim, device="cpu")
     for i, words in enumerate(texts):
         for j, word in enumerate([*words[: text_tokens - 1], "."]):
             seed = int.from_bytes(hashlib.sha256(word.encode()).digest()[:8], "big")

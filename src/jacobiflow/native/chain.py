@@ -17,7 +17,7 @@ from torch import Tensor
 from jacobiflow.errors import UnsupportedError
 from jacobiflow.native.boundary import ChainArgs, GradientArgs, Transform
 from jacobiflow.native.library import Library, compiled_library
-from jacobiflow.native.tensors import address_of, addresses_of, check_tensor, is_plain
+from jacobiflow.native.tensors import address_of, addresses_of, allocate, check_tensor, is_plain
 from jacobiflow.native.transforms import ChainTransform
 from jacobiflow.utils.autograd import check_first_derivative, is_batched
 
@@ -147,11 +147,11 @@ class TransformChain:
             x = x.clone() if x.is_inference() else x
             context = context.clone() if context is not None and context.is_inference() else context
         self._addresses[dtype] = addresses = addresses_of(tensors, self.shapes, dtype, self._addresses.get(dtype))
-        memory = x.new_empty(self.memory_size(native, x)) if any(needed) else None
-        out, failed = x.new_empty(rows, features), ctypes.create_string_buffer(rows)
+        memory = allocate(dtype, self.memory_size(native, x)) if any(needed) else None
+        out, failed = allocate(dtype, rows, features), ctypes.create_string_buffer(rows)
         log_dets = None
         if log_det is not None:
-            log_dets = x.new_empty(rows, features) if is_by_feature else x.new_empty(rows)
+            log_dets = allocate(dtype, rows, features) if is_by_feature else allocate(dtype, rows)
         arguments, _inputs = self.arguments(x, context, memory, is_inverse, is_by_feature)
         arguments.tensors, arguments.out = addresses.buffer_info()[0], out.data_ptr()
         arguments.log_det, arguments.failed = address_of(log_dets), ctypes.addressof(failed)
@@ -197,9 +197,9 @@ class _Call:
             context = check_tensor(context, (1 if len(context) == 1 else len(x), self.chain.context), dtype)
         grad_out, grad_log_det = (None if c is None else check_tensor(c, shape[: c.ndim], dtype) for c in cotangents)
         wants_x, wants_context, *wants_tensors = wanted
-        grad_x = x.new_empty(shape) if wants_x else None
-        grad_context = None if context is None or not wants_context else x.new_empty(len(x), context.shape[1])
-        grads = [x.new_empty(s) if w else None for s, w in zip(self.chain.shapes, wants_tensors, strict=True)]
+        grad_x = allocate(dtype, *shape) if wants_x else None
+        grad_context = None if context is None or not wants_context else allocate(dtype, len(x), context.shape[1])
+        grads = [allocate(dtype, *s) if w else None for s, w in zip(self.chain.shapes, wants_tensors, strict=True)]
         table = (ctypes.c_void_p * len(grads))(*map(address_of, grads))
         arguments, _inputs = self.chain.arguments(x, context, memory, self.is_inverse, self.is_by_feature)
         gradient_arguments = GradientArgs(

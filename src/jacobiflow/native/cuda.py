@@ -27,7 +27,7 @@ from jacobiflow.native import compiler
 from jacobiflow.native.boundary import ChainArgs, TransformKind
 from jacobiflow.native.chain import InPyTorch, Result, TransformChain, with_row_stride
 from jacobiflow.native.library import compiled_library, private_folder
-from jacobiflow.native.tensors import address_of, is_dense
+from jacobiflow.native.tensors import address_of, allocate, is_dense
 from jacobiflow.utils.files import write_atomically
 
 SWITCH = "JACOBIFLOW_CUDA"  # If this environment variable is 1, `cuda=True` is the default of `jf.accelerate`.
@@ -203,14 +203,14 @@ def make_plan(chain: TransformChain, is_inverse: bool, log_det: str | None) -> D
         context_features=chain.context, is_inverse=is_inverse, is_by_feature=log_det == "features", num_threads=1,
     )  # fmt: skip
     size, units, own_units = native.chain_image(arguments, 0, None)
-    images = torch.zeros(2, -(-size // 8), dtype=torch.int64)
+    images = allocate(torch.int64, 2, -(-size // 8)).zero_()
     for base, image in enumerate(images):
         native.chain_image(arguments, base, image.data_ptr())
     # The CPU's own packing tells where each packed weight comes from: it packs positions in place of weights.
     counts = [math.prod(shape) for shape in chain.shapes]
-    sources = torch.arange(1, sum(counts) + 1, dtype=torch.float64).split(counts)
+    sources = torch.arange(1, sum(counts) + 1, dtype=torch.float64, device="cpu").split(counts)
     table = (ctypes.c_void_p * len(counts))(*(source.data_ptr() for source in sources))
-    packed = torch.zeros(chain.sizes(native)[0], dtype=torch.float64)
+    packed = allocate(torch.float64, chain.sizes(native)[0]).zero_()
     arguments.tensors, arguments.packed = ctypes.addressof(table), packed.data_ptr()
     native.evaluate_chain(arguments, torch.float64)  # A call of no rows only packs.
     log_det_shape = {None: None, "rows": (), "features": (chain.features,)}[log_det]

@@ -59,6 +59,11 @@ def check_tensor(tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> 
     return tensor.detach().contiguous()
 
 
+def allocate(dtype: torch.dtype, *shape: int) -> Tensor:
+    """Returns memory for C++, without values. It is on the CPU, whatever PyTorch's default device is."""
+    return torch.empty(*(shape or [()]), dtype=dtype, device="cpu")  # Sizes one by one take less time than a tuple.
+
+
 def is_traced() -> bool:
     """Returns True if PyTorch traces, compiles, transforms functions, or has a dispatch mode or hooks on all modules.
 

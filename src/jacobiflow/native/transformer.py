@@ -15,7 +15,15 @@ from torch.nn import functional as F
 from jacobiflow.errors import UnsupportedError
 from jacobiflow.native.boundary import LayerArgs, TransformerArgs, Weight
 from jacobiflow.native.library import Library, usable_library
-from jacobiflow.native.tensors import MATRICES, MAX_INT32, address_of, addresses_of, check_tensor, layer_shapes
+from jacobiflow.native.tensors import (
+    MATRICES,
+    MAX_INT32,
+    address_of,
+    addresses_of,
+    allocate,
+    check_tensor,
+    layer_shapes,
+)
 from jacobiflow.native.weights import WeightMemory, kept_memory, store_weights
 
 _MAX_ROWS_PER_THREAD = 32  # rows of the network per call; more do not fit in the processor's cache
@@ -61,7 +69,7 @@ class RowInputs(NamedTuple):
         hidden = [part.hidden for part in parts if part.hidden is not None]
         if contexts and len(contexts) < len(parts):
             raise UnsupportedError("a context for one of two rows")
-        scales = [torch.ones(num) if part.query_scale is None else part.query_scale for part in parts]
+        scales = [torch.ones(num, device="cpu") if part.query_scale is None else part.query_scale for part in parts]
         prefix = [torch.cat(pair) for pair in zip(*(part.prefix for part in parts), strict=True)]
         return cls(
             torch.cat(contexts) if contexts else None, torch.cat(scales), prefix, torch.cat(hidden) if hidden else None
@@ -132,7 +140,7 @@ class CausalTransformer:
         z = check_tensor(z, (*z.shape[:1], len(self.position), self.proj_in.shape[1]), z.dtype)
         rows_per_sample, batch_size = 1 if guidance is None else 2, batch_size or max(len(z), 1)
         size = max(_MAX_ROWS_PER_THREAD * torch.get_num_threads() // rows_per_sample, 1)
-        x, log_det = torch.empty_like(z), z.new_zeros(len(z), dtype=torch.float64)
+        x, log_det = allocate(z.dtype, *z.shape), allocate(torch.float64, len(z)).zero_()
         with kept_memory() as memory:
             rows = min(size, batch_size, len(z)) * rows_per_sample
             packed = _PackedTransformer(native, self, z.dtype, rows, rows_per_sample, memory)
@@ -216,7 +224,7 @@ class _PackedTransformer:
         args, samples, rows, context = self.args, len(z), len(z) * self.rows_per_sample, inputs.context
         prefix_length = inputs.prefix[0].shape[3] if inputs.prefix else 0
         length = prefix_length + self.tokens
-        tensors = {"z": z, "x": x, "log_det": log_det, "keys_values": self._empty_cache(z, rows, length)}
+        tensors = {"z": z, "x": x, "log_det": log_det, "keys_values": self._empty_cache(rows, length)}
         if guidance is not None:
             tensors["guidance_scale"] = check_tensor(guidance.scale, (self.tokens,), self.dtype)
             tensors["guidance_shift"] = check_tensor(guidance.shift, (self.tokens,), self.dtype)
@@ -243,11 +251,11 @@ class _PackedTransformer:
             args.start, args.stop = start, min(start + step, self.tokens)
             yield args
 
-    def _empty_cache(self, z: Tensor, rows: int, length: int) -> Tensor:
+    def _empty_cache(self, rows: int, length: int) -> Tensor:
         """Returns memory for the keys and values of all layers, which are padded to whole vectors."""
         padded_length, padded_head = (self.native.padded(size, self.dtype) for size in (length, self.head_size))
         num_heads = len(self.network.layers) * rows * self.network.heads
-        return z.new_empty(num_heads * (self.head_size * padded_length + padded_head * length))
+        return allocate(self.dtype, num_heads * (self.head_size * padded_length + padded_head * length))
 
     def _threads(self, samples: int, rows: int) -> tuple[int, int]:
         """Returns the numbers of threads and of teams. A team's threads share the columns of each layer."""

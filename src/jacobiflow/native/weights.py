@@ -13,7 +13,7 @@ from torch import Tensor
 from jacobiflow.errors import UnsupportedError
 from jacobiflow.native.boundary import Weight, WeightCopy
 from jacobiflow.native.library import Library
-from jacobiflow.native.tensors import MATRICES, WEIGHT_FORMATS, addresses_of
+from jacobiflow.native.tensors import MATRICES, WEIGHT_FORMATS, addresses_of, allocate
 
 MIN_IN_PLACE = 2**25  # weights of a block from which they are read as PyTorch has them, since no cache holds them
 _MIN_BF16 = 2**20  # weights of a block from which bfloat16 is faster than float32, with few rows
@@ -29,12 +29,12 @@ class WeightMemory:
     """Memory for copies of weights. It grows, since fresh memory costs the system more time than the copy."""
 
     def __init__(self) -> None:
-        self.bytes = torch.empty(0, dtype=torch.uint8)
+        self.bytes = allocate(torch.uint8, 0)
 
     def resize(self, size: int) -> int:
         """Grows the memory to `size` bytes if it is smaller, and returns its address."""
         if len(self.bytes) < size:
-            self.bytes = torch.empty(size, dtype=torch.uint8)
+            self.bytes = allocate(torch.uint8, size)
         return self.bytes.data_ptr()
 
 

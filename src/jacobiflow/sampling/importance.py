@@ -85,7 +85,7 @@ class ImportanceWeights:
         """Returns the indices of `num` samples, drawn with replacement in proportion to the weights."""
         num, generator = check_count("num", num), torch.Generator().manual_seed(check_seed(seed))
         bounds = self.normalized.double().cumsum(dim=0).cpu()  # `multinomial` takes at most 2^24 of them
-        draws = torch.rand(num, generator=generator, dtype=torch.float64) * bounds[-1]
+        draws = torch.rand(num, generator=generator, dtype=torch.float64, device="cpu") * bounds[-1]
         return torch.searchsorted(bounds, draws, right=True).clamp(max=len(bounds) - 1)
 
     def __repr__(self) -> str:
@@ -123,7 +123,7 @@ def importance(
     if isinstance(samples, str | Path):
         samples = SampleFolder.open(samples)
     check_kind("samples", samples, Samples | SampleFolder, "what jacobiflow.sample returns, or a folder of samples")
-    energy = torch.as_tensor(energy) if isinstance(energy, np.ndarray) else energy
+    energy = torch.as_tensor(energy, device="cpu") if isinstance(energy, np.ndarray) else energy
     if isinstance(samples, Samples):
         log_prob, outcome = samples.log_prob, samples.outcome
     else:

@@ -63,8 +63,9 @@ class NoisyItems(Dataset[Any]):
         item = self.data[index]
         x, *context = item if isinstance(item, tuple | list) else (item,)
         x = x if self.transform is None else self.transform(x)
-        numbers = torch.empty(()) if self.noise is None else self.noise.draw(x.shape)
-        return x, numbers, torch.rand(()) < self.dropout, *map(torch.as_tensor, context)
+        numbers = torch.empty((), device="cpu") if self.noise is None else self.noise.draw(x.shape)
+        is_dropped = torch.rand((), device="cpu") < self.dropout
+        return x, numbers, is_dropped, *(torch.as_tensor(each, device="cpu") for each in context)
 
 
 def keys_of_step(num: int, step: int, config: TrainingConfig) -> list[Key]:
@@ -77,8 +78,8 @@ def keys_of_step(num: int, step: int, config: TrainingConfig) -> list[Key]:
 @lru_cache(maxsize=1)
 def _keys_of_epoch(num: int, seed: int, epoch: int) -> Tensor:
     generator = keyed_generator(seed, _STREAM, epoch)
-    order = torch.randperm(num, generator=generator)
-    return torch.stack((torch.randint(2**63 - 1, (num,), generator=generator), order), dim=1)
+    order = torch.randperm(num, generator=generator, device="cpu")
+    return torch.stack((torch.randint(2**63 - 1, (num,), generator=generator, device="cpu"), order), dim=1)
 
 
 def keys_of_process(num: int, steps: range, config: TrainingConfig) -> Iterator[list[Key]]:
@@ -91,7 +92,10 @@ def keys_of_process(num: int, steps: range, config: TrainingConfig) -> Iterator[
 
 def load_batches(items: NoisyItems, keys: Iterable[list[Key]], workers: int) -> Iterator[Batch]:
     """Yields a batch for each list of keys, read by worker processes if there are any."""
-    yield from DataLoader(
+    loader = DataLoader(
         items, batch_sampler=keys, num_workers=workers, collate_fn=Batch._make,
         worker_init_fn=ignore_stop_signals, pin_memory=torch.cuda.is_available(),
     )  # fmt: skip
+    with torch.device("cpu"):  # PyTorch draws a seed on the default device.
+        batches = iter(loader)
+    yield from batches

@@ -59,7 +59,8 @@ class TrainState:
             for tensor in flow.state_dict().values():
                 dist.broadcast(tensor, src=0)
         self.loss = FlowLoss(flow, config.bf16)
-        self._average = AveragedModel(self.loss, multi_avg_fn=self._lerp)  # type: ignore[arg-type]
+        with torch.device("cpu"):  # PyTorch counts the updates on the default device.
+            self._average = AveragedModel(self.loss, multi_avg_fn=self._lerp)  # type: ignore[arg-type]
         self.average: FlowLoss = self._average.module.requires_grad_(False)  # type: ignore[assignment]
         for block in flow.blocks:
             if isinstance(block, TransformerBlock):
@@ -79,8 +80,8 @@ class TrainState:
         self._optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.95), weight_decay=config.weight_decay)
         for parameter in self.loss.parameters():  # AdamW makes the same ones in its first step.
             moments = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
-            self._optimizer.state[parameter] = {"step": torch.tensor(0.0), **moments}
-        self.seconds = torch.zeros((), dtype=torch.float64)
+            self._optimizer.state[parameter] = {"step": torch.tensor(0.0, device="cpu"), **moments}
+        self.seconds = torch.zeros((), dtype=torch.float64, device="cpu")
 
     def backward(self, batch: Batch, is_last_part: bool) -> tuple[Tensor, Tensor]:
         """Adds the gradients of a part of a step. DDP exchanges them after the last part, and FSDP after each.

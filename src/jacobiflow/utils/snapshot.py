@@ -23,7 +23,8 @@ class Snapshot:
     `load_state_dict` and in-place operations, but not those through `.data` or NumPy.
 
     Args:
-        modules: A module and all modules in it. Their training mode, weights and buffers are left out.
+        modules: A module and all modules in it. Their training mode, weights and buffers are left out, except that no
+            weight takes the place of `None`.
         dicts: Any dictionaries, such as the buffers of modules.
         kinds: The classes of the attributes that are compared.
 
@@ -50,6 +51,10 @@ class Snapshot:
             if name not in _PYTORCH_NAMES and isinstance(value, kinds)
         ]
         self._attribute_slots = _unzip(slots)
+        absent = [
+            (each._parameters, name) for each in modules for name in each._parameters if each._parameters[name] is None
+        ]
+        self._absent_slots, self._absent = _unzip(absent), [None] * len(absent)
         self._attributes = [_copy(state[name]) for state, name in slots]
         slots += [(each, name) for each in self._dicts for name in each]
         tensors = [(holder, name) for holder, name in slots if isinstance(holder[name], Tensor)]
@@ -70,6 +75,7 @@ class Snapshot:
                 and any(self._hooks) == self._has_hooks
                 and self._dicts == self._dicts_before
                 and list(map(getitem, *self._attribute_slots)) == self._attributes
+                and (not self._absent or list(map(dict.get, *self._absent_slots)) == self._absent)
                 and list(map(_version, map(getitem, *self._tensor_slots))) == self._versions
             )
         except Exception:  # Tensors, and other objects of a user, cannot be compared with each other.

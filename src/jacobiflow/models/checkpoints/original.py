@@ -48,7 +48,7 @@ def read_original(path: str | Path) -> dict[str, Tensor]:
     check_values(state, str(path), (*FLOATS, torch.bool), checks_values=False)
     masks = {name: state.pop(name) for name in list(state) if _MASK.fullmatch(name)}
     for name, mask in masks.items():
-        if mask.ndim != 2 or not torch.equal(mask != 0, torch.ones(len(mask), len(mask), dtype=torch.bool).tril()):
+        if mask.ndim != 2 or not torch.equal(mask != 0, mask.new_ones(len(mask), len(mask), dtype=torch.bool).tril()):
             raise CheckpointError(f"{path}: {name} is not the causal mask; all attention is causal here")
     return state
 
