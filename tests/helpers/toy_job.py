@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from jacobiflow.jobs import Job, JobStore, Unit, UnitOutput, run
-from jacobiflow.jobs.layout import LAYOUTS
+from jacobiflow.utils.layout import LAYOUTS
 from jacobiflow.utils.progress import Progress
 from tests.helpers.kills import read_files
 

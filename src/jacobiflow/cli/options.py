@@ -200,7 +200,7 @@ class Config:
 
     def check_options(self) -> None:
         """Raises InputValueError for options that do not fit together. It runs before PyTorch is imported."""
-        from jacobiflow.jobs.layout import check_own
+        from jacobiflow.utils.layout import check_own
 
         self.check_file("json")
         if self.folder_kind is not None:

@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from jacobiflow.errors import InputValueError
-from jacobiflow.jobs.layout import LAYOUTS, check_own, check_replaceable
 from jacobiflow.jobs.store import JobFolderError, JobStore, UnitOutput
 from jacobiflow.utils import serialization
 from jacobiflow.utils.files import FolderInUseError
 from jacobiflow.utils.launch import find_launch
+from jacobiflow.utils.layout import LAYOUTS, check_own, check_replaceable
 from jacobiflow.utils.progress import Progress
 
 _POLL_SECONDS = 0.2  # Between two looks at the units that other processes are computing.
@@ -42,7 +42,7 @@ class Job(ABC):
     """Work that any number of processes share through a folder, without talking to each other.
 
     Attributes:
-        kind: The kind of job, such as "samples", whose files `jacobiflow.jobs.layout.LAYOUTS` lists.
+        kind: The kind of job, such as "samples", whose files `jacobiflow.utils.layout.LAYOUTS` lists.
         version: Version of the format of its folder.
         oldest: The oldest version whose folders can be read.
         result_name: Name of the file of the result.

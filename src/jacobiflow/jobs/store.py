@@ -24,10 +24,10 @@ from pathlib import Path
 from typing import Any
 
 from jacobiflow.errors import InputValueError
-from jacobiflow.jobs.layout import LAYOUTS, RECORDS
 from jacobiflow.utils import files
 from jacobiflow.utils.checks import format_value
 from jacobiflow.utils.files import LOCK, MANIFEST, FolderInUseError, locked
+from jacobiflow.utils.layout import LAYOUTS, RECORDS
 
 _REPLACE = "give another folder, or overwrite or remove this one"
 _MAX_DIFFERENCES = 3  # In the message about a job of another spec.

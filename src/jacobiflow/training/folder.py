@@ -21,10 +21,10 @@ import msgspec
 
 from jacobiflow.errors import InputError, InputValueError
 from jacobiflow.jobs import JobStore
-from jacobiflow.jobs.layout import check_own
 from jacobiflow.training.checkpoint import CHECKPOINT, check_checkpoint
 from jacobiflow.training.processes import rank
 from jacobiflow.utils import files
+from jacobiflow.utils.layout import check_own
 
 KIND = "training"
 METRICS = "metrics.jsonl"

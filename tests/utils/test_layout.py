@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from jacobiflow.errors import InputValueError
-from jacobiflow.jobs.layout import check_own
 from jacobiflow.utils import files
+from jacobiflow.utils.layout import check_own
 
 
 def test_a_command_writes_into_a_folder_that_is_new_empty_or_its_own(tmp_path: Path) -> None:
