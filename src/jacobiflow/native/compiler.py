@@ -13,6 +13,7 @@ import shutil
 import subprocess
 from collections.abc import Callable, Container
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -86,9 +87,14 @@ def find_compiled(folder: Path, machine: str, instructions: Container[str]) -> P
 
 
 def fingerprint() -> str:
-    """Returns a hash of the sources, flags and structures."""
+    """Returns a hash of the sources, flags and structures. A process reads them once, when it first needs the hash."""
+    return _hash_sources(SOURCES)
+
+
+@cache
+def _hash_sources(folder: Path) -> str:
     digest = hashlib.sha256(" ".join((*FLAGS, _layout_assertions())).encode())
-    for path in sorted((*SOURCES.glob("*.c*"), *SOURCES.glob("*.h"))):
+    for path in sorted((*folder.glob("*.c*"), *folder.glob("*.h"))):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:32]
 
