@@ -33,7 +33,7 @@ TARGETS: dict[str, dict[str, tuple[str, ...]]] = {
     "aarch64": {"neon": ()},
     "arm64": {"neon": ()},
 }
-# With -mtune=generic the loops are some percent slower, also on processors of AMD.
+# The tuning of a processor with AVX-512, in place of -mtune=generic, also for processors of AMD.
 _TUNING = {"x86_64": ("-mtune=skylake",)}
 # Without hidden visibility, the libraries of two targets in one process would share inline data, such as the number of
 # lanes.
