@@ -29,55 +29,67 @@ TRAINING = "--flow maf --width 512 --layers 2 --blocks 5 --unconditional --batch
 IMAGES, BATCH, LOOP_BATCHES = 50_000, 500, 2
 TOLERANCE = 1e-3
 FOR_LOOP = "For loop"
+Inverse = Callable[[Tensor], Tensor]
 
 
 def trained() -> jf.MAF:
     """The MAF; trains it first if there is none."""
+    from jacobiflow.cli import train  # noqa: F401  # It runs in another process, and the digest follows imports.
+
     line = f"--images fashion-mnist {TRAINING} --sample-every 1000 --out {FOLDER}".split()
     subprocess.run([sys.executable, "-m", "jacobiflow", "train", *line], check=True)
     return jf.MAF.from_pretrained(FOLDER).requires_grad_(False)
 
 
-def inverses_of(flow: jf.MAF) -> dict[str, Callable[[Tensor], Tensor]]:
-    """Inverses from latents to images: the table's loop and sweeps, and to a tolerance."""
-
-    def inverse(solver: jf.Solver, tolerance: float | None, certify: bool = False) -> Callable[[Tensor], Tensor]:
+def by_sweeps(solver: jf.Solver, tolerance: float | None, certify: bool = False) -> Callable[[jf.MAF], Inverse]:
+    def inverse_of(flow: jf.MAF) -> Inverse:
         plan = jf.Strategy.uniform(solver, flow.config.num_blocks, tolerance)
         return partial(jf.decode, flow, strategy=plan, certify=certify)
 
+    return inverse_of
+
+
+def by_for_loop(flow: jf.MAF) -> Inverse:
     original = original_sampler(flow)[1]
-    loop = partial(jf.decode, flow, strategy="sequential", certify=False)
-    numbers = {f"{count} sweeps": jf.Solver(stopping=jf.Stopping(count)) for count in (10, 20, 30)}
-    return {
-        FOR_LOOP: lambda z: original(flow, z, None),
-        **{name: inverse(solver, None) for name, solver in numbers.items()},
-        f"sweeps to {TOLERANCE:g}": inverse(jf.Solver(), TOLERANCE),
-        f"window of 64 to {TOLERANCE:g}": inverse(jf.Solver(jf.Window(64)), TOLERANCE),
-        f"window of 64 to {TOLERANCE:g}, certified": inverse(jf.Solver(jf.Window(64)), TOLERANCE, certify=True),
-        "sequential, cached, in PyTorch": without_native()(loop),
-        "sequential, cached": loop,
-    }
+    return lambda z: original(flow, z, None)
+
+
+def by_cached_loop(flow: jf.MAF) -> Inverse:
+    return partial(jf.decode, flow, strategy="sequential", certify=False)
+
+
+# The table's loop and sweeps, and inverses to a tolerance. Each makes the inverse of a flow, from latents to images.
+METHODS: dict[str, Callable[[jf.MAF], Inverse]] = {
+    FOR_LOOP: by_for_loop,
+    **{f"{count} sweeps": by_sweeps(jf.Solver(stopping=jf.Stopping(count)), None) for count in (10, 20, 30)},
+    f"sweeps to {TOLERANCE:g}": by_sweeps(jf.Solver(), TOLERANCE),
+    f"window of 64 to {TOLERANCE:g}": by_sweeps(jf.Solver(jf.Window(64)), TOLERANCE),
+    f"window of 64 to {TOLERANCE:g}, certified": by_sweeps(jf.Solver(jf.Window(64)), TOLERANCE, certify=True),
+    "sequential, cached, in PyTorch": lambda flow: without_native()(by_cached_loop(flow)),
+    "sequential, cached": by_cached_loop,
+}
 
 
 @cache
-def prepared() -> tuple[dict[str, Callable[[Tensor], Tensor]], list[Tensor], list[Tensor]]:
-    """The inverses of the trained flow, batches of dequantised images, and their latents."""
+def prepared() -> tuple[jf.MAF, list[Tensor], list[Tensor]]:
+    """The trained flow, batches of dequantised images, and their latents."""
     flow, noise = trained(), Noise()
     clean, _ = load_images("fashion-mnist", flow.config.image_size, 1).batch(slice(0, IMAGES))
     batches = enumerate(clean.split(BATCH))
     images = [noise.add(batch, noise.draw(batch.shape, keyed_generator(0, 3, k))) for k, batch in batches]
-    return inverses_of(flow), images, [flow.encode(batch)[0] for batch in images]
+    return flow, images, [flow.encode(batch)[0] for batch in images]
 
 
 def keys() -> Iterator[Json]:
-    yield from ({"method": name, "images": IMAGES, "batch_size": BATCH} for name in prepared()[0])
+    """The methods; nothing is trained before the machine of the result file is checked."""
+    yield from ({"method": name, "images": IMAGES, "batch_size": BATCH} for name in METHODS)
 
 
 @torch.no_grad()
 def measure(key: Json) -> Json:
     """Seconds of the inverse of the first or all batches, and the mean absolute error of a pixel in [0, 1]."""
-    inverses, images, latents = prepared()
-    inverse, count = inverses[key["method"]], LOOP_BATCHES if key["method"] == FOR_LOOP else len(images)
+    flow, images, latents = prepared()
+    inverse, count = METHODS[key["method"]](flow), LOOP_BATCHES if key["method"] == FOR_LOOP else len(images)
     inverse(latents[0][:8])  # The first call is slower.
     timed = [time_call(partial(inverse, z), torch.device("cpu")) for z in latents[:count]]
     seconds = [elapsed for elapsed, _ in timed]

@@ -13,6 +13,8 @@ from hypothesis import settings
 
 from jacobiflow import native
 
+ONLY_ALLOWED = "JACOBIFLOW_ONLY_ALLOWED_SKIPS"  # Environment variable; 1 makes other skips a failure, as in .ci/run.
+
 # `make test` draws few examples, and `make test-slow` many.
 settings.register_profile("short", max_examples=20, deadline=None, derandomize=True)
 settings.register_profile("long", settings.get_profile("short"), max_examples=200)
@@ -27,8 +29,29 @@ def pytest_configure(config: pytest.Config) -> None:
     native.load_library()
 
 
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Fails the run if a test is skipped that CI does not allow."""
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    if os.environ.get(ONLY_ALLOWED) == "1" and reporter is not None and any(_unexpected_skips(reporter)):
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def _unexpected_skips(reporter: pytest.TerminalReporter) -> Iterator[str]:
+    """Yields a line for each skipped test that the list does not have."""
+    lines = (Path(__file__).parent / "allowed_skips.txt").read_text().splitlines()
+    allowed = [line.partition(": ")[::2] for line in lines if not line.startswith("#")]
+    for report in reporter.stats.get("skipped", []):
+        reason = report.longrepr[2].removeprefix("Skipped: ")
+        if not any(report.nodeid.startswith(test) and part in reason for test, part in allowed):
+            yield f"{report.nodeid}: {reason}"
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Prints the ten slowest files."""
+    """Prints the skipped tests that CI would not allow, and the ten slowest files."""
+    unexpected = list(_unexpected_skips(terminalreporter)) if os.environ.get(ONLY_ALLOWED) == "1" else []
+    if unexpected:
+        terminalreporter.section("skipped, but not in tests/allowed_skips.txt")
+        terminalreporter.write("".join(f"{line}\n" for line in unexpected))
     seconds: Counter[str] = Counter()
     for reports in terminalreporter.stats.values():
         for report in reports:

@@ -16,16 +16,14 @@ from types import TracebackType
 from typing import Any
 
 from benchmarks import RESULTS, ROOT
+from benchmarks.lib.imports import imported_files
 from benchmarks.lib.process import threads
 from jacobiflow.models.memory import keep_freed_memory
 from jacobiflow.utils.files import write_json
 from jacobiflow.utils.timing import describe_machine
 
-# What any benchmark may run or read, without parts on which no measured number depends, as git's path patterns.
-SHARED = (
-    "benchmarks/features.py", "benchmarks/lib", "benchmarks/weights", "examples", "src/jacobiflow",
-    ":!src/jacobiflow/cli", ":!src/jacobiflow/plots", ":!*.md",
-)  # fmt: skip
+# Weights, data and C++ sources, which any benchmark may read, as git's path patterns.
+DATA = ("benchmarks/weights", "examples", "src/jacobiflow", ":!*.py", ":!*.md")
 
 Json = dict[str, Any]
 
@@ -129,14 +127,13 @@ def find_commit() -> str:
 
 @cache
 def code_digest(module: str) -> str:
-    """Digest of a benchmark and of all that benchmarks share; comments and docstrings do not count.
+    """Digest of a benchmark, the modules that it imports, and data; comments and docstrings do not count.
 
     Args:
         module: Name of the benchmark, such as "benchmarks.masked_flows".
     """
-    own = f"{module.replace('.', '/')}.py"
-    names = _git("ls-files", "--cached", "--others", "--exclude-standard", "--deduplicate", "--", own, *SHARED)
-    files = [ROOT / name for name in names.splitlines()]
+    names = _git("ls-files", "--cached", "--others", "--exclude-standard", "--deduplicate", "--", *DATA)
+    files = sorted(imported_files(module, ROOT)) + [ROOT / name for name in names.splitlines()]
     return hashlib.sha256("".join(map(_file_digest, files)).encode()).hexdigest()[:12]
 
 

@@ -210,6 +210,42 @@ def test_ctrl_c_once_more_does_not_interrupt_the_exit() -> None:
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted\n")
 
 
+@pytest.mark.parametrize("name", ["cyclopts", "jacobiflow.cli.info", "numpy"])
+def test_ctrl_c_during_an_import_is_one_line(name: str) -> None:
+    done = python(
+        "import os, signal, sys\n"
+        "class Finder:\n"
+        "    def find_spec(name, *_):\n"
+        f"        if name == {name!r}:\n"
+        "            try:\n"
+        "                os.kill(os.getpid(), signal.SIGINT)\n"
+        "            except KeyboardInterrupt:  # as NumPy does\n"
+        "                raise ImportError('cannot load')\n"
+        "sys.meta_path.insert(0, Finder)\n"
+        "from jacobiflow.__main__ import main\n"
+        "sys.argv = ['jacobiflow', 'info', '--model', 'digits-p1']\n"
+        "sys.exit(main())"
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted\n")
+
+
+@pytest.mark.parametrize("error", ["KeyboardInterrupt", "ValueError('broken folder')"])
+def test_ctrl_c_is_one_line_if_what_is_kept_cannot_be_told(error: str) -> None:
+    done = python(
+        "import sys; from unittest.mock import Mock; from jacobiflow.cli import app, main, sample\n"
+        f"app._prepare, sample.describe_kept = Mock(side_effect=KeyboardInterrupt), Mock(side_effect={error})\n"
+        "sys.argv = ['jacobiflow', 'sample']\n"
+        "sys.exit(main())"
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted\n")
+
+
+def test_ctrl_c_while_an_error_is_described_is_one_line(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("jacobiflow.cli.app._describe", Mock(side_effect=KeyboardInterrupt))
+    result = run("info --model file")
+    assert (result.code, result.out, result.err) == (130, "", "interrupted\n")
+
+
 def test_incomplete_variables_of_torchrun_are_one_line(refuse: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     refuse(SAMPLE, "RANK, WORLD_SIZE, LOCAL_RANK: missing or not numbers ('RANK'); start the processes by torchrun")

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import inspect
 import re
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 import jacobiflow as jf
+from jacobiflow.cli import plan
 from jacobiflow.cli.plan import PlanConfig
 from tests.helpers.running import figures
 
@@ -47,6 +51,18 @@ def test_a_tuning_is_fitted_and_kept(run: Any, tmp_path: Path) -> None:
         assert (result.code, result.err) == (0, "")
         assert f"wrote {place}/tuning.json\n" in result.out
         jf.Tuning.load(place / "tuning.json").check(jf.load("digits-maf"))
+
+
+def test_progress_covers_the_tuning_and_the_timing_of_blocks(
+    run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reports = list[tuple[int, int, str]]()
+    monkeypatch.setattr(plan, "progress_bar", lambda: nullcontext(lambda *report: reports.append(report)))
+    assert run(f"plan --model model --tune --out {tmp_path}/p.json").code == 0
+    names = list(dict.fromkeys(what for _, _, what in reports))
+    assert names[:3] == ["exact loop", "tuning", "timing blocks"]
+    steps = [(done, total) for done, total, what in reports if what == "timing blocks"]
+    assert steps == [(done, steps[-1][1]) for done in range(len(steps))]
 
 
 def test_the_batch_size_is_that_of_python() -> None:

@@ -6,8 +6,10 @@ import json
 import os
 import re
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -17,6 +19,7 @@ import jacobiflow as jf
 from jacobiflow.data import image_grid
 from jacobiflow.models.contexts import class_names
 from jacobiflow.models.registry import FLOWS
+from tests.helpers.fake_device import FakeDevice
 from tests.helpers.running import figures
 from tests.helpers.scoring import levels
 
@@ -138,3 +141,15 @@ def test_options_become_the_settings_of_the_run(run: Any, tmp_path: Path) -> Non
         "label_dropout": 0.1, "bf16": False, "seed": 4,
     }  # fmt: skip
     assert settings.items() <= json.loads((tmp_path / "manifest.json").read_bytes())["spec"].items()
+
+
+def test_a_gpu_gives_the_warning_of_the_other_commands(
+    run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("jacobiflow.training.train", Mock())
+    line = f"train --images pets --patch-size 4 {TINY} --steps 1 --device cuda --out {tmp_path}"
+    with FakeDevice(), warnings.catch_warnings():
+        warnings.simplefilter("always")
+        result = run(line)
+    assert result.code == 0
+    assert "warning: --device cuda: jacobiflow has never run on a GPU; compare the losses of a few steps" in result.err

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 import subprocess
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
@@ -46,12 +48,22 @@ def test_the_best_library_that_a_processor_can_run(
 
 
 def test_a_library_of_other_sources_is_not_found(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    other = shutil.copytree(compiler.SOURCES, tmp_path / "other")
-    assert compiler.find_compiled(folder, "riscv64", AVX512) is None
-    monkeypatch.setattr(compiler, "SOURCES", other)
-    assert compiler.find_compiled(folder, "x86_64", AVX512) is not None
+    same, other = (shutil.copytree(compiler.SOURCES, tmp_path / name) for name in ("same", "other"))
     (other / "threads.h").write_text((other / "threads.h").read_text() + "\n")
+    assert compiler.find_compiled(folder, "riscv64", AVX512) is None
+    monkeypatch.setattr(compiler, "SOURCES", same)
+    assert compiler.find_compiled(folder, "x86_64", AVX512) is not None
+    monkeypatch.setattr(compiler, "SOURCES", other)
     assert compiler.find_compiled(folder, "x86_64", AVX512) is None
+
+
+def test_the_sources_are_hashed_once(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiler, "SOURCES", shutil.copytree(compiler.SOURCES, tmp_path / "other"))
+    digests = Mock(wraps=hashlib.sha256)
+    monkeypatch.setattr(compiler.hashlib, "sha256", digests)
+    compiler.find_compiled(folder, "x86_64", set())
+    compiler.fingerprint()
+    assert digests.call_count == 1
 
 
 @pytest.mark.slow

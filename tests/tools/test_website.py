@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import pkgutil
 import re
 
@@ -10,6 +11,7 @@ import pytest
 pytest.importorskip("zensical", reason="needs Python 3.11")
 
 import jacobiflow as jf
+from jacobiflow.cli.app import app
 from tools.chromium import CHROMIUM, chromium, served
 from tools.docs.website import ROOT, Pages
 
@@ -33,17 +35,23 @@ def test_pages_fit_a_phone_and_ask_no_other_host(site):
 
 
 @pytest.mark.slow
-def test_the_site_has_commands_and_a_search(site):
-    text = (site / "reference/commands/index.html").read_text()
-    assert "--tolerance" in text and "jacobiflow sample --model emoji-star" in text
-    if CHROMIUM is not None:
-        with served(site) as address, chromium() as browser:
-            page = browser.new_page()
-            page.goto(address)
-            page.locator(".md-search__button").click()
-            page.get_by_role("combobox", name="Search").fill("certificate")
-            page.locator("[role=option][href*='/solvers/'][href$='#the-certificate']").click()
-            page.wait_for_url("**/solvers/*#the-certificate")
+def test_the_site_has_an_example_of_each_command(site):
+    text = html.unescape((site / "reference/commands/index.html").read_text())
+    examples = re.findall(r"^Example: (.*)$", app.generate_docs(), re.MULTILINE)
+    assert "--tolerance" in text and len(examples) == sum(name[0] != "-" for name in app.resolved_commands())
+    assert [example for example in examples if example not in text] == []
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")
+def test_the_search_finds_a_section(site):
+    with served(site) as address, chromium() as browser:
+        page = browser.new_page()
+        page.goto(address)
+        page.locator(".md-search__button").click()
+        page.get_by_role("combobox", name="Search").fill("certificate")
+        page.locator("[role=option][href*='/solvers/'][href$='#the-certificate']").click()
+        page.wait_for_url("**/solvers/*#the-certificate")
 
 
 @pytest.mark.slow

@@ -41,7 +41,8 @@ def invert_by_passes(
     Args:
         module: The module of the flow with the transform's parameters.
         step: A pass of the library.
-        network: The library's network, an argument of `step`. Passes without a gradient get a faster copy of it.
+        network: The library's network, an argument of `step`. Passes without a gradient get a copy, whose
+            weights are multiplied by their masks.
         passes: The number of passes in the library's own loop.
         search: Solves for one feature after the other with the network. It replaces passes, except at tolerance 0.
     """

@@ -12,7 +12,7 @@ from jacobiflow.adapters.part import Part
 from jacobiflow.errors import UnsupportedError
 from jacobiflow.native.cuda import NOTE
 
-MIN_PASSES = 6  # With fewer passes from x = 0, comparing iterates costs more time than it saves.
+MIN_PASSES = 6  # With fewer passes from x = 0, iterates are not compared.
 _MAX_NAMES = 8  # Number of names of modules in a line.
 _LATEST = {"library": "its own code", "passes": "passes"}  # Backends of calls that native code does not take.
 

@@ -55,8 +55,8 @@ class AffineBlock(ABC):
 
     Attributes:
         is_pure: A promise that entry t depends on x[:, :t] only, and on nothing random, and that the block keeps no
-            tensor between calls. Solvers then run it in inference mode, a tenth faster, and take its exact answers
-            without measuring them.
+            tensor between calls. Solvers then run it in inference mode, and take its exact answers without measuring
+            them.
         supports_guidance: Guidance applies to the block.
 
     Example:

@@ -42,7 +42,7 @@ from jacobiflow.utils.progress import Progress
 from jacobiflow.utils.serialization import decode, encode
 from jacobiflow.utils.timing import describe_machine
 
-# With fewer tokens in a segment the exact loop is faster.
+# The least number of tokens in a segment; the exact loop has one.
 _MIN_SEGMENT_TOKENS = 4
 _CURVE_BATCH = 8  # samples that are swept together, until the slowest of them converges
 _GAMMA_SAMPLES = 8  # each sample costs some thirty backward passes for each block

@@ -20,7 +20,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from shlex import quote
 from typing import Any
@@ -78,48 +78,61 @@ def main(arguments: Sequence[str] | None = None) -> int:
     config: Any = None
     is_first = True
     try:
-        with _terminal():
-            is_first = find_launch().rank == 0
-            words = options.replace_renamed(words)
-            if not words or words[0].startswith("-"):
-                list(app.resolved_commands())  # Imports all commands, whose summaries the help shows.
-            make_config, values, _ = app.parse_args(words, print_error=False, exit_on_error=False)
-            config = make_config(*values.args, **values.kwargs)
-            if config is None:  # The help or the version is printed.
-                return 0
-            command: Any = sys.modules[type(config).__module__]
-            config.check_options()
-            _prepare()
-            from jacobiflow.utils.files import write_json  # It needs no PyTorch, but packages that take time to import.
+        try:
+            with _terminal():
+                is_first = find_launch().rank == 0
+                words = options.replace_renamed(words)
+                if not words or words[0].startswith("-"):
+                    list(app.resolved_commands())  # Imports all commands, whose summaries the help shows.
+                make_config, values, _ = app.parse_args(words, print_error=False, exit_on_error=False)
+                config = make_config(*values.args, **values.kwargs)
+                if config is None:  # The help or the version is printed.
+                    return 0
+                command: Any = sys.modules[type(config).__module__]
+                config.check_options()
+                _prepare()
+                # It needs no PyTorch, but packages that take time to import.
+                from jacobiflow.utils.files import write_json
 
-            result = command.run(config)
-            if result is None:
-                return 0
-            command.show(config, result)
-            if config.json is not None:
-                config.json.parent.mkdir(parents=True, exist_ok=True)
-                write_json(config.json, output.to_json(config) | output.to_json(result))
-            return _BAD_INPUT if getattr(result, "problems", ()) else 0
+                result = command.run(config)
+                if result is None:
+                    return 0
+                command.show(config, result)
+                if config.json is not None:
+                    config.json.parent.mkdir(parents=True, exist_ok=True)
+                    write_json(config.json, output.to_json(config) | output.to_json(result))
+                return _BAD_INPUT if getattr(result, "problems", ()) else 0
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes stdout at exit.
+            return _STDOUT_CLOSED
+        except Exception as error:
+            message = _describe(error, words)
+            if message is None:
+                raise
+            if len(words) < len(command_line):
+                traceback.print_exc()
+            if is_first or not isinstance(error, CycloptsError):  # All processes have the same command line.
+                _print_line("error", message)
+            return _BAD_INPUT
     except KeyboardInterrupt:
+        line = _describe_interruption(config)
+        if arguments is None:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # The line is printed once.
         if is_first:
-            describe = getattr(sys.modules[type(config).__module__], "describe_kept", None)
-            print("interrupted" if describe is None else f"interrupted: {describe(config)}", file=sys.stderr)
+            print(line, file=sys.stderr)
         return _INTERRUPTED
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes stdout at exit.
-        return _STDOUT_CLOSED
-    except Exception as error:
-        message = _describe(error, words)
-        if message is None:
-            raise
-        if len(words) < len(command_line):
-            traceback.print_exc()
-        if is_first or not isinstance(error, CycloptsError):  # All processes have the same command line.
-            _print_line("error", message)
-        return _BAD_INPUT
     finally:
         if arguments is None:
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C must not interrupt exit functions.
+
+
+def _describe_interruption(config: Any) -> str:
+    """Returns the line after Ctrl-C; what is kept is left out if it cannot be read, or after another Ctrl-C."""
+    describe = getattr(sys.modules[type(config).__module__], "describe_kept", None)
+    with suppress(Exception, KeyboardInterrupt):
+        if describe is not None:
+            return output.one_line(f"interrupted: {describe(config)}")
+    return "interrupted"
 
 
 @contextmanager

@@ -29,14 +29,17 @@ def load_model(
         torch.set_float32_matmul_precision("high")
         dtype = "float32"
     flow = jf.load(name, device, dtype, offload)
-    if device.startswith("cuda"):
-        warnings.warn(
-            f"--device {device}: jacobiflow has never run on a GPU; compare a few samples with the original sampler "
-            "first (jacobiflow sample --compare), or give --device cpu", stacklevel=1,
-        )  # fmt: skip
+    warn_of_gpu(device, "compare a few samples with the original sampler first (jacobiflow sample --compare)")
     if encode_text is not None and isinstance(flow, jf.STARFlow):
         flow.encode_text = options.load_encoder(encode_text, flow.config)
     return flow.guided(jf.Guidance.parse(guidance))
+
+
+def warn_of_gpu(device: str, check: str) -> None:
+    """Warns that the package has never run on a GPU if `device` is one, and recommends a check."""
+    if device.startswith("cuda"):
+        message = f"--device {device}: jacobiflow has never run on a GPU; {check}, or give --device cpu"
+        warnings.warn(message, stacklevel=1)
 
 
 def resolve_settings(

@@ -14,6 +14,7 @@ from jacobiflow.errors import InputValueError
 
 if TYPE_CHECKING:
     from jacobiflow.models.flow import Flow
+    from jacobiflow.utils.progress import Progress
 
 _MAX_AUTO_BATCH_SIZE = 1024
 
@@ -75,19 +76,19 @@ def run(config: PlanConfig) -> PlanResult:
     settings, origin = loading.resolve_settings(flow, config.guidance, 0.0, config.plain, has_context=True)
     flow = flow.guided(settings.guidance)
     size = find_batch_size(flow, _MAX_AUTO_BATCH_SIZE) if config.batch_size == "auto" else config.batch_size
-    tuning = _tune(config, flow) if config.tune else None
     with progress_bar() as progress:
+        tuning = _tune(config, flow, progress) if config.tune else None
         strategy = jf.plan(flow, tuning, size, config.tolerance, progress=progress)
     config.out.parent.mkdir(parents=True, exist_ok=True)
     strategy.save(config.out)
     return PlanResult(strategy, origin, flow.config.num_tokens)
 
 
-def _tune(config: PlanConfig, flow: Flow) -> jf.Tuning:
+def _tune(config: PlanConfig, flow: Flow, progress: Progress | None) -> jf.Tuning:
     """Tunes the flow, and saves the tuning in the model's folder, or beside the plan of a bundled model."""
     folder = Path(config.model) if Path(config.model).is_dir() else config.out.parent
     file = folder / ("tuning.json" if flow.guidance is None else "tuning-guided.json")
-    tuning = jf.tune(flow)
+    tuning = jf.tune(flow, progress=progress)
     file.parent.mkdir(parents=True, exist_ok=True)
     tuning.save(file)
     print(f"wrote {file}")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from cyclopts import Parameter
 
 import jacobiflow as jf
-from jacobiflow.cli import options
+from jacobiflow.cli import loading, options
 from jacobiflow.cli.output import format_count, format_duration, progress_bar
 from jacobiflow.errors import InputValueError
 from jacobiflow.training.config import TrainingConfig
@@ -110,12 +110,14 @@ def run(config: TrainConfig) -> TrainResult | None:
     held_out = _held_out_images(config, data)
     torch.manual_seed(config.training.seed)
     flow = _make_flow(config, data)
-    flow.to(check_device(local_device(config.device)))
+    device = local_device(config.device)
+    flow.to(check_device(device))
     transform = training.image_transform(flow.require_images(), config.horizontal_flip, config.translate, config.hue)
 
     start = last_step(config.out)
     is_first, num_steps = find_launch().rank == 0, config.training.steps
     if is_first:
+        loading.warn_of_gpu(device, "compare the losses of a few steps with those on the CPU first")
         print(_summary(config, data, held_out, flow), file=sys.stderr)
         if start:
             rest = f" of {num_steps:,}" if start < num_steps else "; the run is complete; to go on, give more --steps"

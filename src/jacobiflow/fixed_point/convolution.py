@@ -51,7 +51,7 @@ class Convolution(TensorFields):
     ) -> Float[Tensor, "b n c"]:
         """Returns y_t = add_t + sum over d = 0..w-1 of kernel[d] x_(t - d - delay), x being 0 before its first token.
 
-        A product of matrices takes a third of the time of `conv1d` for a few tokens.
+        It is a product of matrices.
         """
         width = len(self.kernel)
         # A row per channel of each token, the oldest first. On a GPU, the copy of a small kernel waits for nothing.

@@ -24,7 +24,7 @@ _TOKEN_BUCKET = 64
 _SWEEP_BUCKET = 256
 """The same for sweeps, of which there are fewer."""
 _CALLS_BEFORE_CAPTURE = 2
-"""Calls of a size that run without a graph; a capture costs about two calls."""
+"""Calls of a size that run without a graph, since a capture takes time."""
 _capturing = threading.Lock()  # a capture waits for the device, which would break the capture of another thread
 
 

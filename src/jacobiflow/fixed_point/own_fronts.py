@@ -17,7 +17,7 @@ from jacobiflow.fixed_point.progress import SampleProgress
 from jacobiflow.fixed_point.solver import Solver
 
 _MIN_FINISHED_SHARE = 0.25
-"""The share of finished samples from which others take their places; copying their keys costs about a sweep."""
+"""The share of finished samples from which others take their places; the keys of the rest are copied then."""
 _SWEEPS_PER_CHECK = 4
 """Sweeps on a GPU between checks for finished samples; each check synchronises the GPU."""
 

@@ -26,7 +26,7 @@ _ARRAYS_OF_GRADIENT, _ARRAYS_OF_WEIGHTS = 11, 8
 
 
 def keep_freed_memory() -> None:
-    """Lets this process keep the memory that it frees, which can save a quarter of its time on a CPU.
+    """Lets this process keep the memory that it frees.
 
     By default glibc returns freed megabytes to the system. The next layer gets them anew, and the system clears them
     first. The command line calls this function. The library does not, since it affects the whole process.

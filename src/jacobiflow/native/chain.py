@@ -21,8 +21,8 @@ from jacobiflow.native.tensors import address_of, addresses_of, allocate, check_
 from jacobiflow.native.transforms import ChainTransform
 from jacobiflow.utils.autograd import check_first_derivative, is_batched
 
-_MAX_ACTIVATION_BYTES = 24 << 20  # memory for the backward pass; above, computing activations again is faster
-# Numbers in a weight of a coupling's network; above, PyTorch's own gradients are faster (benchmarks/estimators.py).
+_MAX_ACTIVATION_BYTES = 24 << 20  # memory for the backward pass; above, activations are computed again
+# Numbers in a weight of a coupling's network; above, PyTorch computes the gradients.
 _MAX_TRAINED_WEIGHT = 2**17
 _TILE_VECTORS = 4  # vectors of a tile, to which rows are padded, see `Tiles` in masked.h
 
@@ -142,7 +142,7 @@ class TransformChain:
         needed = [t is not None and t.requires_grad for t in inputs] if torch.is_grad_enabled() else []
         if any(needed):
             if self._largest_weight > _MAX_TRAINED_WEIGHT:
-                raise UnsupportedError("gradients of wide couplings, which PyTorch computes faster")
+                raise UnsupportedError("gradients of wide couplings, which PyTorch computes")
             # Autograd saves no tensors of inference mode.
             x = x.clone() if x.is_inference() else x
             context = context.clone() if context is not None and context.is_inference() else context

@@ -13,6 +13,7 @@ import shutil
 import subprocess
 from collections.abc import Callable, Container
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -32,7 +33,7 @@ TARGETS: dict[str, dict[str, tuple[str, ...]]] = {
     "aarch64": {"neon": ()},
     "arm64": {"neon": ()},
 }
-# With -mtune=generic the loops are some percent slower, also on processors of AMD.
+# The tuning of a processor with AVX-512, in place of -mtune=generic, also for processors of AMD.
 _TUNING = {"x86_64": ("-mtune=skylake",)}
 # Without hidden visibility, the libraries of two targets in one process would share inline data, such as the number of
 # lanes.
@@ -86,9 +87,14 @@ def find_compiled(folder: Path, machine: str, instructions: Container[str]) -> P
 
 
 def fingerprint() -> str:
-    """Returns a hash of the sources, flags and structures."""
+    """Returns a hash of the sources, flags and structures. A process reads them once, when it first needs the hash."""
+    return _hash_sources(SOURCES)
+
+
+@cache
+def _hash_sources(folder: Path) -> str:
     digest = hashlib.sha256(" ".join((*FLAGS, _layout_assertions())).encode())
-    for path in sorted((*SOURCES.glob("*.c*"), *SOURCES.glob("*.h"))):
+    for path in sorted((*folder.glob("*.c*"), *folder.glob("*.h"))):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:32]
 

@@ -175,7 +175,7 @@ def coupling_order(network: MaskedNetwork, identity: Sequence[int], transformed:
 
 def find_order(network: MaskedNetwork) -> Order:
     """Returns the steps of a masked transform. Raises UnsupportedError if its network is not autoregressive."""
-    # NumPy's operations on so few numbers take a tenth of the time of PyTorch's.
+    # In NumPy, since these are few numbers.
     last, outputs, dependencies = network.groups[-1], network.outputs.numpy(), _find_dependencies(network)
     if not np.array_equal(np.sort(outputs, axis=None), np.arange(len(dependencies[last]))):
         raise UnsupportedError("outputs that are not the parameters of all features")

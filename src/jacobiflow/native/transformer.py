@@ -27,8 +27,8 @@ from jacobiflow.native.tensors import (
 from jacobiflow.native.weights import WeightMemory, kept_memory, store_weights
 
 _MAX_ROWS_PER_THREAD = 32  # rows of the network per call; more do not fit in the processor's cache
-_MIN_ROWS_PER_TEAM = 4  # rows of the network from which teams of threads that never wait for each other are faster
-_MAX_WEIGHTS_PER_TEAM = 2**22  # weights of a block above which one team is faster: each thread reads a part of a layer
+_MIN_ROWS_PER_TEAM = 4  # rows of the network from which teams of threads work, which never wait for each other
+_MAX_WEIGHTS_PER_TEAM = 2**22  # weights of a block above which there is one team: each thread reads a part of a layer
 _MAX_MULTIPLICATIONS = 2e9  # per call of C++, about a tenth of a second, so that Ctrl-C works
 
 

@@ -16,9 +16,9 @@ from jacobiflow.native.library import Library
 from jacobiflow.native.tensors import MATRICES, WEIGHT_FORMATS, addresses_of, allocate
 
 MIN_IN_PLACE = 2**25  # weights of a block from which they are read as PyTorch has them, since no cache holds them
-_MIN_BF16 = 2**20  # weights of a block from which bfloat16 is faster than float32, with few rows
+_MIN_BF16 = 2**20  # weights of a block from which they are read in bfloat16 with few rows
 _MAX_BF16_ROWS = 8  # largest number of the network's rows per team that counts as few
-_MIN_BF16_ANY_ROWS = 2**23  # weights of a block from which bfloat16 is faster with any number of rows
+_MIN_BF16_ANY_ROWS = 2**23  # weights of a block from which they are read in bfloat16 with any number of rows
 _ALIGNMENT = 64  # Matrices begin at multiples of so many numbers.
 _MAX_KEPT_BYTES = 2**27  # Larger memory is freed after the call.
 
@@ -26,7 +26,7 @@ _kept = threading.local()
 
 
 class WeightMemory:
-    """Memory for copies of weights. It grows, since fresh memory costs the system more time than the copy."""
+    """Memory for copies of weights. It grows and is kept, since the system clears fresh memory."""
 
     def __init__(self) -> None:
         self.bytes = allocate(torch.uint8, 0)
@@ -51,7 +51,7 @@ def store_weights(
     native: Library, matrices: Sequence[Tensor], shapes: Sequence[tuple[int, ...]], num_weights: int, rows: int,
     memory: WeightMemory,
 ) -> list[Weight]:  # fmt: skip
-    """Copies matrices to panels, in a 16-bit dtype that is faster and represents all of them, else in their own.
+    """Copies matrices to panels, in a 16-bit dtype that represents all of them, else in their own.
 
     Large matrices of whole vectors keep their rows, and are not copied if they keep their dtype.
 
@@ -66,8 +66,8 @@ def store_weights(
     sums = torch.promote_types(dtype, torch.float32)
     addresses = addresses_of(matrices, [*shapes], dtype)
     keeps_rows = [in_place and all(native.padded(size, sums) == size for size in shape) for shape in shapes]
-    is_bf16_faster = num_weights >= _MIN_BF16_ANY_ROWS or (num_weights >= _MIN_BF16 and rows <= _MAX_BF16_ROWS)
-    halves = (torch.float16, torch.bfloat16) if is_bf16_faster else (torch.float16,)
+    use_bf16 = num_weights >= _MIN_BF16_ANY_ROWS or (num_weights >= _MIN_BF16 and rows <= _MAX_BF16_ROWS)
+    halves = (torch.float16, torch.bfloat16) if use_bf16 else (torch.float16,)
     for stored in (*halves, dtype) if dtype == torch.float32 and native.has_fast_halves else (dtype,):
         is_copied = [not rows or stored != dtype for rows in keeps_rows]
         counts = [-(-native.padded(outputs, sums) * inputs // _ALIGNMENT) * _ALIGNMENT for outputs, inputs in shapes]

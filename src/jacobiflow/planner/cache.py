@@ -36,7 +36,7 @@ from jacobiflow.utils.timing import describe_machine
 _PACKAGE = Path(__file__).parent.parent
 _MAX_CROWDING = 0.25
 """Number of cores that programs may use beyond those that PyTorch leaves free. If one of them takes the core of a
-thread, the other threads wait for it at each step of the exact loop, which is then many times slower."""
+thread, the other threads wait for it at each step of the exact loop."""
 _CROWDING_SECONDS = 0.2
 """Seconds over which the use of the cores is measured."""
 _BUSY_SECONDS = 60.0

@@ -111,7 +111,7 @@ def make_plan(
             tuning = None
     if flow.precision in _ROUNDED_DTYPES or torch.is_autocast_enabled(flow.var.device.type):
         tolerance = max(tolerance, _ROUNDING_MARGIN * rounding_floor(flow))
-    timings = _time_blocks(flow, batch_size, bf16)
+    timings = _time_blocks(flow, batch_size, bf16, progress)
     sequential_seconds = sum(each.sequential for each in timings)
     draft = _Draft((SEQUENTIAL,) * len(timings), sequential_seconds)
     if any(each.can_iterate for each in timings):
@@ -161,14 +161,19 @@ def rounding_floor(flow: Flow) -> float:
     return max(floor, float((x - other_x).nan_to_num(0.0, 0.0, 0.0).abs().max()))
 
 
-def _time_blocks(flow: Flow, batch_size: int, bf16: bool) -> list[BlockTimings]:
+def _time_blocks(flow: Flow, batch_size: int, bf16: bool, progress: Progress | None) -> list[BlockTimings]:
     """The timings of each block; blocks of one shape are timed once."""
     tokens, context = _example_inputs(flow, NUM_SAMPLES, batch_size)
+    shapes = [_parameter_shapes(block) for block in flow.blocks]
+    last = {shape: i for i, shape in enumerate(shapes)}
     timings: dict[Hashable, BlockTimings] = {}
-    for i, block in reversed(list(enumerate(flow.blocks))):
-        if _parameter_shapes(block) not in timings:
-            timings[_parameter_shapes(block)] = time_block(Problem(flow.inverse_block(i), tokens, context), bf16)
-    return [timings[_parameter_shapes(block)] for block in flow.blocks]
+    for shape, i in reversed(last.items()):
+        if progress is not None:
+            progress(len(timings), len(last), "timing blocks")
+        timings[shape] = time_block(Problem(flow.inverse_block(i), tokens, context), bf16)
+    if progress is not None:
+        progress(len(last), len(last), "timing blocks")
+    return [timings[shape] for shape in shapes]
 
 
 def _race_blocks(

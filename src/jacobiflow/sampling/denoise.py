@@ -40,7 +40,7 @@ def denoise(
     an infinity becomes NaN, with a warning; the others do not depend on it.
 
     At most `batch_size` images go through at a time, fewer if a backward pass would need more than 4 GiB, and a few on
-    a CPU, where that is faster. With `dtype="bfloat16"` the networks compute in bfloat16.
+    a CPU. With `dtype="bfloat16"` the networks compute in bfloat16.
 
     Example:
         >>> flow = jf.load("digits-p1")

@@ -18,7 +18,7 @@ from jacobiflow.blocks.tokens import Tokens
 
 _EXPLICIT_TOKENS = 400
 """In bfloat16 on a CPU, attention to at most this many tokens is computed by products of matrices if it has a gradient.
-PyTorch's kernel takes up to twice as long there, but keeps no matrix of tokens by tokens."""
+With more tokens PyTorch's kernel does, which keeps no matrix of tokens by tokens."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class AttentionSpan:
         size, is_causal = end - positions.start, positions.start == 0 and end > 1
         if size == 1 or is_causal:
             return cls(positions, end, None, is_causal)
-        if like.is_cuda:  # CUDA has faster kernels for this bias than for a mask.
+        if like.is_cuda:  # The flash kernel of CUDA takes this bias, but no mask.
             return cls(positions, end, causal_lower_right(size, end), False)
         return cls(positions, end, like.new_full((size, end), -torch.inf).triu_(positions.start + 1), False)
 
@@ -193,8 +193,8 @@ def _modulate(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     return scale * F.layer_norm(x, x.shape[-1:]) + shift
 
 
-# Each function frees its intermediate tensors when it returns, and GELU is in place without gradients. The memory in
-# use then stays in the processor's caches, which saves 5 per cent of a sweep.
+# Each function frees its intermediate tensors when it returns, and GELU is in place without gradients. So the memory in
+# use is more likely to stay in the processor's caches.
 
 
 def _attend(

@@ -137,7 +137,7 @@ struct Lanes {
     return v;
   }
 
-  // Returns 1 / v. With AVX-512, an estimate and one step of Newton's method take half the time of a division.
+  // Returns 1 / v; with AVX-512, by an estimate and one step of Newton's method in place of a division.
   static Vector reciprocal(Vector v) {
 #if defined(__AVX512F__)
     if constexpr (sizeof(T) == 4) {
