@@ -67,6 +67,7 @@ measure: setup emoji
 	$(MEASURE).packages
 	$(MEASURE).regimes
 	$(MEASURE).devices
+	$(MEASURE).claiming
 	$(MEASURE).star
 	$(MEASURE).boltzmann boltzmann
 	$(RENDER)

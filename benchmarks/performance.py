@@ -41,7 +41,7 @@ ROUNDS = {1: 7, 4: 5, 16: 3, 64: 3}
 MODEL_BATCHES = {"fashion-p2": (1, 4, 16, 64), "emoji-p2": (1, 16), "digits-p1": (1, 16), "digits-maf": (1, 16)}
 ORIGINAL_TO_IMAGES, AUTO_TO_IMAGES = "original sampler, to images", "auto, to images"
 ORIGINAL, AUTO, EXACT, PAPER, DENOISING = "original sampler", "auto", "exact loop", "GS-Jacobi", "denoising"
-DENOISED = {"fashion-p2": (16,)}
+DENOISED = {"fashion-p2": (1, 4, 16, 64)}
 PRESET = jf.PRESETS["afhq"]
 DETAILED = "fashion-p2"  # The model that other samplers draw from, too.
 

@@ -221,6 +221,11 @@ def tiny_emoji() -> tuple[Tensor, list[str], list[str]]:
     return images, [letter * (i + 1) for i, letter in enumerate("abcdefgh")], 4 * ["low", "high"]
 
 
+def test_claiming(run: Run) -> None:
+    rows = run("claiming", BEFORE="HEAD", NUM_UNITS=5, NUM_PROCESSES=2)["claiming"]
+    assert [row["package"] for row in rows] == ["HEAD", "working tree"]
+
+
 def test_star(run: Run, tmp_path: Path) -> None:
     flow = jf.STARFlow(replace(make_star().config, captions=tuple(tiny_emoji()[1])))
     flow.load_state_dict(make_star().state_dict())

@@ -14,8 +14,8 @@ from unittest.mock import Mock
 import pytest
 
 from jacobiflow.errors import InputValueError
-from jacobiflow.jobs import run
-from jacobiflow.utils.files import FolderInUseError
+from jacobiflow.jobs import JobStore, run
+from jacobiflow.utils.files import FolderInUseError, locked
 from tests.helpers.kills import read_files
 from tests.helpers.toy_job import Digests, Spec, undisturbed
 
@@ -93,6 +93,32 @@ def test_others_take_the_unit_of_a_killed_process(tmp_path: Path) -> None:
     assert time.monotonic() - killed < 5
     assert read_files(out) == undisturbed(SPEC)
     assert [path.name for path in out.glob(".lock*")] == [".lock"]
+
+
+def test_processes_begin_at_places_far_apart(tmp_path: Path) -> None:
+    barrier = multiprocessing.get_context("fork").Barrier(4)
+    first = ["00000", "00002", "00005", "00008"]  # of eleven
+    processes = [start(tmp_path / "out", lambda unit: unit in first and barrier.wait(60)) for _ in range(4)]
+    assert exit_codes(processes) == [0] * 4
+    assert sorted(read_log(tmp_path / "out")[1:5]) == first  # The first line is of the first stage.
+
+
+def test_one_process_checks_a_finished_unit_while_others_may_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, checked, is_intact = tmp_path / "out", tmp_path / "checked.txt", JobStore.is_intact
+    run(Digests(SPEC), out)
+
+    def check(store: JobStore, unit: str) -> bool:
+        if unit == "salt":  # The first stage, for which all wait.
+            wait_for(lambda: len(list(out.glob(".lock-use-*"))) == 3)
+        with locked(out, wait=30), checked.open("a") as file:  # Nobody holds the folder's lock for long.
+            file.write(f"{unit}\n")
+        return is_intact(store, unit)
+
+    monkeypatch.setattr(JobStore, "is_intact", check)
+    assert exit_codes([start(out) for _ in range(3)]) == [0] * 3
+    assert sorted(checked.read_text().split()) == sorted(path.stem for path in out.glob("units/*"))
 
 
 @pytest.mark.parametrize("times", [1, 3])

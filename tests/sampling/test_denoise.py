@@ -89,13 +89,17 @@ def test_passes_are_bounded_by_memory_and_by_the_speed_of_a_processor(monkeypatc
 def test_in_bfloat16_images_change_by_its_rounding(monkeypatch: pytest.MonkeyPatch) -> None:
     flow = copy.deepcopy(make_flow(**FLOWS["scales"])).float()
     settings = [jf.SamplingSettings(denoise=1.0, denoise_dtype=dtype) for dtype in (None, "bfloat16")]
-    monkeypatch.setattr(denoising, "has_bf16_products", lambda: False)
-    with pytest.warns(UserWarning, match="this processor has no such products"):
-        exact, rounded = (jf.sample(flow, 8, 1, settings=each) for each in settings)
+    monkeypatch.setattr(denoising, "has_bf16_products", lambda: True)
+    exact, rounded = (jf.sample(flow, 128, 1, settings=each) for each in settings)
     change = (rounded.x - exact.x).abs()
     assert 0 < change.max() < 2e-2
     assert rounded.denoise_change == pytest.approx((float(change[:2].mean()), float(change[:2].max())), rel=1e-3)
     assert rounded.outcome.denoise_change == rounded.denoise_change
+    assert jf.sample(flow, 63, 1, settings=settings[1]).denoise_change is None  # The comparison would take too long.
+    monkeypatch.setattr(denoising, "has_bf16_products", lambda: False)
+    with pytest.warns(UserWarning, match="this processor has no such products, so float32 is used"):
+        in_float32 = jf.sample(flow, 128, 1, settings=settings[1])
+    assert torch.equal(in_float32.x, exact.x) and in_float32.denoise_change is None
     assert rounded.x.dtype == torch.float32 and exact.denoise_change is None
     with pytest.raises(jf.InputError, match="the flow is in float64; give None"):
         jf.sample(flow.double(), 1, 1, settings=settings[1])

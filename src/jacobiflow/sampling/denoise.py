@@ -40,7 +40,8 @@ def denoise(
     an infinity becomes NaN, with a warning; the others do not depend on it.
 
     At most `batch_size` images go through at a time, fewer if a backward pass would need more than 4 GiB, and a few on
-    a CPU. With `dtype="bfloat16"` the networks compute in bfloat16.
+    a CPU. With `dtype="bfloat16"` the networks compute in bfloat16, except on a CPU without such products, where float32
+    is faster: a warning says so.
 
     Example:
         >>> flow = jf.load("digits-p1")
@@ -74,12 +75,18 @@ def denoise_checked(
     flow: Flow, images: Float[Tensor, "n c h w"], context: Context, settings: SamplingSettings, batch_size: int
 ) -> Float[Tensor, "n c h w"]:
     """Denoises as `denoise` does, without its checks and its warning."""
-    images, dtype = images.detach(), settings.denoise_dtype
-    if dtype and images.device.type == "cpu" and not has_bf16_products():
-        warnings.warn(f"denoise_dtype={dtype}: slow, as this processor has no such products", stacklevel=3)
+    images, dtype = images.detach(), denoising_dtype(settings, images.device)
+    if dtype != settings.denoise_dtype:
+        text = f"denoise_dtype={settings.denoise_dtype}: this processor has no such products, so float32 is used"
+        warnings.warn(text, stacklevel=3)
     step = settings.denoise * flow.config.noise_std**2
     passes = row_batches(len(images), _pass_size(flow, len(images), batch_size))
     return torch.cat([images[rows] + step * score(flow, images[rows], context[rows], dtype) for rows in passes])
+
+
+def denoising_dtype(settings: SamplingSettings, device: torch.device) -> DenoiseDtype:
+    """Returns the dtype of the networks on a device: not bfloat16 on a CPU that would compute it more slowly."""
+    return settings.denoise_dtype if device.type != "cpu" or has_bf16_products() else None
 
 
 def _pass_size(flow: Flow, num: int, batch_size: int) -> int:

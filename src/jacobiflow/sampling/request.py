@@ -19,7 +19,7 @@ from jacobiflow.models.contexts import ContextLike, Labels, labels_or_context
 from jacobiflow.models.flow import Flow, check_flow
 from jacobiflow.models.latents import MAX_SAMPLES
 from jacobiflow.planner import Auto, Strategy, auto, resolve_strategy
-from jacobiflow.sampling.denoise import denoise_checked, resolve_denoising
+from jacobiflow.sampling.denoise import denoise_checked, denoising_dtype, resolve_denoising
 from jacobiflow.sampling.invert import FlowSolution, invert_in_groups, log_prob_of, num_groups
 from jacobiflow.sampling.result import BlockStats, Samples
 from jacobiflow.sampling.sensitivity import measure_sensitivity
@@ -29,6 +29,9 @@ from jacobiflow.utils.warn import warn_caller
 
 Settings = SamplingSettings | Literal["recommended"] | None
 """Guidance and denoising: values, those that the model recommends, or neither."""
+
+_IMAGES_PER_COMPARISON = 64
+"""Images that are denoised in bfloat16 for each that is also denoised in float32, to measure the change."""
 
 
 @dataclass(frozen=True)
@@ -112,8 +115,8 @@ class SamplingRequest:
         started, change = time.perf_counter(), None
         if self.denoising.denoise:
             noisy, x = x, denoise_checked(flow, x, context, self.denoising, options.batch_size or 64)
-            if self.denoising.denoise_dtype:
-                num = min(max(len(x) // 4, 1), 4)  # Few images, to keep the time that bfloat16 saves.
+            num = len(x) // _IMAGES_PER_COMPARISON
+            if num and denoising_dtype(self.denoising, x.device):
                 unrounded = replace(self.denoising, denoise_dtype=None)
                 differences = (x[:num] - denoise_checked(flow, noisy[:num], context[:num], unrounded, num)).abs()
                 change = float(differences.nanmean()), float(differences.nan_to_num(0.0).max())

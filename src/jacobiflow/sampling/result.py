@@ -184,8 +184,8 @@ class Samples:
             It is an estimate by a second solve, from latents that one rounding of `dtype` changes. For an exact sample
             that moves by more than 2.5e-4 it is the difference from a solve in float64. It is infinite if the sample
             is not finite in one of the solves, and `None` if it was not asked for.
-        denoise_change: The mean and the largest change of the first images by denoising in bfloat16: a quarter of them,
-            but 1 to 4. `None` for other dtypes.
+        denoise_change: The mean and the largest change of the first images by denoising in bfloat16, over one image in
+            64. `None` for fewer images and for other dtypes.
         dtype: The dtype of the network, or "tf32".
 
     Example:
