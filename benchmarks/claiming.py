@@ -39,7 +39,8 @@ def measure(key: Json) -> Json:
 def checkout(commit: str, folder: Path) -> Path:
     """Writes the package of a commit into a folder."""
     archive = subprocess.run(["git", "archive", commit, "src"], cwd=ROOT, capture_output=True, check=True).stdout
-    tarfile.open(fileobj=BytesIO(archive)).extractall(folder)
+    with tarfile.open(fileobj=BytesIO(archive)) as files:
+        files.extractall(folder)
     return folder / "src"
 
 

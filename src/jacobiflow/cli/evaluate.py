@@ -57,7 +57,7 @@ class EvaluateConfig(options.Config):
         paired: Number of samples to compare with those of the exact loop, in the batches in which they were drawn.
             Default: 64; 0 if they had prompts, which the folder lacks.
         test_images: Number of images whose likelihood is measured, evenly spaced in the test split if there is one.
-        overwrite: Replace the scores in the folder.
+        overwrite: Replace the scores in the folder, or another job.
         out: Folder for evaluation.json.
     """
 

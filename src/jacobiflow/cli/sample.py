@@ -63,7 +63,7 @@ class SampleConfig(options.Config):
         sensitivity: Measure how much rounding changes each sample, by drawing it a second time.
         compare: Also draw the first batch with the original sampler, and compare.
         offload: Keep one block at a time on the device, for a model larger than its memory.
-        overwrite: Replace the samples in the folder.
+        overwrite: Replace the samples in the folder, or another job.
         out: Folder for the samples, and for samples.png if they are images.
     """
 

@@ -40,8 +40,8 @@ def denoise(
     an infinity becomes NaN, with a warning; the others do not depend on it.
 
     At most `batch_size` images go through at a time, fewer if a backward pass would need more than 4 GiB, and a few on
-    a CPU. With `dtype="bfloat16"` the networks compute in bfloat16, except on a CPU without such products, where float32
-    is faster: a warning says so.
+    a CPU. With `dtype="bfloat16"` the networks compute in bfloat16. A CPU without such products is faster in float32,
+    and computes in it, with a warning.
 
     Example:
         >>> flow = jf.load("digits-p1")
