@@ -69,5 +69,5 @@ def measure(folder: Path, num_units: int, num_processes: int) -> float:
 
 if __name__ == "__main__":
     path, *numbers = sys.argv[1:]
-    arguments = Path(path), *map(int, numbers)
-    print(json.dumps({"new": measure(*arguments), "finished": measure(*arguments)}))
+    measure_folder = partial(measure, Path(path), *map(int, numbers))
+    print(json.dumps({"new": measure_folder(), "finished": measure_folder()}))
