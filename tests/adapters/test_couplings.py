@@ -145,7 +145,7 @@ def test_both_scales_of_glasflow_and_batch_norm_in_evaluation_mode() -> None:
 
 @pytest.mark.parametrize("what", REFUSED)
 def test_what_native_code_does_not_know_is_left_alone(what: str) -> None:
-    assert jf.accelerate(REFUSED[what]()).reasons == {"": f"native code does not know {what}"}
+    assert jf.accelerate(REFUSED[what]()).reasons == {"": f"native code does not take {what}"}
 
 
 def test_couplings_between_layers_that_native_code_does_not_know() -> None:
@@ -160,7 +160,7 @@ def test_couplings_between_layers_that_native_code_does_not_know() -> None:
     assert str(handle).splitlines()[1:4] == [
         "  _transform._transforms.1, 7: glasflow PiecewiseRationalQuadraticCouplingTransform, by native code",
         "  _transform._transforms.4: glasflow PiecewiseRationalQuadraticCouplingTransform, by the library: native code "
-        "does not know a hook on PiecewiseRationalQuadraticCouplingTransform",
+        "does not take a hook on PiecewiseRationalQuadraticCouplingTransform",
         "  _transform._transforms.2, 5, 8: glasflow BatchNorm, by native code",
     ]
 

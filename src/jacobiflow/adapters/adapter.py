@@ -87,7 +87,7 @@ class Adapter:
             try:
                 list(self.list_transforms(module, False))
             except UnsupportedError as error:
-                raise UnsupportedError(f"native code does not know {error}") from error
+                raise UnsupportedError(f"native code does not take {error}") from error
 
 
 def _layout(kind: type) -> type:
