@@ -1,6 +1,7 @@
 // The forward pass of a chain on a tile of rows, in either direction of the transforms.
 #pragma once
 
+#include "chain.h"
 #include "tile.h"
 
 namespace jacobiflow {
@@ -13,11 +14,12 @@ class ForwardTile {
   using Vector = typename S::Vector;
   static constexpr int rows = S::lanes * vectors;
 
-  // `memory` has the plan's `tile_units`.
-  ForwardTile(const Plan<T>& chain, T* memory)
+  // `memory` has the chain's `tile_units`.
+  ForwardTile(const Chain<T>& chain, T* memory)
       : chain(chain), call(chain.call), memory(memory), features(memory), copy(at(call.features)),
         context(at((size_t)2 * call.features)), input(context + (size_t)call.context_features * rows),
-        own(at(chain.tile_units - chain.own_units())), constants(own + (size_t)2 * chain.max_bins * rows) {}
+        feature_memory(at(chain.tile_units - chain.feature_units())),
+        constants(feature_memory + (size_t)2 * chain.max_bins * rows) {}
 
   // Computes rows [first, first + count), at most `rows`. Stores the values that the backward pass reads in `stored`
   // (units, rows), unless it is null. Writes the results if the call has memory for them.
@@ -38,9 +40,10 @@ class ForwardTile {
   }
 
  private:
-  const Plan<T>& chain;
+  const Chain<T>& chain;
   const ChainArgs& call;
-  T *const memory, *const features, *const copy, *const context, *const input, *const own, *const constants;
+  T *const memory, *const features, *const copy, *const context, *const input, *const feature_memory;
+  T* const constants;
   Vector log_det[vectors], rounding[vectors];
   Vector non_finite[vectors];  // NaN in lanes of rows that were not finite, else 0
   T* activations = nullptr;    // the values that the backward pass reads, or null
@@ -317,7 +320,7 @@ class ForwardTile {
   // Transforms the i-th feature in the order of the steps.
   void transform_feature(const Transform& t, int i, const T* parameters) {
     const size_t feature = (size_t)t.order[i] * rows;
-    with_feature_transform<T>(t, inverts, own, [&](const auto& make) {
+    with_feature_transform<T>(t, inverts, feature_memory, [&](const auto& make) {
       for (int v = 0; v < vectors; v++) {
         T* at = features + feature + v * S::lanes;
         Vector change{};

@@ -1,9 +1,7 @@
 // A tile of rows: values are (columns, rows), so that a vector holds one feature or unit of several rows.
 #pragma once
 
-#include "activations.h"
 #include "monotone.h"
-#include "plan.h"
 #include "splines.h"
 
 namespace jacobiflow {
