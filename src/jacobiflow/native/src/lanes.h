@@ -1,4 +1,4 @@
-// What a vector is on each kind of processor, on which no other file depends; and ranges of units or work.
+// What a vector is on each kind of processor, on which no other file depends; and ranges of units.
 #pragma once
 
 #include <algorithm>
@@ -17,13 +17,6 @@ namespace jacobiflow {
 struct Range {
   int first, last;
 };
-
-// Returns the part of [0, total) for a thread, in multiples of `unit`.
-inline Range partition(int total, int rank, int num_threads, int unit = 1) {
-  const int64_t units = (total + unit - 1) / unit;
-  const int first = (int)(units * rank / num_threads) * unit, last = (int)(units * (rank + 1) / num_threads) * unit;
-  return {std::min(first, total), std::min(last, total)};
-}
 
 // The number of floats in a vector; registers for the sums of a product of tiles; and the sizes of a block of a dense layer,
 // whose sums fill the registers: `tile_rows` rows by `panel_vectors` vectors of outputs.
