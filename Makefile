@@ -8,7 +8,7 @@ INSTALLED := $(VENV)/.installed
 # Bytecode is compiled when a module is imported, and of most of what is installed none ever is.
 INSTALL := $(BIN)/python -m pip install --quiet --no-compile
 
-.PHONY: setup demo test test-slow test-all lint fuzz mutants measure simulations paper calibration evaluation emoji tutorials \
+.PHONY: setup demo test test-slow test-all lint fuzz measure simulations paper calibration evaluation emoji tutorials \
 	figures docs render surface formats clean
 
 setup: $(INSTALLED)
@@ -48,11 +48,6 @@ SEED := 0
 COUNT := 5000
 fuzz: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.native.sanitizers --seed $(SEED) --count $(COUNT)
-
-# Mutation testing: the share of small faults that `make test` catches, out/mutants.json (about an hour on two cores; it goes on
-# where it was stopped).
-mutants: setup
-	$(BIN)/python -m tools.mutants
 
 # Measures the speed and the exactness that README, the model cards and the pages show (80 minutes on two idle cores). It goes on
 # if it was stopped, measures again what is of other code, and refuses to go on with the results of another machine. Each line is a

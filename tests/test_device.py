@@ -19,7 +19,7 @@ import jacobiflow as jf
 from jacobiflow.blocks.guidance import guided
 from jacobiflow.data import Noise, digits, noisy_images
 from jacobiflow.evaluation import bits_per_dim
-from jacobiflow.fixed_point import cuda_graphs
+from jacobiflow.fixed_point.cuda_graphs import GraphCapture
 from jacobiflow.models.latents import draw_latents
 from jacobiflow.models.memory import find_batch_size, memory_needs
 from jacobiflow.sampling.folder import SampleFolder
@@ -204,14 +204,10 @@ def count_sweep(solver: Callable[[int], jf.Solver], *arguments: Any, **options: 
 def test_the_operations_of_a_token(guidance: jf.Guidance | None, most: int) -> None:
     """Launched one by one, or as a graph; the context is rounded up, and hidden by a mask in each layer."""
     for launches in (most, 1):
-        with patch.object(cuda_graphs, "capture", launch_each if launches > 1 else cuda_graphs.capture):
+        capture = (lambda graphs, step: step) if launches > 1 else GraphCapture.capture
+        with patch.object(GraphCapture, "capture", capture):
             counts = count_sweep(lambda tokens: jf.Solver(jf.Sequential()), guidance)
         assert counts == {"operations": launches, "read_backs": 0, "copies": 0, "explicit_masks": 2}
-
-
-def launch_each(step: Callable[[], Any], pool: Any, _: torch.device) -> tuple[Callable[[], Any], Any, Any]:
-    """`capture` without a graph."""
-    return step, step(), pool
 
 
 def test_an_exact_loop_never_waits_for_the_device() -> None:

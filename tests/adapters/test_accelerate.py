@@ -68,7 +68,7 @@ def test_the_handle_says_what_was_done(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     assert str(handle).splitlines() == [
         "accelerated, exact to rounding: 2 transforms", first + "native code",
-        second + "passes, if there are 6 features or more: native code does not know the activation Mish",
+        second + "passes, if there are 6 features or more: native code does not take the activation Mish",
     ]  # fmt: skip
     assert (handle.tolerance, handle.reasons, handle.passes, handle.backends) == (None, {}, {}, {})
     with torch.no_grad():
@@ -88,7 +88,7 @@ def test_the_handle_prints_few_lines_for_many_transforms_and_large_networks() ->
     two = jf.accelerate({name: zuko.flows.MAF(2, transforms=2) for name in "ab"})
     assert "  a.transform.transforms.0, 1; b.transform.transforms.0, 1: zuko" in str(two)
     neural = jf.accelerate(zuko.flows.NAF(2))
-    assert str(neural).splitlines()[1].endswith("by passes: native code does not know the univariate MNN")
+    assert str(neural).splitlines()[1].endswith("by passes: native code does not take the univariate MNN")
 
 
 def test_the_handle_is_not_the_flow() -> None:
@@ -174,11 +174,11 @@ def test_scales_of_glasflow_by_a_function_of_the_user_are_refused() -> None:
         torch.testing.assert_close(copied.inverse(y), flow.inverse(y))
         assert handle.backends == {"": "native"}
         own = jf.accelerate(gf.MaskedAffineAutoregressiveTransform(5, 16, scale_activation=torch.exp))
-    assert str(own).endswith("native code does not know the scale_activation exp")
+    assert str(own).endswith("native code does not take the scale_activation exp")
 
 
-NO_RESIDUAL_NET = "native code does not know the network Linear"
-OTHER_SPLIT = "native code does not know a coupling that splits another dimension than the last"
+NO_RESIDUAL_NET = "native code does not take the network Linear"
+OTHER_SPLIT = "native code does not take a coupling that splits another dimension than the last"
 NO_TRANSFORM = (
     "it has no transform of zuko, nflows, glasflow, normflows, pyro that can be accelerated, and no TarFlow block"
 )

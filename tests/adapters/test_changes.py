@@ -17,8 +17,6 @@ from pyro.nn import AutoRegressiveNN
 from torch import Tensor, nn
 
 import jacobiflow as jf
-from jacobiflow.adapters.native_module import NativeModule
-from jacobiflow.adapters.zuko import list_transforms as zuko_transforms
 from tests.helpers.fake_device import FakeDevice
 from tests.helpers.library_flows import (
     Values,
@@ -233,14 +231,15 @@ def test_threads_on_one_flow_get_what_each_gets_alone(name: str, derive: Any, to
                 assert in_thread is alone is None or same_bits(in_thread, alone)
 
 
-def test_a_flow_that_leaves_a_gpu_is_native_again() -> None:
-    """And on a GPU, nothing but a kernel is missing."""
+def test_a_flow_on_a_gpu_is_left_to_its_library_and_native_again_on_the_cpu() -> None:
     flow, x = zuko.flows.MAF(3), torch.randn(5, 3)
+    expected = flow().log_prob(x)
     with FakeDevice(), jf.accelerate(flow) as handle:
         flow.to("cuda")
-        assert NativeModule(flow, zuko_transforms, is_conditional=False, allows_gpu=True).obstacle is None
-        flow().log_prob(x.to("cuda"))
+        found = flow().log_prob(x.to("cuda")).cpu()
+        assert str(handle).endswith("native code does not take tensors on cuda")
+        assert set(handle.backends.values()) == {"library"}
         flow.cpu()
-        handle.parts[flow].latest_use = None
         flow().log_prob(x)
-        assert set(handle.backends.values()) == {"native"}
+        assert set(handle.backends.values()) == {"native"} and str(handle).endswith("by native code")
+    torch.testing.assert_close(found, expected)

@@ -130,7 +130,7 @@ def test_flows_are_freed() -> None:
         assert reference() is None
 
 
-@pytest.mark.parametrize("estimator", ["maf", "zuko_nsf"])
+@pytest.mark.parametrize("estimator", ["maf", "nsf", "zuko_nsf"])
 def test_estimators_that_sbi_trains(
     estimator: str, calls: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -50,7 +50,7 @@ def test_the_handle_lists_every_layer_with_the_reason() -> None:
         "accelerated, exact to rounding: 2 transforms",
         f"  _transforms.0; _transforms.3._transforms.0: {masked} native code",
         "  _transforms.1, 4; _transforms.3._transforms.1: nflows ReversePermutation, by native code",
-        f"  _transforms.2: {unknown}: native code does not know LeakyReLU",
+        f"  _transforms.2: {unknown}: native code does not take LeakyReLU",
     ]
     assert str(jf.accelerate(flow, 0.0)).splitlines()[1:] == [
         f"  _transforms.0; _transforms.3._transforms.0: {masked} passes",

@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -200,19 +199,10 @@ def test_gpu(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit, match="PyTorch finds none here"):
         run("gpu")
-    monkeypatch.setattr("jacobiflow.adapters.discovery.is_installed", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(multi_processor_count=1))
-    rows = run(
-        "gpu", DEVICE="cpu", WAYS={"zuko": partial, "CUDA graph": None}, FEATURES={"MAF": (3,)}, HIDDEN=(8,), ROWS=(5,),
-        ROUNDS=1, MODELS=("digits-p1",), BATCHES=(1,), MODEL_ROUNDS=1,
-    )["gpu"]  # fmt: skip
-    flows, models = [row for row in rows if "flow" in row], [row for row in rows if "batch" in row]
-    assert len(flows) == 2 and len(models) == 1
-    for row in flows:
-        assert row["error"]["kernel"] < 1e-4 and row["failures"].keys() == {"CUDA graph"}
-    assert models[0]["error"]["auto"] < 1e-2
+    (row,) = run("gpu", DEVICE="cpu", MODELS=("digits-p1",), BATCHES=(1,), ROUNDS=1)["gpu"]
+    assert row["error"]["auto"] < 1e-2
     monkeypatch.setattr(render, "RESULTS", tmp_path)
-    assert "| MAF | 3 | 8 | 5 | sampling |" in render.render("<!-- render gpu --><!-- end -->")
+    assert "| digits-p1 | 1 |" in render.render("<!-- render gpu --><!-- end -->")
     render.result.cache_clear()
 
 

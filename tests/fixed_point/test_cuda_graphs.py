@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+from torch import Tensor
 
 import jacobiflow as jf
 from jacobiflow.fixed_point import cuda_graphs
+from jacobiflow.models.tarflow import TarFlowBlock
 from tests.helpers.fake_device import FakeDevice
 from tests.helpers.solver_problems import normal
 
@@ -40,3 +44,25 @@ def test_graphs_are_captured_for_contexts_that_come_again(
     torch.testing.assert_close(x, expected.x, rtol=0, atol=2e-3)
     assert solution.sweeps == sweeps  # fronts are looked at every fourth sweep
     assert (counts.captures, counts.operations["replay"]) == (captures, replays)
+
+
+@pytest.mark.parametrize("solver", [jf.Solver(jf.Sequential()), jf.Solver(jf.Window(16))], ids=["tokens", "sweeps"])
+def test_a_failed_capture_warns_and_the_solve_goes_on_without_graphs(
+    solver: jf.Solver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The block asks for a value, which no capture allows."""
+    update_at, z, labels = TarFlowBlock.update_at, normal(1, 64, 1).float(), torch.arange(1)
+    expected = jf.solve(jf.load("digits-p1").blocks[3], z, solver, labels, certify=False)
+
+    def read_value(block: Any, x: Tensor, *arguments: Any) -> Tensor:
+        x.sum().item()
+        return update_at(block, x, *arguments)
+
+    with FakeDevice() as device:
+        block = jf.load("digits-p1", device="cuda").blocks[3]
+        monkeypatch.setattr(TarFlowBlock, "update_at", read_value)
+        with device.counting() as counts, pytest.warns(UserWarning, match="a capture failed: .* when stream is captur"):
+            solution = jf.solve(block, z.to("cuda"), solver, labels.to("cuda"), certify=False)
+        x = solution.x.cpu()
+    assert (counts.captures, counts.operations["replay"]) == (1, 0)
+    torch.testing.assert_close(x, expected.x, rtol=0, atol=2e-3)

@@ -146,10 +146,12 @@ class Graph:
         assert self.device.is_current  # A stream of another device would capture nothing.
         self.device.counts.captures += 1
         self.device.capturing = self
-        yield
-        self.device.capturing = None
-        for tensor, before in reversed(self.written):
-            tensor.copy_(before)
+        try:
+            yield
+        finally:
+            self.device.capturing = None
+            for tensor, before in reversed(self.written):
+                tensor.copy_(before)
 
     def record(self, func: Any, args: Any, kwargs: Any) -> Any:
         writes = zip(func._schema.arguments, args, strict=False)
@@ -190,7 +192,7 @@ class FakeDevice(TorchFunctionMode):
         cuda = {
             "get_device_name": lambda device: "fake", "synchronize": lambda device: None,
             "mem_get_info": lambda device: (80 << 30, 80 << 30), "current_stream": MagicMock(), "Stream": MagicMock(),
-            "stream": lambda stream: nullcontext(),
+            "stream": lambda stream: nullcontext(), "set_stream": lambda stream: None,
             "CUDAGraph": partial(Graph, self),
             "device": self._as_current, "graph": lambda graph, pool, stream, capture_error_mode: graph.capture(),
         }  # fmt: skip

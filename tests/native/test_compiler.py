@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 import subprocess
 from pathlib import Path
-from unittest.mock import Mock
 
 import pytest
 
@@ -55,15 +53,6 @@ def test_a_library_of_other_sources_is_not_found(folder: Path, tmp_path: Path, m
     assert compiler.find_compiled(folder, "x86_64", AVX512) is not None
     monkeypatch.setattr(compiler, "SOURCES", other)
     assert compiler.find_compiled(folder, "x86_64", AVX512) is None
-
-
-def test_the_sources_are_hashed_once(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compiler, "SOURCES", shutil.copytree(compiler.SOURCES, tmp_path / "other"))
-    digests = Mock(wraps=hashlib.sha256)
-    monkeypatch.setattr(compiler.hashlib, "sha256", digests)
-    compiler.find_compiled(folder, "x86_64", set())
-    compiler.fingerprint()
-    assert digests.call_count == 1
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ from jacobiflow.errors import UnsupportedError
 from jacobiflow.native.boundary import Activation, TransformKind
 from jacobiflow.native.chain import TransformChain
 from jacobiflow.native.masked_network import MaskedNetwork, find_order
-from jacobiflow.native.transforms import masked_transform
+from jacobiflow.native.transforms import coupling_transform, masked_transform
 
 FEATURES = 4
 OUTPUTS = torch.arange(2 * FEATURES).view(FEATURES, 2)
@@ -65,3 +65,5 @@ def test_networks_that_do_not_fit_are_refused() -> None:
         network_of(reads[:, 1:])
     with pytest.raises(UnsupportedError, match="parameters of other sizes"):
         masked_transform(network_of(reads), kind=TransformKind.RATIONAL_QUADRATIC, bins=2)
+    with pytest.raises(UnsupportedError, match="other sizes than its coupling"):
+        coupling_transform(network_of(reads), [0, 1], [2, 3], kind=TransformKind.MASKED_AFFINE)

@@ -13,9 +13,8 @@ from jacobiflow.adapters.fault import EXPECTED, report_fault
 from jacobiflow.adapters.library_module import is_accelerated, library_class
 from jacobiflow.adapters.native_module import LibraryCall, TransformOutput, flatten_batch
 from jacobiflow.adapters.part import Part
-from jacobiflow.adapters.summary import describe, describe_gpu
+from jacobiflow.adapters.summary import describe
 from jacobiflow.errors import UnsupportedError
-from jacobiflow.native import cuda
 from jacobiflow.native.tensors import check_autocast, check_untraced
 from jacobiflow.utils.deprecation import renamed_attributes
 
@@ -36,26 +35,21 @@ class Acceleration:
         reasons: Why parts of the flow were left alone: name of the masked or coupling transform or TarFlow block to the
             reason. If the flow has neither, "" for the flow itself.
         parts: The accelerated modules.
-        uses_gpu: Native code computes rows on an NVIDIA GPU, too.
-        refusals: Why some transforms do not use the GPU any more.
 
     Example:
         >>> flows = torch.nn.ModuleList([zuko.flows.MAF(3), zuko.flows.NICE(3, normalize=True)])
         >>> print(jf.accelerate(flows))
         accelerated, exact to rounding: 3 transforms
           0.transform.transforms.0, 1, 2: zuko MaskedAutoregressiveTransform, by native code
-          1.transform.transforms.0, 1, 2: left alone, native code does not know the activation LayerNorm
+          1.transform.transforms.0, 1, 2: left alone, native code does not take the activation LayerNorm
     """
 
     def __init__(
-        self, tolerance: float | None, adapters: dict[nn.Module, tuple[str, Adapter]], reasons: dict[str, str],
-        uses_gpu: bool = False,
-    ) -> None:  # fmt: skip
-        self.tolerance, self.reasons, self.uses_gpu = tolerance, reasons, uses_gpu
-        self.refusals: set[str] = set()
+        self, tolerance: float | None, adapters: dict[nn.Module, tuple[str, Adapter]], reasons: dict[str, str]
+    ) -> None:
+        self.tolerance, self.reasons = tolerance, reasons
         self.parts = {
-            module: Part(module, name, adapter, self._accelerate_run, uses_gpu)
-            for module, (name, adapter) in adapters.items()
+            module: Part(module, name, adapter, self._accelerate_run) for module, (name, adapter) in adapters.items()
         }
         self._transforms = [part for part in self.parts.values() if not part.adapter.is_composition]
         self.transforms = {
@@ -81,7 +75,7 @@ class Acceleration:
 
     @property
     def backends(self) -> dict[str, str]:
-        """For each transform that was used, "native", "cuda", "passes", or "library" for the library's own code."""
+        """For each transform that was used, "native", "passes", or "library" for the library's own code."""
         return {part.name: part.latest_use[1] for part in self._transforms if part.latest_use is not None}
 
     def restore(self) -> None:
@@ -103,7 +97,7 @@ class Acceleration:
         )
 
     def __repr__(self) -> str:
-        return describe(self.parts, self.tolerance, self.reasons) + describe_gpu(self.uses_gpu, self.refusals)
+        return describe(self.parts, self.tolerance, self.reasons)
 
     def record_use(self, module: nn.Module, passes: int, backend: str) -> None:
         """Records the latest use of a transform, for `passes` and `backends`."""
@@ -118,8 +112,7 @@ class Acceleration:
 
     def _accelerate_run(self, run: nn.Module, adapter: Adapter) -> None:
         """Accelerates a run of layers, see `Part`. Its use is recorded as that of these layers."""
-        acceleration = Acceleration(self.tolerance, {run: ("", adapter)}, {}, self.uses_gpu)
-        acceleration.refusals, part = self.refusals, acceleration.parts[run]
+        part = Acceleration(self.tolerance, {run: ("", adapter)}, {}).parts[run]
         part.parts = [self.parts[layer] for layer in run.modules() if layer in self.parts]
 
     def evaluate(
@@ -147,19 +140,16 @@ class Acceleration:
             return None
         try:
             check_untraced()
-            check_autocast("cuda" if x.is_cuda else "cpu")
+            check_autocast()
             native = part.find_native(context is not None)
             if (obstacle := native.obstacle) is None:
                 rows, contexts, batch = flatten_batch(x, context)
                 in_pytorch = None if library_call is None else partial(native.evaluate_in_pytorch, library_call)
-                is_on_gpu = self.uses_gpu and cuda.is_on_gpu(rows)
-                chain, tensors = native.cuda_chain if is_on_gpu else native.chain, native.tensors()
-                values, log_dets, failed = chain.evaluate(tensors, rows, contexts, is_inverse, log_det, in_pytorch)
+                values, log_dets, failed = native.chain.evaluate(
+                    native.tensors(), rows, contexts, is_inverse, log_det, in_pytorch
+                )
             elif native.mixed is None or library_call is None:
                 raise UnsupportedError(obstacle)
-        except cuda.RefusedError as error:
-            self.refusals.add(str(error))
-            return None
         except UnsupportedError as error:
             self.record_fallback(module, str(error))
             return None
@@ -179,7 +169,7 @@ class Acceleration:
             if log_dets is not None and new_log_dets is not None:
                 log_dets[indices] = new_log_dets
         for each in part.parts:
-            each.latest_use, each.fallback_reason = (0, "cuda" if is_on_gpu else "native"), ""
+            each.latest_use, each.fallback_reason = (0, "native"), ""
         if len(batch) == 1:
             return values, log_dets
         values = values.view((*batch, values.shape[-1]))

@@ -80,14 +80,13 @@ class Adapter:
                 raise UnsupportedError(f"{kind.__name__} overrides {self.library}'s {method}")
             if method in vars(module):
                 raise UnsupportedError(f"its {method} was replaced")
-        devices = device_types(module)
-        if "meta" in devices or (self.needs_native and not devices <= {"cpu", "cuda"}):
-            raise UnsupportedError(f"its tensors are on {' and '.join(sorted(devices))}")
+        if "meta" in device_types(module):  # On another device it is the library's until it is on the CPU again.
+            raise UnsupportedError("its tensors are on meta")
         if self.needs_native and self.list_transforms is not None:
             try:
                 list(self.list_transforms(module, False))
             except UnsupportedError as error:
-                raise UnsupportedError(f"native code does not know {error}") from error
+                raise UnsupportedError(f"native code does not take {error}") from error
 
 
 def _layout(kind: type) -> type:

@@ -21,21 +21,16 @@ from jacobiflow.adapters.registry import BUILDERS, load_adapters
 from jacobiflow.adapters.tarflow import is_block, try_block
 from jacobiflow.adapters.tarflow_trial import TrialResult
 from jacobiflow.errors import InputTypeError, InputValueError, UnsupportedError
-from jacobiflow.native.cuda import SWITCH, is_installed
-from jacobiflow.utils.checks import check_flag, check_number, format_value
+from jacobiflow.utils.checks import check_number, format_value
 
 _MAX_DEPTH = 4  # An ensemble holds a list of posteriors, each holds a potential, and this holds the module.
 
 
 @overload
-def accelerate(
-    flow: ModuleType, tolerance: float | None = None, *, cuda: bool | None = None
-) -> LibraryAcceleration: ...
+def accelerate(flow: ModuleType, tolerance: float | None = None) -> LibraryAcceleration: ...
 @overload
-def accelerate(flow: Any, tolerance: float | None = None, *, cuda: bool | None = None) -> Acceleration: ...
-def accelerate(
-    flow: Any, tolerance: float | None = None, *, cuda: bool | None = None
-) -> Acceleration | LibraryAcceleration:
+def accelerate(flow: Any, tolerance: float | None = None) -> Acceleration: ...
+def accelerate(flow: Any, tolerance: float | None = None) -> Acceleration | LibraryAcceleration:
     """Makes the masked and coupling transforms of a flow of another library, or a live TarFlow, fast.
 
     The libraries are zuko, nflows, glasflow, normflows and pyro. The flow is changed in place, and you call its own
@@ -72,18 +67,14 @@ def accelerate(
         tolerance: `None` for exact to rounding. 0 for the library's own bits, always by passes. Above 0, passes
             end when one changes no entry by more than this, in the units of each transform's input. Native code is
             exact to rounding at any tolerance above 0.
-        cuda: Compute rows on an NVIDIA GPU in one kernel, where a model of costs says that it is faster and no
-            gradients are needed. It takes `cuda-core`, the extra `cuda`. We have never run it on a GPU, so its first
-            results are compared with the library's own. The default is True in an environment with
-            `JACOBIFLOW_CUDA=1`, and else False.
 
     Returns:
         An `Acceleration`, which says how each transform is computed, or why it was left alone, and restores the flow.
         For a library, a `LibraryAcceleration`, which restores the library and the flows that were made since.
 
     Raises:
-        ValueError: If `flow` is another library, a library's version is not supported, the tolerance is negative or not
-            finite, or `cuda` lacks its packages.
+        ValueError: If `flow` is another library, a library's version is not supported, or the tolerance is negative or
+            not finite.
         TypeError: If `flow` holds no PyTorch module, or the tolerance is not a number.
 
     Example:
@@ -95,18 +86,12 @@ def accelerate(
         >>> with jf.accelerate(zuko):  # before a package makes the flow
         ...     flow = zuko.flows.MAF(5)
     """
-    if cuda is not None:
-        check_flag("cuda", cuda)
-    uses_gpu = os.environ.get(SWITCH) == "1" if cuda is None else cuda
-    if uses_gpu and not is_installed():
-        name = f"{SWITCH}=1" if cuda is None else "cuda=True"
-        raise InputValueError(f"{name}: cuda.core is not installed; pip install 'cuda-core[cu12]'")
     if tolerance is not None:
         tolerance = float(
             check_number("tolerance", tolerance, expected="None, 0 for identical bits, or a positive number")
         )
     if isinstance(flow, ModuleType):
-        return _accelerate_library(flow.__name__.split(".")[0], tolerance, uses_gpu)
+        return _accelerate_library(flow.__name__.split(".")[0], tolerance)
     visited: set[nn.Module] = set()  # named_modules yields a module once, although several attributes may hold it.
     modules = [entry for name, root in _find_roots(flow, "", _MAX_DEPTH) for entry in root.named_modules(visited, name)]
     if not modules and isinstance(flow, Distribution | Transform):
@@ -143,7 +128,7 @@ def accelerate(
     if all(adapter.is_composition for _, adapter in accelerated.values()):
         accelerated = {}
         reasons = reasons or {"": _reason_of(module for _, module in modules)}
-    acceleration = Acceleration(tolerance, accelerated, reasons, uses_gpu)
+    acceleration = Acceleration(tolerance, accelerated, reasons)
     if not accelerated:
         warnings.warn(f"{type(flow).__name__}: {acceleration}", stacklevel=2)
     return acceleration
@@ -157,7 +142,7 @@ def _reason_of(modules: Iterable[nn.Module]) -> str:
     return f"it has no transform of {', '.join(LIBRARIES)} that can be accelerated, and no TarFlow block"
 
 
-def _accelerate_library(name: str, tolerance: float | None, uses_gpu: bool) -> LibraryAcceleration:
+def _accelerate_library(name: str, tolerance: float | None) -> LibraryAcceleration:
     libraries = BUILDERS.get(name, (name,))
     if not LIBRARIES.keys() >= {*libraries}:
         raise InputValueError(
@@ -165,7 +150,7 @@ def _accelerate_library(name: str, tolerance: float | None, uses_gpu: bool) -> L
             "that library; nothing was changed"
         )
     adapters = [adapter for each in libraries for adapter in load_adapters(each)]
-    return LibraryAcceleration(name, tolerance, adapters, uses_gpu)
+    return LibraryAcceleration(name, tolerance, adapters)
 
 
 def _find_roots(flow: Any, name: str, depth: int) -> Iterator[tuple[str, nn.Module]]:

@@ -14,7 +14,7 @@ from jacobiflow.adapters.acceleration import Acceleration
 from jacobiflow.adapters.adapter import Adapter, find_adapter
 from jacobiflow.adapters.fault import fault_as_unsupported
 from jacobiflow.adapters.library_module import is_accelerated
-from jacobiflow.adapters.summary import describe_gpu, describe_tolerance
+from jacobiflow.adapters.summary import describe_tolerance
 from jacobiflow.errors import UnsupportedError
 
 if TYPE_CHECKING:
@@ -43,8 +43,8 @@ class LibraryAcceleration:
         new flows of zuko are accelerated, exact to rounding: 2 transforms so far
     """
 
-    def __init__(self, name: str, tolerance: float | None, adapters: Sequence[Adapter], uses_gpu: bool) -> None:
-        self.tolerance, self._name, self._adapters, self._uses_gpu = tolerance, name, adapters, uses_gpu
+    def __init__(self, name: str, tolerance: float | None, adapters: Sequence[Adapter]) -> None:
+        self.tolerance, self._name, self._adapters = tolerance, name, adapters
         self.reasons: dict[str, str] = {}
         self._count = 0
         # An acceleration holds its module, so a strong reference would keep every flow alive.
@@ -67,9 +67,8 @@ class LibraryAcceleration:
         # An equal call before this one, if it is still in force, has counted the flows that were made in between.
         same = [each for each in _active if (each._name, each.tolerance) == (self._name, self.tolerance)]
         count = f"{max(each._count for each in (self, *same))} transforms so far"
-        gpu = describe_gpu(self._uses_gpu, set().union(*(each.refusals for each in self._accelerations)))
         reasons = "".join(f"\n  left alone, {name}: {reason}" for name, reason in self.reasons.items())
-        return f"new flows of {self._name} are accelerated, {describe_tolerance(self.tolerance)}: {count}{gpu}{reasons}"
+        return f"new flows of {self._name} are accelerated, {describe_tolerance(self.tolerance)}: {count}{reasons}"
 
     def add(self, module: nn.Module) -> None:
         """Accelerates a new module if it can be."""
@@ -79,7 +78,7 @@ class LibraryAcceleration:
         try:
             with fault_as_unsupported(module):
                 adapter.check(module)
-                self._accelerations.add(Acceleration(self.tolerance, {module: ("", adapter)}, {}, self._uses_gpu))
+                self._accelerations.add(Acceleration(self.tolerance, {module: ("", adapter)}, {}))
                 self._count += not adapter.is_composition
         except UnsupportedError as error:
             self.reasons[type(module).__name__] = str(error)

@@ -13,7 +13,6 @@ from jacobiflow.adapters.fault import fault_as_unsupported
 from jacobiflow.adapters.library_module import DROPOUTS, FUNCTIONS, copy_with_tensors, device_types, has_replaced_method
 from jacobiflow.errors import UnsupportedError
 from jacobiflow.native.chain import TransformChain
-from jacobiflow.native.cuda import CudaChain
 from jacobiflow.native.transforms import ChainTransform
 from jacobiflow.utils.snapshot import HOOKS, Snapshot
 
@@ -40,20 +39,16 @@ class NativeModule:
 
     Attributes:
         chain: Its transforms.
-        cuda_chain: The same on GPUs.
         mixed: If it is a composition of which native code knows only some layers: a composition of the same layers, in
             which those that follow each other are a run, see `Part`.
         mixed_states: The states of modules with which `mixed` was made; `None` before.
     """
 
     chain: TransformChain
-    cuda_chain: CudaChain
     mixed: nn.Module | None = None
     mixed_states: list[str | None] | None = None
 
-    def __init__(
-        self, module: nn.Module, list_transforms: ListTransforms, is_conditional: bool, allows_gpu: bool = False
-    ) -> None:
+    def __init__(self, module: nn.Module, list_transforms: ListTransforms, is_conditional: bool) -> None:
         self._module, modules = module, list(module.modules())
         self._stateful = [part for part in modules if _is_stateful(part)]
         self._obstacle: str | None = None
@@ -63,12 +58,10 @@ class NativeModule:
                     raise UnsupportedError(f"a hook on {type(part).__name__}")
                 if has_replaced_method(part):
                     raise UnsupportedError(f"a method of its own on {type(part).__name__}")
-            devices = device_types(module) - ({"cpu", "cuda"} if allows_gpu else {"cpu"})
-            if devices:
+            if devices := device_types(module) - {"cpu"}:
                 raise UnsupportedError(f"tensors on {' and '.join(sorted(devices))}")
             with fault_as_unsupported(module):
                 self.chain = TransformChain(list(list_transforms(module, is_conditional)))
-            self.cuda_chain = CudaChain(self.chain)
             places = [place for transform in self.chain.transforms for place in transform.places]
             self._holders, self._names = [holder for holder, _ in places], [name for _, name in places]
             # Statistics of batches, which training changes, are read at every call.

@@ -23,7 +23,6 @@ class Part:
     Attributes:
         accelerate_run: Accelerates a run of layers of this composition.
         parts: The accelerated modules in it, itself included.
-        uses_gpu: Native code computes it on a GPU, too.
         latest_use: The passes of the latest call, and its backend.
         fallback_reason: Why native code did not compute the latest call that it left to the library.
     """
@@ -32,7 +31,6 @@ class Part:
     name: str
     adapter: Adapter
     accelerate_run: Callable[[nn.Module, Adapter], None]
-    uses_gpu: bool = False
     parts: list[Part] = field(default_factory=list)
     latest_use: tuple[int, str] | None = None
     fallback_reason: str = ""
@@ -52,9 +50,8 @@ class Part:
         if native is None or not native.is_current():
             if self.adapter.list_transforms is None or load_library() is None:
                 raise UnsupportedError(f"native code is {describe()}")
-            native = self._natives[is_conditional] = NativeModule(
-                self.module, self.adapter.list_transforms, is_conditional, self.uses_gpu
-            )
+            native = NativeModule(self.module, self.adapter.list_transforms, is_conditional)
+            self._natives[is_conditional] = native
         if native.obstacle is not None and native.mixed_states != (states := native.find_states()):
             native.mixed = self._compose_runs(is_conditional)
             native.mixed_states = states  # last, since other threads read it

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 from torch import nn
 
@@ -10,7 +10,6 @@ from jacobiflow.adapters.library_module import library_class
 from jacobiflow.adapters.native_module import NativeModule
 from jacobiflow.adapters.part import Part
 from jacobiflow.errors import UnsupportedError
-from jacobiflow.native.cuda import NOTE
 
 MIN_PASSES = 6  # With fewer passes from x = 0, iterates are not compared.
 _MAX_NAMES = 8  # Number of names of modules in a line.
@@ -22,12 +21,6 @@ def describe_tolerance(tolerance: float | None) -> str:
     if tolerance is None:
         return "exact to rounding"
     return f"to a tolerance of {tolerance:g}" if tolerance else "to the library's own bits"
-
-
-def describe_gpu(uses_gpu: bool, refusals: Iterable[str]) -> str:
-    """Returns a line about the kernel for GPUs, or nothing if it is not used."""
-    texts = [NOTE, *(f"not used, since {reason}" for reason in sorted(refusals))]
-    return f"\n  on a GPU: {'; '.join(texts)}" if uses_gpu else ""
 
 
 def describe(parts: Mapping[nn.Module, Part], tolerance: float | None, reasons: Mapping[str, str]) -> str:
@@ -72,7 +65,7 @@ def _describe_way(layer: nn.Module, part: Part, tolerance: float | None) -> str:
         is_alone = native.mixed is None or layer in getattr(native.mixed, adapter.layers)
         obstacle = NativeModule(layer, adapter.list_transforms, is_conditional=False).obstacle
         if obstacle is not None:
-            obstacle = f"native code does not know {obstacle}"
+            obstacle = f"native code does not take {obstacle}"
         elif layer is part.module or native.obstacle is None or not is_alone:
             return "native code"
         else:

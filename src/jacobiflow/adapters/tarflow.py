@@ -184,7 +184,7 @@ class _AcceleratedBlock(AcceleratedModule):
             raise UnsupportedError("tensors were not on the CPU")
         if self._has_changed():
             raise UnsupportedError("the block has changed (undo the change, or call jf.accelerate again)")
-        check_autocast("cpu")
+        check_autocast()
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (*tensors, *self.parameters())):
             raise UnsupportedError("gradients were enabled (use torch.no_grad())")
         if not self.trial_result.in_training and any(part.training for part in self.modules()):

@@ -7,7 +7,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable
 from functools import partial
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Float, Int
@@ -16,6 +16,7 @@ from torch import Tensor
 from jacobiflow.blocks.base import TokensLogDet
 from jacobiflow.blocks.context import Context
 from jacobiflow.blocks.tokens import Tokens, row_batches, scatter_run
+from jacobiflow.utils.warn import warn_caller
 
 T = TypeVar("T")
 
@@ -36,7 +37,6 @@ class TokenLoop:
 
     def __init__(self, block: Any) -> None:
         self.block, self.num = block, 0
-        self.pool: Any = None
 
     def __call__(self, z: Tokens, context: Context, batch_size: int | None) -> TokensLogDet:
         """Returns the solution, and NaN for the sums of log-scales, which are not computed."""
@@ -54,8 +54,8 @@ class TokenLoop:
             # One more than the positions that the token attends to, with those that the mask hides.
             end = min(math.ceil(max(token, 1) / _TOKEN_BUCKET) * _TOKEN_BUCKET + 1, length)
             if end not in self.steps:
-                self.steps[end], _, self.pool = capture(partial(self._step, end), self.pool, self.x.device)
-                self.entry -= 1  # the capture has made the step once
+                self.steps[end] = self.graphs.capture(partial(self._step, end))
+                self.entry.fill_(token)  # a capture has made the step once
             self.steps[end]()
         return self.x.clone()
 
@@ -65,7 +65,7 @@ class TokenLoop:
         self.entry = torch.zeros_like(self.rows)  # the token to solve
         self.cache = self.block.init_cache(self.z, context.clone())
         self.steps: dict[int, Callable[[], None]] = {}
-        self.pool = None
+        self.graphs = GraphCapture(z.device)
 
     def _step(self, end: int) -> None:
         g = self.block.update_at(self.x, self.z, self.entry, 1, end, self.cache)
@@ -80,8 +80,8 @@ class SweepGraphs:
         self.block, self.x, self.z, self.cache, self.size = block, x, z, cache, size
         self.start = torch.zeros(len(x), dtype=torch.int64, device=x.device)
         self.uses: Counter[int] = Counter()
-        self.graphs: dict[int, tuple[Callable[[], None], Tensor]] = {}
-        self.pool: Any = None
+        self.runs: dict[int, Callable[[], Tensor]] = {}
+        self.graphs = GraphCapture(x.device)
 
     def __call__(
         self, x: Tokens, z: Tokens, start: Int[Tensor, " b"], size: int, end: int, cache: Any
@@ -89,36 +89,60 @@ class SweepGraphs:
         """Returns the block's `update_at`; the next call overwrites the result."""
 
         def run() -> Tensor:
-            return cast(Tensor, self.block.update_at(self.x, self.z, self.start, self.size, end, self.cache))
+            g: Tensor = self.block.update_at(self.x, self.z, self.start, self.size, end, self.cache)
+            return g
 
         end = min(math.ceil(end / _SWEEP_BUCKET) * _SWEEP_BUCKET, self.x.shape[1])
         self.start.copy_(start)
         self.uses[end] += 1
         if self.uses[end] <= _CALLS_BEFORE_CAPTURE:
             return run()
-        if end not in self.graphs:
-            replay, g, self.pool = capture(run, self.pool, x.device)
-            self.graphs[end] = replay, g
-        replay, g = self.graphs[end]
-        replay()
-        return g
+        if end not in self.runs:
+            self.runs[end] = self.graphs.capture(run)
+        return self.runs[end]()
 
 
-def capture(step: Callable[[], T], pool: Any, device: torch.device) -> tuple[Callable[[], None], T, Any]:
-    """Returns a function that replays `step`, the place of its result, and the memory pool for the next graph.
+class GraphCapture:
+    """Captures steps as CUDA graphs that share memory. Once a capture has failed, steps run without graphs.
 
-    The step computes on `device`, which need not be PyTorch's current one.
+    The steps compute on `device`, which need not be PyTorch's current one.
     """
-    with torch.cuda.device(device):
-        # The step runs once before, on another stream: what libraries set up at their first use must not be captured.
-        here, aside = torch.cuda.current_stream(), torch.cuda.Stream()
-        aside.wait_stream(here)
-        with torch.cuda.stream(aside):
-            step()
-        here.wait_stream(aside)
-        graph = torch.cuda.CUDAGraph()
-        # By default an allocation by any other thread would abort the capture, and the stream would be of the device
-        # of the first capture.
-        with _capturing, torch.cuda.graph(graph, pool=pool, stream=aside, capture_error_mode="thread_local"):
-            result = step()
-    return graph.replay, result, graph.pool()
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.has_failed = device, False
+        self.pool: Any = None
+
+    def capture(self, step: Callable[[], T]) -> Callable[[], T]:
+        """Returns a function that repeats `step`. The result of a graph is overwritten by the next call."""
+        if self.has_failed:
+            return step
+        with torch.cuda.device(self.device):
+            # The step runs once before, on another stream: libraries set up at first use what a graph must not have.
+            here, aside = torch.cuda.current_stream(), torch.cuda.Stream()
+            aside.wait_stream(here)
+            with torch.cuda.stream(aside):
+                step()
+            here.wait_stream(aside)
+            graph = torch.cuda.CUDAGraph()
+            try:
+                # By default an allocation by any other thread would abort the capture, and the stream would be of the
+                # device of the first capture.
+                with (
+                    _capturing,
+                    torch.cuda.graph(graph, pool=self.pool, stream=aside, capture_error_mode="thread_local"),
+                ):
+                    result = step()
+            except RuntimeError as error:
+                torch.cuda.set_stream(here)  # `torch.cuda.graph` does so only at the end of a good capture
+                self.has_failed = True
+                # The end of a bad capture raises an error of its own.
+                reason = str(error.__context__ or error).partition("\n")[0]
+                warn_caller(f"no CUDA graphs, which makes sampling slower, since a capture failed: {reason}")
+                return step
+        self.pool = graph.pool()
+
+        def replay() -> T:
+            graph.replay()
+            return result
+
+        return replay

@@ -56,8 +56,8 @@ class Solution:
         sample_sweeps: Sweeps that each sample was part of until it was final.
         network_calls: Evaluations of the block, certificates included.
         token_evaluations: Tokens times samples over these calls.
-        backend: "native" if the block's `sequential_inverse` solved it, "graphs" for token by token in CUDA graphs,
-            "sweeps" for sweeps in PyTorch.
+        backend: "native" if the block's `sequential_inverse` solved it, "graphs" for token by token in CUDA graphs (or
+            without them, if a capture failed), "sweeps" for sweeps in PyTorch.
         obstacle: Why `sequential_inverse` did not solve it token by token; `None` if it did, or was not asked to.
         seconds: Wall-clock time, certificates included.
 

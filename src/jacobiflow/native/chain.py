@@ -92,7 +92,7 @@ class TransformChain:
     ) -> tuple[ChainArgs, Any]:
         """Returns the arguments of a call without results, and the tensors that they point to."""
         rows, features = x.shape
-        (x, in_stride), (context, context_stride) = with_row_stride(x), with_row_stride(context)
+        (x, in_stride), (context, context_stride) = _with_row_stride(x), _with_row_stride(context)
         arguments = ChainArgs(
             ctypes.addressof(self.table), None, address_of(x), address_of(context), None, None, None, None, None,
             rows, in_stride, context_stride, len(self.table), features, self.context, is_inverse, is_by_feature,
@@ -240,7 +240,7 @@ def _versions(tensors: Sequence[Tensor]) -> list[tuple[int, int]]:
     return [(tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version) for tensor in tensors]
 
 
-def with_row_stride(x: Tensor | None) -> tuple[Any, int]:
+def _with_row_stride(x: Tensor | None) -> tuple[Any, int]:
     """Returns the tensor, or a copy if its columns do not follow each other, and its stride; 0 for a single row."""
     if x is None:
         return x, 0

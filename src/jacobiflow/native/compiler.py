@@ -94,7 +94,7 @@ def fingerprint() -> str:
 @cache
 def _hash_sources(folder: Path) -> str:
     digest = hashlib.sha256(" ".join((*FLAGS, _layout_assertions())).encode())
-    for path in sorted((*folder.glob("*.c*"), *folder.glob("*.h"))):
+    for path in sorted((*folder.glob("*.cpp"), *folder.glob("*.h"))):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:32]
 

@@ -48,7 +48,6 @@ class Library:
         arguments: dict[str, tuple[Any, ...]] = {
             "store": (address, number, number, number), "solve_transformer": (address, number),
             "masked": (address, number), "masked_gradients": (address, number), "masked_sizes": (address, address),
-            "chain_image": (address, ctypes.c_uint64, address, address),
         }  # fmt: skip
         for name, types in arguments.items():
             function = getattr(self._native, f"jacobiflow_{name}")  # An item would be another object at each access.
@@ -88,13 +87,6 @@ class Library:
         if self._native.jacobiflow_masked_sizes(ctypes.byref(arguments), sizes):
             raise MemoryError("not enough memory for native code")
         return sizes[0], sizes[1]
-
-    def chain_image(self, arguments: ChainArgs, base: int, to: int | None) -> tuple[int, int, int]:
-        """Writes a chain's plan, with addresses from `base` on, to the address `to`. Returns its sizes, see C++."""
-        sizes = (ctypes.c_int64 * 3)()
-        if self._native.jacobiflow_chain_image(ctypes.byref(arguments), base, to, sizes):
-            raise MemoryError("not enough memory for native code")
-        return sizes[0], sizes[1], sizes[2]
 
     @staticmethod
     def _call(function: Any, arguments: TransformerArgs | ChainArgs | GradientArgs, dtype: torch.dtype) -> int:
@@ -183,7 +175,7 @@ def _find_or_compile() -> Library:
     """Returns the library of the wheel or of the cache folder, or compiles it and, if possible, stores it there."""
     instructions = _instructions()
     shipped, name = compiler.find_compiled(SHIPPED, platform.machine(), instructions), _name(instructions)
-    folder = private_folder()
+    folder = _private_folder()
     stored = [] if folder is None else sorted(folder.glob(f"{name}-*.so"))
     for path in (shipped, *stored):
         with suppress(OSError):  # the system cannot load the file, as its own libraries may be too old
@@ -207,7 +199,7 @@ def _digest(path: Path) -> str:
     return sha256(path)[:32]
 
 
-def private_folder() -> Path | None:
+def _private_folder() -> Path | None:
     """Returns the cache folder for libraries, or `None` if other users can write to it."""
     cache = cache_folder()
     if cache is None:

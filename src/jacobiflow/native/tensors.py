@@ -85,22 +85,18 @@ def check_untraced() -> None:
         raise UnsupportedError("PyTorch traced or transformed the call, or all modules had hooks")
 
 
-def check_autocast(device_type: str) -> None:
+def check_autocast() -> None:
     """Raises UnsupportedError under `torch.autocast`, as native code computes in the dtype of its inputs."""
-    if torch.is_autocast_enabled(device_type):
+    if torch.is_autocast_enabled("cpu"):
         raise UnsupportedError("torch.autocast was enabled (call it outside of autocast)")
 
 
 def is_plain(tensor: Tensor, dtype: torch.dtype) -> bool:
     """Returns True for a dense tensor of this dtype on a CPU, of PyTorch's own classes."""
-    return is_dense(tensor, dtype) and tensor.is_cpu
-
-
-def is_dense(tensor: Tensor, dtype: torch.dtype) -> bool:
-    """Returns True for a dense tensor of this dtype on any device, of PyTorch's own classes."""
     return type(tensor) in _PLAIN and (
-        tensor.dtype is dtype and tensor.layout is torch.strided and not tensor.is_nested and not tensor.is_neg()
-    )
+        tensor.dtype is dtype and tensor.layout is torch.strided and tensor.is_cpu and not tensor.is_nested
+        and not tensor.is_neg()
+    )  # fmt: skip
 
 
 def address_of(tensor: Tensor | None) -> int | None:

@@ -9,7 +9,7 @@ namespace jacobiflow {
 template <typename T>
 size_t gradient_units(const Chain<T>& chain, const TensorGradients<T>& tensors) {
   return (size_t)3 * chain.call.features + 2 * chain.call.context_features + chain.max_gradient_units + tensors.max_inputs +
-         2 * chain.own_units();
+         2 * chain.feature_units();
 }
 
 // Computes the gradients of a tile of `vectors` vectors of rows in one thread. They have the layout of the values.
@@ -26,7 +26,8 @@ class BackwardTile {
         copy(features + (size_t)call.features * rows), log_det(copy + (size_t)call.features * rows),
         context(log_det + (size_t)call.features * rows), context_gradient(context + (size_t)call.context_features * rows),
         gradients(context_gradient + (size_t)call.context_features * rows),
-        transposed(gradients + chain.max_gradient_units * rows), own(transposed + (size_t)tensors.max_inputs * rows) {}
+        transposed(gradients + chain.max_gradient_units * rows),
+        feature_memory(transposed + (size_t)tensors.max_inputs * rows) {}
 
   // Adds the gradients of rows [first, first + count), whose values the forward direction has left in `activations`.
   void run(int64_t first, int count, const T* activations) {
@@ -69,7 +70,7 @@ class BackwardTile {
   const GradientArgs& args;
   const TensorGradients<T>& tensors;
   T *const sums, *const features, *const copy, *const log_det, *const context, *const context_gradient, *const gradients;
-  T *const transposed, *const own;
+  T *const transposed, *const feature_memory;
   const T* values = nullptr;  // the tile's activations
   int index = 0;              // index of the current transform
   bool inverts = false, needs_features = false;
@@ -126,7 +127,7 @@ class BackwardTile {
 
   // Of features whose parameters are in tensors.
   void differentiate_constant(const Transform& t) {
-    T *parameters = own + (size_t)2 * chain.max_bins * rows, *to = parameters + (size_t)t.parameters * rows;
+    T *parameters = feature_memory + (size_t)2 * chain.max_bins * rows, *to = parameters + (size_t)t.parameters * rows;
     for (int i = t.identity; i < t.features; i++) {
       const int feature = i - t.identity;
       chain.each_parameter(index, feature, [&](int p, T value, int, int) {
@@ -223,7 +224,7 @@ class BackwardTile {
 
   // Replaces the gradient of the i-th feature, and writes those of its parameters.
   void differentiate_feature(const Transform& t, int i, const T* parameters, T* parameter_gradients) {
-    with_feature_transform<T>(t, inverts, own, [&](const auto& make) {
+    with_feature_transform<T>(t, inverts, feature_memory, [&](const auto& make) {
       for (int v = 0; v < vectors; v++) {
         T* at = features + (size_t)t.order[i] * rows + v * S::lanes;
         const Vector x = S::load(value_of(0) + (size_t)(t.context + i) * rows + v * S::lanes);

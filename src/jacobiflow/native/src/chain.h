@@ -7,7 +7,7 @@
 #include <vector>
 
 #include "activations.h"
-#include "plan.h"
+#include "products.h"
 #include "threads.h"
 
 namespace jacobiflow {
@@ -26,6 +26,10 @@ class Buffer {
   T* data_;
 };
 
+inline bool reads_context(const Operation& o) {
+  return o.kind == OperationKind::add_context || o.kind == OperationKind::gate_context;
+}
+
 inline bool reads_value(const Operation& o, int value) {
   const bool reads_other = o.kind == OperationKind::sum || o.kind == OperationKind::guidance;
   return o.source == value || (reads_other && o.other == value);
@@ -34,6 +38,9 @@ inline bool reads_value(const Operation& o, int value) {
 // Returns whether the network reads only features that stay as they are.
 inline bool is_coupling(const Transform& t) { return t.num_operations && t.inputs < t.features; }
 
+// Returns whether tensors are the parameters of the features.
+inline bool is_constant(const Transform& t) { return t.kind >= TransformKind::masked_affine && !t.num_operations; }
+
 // Returns the numbers of parameters that these tensors have for each feature.
 inline std::vector<int> tensor_sizes(const Transform& t) {
   if (t.kind == TransformKind::masked_affine) return {1, 1};
@@ -41,21 +48,44 @@ inline std::vector<int> tensor_sizes(const Transform& t) {
   return {t.bins, t.bins, t.parameters - 2 * t.bins};
 }
 
-// Plans a call, and owns what the plan points to.
+// Where the numbers of an operation lie. An affine transform without a network has one layout: its scale is a weight with one
+// input for each feature, and its shift the bias. lu_linear has two: U with its diagonal before the softplus as bias, and L with
+// the shift. If tensors are the parameters, each of them is a weight.
+struct OperationLayout {
+  int weight_index = -1, bias_index = -1;  // in ChainArgs.tensors; -1 without one
+  int units = 0, inputs = 0;               // rows and columns of the weight
+  size_t weight = 0;                       // offset in the packed weights: (units, inputs), sorted by step
+  size_t bias = 0;                         // offset in the packed weights: (units), sorted by step
+  const void* in_place = nullptr;          // the weight itself if it is not packed
+  bool is_stored = false;                  // the backward pass reads its value
+  bool has_slopes = false;                 // the backward pass reads the derivatives of its activation
+  size_t place = 0;                        // first unit of its value in a tile's memory if it is not stored
+  size_t sums = 0;                         // first unit in a tile's memory of the sums that it starts from
+  size_t value = 0;                        // first unit in a tile's activations
+  size_t slopes = 0;                       // first unit in a tile's activations of the derivatives
+  size_t gradient = 0;                     // first unit in a transform's gradients
+  size_t layer_gradient = 0;               // first unit in a transform's gradients of the layer of the context
+  size_t reads = 0;                        // offset in `ranges`: for each unit, the end of the inputs that it reads
+  size_t readers = 0;                      // offset in `ranges`: for each input, the first unit that reads it
+  bool is_source_read_later = false;       // a later operation reads its source
+  bool is_other_read_later = false;        // a later operation reads its second source
+};
+
+constexpr int block_steps = 32;  // steps of an inverse after which the sums of later units start anew
+
+// A chain as a call evaluates it: its packed weights, and the place of each value in a tile's memory.
 template <typename T>
-class Chain : public Plan<T> {
+class Chain {
  public:
   using S = Simd<T>;
   using Vector = typename S::Vector;
-  using P = Plan<T>;
-  using P::call, P::inverts, P::num_layouts, P::of, P::packed, P::reads, P::ready, P::rows, P::shares_context, P::units;
 
-  explicit Chain(const ChainArgs& arguments) : P(arguments) {
+  explicit Chain(const ChainArgs& call) : call(call), packed(static_cast<const T*>(call.packed)) {
     shares_context = call.context_features && !call.packed && has_equal_rows();
     for (int i = 0; i < call.count; i++) {
       const Transform& t = call.transforms[i];
-      first_layouts.push_back((int32_t)layouts.size());
-      inputs.push_back((int32_t)activation_units);
+      first_layouts.push_back((int)layouts.size());
+      inputs.push_back((int)activation_units);
       activation_units += gradient_units = units(t, 0);
       used = 2 * call.features + call.context_features + units(t, 0);
       lengths.push_back(inverts(t) ? 1 : group(t));
@@ -68,18 +98,16 @@ class Chain : public Plan<T> {
         work += (int64_t)t.features * t.features;
       }
       if (is_constant(t)) {
-        P::max_constants = std::max(P::max_constants, t.parameters);
+        max_constants = std::max(max_constants, t.parameters);
         int tensor = 0;
         for (int size : tensor_sizes(t)) layouts.push_back(tensor_layout(t, tensor++, -1, t.features - t.identity, size));
       }
       max_gradient_units = std::max(max_gradient_units, gradient_units);
-      P::tile_units = std::max(P::tile_units, used);
-      P::max_bins = std::max(P::max_bins, t.bins);
+      tile_units = std::max(tile_units, used);
+      max_bins = std::max(max_bins, t.bins);
     }
-    first_layouts.push_back((int32_t)layouts.size());
-    P::tile_units += P::own_units();
-    P::layouts = layouts.data(), P::first_layouts = first_layouts.data(), P::lengths = lengths.data();
-    P::inputs = inputs.data(), P::ranges = ranges.data();
+    first_layouts.push_back((int)layouts.size());
+    tile_units += feature_units();
   }
 
   // Packs the weights, into memory of the caller if it has given some.
@@ -100,13 +128,83 @@ class Chain : public Plan<T> {
     });
   }
 
-  int64_t work = 0;               // multiplications for each row
-  size_t packed_size = 0;         // in numbers
-  size_t activation_units = 0;    // units of a tile's activations
-  size_t max_gradient_units = 0;  // most units of the gradients of a transform
+  const ChainArgs call;
+  bool shares_context = false;     // biases have the context, which all rows share
+  int max_bins = 0;                // most bins of a transform
+  int max_constants = 0;           // most parameters in tensors of a feature
+  int64_t work = 0;                // multiplications for each row
+  size_t packed_size = 0;          // in numbers
+  size_t tile_units = 0;           // units of a tile's memory, which ends with `feature_units`
+  size_t activation_units = 0;     // units of a tile's activations
+  size_t max_gradient_units = 0;   // most units of the gradients of a transform
   std::vector<OperationLayout> layouts;
-  std::vector<int32_t> first_layouts, lengths, inputs, ranges;
+  std::vector<int> first_layouts;  // for each transform, and the end
+  std::vector<int> lengths;        // for each transform, the number of steps that are computed together
+  std::vector<int> inputs;         // for each transform, the first unit of its input in a tile's activations
+  std::vector<int> ranges;
+  const T* packed;                 // weights, null before they are packed
   std::atomic<bool> is_finite{true};
+
+  size_t num_layouts(int transform) const { return first_layouts[transform + 1] - first_layouts[transform]; }
+
+  const OperationLayout& of(int transform, int operation) const { return layouts[first_layouts[transform] + operation]; }
+
+  bool is_stored(int transform, int value) const { return !value || of(transform, value - 1).is_stored; }
+
+  // Return the first unit of a value in a tile's activations, and of its gradient in the transform's gradients.
+  size_t value(int transform, int value) const { return value ? of(transform, value - 1).value : inputs[transform]; }
+  size_t gradient(int transform, int value) const { return value ? of(transform, value - 1).gradient : 0; }
+
+  // Return the end of the inputs that a unit of a layer reads, and the first unit that reads an input.
+  int reads(const OperationLayout& layout, int unit) const { return ranges[layout.reads + unit]; }
+  int readers(const OperationLayout& layout, int input) const { return ranges[layout.readers + input]; }
+
+  const T* weight(const OperationLayout& layout) const {
+    return layout.in_place ? static_cast<const T*>(layout.in_place) : packed + layout.weight;
+  }
+  const T* bias(const OperationLayout& layout) const { return packed + layout.bias; }
+
+  // Calls use(index, parameter, its tensor, its column) for the parameters of a feature that are in tensors.
+  template <typename Use>
+  void each_parameter(int transform, int feature, const Use& use) const {
+    for (int k = 0, p = 0; k < (int)num_layouts(transform); k++)
+      for (int i = 0; i < of(transform, k).inputs; i++, p++) {
+        const OperationLayout& layout = of(transform, k);
+        use(p, weight(layout)[(size_t)feature * layout.inputs + i], k, i);
+      }
+  }
+
+  // Returns L or U of lu_linear, for tiles of `vectors` vectors.
+  template <int vectors>
+  Triangle<T, vectors> triangle(int transform, bool is_lower) const {
+    const OperationLayout& layout = of(transform, is_lower);
+    return {{weight(layout), layout.inputs, 1}, layout.units, is_lower};
+  }
+
+  int units(const Transform& t, int value) const {
+    if (value) return t.operations[value - 1].units;
+    return t.num_operations ? t.context + t.features : t.kind == TransformKind::permutation ? 0 : call.features;
+  }
+
+  static const int32_t* rows(const Transform& t, int value) { return value ? t.operations[value - 1].rows : t.input_rows; }
+
+  // Returns the number of units of a value that can be computed once the features before `step` are solved.
+  static int ready(const Transform& t, int value, int step) {
+    return step < 0 ? 0 : (value ? t.operations[value - 1].ready : t.input_ready)[step];
+  }
+
+  // Returns the number of units of a tile for the transform of a feature: two for each bin, and the parameters in tensors.
+  size_t feature_units() const { return (size_t)2 * max_bins + max_constants; }
+
+  bool inverts(const Transform& t) const { return call.is_inverse != t.is_inverted; }
+
+  // Returns the first input of a sum. A context that all rows share is in the bias already.
+  int first_input(const Transform& t, const Operation& o) const { return shares_context && !o.source ? t.context : 0; }
+
+ private:
+  std::vector<Buffer<T>> memory;
+  size_t gradient_units = 0, used = 0;  // units of the present transform's gradients, and of a tile's memory
+  T* to_packed = static_cast<T*>(call.packed);
 
   // Returns the most units that `length` steps add.
   static size_t max_new_units(const Operation& o, int steps, int length) {
@@ -117,11 +215,6 @@ class Chain : public Plan<T> {
     }
     return max_units;
   }
-
- private:
-  std::vector<Buffer<T>> memory;
-  size_t gradient_units = 0, used = 0;  // units of the present transform's gradients, and of a tile's memory
-  T* to_packed = static_cast<T*>(call.packed);
 
   // Returns a layout with memory for a packed weight and bias; the indices are those in the transform's tensors, or -1.
   OperationLayout tensor_layout(const Transform& t, int weight, int bias, int units, int inputs) {

@@ -1,11 +1,12 @@
 // The forward pass of a chain on a tile of rows, in either direction of the transforms.
 #pragma once
 
+#include "chain.h"
 #include "tile.h"
 
 namespace jacobiflow {
 
-// Computes tiles of `vectors` vectors of rows in one thread, or in all threads of a GPU's block.
+// Computes tiles of `vectors` vectors of rows in one thread.
 template <typename T, int vectors>
 class ForwardTile {
  public:
@@ -13,11 +14,12 @@ class ForwardTile {
   using Vector = typename S::Vector;
   static constexpr int rows = S::lanes * vectors;
 
-  // `memory` has the plan's `tile_units`, and `own_units` for each further member of the team.
-  ForwardTile(const Plan<T>& chain, T* memory)
+  // `memory` has the chain's `tile_units`.
+  ForwardTile(const Chain<T>& chain, T* memory)
       : chain(chain), call(chain.call), memory(memory), features(memory), copy(at(call.features)),
         context(at((size_t)2 * call.features)), input(context + (size_t)call.context_features * rows),
-        own(at(chain.tile_units + (S::rank() - 1) * chain.own_units())), constants(own + (size_t)2 * chain.max_bins * rows) {}
+        feature_memory(at(chain.tile_units - chain.feature_units())),
+        constants(feature_memory + (size_t)2 * chain.max_bins * rows) {}
 
   // Computes rows [first, first + count), at most `rows`. Stores the values that the backward pass reads in `stored`
   // (units, rows), unless it is null. Writes the results if the call has memory for them.
@@ -25,10 +27,9 @@ class ForwardTile {
     const T *in = static_cast<const T*>(call.input), *contexts = static_cast<const T*>(call.context);
     activations = stored;
     for (int v = 0; v < vectors; v++) log_det[v] = rounding[v] = non_finite[v] = Vector{};
-    if (!S::rank()) load_rows(in + first * call.in_stride, call.in_stride, call.features, count, rows, features);
-    S::sync();
-    each_of_team(0, call.features, [&](int f) { check_finite(features + (size_t)f * rows); });
-    if (!chain.shares_context && !S::rank())
+    load_rows(in + first * call.in_stride, call.in_stride, call.features, count, rows, features);
+    for (int f = 0; f < call.features; f++) check_finite(features + (size_t)f * rows);
+    if (!chain.shares_context)
       load_rows(contexts + first * call.context_stride, call.context_stride, call.context_features, count, rows, context);
     for (int i = 0; i < call.count; i++) {
       index = call.is_inverse ? call.count - 1 - i : i;
@@ -39,9 +40,10 @@ class ForwardTile {
   }
 
  private:
-  const Plan<T>& chain;
+  const Chain<T>& chain;
   const ChainArgs& call;
-  T *const memory, *const features, *const copy, *const context, *const input, *const own, *const constants;
+  T *const memory, *const features, *const copy, *const context, *const input, *const feature_memory;
+  T* const constants;
   Vector log_det[vectors], rounding[vectors];
   Vector non_finite[vectors];  // NaN in lanes of rows that were not finite, else 0
   T* activations = nullptr;    // the values that the backward pass reads, or null
@@ -54,52 +56,26 @@ class ForwardTile {
     for (int v = 0; v < vectors; v++) non_finite[v] += S::load(values + v * S::lanes) * T(0);
   }
 
-  // Calls use(i) for this member's numbers of a range.
-  template <typename Use>
-  static void each_of_team(int first, int last, const Use& use) {
-    for (int i = first + S::rank(); i < last; i += S::members()) use(i);
-  }
-
-  // Returns this member's part of a range of units.
-  static Range share(int first, int last) {
-    const Range part = partition(last - first, S::rank(), S::members());
-    return {first + part.first, first + part.last};
-  }
-
-  // Leaves the sums over all members, a number for each row, where the first feature was.
-  void add_up(const Vector (&numbers)[vectors]) {
-    for (int member = 0; member < S::members(); member++) {
-      S::sync();
-      for (int v = 0; v < vectors && member == S::rank(); v++) {
-        T* const to = features + v * S::lanes;
-        S::store(to, member ? S::load(to) + numbers[v] : numbers[v]);
-      }
-    }
-    S::sync();
-  }
-
+  // Writes the results. Those that have one number for each row go through the memory of the first feature.
   void write(int64_t first, int count) {
-    S::sync();
-    each_of_team(0, call.features, [&](int f) { check_finite(features + (size_t)f * rows); });
-    if (!S::rank()) store_rows(features, call.features, count, rows, static_cast<T*>(call.out) + first * call.features);
-    for (int v = 0; v < vectors; v++) non_finite[v] += log_det[v] * T(0);
-    add_up(non_finite);
-    if (!S::rank()) S::each_row(count, [&](int row) { call.failed[first + row] = !(features[row] == 0); });
-    add_up(log_det);
+    for (int f = 0; f < call.features; f++) check_finite(features + (size_t)f * rows);
+    store_rows(features, call.features, count, rows, static_cast<T*>(call.out) + first * call.features);
+    for (int v = 0; v < vectors; v++) S::store(features + v * S::lanes, non_finite[v] + log_det[v] * T(0));
+    for (int row = 0; row < count; row++) call.failed[first + row] = !(features[row] == 0);
+    for (int v = 0; v < vectors; v++) S::store(features + v * S::lanes, log_det[v]);
     const int numbers = call.is_by_feature ? call.features : 1;  // of each row
     T* const log_dets = static_cast<T*>(call.log_det) + first * numbers;
-    if (call.log_det && !S::rank()) store_rows(call.is_by_feature ? copy : features, numbers, count, rows, log_dets);
+    if (call.log_det) store_rows(call.is_by_feature ? copy : features, numbers, count, rows, log_dets);
   }
 
   void transform(const Transform& t) {
-    S::sync();
-    if (t.kind == TransformKind::permutation) {
-      if (!S::rank()) permute(t, inverts, rows, features, copy);
-    } else if (t.kind == TransformKind::soft_clip)
+    if (t.kind == TransformKind::permutation)
+      permute(t, inverts, rows, features, copy);
+    else if (t.kind == TransformKind::soft_clip)
       soft_clip(t);
-    else if (t.kind == TransformKind::lu_linear) {
-      if constexpr (S::has_all_kinds) transform_lu(t);
-    } else if (is_constant(t))
+    else if (t.kind == TransformKind::lu_linear)
+      transform_lu(t);
+    else if (is_constant(t))
       constant(t);
     else if (t.num_operations)
       masked(t);
@@ -118,7 +94,7 @@ class ForwardTile {
   void transform_unconditional(const Transform& t) {
     const OperationLayout& layout = chain.of(index, 0);
     const T *scales = chain.weight(layout), *shifts = chain.bias(layout);
-    each_of_team(0, call.features, [&](int f) {
+    for (int f = 0; f < call.features; f++) {
       const T scale = scales[f], shift = shifts[f];
       T* at = features + (size_t)f * rows;
       // The density of a normal distribution is NaN if its scale is negative, and its rows are left to the library.
@@ -136,7 +112,7 @@ class ForwardTile {
         S::store(at, out);
         add(v, inverts ? -change : change);
       }
-    });
+    }
   }
 
   // Computes y = L U x + shift, or the inverse.
@@ -167,7 +143,7 @@ class ForwardTile {
 
   // Computes y = x / (1 + |x / high|). A row is left to the library if the inverse does not exist.
   void soft_clip(const Transform& t) {
-    each_of_team(0, call.features, [&](int f) {
+    for (int f = 0; f < call.features; f++)
       for (int v = 0; v < vectors; v++) {
         T* at = features + (size_t)f * rows + v * S::lanes;
         const Vector in = S::load(at), share = S::abs(in) / (T)t.high, out = in / (inverts ? T(1) - share : T(1) + share);
@@ -177,7 +153,6 @@ class ForwardTile {
         S::store(at, out);
         add(v, inverts ? -change : change);
       }
-    });
   }
 
   // Returns the units of a value of this transform: all of them, or those of the current steps.
@@ -194,64 +169,58 @@ class ForwardTile {
   // Computes some steps together, or step by step if the transform is inverted. Every `block_steps` steps of an inverse, one
   // matrix product adds what all earlier features contribute to later units.
   void masked(const Transform& t) {
-    each_of_team(0, chain.shares_context ? 0 : t.context, [&](int i) {
+    for (int i = 0; i < t.context && !chain.shares_context; i++)
       copy_units(context + (size_t)(t.input_rows[i] - t.context_start) * rows, 1, rows, units_of(0) + (size_t)i * rows);
-    });
     load_features(t);
     const int length = chain.lengths[index];
     for (int step = 0, begin = 0; step < t.steps; step += length) {
-      const int end = smaller(step + length, t.steps);
+      const int end = std::min(step + length, t.steps);
       if (inverts && step && step % block_steps == 0) {
         begin = step;
-        start_sums(t, begin, smaller(begin + block_steps, t.steps));
+        start_sums(t, begin, std::min(begin + block_steps, t.steps));
       }
       compute_units(t, step, end, begin);
-      S::sync();
       const int first = t.starts[step];
-      each_of_team(first, smaller(t.starts[end], t.identity), [&](int i) { keep_feature(t, i); });
+      for (int i = first; i < std::min(t.starts[end], t.identity); i++) keep_feature(t, i);
       // Without stored activations, the first parameters are those of the step's first feature.
       const T* parameters = units_of(t.num_operations);
-      const int from = first < t.identity ? t.identity : first;
-      each_of_team(from, t.starts[end], [&](int i) {
+      const int from = std::max(first, t.identity);
+      for (int i = from; i < t.starts[end]; i++)
         transform_feature(t, i, parameters + (size_t)(i - (activations ? t.identity : from)) * t.parameters * rows);
-      });
     }
   }
 
   // Copies the features to the transform's input, unless they are not known yet.
   void load_features(const Transform& t) {
-    each_of_team(0, inverts ? 0 : t.features, [&](int i) {
+    for (int i = 0; i < t.features && !inverts; i++)
       copy_units(features + (size_t)t.order[i] * rows, 1, rows, units_of(0) + (size_t)(t.context + i) * rows);
-    });
   }
 
   // Transforms features whose parameters are in tensors.
   void constant(const Transform& t) {
     load_features(t);
-    each_of_team(0, t.identity, [&](int i) { keep_feature(t, i); });
-    each_of_team(t.identity, t.features, [&](int i) {
+    for (int i = 0; i < t.identity; i++) keep_feature(t, i);
+    for (int i = t.identity; i < t.features; i++) {
       chain.each_parameter(index, i - t.identity, [&](int p, T value, int, int) {
         for (int v = 0; v < vectors; v++) S::store(constants + (size_t)p * rows + v * S::lanes, S::broadcast(value));
       });
       transform_feature(t, i, constants);
-    });
+    }
   }
 
   Matrix<T> matrix(const OperationLayout& layout) const { return {chain.weight(layout), layout.inputs, 1}; }
 
   // Starts the sums of the units of steps [begin, end) with all inputs of earlier steps.
   void start_sums(const Transform& t, int begin, int end) {
-    S::sync();
     for (int j = 0; j < t.num_operations; j++) {
       const Operation& o = t.operations[j];
       if (o.kind != OperationKind::linear) continue;
       const OperationLayout& layout = chain.of(index, j);
-      const int start = chain.ready(t, j + 1, begin - 1);
-      const auto [first, last] = share(start, chain.ready(t, j + 1, end - 1));
+      const int first = chain.ready(t, j + 1, begin - 1), last = chain.ready(t, j + 1, end - 1);
       const T* bias = chain.bias(layout) + first;
       const Range inputs{chain.first_input(t, o), chain.ready(t, o.source, begin - 1)};
       multiply<T, vectors>(matrix(layout), first, last, [&](int, int) { return inputs; }, units_of(o.source),
-                           at(layout.sums + first - start), [&](int unit, int) { return S::broadcast(bias[unit]); },
+                           at(layout.sums), [&](int unit, int) { return S::broadcast(bias[unit]); },
                            [](int, Vector sum) { return sum; });
     }
   }
@@ -261,12 +230,10 @@ class ForwardTile {
     for (int j = 0; j < t.num_operations; j++) {
       const Operation& o = t.operations[j];
       const OperationLayout& layout = chain.of(index, j);
-      const int start = chain.ready(t, j + 1, step - 1);
-      const auto [first, last] = share(start, chain.ready(t, j + 1, end - 1));
-      S::sync();
+      const int first = chain.ready(t, j + 1, step - 1), last = chain.ready(t, j + 1, end - 1);
       if (first == last) continue;
-      const auto new_units = [&, first = first](int value) {
-        return units_of(value) + (size_t)(has_all_units(t, value) ? first : first - start) * rows;
+      const auto new_units = [&](int value) {
+        return units_of(value) + (has_all_units(t, value) ? (size_t)first * rows : 0);
       };
       T* out = new_units(j + 1);
       T* slopes = activations && layout.has_slopes ? activations + (layout.slopes + first) * rows : nullptr;
@@ -353,7 +320,7 @@ class ForwardTile {
   // Transforms the i-th feature in the order of the steps.
   void transform_feature(const Transform& t, int i, const T* parameters) {
     const size_t feature = (size_t)t.order[i] * rows;
-    with_feature_transform<T>(t, inverts, own, [&](const auto& make) {
+    with_feature_transform<T>(t, inverts, feature_memory, [&](const auto& make) {
       for (int v = 0; v < vectors; v++) {
         T* at = features + feature + v * S::lanes;
         Vector change{};

@@ -1,20 +1,12 @@
-// What a vector is on each kind of processor, on which no other file depends; and ranges of units or work.
+// What a vector is on each kind of processor, on which no other file depends; and ranges of units.
 #pragma once
 
-#if defined(__CUDACC_RTC__)  // has no standard headers
-using uint8_t = unsigned char;
-using int32_t = int;
-using uint32_t = unsigned int;
-using int64_t = long long;
-using uint64_t = unsigned long long;
-#else
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
-#include <initializer_list>
-#endif
-#if defined(JACOBIFLOW_CUDA)  // uses no vectors of the processor
-#elif defined(__AVX512F__) || defined(__F16C__)
+#include <type_traits>
+#if defined(__AVX512F__) || defined(__F16C__)
 #include <immintrin.h>
 #elif defined(__aarch64__)
 #include <arm_neon.h>
@@ -22,70 +14,9 @@ using uint64_t = unsigned long long;
 
 namespace jacobiflow {
 
-template <typename T>
-constexpr T smaller(T a, T b) { return b < a ? b : a; }
-
 struct Range {
   int first, last;
 };
-
-// Returns the part of [0, total) for a thread, in multiples of `unit`.
-inline Range partition(int total, int rank, int num_threads, int unit = 1) {
-  const int64_t units = (total + unit - 1) / unit;
-  const int first = (int)(units * rank / num_threads) * unit, last = (int)(units * (rank + 1) / num_threads) * unit;
-  return {first < total ? first : total, last < total ? last : total};
-}
-
-int32_t integer_of(float);
-int64_t integer_of(double);
-uint32_t bit_of(float);
-uint64_t bit_of(double);
-
-#if defined(JACOBIFLOW_CUDA)
-
-constexpr int sum_registers = 32;  // of a thread, for the sums of a product of tiles
-
-// On a GPU a warp is a vector. Each of its 32 threads has one lane, and `load` and `store` take its own number of the 32 in
-// memory: code for vectors is code for a thread, and neighbouring threads read neighbouring memory.
-template <typename T>
-struct Lanes {
-  static constexpr int lanes = 32;
-  using Vector = T;
-  using Integer = decltype(integer_of(T()));
-  using Bit = decltype(bit_of(T()));
-  using Integers = Integer;
-  using Bits = Bit;
-  using Mask = bool;
-  static constexpr bool has_all_kinds = false;  // without lu_linear and polynomials, the kernel is half as large
-
-  // The warps of a block share the units of a tile.
-  static int rank() { return threadIdx.x / lanes; }
-  static int members() { return blockDim.x / lanes; }
-  static void sync() { __syncthreads(); }
-
-  static int lane() { return threadIdx.x % lanes; }
-  static T load(const T* from) { return from[lane()]; }
-  static void store(T* to, T v) { to[lane()] = v; }
-  static Bits bits(T v) { return __builtin_bit_cast(Bits, v); }
-  static T from_bits(Bits bits) { return __builtin_bit_cast(T, bits); }
-  static T convert(Integers n) { return (T)n; }
-  static T opaque(T v) { return v; }
-  static T reciprocal(T v) { return T(1) / v; }
-  static T sqrt(T v) { return ::sqrt(v); }
-  static bool any(bool mask) { return mask; }
-
-  template <typename Function>
-  static T map(T v, const Function& function) {
-    return function(v);
-  }
-
-  template <typename Use>
-  static void each_row(int rows, const Use& use) {
-    for (int row = lane(); row < rows; row += lanes) use(row);
-  }
-};
-
-#else
 
 // The number of floats in a vector; registers for the sums of a product of tiles; and the sizes of a block of a dense layer,
 // whose sums fill the registers: `tile_rows` rows by `panel_vectors` vectors of outputs.
@@ -105,17 +36,11 @@ template <typename T>
 struct Lanes {
   static constexpr int lanes = float_lanes * 4 / sizeof(T);
   typedef T Vector __attribute__((vector_size(4 * float_lanes)));
-  using Integer = decltype(integer_of(T()));
-  using Bit = decltype(bit_of(T()));
+  using Integer = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
+  using Bit = std::conditional_t<sizeof(T) == 4, uint32_t, uint64_t>;
   typedef Integer Integers __attribute__((vector_size(4 * float_lanes)));
   typedef Bit Bits __attribute__((vector_size(4 * float_lanes)));  // may overflow
   using Mask = Integers;
-  static constexpr bool has_all_kinds = true;
-
-  // A tile has one thread.
-  static constexpr int rank() { return 0; }
-  static constexpr int members() { return 1; }
-  static void sync() {}
 
   static Vector load(const T* from) {
     Vector v;
@@ -175,12 +100,6 @@ struct Lanes {
     for (int i = 0; i < lanes; i++) result[i] = function(v[i]);
     return result;
   }
-
-  // Calls use(row) for all rows of a tile.
-  template <typename Use>
-  static void each_row(int rows, const Use& use) {
-    for (int row = 0; row < rows; row++) use(row);
-  }
 };
 
 using Vector = Lanes<float>::Vector;
@@ -219,7 +138,5 @@ inline Halves to_half(Vector v) {
   return __builtin_convertvector(sign | half, Halves);
 #endif
 }
-
-#endif
 
 }  // namespace jacobiflow

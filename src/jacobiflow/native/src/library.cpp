@@ -1,5 +1,4 @@
 // The functions that Python calls. The templates are compiled in files of their own, at once.
-#include "image.h"
 #include "masked.h"
 #include "transformer.h"
 
@@ -88,18 +87,6 @@ int64_t jacobiflow_masked_sizes(const ChainArgs* call, int64_t* sizes) {
     const Chain<float> chain(*call);
     sizes[0] = (int64_t)chain.packed_size;
     sizes[1] = (int64_t)chain.activation_units;
-    return 0;
-  });
-}
-
-// Writes the plan of a chain for a device, whose memory for it starts at `base`, to `to` unless that is null. Sets its size in
-// bytes, and the units of a tile's memory and of each further member of its team. Returns 0, or -1 without enough memory.
-int64_t jacobiflow_chain_image(const ChainArgs* call, uint64_t base, void* to, int64_t* sizes) {
-  return result_of([&]() -> int64_t {
-    const Chain<float> chain(*call);
-    const std::vector<char> image = make_image(chain, base);
-    if (to) std::copy(image.begin(), image.end(), static_cast<char*>(to));
-    sizes[0] = (int64_t)image.size(), sizes[1] = (int64_t)chain.tile_units, sizes[2] = (int64_t)chain.own_units();
     return 0;
   });
 }

@@ -261,7 +261,7 @@ class SumOfSquares {
     for (int m = 0; m < 2 * terms - 1; m++) {
       Vector total{};
       for (int k = 0; k < count; k++)
-        for (int i = m < terms ? 0 : m - terms + 1; i <= smaller(m, terms - 1); i++)
+        for (int i = m < terms ? 0 : m - terms + 1; i <= std::min(m, terms - 1); i++)
           total += coefficient(k, i) * coefficient(k, m - i);
       total /= (T)count;
       if (m == 0) total += min_slope;

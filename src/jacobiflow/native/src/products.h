@@ -43,7 +43,7 @@ constexpr int max_units = 8;  // computed together
 // Computes units [first, last) as finish(vector, start(unit - first, vector) + products with inputs), and writes unit `first`
 // to the start of `out`. inputs(first, last) returns the range of inputs for units from `first` to `last`.
 template <typename T, int vectors, typename Inputs, typename Start, typename Finish,
-          int count = smaller(sum_registers / vectors, max_units)>
+          int count = std::min(sum_registers / vectors, max_units)>
 void multiply(Matrix<T> m, int first, int last, const Inputs& inputs, const T* in, T* out, const Start& start,
               const Finish& finish, int unit = -1) {
   using S = Simd<T>;

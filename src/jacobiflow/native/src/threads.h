@@ -3,6 +3,7 @@
 
 #include <unistd.h>
 
+#include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <exception>
@@ -12,6 +13,13 @@
 #include "lanes.h"
 
 namespace jacobiflow {
+
+// Returns the part of [0, total) for a thread, in multiples of `unit`.
+inline Range partition(int total, int rank, int num_threads, int unit = 1) {
+  const int64_t units = (total + unit - 1) / unit;
+  const int first = (int)(units * rank / num_threads) * unit, last = (int)(units * (rank + 1) / num_threads) * unit;
+  return {std::min(first, total), std::min(last, total)};
+}
 
 // Makes each thread wait until all have arrived. They spin, because steps take microseconds. If another program has the core of
 // the last thread, the others yield and then sleep: threads that only yield can keep it waiting for seconds.

@@ -1,9 +1,7 @@
 // A tile of rows: values are (columns, rows), so that a vector holds one feature or unit of several rows.
 #pragma once
 
-#include "activations.h"
 #include "monotone.h"
-#include "plan.h"
 #include "splines.h"
 
 namespace jacobiflow {
@@ -13,12 +11,10 @@ namespace jacobiflow {
 template <typename T, typename Use>
 void with_feature_transform(const Transform& t, bool inverts, T* memory, const Use& use) {
   if (t.kind == TransformKind::masked_affine) return use([&](const Parameters<T>& p) { return Affine<T>(t, p, inverts); });
-  if constexpr (Simd<T>::has_all_kinds) {
-    if (t.kind == TransformKind::bernstein)
-      return use([&](const Parameters<T>& p) { return Bernstein<T>(t, p, inverts, memory); });
-    if (t.kind == TransformKind::sum_of_squares)
-      return use([&](const Parameters<T>& p) { return SumOfSquares<T>(t, p, inverts, memory); });
-  }
+  if (t.kind == TransformKind::bernstein)
+    return use([&](const Parameters<T>& p) { return Bernstein<T>(t, p, inverts, memory); });
+  if (t.kind == TransformKind::sum_of_squares)
+    return use([&](const Parameters<T>& p) { return SumOfSquares<T>(t, p, inverts, memory); });
   use([&](const Parameters<T>& p) { return Spline<T>(t, p, inverts, memory); });
 }
 
@@ -26,16 +22,15 @@ void with_feature_transform(const Transform& t, bool inverts, T* memory, const U
 template <typename T>
 void load_rows(const T* from, int64_t stride, int columns, int count, int rows, T* to) {
   for (int column = 0; column < columns; column++)
-    Simd<T>::each_row(rows, [&](int row) {
+    for (int row = 0; row < rows; row++)
       to[(size_t)column * rows + row] = from[(row < count ? row : 0) * stride + column];
-    });
 }
 
 // Copies (columns, rows) to (count, columns).
 template <typename T>
 void store_rows(const T* from, int columns, int count, int rows, T* to) {
   for (int column = 0; column < columns; column++)
-    Simd<T>::each_row(count, [&](int row) { to[(int64_t)row * columns + column] = from[(size_t)column * rows + row]; });
+    for (int row = 0; row < count; row++) to[(int64_t)row * columns + column] = from[(size_t)column * rows + row];
 }
 
 // Copies the values of units.

@@ -3,6 +3,9 @@
 // fits in float64, with an error of at most 2^-25 of the function's value.
 #pragma once
 
+#include <initializer_list>
+#include <limits>
+
 #include "lanes.h"
 
 namespace jacobiflow {
@@ -18,7 +21,7 @@ struct Simd : Lanes<T> {
   static constexpr Integer exponent_bias = is_float ? 127 : 1023;
   static constexpr T smallest = is_float ? T(0x1p-126) : T(0x1p-1022);  // normal number
   static constexpr T epsilon = is_float ? T(0x1p-23) : T(0x1p-52);
-  static constexpr T infinity = T(__builtin_bit_cast(float, 0x7f800000)), nan = T(__builtin_bit_cast(float, 0x7fc00000));
+  static constexpr T infinity = std::numeric_limits<T>::infinity(), nan = std::numeric_limits<T>::quiet_NaN();
 
   static Vector broadcast(T value) { return value - Vector{}; }
 
