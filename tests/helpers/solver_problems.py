@@ -141,7 +141,6 @@ OVERFLOWING = [
     (jf.Solver(jf.Whole()), 1e-9), (jf.Solver(jf.Whole(), stopping=jf.Stopping(3)), None),
     (jf.Solver(jf.Segments(3)), 1e-9), (jf.Solver(jf.Segments(3), jf.Zeros(), jf.Stopping(3)), None),
     (jf.Solver(jf.Window(6), jf.Zeros()), 1e-9), (jf.Solver(jf.Window(6), stopping=jf.Stopping(2)), 1e-9),
-    (jf.Solver(jf.Whole(), correction=jf.Chord(0.1 * normal(3, 2, 2))), 1e-9),
 ]  # fmt: skip
 
 

@@ -44,7 +44,7 @@ class SharedFront(SweepBatch):
         All samples pass as many tokens as the slowest one. The `num_exhausted` leading tokens of the run, which have no
         sweeps left, are passed in any case. An early stop passes the whole run.
         """
-        progress, size = self.progress, changes.change.shape[1]
+        progress, size = self.progress, changes.residual.shape[1]
         num_accepted = progress.count_accepted(changes, self.max_change)
         # The others do not wait for a sample that overflowed, which is solved again.
         slowest = 1 if self.max_change is None else int(torch.where(progress.nonfinite, size, num_accepted).min())
@@ -54,7 +54,7 @@ class SharedFront(SweepBatch):
             return slowest, 0
         is_beyond = offsets(changes.residual) >= num_accepted[:, None]
         progress.record_residual(torch.where(is_beyond, changes.residual, 0)[:, :num_exhausted])
-        progress.nonfinite |= ~changes.change[:, :num_exhausted].isfinite().all(1)
+        progress.nonfinite |= ~changes.residual[:, :num_exhausted].isfinite().all(1)
         if changes.is_early:
             return num_exhausted, 0
         progress.hit_max_sweeps |= num_accepted < num_exhausted
