@@ -3,23 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-
-
-class SweepChanges(NamedTuple):
-    """The changes that a sweep of a run made, per sample and token.
-
-    Attributes:
-        residual: |g(x) - x|, the largest of the values of a token; not finite if the token overflowed.
-        is_early: The early stop holds for the whole run.
-    """
-
-    residual: Float[Tensor, "b n"]
-    is_early: bool
 
 
 @dataclass
@@ -58,17 +45,17 @@ class SampleProgress:
         """Returns the progress of the first `num` samples."""
         return SampleProgress(*(getattr(self, entry.name)[:num] for entry in fields(self)))
 
-    def count_accepted(self, changes: SweepChanges, max_change: float | None) -> Int[Tensor, " b"]:
-        """Returns how many leading tokens of its run each sample passes.
+    def count_accepted(self, residual: Float[Tensor, "b n"], max_change: float | None) -> Int[Tensor, " b"]:
+        """Returns how many leading tokens of its run each sample passes, by the residuals, infinite or NaN on overflow.
 
         It passes those that changed by at most `max_change`, and one more, which was computed from final ones
         (Proposition 1 of the paper).
         """
-        is_final = (changes.residual <= (-torch.inf if max_change is None else max_change)).cumprod(1).bool()
+        is_final = (residual <= (-torch.inf if max_change is None else max_change)).cumprod(1).bool()
         num_accepted = is_final.sum(1).add_(1).clamp_(max=is_final.shape[1])
-        self.record_residual(torch.where(is_final, changes.residual, 0))
+        self.record_residual(torch.where(is_final, residual, 0))
         # Only the last token passed can have overflowed; the others are final.
-        self.nonfinite |= ~changes.residual.gather(1, num_accepted[:, None] - 1).isfinite()[:, 0]
+        self.nonfinite |= ~residual.gather(1, num_accepted[:, None] - 1).isfinite()[:, 0]
         return num_accepted
 
     def record_residual(self, residual: Float[Tensor, "b n"]) -> None:
