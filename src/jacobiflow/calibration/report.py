@@ -14,11 +14,11 @@ from jacobiflow.calibration.convergence import ConvergenceCurve
 from jacobiflow.calibration.metrics import Components, Metrics, Norm, rank_correlation
 from jacobiflow.errors import InputValueError
 from jacobiflow.fixed_point import Guess, Latent, Zeros
-from jacobiflow.fixed_point.registry import JsonDocument
 from jacobiflow.models.checkpoints.fingerprint import check_fingerprint
 from jacobiflow.models.flow import Flow, check_flow
 from jacobiflow.utils.checks import check_choice, check_count, check_number
 from jacobiflow.utils.deprecation import renamed_attributes, retired
+from jacobiflow.utils.serialization import JsonDocument
 
 GUESSES: Mapping[str, Guess] = {"latent": Latent(), "zeros": Zeros()}
 """The guesses of the paper, by their names in `CalibrationReport.igm`."""

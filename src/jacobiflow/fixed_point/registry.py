@@ -1,21 +1,16 @@
-"""The pieces of solvers by their registered names, and JSON files that contain them."""
+"""The pieces of solvers by their registered names."""
 
 from __future__ import annotations
 
 from abc import ABC
 from collections.abc import Callable
 from dataclasses import is_dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from typing import Any, TypeVar
 
 from jacobiflow.errors import InputTypeError, InputValueError
-from jacobiflow.utils.checks import check_kind, check_path, format_value
+from jacobiflow.utils.checks import check_kind, format_value
 from jacobiflow.utils.deprecation import retired
-from jacobiflow.utils.files import write_json
-from jacobiflow.utils.serialization import decode, encode_fields, load
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
+from jacobiflow.utils.serialization import decode, encode_fields
 
 T = TypeVar("T")
 
@@ -95,33 +90,3 @@ def decode_piece(declared: Any, value: Any) -> Any:
         check_not_retired(kind)
         raise InputValueError(f"kind {format_value(kind)}: give one of {', '.join(classes)}")
     return decode(classes[kind], value, hook=decode_piece)
-
-
-class JsonDocument:
-    """Base of dataclasses that are stored as JSON files, with their fields and a version of the format."""
-
-    _name: ClassVar[str]  # used in error messages
-    _version: ClassVar[int] = 1
-    _remedy: ClassVar[str] = ""
-
-    def to_json(self) -> dict[str, Any]:
-        """Returns the JSON value that `from_json` turns back into an equal object."""
-        return {"format_version": self._version, **encode_fields(self)}
-
-    @classmethod
-    def from_json(cls, value: Any) -> Self:
-        """Inverse of `to_json`."""
-        if not isinstance(value, dict) or value.get("format_version") != cls._version:
-            raise InputValueError(f"not a {cls._name} of format_version {cls._version}")
-        entries = {name: entry for name, entry in value.items() if name != "format_version"}
-        return decode(cls, entries, hook=decode_piece)
-
-    def save(self, path: str | Path) -> None:
-        """Writes JSON."""
-        check_path("path", path)
-        write_json(path, self.to_json())
-
-    @classmethod
-    def load(cls, path: str | Path) -> Self:
-        """Reads JSON."""
-        return load(path, cls._name, cls.from_json, cls._remedy)

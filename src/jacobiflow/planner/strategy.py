@@ -12,13 +12,13 @@ from jacobiflow.calibration import CalibrationReport, gs_jacobi_notation
 from jacobiflow.errors import InputError, InputValueError
 from jacobiflow.fixed_point import Guess, Latent, Solver, Stopping
 from jacobiflow.fixed_point.options import DEFAULT_TOLERANCE
-from jacobiflow.fixed_point.registry import JsonDocument
+from jacobiflow.fixed_point.registry import decode_piece
 from jacobiflow.models.checkpoints.fingerprint import cached_fingerprint, check_fingerprint
 from jacobiflow.models.flow import Flow, check_flow
 from jacobiflow.planner import notation
 from jacobiflow.utils.checks import check_count, check_fields, check_kind, check_number, format_value
 from jacobiflow.utils.deprecation import retired
-from jacobiflow.utils.serialization import decode
+from jacobiflow.utils.serialization import JsonDocument, decode
 
 _MAX_BLOCKS = 1_000
 
@@ -62,6 +62,7 @@ class Strategy(JsonDocument):
     """
 
     _name, _version, _remedy = "strategy", 3, "; make it anew with jacobiflow plan"
+    _hook = staticmethod(decode_piece)
 
     solvers: tuple[Solver, ...]
     fingerprint: str | None = field(default=None, compare=False)
