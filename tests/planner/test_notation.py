@@ -92,7 +92,7 @@ MALFORMED: list[tuple[str, str]] = [
     ("[8-8-32-10]", "Stack 8: give blocks from 0 to 7"), ("[0/7/00-8-32-10]", "Stack 0/7/00: give blocks"),
     ("[0/1/2-1/2-32-10]", "GS 1/2: give one number, or one"), ("[0/7-8-1/2/3-10]", "J 1/2/3: give one number, or one"),
     ("[7-4-3,2-1]", "2 sweep counts for Segments(count=4)"), ("[7-2-3,0-1]", "sweeps=0: give a positive whole number"),
-    ("jacobi+plain", "the piece 'plain' of a solver is retired; jacobiflow 0.1.0 is the last version with it"),
+    ("jacobi+plain", "the piece 'plain' of a solver is retired; jacobiflow 0.1.0 is the last version with it;"),
     ("gs-jacobi:0", "count=0"),
     ("window:0", "Window: size=0"), ("stretched:0-3", "first=0"),
 ]  # fmt: skip

@@ -163,7 +163,7 @@ class CalibrationReport(JsonDocument):
         return GUESSES[self.best_guess(block)]
 
     def mean_sweeps(self, source: LatentSource, tolerance: float, guess: str | None = None) -> tuple[float, ...]:
-        """Averages, per block, the samples' numbers of plain sweeps to a tolerance.
+        """Averages, per block, the samples' numbers of sweeps to a tolerance.
 
         Args:
             source: Source of the latents: "images" or "noise".

@@ -76,10 +76,10 @@ def registered_pieces(base: type) -> dict[str, Any]:
     return {name: cls for name, cls in _pieces.items() if issubclass(cls, base)}
 
 
-def check_not_retired(name: Any) -> None:
+def check_not_retired(name: Any, remedy: str = "") -> None:
     """Raises ValueError if an earlier version had a piece of this name, and none is registered under it."""
     if name in _RETIRED and name not in _pieces:
-        raise InputValueError(retired(f"the piece {name!r} of a solver"))
+        raise InputValueError(retired(f"the piece {name!r} of a solver") + remedy)
 
 
 def decode_piece(declared: Any, value: Any) -> Any:

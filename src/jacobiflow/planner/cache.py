@@ -17,9 +17,9 @@ import psutil
 import torch
 
 from jacobiflow.errors import InputError
-from jacobiflow.fixed_point import Sequential, Solver
+from jacobiflow.fixed_point import Partition, Sequential, Solver
 from jacobiflow.fixed_point.options import DEFAULT_TOLERANCE
-from jacobiflow.fixed_point.registry import Piece, registered_pieces
+from jacobiflow.fixed_point.registry import registered_pieces
 from jacobiflow.models.checkpoints.fingerprint import cached_fingerprint
 from jacobiflow.models.flow import Flow, check_flow
 from jacobiflow.models.latents import MAX_SAMPLES
@@ -95,7 +95,7 @@ def _environment(flow: Flow) -> tuple[Hashable, ...]:
     return (
         flow.guidance, str(device), flow.var.dtype, torch.get_float32_matmul_precision(),
         torch.is_autocast_enabled(device.type) and str(torch.get_autocast_dtype(device.type)),
-        torch.get_num_threads(), library_name(), *sorted(registered_pieces(Piece)),
+        torch.get_num_threads(), library_name(), *sorted(registered_pieces(Partition)),
     )  # fmt: skip
 
 

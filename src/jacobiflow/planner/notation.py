@@ -77,7 +77,7 @@ def _add_piece(solver: Solver, name: str) -> Solver:
     """The solver with a registered guess."""
     guess = _parse_piece(Guess, name)
     if guess is None:
-        check_not_retired(name)
+        check_not_retired(name, "; leave it out, or call plan")
         raise InputValueError(f"{format_value(name)}: unknown; add the name of a guess")
     return replace(solver, guess=guess)
 
