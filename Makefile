@@ -76,8 +76,7 @@ simulations: setup
 	$(RENDER)
 	$(BIN)/python -m tools.pictures.figures
 
-# Repeats the paper: docs/results/paper.md and docs/evaluation.md, and the bundled reports and tunings (a day on two cores). A plan
-# of the model's folder with --tune writes its tuning.
+# Repeats the paper: docs/results/paper.md and docs/evaluation.md, and the bundled reports (a day on two cores).
 paper: calibration evaluation
 
 # For each model of the page, IMAGES to calibrate with, and CUT, a strategy to be seen beside the sequential loop. GUIDED is
@@ -95,13 +94,11 @@ CALIBRATED := $(MODELS:%=calibration-%)
 RECOMMENDED := recommended-fashion-p2 recommended-emoji-p2
 CALIBRATE = $(BIN)/jacobiflow calibrate --model $* --images $(IMAGES_$*) --out out/$@
 BUNDLED = src/jacobiflow/bundled/$*
-TUNE = $(BIN)/jacobiflow plan --tune --out out/plan.json
 .PHONY: $(CALIBRATED) $(RECOMMENDED)
 calibration: $(CALIBRATED) $(RECOMMENDED)
 	$(BIN)/jacobiflow calibrate --model digits-maf --images digits --out out/calibration-digits-maf
 	mv out/calibration-digits-maf/report.json src/jacobiflow/bundled/digits-maf/report.json
 	rm -r out/calibration-digits-maf
-	$(TUNE) --model src/jacobiflow/bundled/digits-maf --plain
 	$(MEASURE).maf
 	$(RENDER)
 
@@ -109,13 +106,11 @@ $(RECOMMENDED): recommended-%: setup
 	$(CALIBRATE) $(GUIDED_$*) --num 256 --convergence-samples 8
 	mv out/$@/report.json $(BUNDLED)/report-guided.json
 	rm -r out/$@
-	$(TUNE) --model $(BUNDLED) $(GUIDED_$*)
 
 $(CALIBRATED): calibration-%: setup
 	$(CALIBRATE) --per-class
 	mv out/$@/report.json $(BUNDLED)/report.json
 	rm -r out/$@
-	$(TUNE) --model $(BUNDLED) --plain
 	$(BIN)/python -m tools.pictures.paper_figures $* --strategy "$(CUT_$*)"
 	$(MEASURE).performance $*-strategies
 

@@ -1,10 +1,8 @@
-"""Times blocks of many sizes, and counts sweeps of trained ones: `python -m benchmarks.regimes [FILE ...]`.
+"""Times blocks of many sizes: `python -m benchmarks.regimes [FILE ...]`.
 
-- `regimes` (docs/solvers.md): the exact loop in native code and in PyTorch, and an encoding pass in float32 and in
-  bfloat16, of blocks of random weights (T = 256, C = 12) and of the bundled TarFlows. A solver that evaluates every
-  token k times takes at least k passes.
-- `fitted-sweeps` (a minute; docs/solvers.md): sweeps of each block of the bundled TarFlows to 1e-3, with the fitted
-  guess and correction.
+`regimes` (docs/solvers.md) has the exact loop in native code and in PyTorch, and an encoding pass in float32 and in
+bfloat16, of blocks of random weights (T = 256, C = 12) and of the bundled TarFlows. A solver that evaluates every token
+k times takes at least k passes.
 """
 
 from __future__ import annotations
@@ -18,7 +16,6 @@ import torch
 from torch import Tensor
 
 import jacobiflow as jf
-from benchmarks import MODELS
 from benchmarks.lib.models import latents, random_flow
 from benchmarks.lib.process import without_native
 from benchmarks.lib.results import Json, measure_files
@@ -31,8 +28,6 @@ TRAINED = ("fashion-p2", "emoji-p2", "digits-p1")
 # Names in the result files.
 EXACT_LOOP, LOOP_IN_PYTORCH, PASS, BF16_PASS = "fused loop", "eager loop", "pass", "pass in bfloat16"
 ROUNDS = 2
-TOLERANCE = 1e-3
-SAMPLES = 16  # Samples whose sweeps are counted.
 
 FLOWS: Mapping[str, Callable[[], jf.TarFlow]] = {
     f"{width}x{layers}": partial(
@@ -80,29 +75,11 @@ def best_in_passes(run: Json) -> float:
     return min(in_passes(run, EXACT_LOOP), in_passes(run, LOOP_IN_PYTORCH))
 
 
-def count_sweeps(key: Json) -> Json:
-    """Sweeps of each block and sample of a bundled model to `TOLERANCE`, of all tokens of fresh latents."""
-    flow = jf.TarFlow.from_pretrained(key["model"]).requires_grad_(False)
-    tuned = jf.Tuning.load(MODELS / key["model"] / "tuning.json").blocks
-    z, labels = latents(flow, SAMPLES)
-    blocks: list[list[int]] = []
-
-    def solve(i: int, x: Tensor) -> Tensor:
-        solver = jf.Solver(jf.Whole(), tuned[i].guess, correction=tuned[i].correction)
-        solution = jf.solve(flow.blocks[i], x, solver, labels, tolerance=TOLERANCE, certify=False)
-        blocks.append(solution.sample_sweeps.tolist())
-        return exact_loop(flow.blocks[i], x, labels)
-
-    flow.map_blocks_reversed(flow.prior_tokens(z), solve)
-    return {"blocks": blocks[::-1]}
-
-
 def main() -> None:
     blocks = product(FLOWS, BATCH_SIZES)
     measure_files(__doc__, {
         "regimes": [([{"name": name, "trained": name in TRAINED, "batch_size": batch} for name, batch in blocks],
                      measure_block)],
-        "fitted-sweeps": [([{"model": name, "tolerance": TOLERANCE} for name in TRAINED], count_sweeps)],
     })  # fmt: skip
 
 

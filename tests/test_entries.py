@@ -18,13 +18,12 @@ import torch
 import jacobiflow as jf
 from jacobiflow.data import Noise
 from jacobiflow.training import TrainingConfig, image_transform
-from tests.helpers.invented import make_report, make_tuning
+from tests.helpers.invented import make_report
 from tests.helpers.problems import make_flow, make_maf
 
 FLOW, MAF, PLAN = make_flow(num_classes=3, noise_std=0.1), make_maf(), jf.Strategy.uniform(jf.Solver(), 2)
-REPORT, TUNING = make_report([1, 1]), make_tuning()
+REPORT = make_report([1, 1])
 IMAGES, LABELS, Z = torch.zeros(2, 1, 8, 8), torch.tensor([0, 2]), torch.zeros(2, 16, 4)
-SHIFT, KERNEL = torch.zeros(16, 4), torch.zeros(3, 4, 4)
 
 # A valid value of an argument, wrong kinds, and wrong values. `None` is also wrong where it is not the default.
 Argument = tuple[Any, tuple[Any, ...], tuple[Any, ...]]
@@ -45,7 +44,6 @@ TOKENS: Argument = (
     (Z[0], Z[:, :9], Z[..., :3], *ABSENT),
 )
 FINITE: Argument = (Z, TOKENS[1], (*TOKENS[2], Z * math.nan))
-MEANS: Argument = (SHIFT, TOKENS[1], (Z, SHIFT / 0))
 PIXELS: Argument = (
     IMAGES,
     ([1], IMAGES.numpy(), IMAGES.byte(), IMAGES.cfloat(), IMAGES.to(FLOAT8)),
@@ -68,7 +66,7 @@ def each(names: str, argument: Argument) -> dict[str, Argument]:
 
 
 ARGUMENTS: dict[str, Argument] = {
-    **each("num batch_size samples num_convergence_samples segments num_tokens num_blocks", COUNT),
+    **each("num batch_size num_convergence_samples segments num_tokens num_blocks", COUNT),
     **each("in_channels image_size", COUNT),
     **each("layers_per_block patch_size width head_dim expansion hidden_features hidden_layers", COUNT),
     **each("count size max_sweeps", UNLIMITED),
@@ -88,7 +86,6 @@ ARGUMENTS: dict[str, Argument] = {
     "guidance": (None, (1.5, True, "both"), ()), "report": (None, ("report.json", 7, PLAN), ()),
     "device": ("cpu", (7, torch.float32), ("x", "cuda:x")), "dtype": (None, (7, []), ("int64",)),
     "prediction": (None, ("x", PLAN), ()), "path": ("x", (7,), ()),
-    **each("log_scale shift", MEANS), "kernel": (KERNEL, TOKENS[1], (SHIFT, KERNEL[:0], KERNEL[:, 1:], KERNEL / 0)),
     "name": ("new", (7,), ()), "text": ("jacobi", (7,), ()), "fingerprint": (None, (7,), ()),
     "solvers": ((jf.Solver(),), (jf.Solver(), ("x",)), ((), [])),
     "logit_alpha": (1e-6, NUMBERS, (*POSITIVE[2], 0.5)),
@@ -104,9 +101,7 @@ CALLS: list[tuple[Callable[..., Any], str, dict[str, Argument]]] = [
     (jf.denoise, "flow images labels rate batch_size", {}),
     (jf.calibrate, "flow images labels norm segments num_convergence_samples per_class batch_size seed",
      {"images": (IMAGES, (7, "x", {}), (IMAGES[:1], IMAGES[:0], *ABSENT))}),
-    (jf.tune, "flow labels samples batch_size seed",
-     {"labels": (LABELS, NO_LABELS, (LABELS[:0], LABELS + 1, 3, *HUGE_LABELS, *ABSENT_LABELS))}),
-    (jf.plan, "flow tuning batch_size tolerance bf16", {"tolerance": POSITIVE, "tuning": (None, (7, REPORT), ())}),
+    (jf.plan, "flow batch_size tolerance bf16", {"tolerance": POSITIVE}),
     (jf.load, "name device dtype", {"name": ("digits-p1", (7,), ("x", "x" * 300, Path("x" * 300), "x\0"))}),
     *((call, "x context", DATA) for call in (FLOW.encode, FLOW.log_prob)),
     *((jf.solve, "block z solver context certify batch_size tolerance",
@@ -116,12 +111,11 @@ CALLS: list[tuple[Callable[..., Any], str, dict[str, Argument]]] = [
     (jf.Problem(FLOW.blocks[0], Z).residual, "x", {}),
     (jf.Segments, "count", {}), (jf.Window, "size", {}),
     *((jf.Solver, name, {name: (getattr(jf.Solver(), name), ("jacobi", 7, jf.Whole), ())})
-      for name in ("partition", "guess", "stopping", "correction")),
+      for name in ("partition", "guess", "stopping")),
     (jf.Solver, "tolerance_factor", {}), (jf.Bf16Sweeps, "count", {}),
     (jf.Stopping, "max_sweeps ebound", {"max_sweeps": (2, KINDS, (0, (5, 0, 2)))}),
-    (jf.MeanAffine, "log_scale shift", {}), (jf.CausalLinear, "kernel shift", {}), (jf.Chord, "kernel", {}),
     (jf.Guidance, "weight annealed on attn_temperature", {}), (jf.SamplingSettings, "guidance denoise", {}),
-    (jf.find_report, "flow", {}), (jf.find_tuning, "flow", {}),
+    (jf.find_report, "flow", {}),
     (jf.TarFlowConfig, "in_channels image_size patch_size width num_blocks layers_per_block num_classes nvp "
      "head_dim expansion noise_std", {}),
     (jf.MAFConfig, "in_channels image_size hidden_features num_blocks hidden_layers num_classes logit_alpha", {}),
@@ -131,8 +125,8 @@ CALLS: list[tuple[Callable[..., Any], str, dict[str, Argument]]] = [
     (jf.Strategy.uniform, "solver num_blocks tolerance", {}),
     (jf.Strategy.parse, "text report num_blocks", {}), (PLAN.with_tolerance, "tolerance", {}),
     (jf.Strategy.from_report, "report tolerance per_segment call_cost", {"report": (REPORT, (7, PLAN), ())}),
-    *((made.check, "flow", {}) for made in (PLAN, REPORT, TUNING)),
-    *((call, "path", {}) for made in (PLAN, REPORT, TUNING) for call in (made.save, made.load)),
+    *((made.check, "flow", {}) for made in (PLAN, REPORT)),
+    *((call, "path", {}) for made in (PLAN, REPORT) for call in (made.save, made.load)),
     (REPORT.mean_sweeps, "source tolerance guess", {"source": ("noise", (), ("x", 7)), "guess": (None, (), (7, "x"))}),
     (REPORT.guess, "block", {"block": (0, KINDS, (-1, 2))}),
     (jf.accelerate, "flow tolerance", {"flow": (FLOW, (), ())}),

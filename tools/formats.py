@@ -94,10 +94,6 @@ def _write_strategy(path: Path) -> None:
     jf.Strategy(solvers, tolerance=0.01).save(path)
 
 
-def _write_tuning(path: Path) -> None:
-    jf.tune(_make_flow(), [0, 1], samples=2).save(path)
-
-
 def _sum(tensors: dict[str, Tensor]) -> dict[str, float]:
     return {name: round(float(tensor.double().sum()), 4) for name, tensor in sorted(tensors.items())}
 
@@ -131,7 +127,7 @@ def _read_evaluation(path: Path) -> dict[str, Any]:
 def _read_calibration(path: Path) -> dict[str, Any]:
     store = CalibrationJob.store(path)
     spec = store.read_spec() or {}
-    return {"segments": spec["segments"], "crm": jf.CalibrationReport.from_json(store.read_result()).crm}
+    return {"segments": spec["segments"], "crm": jf.CalibrationReport.load(path / CalibrationJob.result_name).crm}
 
 
 def _read_model(path: Path) -> dict[str, Any]:
@@ -158,12 +154,6 @@ def _read_strategy(path: Path) -> dict[str, Any]:
     return {"tolerance": strategy.tolerance, "solvers": [repr(solver) for solver in strategy.solvers]}
 
 
-def _read_tuning(path: Path) -> dict[str, Any]:
-    tuning = jf.Tuning.load(path)
-    pieces = [[type(piece).__name__ for piece in (block.guess, block.correction)] for block in tuning.blocks]
-    return {"samples": tuning.samples, "num_tokens": tuning.num_tokens, "pieces": pieces}
-
-
 KINDS: dict[str, tuple[str, Callable[[Path], None], Callable[[Path], dict[str, Any]]]] = {
     "samples": (f"v{SampleJob.version}", _write_samples, _read_samples),
     "evaluation": (f"v{EvaluationJob.version}", _write_evaluation, _read_evaluation),
@@ -172,7 +162,6 @@ KINDS: dict[str, tuple[str, Callable[[Path], None], Callable[[Path], dict[str, A
     "checkpoint": (f"v{checkpoint.FORMAT_VERSION}", _write_checkpoint, _read_checkpoint),
     "report": (f"v{jf.CalibrationReport._version}.json", _write_report, _read_report),
     "strategy": (f"v{jf.Strategy._version}.json", _write_strategy, _read_strategy),
-    "tuning": (f"v{jf.Tuning._version}.json", _write_tuning, _read_tuning),
 }
 """Each kind with the version of its format, a function that writes a sample, and one that reads it."""
 

@@ -1,4 +1,4 @@
-"""A guess of your own: the latents, each channel scaled as the solutions are."""
+"""A guess of your own: the latents, with a scale for each channel."""
 
 from __future__ import annotations
 
@@ -18,9 +18,3 @@ class ScaledLatent(jf.Guess):
 
     def __call__(self, z: Tensor) -> Tensor:
         return z * z.new_tensor(self.scale)
-
-    @classmethod
-    def fit(cls, x: Tensor, z: Tensor) -> jf.Guess:
-        """The scale by which the guess is nearest to the solutions `x`."""
-        scale = (x * z).sum(dim=(0, 1)) / z.square().sum(dim=(0, 1))
-        return cls(tuple(scale.double().tolist()))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
-from jacobiflow.utils.deprecation import find_renamed
+from jacobiflow.utils.deprecation import find_renamed, retired
 
 if TYPE_CHECKING:
     from jacobiflow.api import *  # noqa: F403
@@ -15,6 +15,7 @@ _RENAMED = {
     "Report": "CalibrationReport", "Weights": "ImportanceWeights", "register": "register_piece",
     "solve_certified": "solve",
 }  # fmt: skip
+_RETIRED = ("CausalLinear", "Chord", "Correction", "MeanAffine", "Plain", "Tuning", "find_tuning", "tune")
 
 
 def __getattr__(name: str) -> Any:
@@ -24,6 +25,8 @@ def __getattr__(name: str) -> Any:
 
         if name in ("__all__", *api.__all__):
             return getattr(api, name)
+    if name in _RETIRED:
+        raise AttributeError(f"{retired(f'jacobiflow.{name}')}; call jacobiflow.plan")
     return find_renamed(__name__, _RENAMED, name)
 
 

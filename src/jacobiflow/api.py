@@ -8,14 +8,9 @@ from jacobiflow.calibration import CalibrationReport, calibrate, find_report
 from jacobiflow.errors import CheckpointError, InputError, UnsupportedError
 from jacobiflow.fixed_point import (
     Bf16Sweeps,
-    CausalLinear,
-    Chord,
-    Correction,
     Guess,
     Latent,
-    MeanAffine,
     Partition,
-    Plain,
     Segments,
     Sequential,
     SlidingRun,
@@ -37,7 +32,7 @@ from jacobiflow.models.prose import Prose, ProseConfig
 from jacobiflow.models.registry import load
 from jacobiflow.models.starflow import STARFlow, STARFlowConfig
 from jacobiflow.models.tarflow import TarFlow, TarFlowConfig, TokenConfig
-from jacobiflow.planner import Strategy, Tuning, find_tuning, plan, tune
+from jacobiflow.planner import Strategy, plan
 from jacobiflow.sampling.denoise import denoise
 from jacobiflow.sampling.folder import SampleFolder, sample_to_folder
 from jacobiflow.sampling.importance import ImportanceWeights, importance
@@ -53,11 +48,8 @@ __all__ = [
     "Bf16Sweeps",
     "Block",
     "CalibrationReport",
-    "CausalLinear",
     "CheckpointError",
-    "Chord",
     "Context",
-    "Correction",
     "Guess",
     "Guidance",
     "ImportanceWeights",
@@ -65,9 +57,7 @@ __all__ = [
     "Latent",
     "LibraryAcceleration",
     "MAFConfig",
-    "MeanAffine",
     "Partition",
-    "Plain",
     "Preset",
     "Problem",
     "Prose",
@@ -88,7 +78,6 @@ __all__ = [
     "TarFlow",
     "TarFlowConfig",
     "TokenConfig",
-    "Tuning",
     "UnsupportedError",
     "WarmStart",
     "Whole",
@@ -99,7 +88,6 @@ __all__ = [
     "decode",
     "denoise",
     "find_report",
-    "find_tuning",
     "importance",
     "load",
     "plan",
@@ -107,5 +95,4 @@ __all__ = [
     "sample",
     "sample_to_folder",
     "solve",
-    "tune",
 ]

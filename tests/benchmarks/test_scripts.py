@@ -162,7 +162,7 @@ def test_performance(run: Run) -> None:
 def test_regimes(run: Run) -> None:
     needs_native()
     flows = {"64x1": partial(random_flow, replace(CONFIG, num_classes=0)), "digits-p1": partial(jf.load, "digits-p1")}
-    rows = run("regimes", FLOWS=flows, BATCH_SIZES=(2,), TRAINED=("digits-p1",), SAMPLES=2)
+    rows = run("regimes", FLOWS=flows, BATCH_SIZES=(2,), TRAINED=("digits-p1",))
     assert [(row["name"], row["trained"]) for row in rows["regimes"]] == [("64x1", False), ("digits-p1", True)]
     for row in rows["regimes"]:
         assert set(row["seconds"]) == {"fused loop", "eager loop", "pass", "pass in bfloat16"}
@@ -170,8 +170,6 @@ def test_regimes(run: Run) -> None:
     # Two norms, four linear layers, the first and the last one, and positions.
     weights = 4 * 64 + (3 + 1 + 4 + 4) * 64**2 + (3 + 1 + 4 + 1) * 64 + (4 + 1) * 64 + (64 + 1) * 8 + 64 * 64
     assert rows["regimes"][0]["weights_mb"] == pytest.approx(4e-6 * weights)
-    (model,) = rows["fitted-sweeps"]
-    assert all(1 <= count <= 64 for block in model["blocks"] for count in block)
 
 
 def test_devices(run: Run) -> None:

@@ -1,4 +1,4 @@
-"""Distances to the solution and the error matrix, against plain sweeps and the dense Jacobian of the oracle."""
+"""Distances to the solution and the error matrix, against sweeps and the dense Jacobian of the oracle."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ from jacobiflow.jobs import CompletedJob
 from tests.helpers.running import figures
 from tests.helpers.scoring import levels
 
-GUESSES = ("latent", "zeros", "mean_affine")
+GUESSES = ("latent", "zeros")
 GUIDANCE = jf.Guidance(0.4, annealed=False, on="shift", attn_temperature=0.9)
 GUIDED = "--guidance 0.4,attn_temperature=0.9,annealed=false,on=shift"
 
@@ -34,7 +34,7 @@ def assert_tables(out: str, report: jf.CalibrationReport) -> None:
 
     screen = out[: out.index("use it: ")].splitlines()[1:]  # below the path
     assert max(map(len, screen)) <= 80, "a table does not fit a terminal"
-    rows = [line.replace("mean affine", "mean_affine").split() for line in screen]
+    rows = [line.split() for line in screen]
     for i in range(report.num_blocks):
         sweeps = [report.mean_sweeps("noise", 1e-3, guess)[i] for guess in GUESSES]
         start = [*cells(report.igm[i][guess] for guess in GUESSES), *(f"{count:.1f}" for count in sweeps)]

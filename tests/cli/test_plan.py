@@ -19,7 +19,7 @@ GUIDED = "--guidance 0.4,attn_temperature=0.9,annealed=false,on=shift"
 
 
 def test_a_plan_is_one_that_sample_takes(run: Any, tmp_path: Path) -> None:
-    """By the tuning in the model's folder, under guidance."""
+    """Under guidance."""
     out, flow = tmp_path / "new" / "plan.json", jf.load("digits-p1")
     result = run(f"plan --model digits-p1 --batch-size 3 {GUIDED} --out {out} --json {tmp_path}/f")
     assert (result.code, result.err) == (0, "")
@@ -42,25 +42,11 @@ def test_a_plan_is_one_that_sample_takes(run: Any, tmp_path: Path) -> None:
     assert (folder.spec.num, folder.spec.batch_size, folder.spec.strategy) == (3, 3, str(out))
 
 
-def test_a_tuning_is_fitted_and_kept(run: Any, tmp_path: Path) -> None:
-    """In the model's folder; beside the plan if the model is a bundled one."""
-    jf.load("digits-maf").save_pretrained(tmp_path / "model")
-    (tmp_path / "model" / "tuning.json").unlink()
-    for model, place in ((tmp_path / "model", tmp_path / "model"), ("digits-maf", tmp_path)):
-        result = run(f"plan --model {model} --tune --out {tmp_path}/p.json")
-        assert (result.code, result.err) == (0, "")
-        assert f"wrote {place}/tuning.json\n" in result.out
-        jf.Tuning.load(place / "tuning.json").check(jf.load("digits-maf"))
-
-
-def test_progress_covers_the_tuning_and_the_timing_of_blocks(
-    run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_progress_covers_the_timing_of_blocks(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     reports = list[tuple[int, int, str]]()
     monkeypatch.setattr(plan, "progress_bar", lambda: nullcontext(lambda *report: reports.append(report)))
-    assert run(f"plan --model model --tune --out {tmp_path}/p.json").code == 0
-    names = list(dict.fromkeys(what for _, _, what in reports))
-    assert names[:3] == ["exact loop", "tuning", "timing blocks"]
+    assert run(f"plan --model model --out {tmp_path}/p.json").code == 0
+    assert reports[0][2] == "timing blocks"
     steps = [(done, total) for done, total, what in reports if what == "timing blocks"]
     assert steps == [(done, steps[-1][1]) for done in range(len(steps))]
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import jacobiflow as jf
-from tests.helpers.oracle import Swept, convolved, swept
+from tests.helpers.oracle import Swept, swept
 from tests.helpers.problems import BlockProblem
 from tests.helpers.solver_problems import (
     FLOWS,
@@ -65,7 +65,7 @@ def expected(
     atol = None if tolerance is None else solver.tolerance_factor * tolerance
     return swept(
         problem.g, start, partial(solver.partition.stop, num_tokens=length), atol=atol, limits=limits, keys=keys,
-        ebound=-1 if rule.ebound is None else rule.ebound, kernel=getattr(solver.correction, "kernel", None),
+        ebound=-1 if rule.ebound is None else rule.ebound,
     )  # fmt: skip
 
 
@@ -92,42 +92,29 @@ def check(problem: BlockProblem, solver: jf.Solver, start: Tensor, tolerance: fl
 
 
 LENGTH = 17
-LOG_SCALE, SHIFT, KERNEL = 0.3 * normal(LENGTH, 2), 0.5 * normal(LENGTH, 2, seed=1), 0.3 * normal(4, 2, 2, seed=2)
-STARTS: dict[str, tuple[jf.Guess, Callable[[Tensor], Tensor]]] = {
-    "latent": (jf.Latent(), lambda z: z),
-    "linear": (jf.CausalLinear(KERNEL, SHIFT), lambda z: convolved(KERNEL, z, delay=0) + SHIFT),
-    "zeros": (jf.Zeros(), lambda z: torch.cat((z[:, :1], 0 * z[:, 1:]), dim=1)),
-    "mean": (jf.MeanAffine(LOG_SCALE, SHIFT), lambda z: LOG_SCALE.exp() * z + SHIFT),
-}
-CORRECTIONS = {"plain": jf.Plain(), "chord": jf.Chord(0.1 * normal(5, 2, 2, seed=3))}
+STARTS: list[tuple[jf.Guess, Callable[[Tensor], Tensor]]] = [
+    (jf.Latent(), lambda z: z), (jf.Zeros(), lambda z: torch.cat((z[:, :1], 0 * z[:, 1:]), dim=1)),
+]  # fmt: skip
 PARTITIONS = [
     jf.Sequential(), jf.Whole(), jf.Segments(1), jf.Segments(5), jf.Segments(17), jf.Window(1), jf.Window(4),
     jf.Window(100), Half(), Alternating(),
 ]  # fmt: skip
 RULES = [
-    (1e-2, jf.Stopping(), ("latent plain", "linear chord")),
-    (1e-6, jf.Stopping(), ("zeros plain", "mean chord")),
-    (None, jf.Stopping(1), ("latent chord", "linear plain")),
-    (None, jf.Stopping(3), ("zeros chord", "mean plain")),
-    (None, jf.Stopping(10**30), ("latent plain", "mean chord")),
-    (None, jf.Stopping(ebound=1e-3), ("zeros plain", "linear chord")),
-    (None, jf.Stopping(3, 2e-2), ("latent chord", "mean plain")),
-    (1e-2, jf.Stopping(2), ("zeros chord", "linear plain")),
-    (1e-3, jf.Stopping(ebound=1e-2), ("latent plain", "mean chord")),
-]
+    (1e-2, jf.Stopping()), (1e-6, jf.Stopping()), (None, jf.Stopping(1)), (None, jf.Stopping(3)),
+    (None, jf.Stopping(10**30)), (None, jf.Stopping(ebound=1e-3)), (None, jf.Stopping(3, 2e-2)),
+    (1e-2, jf.Stopping(2)), (1e-3, jf.Stopping(ebound=1e-2)),
+]  # fmt: skip
 
 
-@pytest.mark.parametrize(("tolerance", "stopping", "pieces"), RULES, ids=str)
+@pytest.mark.parametrize(("tolerance", "stopping"), RULES, ids=str)
 @pytest.mark.parametrize("partition", PARTITIONS, ids=str)
 def test_sweeps_are_those_of_the_oracle(
-    partition: jf.Partition, tolerance: float | None, stopping: jf.Stopping, pieces: tuple[str, str]
+    partition: jf.Partition, tolerance: float | None, stopping: jf.Stopping
 ) -> None:
     """By a block that reads the keys it was fed; none is staler than the rule allows. The first token is learned."""
-    for guess_name, correction_name in map(str.split, pieces):
-        guess, start = STARTS[guess_name]
+    for guess, start in STARTS:
         problem = echoes(False, 3, LENGTH, slack=math.inf if stopping.ebound else tolerance or 0.0)
-        solver = jf.Solver(partition, guess, stopping, CORRECTIONS[correction_name])
-        check(problem, solver, start(problem.z), tolerance)
+        check(problem, jf.Solver(partition, guess, stopping), start(problem.z), tolerance)
         assert len({samples for _, _, samples in problem.block.calls}) == 1
 
 
@@ -180,14 +167,11 @@ def batched(runs: list[list[int]], size: int, length: int, batch_size: int) -> t
     return evaluations, samples
 
 
-@pytest.mark.parametrize("chord", [0.0, 0.2])
 @pytest.mark.parametrize("tolerance", [1e-9, 1e-3])
 @pytest.mark.parametrize("size", [1, 5, 16, None])
-def test_each_sample_has_its_own_front(size: int | None, tolerance: float, chord: float) -> None:
+def test_each_sample_has_its_own_front(size: int | None, tolerance: float) -> None:
     """It is swept as it is alone, however many there are at a time; those that have finished leave."""
-    partition = jf.Whole() if size is None else jf.Window(size)
-    correction = jf.Chord(chord * normal(4, 2, 2, seed=6)) if chord else jf.Plain()
-    solver = jf.Solver(partition, correction=correction)
+    solver = jf.Solver(jf.Whole() if size is None else jf.Window(size))
     parts = [echoes().of(slice(n, n + 1)) for n in range(7)]
     want = [expected(part, solver, part.z, tolerance, keys=False) for part in parts]
     for batch_size in (None, 1, 3, 6):

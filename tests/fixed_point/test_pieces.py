@@ -15,7 +15,7 @@ from jacobiflow.cli import main
 from jacobiflow.fixed_point import registry
 from tests.helpers.problems import make_flow, to_float32
 
-PIECES = ("examples.extending.fraction_window", "examples.extending.scaled_latent", "examples.extending.one_back")
+PIECES = ("examples.extending.fraction_window", "examples.extending.scaled_latent")
 COMMANDS = """
 calibrate --model tiny --images images --num 8 --convergence-samples 4 --out calibration
 plan --model tiny --batch-size 2 --out plan.json
@@ -37,9 +37,8 @@ def test_every_command_takes_pieces_that_are_installed(tmp_path: Path, monkeypat
     solver = {
         "partition": {"kind": "fraction", "parts": 4, "least": 2},
         "guess": {"kind": "scaled_latent", "scale": [0.5, 0.5, 0.5, 0.5]},
-        "correction": {"kind": "one_back", "gain": 0.25},
     }
-    made = {"format_version": 2, "solvers": [solver] * 2, "tolerance": 1e-4}
+    made = {"format_version": 3, "solvers": [solver] * 2, "tolerance": 1e-4}
     (tmp_path / "made.json").write_text(json.dumps(made))
     installed = tmp_path / "site" / "pieces-1.dist-info"
     installed.mkdir(parents=True)

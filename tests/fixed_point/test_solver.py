@@ -4,24 +4,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import pytest
-import torch
 
 import jacobiflow as jf
 from jacobiflow.fixed_point.registry import decode_piece
 from jacobiflow.utils.serialization import decode, encode
 
-KERNEL = torch.tensor([[[0.5, -1.0], [0.25, 3.0]]])
 SOLVERS = [
     jf.Solver(jf.Sequential()),
-    jf.Solver(jf.Whole(), jf.Bf16Sweeps(3, jf.Zeros()), jf.Stopping(ebound=1e-8), jf.Chord(KERNEL)),
-    jf.Solver(jf.Segments(2), jf.MeanAffine(KERNEL[0], KERNEL[0]), jf.Stopping((5, 3)), tolerance_factor=0.5),
-    jf.Solver(jf.Window(8), jf.CausalLinear(KERNEL.double(), KERNEL[0].double()), jf.Stopping(4)),
+    jf.Solver(jf.Whole(), jf.Bf16Sweeps(3, jf.Zeros()), jf.Stopping(ebound=1e-8)),
+    jf.Solver(jf.Segments(2), jf.Zeros(), jf.Stopping((5, 3)), tolerance_factor=0.5),
+    jf.Solver(jf.Window(8), stopping=jf.Stopping(4)),
 ]
-OTHER_GUESSES = [jf.MeanAffine(KERNEL[0], KERNEL[0] + 1), jf.CausalLinear(KERNEL + 1, KERNEL[0])]
 
 
 @pytest.mark.parametrize(
@@ -30,18 +26,17 @@ OTHER_GUESSES = [jf.MeanAffine(KERNEL[0], KERNEL[0] + 1), jf.CausalLinear(KERNEL
         (lambda: jf.Solver(jf.Segments(3), stopping=jf.Stopping((5, 3))), r"2 sweep counts.*Segments\(count=3\)"),
         (lambda: jf.Solver(stopping=jf.Stopping((5,))), "1 sweep counts.*Whole"),
         (lambda: jf.Stopping(()), r"sweeps=\(\): give a number, or one for each segment"),
-        (lambda: jf.Solver(jf.Segments(4)).check(8, 1, None), r"tolerance=None: nothing .* Segments\(count=4\)"),
+        (lambda: jf.Solver(jf.Segments(4)).check(8, None), r"tolerance=None: nothing .* Segments\(count=4\)"),
     ],
 )
 def test_pieces_that_do_not_go_together_are_refused(build: Callable[[], Any], names: str) -> None:
     with pytest.raises((TypeError, ValueError), match=names):
         build()
-    jf.Solver(jf.Segments(4)).check(4, 1, None)  # token by token
-    jf.Solver(stopping=jf.Stopping(ebound=1e-8)).check(8, 1, None)
+    jf.Solver(jf.Segments(4)).check(4, None)  # token by token
+    jf.Solver(stopping=jf.Stopping(ebound=1e-8)).check(8, None)
 
 
 @pytest.mark.parametrize("solver", SOLVERS, ids=range(len(SOLVERS)))
 def test_a_solver_comes_back_from_json(solver: jf.Solver) -> None:
     text = json.dumps(encode(solver), allow_nan=False)
     assert len({solver, decode(jf.Solver, json.loads(text), hook=decode_piece)}) == 1
-    assert solver not in [replace(solver, guess=guess) for guess in OTHER_GUESSES]

@@ -61,7 +61,7 @@ def runs_of(length: int, count: int) -> list[slice]:
 
 
 def errors_of(g: oracle.Map, answer: Tensor, guess: Tensor, run: slice, sweeps: int | None = None) -> Tensor:
-    """Returns X^(k) - X* of a run of tokens after k = 0, 1, ... plain sweeps; the tokens before it are solved."""
+    """Returns X^(k) - X* of a run of tokens after k = 0, 1, ... sweeps; the tokens before it are solved."""
     x = torch.cat((answer[:, : run.start], guess[:, run.start :]), dim=1)
     errors = [(x - answer)[:, run]]
     for _ in range(run.stop - run.start if sweeps is None else sweeps):

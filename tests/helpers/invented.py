@@ -1,4 +1,4 @@
-"""Hand-made pieces, reports and tunings, and a machine whose clock only the network moves."""
+"""Hand-made pieces and reports, and a machine whose clock only the network moves."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -18,13 +17,12 @@ from torch import Tensor
 import jacobiflow as jf
 from jacobiflow.calibration.convergence import TOLERANCES, ConvergenceCurve
 from jacobiflow.calibration.metrics import NORMS, Components, Metrics
-from jacobiflow.calibration.report import GUESS_NAMES, CalibrationSettings
+from jacobiflow.calibration.report import GUESSES, CalibrationSettings
 from jacobiflow.models.checkpoints.fingerprint import fingerprint
 from jacobiflow.native import SWITCH
-from jacobiflow.planner import BlockTuning
 from tests.helpers.problems import make_flow, to_float32
 
-TOKENS, CHANNELS, SAMPLES = 16, 4, 4  # of `small`, and of its tunings
+TOKENS, CHANNELS = 16, 4  # of `small`
 GUIDANCE = jf.Guidance(0.4, annealed=False, on="shift", attn_temperature=0.9)
 
 
@@ -52,13 +50,13 @@ class Stretched(jf.Partition):
 
 @jf.register_piece("halfway")
 @dataclass(frozen=True)
-class Halfway(jf.Correction):
-    """A correction of a reader's own."""
+class Halfway(jf.Guess):
+    """A guess of a reader's own."""
 
     percent: int
 
-    def __call__(self, x: Tensor, g: Tensor) -> Tensor:
-        return x + self.percent / 100 * (g - x)
+    def __call__(self, z: Tensor) -> Tensor:
+        return self.percent / 100 * z
 
 
 def counted(partition: jf.Partition, sweeps: int | tuple[int, ...]) -> jf.Solver:
@@ -79,8 +77,8 @@ def same(*counts: int | None) -> ConvergenceCurve:
     return curve_of(dict.fromkeys(TOLERANCES, counts))
 
 
-def igm(latent: float, zeros: float, affine: float) -> dict[str, float]:
-    return dict(zip(GUESS_NAMES, (latent, zeros, affine), strict=True))
+def igm(latent: float, zeros: float) -> dict[str, float]:
+    return {"latent": latent, "zeros": zeros}
 
 
 def make_report(
@@ -89,38 +87,19 @@ def make_report(
     segments: Mapping[int, Mapping[int, Sequence[ConvergenceCurve]]] | None = None, num_tokens: int = 16, norm: Any = 2,
 ) -> jf.CalibrationReport:  # fmt: skip
     """A report with what a strategy needs of one, and other numbers in the norms that its settings do not name."""
-    igms = igms or [igm(1, 2, 3)] * len(crm)
+    igms = igms or [igm(1, 2)] * len(crm)
     metrics = Metrics(tuple(igms), tuple(Components(value, 1.0, 0.0) for value in crm))
-    others = Metrics((igm(3, 2, 1),) * len(crm), None)
-    noise = noise or [dict.fromkeys(GUESS_NAMES, same(min(4, num_tokens), min(6, num_tokens)))] * len(crm)
-    affine = torch.ones(num_tokens, CHANNELS)
+    others = Metrics((igm(2, 1),) * len(crm), None)
+    noise = noise or [dict.fromkeys(GUESSES, same(min(4, num_tokens), min(6, num_tokens)))] * len(crm)
     return jf.CalibrationReport(
         fingerprint=fingerprint(small()), num_tokens=num_tokens, token_dim=CHANNELS,
         settings=CalibrationSettings(8, False, norm, None, 8, 2, 0),
         metrics={name: metrics if name == norm else others for name in NORMS},
-        segment_metrics={0: Metrics((igm(1, 2, 3),) * 8, None)}, class_metrics={},
-        mean_affine=tuple(jf.MeanAffine(0.1 * i * affine, affine) for i in range(len(crm))),
+        segment_metrics={0: Metrics((igm(1, 2),) * 8, None)}, class_metrics={},
         curves={"noise": tuple(noise)},
         segment_curves={block: {g: tuple(row) for g, row in rows.items()} for block, rows in (segments or {}).items()},
         gamma=((1.0,),) * len(crm),
     )  # fmt: skip
-
-
-def fitted_block(seed: int = 0) -> BlockTuning:
-    """A guess and a correction of random numbers for a block of `small`."""
-    kernel = torch.from_numpy(0.1 * np.random.default_rng(seed).standard_normal((3, CHANNELS, CHANNELS))).float()
-    return BlockTuning(jf.CausalLinear(kernel, torch.zeros(TOKENS, CHANNELS)), jf.Chord(kernel / 2))
-
-
-def make_tuning(*blocks: BlockTuning, guidance: jf.Guidance | None = None) -> jf.Tuning:
-    """A tuning of `small`."""
-    return jf.Tuning(fingerprint(small()), TOKENS, guidance, SAMPLES, 0, blocks or (fitted_block(),) * 2)
-
-
-@cache
-def tuned() -> jf.Tuning:
-    """The tuning of `small`."""
-    return jf.tune(small(), samples=SAMPLES)
 
 
 def draw(flow: jf.TarFlow, strategy: Any, latents: int | Tensor, **named: Any) -> jf.Samples:

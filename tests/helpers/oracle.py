@@ -310,15 +310,6 @@ def sequential(g: Map, z: Tensor) -> Tensor:
     return x
 
 
-def convolved(kernel: Tensor, x: Tensor, delay: int) -> Tensor:
-    """y_t = sum over d of kernel[d] x_(t - d - delay), tokens before the first being 0."""
-    y = torch.zeros_like(x)
-    for t in range(x.shape[1]):
-        for d in range(min(len(kernel), t - delay + 1)):
-            y[:, t] += x[:, t - d - delay] @ kernel[d].to(x).T
-    return y
-
-
 @dataclass(frozen=True)
 class Swept:
     """The end of `swept`: tokens, sweeps, tokens times samples over them, and the state of each sample.
@@ -337,14 +328,14 @@ class Swept:
 
 def swept(
     g: Map, guess: Tensor, stop_of: Callable[[int], int], *, atol: float | None = None,
-    limits: list[int] | None = None, ebound: float = -1.0, kernel: Tensor | None = None, keys: bool = True,
+    limits: list[int] | None = None, ebound: float = -1.0, keys: bool = True,
 ) -> Swept:  # fmt: skip
     """Sweeps of [front, stop_of(front)) by a batch with one front.
 
     A sweep settles the leading tokens of a sample that it changes by at most `atol`. The front passes those that all
     samples have settled and one more, those that had their number of sweeps (`limits`, one per token), and all of a run
     whose change has a norm of at most `ebound` times the entries of x. Later sweeps read tokens that were settled or
-    stopped early as that sweep read them, before its change, or with `keys=False` as they are. `kernel` is a chord's.
+    stopped early as that sweep read them, before its change, or with `keys=False` as they are.
     """
     x, read = guess.double().clone(), guess.double().clone()
     batch, length, _ = x.shape
@@ -357,14 +348,13 @@ def swept(
         read[:, first_read:] = x[:, first_read:]
         evaluations += batch * (stop - cached)
         moves = g(read)[:, front:stop] - x[:, front:stop]
-        steps = moves if kernel is None else moves + convolved(kernel, moves, delay=1)
-        x[:, front:stop] += steps
+        x[:, front:stop] += moves
         size = stop - front
         settled = [0] * batch  # leading tokens
         for n in range(batch):
             while size > 1 and settled[n] < size:
                 t = settled[n]
-                if max(moves[n, t].abs().max(), steps[n, t].abs().max()) > (-1 if atol is None else atol):
+                if moves[n, t].abs().max() > (-1 if atol is None else atol):
                     break
                 residual[n] = max(residual[n], moves[n, t].abs().max())
                 settled[n] += 1
@@ -373,7 +363,7 @@ def swept(
             had[t] += 1
         while limits is not None and passed < stop and had[passed] >= limits[passed]:
             passed += 1
-        if steps.norm() <= ebound * x.numel():
+        if moves.norm() <= ebound * x.numel():
             passed = cached = stop
         for n in range(batch) if passed > front + min(settled) + 1 else ():
             beyond = moves[n, settled[n] + 1 : passed - front]

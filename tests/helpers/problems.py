@@ -49,7 +49,7 @@ def make_flow(
     image_size: int = 8, patch_size: int = 2, in_channels: int = 1, num_classes: int = 0, nvp: bool = True,
     num_blocks: int = 2, seed: int = 0, noise_std: float = 0.0,
 ) -> jf.TarFlow:  # fmt: skip
-    """A float64 TarFlow, not to be changed, in which every block needs more than T/4 plain sweeps from z.
+    """A float64 TarFlow, not to be changed, in which every block needs more than T/4 sweeps from z.
 
     A fresh TarFlow is the identity. Here the output layers are redrawn, attention and embeddings are made to matter,
     and the prior of a volume-preserving flow has variances between 1/2 and 2.

@@ -118,7 +118,7 @@ def echoes(fronts: bool = True, num: int = 7, length: int = 24, **watch: Any) ->
 def steep(x: Tensor, z: Tensor, kind: Tensor) -> Tensor:
     """A map for each kind of sample. 0: `echo` with a strength of 0.9.
 
-    1: the answer is 1 everywhere; entries grow as exp(40 distance) of earlier tokens from it, and plain sweeps from z
+    1: the answer is 1 everywhere; entries grow as exp(40 distance) of earlier tokens from it, and sweeps from z
     overflow. 2: the exact inverse is infinite from token 4 on.
     """
     kind, g = kind.view(-1, 1, 1), echo(x, z, torch.full((len(z),), 0.9, dtype=torch.float64))
@@ -141,7 +141,6 @@ OVERFLOWING = [
     (jf.Solver(jf.Whole()), 1e-9), (jf.Solver(jf.Whole(), stopping=jf.Stopping(3)), None),
     (jf.Solver(jf.Segments(3)), 1e-9), (jf.Solver(jf.Segments(3), jf.Zeros(), jf.Stopping(3)), None),
     (jf.Solver(jf.Window(6), jf.Zeros()), 1e-9), (jf.Solver(jf.Window(6), stopping=jf.Stopping(2)), 1e-9),
-    (jf.Solver(jf.Whole(), correction=jf.Chord(0.1 * normal(3, 2, 2))), 1e-9),
 ]  # fmt: skip
 
 

@@ -112,7 +112,7 @@ def test_one_block_is_in_memory_at_a_time(monkeypatch: pytest.MonkeyPatch) -> No
     images = jf.sample(view, latents=z, context=context, settings=None, sensitivity=True).images
     jf.sample(view.guided(None), latents=z, context=context, settings=None, log_prob=True, strategy="window:4")
     jf.denoise(view, images, context)
-    jf.plan(view, jf.tune(view, samples=2), batch_size=2)
+    jf.plan(view, batch_size=2)
     jf.calibrate(view, images, context)
     gc.unfreeze()
     assert len(copies) > 20

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -19,7 +18,7 @@ import jacobiflow as jf
 from jacobiflow.models.memory import memory_needs
 from jacobiflow.native import SWITCH
 from jacobiflow.planner import Prediction, auto, cache
-from tests.helpers.invented import GUIDANCE, fitted_block, make_tuning, small
+from tests.helpers.invented import GUIDANCE, small
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -35,10 +34,8 @@ class Plans:
     def files(self) -> list[Path]:
         return sorted(self.folder.glob("*"))
 
-    def make(
-        self, flow: jf.TarFlow, tuning: None, batch_size: int, tolerance: float, bf16: bool, progress: None
-    ) -> Any:
-        assert (tuning, bf16, progress) == (None, True, None)
+    def make(self, flow: jf.TarFlow, batch_size: int, tolerance: float, bf16: bool, progress: None) -> Any:
+        assert (bf16, progress) == (True, None)
         self.made += 1
         made = Prediction("Abacus", batch_size, flow.guidance, 1.0, 2.0, 0.0)
         return jf.Strategy((jf.Solver(),) * 2, None, max(tolerance, 1e-5), made)
@@ -56,9 +53,7 @@ def plans(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Plans:
 
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
-    """A model folder with a tuning."""
     small().save_pretrained(tmp_path / "model")
-    make_tuning().save(tmp_path / "model" / "tuning.json")
     return tmp_path / "model"
 
 
@@ -101,16 +96,7 @@ def test_a_plan_is_made_again_if_its_conditions_change(
     for name in ("describe_machine", "_code_hash"):
         monkeypatch.setattr(cache, name, lambda *_: "other")
         auto(jf.load(model), 1)
-    make_tuning(fitted_block(1), fitted_block(2)).save(model / "tuning.json")
-    auto(jf.load(model), 1)
-    assert plans.made == len(plans.files) == 10
-
-
-def test_a_model_folder_that_was_deleted_has_no_tuning(model: Path, plans: Plans) -> None:
-    flow = jf.load(model)
-    shutil.rmtree(model)
-    auto(flow, 1)
-    assert plans.made == 1 and jf.find_tuning(flow) is None
+    assert plans.made == len(plans.files) == 9
 
 
 def test_a_flow_that_trains_leaves_one_file_and_few_plans_in_memory(model: Path, plans: Plans) -> None:

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 import jacobiflow as jf
 from jacobiflow.planner import Auto, Prediction, auto, is_auto, resolve_strategy
@@ -15,7 +14,7 @@ from tests.helpers.invented import GUIDANCE, Machine, igm, make_report, small
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-REPORT = make_report([1, 1], [igm(2, 1, 3), igm(2, 3, 1)])  # of `small`; its guesses are zeros, and the mean
+REPORT = make_report([1, 1], [igm(2, 1), igm(2, 3)])  # of `small`
 COUNTED = jf.Solver(stopping=jf.Stopping(3))
 
 
@@ -58,14 +57,12 @@ def test_a_tolerance_replaces_that_of_a_strategy(given: Any) -> None:
     assert found == replace(own, tolerance=1e-6)
 
 
-CHORD = jf.Chord(torch.ones(2, 3, 3))
 REFUSED: list[tuple[Any, dict[str, Any], str]] = [
     ("gs-jacobi:17", {}, "strategy, block 0: .*only 16 tokens"),
     ("plan.txt", {}, "strategy 'plan.txt': unknown"), ("missing.json", {}, "strategy missing.json: cannot be read"),
     (jf.Strategy.uniform(COUNTED, 3), {}, "strategy for 3 blocks, but the flow has 2"),
     (jf.Strategy.uniform(jf.Solver(), 2, None), {}, "strategy, block 0: tolerance=None: nothing would end the sweeps"),
     (jf.Strategy.uniform(jf.Solver(jf.Segments(17)), 2), {}, "strategy, block 0: .*only 16 tokens"),
-    (jf.Strategy.uniform(jf.Solver(correction=CHORD), 2), {}, "strategy, block 0: Chord.*tokens have 4"),
     (jf.Strategy.parse("jacobi", replace(REPORT, fingerprint="0" * 64)), {}, "the strategy was made for another"),
     (planned(), {"batch_size": 17}, "planned for batches of up to 16, not 17: plan again, or give a smaller batch"),
     (planned(), {"flow": small().guided(GUIDANCE)}, "planned for guidance None, not 0.4.*plan again"),

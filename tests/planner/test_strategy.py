@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 import jacobiflow as jf
 from jacobiflow.calibration import gs_jacobi_notation
 from jacobiflow.calibration.metrics import Metrics
-from jacobiflow.calibration.report import GUESS_NAMES
+from jacobiflow.calibration.report import GUESSES
 from jacobiflow.planner import Prediction
 from jacobiflow.planner.strategy import device_name
 from tests.helpers.invented import GUIDANCE, Counts, counted, curve_of, igm, make_report, same
@@ -41,7 +41,7 @@ def test_a_strategy_comes_back_from_its_file(tmp_path: Path) -> None:
 
 
 BROKEN: list[tuple[list[Any], Any, str]] = [
-    (["format_version"], 1, "not a strategy of format_version 2; make it anew with jacobiflow plan"),
+    (["format_version"], 1, "not a strategy of format_version 3; make it anew with jacobiflow plan"),
     (["solvers"], [], "solvers: 0 of them"),
     (["solvers", 0, "guess", "count"], -1, r"solvers\[0\]\.guess: .*count=-1"),
     (["solvers", 0, "bf16_sweeps"], 0, r"solvers\[0\]: 'bf16_sweeps' unknown"),
@@ -55,6 +55,21 @@ def test_a_broken_file_is_one_error_that_names_the_place(path: Any, new: Any, me
     (tmp_path / "plan.json").write_text(json.dumps(put(PLAN.to_json(), path, new)))
     with pytest.raises(ValueError, match=r"^strategy .*plan\.json: .*" + message):
         jf.Strategy.load(tmp_path / "plan.json")
+
+
+def test_a_file_of_format_2_is_read_if_its_solvers_have_no_correction(tmp_path: Path) -> None:
+    """Each of its solvers names one; "plain" is none."""
+    old = PLAN.to_json() | {"format_version": 2}
+    file, plain = tmp_path / "plan.json", {"kind": "plain"}
+    file.write_text(json.dumps(put(put(old, ["solvers", 0, "correction"], plain), ["solvers", 1, "correction"], plain)))
+    assert jf.Strategy.load(file) == PLAN
+    for change, message in (
+        ({"kind": "chord"}, "the correction 'chord' of a solver is retired; jacobiflow 0.1.0 is the last version with"),
+        (7, "correction: Expected `object`, got `int`"),
+    ):
+        file.write_text(json.dumps(put(old, ["solvers", 1, "correction"], change)))
+        with pytest.raises(ValueError, match=rf"^strategy {file}: {message}.*; make it anew with jacobiflow plan$"):
+            jf.Strategy.load(file)
 
 
 def test_a_strategy_has_up_to_1000_blocks() -> None:
@@ -80,18 +95,16 @@ def test_the_tolerance_that_a_plan_was_made_for_stays() -> None:
         PLAN.with_tolerance(1e-2)
 
 
-IGM_6 = [igm(5e5, 9.9, 12), igm(7.2, 6.9, 0.1), igm(3, 5, 4), igm(math.inf, math.inf, 8), igm(1, 1, 1), igm(2, 1, 1)]
+IGM_5 = [igm(5e5, 9.9), igm(7.2, 6.9), igm(3, 5), igm(math.inf, math.inf), igm(1, 1)]
 LATENT = jf.Latent()
-BEST_6 = ["zeros", "mean_affine", "latent", "mean_affine", "latent", "zeros"]  # of equals, the first
+BEST_5 = [jf.Zeros(), jf.Zeros(), LATENT, LATENT, LATENT]  # of equals, the first
 
 
 def test_a_report_gives_each_block_the_guess_of_the_smallest_igm() -> None:
-    report = make_report([1] * 6, IGM_6, norm=1)
-    named = [{"latent": LATENT, "zeros": jf.Zeros()}.get(name) for name in BEST_6]
-    want = [guess or report.mean_affine[block] for block, guess in enumerate(named)]
-    for text in ("[0/5-4-3-2]", "window:4"):
-        found, plain = jf.Strategy.parse(text, report), jf.Strategy.parse(text, num_blocks=6)
-        assert [solver.guess for solver in found.solvers] == want
+    report = make_report([1] * 5, IGM_5, norm=1)
+    for text in ("[0/4-4-3-2]", "window:4"):
+        found, plain = jf.Strategy.parse(text, report), jf.Strategy.parse(text, num_blocks=5)
+        assert [solver.guess for solver in found.solvers] == BEST_5
         assert [replace(solver, guess=LATENT) for solver in found.solvers] == list(plain.solvers)
         assert (found.fingerprint, plain.fingerprint) == (report.fingerprint, None)
     assert {solver.guess for solver in jf.Strategy.parse("jacobi+zeros", report).solvers} == {jf.Zeros()}
@@ -106,10 +119,8 @@ def test_the_strategy_that_a_report_proposes() -> None:
     """Block 7: G = 8 is the cheapest. Block 0: what is within T // G costs more than the loop. Else: block 5's 6."""
     block_0 = {1: [same(200, 9)], 8: [same(33, 2), *[same(1, 1)] * 7], 16: [same(3, 15)] * 16}
     block_7 = {1: [same(64, 1)], 8: [same(4, 13), *[same(12, 3)] * 7], 16: [same(12, 12)] * 16}
-    noise = [
-        {"latent": same(2, 1 + block % 6), "zeros": same(50, 60), "mean_affine": same(None, 1)} for block in range(8)
-    ]
-    noise[0] = noise[7] = dict.fromkeys(GUESS_NAMES, same(3, 200))
+    noise = [{"latent": same(2, 1 + block % 6), "zeros": same(50, 60)} for block in range(8)]
+    noise[0] = noise[7] = dict.fromkeys(GUESSES, same(3, 200))
     report = make_report(IMG64COND, noise=noise, segments={0: block_0, 7: block_7}, num_tokens=256)
     found = jf.Strategy.from_report(report)
     assert gs_jacobi_notation(report) == "[0/7-256/8-1/13-6]"
@@ -122,14 +133,14 @@ def test_the_strategy_that_a_report_proposes() -> None:
 
 def test_else_is_what_the_slowest_easy_block_needed_from_its_own_guess() -> None:
     """Of its best guess alone, and at least a sweep; T sweeps where a sample never got there; by the tolerance."""
-    igms, slow = [igm(1, 2, 3), igm(2, 1, 3), igm(2, 1, 3)], {1e-1: (2, 1), 1e-2: (3, 4), 1e-3: (5, 5), 1e-4: (None, 2)}
+    igms, slow = [igm(1, 2), igm(2, 1), igm(2, 1)], {1e-1: (2, 1), 1e-2: (3, 4), 1e-3: (5, 5), 1e-4: (None, 2)}
     rows = [(same(3, 7), same(2, 5), 1e-2, 7), (same(0, 0), same(0, 0), 1e-2, 1), (same(1, None), same(3, 7), 1e-2, 16)]
     rows += [
         (curve_of(slow), curve_of(slow), atol, sweeps) for atol, sweeps in ((1e-1, 2), (1e-2, 4), (1e-3, 5), (1e-4, 16))
     ]
     for first, second, tolerance, sweeps in rows:
-        easy = [{"latent": same(9, 9), "zeros": each, "mean_affine": same(8, 8)} for each in (first, second)]
-        noise = [dict.fromkeys(GUESS_NAMES, same(16, 16)), *easy]
+        easy = [{"latent": same(9, 9), "zeros": each} for each in (first, second)]
+        noise = [dict.fromkeys(GUESSES, same(16, 16)), *easy]
         report = make_report([90, 1, 1], igms, noise, {0: {1: [same(16, 16)]}})
         found = jf.Strategy.from_report(report, tolerance).solvers
         assert found[0] == counted(jf.Segments(16), 1)

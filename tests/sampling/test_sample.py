@@ -74,13 +74,10 @@ def test_samples_are_the_oracle_s(name: str, guide: Guide | None, strategy: str)
 
 @pytest.mark.parametrize("name", ["digits-maf", pytest.param("digits-p1", marks=pytest.mark.slow)])
 def test_under_autocast_tokens_stay_in_float32(name: str) -> None:
-    """With fitted guesses and corrections too, which are products of matrices."""
     flow, labels = jf.load(name), torch.arange(2)
     exact = sample(flow, num=2, labels=labels, strategy="sequential").images
     with torch.autocast("cpu", torch.bfloat16):
-        tuning = jf.tune(flow, labels, samples=2)
-        tuned = jf.Strategy(tuple(jf.Solver(jf.Whole(), b.guess, correction=b.correction) for b in tuning.blocks))
-        outs = [sample(flow, num=2, labels=labels, strategy=each, tolerance=0.5) for each in ("sequential", tuned)]
+        outs = [sample(flow, num=2, labels=labels, strategy=each, tolerance=0.5) for each in ("sequential", "jacobi")]
     for out in outs:
         assert out.images.dtype == torch.float32
         assert (out.images - exact).abs().mean() < 0.2

@@ -97,6 +97,12 @@ def test_modules_have_old_names(module: Any, old: str, new: str) -> None:
         module.Nothing  # noqa: B018
 
 
+def test_a_retired_name_is_refused_with_the_last_version_that_has_it() -> None:
+    message = "jacobiflow.tune is retired; jacobiflow 0.1.0 is the last version with it; call jacobiflow.plan"
+    with pytest.raises(AttributeError, match=f"^{message}$"):
+        jf.tune  # noqa: B018
+
+
 def test_old_options_are_replaced_by_options_that_exist() -> None:
     commands = [app[name].assemble_argument_collection() for name in ("train", "calibrate")]
     names = {name for command in commands for option in command for name in option.names}

@@ -10,7 +10,7 @@ from benchmarks.lib.results import Json
 from benchmarks.lib.timing import IN_PYTORCH
 from benchmarks.performance import TOLERANCE
 from jacobiflow.calibration import rank_correlation
-from jacobiflow.calibration.report import GUESS_NAMES
+from jacobiflow.calibration.report import GUESSES
 from jacobiflow.comparison.baselines import GROWING_CACHE
 
 PIXEL_BOUND = 1e-2  # the largest error of a pixel at which a strategy counts as right, and the bound of segments
@@ -33,7 +33,7 @@ def segment_sweeps(report: jf.CalibrationReport, block: int) -> list[float]:
 
 def mean_sweeps(report: jf.CalibrationReport, block: int) -> list[float]:
     """Mean sweeps of a block from each guess."""
-    return [report.mean_sweeps("noise", TOLERANCE, guess)[block] for guess in GUESS_NAMES]
+    return [report.mean_sweeps("noise", TOLERANCE, guess)[block] for guess in GUESSES]
 
 
 def easy_blocks(report: jf.CalibrationReport) -> list[int]:
@@ -57,8 +57,8 @@ def guess_wins(report: jf.CalibrationReport, guess: str) -> int:
 
 def best_guess(report: jf.CalibrationReport) -> str:
     """The guess with the smallest IGM in most blocks."""
-    best = max(GUESS_NAMES, key=lambda guess: guess_wins(report, guess))
-    return f"{best.replace('_', ' ')}, in {guess_wins(report, best)} of {report.num_blocks} blocks"
+    best = max(GUESSES, key=lambda guess: guess_wins(report, guess))
+    return f"{best}, in {guess_wins(report, best)} of {report.num_blocks} blocks"
 
 
 def agreement(reports: Mapping[str, jf.CalibrationReport], timed: Sequence[Json]) -> list[tuple[str, list[str]]]:
@@ -71,7 +71,7 @@ def agreement(reports: Mapping[str, jf.CalibrationReport], timed: Sequence[Json]
 def facts_of_report(report: jf.CalibrationReport) -> dict[str, str]:
     tough, easy, blocks = report.tough_blocks, easy_blocks(report), range(report.num_blocks)
     sweeps = report.mean_sweeps("noise", TOLERANCE)
-    z, zeros, affine = (report.mean_sweeps("noise", TOLERANCE, guess) for guess in ("latent", "zeros", "mean_affine"))
+    z, zeros = (report.mean_sweeps("noise", TOLERANCE, guess) for guess in GUESSES)
     by_norm = {norm: report.metrics[norm] for norm in (2, "fro", 1)}
     by_class = report.class_metrics.values()
     shares = [sum(metrics.crm_percent[block] for block in tough) for metrics in by_class]
@@ -91,11 +91,8 @@ def facts_of_report(report: jf.CalibrationReport) -> dict[str, str]:
         "rank correlation of CRM, and of \\|Γ\\|, with the sweeps": "; ".join(
             f"{report.rank_correlation(metric, 'noise', TOLERANCE):.2f}" for metric in ("crm", "gamma")
         ),
-        "blocks where mean affine has the least IGM": f"{guess_wins(report, 'mean_affine')} of {len(blocks)}",
+        "blocks where z has a smaller IGM than 0": f"{guess_wins(report, 'latent')} of {len(blocks)}",
         "blocks where z takes fewer sweeps than 0": f"{sum(z[i] < zeros[i] for i in blocks)} of {len(blocks)}",
-        "sweeps that mean affine saves over z: in tough blocks; in the others": "; ".join(
-            number_range([z[i] - affine[i] for i in part]) for part in (tough, easy)
-        ),
         "rank correlation of CRM with the spectral one: Frobenius norm; 1-norm": "; ".join(
             f"{rank_correlation(by_norm[norm].crm, report.crm):.2f}" for norm in ("fro", 1)
         ),

@@ -138,25 +138,6 @@ def recommendation(search: Json) -> str:
     return f"{', '.join(parts)}: {text}, {plain:.3f} without" if parts else f"none: {text}"
 
 
-def chord_share(preset: str) -> float:
-    """Multiplications of a chord over those of a block's dense layers, for a token."""
-    config = jf.PRESETS[preset].config
-    return 24 * config.token_dim**2 / (12 * config.width**2 * config.layers_per_block)
-
-
-def plain_sweeps(model: str, blocks: Iterable[int]) -> str:
-    """The range of the mean plain sweeps from z to 1e-3."""
-    counts = result(f"{model}/report").mean_sweeps("noise", 1e-3, "latent")
-    return paper_facts.number_range([counts[block] for block in blocks])
-
-
-def fitted_sweeps(model: str, blocks: Iterable[int]) -> str:
-    """The range of the mean sweeps of all tokens to 1e-3 with the fitted guess and correction."""
-    sweeps_by_block = where(result("fitted-sweeps")["runs"], model=model)["blocks"]
-    means = [sum(sweeps) / len(sweeps) for sweeps in sweeps_by_block]
-    return paper_facts.number_range([means[block] for block in blocks])
-
-
 def find_runs(name: str, **values: Any) -> list[Json]:
     """The runs of a result that have these values; a tuple lists several values."""
     accepted = {key: value if isinstance(value, tuple) else (value,) for key, value in values.items()}
@@ -192,9 +173,9 @@ def _environment() -> jinja2.Environment:
     )
     functions = {function.__name__: function for function in (
         paper_facts.agreement, paper_facts.best_guess, paper_facts.mean_sweeps, paper_facts.number_range,
-        paper_facts.segment_sweeps, paper_facts.sweeps_range, paper_facts.tough_share, chord_share, duration, fastest,
-        find_runs, fitted_sweeps, format_speed_up, grouped, has_result, largest_error_ratio, largest_speed_up,
-        paper_megabytes, plain_sweeps, rank_correlation, ratios, recommendation, regimes.best_in_passes,
+        paper_facts.segment_sweeps, paper_facts.sweeps_range, paper_facts.tough_share, duration, fastest,
+        find_runs, format_speed_up, grouped, has_result, largest_error_ratio, largest_speed_up,
+        paper_megabytes, rank_correlation, ratios, recommendation, regimes.best_in_passes,
         regimes.in_passes, result, search_guidance.best_point, speed_up_range, star_follows, strategy, where,
     )}  # fmt: skip
     environment.globals |= functions | {

@@ -1,4 +1,4 @@
-"""Convergence of a block's plain sweeps: residuals, distances to the solution, and the error matrix Gamma."""
+"""Convergence of a block's sweeps: residuals, distances to the solution, and the error matrix Gamma."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _MAX_LANCZOS_STEPS = 100
 
 @dataclass(frozen=True)
 class ConvergenceCurve:
-    """Distance to the solution X* by number of plain sweeps: the largest |X^(k) - X*| of an entry.
+    """Distance to the solution X* by number of sweeps: the largest |X^(k) - X*| of an entry.
 
     Attributes:
         median: Median over the samples; entry k is after k sweeps.
@@ -89,7 +89,7 @@ def measure_distances(
     block: Block, x: Float[Tensor, "b t c"], z: Float[Tensor, "b t c"], guess: Guess,
     context: Tensor | Context | None = None, num_segments: int = 1,
 ) -> list[Float[Tensor, "k b"]]:  # fmt: skip
-    """Measures, per segment, the largest |X^(k) - X*| of each sample after k = 0, 1, ... plain sweeps.
+    """Measures, per segment, the largest |X^(k) - X*| of each sample after k = 0, 1, ... sweeps.
 
     X* is `x`, the solution at `z`. A segment starts from the guess, and the segments before it are solved (Figure 5 of
     the paper; Figure 2 for one segment). The last sweep is the first that changes no entry by more than 1e-5. A small

@@ -20,14 +20,9 @@ from torch import Tensor
 from jacobiflow import jobs
 from jacobiflow.calibration.convergence import ConvergenceCurve, gamma_norm, measure_distances
 from jacobiflow.calibration.metrics import NORMS, Norm
-from jacobiflow.calibration.report import (
-    GUESS_NAMES,
-    CalibrationReport,
-    CalibrationSettings,
-    LatentSource,
-    guesses_by_name,
-)
-from jacobiflow.calibration.statistics import CalibrationStatistics, ImageSet, Means, mean_affine
+from jacobiflow.calibration.report import GUESSES, CalibrationReport, CalibrationSettings, LatentSource
+from jacobiflow.calibration.solutions import BlockSolution, exact_solutions
+from jacobiflow.calibration.statistics import CalibrationStatistics, ImageSet, Means
 from jacobiflow.errors import InputTypeError, InputValueError
 from jacobiflow.fixed_point import Segments
 from jacobiflow.jobs import JobStore, Unit, UnitOutput
@@ -35,7 +30,6 @@ from jacobiflow.models.checkpoints.fingerprint import fingerprint, weights_sha25
 from jacobiflow.models.contexts import ContextLike, Labels, labels_or_context
 from jacobiflow.models.flow import Flow, check_flow
 from jacobiflow.models.latents import FIRST_CALIBRATION_LATENT, MAX_SAMPLES, draw_latents
-from jacobiflow.solutions import BlockSolution, exact_solutions
 from jacobiflow.utils.checks import check_choice, check_count, check_flag, check_path, check_seed
 from jacobiflow.utils.deprecation import renamed_arguments
 from jacobiflow.utils.progress import Progress
@@ -126,7 +120,7 @@ class CalibrationSpec(CalibrationSettings):
 class CalibrationJob(jobs.Job):
     """The job of `calibrate`; its arguments are those of `calibrate`."""
 
-    kind, version, oldest, result_name = "calibration", 2, 1, "report.json"
+    kind, version, oldest, result_name = "calibration", 3, 1, "report.json"
     remedy = "give another folder, or remove this one"
 
     def __init__(
@@ -178,11 +172,11 @@ class CalibrationJob(jobs.Job):
         means = self._read_means(store, "parameters")
         residuals = (Unit(f"residuals-{i:02}", partial(self._sum_residuals, means, i)) for i in chunks)
         gamma = (Unit(f"gamma-{i}", partial(self._measure_gamma, store, i)) for i in blocks)
-        curves = (self._curves(store, means, *names) for names in product(blocks, self.sources, GUESS_NAMES))
+        curves = (self._curves(store, *names) for names in product(blocks, self.sources, GUESSES))
         yield [*residuals, *gamma, *curves]
         tough = self._best_guesses(self._read_means(store, "parameters", "residuals"))
         counts = self.segment_counts
-        yield [self._curves(store, means, i, "noise", guess, n) for i, guess in tough.items() for n in counts]
+        yield [self._curves(store, i, "noise", guess, n) for i, guess in tough.items() for n in counts]
 
     def _sum_parameters(self, chunk: int, progress: Progress | None) -> UnitOutput:
         return _output(f"parameters-{chunk:02}", self.statistics.sum_parameters(chunk))
@@ -220,16 +214,13 @@ class CalibrationJob(jobs.Job):
         norms = [gamma_norm(self.flow.inverse_block(block), *batch) for batch in solution.split(self.spec.batch_size)]
         return UnitOutput(value=torch.cat(norms).tolist())
 
-    def _curves(
-        self, store: JobStore, means: Means, block: int, source: LatentSource, guess: str, num_segments: int = 1
-    ) -> Unit:
+    def _curves(self, store: JobStore, block: int, source: LatentSource, guess: str, num_segments: int = 1) -> Unit:
         """Returns the unit of the convergence curve of each segment of a block."""
 
         def run(progress: Progress | None) -> UnitOutput:
-            start = guesses_by_name(mean_affine(means, block))[guess]
             batches = self._read_solution(store, source, block).split(min(self.spec.batch_size, _CURVE_BATCH))
             distances = [
-                measure_distances(self.flow.inverse_block(block), x, z, start, context, num_segments)
+                measure_distances(self.flow.inverse_block(block), x, z, GUESSES[guess], context, num_segments)
                 for x, z, context in batches
             ]
             return UnitOutput(value=encode([*map(ConvergenceCurve.from_distances, zip(*distances, strict=True))]))
@@ -258,9 +249,8 @@ class CalibrationJob(jobs.Job):
             metrics={norm: metrics(norm, blocks) for norm in NORMS},
             segment_metrics={i: metrics(settings.norm, [i], settings.segments) for i in tough},
             class_metrics={label: metrics(settings.norm, blocks, group=label) for label in self.spec.classes},
-            mean_affine=tuple(mean_affine(means, i) for i in blocks),
             curves={
-                source: tuple({guess: read(i, source, guess)[0] for guess in GUESS_NAMES} for i in blocks)
+                source: tuple({guess: read(i, source, guess)[0] for guess in GUESSES} for i in blocks)
                 for source in self.sources
             },
             segment_curves={

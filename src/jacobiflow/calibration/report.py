@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -13,21 +13,16 @@ from jacobiflow.blocks.guidance import Guidance
 from jacobiflow.calibration.convergence import ConvergenceCurve
 from jacobiflow.calibration.metrics import Components, Metrics, Norm, rank_correlation
 from jacobiflow.errors import InputValueError
-from jacobiflow.fixed_point import Guess, Latent, MeanAffine, Zeros
-from jacobiflow.fixed_point.registry import JsonDocument
+from jacobiflow.fixed_point import Guess, Latent, Zeros
 from jacobiflow.models.checkpoints.fingerprint import check_fingerprint
-from jacobiflow.models.checkpoints.folder import find_file_by_guidance
 from jacobiflow.models.flow import Flow, check_flow
 from jacobiflow.utils.checks import check_choice, check_count, check_number
-from jacobiflow.utils.deprecation import renamed_attributes
+from jacobiflow.utils.deprecation import renamed_attributes, retired
+from jacobiflow.utils.serialization import JsonDocument
 
-GUESS_NAMES = ("latent", "zeros", "mean_affine")
+GUESSES: Mapping[str, Guess] = {"latent": Latent(), "zeros": Zeros()}
+"""The guesses of the paper, by their names in `CalibrationReport.igm`."""
 LatentSource = Literal["images", "noise"]  # latents that encode images, or fresh ones
-
-
-def guesses_by_name(mean_affine: MeanAffine) -> dict[str, Guess]:
-    """Returns the guesses of a block by the names in `CalibrationReport.igm`."""
-    return dict(zip(GUESS_NAMES, (Latent(), Zeros(), mean_affine), strict=True))
 
 
 @renamed_attributes(traced="num_convergence_samples")
@@ -87,7 +82,6 @@ class CalibrationReport(JsonDocument):
         metrics: IGM and CRM in each norm. `igm`, `crm` and so on are in the norm of the settings.
         segment_metrics: For each tough block, the metrics of its `settings.segments` segments.
         class_metrics: For each class, the metrics over its images alone; empty without `per_class=True`.
-        mean_affine: Per block, the guess of the mean scale and shift.
         curves: From each source of latents, per block and guess, the distance to the solution by number of sweeps. The
             sources are "images" (latents that encode them) and "noise" (fresh latents); under guidance only "noise".
         segment_curves: For each tough block and number of segments, a curve for each segment. They are from fresh
@@ -98,10 +92,10 @@ class CalibrationReport(JsonDocument):
     Example:
         >>> report = jf.CalibrationReport.load(jf.find_report(jf.load("digits-p1")))
         >>> report.num_blocks, report.best_guess(0)
-        (4, 'mean_affine')
+        (4, 'latent')
     """
 
-    _name, _version, _remedy = "report", 4, "; make it anew with jacobiflow calibrate"
+    _name, _version, _remedy = "report", 5, "; make it anew with jacobiflow calibrate"
 
     fingerprint: str
     num_tokens: int
@@ -110,10 +104,16 @@ class CalibrationReport(JsonDocument):
     metrics: Mapping[Norm, Metrics]
     segment_metrics: Mapping[int, Metrics]
     class_metrics: Mapping[int, Metrics]
-    mean_affine: tuple[MeanAffine, ...]
     curves: Mapping[LatentSource, tuple[Mapping[str, ConvergenceCurve], ...]]
     segment_curves: Mapping[int, Mapping[int, tuple[ConvergenceCurve, ...]]]
     gamma: tuple[tuple[float, ...], ...]
+
+    @classmethod
+    def from_json(cls, value: Any) -> CalibrationReport:
+        """Inverse of `to_json`. Up to format 4 a report had the guess mean_affine, from which its sweeps started."""
+        if isinstance(value, dict) and "mean_affine" in value:
+            raise InputValueError(f"{retired('the guess mean_affine')}; plan needs no report")
+        return super().from_json(value)
 
     def __repr__(self) -> str:
         tough = f", tough: {self.tough_blocks}" if self.components is not None else ""
@@ -123,11 +123,11 @@ class CalibrationReport(JsonDocument):
     @property
     def num_blocks(self) -> int:
         """Number of blocks L."""
-        return len(self.mean_affine)
+        return len(self.gamma)
 
     @property
     def igm(self) -> tuple[Mapping[str, float], ...]:
-        """Per block, the IGM of each guess: "latent", "zeros", "mean_affine" (eq. 4, Table 1 of the paper)."""
+        """Per block, the IGM of each guess, "latent" and "zeros" (eq. 4, Table 1 of the paper)."""
         return self._norm_metrics.igm
 
     @property
@@ -160,11 +160,10 @@ class CalibrationReport(JsonDocument):
 
     def guess(self, block: int) -> Guess:
         """Returns the guess that `best_guess` names."""
-        name = self.best_guess(block)
-        return guesses_by_name(self.mean_affine[block])[name]
+        return GUESSES[self.best_guess(block)]
 
     def mean_sweeps(self, source: LatentSource, tolerance: float, guess: str | None = None) -> tuple[float, ...]:
-        """Averages, per block, the samples' numbers of plain sweeps to a tolerance.
+        """Averages, per block, the samples' numbers of sweeps to a tolerance.
 
         Args:
             source: Source of the latents: "images" or "noise".
@@ -181,7 +180,7 @@ class CalibrationReport(JsonDocument):
         check_choice("source", source, tuple(self.curves))
         tolerance = check_number("tolerance", tolerance)
         if guess is not None:
-            check_choice("guess", guess, GUESS_NAMES)
+            check_choice("guess", guess, tuple(GUESSES))
         return [
             row[guess or self.best_guess(block)].sweeps_to_tolerance(tolerance, self.num_tokens)
             for block, row in enumerate(self.curves[source])
@@ -221,7 +220,9 @@ def find_report(flow: Flow) -> Path | None:
         'report.json'
     """
     check_flow(flow)
-    return find_file_by_guidance(flow, "report", lambda file: CalibrationReport.load(file).settings.guidance)
+    files = [file for file in flow.report_files if file.is_file()]
+    same = (f for f in files if len(files) == 1 or CalibrationReport.load(f).settings.guidance == flow.guidance)
+    return next(same, next(iter(files), None))
 
 
 def _class_spread(classes: Sequence[Metrics], block: int) -> ClassSpread:
@@ -231,6 +232,6 @@ def _class_spread(classes: Sequence[Metrics], block: int) -> ClassSpread:
     return ClassSpread(
         crm_rank=MeanStd.from_values(ranks) if is_defined else None,
         crm_percent=MeanStd.from_values([m.crm_percent[block] for m in classes]) if is_defined else None,
-        igm={name: MeanStd.from_values([m.igm[block][name] for m in classes]) for name in GUESS_NAMES},
-        num_best={name: best.count(name) for name in GUESS_NAMES},
+        igm={name: MeanStd.from_values([m.igm[block][name] for m in classes]) for name in GUESSES},
+        num_best={name: best.count(name) for name in GUESSES},
     )

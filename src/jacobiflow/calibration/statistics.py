@@ -15,11 +15,10 @@ from jacobiflow.blocks.context import Context
 from jacobiflow.blocks.tokens import Tokens
 from jacobiflow.calibration.convergence import initial_residuals, segment_slices
 from jacobiflow.calibration.metrics import Components, Metrics, Norm, matrix_norm, tough_blocks
-from jacobiflow.calibration.report import GUESS_NAMES, guesses_by_name
+from jacobiflow.calibration.report import GUESSES
+from jacobiflow.calibration.solutions import BlockSolution
 from jacobiflow.errors import InputValueError
-from jacobiflow.fixed_point import MeanAffine
 from jacobiflow.models.flow import Flow
-from jacobiflow.solutions import BlockSolution
 from jacobiflow.utils.checks import check_finite
 
 Means = Mapping[str, Tensor]  # means over images by name, see `CalibrationStatistics`
@@ -29,12 +28,11 @@ _MAX_CHUNKS = 32  # Number of chunks of the images, each of which is a unit of w
 
 
 class Step(NamedTuple):
-    """The step z = (x - shift) exp(-log_scale) of a block in an encoding pass, in the block's causal order."""
+    """The step of a block in an encoding pass: z is what x encodes to, in the block's causal order."""
 
     block: int
     x: Tokens
     log_scale: Tokens
-    shift: Tokens
     z: Tokens
     context: Context
 
@@ -45,11 +43,6 @@ class ImageSet(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: Int[Tensor, " b"], /) -> Float[Tensor, "b c h w"]: ...
-
-
-def mean_affine(means: Means, block: int) -> MeanAffine:
-    """Returns the guess of a block's mean scale and shift."""
-    return MeanAffine(*means[f"{block}.affine.{_ALL}"].float())
 
 
 class CalibrationStatistics:
@@ -83,21 +76,20 @@ class CalibrationStatistics:
         return images
 
     def sum_parameters(self, chunk: int) -> dict[str, Tensor]:
-        """Sums, over a chunk of the images, Sigma^-1 X ("scaled"), and log-scale and shift ("affine")."""
+        """Sums Sigma^-1 X, "scaled", over a chunk of the images."""
         sums = dict[str, Tensor]()
         for index in self.chunks[chunk]:
             for step in self._encode(index):
                 self._add(sums, f"{step.block}.scaled", torch.exp(-step.log_scale) * step.x, step.context.values)
-                self._add(sums, f"{step.block}.affine", torch.stack((step.log_scale, step.shift), dim=1), None)
         return sums
 
     def sum_residuals(self, chunk: int, means: Means, num_segments: int, norm: Norm) -> dict[str, Tensor]:
         """Sums, over a chunk of the images, the residuals of each guess; of tough blocks also those in segments."""
         tough, sums = self.tough_blocks(means, norm), dict[str, Tensor]()
         for index in self.chunks[chunk]:
-            for i, x, _, _, z, context in self._encode(index):
+            for i, x, _, z, context in self._encode(index):
                 for count in {1, num_segments} if i in tough else {1}:
-                    for name, guess in guesses_by_name(mean_affine(means, i)).items():
+                    for name, guess in GUESSES.items():
                         values = initial_residuals(self.flow.inverse_block(i), x, z, guess, context, count)
                         self._add(sums, f"{i}.{name}-{count}", values, context.values)
         return sums
@@ -135,7 +127,7 @@ class CalibrationStatistics:
         segments = segment_slices(self.flow.config.num_tokens, num_segments)
         places = [(i, tokens) for i in blocks for tokens in segments]
         igm = (
-            {name: matrix_norm(means[f"{i}.{name}-{num_segments}.{group}"][tokens], norm) for name in GUESS_NAMES}
+            {name: matrix_norm(means[f"{i}.{name}-{num_segments}.{group}"][tokens], norm) for name in GUESSES}
             for i, tokens in places
         )
         return Metrics(tuple(igm), self._components(means, norm, places, group))
@@ -176,10 +168,10 @@ class CalibrationStatistics:
             z = (x - shift) * torch.exp(-log_scale)
             if not torch.isfinite(z).all():
                 raise InputValueError(f"images overflow in block {i} when they are encoded; are they in [-1, 1]?")
-            step = Step(i, x, log_scale, shift, z, context)
+            step = Step(i, x, log_scale, z, context)
             if self.flow.guidance:
                 log_scale, shift = _log_scale_and_shift(self.flow.inverse_block(i), x, context)
-                step = Step(i, x, log_scale, shift, (x - shift) * torch.exp(-log_scale), context)
+                step = Step(i, x, log_scale, (x - shift) * torch.exp(-log_scale), context)
             yield step
             x = block.permutation.inverse(z)
 

@@ -14,9 +14,9 @@ from jacobiflow.cli.output import run_job, show_table
 from jacobiflow.utils.provenance import Provenance
 
 _TOLERANCE = 1e-3  # The tables count sweeps to this tolerance.
-# Columns of the tables; those of guesses are in the order of `GUESS_NAMES`.
-_IGM = ("IGM\nlatent", "IGM\nzeros", "IGM\nmean affine")
-_SWEEPS = ("sweeps\nlatent", "sweeps\nzeros", "sweeps\nmean affine")
+# Columns of the tables; those of guesses are in the order of `GUESSES`.
+_IGM = ("IGM\nlatent", "IGM\nzeros")
+_SWEEPS = ("sweeps\nlatent", "sweeps\nzeros")
 _CRM = ("block", "|S^-1 X|", "|W_s|", "|W_u|", "CRM", "percent", "tough", "sweeps", "|Gamma|")
 
 
@@ -106,7 +106,7 @@ def show(config: CalibrateConfig, result: CalibrateResult) -> None:
     """Prints tables of the metrics and sweeps of the blocks, the paper's strategies, and how to use the report."""
     from jacobiflow.calibration import gs_jacobi_notation
     from jacobiflow.calibration.convergence import TOLERANCES
-    from jacobiflow.calibration.report import GUESS_NAMES
+    from jacobiflow.calibration.report import GUESSES
 
     report, settings = result.report, result.report.settings
     print(
@@ -116,9 +116,9 @@ def show(config: CalibrateConfig, result: CalibrateResult) -> None:
     print("\nWhere to start: IGM, and sweeps from there")
     rows: list[tuple[Any, ...]] = []
     for i, igm in enumerate(report.igm):
-        sweeps = (f"{report.mean_sweeps('noise', _TOLERANCE, guess)[i]:.1f}" for guess in GUESS_NAMES)
-        rows.append((i, *(igm[guess] for guess in GUESS_NAMES), *sweeps, report.best_guess(i).replace("_", " ")))
-    show_table(("block", *_IGM, *_SWEEPS, "guess"), rows, text=(7,))
+        sweeps = (f"{report.mean_sweeps('noise', _TOLERANCE, guess)[i]:.1f}" for guess in GUESSES)
+        rows.append((i, *igm.values(), *sweeps, report.best_guess(i)))
+    show_table(("block", *_IGM, *_SWEEPS, "guess"), rows, text=(5,))
 
     print("\nWhich blocks are tough: CRM and its parts")
     rows = []
@@ -134,8 +134,8 @@ def show(config: CalibrateConfig, result: CalibrateResult) -> None:
         print(f"\nOver {len(report.class_metrics)} classes: mean ± standard deviation, and how often a guess wins")
         rows = []
         for i, spread in enumerate(report.class_spread()):
-            wins = "/".join(str(spread.num_best[guess]) for guess in GUESS_NAMES)
-            rows.append((i, spread.crm_rank, spread.crm_percent, *(spread.igm[guess] for guess in GUESS_NAMES), wins))
+            wins = "/".join(map(str, spread.num_best.values()))
+            rows.append((i, spread.crm_rank, spread.crm_percent, *spread.igm.values(), wins))
         show_table(("block", "CRM rank", "percent", *_IGM, "wins"), rows, text=())
 
     if report.components is None:

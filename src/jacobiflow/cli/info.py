@@ -181,9 +181,8 @@ def _model_problems(folder: Path) -> Iterator[str]:
         yield str(error)
         return
     for file in flow.report_files:
-        kind = jf.Tuning if file.name.startswith("tuning") else jf.CalibrationReport
         try:
-            kind.load(file).check(flow)
+            jf.CalibrationReport.load(file).check(flow)
         except InputError as error:
             yield str(error)
     z = draw_latents(1, flow.config.num_tokens, flow.config.token_dim, seed=0)

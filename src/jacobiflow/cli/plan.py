@@ -5,16 +5,12 @@ from __future__ import annotations
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import jacobiflow as jf
 from jacobiflow.cli import loading, options
 from jacobiflow.cli.output import progress_bar, show_table
 from jacobiflow.errors import InputValueError
-
-if TYPE_CHECKING:
-    from jacobiflow.models.flow import Flow
-    from jacobiflow.utils.progress import Progress
 
 _MAX_AUTO_BATCH_SIZE = 1024
 
@@ -29,15 +25,12 @@ class PlanConfig(options.Config):
     Example: jacobiflow plan --model fashion-p2 --batch-size 4 --out out/plan.json
 
     Attributes:
-        tune: First fit guesses and corrections, and save them as tuning.json (under guidance, tuning-guided.json) in
-            the model's folder, or beside --out for a bundled model.
         batch_size: Samples solved together, or auto: as many as fit in free memory, at most 1,024.
         tolerance: Largest residual in any block, and largest error of a sample.
         out: File for the strategy (JSON).
     """
 
     model: options.Model
-    tune: Annotated[options.Flag, options.SPEED] = False
     batch_size: options.BatchSize = 16
     tolerance: Annotated[float, options.SPEED] = 1e-3
     guidance: options.RecommendedGuidance = None
@@ -77,22 +70,10 @@ def run(config: PlanConfig) -> PlanResult:
     flow = flow.guided(settings.guidance)
     size = find_batch_size(flow, _MAX_AUTO_BATCH_SIZE) if config.batch_size == "auto" else config.batch_size
     with progress_bar() as progress:
-        tuning = _tune(config, flow, progress) if config.tune else None
-        strategy = jf.plan(flow, tuning, size, config.tolerance, progress=progress)
+        strategy = jf.plan(flow, size, config.tolerance, progress=progress)
     config.out.parent.mkdir(parents=True, exist_ok=True)
     strategy.save(config.out)
     return PlanResult(strategy, origin, flow.config.num_tokens)
-
-
-def _tune(config: PlanConfig, flow: Flow, progress: Progress | None) -> jf.Tuning:
-    """Tunes the flow, and saves the tuning in the model's folder, or beside the plan of a bundled model."""
-    folder = Path(config.model) if Path(config.model).is_dir() else config.out.parent
-    file = folder / ("tuning.json" if flow.guidance is None else "tuning-guided.json")
-    tuning = jf.tune(flow, progress=progress)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    tuning.save(file)
-    print(f"wrote {file}")
-    return tuning
 
 
 def show(config: PlanConfig, result: PlanResult) -> None:

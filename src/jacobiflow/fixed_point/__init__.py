@@ -1,8 +1,7 @@
-"""Parallel and sequential solvers of x = g(x): a problem, a solver of four pieces, and one engine."""
+"""Parallel and sequential solvers of x = g(x): a problem, a solver of three pieces, and one engine."""
 
 from jacobiflow.fixed_point.bf16_sweeps import Bf16Sweeps
-from jacobiflow.fixed_point.correction import Chord, Correction, Plain
-from jacobiflow.fixed_point.guess import CausalLinear, Guess, Latent, MeanAffine, WarmStart, Zeros
+from jacobiflow.fixed_point.guess import Guess, Latent, WarmStart, Zeros
 from jacobiflow.fixed_point.options import CertifyMode
 from jacobiflow.fixed_point.partition import Partition, Segments, Sequential, SlidingRun, Whole, Window
 from jacobiflow.fixed_point.solution import Solution, Status
@@ -10,7 +9,6 @@ from jacobiflow.fixed_point.solve import solve
 from jacobiflow.fixed_point.solver import Solver, Stopping
 
 __all__ = [
-    "Bf16Sweeps", "CausalLinear", "CertifyMode", "Chord", "Correction", "Guess", "Latent", "MeanAffine", "Partition",
-    "Plain", "Segments", "Sequential", "SlidingRun", "Solution", "Solver", "Status",
-    "Stopping", "WarmStart", "Whole", "Window", "Zeros", "solve",
+    "Bf16Sweeps", "CertifyMode", "Guess", "Latent", "Partition", "Segments", "Sequential", "SlidingRun", "Solution",
+    "Solver", "Status", "Stopping", "WarmStart", "Whole", "Window", "Zeros", "solve",
 ]  # fmt: skip

@@ -30,7 +30,7 @@ def attempt(problem: Problem, solver: Solver, options: SolveOptions) -> Solution
 
     Raises ValueError if the solver does not fit the problem.
     """
-    solver.check(problem.num_tokens, problem.z.shape[2], options.tolerance)
+    solver.check(problem.num_tokens, options.tolerance)
     solution, obstacle = None, None
     with no_gradients(problem.block):
         for backend, inverse in _exact_inverses(problem, solver):

@@ -28,7 +28,7 @@ class SweepResult(NamedTuple):
 def sweep(problem: Problem, solver: Solver, options: SolveOptions, in_bf16: bool = False) -> SweepResult:
     """Sweeps all samples until their tokens are final; `in_bf16` runs the network in bfloat16."""
     max_change = None if options.tolerance is None else solver.tolerance_factor * options.tolerance
-    start = solver.guess.start(problem, solver.correction, options)
+    start = solver.guess.start(problem, options)
     slides = isinstance(solver.partition, SlidingRun) and solver.stopping == Stopping()
     kind: type[SweepBatch] = OwnFronts if slides and isinstance(problem.block, AttentionBlock) else SharedFront
     queue, sweeps, token_evaluations = SampleQueue(problem, start.x), start.sweeps, start.token_evaluations

@@ -8,7 +8,6 @@ from jacobiflow.blocks.base import AttentionBlock
 from jacobiflow.blocks.tokens import Tokens
 from jacobiflow.errors import InputValueError
 from jacobiflow.fixed_point.batching import sweep
-from jacobiflow.fixed_point.correction import Correction
 from jacobiflow.fixed_point.guess import Guess, Latent, Start
 from jacobiflow.fixed_point.options import SolveOptions
 from jacobiflow.fixed_point.partition import Whole
@@ -23,7 +22,7 @@ from jacobiflow.utils.checks import check_count, check_fields
 class Bf16Sweeps(Guess):
     """X^(0) is the result of `count` sweeps of all tokens by the network in bfloat16, from another guess.
 
-    The tokens stay in their dtype, and the solver's correction is applied. The block must be an `AttentionBlock`.
+    The tokens stay in their dtype. The block must be an `AttentionBlock`.
 
     Example:
         >>> jf.Solver(jf.Whole(), jf.Bf16Sweeps(3)).guess
@@ -41,12 +40,9 @@ class Bf16Sweeps(Guess):
         """Returns the guess before the sweeps, which `start` makes."""
         return self.guess(z)
 
-    def start(self, problem: Problem, correction: Correction, options: SolveOptions) -> Start:
+    def start(self, problem: Problem, options: SolveOptions) -> Start:
         if not isinstance(problem.block, AttentionBlock):
             raise InputValueError(f"{self}: {type(problem.block).__name__} has no bfloat16 network; give another guess")
-        solver = Solver(Whole(), self.guess, Stopping(self.count), correction)
+        solver = Solver(Whole(), self.guess, Stopping(self.count))
         result = sweep(problem, solver, replace(options, tolerance=None), in_bf16=True)
         return Start(result.x, result.progress.sweeps, result.sweeps, result.token_evaluations)
-
-    def check(self, num_tokens: int, token_dim: int) -> None:
-        self.guess.check(num_tokens, token_dim)

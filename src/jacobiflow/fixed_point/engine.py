@@ -12,7 +12,7 @@ from torch import Tensor
 from jacobiflow.blocks.tokens import Tokens, gather_run, scatter_run
 from jacobiflow.errors import InputValueError
 from jacobiflow.fixed_point.problem import Problem
-from jacobiflow.fixed_point.progress import SampleProgress, SweepChanges
+from jacobiflow.fixed_point.progress import SampleProgress
 from jacobiflow.fixed_point.solver import Solver
 from jacobiflow.utils.checks import format_value
 
@@ -50,8 +50,8 @@ class SampleQueue:
 class SweepBatch(ABC):
     """Samples that are swept together until all of their tokens are final.
 
-    A sweep replaces x by g(x), or by a corrected value, on the run [front, stop) of each sample, where the partition
-    chooses the stop. Then the front passes the tokens that are final.
+    A sweep replaces x by g(x) on the run [front, stop) of each sample, where the partition chooses the stop. Then the
+    front passes the tokens that are final.
 
     Args:
         queue: Gives the samples, and gets their answers.
@@ -117,20 +117,10 @@ class SweepBatch(ABC):
 
     def _iterate(
         self, start: int | Int[Tensor, " b"], old: Float[Tensor, "b n c"], g: Float[Tensor, "b n c"]
-    ) -> SweepChanges:
-        """Sets the runs at `start` to their next iterate, and entries that overflow to the guess."""
+    ) -> Float[Tensor, "b n"]:
+        """Sets the runs at `start` to g, and tokens that overflow to the guess; returns |g - old| of each token."""
         self.progress.exact.fill_(False)
-        new = self.solver.correction(old, g)
-        if new is g:
-            residual = change = (g - old).abs_().amax(dim=-1)
-        else:
-            residual, correction_step = (torch.stack((g, new)) - old).abs_().amax(dim=-1)
-            change = torch.maximum(residual, correction_step)
-            fails = self.progress.update_correction_state(start, residual)[:, None]
-            new = torch.where(fails[:, None], g, new)
-            change = torch.where(fails, residual, change)
-        ebound = self.solver.stopping.ebound
-        is_early = ebound is not None and bool((new - old).norm() <= ebound * self.x.numel())
-        guess = gather_run(self.guess, start, change.shape[1])
-        scatter_run(self.x, torch.where(change.isfinite().unsqueeze(-1), new, guess), start)
-        return SweepChanges(residual, change, is_early)
+        residual = (g - old).abs_().amax(dim=-1)
+        guess = gather_run(self.guess, start, g.shape[1])
+        scatter_run(self.x, torch.where(residual.isfinite().unsqueeze(-1), g, guess), start)
+        return residual

@@ -52,8 +52,7 @@ class OwnFronts(SweepBatch):
         if size == 1:
             scatter_run(self.x, g, start)
         else:
-            changes = self._iterate(start, old, g)
-            num_accepted = self.progress.count_accepted(changes, self.max_change)
+            num_accepted = self.progress.count_accepted(self._iterate(start, old, g), self.max_change)
         front = self._front.clamp(min=start + num_accepted)
         self._front = front.masked_fill(self.progress.nonfinite, self.num_tokens)  # a sample that overflowed leaves
         self._max_front = min(self._max_front + size, self.num_tokens)

@@ -1,31 +1,22 @@
-"""The pieces of solvers by their registered names, and JSON files that contain them."""
+"""The pieces of solvers by their registered names."""
 
 from __future__ import annotations
 
-import base64
 from abc import ABC
 from collections.abc import Callable
 from dataclasses import is_dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
-
-import numpy as np
-import torch
-from torch import Tensor
+from typing import Any, TypeVar
 
 from jacobiflow.errors import InputTypeError, InputValueError
-from jacobiflow.utils.checks import check_kind, check_path, format_value
-from jacobiflow.utils.files import write_json
-from jacobiflow.utils.serialization import decode, encode_fields, load
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
+from jacobiflow.utils.checks import check_kind, format_value
+from jacobiflow.utils.deprecation import retired
+from jacobiflow.utils.serialization import decode, encode_fields
 
 T = TypeVar("T")
 
 
 class Piece(ABC):  # noqa: B024  its subclasses have abstract methods
-    """Base of `Partition`, `Guess` and `Correction`."""
+    """Base of `Partition` and `Guess`."""
 
     def to_json(self) -> dict[str, Any]:
         """Returns the registered name as "kind", and the fields."""
@@ -34,17 +25,18 @@ class Piece(ABC):  # noqa: B024  its subclasses have abstract methods
             raise InputValueError(
                 f"{format_value(self)} has no JSON form: register its class under a name (jacobiflow.register_piece)"
             )
-        values = encode_fields(self)
-        return {"kind": kind} | {k: _encode_tensor(v) if isinstance(v, Tensor) else v for k, v in values.items()}
+        return {"kind": kind} | encode_fields(self)
 
 
 _pieces: dict[str, type[Piece]] = {}
+_RETIRED = ("causal_linear", "chord", "mean_affine", "plain")
+"""Names of pieces of earlier versions."""
 
 
 def register_piece(name: str) -> Callable[[type[T]], type[T]]:
     """Class decorator: registers a piece of a solver under a name, which JSON and the notation of strategies use.
 
-    The class is a dataclass that derives from `Partition`, `Guess` or `Correction`.
+    The class is a dataclass that derives from `Partition` or `Guess`. Its fields are numbers, texts, or tuples of them.
 
     Raises:
         TypeError: If the class is another.
@@ -68,9 +60,7 @@ def register_piece(name: str) -> Callable[[type[T]], type[T]]:
 
     def add(cls: type[T]) -> type[T]:
         if not issubclass(cls, Piece) or not is_dataclass(cls):
-            raise InputTypeError(
-                f"{cls.__name__}: make it a dataclass that derives from Partition, Guess or Correction"
-            )
+            raise InputTypeError(f"{cls.__name__}: make it a dataclass that derives from Partition or Guess")
         owner = _pieces.get(name, cls)
         # A module that is loaded again registers its classes again.
         if (owner.__module__, owner.__qualname__) != (cls.__module__, cls.__qualname__):
@@ -82,60 +72,21 @@ def register_piece(name: str) -> Callable[[type[T]], type[T]]:
 
 
 def registered_pieces(base: type) -> dict[str, Any]:
-    """Returns the registered subclasses of `Partition`, `Guess` or `Correction` by their names."""
+    """Returns the registered subclasses of `Partition` or `Guess` by their names."""
     return {name: cls for name, cls in _pieces.items() if issubclass(cls, base)}
 
 
+def check_not_retired(name: Any, remedy: str = "") -> None:
+    """Raises ValueError if an earlier version had a piece of this name, and none is registered under it."""
+    if name in _RETIRED and name not in _pieces:
+        raise InputValueError(retired(f"the piece {name!r} of a solver") + remedy)
+
+
 def decode_piece(declared: Any, value: Any) -> Any:
-    """Decodes a piece or a tensor, as the `hook` of `jacobiflow.utils.serialization.decode`."""
-    if declared is Tensor or getattr(declared, "array_type", None) is Tensor:
-        return _decode_tensor(value)
+    """Decodes a piece, as the `hook` of `jacobiflow.utils.serialization.decode`."""
     classes = registered_pieces(declared)
     kind = value.get("kind") if isinstance(value, dict) else None
     if kind not in classes:
+        check_not_retired(kind)
         raise InputValueError(f"kind {format_value(kind)}: give one of {', '.join(classes)}")
     return decode(classes[kind], value, hook=decode_piece)
-
-
-def _encode_tensor(tensor: Tensor) -> dict[str, Any]:
-    array = (tensor if tensor.dtype == torch.float64 else tensor.float()).detach().cpu().numpy()
-    return {"shape": list(array.shape), array.dtype.name: base64.b64encode(array.tobytes()).decode()}
-
-
-def _decode_tensor(value: Any) -> Tensor:
-    try:
-        (name,) = value.keys() - {"shape"}
-        array = np.frombuffer(base64.b64decode(value[name], validate=True), name).reshape(value["shape"])
-        return torch.from_numpy(array.copy())
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise InputValueError(f"not an array of float32 or float64 values with its shape ({error})") from error
-
-
-class JsonDocument:
-    """Base of dataclasses that are stored as JSON files, with their fields and a version of the format."""
-
-    _name: ClassVar[str]  # used in error messages
-    _version: ClassVar[int] = 1
-    _remedy: ClassVar[str] = ""
-
-    def to_json(self) -> dict[str, Any]:
-        """Returns the JSON value that `from_json` turns back into an equal object."""
-        return {"format_version": self._version, **encode_fields(self)}
-
-    @classmethod
-    def from_json(cls, value: Any) -> Self:
-        """Inverse of `to_json`."""
-        if not isinstance(value, dict) or value.get("format_version") != cls._version:
-            raise InputValueError(f"not a {cls._name} of format_version {cls._version}")
-        entries = {name: entry for name, entry in value.items() if name != "format_version"}
-        return decode(cls, entries, hook=decode_piece)
-
-    def save(self, path: str | Path) -> None:
-        """Writes JSON."""
-        check_path("path", path)
-        write_json(path, self.to_json())
-
-    @classmethod
-    def load(cls, path: str | Path) -> Self:
-        """Reads JSON."""
-        return load(path, cls._name, cls.from_json, cls._remedy)

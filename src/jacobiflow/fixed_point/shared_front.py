@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from jacobiflow.fixed_point.engine import SampleQueue, SweepBatch
-from jacobiflow.fixed_point.progress import SweepChanges, offsets
+from jacobiflow.fixed_point.progress import offsets
 from jacobiflow.fixed_point.solver import Solver
 
 
@@ -32,30 +34,32 @@ class SharedFront(SweepBatch):
             self.x[:, front:stop] = g
             self._front, self._num_outdated_keys = stop, 0
         else:
-            changes = self._iterate(front, self.x[:, front:stop], g)
+            old, ebound = self.x[:, front:stop], self.solver.stopping.ebound
+            is_early = ebound is not None and bool((g - old).norm() <= ebound * self.x.numel())
+            residual = self._iterate(front, old, g)
             self._sweeps_left[front:stop] -= 1
             num_exhausted = int(np.logical_and.accumulate(self._sweeps_left[front:stop] <= 0).sum())
-            num_accepted, self._num_outdated_keys = self._count_accepted(changes, num_exhausted)
+            num_accepted, self._num_outdated_keys = self._count_accepted(residual, num_exhausted, is_early)
             self._front += num_accepted
 
-    def _count_accepted(self, changes: SweepChanges, num_exhausted: int) -> tuple[int, int]:
+    def _count_accepted(self, residual: Float[Tensor, "b n"], num_exhausted: int, is_early: bool) -> tuple[int, int]:
         """Returns how many tokens of the run all samples pass, and how many of their keys are then a sweep behind.
 
         All samples pass as many tokens as the slowest one. The `num_exhausted` leading tokens of the run, which have no
         sweeps left, are passed in any case. An early stop passes the whole run.
         """
-        progress, size = self.progress, changes.change.shape[1]
-        num_accepted = progress.count_accepted(changes, self.max_change)
+        progress, size = self.progress, residual.shape[1]
+        num_accepted = progress.count_accepted(residual, self.max_change)
         # The others do not wait for a sample that overflowed, which is solved again.
         slowest = 1 if self.max_change is None else int(torch.where(progress.nonfinite, size, num_accepted).min())
-        if changes.is_early:
+        if is_early:
             num_exhausted = size
         if num_exhausted <= slowest:
             return slowest, 0
-        is_beyond = offsets(changes.residual) >= num_accepted[:, None]
-        progress.record_residual(torch.where(is_beyond, changes.residual, 0)[:, :num_exhausted])
-        progress.nonfinite |= ~changes.change[:, :num_exhausted].isfinite().all(1)
-        if changes.is_early:
+        is_beyond = offsets(residual) >= num_accepted[:, None]
+        progress.record_residual(torch.where(is_beyond, residual, 0)[:, :num_exhausted])
+        progress.nonfinite |= ~residual[:, :num_exhausted].isfinite().all(1)
+        if is_early:
             return num_exhausted, 0
         progress.hit_max_sweeps |= num_accepted < num_exhausted
         return num_exhausted, num_exhausted - slowest

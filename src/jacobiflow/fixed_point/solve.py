@@ -44,8 +44,8 @@ def solve(
     A sweep evaluates g on the run [front, stop) that the partition chooses. Then the front passes the leading tokens
     that the sweep changed by at most the tolerance, and one more, which was computed from final ones (Proposition 1 of
     the paper): T sweeps always suffice. Under `Stopping(J)` a token is passed after J sweeps at the latest. A value
-    that overflows is set back to the guess. If the residual of a sample keeps growing, its correction is turned off. If
-    every run is one token, the block's `sequential_inverse` is called instead.
+    that overflows is set back to the guess. If every run is one token, the block's `sequential_inverse` is called
+    instead.
 
     If the partition's run slides (`Whole`, `Window`), the solver has no stopping rule, and the block is an
     `AttentionBlock`, then each sample has a front of its own. Else the batch shares one front, which waits for the
@@ -62,7 +62,7 @@ def solve(
     Args:
         block: Gives g.
         z: Input of the block in its causal order, float32 or float64.
-        solver: The partition, guess, correction and stopping.
+        solver: The partition, guess and stopping.
         context: One row for each sample (labels, for example).
         tolerance: The largest residual allowed. With `None` only the solver's stopping rules end the sweeps, and
             nothing is promised.
@@ -122,8 +122,7 @@ def _resume(problem: Problem, solver: Solver, options: SolveOptions, solution: S
     status = solution.status.masked_fill(solution.status == Status.MAX_SWEEPS, Status.CONVERGED)
     solution = replace(solution, status=status)
     rows = _is_above(solution, tolerance)
-    guess = WarmStart(solution.x[rows])
-    resumed = Solver(solver.partition, guess, correction=solver.correction, tolerance_factor=_RESUME_FACTOR)
+    resumed = Solver(solver.partition, WarmStart(solution.x[rows]), tolerance_factor=_RESUME_FACTOR)
     return _solve_again(problem, resumed, options, solution, rows)
 
 

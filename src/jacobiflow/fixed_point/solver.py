@@ -1,11 +1,10 @@
-"""A solver as data: four pieces, of which the stopping rules are defined here."""
+"""A solver as data: three pieces, of which the stopping rules are defined here."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
 from jacobiflow.errors import InputValueError
-from jacobiflow.fixed_point.correction import Correction, Plain
 from jacobiflow.fixed_point.guess import Guess, Latent
 from jacobiflow.fixed_point.partition import Partition, Segments, Whole
 from jacobiflow.utils.checks import check_count, check_fields, check_number, check_positive
@@ -43,7 +42,7 @@ class Stopping:
 
 @dataclass(frozen=True)
 class Solver:
-    """A way to solve a block: four independent pieces.
+    """A way to solve a block: three independent pieces.
 
     `Solver(Sequential())` is the exact loop, `Solver(Whole())` Jacobi, `Solver(Segments(G), stopping=Stopping(J))` the
     paper's GS-Jacobi, `Solver(Window(n))` a sliding window. The tolerance is that of `solve` or of a `Strategy`.
@@ -52,7 +51,6 @@ class Solver:
         partition: Chooses the tokens that are swept together.
         guess: Starts the iteration.
         stopping: Rules besides the tolerance; none by default.
-        correction: Applies the residual g(x) - x.
         tolerance_factor: A token is final when a sweep changes it, and all tokens before it, by at most this multiple
             of the tolerance.
 
@@ -64,7 +62,6 @@ class Solver:
     partition: Partition = field(default_factory=Whole)
     guess: Guess = field(default_factory=Latent)
     stopping: Stopping = field(default_factory=Stopping)
-    correction: Correction = field(default_factory=Plain)
     tolerance_factor: float = 1.0
 
     def __post_init__(self) -> None:
@@ -74,11 +71,9 @@ class Solver:
         if isinstance(counts, tuple) and self.partition != Segments(len(counts)):
             raise InputValueError(f"{len(counts)} sweep counts for {self.partition}: give one for each of its Segments")
 
-    def check(self, num_tokens: int, token_dim: int, tolerance: float | None) -> None:
-        """Raises ValueError if a piece does not fit tokens (T, C), or if neither a tolerance nor a rule ends sweeps."""
+    def check(self, num_tokens: int, tolerance: float | None) -> None:
+        """Raises ValueError if the partition does not fit the tokens, or if nothing would end the sweeps."""
         self.partition.check(num_tokens)
-        self.guess.check(num_tokens, token_dim)
-        self.correction.check(token_dim)
         has_end = tolerance is not None or self.stopping != Stopping()
         if not has_end and not self.partition.token_by_token(num_tokens):
             message = f"nothing would end the sweeps of {self.partition}; give a tolerance, or a number of sweeps"

@@ -14,7 +14,7 @@ import torch
 
 from jacobiflow.blocks.base import AttentionBlock, no_gradients
 from jacobiflow.blocks.tokens import Tokens
-from jacobiflow.fixed_point import Bf16Sweeps, Correction, Guess, Partition, Sequential, Solver, Whole
+from jacobiflow.fixed_point import Bf16Sweeps, Guess, Latent, Partition, Sequential, Solver, Whole
 from jacobiflow.fixed_point.attempt import attempt
 from jacobiflow.fixed_point.options import SolveOptions
 from jacobiflow.fixed_point.problem import Problem
@@ -64,22 +64,6 @@ class BlockTimings(NamedTuple):
         return self.sequential > sweeps + self.evaluation
 
 
-class Candidate(NamedTuple):
-    """A solver without the pieces that are fitted to a block.
-
-    Attributes:
-        bf16_sweeps: Sweeps in bfloat16 that come first.
-    """
-
-    partition: Partition
-    bf16_sweeps: int = 0
-
-    def solver(self, guess: Guess, correction: Correction) -> Solver:
-        """Returns the solver with these pieces."""
-        start = Bf16Sweeps(self.bf16_sweeps, guess) if self.bf16_sweeps else guess
-        return Solver(self.partition, start, correction=correction)
-
-
 class TimedSolve(NamedTuple):
     """A solver, the seconds of its shortest solve with certificates, and its answers."""
 
@@ -116,13 +100,15 @@ def _bf16_share(problem: Problem) -> float:
     return bf16 / full
 
 
-def candidates(num_tokens: int, timings: BlockTimings) -> list[Candidate]:
-    """Returns those to time against the exact loop: all tokens at once, and the candidates of every partition."""
+def candidates(num_tokens: int, timings: BlockTimings) -> list[Solver]:
+    """Returns the solvers to time against the exact loop: all tokens at once, and the candidates of every partition."""
     partitions: list[Partition] = [Whole()]
     for kind in registered_pieces(Partition).values():
         partitions += [p for p in kind.candidates(num_tokens) if p.stop(0, num_tokens) < num_tokens]
-    bf16_sweeps = (0, _BF16_SWEEPS) if math.isfinite(timings.bf16_evaluation) else (0,)
-    return [Candidate(partition, count) for count in bf16_sweeps for partition in partitions]
+    guesses: list[Guess] = (
+        [Latent(), Bf16Sweeps(_BF16_SWEEPS)] if math.isfinite(timings.bf16_evaluation) else [Latent()]
+    )
+    return [Solver(partition, guess) for guess in guesses for partition in partitions]
 
 
 def race(problem: Problem, solvers: Iterable[Solver], sequential: float, options: SolveOptions) -> TimedSolve | None:

@@ -17,9 +17,9 @@ import psutil
 import torch
 
 from jacobiflow.errors import InputError
-from jacobiflow.fixed_point import Sequential, Solver
+from jacobiflow.fixed_point import Partition, Sequential, Solver
 from jacobiflow.fixed_point.options import DEFAULT_TOLERANCE
-from jacobiflow.fixed_point.registry import Piece, registered_pieces
+from jacobiflow.fixed_point.registry import registered_pieces
 from jacobiflow.models.checkpoints.fingerprint import cached_fingerprint
 from jacobiflow.models.flow import Flow, check_flow
 from jacobiflow.models.latents import MAX_SAMPLES
@@ -27,7 +27,6 @@ from jacobiflow.models.memory import exceeds_memory
 from jacobiflow.native import library_name
 from jacobiflow.planner.planner import make_plan, warn_if_raised
 from jacobiflow.planner.strategy import Strategy
-from jacobiflow.planner.tuning import find_tuning
 from jacobiflow.utils.checks import check_count, check_number
 from jacobiflow.utils.files import cache_folder, sha256
 from jacobiflow.utils.progress import Progress
@@ -60,9 +59,8 @@ def auto(flow: Flow, batch_size: int, tolerance: float | None = None, progress: 
     since an earlier plan, as in training. If programs used the cores that PyTorch needs, the plan is used for a minute,
     in this process only.
 
-    Other weights, tunings, native libraries, settings of PyTorch and versions of the planner have plans of their own.
-    `cached_fingerprint` says which changes of weights are noticed, and a tuning is read when a model is loaded. At a
-    tolerance of 0 the exact loop is the plan.
+    Other weights, native libraries, settings of PyTorch and versions of the planner have plans of their own.
+    `cached_fingerprint` says which changes of weights are noticed. At a tolerance of 0 the exact loop is the plan.
     """
     check_flow(flow)
     tolerance = DEFAULT_TOLERANCE if tolerance is None else check_number("tolerance", tolerance)
@@ -97,7 +95,7 @@ def _environment(flow: Flow) -> tuple[Hashable, ...]:
     return (
         flow.guidance, str(device), flow.var.dtype, torch.get_float32_matmul_precision(),
         torch.is_autocast_enabled(device.type) and str(torch.get_autocast_dtype(device.type)),
-        torch.get_num_threads(), library_name(), *sorted(registered_pieces(Piece)),
+        torch.get_num_threads(), library_name(), *sorted(registered_pieces(Partition)),
     )  # fmt: skip
 
 
@@ -107,18 +105,15 @@ def _load_or_make(
     """Returns the plan in the cache folder, or a new one, and True if the machine was too busy to trust it."""
     power_of_two = 1 << (batch_size - 1).bit_length()
     batch_size = batch_size if exceeds_memory(flow, power_of_two) else power_of_two
-    tuning = find_tuning(flow)
-    conditions = (
-        weights, batch_size, tolerance, *_environment(flow), describe_machine(flow.var.device), _code_hash(),
-        None if tuning is None else sha256(tuning),
-    )  # fmt: skip
+    machine = describe_machine(flow.var.device)
+    conditions = (weights, batch_size, tolerance, *_environment(flow), machine, _code_hash())
     folder = cache_folder()
     file = None if folder is None else folder / "plans" / f"{sha256(repr(conditions).encode())}.json"
     if file is not None:
         with suppress(InputError):  # The file may be missing or damaged.
             return Strategy.load(file), False
     is_crowded = flow.var.device.type == "cpu" and _is_crowded()
-    strategy = make_plan(flow, None, batch_size, tolerance, True, progress)
+    strategy = make_plan(flow, batch_size, tolerance, True, progress)
     # On crowded cores the exact loop loses to sweeps that it otherwise beats; if it wins, no doubt is left.
     is_busy = is_crowded and any(solver.partition != Sequential() for solver in strategy.solvers)
     if file is not None and should_save and not is_busy:

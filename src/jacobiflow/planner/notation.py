@@ -9,7 +9,6 @@ from typing import Any
 
 from jacobiflow.errors import InputValueError
 from jacobiflow.fixed_point import (
-    Correction,
     Guess,
     Partition,
     Segments,
@@ -18,7 +17,7 @@ from jacobiflow.fixed_point import (
     Stopping,
     Whole,
 )
-from jacobiflow.fixed_point.registry import registered_pieces
+from jacobiflow.fixed_point.registry import check_not_retired, registered_pieces
 from jacobiflow.utils.checks import format_value
 
 _FORMS = (
@@ -75,12 +74,12 @@ def _parse_name(name: str) -> Solver:
 
 
 def _add_piece(solver: Solver, name: str) -> Solver:
-    """The solver with a registered guess or correction."""
-    if (guess := _parse_piece(Guess, name)) is not None:
-        return replace(solver, guess=guess)
-    if (correction := _parse_piece(Correction, name)) is not None:
-        return replace(solver, correction=correction)
-    raise InputValueError(f"{format_value(name)}: unknown; add the name of a guess or a correction")
+    """The solver with a registered guess."""
+    guess = _parse_piece(Guess, name)
+    if guess is None:
+        check_not_retired(name, "; leave it out, or call plan")
+        raise InputValueError(f"{format_value(name)}: unknown; add the name of a guess")
+    return replace(solver, guess=guess)
 
 
 def _parse_piece(base: type, text: str) -> Any:

@@ -14,7 +14,7 @@ import torch
 from jacobiflow.blocks.base import FlowBlock
 from jacobiflow.blocks.context import Context
 from jacobiflow.blocks.tokens import Tokens
-from jacobiflow.fixed_point import Latent, Plain, Solver
+from jacobiflow.fixed_point import Solver
 from jacobiflow.fixed_point.attempt import attempt
 from jacobiflow.fixed_point.options import DEFAULT_TOLERANCE, SolveOptions
 from jacobiflow.fixed_point.problem import Problem
@@ -24,8 +24,7 @@ from jacobiflow.models.flow import Flow, check_flow
 from jacobiflow.models.latents import FIRST_CALIBRATION_LATENT, MAX_SAMPLES, draw_latents
 from jacobiflow.planner.benchmark import SEQUENTIAL, UNCERTIFIED, BlockTimings, candidates, race, time_block
 from jacobiflow.planner.strategy import Prediction, Strategy, device_name
-from jacobiflow.planner.tuning import NUM_SAMPLES, BlockTuning, Tuning, find_tuning
-from jacobiflow.utils.checks import check_count, check_flag, check_kind, check_positive
+from jacobiflow.utils.checks import check_count, check_flag, check_positive
 from jacobiflow.utils.progress import Progress
 from jacobiflow.utils.timing import time_call
 from jacobiflow.utils.warn import warn_caller
@@ -51,29 +50,25 @@ _ROUNDED_DTYPES = ("bfloat16", "float16", "tf32")
 
 
 def plan(
-    flow: Flow, tuning: Tuning | None = None, batch_size: int = 16, tolerance: float = DEFAULT_TOLERANCE,
-    *, bf16: bool = True, progress: Progress | None = None,
+    flow: Flow, batch_size: int = 16, tolerance: float = DEFAULT_TOLERANCE, *, bf16: bool = True,
+    progress: Progress | None = None,
 ) -> Strategy:  # fmt: skip
     """Finds the fastest solver for each block by timing real solves on this device.
 
     In each block the exact loop races against all tokens at once and the candidates of the registered partitions, each
-    with sweeps in bfloat16 first if these are faster, and with the guess and the correction of a tuning. The plan is
-    then run on other latents: its images are within the tolerance of those of the exact loop. If no iteration can be
-    faster than the exact loop, the exact loop is the plan at once.
+    with sweeps in bfloat16 first if these are faster. The plan is then run on other latents: its images are within the
+    tolerance of those of the exact loop. If no iteration can be faster than the exact loop, the exact loop is the plan
+    at once.
 
     A network in bfloat16 or float16, or with TF32 products, rounds coarsely. A tolerance below its rounding is raised
     to it, with a warning; `Strategy.tolerance` is the raised one.
 
     Args:
         flow: The model, on the device to plan for, or a view of it under guidance (`flow.guided`).
-        tuning: By default that of the model folder (`jacobiflow.find_tuning`), if it is of this flow.
         batch_size: Samples that are solved together.
         tolerance: Largest residual in any block, and largest error of a sample.
         bf16: Whether sweeps in bfloat16 may come first.
         progress: Is called after each block.
-
-    Raises:
-        ValueError: If the tuning is of another flow.
 
     Example:
         >>> strategy = jf.plan(jf.load("digits-p1"), batch_size=4)
@@ -81,13 +76,10 @@ def plan(
         0.001
     """
     check_flow(flow)
-    check_kind("tuning", tuning, Tuning | None, "a Tuning, as tune returns, or None")
     batch_size = check_count("batch_size", batch_size, maximum=MAX_SAMPLES)
     tolerance = check_positive("tolerance", tolerance, "a positive number; at 0 use strategy 'sequential'")
     check_flag("bf16", bf16)
-    if tuning is not None:
-        tuning.check(flow)
-    strategy = make_plan(flow, tuning, batch_size, tolerance, bf16, progress)
+    strategy = make_plan(flow, batch_size, tolerance, bf16, progress)
     warn_if_raised(strategy, tolerance)
     return strategy
 
@@ -100,22 +92,15 @@ class _Draft(NamedTuple):
     error: float = 0.0
 
 
-def make_plan(
-    flow: Flow, tuning: Tuning | None, batch_size: int, tolerance: float, bf16: bool, progress: Progress | None
-) -> Strategy:
+def make_plan(flow: Flow, batch_size: int, tolerance: float, bf16: bool, progress: Progress | None) -> Strategy:
     """Makes a plan as `plan` does, without its checks and its warning."""
-    if tuning is None and (file := find_tuning(flow)) is not None:
-        tuning = Tuning.load(file)
-        if tuning.fingerprint != fingerprint(flow):
-            warn_caller("the tuning in the flow's folder is of another flow, and is not used")
-            tuning = None
     if flow.precision in _ROUNDED_DTYPES or torch.is_autocast_enabled(flow.var.device.type):
         tolerance = max(tolerance, _ROUNDING_MARGIN * rounding_floor(flow))
     timings = _time_blocks(flow, batch_size, bf16, progress)
     sequential_seconds = sum(each.sequential for each in timings)
     draft = _Draft((SEQUENTIAL,) * len(timings), sequential_seconds)
     if any(each.can_iterate for each in timings):
-        raced = _race_blocks(flow, tuning, timings, batch_size, tolerance, progress)
+        raced = _race_blocks(flow, timings, batch_size, tolerance, progress)
         draft = _verify(flow, raced, _MAX_TIME_SHARE * sequential_seconds, batch_size, tolerance, progress) or draft
     prediction = Prediction(
         device=device_name(flow.var.device),
@@ -163,7 +148,7 @@ def rounding_floor(flow: Flow) -> float:
 
 def _time_blocks(flow: Flow, batch_size: int, bf16: bool, progress: Progress | None) -> list[BlockTimings]:
     """The timings of each block; blocks of one shape are timed once."""
-    tokens, context = _example_inputs(flow, NUM_SAMPLES, batch_size)
+    tokens, context = _example_inputs(flow, 0, batch_size)
     shapes = [_parameter_shapes(block) for block in flow.blocks]
     last = {shape: i for i, shape in enumerate(shapes)}
     timings: dict[Hashable, BlockTimings] = {}
@@ -177,13 +162,11 @@ def _time_blocks(flow: Flow, batch_size: int, bf16: bool, progress: Progress | N
 
 
 def _race_blocks(
-    flow: Flow, tuning: Tuning | None, timings: Sequence[BlockTimings], batch_size: int, tolerance: float,
-    progress: Progress | None,
-) -> _Draft:  # fmt: skip
+    flow: Flow, timings: Sequence[BlockTimings], batch_size: int, tolerance: float, progress: Progress | None
+) -> _Draft:
     """The fastest solver of each block."""
     options = SolveOptions(tolerance, batch_size=batch_size)
-    # A tuning has not seen these latents, and `sample` does not draw them.
-    tokens, context = _example_inputs(flow, NUM_SAMPLES, max(batch_size, _MIN_RACED))
+    tokens, context = _example_inputs(flow, 0, max(batch_size, _MIN_RACED))
     solvers, seconds = [SEQUENTIAL] * len(timings), [each.sequential for each in timings]
     shapes, num_tokens = [_parameter_shapes(block) for block in flow.blocks], flow.config.num_tokens
     remaining = {
@@ -197,14 +180,11 @@ def _race_blocks(
             return z  # No block is raced any more.
         problem, shape = _block_problem(flow, i, z, context), shapes[i]
         num_batches = len(problem) / batch_size
-        fitted = BlockTuning(Latent(), Plain()) if tuning is None else tuning.blocks[i]
-        raced = [each.solver(fitted.guess, fitted.correction) for each in remaining[shape]]
-        winner = race(problem, raced, num_batches * timings[i].sequential, options)
+        winner = race(problem, remaining[shape], num_batches * timings[i].sequential, options)
         if winner is not None:
             solvers[i], seconds[i] = winner.solver, winner.seconds / num_batches
         if time.perf_counter() > end:
-            pairs = zip(remaining[shape], raced, strict=True)
-            remaining[shape] = [candidate for candidate, solver in pairs if winner and solver == winner.solver]
+            remaining[shape] = [] if winner is None else [winner.solver]
         return attempt(problem, SEQUENTIAL, replace(options, certify=False)).x if winner is None else winner.x
 
     flow.map_blocks_reversed(tokens, solve_block, progress, "timing solvers")
@@ -219,7 +199,7 @@ def _verify(
         return None
     # The races have not seen these latents.
     num = min(batch_size, _NUM_VERIFIED)
-    tokens, context = _example_inputs(flow, NUM_SAMPLES + _MIN_RACED + batch_size, num)
+    tokens, context = _example_inputs(flow, _MIN_RACED + batch_size, num)
     loops, compared = [SEQUENTIAL] * len(draft.solvers), slice(_NUM_COMPARED)
     exact = _solve_blocks(flow, loops, tokens[compared], context[compared], UNCERTIFIED, progress)
     factor = 1.0
@@ -263,7 +243,7 @@ def _block_problem(flow: Flow, i: int, z: Tokens, context: Context) -> Problem:
 
 
 def _example_inputs(flow: Flow, first: int, num: int) -> tuple[Tokens, Context]:
-    """Tokens at which the last block is inverted, in the order of the data, and a context."""
+    """Tokens at which the last block is inverted, in the order of the data, and a context. `sample` draws others."""
     config = flow.config
     latents = draw_latents(num, config.num_tokens, config.token_dim, start=FIRST_CALIBRATION_LATENT + first)
     return flow.prior_tokens(latents), flow.context_kind.example(num).to(flow.var.device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 
@@ -11,11 +12,13 @@ from jacobiflow.calibration import CalibrationReport, gs_jacobi_notation
 from jacobiflow.errors import InputError, InputValueError
 from jacobiflow.fixed_point import Guess, Latent, Solver, Stopping
 from jacobiflow.fixed_point.options import DEFAULT_TOLERANCE
-from jacobiflow.fixed_point.registry import JsonDocument
+from jacobiflow.fixed_point.registry import decode_piece
 from jacobiflow.models.checkpoints.fingerprint import cached_fingerprint, check_fingerprint
 from jacobiflow.models.flow import Flow, check_flow
 from jacobiflow.planner import notation
 from jacobiflow.utils.checks import check_count, check_fields, check_kind, check_number, format_value
+from jacobiflow.utils.deprecation import retired
+from jacobiflow.utils.serialization import JsonDocument, decode
 
 _MAX_BLOCKS = 1_000
 
@@ -58,7 +61,8 @@ class Strategy(JsonDocument):
         torch.Size([2, 1, 8, 8])
     """
 
-    _name, _version, _remedy = "strategy", 2, "; make it anew with jacobiflow plan"
+    _name, _version, _remedy = "strategy", 3, "; make it anew with jacobiflow plan"
+    _hook = staticmethod(decode_piece)
 
     solvers: tuple[Solver, ...]
     fingerprint: str | None = field(default=None, compare=False)
@@ -71,6 +75,11 @@ class Strategy(JsonDocument):
             raise InputValueError(f"solvers: {len(self.solvers)} of them; give one per block, at most {_MAX_BLOCKS:,}")
         if self.tolerance is not None:
             check_number("tolerance", self.tolerance)
+
+    @classmethod
+    def from_json(cls, value: Any) -> Strategy:
+        """Inverse of `to_json`; also reads format 2, in which a solver had a correction."""
+        return super().from_json(_without_corrections(value))
 
     @classmethod
     def uniform(cls, solver: Solver, num_blocks: int, tolerance: float | None = DEFAULT_TOLERANCE) -> Strategy:
@@ -88,7 +97,7 @@ class Strategy(JsonDocument):
         - The paper's [Stack-GS-J-Else] (section 3.4): blocks in Stack are cut into GS segments of J sweeps each, the
           others are swept Else times. Several in Stack, GS and J have slashes between them, "[0/7-256/8-1/13-6]"; a J
           with commas has a number for each segment, "[7-4-25,13,12,11-10]".
-        - Registered guesses and corrections are added by their names: "jacobi+zeros".
+        - A registered guess is added by its name: "jacobi+zeros".
 
         Args:
             text: The name.
@@ -157,7 +166,7 @@ class Strategy(JsonDocument):
             raise InputValueError(f"strategy for {len(self.solvers)} blocks, but the flow has {config.num_blocks}")
         for i, solver in enumerate(self.solvers):
             try:
-                solver.check(config.num_tokens, config.token_dim, self.tolerance)
+                solver.check(config.num_tokens, self.tolerance)
             except InputError as error:
                 raise InputValueError(f"strategy, block {i}: {error}") from error
         if self.fingerprint is not None and self.fingerprint != cached_fingerprint(flow):
@@ -175,6 +184,18 @@ class Strategy(JsonDocument):
                 f"the strategy was planned for batches of up to {self.prediction.batch_size}, not {batch_size}: plan "
                 "again, or give a smaller batch size"
             )
+
+
+def _without_corrections(value: Any) -> Any:
+    """Returns a file of format 2 in format 3. The correction "plain" did nothing; the others are retired."""
+    if not isinstance(value, dict) or value.get("format_version") != 2:
+        return value
+    solvers = decode(list[dict[str, Any]], value.get("solvers"), "solvers")
+    for solver in solvers:
+        kind = decode(dict[str, Any], solver.pop("correction", {}), "correction").get("kind", "plain")
+        if kind != "plain":
+            raise InputValueError(retired(f"the correction {format_value(kind)} of a solver"))
+    return {**value, "format_version": 3, "solvers": solvers}
 
 
 def device_name(device: torch.device) -> str:

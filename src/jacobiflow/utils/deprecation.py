@@ -1,4 +1,4 @@
-"""Old names of arguments, attributes and module members, which work and warn."""
+"""Old names of arguments, attributes and module members, which work and warn, and what is retired."""
 
 import sys
 from collections.abc import Callable, Mapping
@@ -10,6 +10,13 @@ from jacobiflow.utils.warn import warn_caller
 T = TypeVar("T")
 REMOVED_IN = "0.4"
 """First version of the package without the old names."""
+LAST_VERSION = "0.1.0"
+"""Last version of the package with what is retired."""
+
+
+def retired(what: str) -> str:
+    """Returns the message for something that is retired, without the remedy."""
+    return f"{what} is retired; jacobiflow {LAST_VERSION} is the last version with it"
 
 
 def warn_renamed(old: str, new: str) -> None:

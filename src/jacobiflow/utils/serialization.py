@@ -1,4 +1,4 @@
-"""Conversion of dataclasses to JSON and back."""
+"""Conversion of dataclasses to JSON and back, and files of them."""
 
 from __future__ import annotations
 
@@ -7,13 +7,16 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import msgspec
 
 from jacobiflow.errors import InputError, InputValueError
 from jacobiflow.utils.checks import check_path
-from jacobiflow.utils.files import read_json
+from jacobiflow.utils.files import read_json, write_json
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 T = TypeVar("T")
 
@@ -82,3 +85,34 @@ def load(path: str | Path, what: str, parse: Callable[[Any], T], remedy: str = "
         raise InputValueError(f"{what} {path}: cannot be read ({error.strerror})") from error
     except InputError as error:
         raise InputValueError(f"{what} {path}: {error}{remedy}") from error
+
+
+class JsonDocument:
+    """Base of dataclasses that are stored as JSON files, with their fields and a version of the format."""
+
+    _name: ClassVar[str]  # used in error messages
+    _hook: ClassVar[Any] = None  # that of `decode`
+    _version: ClassVar[int] = 1
+    _remedy: ClassVar[str] = ""
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns the JSON value that `from_json` turns back into an equal object."""
+        return {"format_version": self._version, **encode_fields(self)}
+
+    @classmethod
+    def from_json(cls, value: Any) -> Self:
+        """Inverse of `to_json`."""
+        if not isinstance(value, dict) or value.get("format_version") != cls._version:
+            raise InputValueError(f"not a {cls._name} of format_version {cls._version}")
+        entries = {name: entry for name, entry in value.items() if name != "format_version"}
+        return decode(cls, entries, hook=cls._hook)
+
+    def save(self, path: str | Path) -> None:
+        """Writes JSON."""
+        check_path("path", path)
+        write_json(path, self.to_json())
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Reads JSON."""
+        return load(path, cls._name, cls.from_json, cls._remedy)

@@ -188,6 +188,17 @@ def test_a_saved_flow_keeps_its_reports_but_no_others(saved: Path, tmp_path: Pat
     assert jf.load(tmp_path / "other").report_files == ()
 
 
+def test_a_tuning_of_an_earlier_version_is_not_used(saved: Path, tmp_path: Path) -> None:
+    """A warning says so. The flow is loaded, and saved without the tuning."""
+    (saved / "tuning-guided.json").write_text("{}")
+    message = rf"^{saved}/tuning-guided\.json: not used, since tuning is retired; .*; call jacobiflow\.plan"
+    with pytest.warns(UserWarning, match=message) as caught:
+        flow = jf.load(saved)
+    assert [warning.filename for warning in caught] == [__file__]
+    flow.save_pretrained(tmp_path / "copy")
+    assert not list((tmp_path / "copy").glob("tuning*"))
+
+
 def test_bundled_models_are_loaded_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make().save_pretrained(tmp_path / "tiny")
     monkeypatch.setattr(folder, "MODELS", tmp_path)

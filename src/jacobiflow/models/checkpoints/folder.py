@@ -1,10 +1,10 @@
-"""Model folders: `config.json`, `model.safetensors`, a card, reports and tunings."""
+"""Model folders: `config.json`, `model.safetensors`, a card and reports."""
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from functools import partial
@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from jacobiflow.blocks.guidance import Guidance, SamplingSettings
+from jacobiflow.blocks.guidance import SamplingSettings
 from jacobiflow.errors import CheckpointError, InputError, first_line
 from jacobiflow.models.checkpoints.card import format_model_card
 from jacobiflow.models.checkpoints.fingerprint import fingerprint
@@ -27,7 +27,7 @@ from jacobiflow.utils.files import atomic_path, json_bytes, read_object, remove_
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
-REPORTS = ("report.json", "report-*.json", "tuning.json", "tuning-*.json")  # Each guidance has files of its own.
+REPORTS = ("report.json", "report-*.json")  # Each guidance has files of its own.
 README = "README.md"
 FORMAT_VERSION = 2
 _NAMES_OF_VERSION_1 = {"channels": "width", **{f"{x}_channels": f"{x}_dim" for x in ("token", "context", "text")}}
@@ -133,15 +133,8 @@ def _download(name: str, hub: dict[str, Any]) -> Path:
 
 
 def list_reports(path: Path) -> tuple[Path, ...]:
-    """Lists the reports and tunings in a model folder: report.json first."""
+    """Lists the reports in a model folder: report.json first."""
     return tuple(file for pattern in REPORTS for file in sorted(path.glob(pattern)) if file.is_file())
-
-
-def find_file_by_guidance(flow: Any, prefix: str, read_guidance: Callable[[Path], Guidance | None]) -> Path | None:
-    """Finds the first report or tuning, by its prefix, of the flow's guidance; else the first with this prefix."""
-    files = [file for file in flow.report_files if file.name.startswith(prefix) and file.is_file()]
-    same = (file for file in files if len(files) == 1 or read_guidance(file) == flow.guidance)
-    return next(same, next(iter(files), None))
 
 
 def list_bundled() -> dict[str, Path]:

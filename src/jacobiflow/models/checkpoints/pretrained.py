@@ -22,6 +22,8 @@ from jacobiflow.models.checkpoints.folder import (
 from jacobiflow.models.checkpoints.tensors import build, resolve_dtype
 from jacobiflow.models.config import FlowConfig, resolve_rate
 from jacobiflow.utils.checks import check_path
+from jacobiflow.utils.deprecation import retired
+from jacobiflow.utils.warn import warn_caller
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -33,7 +35,7 @@ class Pretrained(nn.Module):
     Attributes:
         recommended: The settings that give the best samples.
         classes: The names of the classes; empty without names.
-        report_files: The reports and tunings in the model folder that the flow was read from.
+        report_files: The reports in the model folder that the flow was read from.
     """
 
     model_type: ClassVar[str]
@@ -69,6 +71,8 @@ class Pretrained(nn.Module):
         flow: Any = build(cls, config, state, str(folder.path), device, dtype, maps)
         flow.recommended, flow.report_files = folder.recommended, list_reports(folder.path)
         flow.classes = folder.classes
+        for file in sorted(folder.path.glob("tuning*.json")):
+            warn_caller(f"{file}: not used, since {retired('tuning')}; call jacobiflow.plan, and remove the file")
         with checkpoint_errors(f"{folder.path / CONFIG}: recommended: "):
             flow.guided(folder.recommended.guidance)
             resolve_rate(config, folder.recommended.denoise)

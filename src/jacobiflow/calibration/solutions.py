@@ -1,4 +1,4 @@
-"""Exact solutions of a flow's blocks, which calibrations and tunings start from."""
+"""Exact solutions of a flow's blocks, from which a calibration starts."""
 
 from __future__ import annotations
 
